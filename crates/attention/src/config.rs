@@ -1,0 +1,70 @@
+//! What mechanisms know about the model around them, and how a mistake in their settings is told.
+
+use std::fmt;
+
+/// The model around a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dims {
+    /// Channels of the residual stream.
+    pub d_model: usize,
+    /// Layers of the model.
+    pub n_layers: usize,
+    /// Index of this layer, from 0.
+    pub layer: usize,
+    /// Whether queries and keys are rotated by position, which needs an even head_dim.
+    pub rope: bool,
+}
+
+impl Dims {
+    /// The model that [`MechanismConfig::example`](crate::MechanismConfig::example) fits into.
+    pub fn example() -> Self {
+        Self { d_model: 24, n_layers: 4, layer: 1, rope: true }
+    }
+}
+
+/// A setting that breaks a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// Where the setting stands, from the outermost table: `softmax.n_heads`.
+    pub field: String,
+    /// The value, the rule and the way out, as a sentence about the field.
+    pub problem: String,
+}
+
+impl ConfigError {
+    /// `field` is named as the recipe names it; `problem` reads on after it: `n_heads (12) must be ...`.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { field: field.into(), problem: problem.into() }
+    }
+
+    /// The same error, seen from the table around.
+    pub fn within(self, table: &str) -> Self {
+        Self { field: format!("{table}.{}", self.field), ..self }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.problem)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// `Ok` if `rule` holds, else an error about `field`.
+pub(crate) fn require(rule: bool, field: &str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    if rule { Ok(()) } else { Err(ConfigError::new(field, problem())) }
+}
+
+/// What one attention layer costs. A multiplication with its addition counts as two operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// Weights of the layer.
+    pub parameters: u64,
+    /// Operations of a forward pass per token, besides those that grow with the context.
+    pub flops_per_token: u64,
+    /// Operations of a forward pass per pair of a query and a key that it sees.
+    pub flops_per_pair: u64,
+    /// Numbers kept per token while decoding.
+    pub cached_numbers_per_token: u64,
+}

@@ -1,0 +1,313 @@
+//! Grouped Differential Attention (arXiv 2510.06949), which contains the Differential Transformer (Ye et al. 2024,
+//! arXiv 2410.05258) as the case of one signal head per noise head.
+//!
+//! Query heads are divided into groups of `r` signal heads and one noise head. What the noise head attends to is
+//! subtracted from each of its signal heads:
+//!
+//! ```text
+//! O1 = softmax(q1 k1ᵀ / sqrt(d)) v        signal heads, [.., 2d]
+//! O2 = softmax(q2 k2ᵀ / sqrt(d)) v        noise heads, repeated r times
+//! λ  = exp(λ_q1 · λ_k1) - exp(λ_q2 · λ_k2) + λ_init          one number a layer
+//! Y  = (1 - λ_init) · RMSNorm(O1 - λ O2)  per head, over its 2d channels ("subln")
+//! ```
+//!
+//! Layout, as in the authors' inference code (Motif) and in unilm: query heads are striped, each group's signal heads
+//! first and its noise head last; key heads alternate, even ones for signals and odd ones for noises; a pair of key
+//! heads shares one value of width 2d. Keys are split *before* they are shared by grouped queries: unilm's naive file
+//! does it after, which under GQA gives both maps the same keys, and its flash files and Motif disagree with it.
+//!
+//! The paper counts layers from 1 in λ_init; Motif's code uses the same formula with layers counted from 0, which is
+//! one step less. Both are selectable; the paper's is the default.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{Device, Distribution, Tensor};
+use polyhead_kernels::{AttentionOptions, attention, rms_norm};
+use serde::{Deserialize, Serialize};
+
+use crate::config::require;
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::rope::rotate;
+use crate::softmax::check_heads;
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observe};
+
+/// Inside the norm of each signal head; from the authors' code.
+const SUBLN_EPS: f64 = 1e-5;
+/// Standard deviation of fresh λ vectors; from the authors' code.
+const LAMBDA_STD: f64 = 0.1;
+
+/// Settings of grouped differential attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct GroupedDifferentialConfig {
+    /// Query heads in all, signal and noise.
+    pub n_heads: usize,
+    /// Noise heads among them, one per group. n_heads / 2 gives the Differential Transformer; the paper recommends
+    /// three or four signal heads per noise head.
+    pub n_noise_heads: usize,
+    /// Key/value heads, counted in halves as Motif does: a pair of them is two key heads and one value of twice the
+    /// width. Default: 2 * n_noise_heads, no sharing between groups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a query or key head; values have twice as many. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// The constant part of λ. Default: "paper".
+    #[serde(default)]
+    pub lambda_init: LambdaInit,
+    /// Normalise every signal head after the subtraction, and scale by 1 - λ_init. Default: true; the papers'
+    /// ablation without it is clearly worse.
+    #[serde(default = "yes")]
+    pub subln: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// The constant part of λ in each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum LambdaInit {
+    /// 0.8 - 0.6 exp(-0.3 (l - 1)) with layers l counted from 1: 0.2 in the first layer (paper, and unilm's code).
+    #[default]
+    Paper,
+    /// The same with layers counted from 0: about -0.01 in the first layer (Motif's code; needed for its weights).
+    Motif,
+    /// The same number in every layer it is given for.
+    Constant(f64),
+}
+
+impl LambdaInit {
+    /// λ_init of layer `layer`, counted from 0.
+    pub fn of_layer(self, layer: usize) -> f64 {
+        let formula = |depth: f64| 0.8 - 0.6 * (-0.3 * depth).exp();
+        match self {
+            Self::Paper => formula(layer as f64),
+            Self::Motif => formula(layer as f64 - 1.0),
+            Self::Constant(value) => value,
+        }
+    }
+}
+
+impl GroupedDifferentialConfig {
+    /// Key/value heads (in halves) with the default filled in.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_heads.unwrap_or(2 * self.n_noise_heads)
+    }
+}
+
+impl MechanismConfig for GroupedDifferentialConfig {
+    type Layer = GroupedDifferential;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        let Self { n_heads, n_noise_heads: noise, .. } = *self;
+        check_heads(n_heads, self.head_dim, dims)?;
+        require(noise > 0 && n_heads.is_multiple_of(noise) && n_heads > noise, "n_noise_heads", || {
+            format!("n_noise_heads ({noise}) must divide n_heads ({n_heads}) and be smaller, so that groups are equal")
+        })?;
+        let kv_heads = self.kv_heads();
+        require(kv_heads > 0 && kv_heads.is_multiple_of(2), "n_kv_heads", || {
+            format!("n_kv_heads ({kv_heads}) must be even: signal and noise heads have keys of their own")
+        })?;
+        require(noise.is_multiple_of(kv_heads / 2), "n_kv_heads", || {
+            format!("n_kv_heads / 2 ({}) must divide n_noise_heads ({noise}): a group shares one pair", kv_heads / 2)
+        })?;
+        match self.lambda_init {
+            LambdaInit::Constant(value) => require(value.is_finite() && value < 1.0, "lambda_init.constant", || {
+                format!("lambda_init.constant ({value}) must be a number below 1: heads are scaled by 1 - lambda_init")
+            }),
+            LambdaInit::Paper | LambdaInit::Motif => Ok(()),
+        }
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> GroupedDifferential {
+        let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
+        let n_signal = self.n_heads - self.n_noise_heads;
+        let project = |d_output| linear(d_model, d_output, false, INIT_STD, device);
+        let lambda = || Param::from_tensor(Tensor::random([width], Distribution::Normal(0.0, LAMBDA_STD), device));
+        GroupedDifferential {
+            q_proj: project(self.n_heads * width),
+            k_proj: project(kv_heads * width),
+            v_proj: project(kv_heads * width),
+            o_proj: linear(n_signal * 2 * width, d_model, false, residual_std(dims.n_layers), device),
+            lambda_q1: lambda(),
+            lambda_k1: lambda(),
+            lambda_q2: lambda(),
+            lambda_k2: lambda(),
+            subln: self.subln.then(|| Subln { weight: Param::from_tensor(Tensor::ones([2 * width], device)) }),
+            lambda_init: self.lambda_init.of_layer(dims.layer),
+            n_heads: self.n_heads,
+            n_noise: self.n_noise_heads,
+            n_pairs: kv_heads / 2,
+        }
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.head_dim.unwrap_or(dims.d_model / self.n_heads.max(1))
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
+        let (heads, kv_heads) = (self.n_heads as u64, self.kv_heads() as u64);
+        let signals = heads - self.n_noise_heads as u64;
+        let matrices = d_model * width * (heads + 2 * kv_heads + 2 * signals);
+        let vectors = 4 * width + if self.subln { 2 * width } else { 0 };
+        Cost {
+            parameters: matrices + vectors,
+            flops_per_token: 2 * matrices,
+            // Scores have width d, values width 2d.
+            flops_per_pair: 2 * heads * width + 4 * heads * width,
+            cached_numbers_per_token: 2 * kv_heads * width,
+        }
+    }
+
+    fn example() -> Self {
+        Self {
+            n_heads: 6,
+            n_noise_heads: 2,
+            n_kv_heads: Some(2),
+            head_dim: Some(4),
+            lambda_init: LambdaInit::Paper,
+            subln: true,
+        }
+    }
+}
+
+/// The norm of signal heads after the subtraction; one weight vector for all heads of a layer.
+#[derive(Module, Debug)]
+pub struct Subln {
+    /// `[2 * head_dim]`
+    pub weight: Param<Tensor<1>>,
+}
+
+/// A layer of grouped differential attention.
+#[derive(Module, Debug)]
+pub struct GroupedDifferential {
+    /// `[d_model, n_heads * head_dim]`, striped: each group's signal heads, then its noise head
+    pub q_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`: even heads for signals, odd ones for noises
+    pub k_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`: one value of width 2 head_dim per pair
+    pub v_proj: Linear,
+    /// `[n_signal_heads * 2 * head_dim, d_model]`
+    pub o_proj: Linear,
+    /// `[head_dim]`
+    pub lambda_q1: Param<Tensor<1>>,
+    /// `[head_dim]`
+    pub lambda_k1: Param<Tensor<1>>,
+    /// `[head_dim]`
+    pub lambda_q2: Param<Tensor<1>>,
+    /// `[head_dim]`
+    pub lambda_k2: Param<Tensor<1>>,
+    /// `None` where switched off
+    pub subln: Option<Subln>,
+    lambda_init: f64,
+    n_heads: usize,
+    n_noise: usize,
+    n_pairs: usize,
+}
+
+impl GroupedDifferential {
+    /// `[1]`: λ, in f32 whatever the compute type.
+    pub fn lambda(&self) -> Tensor<1> {
+        let exp_dot = |q: &Param<Tensor<1>>, k: &Param<Tensor<1>>| (q.val() * k.val()).sum().exp();
+        exp_dot(&self.lambda_q1, &self.lambda_k1) - exp_dot(&self.lambda_q2, &self.lambda_k2) + self.lambda_init
+    }
+
+    /// Part `part` of every stripe: `[batch, stripes * size, seq, width]` to `[batch, stripes * part.len(), seq, width]`.
+    fn stripe(x: &Tensor<4>, stripes: usize, part: std::ops::Range<usize>) -> Tensor<4> {
+        let [batch, heads, seq, width] = x.dims();
+        let striped = x.clone().reshape([batch, stripes, heads / stripes, seq, width]);
+        striped.narrow(2, part.start, part.len()).reshape([batch, stripes * part.len(), seq, width])
+    }
+}
+
+impl Mechanism for GroupedDifferential {
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+        let ratio = self.n_heads / self.n_noise - 1;
+        let q = rotate(call.rope, split_heads(self.q_proj.forward(hidden.clone()), self.n_heads));
+        let k = rotate(call.rope, split_heads(self.k_proj.forward(hidden.clone()), 2 * self.n_pairs));
+        let v = split_heads(self.v_proj.forward(hidden), self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
+        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let (k, v) = match call.cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
+        };
+        let options = AttentionOptions {
+            mask: Some(call.mask),
+            query_offset,
+            bias: call.bias.cloned(),
+            statistics: call.observe.wanted(),
+            ..Default::default()
+        };
+        let signal_queries = Self::stripe(&q, self.n_noise, 0..ratio);
+        let noise_queries = Self::stripe(&q, self.n_noise, ratio..ratio + 1);
+        let signal = attention(signal_queries, Self::stripe(&k, self.n_pairs, 0..1), v.clone(), &options);
+        let noise = attention(noise_queries, Self::stripe(&k, self.n_pairs, 1..2), v, &options);
+
+        let [batch, n_signal, seq, value_width] = signal.hidden.dims();
+        let grouped = [batch, self.n_noise, ratio, seq, value_width];
+        let lambda = self.lambda();
+        let cancelled = noise.hidden.unsqueeze_dim::<5>(2) * lambda.clone().unsqueeze::<5>(); // broadcasts over ratio
+        let difference = signal.hidden.clone().reshape(grouped) - cancelled;
+        let difference = difference.reshape([batch, n_signal, seq, value_width]);
+        let heads = match &self.subln {
+            Some(subln) => rms_norm(difference.clone(), subln.weight.val(), SUBLN_EPS) * (1.0 - self.lambda_init),
+            None => difference.clone(),
+        };
+        let seen = signal.statistics.zip(noise.statistics).map(|(signal_seen, noise_seen)| {
+            let mut seen = Observation::default();
+            seen.add(["entropy", "first_token_mass", "largest_score"], &signal_seen);
+            seen.add(["noise_entropy", "noise_first_token_mass", "noise_largest_score"], &noise_seen);
+            seen.numbers.push(("lambda", lambda.clone().detach()));
+            seen.numbers.push(("cancelled", cancelled_share(signal.hidden.detach(), difference.detach())));
+            seen.maps = (call.observe == Observe::Maps).then(|| {
+                let [_, queries, keys] = noise_seen.weights.dims();
+                let noise = noise_seen.weights.unsqueeze_dim::<4>(1) * lambda.detach().unsqueeze::<4>();
+                let signal = signal_seen.weights.reshape([self.n_noise, ratio, queries, keys]);
+                (signal - noise).reshape([n_signal, queries, keys])
+            });
+            seen
+        });
+        Attended { hidden: self.o_proj.forward(join_heads(heads)), penalty: None, seen }
+    }
+}
+
+/// `[signal heads]`: the share of each signal head's energy that the subtraction takes away, `1 - |O1 - λ O2|² / |O1|²`
+/// over batch, positions and channels. Negative where the subtraction adds energy. Chosen by us.
+fn cancelled_share(signal: Tensor<4>, difference: Tensor<4>) -> Tensor<1> {
+    let energy = |x: Tensor<4>| x.square().sum_dims_squeeze::<1, _>(&[0, 2, 3]);
+    (energy(difference) / energy(signal).clamp_min(1e-30)).neg() + 1.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lambda_init_of_paper_and_motif() {
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 5e-5, "{a} is not {b}");
+        close(LambdaInit::Paper.of_layer(0), 0.2);
+        close(LambdaInit::Motif.of_layer(0), -0.00992);
+        close(LambdaInit::Motif.of_layer(3), 0.4707);
+        close(LambdaInit::Constant(0.5).of_layer(7), 0.5);
+    }
+
+    #[test]
+    fn heads_that_do_not_divide_are_refused_by_name() {
+        let dims = Dims::example();
+        let good = GroupedDifferentialConfig::example();
+        assert!(good.validate(&dims).is_ok());
+        let field = |config: GroupedDifferentialConfig| config.validate(&dims).err().map(|e| e.field);
+        assert_eq!(field(GroupedDifferentialConfig { n_noise_heads: 4, ..good.clone() }).as_deref(), Some("n_noise_heads"));
+        assert_eq!(field(GroupedDifferentialConfig { n_noise_heads: 6, ..good.clone() }).as_deref(), Some("n_noise_heads"));
+        assert_eq!(field(GroupedDifferentialConfig { n_kv_heads: Some(3), ..good.clone() }).as_deref(), Some("n_kv_heads"));
+        assert_eq!(field(GroupedDifferentialConfig { n_kv_heads: Some(8), ..good.clone() }).as_deref(), Some("n_kv_heads"));
+        let constant = LambdaInit::Constant(1.0);
+        let field_of_constant = field(GroupedDifferentialConfig { lambda_init: constant, ..good });
+        assert_eq!(field_of_constant.as_deref(), Some("lambda_init.constant"));
+    }
+}

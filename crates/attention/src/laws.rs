@@ -1,0 +1,235 @@
+//! What every mechanism must obey, whatever it computes. The table in `lib.rs` runs [`hold`] for each of them.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
+
+use crate::{Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout};
+
+/// Room for rounding when the same numbers are computed in another order.
+const ROUNDING: f64 = 2e-5;
+
+/// Runs every law.
+pub(crate) fn hold(config: &AttentionConfig) {
+    let dims = Dims::example();
+    config.validate(&dims).expect("an example is valid");
+    let world = World::new(config);
+    awkward_shapes_work(&world);
+    nobody_looks_ahead(&world);
+    cached_decoding_equals_the_full_pass(&world);
+    padding_does_not_leak(&world);
+    documents_do_not_leak(&world);
+    rows_are_independent(&world);
+    gradients_reach_every_parameter(&world);
+    gradients_agree_with_differences(&world);
+    observing_changes_nothing(&world);
+    cost_counts_the_parameters(&world, config);
+    loading_what_was_saved_restores_the_output(&world, config);
+    misspelt_keys_are_refused(config);
+}
+
+struct World {
+    layer: Attention,
+    device: Device,
+    head_dim: usize,
+}
+
+impl World {
+    fn new(config: &AttentionConfig) -> Self {
+        let device = Device::flex().autodiff();
+        let layer = config.init(&Dims::example(), &device);
+        // Fresh weights are small enough that attention is nearly uniform: spread them, so that laws have teeth.
+        Self { layer: layer.map(&mut Spread), device, head_dim: config.head_dim(&Dims::example()) }
+    }
+
+    fn input(&self, batch: usize, seq: usize) -> Tensor<3> {
+        Tensor::random([batch, seq, Dims::example().d_model], Distribution::Normal(0.0, 1.0), &self.device)
+    }
+
+    fn run(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut LayerCache>, observe: Observe) -> Attended {
+        let start = cache.as_ref().map_or(0, |cache| cache.len());
+        let rope = self.rope(start..start + x.dims()[1]);
+        self.layer.forward(x, Call { rope: Some(&rope), mask, bias: None, cache, observe })
+    }
+
+    fn rope(&self, positions: std::ops::Range<usize>) -> Rope {
+        Rope::new(positions, self.head_dim, 100.0, RopeLayout::RotateHalf, &self.device)
+    }
+
+    fn causal(&self, x: Tensor<3>) -> Tensor<3> {
+        self.run(x, &Mask::causal(), None, Observe::Nothing).hidden
+    }
+}
+
+struct Spread;
+
+impl ModuleMapper for Spread {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| {
+            let noise = value.random_like(Distribution::Normal(0.0, 0.3));
+            (value + noise).detach().require_grad()
+        })
+    }
+}
+
+fn close(got: Tensor<3>, want: Tensor<3>) {
+    got.into_data().assert_approx_eq::<f32>(&want.into_data(), Tolerance::absolute(ROUNDING));
+}
+
+fn largest_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
+    (a - b).abs().max().into_scalar()
+}
+
+fn awkward_shapes_work(world: &World) {
+    for (batch, seq) in [(1, 1), (1, 7), (3, 13)] {
+        let out = world.causal(world.input(batch, seq));
+        assert_eq!(out.dims(), [batch, seq, Dims::example().d_model]);
+        assert!(out.into_data().iter::<f32>().all(f32::is_finite), "batch {batch}, seq {seq}");
+    }
+}
+
+fn nobody_looks_ahead(world: &World) {
+    let x = world.input(2, 7);
+    let other = Tensor::cat(vec![x.clone().narrow(1, 0, 4), world.input(2, 3)], 1);
+    let (a, b) = (world.causal(x), world.causal(other));
+    close(a.clone().narrow(1, 0, 4), b.clone().narrow(1, 0, 4));
+    assert!(largest_difference(a.narrow(1, 4, 3), b.narrow(1, 4, 3)) > 1e-3, "the change must be visible behind");
+}
+
+fn cached_decoding_equals_the_full_pass(world: &World) {
+    let x = world.input(2, 9);
+    let mut cache = LayerCache::default();
+    let mut parts = Vec::new();
+    for (start, length) in [(0, 4), (4, 1), (5, 3), (8, 1)] {
+        let part = x.clone().narrow(1, start, length);
+        parts.push(world.run(part, &Mask::causal(), Some(&mut cache), Observe::Nothing).hidden);
+    }
+    assert_eq!(cache.len(), 9);
+    close(Tensor::cat(parts, 1), world.causal(x));
+}
+
+fn padding_does_not_leak(world: &World) {
+    let x = world.input(2, 6);
+    let padded = Tensor::cat(vec![x.clone().narrow(1, 0, 4), world.input(2, 2)], 1);
+    for mask in [Mask::none(), Mask::causal()] {
+        let lengths = |n| mask.clone().with_lengths(&[n, n]);
+        let long = world.run(padded.clone(), &lengths(4), None, Observe::Nothing).hidden.narrow(1, 0, 4);
+        let short = world.run(x.clone().narrow(1, 0, 4), &lengths(4), None, Observe::Nothing).hidden;
+        close(long, short);
+    }
+}
+
+fn documents_do_not_leak(world: &World) {
+    let x = world.input(1, 7);
+    let other = Tensor::cat(vec![world.input(1, 3), x.clone().narrow(1, 3, 4)], 1);
+    let mask = Mask::causal().with_documents(&[4, 4, 4, 9, 9, 9, 9]);
+    let second = |x| world.run(x, &mask, None, Observe::Nothing).hidden.narrow(1, 3, 4);
+    close(second(x.clone()), second(other.clone()));
+    assert!(largest_difference(world.causal(x).narrow(1, 3, 4), world.causal(other).narrow(1, 3, 4)) > 1e-3);
+}
+
+fn rows_are_independent(world: &World) {
+    let x = world.input(3, 5);
+    let alone = world.causal(x.clone().narrow(0, 1, 1));
+    close(world.causal(x).narrow(0, 1, 1), alone);
+}
+
+struct Gradients<'a> {
+    grads: &'a burn::tensor::Gradients,
+    path: Vec<String>,
+    seen: usize,
+}
+
+impl ModuleVisitor for Gradients<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = self.path.join(".");
+        let grad = param.val().grad(self.grads).unwrap_or_else(|| panic!("{name} has no gradient"));
+        let values: Vec<f32> = grad.into_data().iter::<f32>().collect();
+        assert!(values.iter().all(|g| g.is_finite()), "the gradient of {name} is not finite");
+        assert!(values.iter().any(|&g| g != 0.0), "the gradient of {name} is zero");
+        self.seen += 1;
+    }
+}
+
+fn gradients_reach_every_parameter(world: &World) {
+    let x = world.input(2, 7);
+    let out = world.causal(x);
+    let cotangent = out.random_like(Distribution::Normal(0.0, 1.0)).detach();
+    let grads = (out * cotangent).sum().backward();
+    let mut visitor = Gradients { grads: &grads, path: Vec::new(), seen: 0 };
+    world.layer.visit(&mut visitor);
+    assert!(visitor.seen >= 4);
+}
+
+fn gradients_agree_with_differences(world: &World) {
+    let x = world.input(1, 5).require_grad();
+    let direction = world.input(1, 5);
+    let cotangent = world.input(1, 5);
+    let value = |x: Tensor<3>| (world.causal(x) * cotangent.clone()).sum();
+    let grads = value(x.clone()).backward();
+    let grad = x.grad(&grads).expect("the input has a gradient");
+    let slope: f32 = (grad * direction.clone().inner()).sum().into_scalar();
+    let step = 1e-2f32;
+    let at = |t: f32| value(x.clone().detach() + direction.clone() * t).into_scalar::<f32>();
+    // Richardson's extrapolation of the central difference: error of order step^4.
+    let central = |h: f32| (at(h) - at(-h)) / (2.0 * h);
+    let difference = (4.0 * central(step / 2.0) - central(step)) / 3.0;
+    assert!((slope - difference).abs() <= 5e-3 * (1.0 + slope.abs()), "slope {slope}, difference {difference}");
+}
+
+fn observing_changes_nothing(world: &World) {
+    let x = world.input(2, 5);
+    let silent = world.causal(x.clone());
+    let seen = world.run(x, &Mask::causal(), None, Observe::Maps);
+    seen.hidden.into_data().assert_eq(&silent.into_data(), true);
+    let seen = seen.seen.expect("asked for");
+    assert!(!seen.numbers.is_empty() && seen.maps.is_some());
+    for (name, values) in seen.numbers {
+        assert!(values.into_data().iter::<f32>().all(f32::is_finite), "{name}");
+    }
+}
+
+fn cost_counts_the_parameters(world: &World, config: &AttentionConfig) {
+    assert_eq!(config.cost(&Dims::example()).parameters, world.layer.num_params() as u64);
+}
+
+struct Take(Vec<TensorData>);
+
+impl ModuleVisitor for Take {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.push(param.val().into_data());
+    }
+}
+
+struct Put(std::vec::IntoIter<TensorData>);
+
+impl ModuleMapper for Put {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let data = self.0.next().expect("as many parameters as were saved");
+        param.map(|old| Tensor::from_data(data, &old.device()).require_grad())
+    }
+}
+
+fn loading_what_was_saved_restores_the_output(world: &World, config: &AttentionConfig) {
+    let mut saved = Take(Vec::new());
+    world.layer.visit(&mut saved);
+    let fresh = config.init(&Dims::example(), &world.device).map(&mut Put(saved.0.into_iter()));
+    let restored = World { layer: fresh, device: world.device.clone(), head_dim: world.head_dim };
+    let x = world.input(2, 5);
+    restored.causal(x.clone()).into_data().assert_eq(&world.causal(x).into_data(), true);
+}
+
+fn misspelt_keys_are_refused(config: &AttentionConfig) {
+    let mut json = serde_json::to_value(config).expect("serialises");
+    let table = json.as_object_mut().and_then(|table| table.get_mut(config.name())).expect("tagged by name");
+    table.as_object_mut().expect("a table").insert("n_headz".into(), 3.into());
+    let error = serde_json::from_value::<AttentionConfig>(json).expect_err("a misspelt key is refused");
+    assert!(error.to_string().contains("n_headz"), "{error}");
+}

@@ -1,0 +1,157 @@
+//! Ways of mixing positions: the attention mechanisms, one file each.
+//!
+//! Start here. [`Mechanism`] is what a layer does, [`MechanismConfig`] how it is described in a recipe, and the table
+//! below lists them all. A new mechanism is a file that implements the two traits, a `mod` line and a line in the
+//! table; from the table it gets its recipe key, its place in every model and its law test (`laws.rs`).
+//!
+//! This crate depends on Burn and serde only: it knows nothing of losses, optimisers or files.
+
+mod cache;
+mod config;
+mod grouped_differential;
+#[cfg(test)]
+mod laws;
+mod observe;
+mod projection;
+mod rope;
+mod softmax;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+pub use cache::{Cache, LayerCache};
+pub use config::{ConfigError, Cost, Dims};
+pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
+pub use observe::{Observation, Observe};
+pub use polyhead_kernels::{Mask, RopeLayout};
+pub use projection::{INIT_STD, linear};
+pub use rope::Rope;
+pub use softmax::{Softmax, SoftmaxConfig};
+
+/// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.
+pub trait Mechanism: Module {
+    /// Mixes the positions of `hidden`, `[batch, seq, d_model]`.
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended;
+}
+
+/// How a mechanism is described in a recipe.
+pub trait MechanismConfig: Sized {
+    /// The layer that this describes.
+    type Layer: Mechanism;
+
+    /// Every mistake that a user can make ends here.
+    ///
+    /// # Errors
+    /// Names the field, its value and the rule it breaks.
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError>;
+
+    /// A layer with fresh weights. Cannot fail after [`validate`](Self::validate).
+    fn init(&self, dims: &Dims, device: &Device) -> Self::Layer;
+
+    /// Channels of a query or key head, which are what rotary positions turn.
+    fn head_dim(&self, dims: &Dims) -> usize;
+
+    /// What one layer costs, for `plan`.
+    fn cost(&self, dims: &Dims) -> Cost;
+
+    /// A small valid description for a model of [`Dims::example`], for the laws.
+    fn example() -> Self;
+}
+
+/// What a layer is told about one call.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// Rotary positions of this call's tokens; `None` for a model without.
+    pub rope: Option<&'a Rope>,
+    /// Which keys are hidden from whom.
+    pub mask: &'a Mask,
+    /// `[batch or 1, heads or 1, queries, keys]`, added to the scores of every head.
+    pub bias: Option<&'a Tensor<4>>,
+    /// Keys and values of earlier tokens; this call's are appended.
+    pub cache: Option<&'a mut LayerCache>,
+    /// What to measure on the way.
+    pub observe: Observe,
+}
+
+/// What a layer gives back.
+#[derive(Debug, Clone)]
+pub struct Attended {
+    /// `[batch, seq, d_model]`
+    pub hidden: Tensor<3>,
+    /// `[1]`: an auxiliary loss of the mechanism, differentiable and unweighted.
+    pub penalty: Option<Tensor<1>>,
+    /// Only if the call asked to observe.
+    pub seen: Option<Observation>,
+}
+
+/// Makes the config enum, the module enum and what both do, from the table of mechanisms.
+macro_rules! mechanisms {
+    ($($(#[$doc:meta])* $key:ident => $Layer:ident, $Config:ident;)+) => {
+        /// A mechanism and its settings: in a recipe, the table `attention.<name>`.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+        #[serde(rename_all = "snake_case")]
+        pub enum AttentionConfig { $($(#[$doc])* $Layer($Config),)+ }
+
+        /// A layer of any mechanism.
+        #[derive(Module, Debug)]
+        pub enum Attention { $($(#[$doc])* $Layer($Layer),)+ }
+
+        impl AttentionConfig {
+            /// The names of all mechanisms, as recipes write them.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($key)),+];
+
+            /// This mechanism's name.
+            pub fn name(&self) -> &'static str {
+                match self { $(Self::$Layer(_) => stringify!($key),)+ }
+            }
+
+            /// See [`MechanismConfig::validate`].
+            ///
+            /// # Errors
+            /// Names the field, its value and the rule it breaks.
+            pub fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+                match self { $(Self::$Layer(config) => config.validate(dims).map_err(|e| e.within(self.name())),)+ }
+            }
+
+            /// See [`MechanismConfig::init`].
+            pub fn init(&self, dims: &Dims, device: &Device) -> Attention {
+                match self { $(Self::$Layer(config) => Attention::$Layer(config.init(dims, device)),)+ }
+            }
+
+            /// See [`MechanismConfig::head_dim`].
+            pub fn head_dim(&self, dims: &Dims) -> usize {
+                match self { $(Self::$Layer(config) => config.head_dim(dims),)+ }
+            }
+
+            /// See [`MechanismConfig::cost`].
+            pub fn cost(&self, dims: &Dims) -> Cost {
+                match self { $(Self::$Layer(config) => config.cost(dims),)+ }
+            }
+        }
+
+        impl Attention {
+            /// See [`Mechanism::forward`].
+            pub fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+                match self { $(Self::$Layer(layer) => layer.forward(hidden, call),)+ }
+            }
+        }
+
+        #[cfg(test)]
+        mod laws_of {
+            $(#[test]
+            fn $key() {
+                let config = <super::$Config as super::MechanismConfig>::example();
+                crate::laws::hold(&super::AttentionConfig::$Layer(config));
+            })+
+        }
+    };
+}
+
+mechanisms! {
+    /// Softmax attention with one key head per query head (MHA), per group of them (GQA) or for all (MQA).
+    softmax => Softmax, SoftmaxConfig;
+    /// Grouped Differential Attention: noise heads, shared by groups of signal heads, are subtracted from them.
+    grouped_differential => GroupedDifferential, GroupedDifferentialConfig;
+}

@@ -1,0 +1,146 @@
+//! Softmax attention: MHA (Vaswani et al. 2017, arXiv 1706.03762), MQA (Shazeer 2019, arXiv 1911.02150) and
+//! GQA (Ainslie et al. 2023, arXiv 2305.13245), which differ only in how many query heads share a key/value head.
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{Device, Tensor};
+use polyhead_kernels::{AttentionOptions, attention};
+use serde::{Deserialize, Serialize};
+
+use crate::config::require;
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::rope::rotate;
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observe};
+
+/// Settings of softmax attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SoftmaxConfig {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a head. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Biases on the query, key and value projections, as in Qwen2. Default: false.
+    #[serde(default)]
+    pub qkv_bias: bool,
+}
+
+impl SoftmaxConfig {
+    /// Key/value heads with the default filled in.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+}
+
+impl MechanismConfig for SoftmaxConfig {
+    type Layer = Softmax;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        check_heads(self.n_heads, self.head_dim, dims)?;
+        let kv_heads = self.kv_heads();
+        require(kv_heads > 0 && self.n_heads.is_multiple_of(kv_heads), "n_kv_heads", || {
+            format!("n_kv_heads ({kv_heads}) must divide n_heads ({})", self.n_heads)
+        })
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> Softmax {
+        let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
+        let project = |d_output| linear(d_model, d_output, self.qkv_bias, INIT_STD, device);
+        Softmax {
+            q_proj: project(self.n_heads * width),
+            k_proj: project(kv_heads * width),
+            v_proj: project(kv_heads * width),
+            o_proj: linear(self.n_heads * width, d_model, false, residual_std(dims.n_layers), device),
+            n_heads: self.n_heads,
+            n_kv_heads: kv_heads,
+        }
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.head_dim.unwrap_or(dims.d_model / self.n_heads.max(1))
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
+        let (heads, kv_heads) = (self.n_heads as u64, self.kv_heads() as u64);
+        let weights = d_model * width * (2 * heads + 2 * kv_heads);
+        let biases = if self.qkv_bias { width * (heads + 2 * kv_heads) } else { 0 };
+        Cost {
+            parameters: weights + biases,
+            flops_per_token: 2 * weights,
+            flops_per_pair: 4 * heads * width,
+            cached_numbers_per_token: 2 * kv_heads * width,
+        }
+    }
+
+    fn example() -> Self {
+        Self { n_heads: 4, n_kv_heads: Some(2), head_dim: None, qkv_bias: true }
+    }
+}
+
+/// Rules about query heads that every mechanism shares.
+///
+/// # Errors
+/// Where there are no heads, they do not divide d_model, or rotary positions meet an odd width.
+pub(crate) fn check_heads(n_heads: usize, head_dim: Option<usize>, dims: &Dims) -> Result<(), ConfigError> {
+    require(n_heads > 0, "n_heads", || "n_heads (0) must be at least 1".into())?;
+    match head_dim {
+        None => require(dims.d_model.is_multiple_of(n_heads), "n_heads", || {
+            format!("n_heads ({n_heads}) must divide d_model ({}), or head_dim must be given", dims.d_model)
+        })?,
+        Some(width) => require(width > 0, "head_dim", || "head_dim (0) must be at least 1".into())?,
+    }
+    let width = head_dim.unwrap_or(dims.d_model / n_heads);
+    let field = if head_dim.is_some() { "head_dim" } else { "n_heads" };
+    require(!dims.rope || width.is_multiple_of(2), field, || {
+        format!("head_dim ({width}) must be even for rotary positions; rope = false switches them off")
+    })
+}
+
+/// A layer of softmax attention.
+#[derive(Module, Debug)]
+pub struct Softmax {
+    /// `[d_model, n_heads * head_dim]`
+    pub q_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub k_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub v_proj: Linear,
+    /// `[n_heads * head_dim, d_model]`
+    pub o_proj: Linear,
+    n_heads: usize,
+    n_kv_heads: usize,
+}
+
+impl Mechanism for Softmax {
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+        let q = rotate(call.rope, split_heads(self.q_proj.forward(hidden.clone()), self.n_heads));
+        let k = rotate(call.rope, split_heads(self.k_proj.forward(hidden.clone()), self.n_kv_heads));
+        let v = split_heads(self.v_proj.forward(hidden), self.n_kv_heads);
+        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let (k, v) = match call.cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
+        };
+        let options = AttentionOptions {
+            mask: Some(call.mask),
+            query_offset,
+            bias: call.bias.cloned(),
+            statistics: call.observe.wanted(),
+            ..Default::default()
+        };
+        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
+        let seen = attended.statistics.map(|statistics| {
+            let mut seen = Observation::default();
+            seen.add(["entropy", "first_token_mass", "largest_score"], &statistics);
+            seen.maps = (call.observe == Observe::Maps).then_some(statistics.weights);
+            seen
+        });
+        Attended { hidden: self.o_proj.forward(join_heads(attended.hidden)), penalty: None, seen }
+    }
+}

@@ -1,0 +1,324 @@
+//! The pre-norm decoder: `x + attention(norm(x))`, then `x + mlp(norm(x))`, in the form of LLaMA (Touvron et al. 2023,
+//! arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases but those that a mechanism asks for.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use polyhead_attention::{
+    Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation, Observe, Rope,
+    RopeLayout, linear,
+};
+use polyhead_kernels::{rms_norm, swiglu};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Batch, PerLayer};
+
+/// Settings of a decoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecoderConfig {
+    /// Channels of the residual stream.
+    pub d_model: usize,
+    /// Layers.
+    pub n_layers: usize,
+    /// Channels inside the feed-forward layers. Default: 8/3 d_model, rounded up to a multiple of 16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub d_ff: Option<usize>,
+    /// Rotary positions. Default: true.
+    #[serde(default = "yes")]
+    pub rope: bool,
+    /// Base of the rotary frequencies. Default: 10000.
+    #[serde(default = "rope_theta")]
+    pub rope_theta: f64,
+    /// Which channels form the rotated pairs. Default: "rotate_half".
+    #[serde(default)]
+    pub rope_layout: RopeLayout,
+    /// Inside the square root of the norms. Default: 1e-5.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Use the token embedding as output projection too. Default: true.
+    #[serde(default = "yes")]
+    pub tie_embeddings: bool,
+    /// The attention mechanism: one table for all layers, or a list with one per layer.
+    pub attention: PerLayer<AttentionConfig>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn rope_theta() -> f64 {
+    10_000.0
+}
+
+fn norm_eps() -> f64 {
+    1e-5
+}
+
+/// A part of a model with what it costs, for `plan`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// What it is: `embedding`, `layer 0-3: softmax`, ...
+    pub name: String,
+    /// Its cost, over all its layers.
+    pub cost: Cost,
+}
+
+impl DecoderConfig {
+    /// Channels inside the feed-forward layers, with the default filled in.
+    pub fn feed_forward(&self) -> usize {
+        self.d_ff.unwrap_or_else(|| (self.d_model * 8).div_ceil(3).next_multiple_of(16))
+    }
+
+    fn dims(&self, layer: usize) -> Dims {
+        Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: self.rope }
+    }
+
+    /// The mechanism of a layer.
+    ///
+    /// # Panics
+    /// If the list of mechanisms is too short, which [`validate`](Self::validate) refuses.
+    pub fn mechanism(&self, layer: usize) -> &AttentionConfig {
+        self.attention.of_layer(layer).expect("validate: one mechanism per layer")
+    }
+
+    /// Channels of a query head in a layer.
+    pub fn head_dim(&self, layer: usize) -> usize {
+        self.mechanism(layer).head_dim(&self.dims(layer))
+    }
+
+    /// Checks everything that a user can get wrong.
+    ///
+    /// # Errors
+    /// Names the field, its value and the rule.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive = |field: &str, value: usize| match value {
+            0 => Err(ConfigError::new(field, format!("{field} (0) must be at least 1"))),
+            _ => Ok(()),
+        };
+        positive("d_model", self.d_model)?;
+        positive("n_layers", self.n_layers)?;
+        positive("d_ff", self.feed_forward())?;
+        for (field, value) in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));
+            }
+        }
+        if let PerLayer::Each(list) = &self.attention
+            && list.len() != self.n_layers
+        {
+            let problem =
+                format!("attention lists {} mechanisms for n_layers ({}): give one per layer", list.len(), self.n_layers);
+            return Err(ConfigError::new("attention", problem));
+        }
+        for layer in 0..self.n_layers {
+            let table = match &self.attention {
+                PerLayer::Same(_) => "attention".to_owned(),
+                PerLayer::Each(_) => format!("attention.{layer}"),
+            };
+            self.mechanism(layer).validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
+        }
+        Ok(())
+    }
+
+    /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and seed the device.
+    pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
+        let (d_model, d_ff) = (self.d_model, self.feed_forward());
+        let residual = INIT_STD / (2.0 * self.n_layers as f64).sqrt();
+        let norm = || Norm { weight: Param::from_tensor(Tensor::ones([d_model], device)) };
+        let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
+        let layer = |index| Block {
+            attention_norm: norm(),
+            attention: self.mechanism(index).init(&self.dims(index), device),
+            mlp_norm: norm(),
+            mlp: Mlp {
+                gate_proj: linear(d_model, d_ff, false, INIT_STD, device),
+                up_proj: linear(d_model, d_ff, false, INIT_STD, device),
+                down_proj: linear(d_ff, d_model, false, residual, device),
+            },
+        };
+        Decoder {
+            embedding: Embedding { weight: Param::from_tensor(embedding) },
+            layers: (0..self.n_layers).map(layer).collect(),
+            norm: norm(),
+            head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
+            config: self.clone(),
+        }
+    }
+
+    /// Parameters and costs by part. Neighbouring layers of one mechanism are one part.
+    pub fn parts(&self, vocab_size: usize) -> Vec<Part> {
+        let (d_model, d_ff, vocab) = (self.d_model as u64, self.feed_forward() as u64, vocab_size as u64);
+        let plain = |parameters: u64, flops_per_token: u64| Cost { parameters, flops_per_token, ..Default::default() };
+        let mut parts = vec![Part { name: "embedding".into(), cost: plain(vocab * d_model, 0) }];
+        for layer in 0..self.n_layers {
+            let cost = self.mechanism(layer).cost(&self.dims(layer));
+            let name = format!("attention: {}", self.mechanism(layer).name());
+            match parts.iter_mut().find(|part| part.name == name) {
+                Some(part) => {
+                    part.cost.parameters += cost.parameters;
+                    part.cost.flops_per_token += cost.flops_per_token;
+                    part.cost.flops_per_pair += cost.flops_per_pair;
+                    part.cost.cached_numbers_per_token += cost.cached_numbers_per_token;
+                }
+                None => parts.push(Part { name, cost }),
+            }
+        }
+        let (layers, matrices) = (self.n_layers as u64, 3 * d_model * d_ff);
+        parts.push(Part { name: "feed-forward".into(), cost: plain(layers * matrices, 2 * layers * matrices) });
+        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * d_model, 0) });
+        let head = if self.tie_embeddings { 0 } else { vocab * d_model };
+        parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
+        parts
+    }
+}
+
+/// The token embedding.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// `[vocab, d_model]`
+    pub weight: Param<Tensor<2>>,
+}
+
+/// An RMSNorm's weights; the epsilon is the model's.
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// `[d_model]`
+    pub weight: Param<Tensor<1>>,
+}
+
+/// A gated feed-forward layer.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[d_model, d_ff]`
+    pub gate_proj: Linear,
+    /// `[d_model, d_ff]`
+    pub up_proj: Linear,
+    /// `[d_ff, d_model]`
+    pub down_proj: Linear,
+}
+
+/// One layer of a decoder.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before attention
+    pub attention_norm: Norm,
+    /// The mechanism
+    pub attention: Attention,
+    /// Before the feed-forward layer
+    pub mlp_norm: Norm,
+    /// The feed-forward layer
+    pub mlp: Mlp,
+}
+
+/// A decoder language model.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding
+    pub embedding: Embedding,
+    /// Layers, first to last
+    pub layers: Vec<Block>,
+    /// Before the output projection
+    pub norm: Norm,
+    /// The output projection; `None` where it is the embedding
+    pub head: Option<Linear>,
+    #[module(skip)]
+    config: DecoderConfig,
+}
+
+/// What [`Decoder::forward`] returns.
+#[derive(Debug, Clone)]
+pub struct Forward {
+    /// `[batch, seq, d_model]`, normalised: what the output projection reads.
+    pub hidden: Tensor<3>,
+    /// `[1]` each: the layers' auxiliary losses, unweighted.
+    pub penalties: Vec<Tensor<1>>,
+    /// One per layer, if asked for.
+    pub seen: Vec<Observation>,
+}
+
+impl Decoder {
+    /// The settings that this model was made from.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Ids that the model knows.
+    pub fn vocab_size(&self) -> usize {
+        self.embedding.weight.dims()[0]
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        self.embedding.weight.val().device()
+    }
+
+    /// `[batch, seq]` token ids on the model's device.
+    pub fn tokens(&self, batch: &Batch) -> Tensor<2, Int> {
+        let ids: Vec<i32> = batch.tokens.iter().map(|&id| id as i32).collect();
+        Tensor::from_data(TensorData::new(ids, [batch.batch, batch.seq]), &self.device())
+    }
+
+    /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
+    pub fn forward(
+        &self,
+        tokens: Tensor<2, Int>,
+        mask: &Mask,
+        mut cache: Option<&mut Cache>,
+        observe: Observe,
+    ) -> Forward {
+        let [batch, seq] = tokens.dims();
+        let eps = self.config.norm_eps;
+        let start = cache.as_ref().map_or(0, |cache| cache.len());
+        let ropes = self.ropes(start..start + seq);
+        let rows = self.embedding.weight.val().select(0, tokens.reshape([batch * seq]));
+        let mut hidden = rows.reshape([batch, seq, self.config.d_model]);
+        let (mut penalties, mut seen) = (Vec::new(), Vec::new());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let call = Call {
+                rope: ropes.get(&self.config.head_dim(index)),
+                mask,
+                bias: None,
+                cache: cache.as_deref_mut().map(|cache| &mut cache.layers[index]),
+                observe,
+            };
+            let normed = rms_norm(hidden.clone(), layer.attention_norm.weight.val(), eps);
+            let attended = layer.attention.forward(normed, call);
+            hidden = hidden + attended.hidden;
+            penalties.extend(attended.penalty);
+            seen.extend(attended.seen);
+            let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
+            let gated = swiglu(layer.mlp.gate_proj.forward(normed.clone()), layer.mlp.up_proj.forward(normed));
+            hidden = hidden + layer.mlp.down_proj.forward(gated);
+        }
+        Forward { hidden: rms_norm(hidden, self.norm.weight.val(), eps), penalties, seen }
+    }
+
+    /// `[d_model, vocab]`: the output projection.
+    pub fn output_projection(&self) -> Tensor<2> {
+        match &self.head {
+            Some(head) => head.weight.val(),
+            None => self.embedding.weight.val().transpose(),
+        }
+    }
+
+    /// `[batch, seq, vocab]` from `[batch, seq, d_model]`.
+    pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
+        let [batch, seq, d_model] = hidden.dims();
+        hidden.reshape([batch * seq, d_model]).matmul(self.output_projection()).reshape([batch, seq, self.vocab_size()])
+    }
+
+    fn ropes(&self, positions: std::ops::Range<usize>) -> BTreeMap<usize, Rope> {
+        let config = &self.config;
+        let make = |width| Rope::new(positions.clone(), width, config.rope_theta, config.rope_layout, &self.device());
+        let layers = if config.rope { 0..config.n_layers } else { 0..0 };
+        let mut ropes = BTreeMap::new();
+        for layer in layers {
+            ropes.entry(config.head_dim(layer)).or_insert_with_key(|&width| make(width));
+        }
+        ropes
+    }
+}

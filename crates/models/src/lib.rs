@@ -1,0 +1,18 @@
+//! Models built from attention mechanisms: what they compute, what they learn from, and their weights as files.
+//!
+//! [`Decoder`] is the pre-norm language model; [`Batch`] what it is given, [`loss`](Decoder::loss) what it is told,
+//! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
+
+mod batch;
+mod decoder;
+mod generate;
+pub mod hf;
+mod loss;
+mod per_layer;
+pub mod weights;
+
+pub use batch::{Batch, IGNORE};
+pub use decoder::{Decoder, DecoderConfig, Forward, Part};
+pub use generate::{Sampling, generate};
+pub use loss::{Evaluated, Loss};
+pub use per_layer::PerLayer;

@@ -1,0 +1,92 @@
+//! What a model is told about a batch: the loss to minimise, and the sums that evaluation adds up.
+
+use burn::tensor::Tensor;
+use polyhead_attention::{Mask, Observation, Observe};
+use polyhead_kernels::{CrossEntropy, Targets, cross_entropy};
+
+use crate::{Batch, Decoder, Forward};
+
+/// The training loss of one batch, with its named terms.
+#[derive(Debug)]
+pub struct Loss {
+    /// `[1]`, nats: the *sum* of the cross-entropy over the targets. A mean is left to the caller, who knows how many
+    /// targets the whole step has.
+    pub cross_entropy: Tensor<1>,
+    /// `[1]`: the mean over layers of a mechanism's auxiliary loss, unweighted; `None` without one.
+    pub penalty: Option<Tensor<1>>,
+    /// What each layer saw, if asked for.
+    pub seen: Vec<Observation>,
+}
+
+/// The sums of an evaluated batch.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Evaluated {
+    /// Nats, summed over the targets.
+    pub loss: f64,
+    /// How many targets were the model's first choice.
+    pub correct: u64,
+    /// How many targets there were.
+    pub targets: u64,
+    /// Bytes of text that the targets stand for; 0 where the data is no text.
+    pub bytes: u64,
+}
+
+impl Evaluated {
+    /// Adds another batch.
+    pub fn add(&mut self, other: Self) {
+        self.loss += other.loss;
+        self.correct += other.correct;
+        self.targets += other.targets;
+        self.bytes += other.bytes;
+    }
+
+    /// Nats per target.
+    pub fn mean_loss(&self) -> f64 {
+        self.loss / self.targets.max(1) as f64
+    }
+
+    /// Share of targets that were the model's first choice.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.targets.max(1) as f64
+    }
+
+    /// Bits per byte of text; `None` where the data is no text.
+    pub fn bits_per_byte(&self) -> Option<f64> {
+        (self.bytes > 0).then(|| self.loss / std::f64::consts::LN_2 / self.bytes as f64)
+    }
+}
+
+impl Decoder {
+    /// The loss of a batch, differentiable.
+    pub fn loss(&self, batch: &Batch, observe: Observe) -> Loss {
+        let (forward, losses) = self.predict(batch, observe, false);
+        let layers = forward.penalties.len();
+        let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
+        Loss { cross_entropy: losses.losses.sum(), penalty, seen: forward.seen }
+    }
+
+    /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
+    pub fn evaluate(&self, batch: &Batch) -> Evaluated {
+        let (_, out) = self.predict(batch, Observe::Nothing, true);
+        // Summed in f64 on the host, so that the result does not depend on how batches are cut.
+        let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
+        Evaluated {
+            loss: sum(out.losses),
+            correct: out.correct.map_or(0, |correct| sum(correct) as u64),
+            targets: batch.target_tokens(),
+            bytes: batch.target_bytes,
+        }
+    }
+
+    fn predict(&self, batch: &Batch, observe: Observe, want_correct: bool) -> (Forward, CrossEntropy) {
+        let mask = match &batch.documents {
+            Some(documents) => Mask::causal().with_documents(documents),
+            None => Mask::causal(),
+        };
+        let forward = self.forward(self.tokens(batch), &mask, None, observe);
+        let hidden = forward.hidden.clone().reshape([batch.batch * batch.seq, self.config().d_model]);
+        let targets = Targets::new(&batch.targets, &self.device());
+        let losses = cross_entropy(hidden, self.output_projection(), &targets, want_correct);
+        (forward, losses)
+    }
+}

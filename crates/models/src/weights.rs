@@ -1,0 +1,146 @@
+//! Parameters by name, to and from safetensors. The only place that writes the names of a checkpoint's tensors.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor, TensorData};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+/// Weights that do not fit the model.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// Not a safetensors file, or a broken one.
+    #[error("not a readable safetensors file: {0}")]
+    Unreadable(#[from] safetensors::SafeTensorError),
+    /// All disagreements at once.
+    #[error("the weights do not fit the model: {}", .0.join("; "))]
+    Unfit(Vec<String>),
+}
+
+/// A named f32 tensor on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    /// Field names from the model down, joined by dots.
+    pub name: String,
+    /// Sizes of the dimensions.
+    pub shape: Vec<usize>,
+    /// Row-major values.
+    pub values: Vec<f32>,
+}
+
+/// Keeps the path of fields during a walk; the variants of an enum are no part of it.
+#[derive(Debug, Default)]
+pub struct Path(Vec<String>);
+
+impl Path {
+    /// Call it from `enter_module`.
+    pub fn enter(&mut self, name: &str, container: &str) {
+        if !container.starts_with("Enum:") {
+            self.0.push(name.to_owned());
+        }
+    }
+
+    /// Call it from `exit_module`.
+    pub fn exit(&mut self, container: &str) {
+        if !container.starts_with("Enum:") {
+            self.0.pop();
+        }
+    }
+
+    /// The name of the parameter that is visited now.
+    pub fn name(&self) -> String {
+        self.0.join(".")
+    }
+}
+
+/// All parameters of a module, in the order of its fields.
+pub fn named<M: Module>(module: &M) -> Vec<Named> {
+    struct Collect(Path, Vec<Named>);
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.0.exit(container);
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let value = param.val();
+            let shape = value.dims().to_vec();
+            let values = value.into_data().convert_dtype(DType::F32).iter::<f32>().collect();
+            self.1.push(Named { name: self.0.name(), shape, values });
+        }
+    }
+    let mut collect = Collect(Path::default(), Vec::new());
+    module.visit(&mut collect);
+    collect.1
+}
+
+/// The bytes of a safetensors file with these tensors.
+///
+/// # Errors
+/// If a shape does not hold its values, which would be our mistake.
+pub fn to_safetensors(tensors: &[Named], metadata: &[(&str, String)]) -> Result<Vec<u8>, WeightsError> {
+    let bytes: Vec<Vec<u8>> =
+        tensors.iter().map(|tensor| tensor.values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|(tensor, bytes)| Ok((tensor.name.as_str(), TensorView::new(Dtype::F32, tensor.shape.clone(), bytes)?)));
+    let views: Vec<(&str, TensorView<'_>)> = views.collect::<Result<_, safetensors::SafeTensorError>>()?;
+    let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    Ok(safetensors::serialize(views, Some(metadata))?)
+}
+
+/// Reads all tensors of a safetensors file; they must be f32.
+///
+/// # Errors
+/// If the file is broken or holds another type.
+pub fn from_safetensors(bytes: &[u8]) -> Result<BTreeMap<String, Named>, WeightsError> {
+    let file = SafeTensors::deserialize(bytes)?;
+    let read = |(name, view): (String, TensorView<'_>)| {
+        if view.dtype() != Dtype::F32 {
+            return Err(WeightsError::Unfit(vec![format!("{name} is {:?}, expected F32", view.dtype())]));
+        }
+        let (chunks, _) = view.data().as_chunks::<4>();
+        let values = chunks.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
+        Ok((name.clone(), Named { name, shape: view.shape().to_vec(), values }))
+    };
+    file.tensors().into_iter().map(read).collect()
+}
+
+/// The module with its parameters replaced by the tensors of the same names.
+///
+/// # Errors
+/// Lists every missing, left-over and misshapen tensor.
+pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Result<M, WeightsError> {
+    struct Put<'a>(Path, &'a mut BTreeMap<String, Named>, Vec<String>);
+    impl ModuleMapper for Put<'_> {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.0.exit(container);
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let name = self.0.name();
+            let Some(tensor) = self.1.remove(&name) else {
+                self.2.push(format!("{name} is missing"));
+                return param;
+            };
+            let expected = param.dims().to_vec();
+            if tensor.shape != expected {
+                self.2.push(format!("{name} has shape {:?}, expected {expected:?}", tensor.shape));
+                return param;
+            }
+            param.map(|old| {
+                let new = Tensor::from_data(TensorData::new(tensor.values, tensor.shape), &old.device());
+                if old.is_require_grad() { new.require_grad() } else { new }
+            })
+        }
+    }
+    let mut put = Put(Path::default(), &mut tensors, Vec::new());
+    let module = module.map(&mut put);
+    let mut problems = put.2;
+    problems.extend(tensors.into_keys().map(|name| format!("{name} belongs to no parameter")));
+    if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
+}

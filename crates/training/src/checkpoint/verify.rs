@@ -1,0 +1,148 @@
+//! Whether a checkpoint is what was saved.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{CheckpointError, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, is_plain, step_of};
+use crate::run_folder::At;
+
+/// The manifest as it stands in the file: it ends with a hash of its own text, in which the digits
+/// of that hash are zeros.
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    #[serde(flatten)]
+    manifest: Manifest,
+    manifest_blake3: String,
+}
+
+const NO_SEAL: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// The text of `manifest.json`.
+pub(super) fn seal(manifest: &Manifest) -> String {
+    let sealed = Sealed { manifest: manifest.clone(), manifest_blake3: NO_SEAL.to_string() };
+    // Only maps with keys that are no strings cannot be written, and a manifest has none.
+    let text = format!("{:#}\n", serde_json::json!(sealed));
+    let hash = blake3::hash(text.as_bytes()).to_string();
+    match text.rfind(NO_SEAL) {
+        Some(at) => format!("{}{hash}{}", &text[..at], &text[at + NO_SEAL.len()..]),
+        None => text,
+    }
+}
+
+/// Checks every file of the checkpoint at `path` against the manifest.
+///
+/// Files that the manifest does not name are ignored.
+///
+/// # Errors
+/// What is wrong first, and with which file: missing, truncated, altered.
+pub fn verify(path: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest = read_manifest(path)?;
+    for entry in &manifest.files {
+        let file = open(path, entry)?;
+        let hashed = hash(&file).at("read", &path.join(&entry.name))?;
+        compare(path, entry, hashed)?;
+    }
+    Ok(manifest)
+}
+
+/// The bytes of one file of the checkpoint at `path`, checked against the manifest.
+///
+/// # Errors
+/// As for [`verify`], but only about the manifest and this file; also if there is no such file.
+pub fn read_file(path: &Path, name: &str) -> Result<Vec<u8>, CheckpointError> {
+    let manifest = read_manifest(path)?;
+    let Some(entry) = manifest.files.iter().find(|entry| entry.name == name) else {
+        let names: Vec<_> = manifest.files.iter().map(|e| e.name.as_str()).collect();
+        return Err(CheckpointError::NoSuchFile {
+            path: path.to_path_buf(),
+            name: name.to_string(),
+            holds: names.join(", "),
+        });
+    };
+    let mut bytes = Vec::new();
+    open(path, entry)?.read_to_end(&mut bytes).at("read", &path.join(name))?;
+    let hashed = (bytes.len() as u64, blake3::hash(&bytes).to_string());
+    compare(path, entry, hashed)?;
+    Ok(bytes)
+}
+
+/// The manifest of the checkpoint at `path`, known to be as it was written.
+pub(super) fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest_path = path.join(MANIFEST);
+    let bytes = match fs::read(&manifest_path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            return Err(CheckpointError::NoManifest { path: path.to_path_buf() });
+        }
+        read => read.at("read", &manifest_path)?,
+    };
+    let bad = |reason: String| CheckpointError::BadManifest { path: manifest_path.clone(), reason };
+    let text = str::from_utf8(&bytes).map_err(|_| bad("it is not text".into()))?;
+    let value: serde_json::Value = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
+    // The seal first: if it holds, another version is another version and not damage.
+    let found = value["manifest_blake3"].as_str().unwrap_or_default();
+    let at = text.rfind(found).filter(|_| found.len() == NO_SEAL.len());
+    let at = at.ok_or_else(|| bad("it holds no hash of itself".into()))?;
+    let unsealed = format!("{}{NO_SEAL}{}", &text[..at], &text[at + NO_SEAL.len()..]);
+    if blake3::hash(unsealed.as_bytes()).to_string() != found {
+        return Err(bad("altered: its hash differs".into()));
+    }
+    let version = value["format_version"].as_u64().unwrap_or(0);
+    if version != u64::from(FORMAT_VERSION) {
+        return Err(CheckpointError::Format { path: manifest_path, found: version });
+    }
+    let Sealed { manifest, .. } = serde_json::from_value(value).map_err(|error| bad(error.to_string()))?;
+    if let Some(entry) = manifest.files.iter().find(|entry| !is_plain(&entry.name)) {
+        return Err(bad(format!("{:?} is no plain file name", entry.name)));
+    }
+    if step_of(path).is_some_and(|step| step != manifest.step) {
+        return Err(CheckpointError::WrongStep { path: path.to_path_buf(), found: manifest.step });
+    }
+    Ok(manifest)
+}
+
+/// Opens a file of the checkpoint after a look at its length, so that hashing is not in vain.
+fn open(folder: &Path, entry: &FileEntry) -> Result<File, CheckpointError> {
+    let path = folder.join(&entry.name);
+    let file = match File::open(&path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            return Err(CheckpointError::Missing { path });
+        }
+        opened => opened.at("read", &path)?,
+    };
+    let length = file.metadata().at("read", &path)?.len();
+    compare_length(folder, entry, length)?;
+    Ok(file)
+}
+
+fn compare_length(folder: &Path, entry: &FileEntry, found: u64) -> Result<(), CheckpointError> {
+    let path = folder.join(&entry.name);
+    let expected = entry.bytes;
+    match found.cmp(&expected) {
+        std::cmp::Ordering::Less => Err(CheckpointError::Truncated { path, found, expected }),
+        std::cmp::Ordering::Greater => {
+            Err(CheckpointError::Altered { path, reason: format!("{found} bytes instead of {expected}") })
+        }
+        std::cmp::Ordering::Equal => Ok(()),
+    }
+}
+
+fn compare(folder: &Path, entry: &FileEntry, (length, hash): (u64, String)) -> Result<(), CheckpointError> {
+    compare_length(folder, entry, length)?;
+    if hash != entry.blake3 {
+        return Err(CheckpointError::Altered {
+            path: folder.join(&entry.name),
+            reason: "its hash differs".to_string(),
+        });
+    }
+    Ok(())
+}
+
+/// The length and the hash of what `reader` yields.
+pub(super) fn hash(reader: impl Read) -> io::Result<(u64, String)> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(reader)?;
+    Ok((hasher.count(), hasher.finalize().to_string()))
+}
