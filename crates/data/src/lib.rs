@@ -1,1 +1,125 @@
-//! Placeholder.
+//! Text and generated tasks, to batches.
+//!
+//! [`open`] turns `[data]` and `[tokenizer]` of a recipe into two [`Loader`]s. On the way: documents (`text.rs`,
+//! `rust_docs.rs`), token ids in a memory-mapped file (`tokens.rs`), rows (`pack.rs`) or generated rows (`synthetic/`),
+//! batches by position (`loader.rs`).
+
+mod config;
+mod error;
+mod html;
+mod loader;
+mod order;
+mod pack;
+mod rust_docs;
+pub mod synthetic;
+mod text;
+mod tokenizer;
+mod tokens;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use config::{DataConfig, RustDocsConfig};
+pub use error::DataError;
+pub use loader::{FromDataset, Loader, LoaderOptions, Sample, Samples};
+pub use pack::{Packing, Windows};
+pub use text::{JsonlConfig, TextConfig, TextDocument, Texts};
+pub use tokenizer::{BytesTokenizer, HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
+pub use tokens::{Split, TokenFile, split};
+
+use synthetic::{Generated, Side};
+
+/// Everything about data besides what it is.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Tokens per row.
+    pub seq_len: usize,
+    /// Rows per batch.
+    pub batch_size: usize,
+    /// Decides order and generated samples.
+    pub seed: u64,
+    /// Whether rows see across documents.
+    pub packing: Packing,
+    /// Share of a text kept for validation.
+    pub validation_fraction: f64,
+    /// Validation samples of a generated set.
+    pub validation_samples: u64,
+    /// Where token files are kept.
+    pub cache_dir: PathBuf,
+    /// The project's folder, for its own text.
+    pub project_root: PathBuf,
+}
+
+/// Data, ready to use.
+pub struct Opened {
+    /// Batches to learn from, without end.
+    pub train: Loader,
+    /// Batches to validate on.
+    pub validation: Loader,
+    /// For text.
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids that occur.
+    pub vocab_size: usize,
+    /// What the data is, in words.
+    pub description: String,
+    /// The lowest loss that any model can reach, in nats per target, where it is known.
+    pub floor: Option<f64>,
+}
+
+/// Opens what a recipe names. `progress` is told bytes done and bytes in all while text is turned into tokens.
+///
+/// # Errors
+/// If files are missing or malformed, or there is too little text.
+pub fn open(
+    data: &DataConfig,
+    tokenizer: &TokenizerConfig,
+    options: &OpenOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Opened, DataError> {
+    let OpenOptions { seq_len, batch_size, seed, packing, .. } = *options;
+    let loader = |samples: Arc<dyn Samples>, bytes: Option<Vec<u32>>, shuffle: bool| {
+        Loader::new(samples, bytes, LoaderOptions { batch_size, seed, shuffle })
+    };
+    if let Some((task, floor)) = data.task(seed) {
+        let vocab_size = task.vocab_size();
+        let description = format!("generated: {} ({vocab_size} ids), new samples without end", data.name());
+        let train = Generated { task, seq_len, seed, side: Side::Train };
+        let (task, _) = data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again"));
+        let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
+        let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
+        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, floor });
+    }
+    let (documents, source) = documents(data, &options.project_root)?;
+    let tokenizer = Tokenizer::open(tokenizer)?;
+    let file = TokenFile::open_or_build(&documents, &tokenizer, &options.cache_dir, progress)?;
+    let split = split(&file, options.validation_fraction)?;
+    let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
+    let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
+    let bytes = Some(tokenizer.token_bytes());
+    Ok(Opened {
+        train: loader(Arc::new(train), bytes.clone(), true),
+        validation: loader(Arc::new(held_out), bytes, false),
+        vocab_size: tokenizer.vocab_size(),
+        tokenizer: Some(tokenizer),
+        description: format!("{source}: {} tokens; {}", file.len(), split.description),
+        floor: None,
+    })
+}
+
+/// The documents of a text source, and what they are in words.
+///
+/// # Errors
+/// If files are missing or malformed, or the source is no text.
+pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocument>, String), DataError> {
+    let counted = |documents: Vec<TextDocument>, what: &str| {
+        let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
+        let words = format!("{} {what} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
+        (documents, words)
+    };
+    match data {
+        DataConfig::RustDocs(_) => rust_docs::read_rust_docs(project_root),
+        DataConfig::Text(config) => Ok(counted(text::read_text(config)?, "text files")),
+        DataConfig::Jsonl(config) => Ok(counted(text::read_jsonl(config)?, "JSON rows")),
+        other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
+    }
+}

@@ -22,7 +22,7 @@ mod verify;
 
 pub use best::{Best, read_best, write_best};
 pub use draft::Draft;
-pub use shelf::{clean_leftovers, discard_after, list, newest_good, prune};
+pub use shelf::{Whole, clean_leftovers, discard_after, list, newest_good, prune};
 pub use verify::{read_file, verify};
 
 /// The version of the layout that this code writes; it reads no other.

@@ -1,6 +1,26 @@
-//! Placeholder.
+//! The loop: steps, checkpoints, metrics.
+//!
+//! [`run`](run::run) is the loop, to be read from top to bottom; [`Procedure`] is what one step does. This crate knows
+//! models and files, but neither where data comes from nor what a recipe or a terminal is.
 
 pub mod checkpoint;
+pub mod config;
+mod error;
+pub mod evaluate;
+mod gradients;
+mod memory;
+mod observe;
+pub mod optimizer;
 pub mod picture;
+mod procedure;
+pub mod run;
 pub mod run_folder;
+pub mod schedule;
+mod standard;
+pub mod state;
 pub mod tensorboard;
+
+pub use error::TrainError;
+pub use memory::peak_memory_bytes;
+pub use procedure::{Procedure, StepContext, StepReport};
+pub use standard::Standard;

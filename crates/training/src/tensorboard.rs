@@ -5,9 +5,9 @@
 //! define them. Values are written in the forms that TensorBoard has read since its first version
 //! (`simple_value`, `histo`, `image`) and text as a string tensor of the plugin "text".
 //!
-//! Why not the crate `tensorboard-rs` (0.5.9): its histograms of tensors, text and image batches are
-//! `unimplemented!()`, it panics when the disk is full, makes a system call for every piece of a
-//! record, and cannot resume: a continued run would show the abandoned steps twice.
+//! Why not the crate `tensorboard-rs` (0.5.9): its `add_histogram`, `add_text` and `add_images` are
+//! `unimplemented!()`, it panics on I/O errors such as a full disk, does not buffer what it writes,
+//! and cannot resume: a continued run would show the abandoned steps twice.
 //!
 //! **Resuming.** [`EventWriter::create`] with `purge_after = Some(s)` first rewrites the folder's
 //! earlier event files (each atomically) without the events of steps greater than `s` and without

@@ -28,11 +28,14 @@ pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     Ok(found.into_iter().collect())
 }
 
+/// The folder of a checkpoint that was verified, and its manifest.
+pub type Whole = (PathBuf, Manifest);
+
 /// The newest checkpoint that is whole, and what is wrong with those newer than it.
 ///
 /// # Errors
 /// If the run folder cannot be read.
-pub fn newest_good(run_dir: &Path) -> Result<(Option<(PathBuf, Manifest)>, Vec<CheckpointError>), CheckpointError> {
+pub fn newest_good(run_dir: &Path) -> Result<(Option<Whole>, Vec<CheckpointError>), CheckpointError> {
     let mut skipped = Vec::new();
     for (_, path) in list(run_dir)?.into_iter().rev() {
         match verify(&path) {

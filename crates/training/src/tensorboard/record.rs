@@ -81,7 +81,9 @@ mod tests {
             }
         }
         let crc = !crc;
-        ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
+        // Rotated left by 17, in a wider number.
+        let wide = u64::from(crc) << 17;
+        ((wide as u32) | ((wide >> 32) as u32)).wrapping_add(0xa282_ead8)
     }
 
     #[test]

@@ -1,0 +1,62 @@
+//! Induction: a random sequence, then the same again. The second half can be told from the first (Olsson et al. 2022,
+//! arXiv 2209.11895).
+
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Problem, Task, answers_only, below, require};
+use crate::loader::Sample;
+
+/// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for lies in the second half.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct InductionConfig {
+    /// Different tokens. Default: 64.
+    pub vocab: usize,
+}
+
+impl Default for InductionConfig {
+    fn default() -> Self {
+        Self { vocab: 64 }
+    }
+}
+
+impl InductionConfig {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+        require(self.vocab > 1, "vocab", || format!("vocab ({}) must be at least 2", self.vocab))?;
+        require(seq_len >= 4, "vocab", || format!("training.seq_len ({seq_len}) must be at least 4 for two halves"))
+    }
+}
+
+impl Task for InductionConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab
+    }
+
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+        let half = seq_len / 2;
+        let first: Vec<u32> = (0..half).map(|_| below(rng, self.vocab)).collect();
+        let tokens: Vec<u32> = first.iter().copied().cycle().take(seq_len).collect();
+        // The first token of the second half cannot be told; the rest can.
+        let answers: Vec<(usize, u32)> = (half..seq_len - 1).map(|at| (at, tokens[at + 1])).collect();
+        answers_only(tokens, &answers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic::testing::{answers, rows};
+
+    #[test]
+    fn answers_repeat_the_first_half() {
+        for row in rows(InductionConfig::default(), 20) {
+            assert!(answers(&row).iter().all(|&(at, answer)| at >= 10 && row.tokens[at + 1 - 10] == answer));
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Documents of text: from files, from JSON lines.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use burn_dataset::Dataset;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::DataError;
+use crate::error::At;
+use crate::html::html_to_text;
+
+/// Endings that count as text when a folder is named.
+const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py", "toml", "json", "tex", "c", "h"];
+
+/// A text with its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TextDocument {
+    /// Where it comes from.
+    pub name: String,
+    /// The text.
+    pub text: String,
+}
+
+/// Documents as a Burn dataset.
+#[derive(Debug, Clone, Default)]
+pub struct Texts(pub Vec<TextDocument>);
+
+impl Dataset<TextDocument, DataError> for Texts {
+    fn get(&self, index: usize) -> Result<TextDocument, DataError> {
+        Ok(self.0[index].clone())
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// `[data.text]`: text files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TextConfig {
+    /// Files, folders (searched to the bottom for text files) and patterns such as "books/*.txt". One document a file;
+    /// HTML is stripped.
+    pub paths: Vec<String>,
+}
+
+/// `[data.jsonl]`: one document a line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JsonlConfig {
+    /// Files, folders and patterns.
+    pub paths: Vec<String>,
+    /// The field that holds the text. Default: "text".
+    #[serde(default = "text_field")]
+    pub field: String,
+}
+
+fn text_field() -> String {
+    "text".into()
+}
+
+/// Reads text files.
+///
+/// # Errors
+/// If a pattern matches nothing, or a file that is named cannot be read as UTF-8.
+pub fn read_text(config: &TextConfig) -> Result<Vec<TextDocument>, DataError> {
+    let mut documents = Vec::new();
+    for (path, named) in expand(&config.paths, &TEXT_ENDINGS)? {
+        let bytes = std::fs::read(&path).at(&path)?;
+        let Ok(text) = String::from_utf8(bytes) else {
+            if named {
+                return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
+            }
+            continue;
+        };
+        let html = path.extension().is_some_and(|ending| ending == "html" || ending == "htm");
+        let text = if html { html_to_text(&text) } else { text };
+        documents.push(TextDocument { name: path.display().to_string(), text });
+    }
+    Ok(documents)
+}
+
+/// Reads JSON lines.
+///
+/// # Errors
+/// If a pattern matches nothing, or a line is no object with the field.
+pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> {
+    let mut documents = Vec::new();
+    for (path, _) in expand(&config.paths, &["jsonl", "ndjson"])? {
+        let content = std::fs::read_to_string(&path).at(&path)?;
+        for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
+            let value: serde_json::Value = serde_json::from_str(line).map_err(|e| row(format!("no JSON: {e}")))?;
+            let field = &config.field;
+            let text = value.get(field).and_then(|text| text.as_str()).ok_or_else(|| {
+                let keys = value.as_object().map(|row| row.keys().cloned().collect::<Vec<_>>().join(", "));
+                let has = keys.map_or("is no object".into(), |keys| format!("has {keys}"));
+                row(format!("no text in field \"{field}\" (the row {has}); set data.jsonl.field"))
+            })?;
+            documents.push(TextDocument { name: format!("{}:{}", path.display(), index + 1), text: text.to_owned() });
+        }
+    }
+    Ok(documents)
+}
+
+/// Files that patterns mean, sorted, with whether each was named itself (not found in a folder).
+fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeSet<(PathBuf, bool)>, DataError> {
+    if patterns.is_empty() {
+        return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
+    }
+    let mut found = BTreeSet::new();
+    for pattern in patterns {
+        let before = found.len();
+        let matches = glob::glob(pattern).map_err(|e| DataError::Unusable(format!("pattern \"{pattern}\": {e}")))?;
+        for path in matches.filter_map(Result::ok) {
+            if path.is_dir() {
+                walk(&path, endings, &mut found)?;
+            } else {
+                found.insert((path, true));
+            }
+        }
+        if found.len() == before {
+            let here = std::env::current_dir().unwrap_or_default();
+            let problem = format!("\"{pattern}\" matches no file (looked from {})", here.display());
+            return Err(DataError::Unusable(problem));
+        }
+    }
+    Ok(found)
+}
+
+/// All files below `folder` with one of the endings; hidden folders and `target` are left out.
+fn walk(folder: &Path, endings: &[&str], found: &mut BTreeSet<(PathBuf, bool)>) -> Result<(), DataError> {
+    for entry in std::fs::read_dir(folder).at(folder)? {
+        let path = entry.at(folder)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with('.') || name == "target" {
+            continue;
+        }
+        if path.is_dir() {
+            walk(&path, endings, found)?;
+        } else if path.extension().is_some_and(|ending| endings.iter().any(|known| ending == *known)) {
+            found.insert((path, false));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn folders_and_patterns_are_read_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("b.txt", b"second");
+        write("a/x.md", b"first");
+        write("a/binary.txt", &[0xff, 0xfe]);
+        write("picture.png", b"no text");
+        let all = read_text(&TextConfig { paths: vec![dir.path().display().to_string()] }).unwrap();
+        assert_eq!(all.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+        let pattern = format!("{}/*.csv", dir.path().display());
+        let error = read_text(&TextConfig { paths: vec![pattern.clone()] }).unwrap_err().to_string();
+        assert!(error.contains(&pattern), "{error}");
+    }
+
+    #[test]
+    fn a_malformed_row_is_named_by_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, "{\"text\": \"one\"}\n\n{\"body\": \"two\"}\n").unwrap();
+        let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
+        let error = read_jsonl(&config).unwrap_err().to_string();
+        assert!(error.contains("rows.jsonl:3") && error.contains("body"), "{error}");
+    }
+}

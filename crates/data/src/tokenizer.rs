@@ -1,0 +1,354 @@
+//! Text to token ids and back: plain bytes, or any Hugging Face `tokenizer.json`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
+
+use crate::DataError;
+use crate::error::At;
+
+const END_OF_TEXT: &str = "<|endoftext|>";
+const PAD: &str = "<|pad|>";
+/// What other projects call the token that ends a text, in the order in which we look.
+const END_NAMES: [&str; 6] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]"];
+
+/// `[tokenizer]`: one of its tables.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenizerConfig {
+    /// One token per byte of UTF-8, and two special ones: 258 ids.
+    Bytes(BytesTokenizer),
+    /// A tokenizer in Hugging Face's format.
+    Huggingface(HuggingfaceTokenizer),
+}
+
+impl Default for TokenizerConfig {
+    fn default() -> Self {
+        Self::Bytes(BytesTokenizer {})
+    }
+}
+
+/// The bytes tokenizer has no settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BytesTokenizer {}
+
+/// Where a Hugging Face tokenizer lies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HuggingfaceTokenizer {
+    /// A tokenizer.json, or a folder that holds one. `polyhead tokenizer train` makes one.
+    pub path: PathBuf,
+}
+
+/// A tokenizer, ready to use.
+#[derive(Clone)]
+pub struct Tokenizer {
+    json: String,
+    // None for bytes, whose ids are the bytes.
+    inner: Option<Box<HfTokenizer>>,
+    end_of_text: Option<u32>,
+    token_bytes: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Opens what a recipe names.
+    ///
+    /// # Errors
+    /// If the file is missing or no tokenizer.
+    pub fn open(config: &TokenizerConfig) -> Result<Self, DataError> {
+        match config {
+            TokenizerConfig::Bytes(_) => Ok(Self::bytes()),
+            TokenizerConfig::Huggingface(HuggingfaceTokenizer { path }) => {
+                let file = if path.is_dir() { path.join("tokenizer.json") } else { path.clone() };
+                let json = std::fs::read_to_string(&file).at(&file)?;
+                Self::from_json(&json).map_err(|error| match error {
+                    DataError::Unusable(problem) => DataError::Tokenizer { path: file, problem },
+                    other => other,
+                })
+            }
+        }
+    }
+
+    /// One token per byte: id = byte, 256 ends a text, 257 pads.
+    pub fn bytes() -> Self {
+        let mut token_bytes = vec![1; 256];
+        token_bytes.extend([0, 0]);
+        Self { json: bytes_json(), inner: None, end_of_text: Some(256), token_bytes }
+    }
+
+    /// Opens the text of a tokenizer.json, as checkpoints keep it.
+    ///
+    /// # Errors
+    /// If it is no tokenizer.
+    pub fn from_json(json: &str) -> Result<Self, DataError> {
+        if json == bytes_json() {
+            return Ok(Self::bytes());
+        }
+        let unusable = |problem: String| DataError::Unusable(problem);
+        let inner = HfTokenizer::from_bytes(json).map_err(|e| unusable(format!("no tokenizer.json: {e}")))?;
+        let end_of_text = END_NAMES.iter().find_map(|name| inner.token_to_id(name));
+        let token_bytes = count_bytes(json, &inner);
+        Ok(Self { json: json.to_owned(), inner: Some(Box::new(inner)), end_of_text, token_bytes })
+    }
+
+    /// Token ids of a text; no special tokens are added.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        match &self.inner {
+            None => Ok(text.bytes().map(u32::from).collect()),
+            Some(inner) => {
+                let encoded = inner.encode_fast(text, false);
+                let encoded = encoded.map_err(|e| DataError::Unusable(format!("the tokenizer failed: {e}")))?;
+                Ok(encoded.get_ids().to_vec())
+            }
+        }
+    }
+
+    /// The text of token ids. Bytes that are no UTF-8 become U+FFFD; special tokens become nothing.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        match &self.inner {
+            None => {
+                let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            Some(inner) => inner.decode(ids, true).unwrap_or_default(),
+        }
+    }
+
+    /// How many ids there are.
+    pub fn vocab_size(&self) -> usize {
+        self.token_bytes.len()
+    }
+
+    /// The id that ends a text.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.end_of_text
+    }
+
+    /// Bytes of text that each id stands for; 0 for special ones.
+    pub fn token_bytes(&self) -> Vec<u32> {
+        self.token_bytes.clone()
+    }
+
+    /// How an id is shown to a person.
+    pub fn token_text(&self, id: u32) -> String {
+        match (&self.inner, id) {
+            (None, 256) => END_OF_TEXT.into(),
+            (None, 257) => PAD.into(),
+            (None, byte) => std::ascii::escape_default(byte as u8).to_string(),
+            (Some(inner), id) => inner.id_to_token(id).unwrap_or_else(|| format!("<{id}>")),
+        }
+    }
+
+    /// A hash that tells tokenizers apart.
+    pub fn fingerprint(&self) -> String {
+        blake3::hash(self.json.as_bytes()).to_hex().to_string()
+    }
+
+    /// The tokenizer.json, which Hugging Face's library reads with the same ids.
+    pub fn to_json(&self) -> &str {
+        &self.json
+    }
+
+    /// The tokenizer_config.json beside it, as transformers 4 and 5 read it.
+    pub fn config_json(&self) -> String {
+        let end = self.end_of_text.map(|id| match &self.inner {
+            Some(inner) => inner.id_to_token(id).unwrap_or_default(),
+            None => END_OF_TEXT.into(),
+        });
+        let pad = match &self.inner {
+            Some(inner) => inner.token_to_id(PAD).map(|_| PAD.to_owned()).or_else(|| end.clone()),
+            None => Some(PAD.into()),
+        };
+        let config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad,
+            "clean_up_tokenization_spaces": false, "model_max_length": 1_000_000,
+        });
+        format!("{config:#}\n")
+    }
+}
+
+/// Gives text as ids arrive, holding back bytes that do not yet make a character.
+pub struct StreamDecoder<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: Vec<u32>,
+    shown: usize,
+}
+
+impl<'a> StreamDecoder<'a> {
+    /// A decoder at the start of a text.
+    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self { tokenizer, ids: Vec::new(), shown: 0 }
+    }
+
+    /// The text that `id` completes, if it completes any.
+    pub fn push(&mut self, id: u32) -> Option<String> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids);
+        // At most three bytes of a character can be missing; four replacement signs are no unfinished character.
+        let unfinished = text.ends_with('\u{FFFD}') && !text.ends_with("\u{FFFD}\u{FFFD}\u{FFFD}\u{FFFD}");
+        if unfinished || text.len() <= self.shown {
+            return None;
+        }
+        let new = text[self.shown..].to_owned();
+        self.shown = text.len();
+        // What is complete never changes again; dropping it keeps each step short.
+        if new.ends_with('\n') {
+            self.ids.clear();
+            self.shown = 0;
+        }
+        Some(new)
+    }
+}
+
+/// Learns a byte-level BPE and writes its tokenizer.json. The same texts give the same file. Returns its vocabulary size.
+///
+/// # Errors
+/// If vocab_size leaves no room for the 256 bytes and the special tokens, or the file cannot be written.
+pub fn train_bpe(
+    texts: impl Iterator<Item = String> + Send,
+    vocab_size: usize,
+    out: &Path,
+) -> Result<usize, DataError> {
+    if vocab_size < 258 {
+        let problem = format!("vocab_size ({vocab_size}) must be at least 258: 256 bytes and 2 special tokens");
+        return Err(DataError::Unusable(problem));
+    }
+    let failed = |e: tokenizers::Error| DataError::Tokenizer { path: out.to_owned(), problem: e.to_string() };
+    let mut tokenizer = HfTokenizer::new(BPE::default());
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
+    let special = |name: &str| AddedToken::from(name, true);
+    let mut trainer = tokenizers::models::TrainerWrapper::BpeTrainer(
+        BpeTrainerBuilder::new()
+            .show_progress(false)
+            .vocab_size(vocab_size)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![special(END_OF_TEXT), special(PAD)])
+            .build(),
+    );
+    tokenizer.train(&mut trainer, texts).map_err(failed)?;
+    let json = tokenizer.to_string(true).map_err(failed)?;
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder).at(folder)?;
+    }
+    std::fs::write(out, json).at(out)?;
+    Ok(tokenizer.get_vocab_size(true))
+}
+
+/// GPT-2's printable stand-ins for bytes, which byte-level tokenizers spell their tokens with.
+fn stand_ins() -> BTreeMap<char, u8> {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let mut next = 256u32;
+    let mut all = BTreeMap::new();
+    for byte in 0..=255u8 {
+        let sign = if printable(byte) { u32::from(byte) } else { next };
+        next += u32::from(!printable(byte));
+        all.extend(char::from_u32(sign).map(|sign| (sign, byte)));
+    }
+    all
+}
+
+/// The bytes tokenizer in Hugging Face's format: byte-level tokens of one byte, no merges.
+fn bytes_json() -> String {
+    let vocab: BTreeMap<String, u32> = stand_ins().into_iter().map(|(sign, byte)| (sign.into(), byte.into())).collect();
+    let special = |id: u32, content: &str| {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true })
+    };
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(256, END_OF_TEXT), special(257, PAD)],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": [] },
+    });
+    json.to_string()
+}
+
+/// Bytes per id: exact for byte-level tokens and byte-fallback ones; others by the text they decode to.
+fn count_bytes(json: &str, inner: &HfTokenizer) -> Vec<u32> {
+    let byte_level = json.contains("\"ByteLevel\"");
+    let special = inner.get_added_tokens_decoder();
+    let signs = stand_ins();
+    let count = |id: u32| -> u32 {
+        if special.get(&id).is_some_and(|token| token.special) {
+            return 0;
+        }
+        let Some(token) = inner.id_to_token(id) else { return 0 };
+        if byte_level && token.chars().all(|sign| signs.contains_key(&sign)) {
+            return token.chars().count() as u32;
+        }
+        if token.len() == 6 && token.starts_with("<0x") && token.ends_with('>') {
+            return 1;
+        }
+        token.replace('\u{2581}', " ").len() as u32
+    };
+    (0..inner.get_vocab_size(true) as u32).map(count).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const TEXT: &str = "Hello, wörld! 🦀 naïve\n\ttabs \u{7f} end";
+
+    #[test]
+    fn bytes_round_trip_and_agree_with_their_json() {
+        let bytes = Tokenizer::bytes();
+        let ids = bytes.encode(TEXT).unwrap();
+        assert_eq!(bytes.decode(&ids), TEXT);
+        let hf = HfTokenizer::from_bytes(bytes.to_json()).unwrap();
+        assert_eq!(hf.encode(TEXT, false).unwrap().get_ids(), ids);
+        assert_eq!(hf.decode(&ids, true).unwrap(), TEXT);
+        assert_eq!(hf.token_to_id(END_OF_TEXT), bytes.end_of_text());
+        assert_eq!(hf.get_vocab_size(true), bytes.vocab_size());
+    }
+
+    #[test]
+    fn bpe_is_deterministic_and_counts_its_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let train = |name: &str| {
+            let texts = (0..50).map(|i| format!("{TEXT} number {i} and again number {i}"));
+            let path = dir.path().join(name);
+            assert_eq!(train_bpe(texts, 300, &path).unwrap(), 300);
+            std::fs::read_to_string(path).unwrap()
+        };
+        let json = train("a.json");
+        assert_eq!(json, train("b.json"));
+        let tokenizer = Tokenizer::from_json(&json).unwrap();
+        let ids = tokenizer.encode(TEXT).unwrap();
+        assert!(ids.len() < TEXT.len());
+        assert_eq!(tokenizer.decode(&ids), TEXT);
+        let bytes = tokenizer.token_bytes();
+        assert_eq!(ids.iter().map(|&id| bytes[id as usize] as usize).sum::<usize>(), TEXT.len());
+    }
+
+    #[test]
+    fn streaming_never_shows_half_a_character() {
+        let bytes = Tokenizer::bytes();
+        let mut stream = StreamDecoder::new(&bytes);
+        let parts: Vec<String> = bytes.encode(TEXT).unwrap().into_iter().filter_map(|id| stream.push(id)).collect();
+        assert!(parts.iter().all(|part| !part.contains('\u{FFFD}')));
+        assert_eq!(parts.concat(), TEXT);
+    }
+
+    #[test]
+    fn what_is_no_tokenizer_is_said_so() {
+        let config = TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: "/nowhere/tokenizer.json".into() });
+        assert!(Tokenizer::open(&config).err().unwrap().to_string().contains("/nowhere/tokenizer.json"));
+        assert!(Tokenizer::from_json("{}").is_err());
+    }
+}

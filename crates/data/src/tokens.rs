@@ -1,0 +1,252 @@
+//! Documents as tokens: made once, kept in a memory-mapped file, split into training and validation.
+
+use std::io::Write;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::At;
+use crate::text::TextDocument;
+use crate::{DataError, Tokenizer};
+
+const MAGIC: &[u8; 8] = b"polytok1";
+/// Magic, number of tokens, number of documents, bytes per token, hash of what follows.
+const HEADER: usize = 8 + 8 + 8 + 8 + 32;
+/// Bytes kept per document: first token, and a hash of its text that decides its side of the split.
+const ENTRY: usize = 16;
+/// With fewer documents than this, a split by document would be too coarse.
+const ENOUGH_DOCUMENTS: usize = 20;
+
+/// The tokens of a set of documents, one after the other.
+pub struct TokenFile {
+    map: Mmap,
+    tokens: u64,
+    width: usize,
+    starts: Vec<u64>,
+    hashes: Vec<u64>,
+}
+
+impl TokenFile {
+    /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short.
+    /// `progress` is told bytes done and bytes in all while it is made.
+    ///
+    /// # Errors
+    /// If the tokenizer fails or the file cannot be written.
+    pub fn open_or_build(
+        documents: &[TextDocument],
+        tokenizer: &Tokenizer,
+        cache_dir: &Path,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Arc<Self>, DataError> {
+        let mut key = blake3::Hasher::new();
+        key.update(MAGIC).update(tokenizer.fingerprint().as_bytes());
+        for document in documents {
+            key.update(&(document.text.len() as u64).to_le_bytes()).update(document.text.as_bytes());
+        }
+        let name = &key.finalize().to_hex()[..24];
+        let path = cache_dir.join(format!("{name}.tokens"));
+        if let Some(file) = Self::open(&path) {
+            return Ok(Arc::new(file));
+        }
+        std::fs::create_dir_all(cache_dir).at(cache_dir)?;
+        let body = encode(documents, tokenizer, progress)?;
+        let mut file = tempfile::NamedTempFile::new_in(cache_dir).at(cache_dir)?;
+        file.write_all(&body).at(&path)?;
+        file.as_file().sync_all().at(&path)?;
+        file.persist(&path).map_err(|error| error.error).at(&path)?;
+        Self::open(&path).map(Arc::new).ok_or_else(|| {
+            DataError::Unusable(format!("{}: written, but it does not read back; is the disk sound?", path.display()))
+        })
+    }
+
+    /// The file if it is there and whole.
+    fn open(path: &Path) -> Option<Self> {
+        let file = std::fs::File::open(path).ok()?;
+        // SAFETY: the file is only ever replaced as a whole (by rename), never written in place by us; its content is
+        // checked against its hash before use.
+        let map = unsafe { Mmap::map(&file) }.ok()?;
+        let number = |at: usize| Some(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?));
+        let (tokens, documents, width) = (number(8)?, number(16)? as usize, number(24)? as usize);
+        let table = documents.checked_mul(ENTRY)?;
+        let whole = HEADER.checked_add(table)?.checked_add((tokens as usize).checked_mul(width)?)? == map.len();
+        let sound = map.get(..8)? == MAGIC && (width == 2 || width == 4) && whole;
+        if !sound || blake3::hash(map.get(HEADER..)?).as_bytes() != map.get(32..64)? {
+            return None;
+        }
+        let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
+        let hashes = (0..documents).map(|i| number(HEADER + i * ENTRY + 8)).collect::<Option<_>>()?;
+        Some(Self { tokens, width, starts, hashes, map })
+    }
+
+    /// Tokens in all.
+    pub fn len(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
+    }
+
+    /// Where each document lies.
+    pub fn documents(&self) -> impl Iterator<Item = Range<u64>> {
+        let ends = self.starts.iter().skip(1).copied().chain([self.tokens]);
+        self.starts.iter().copied().zip(ends).map(|(start, end)| start..end)
+    }
+
+    /// Whether a document starts at this token.
+    pub fn starts_document(&self, token: u64) -> bool {
+        self.starts.binary_search(&token).is_ok()
+    }
+
+    /// Appends the ids of a range.
+    pub fn read(&self, range: Range<u64>, into: &mut Vec<u32>) {
+        let start = HEADER + self.starts.len() * ENTRY;
+        let bytes = &self.map[start + range.start as usize * self.width..start + range.end as usize * self.width];
+        if self.width == 2 {
+            into.extend(bytes.as_chunks::<2>().0.iter().map(|&id| u32::from(u16::from_le_bytes(id))));
+        } else {
+            into.extend(bytes.as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id)));
+        }
+    }
+}
+
+fn encode(
+    documents: &[TextDocument],
+    tokenizer: &Tokenizer,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<u8>, DataError> {
+    let width: u64 = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
+    let all: u64 = documents.iter().map(|document| document.text.len() as u64).sum();
+    let (mut table, mut body) = (Vec::<u8>::new(), Vec::<u8>::new());
+    let (mut tokens, mut done) = (0u64, 0u64);
+    for document in documents {
+        table.extend(tokens.to_le_bytes());
+        table.extend(&blake3::hash(document.text.as_bytes()).as_bytes()[..8]);
+        let ids = tokenizer.encode(&document.text)?;
+        for id in ids.into_iter().chain(tokenizer.end_of_text()) {
+            body.extend(&id.to_le_bytes()[..width as usize]);
+            tokens += 1;
+        }
+        done += document.text.len() as u64;
+        progress(done, all);
+    }
+    table.extend(body);
+    let mut file = Vec::with_capacity(HEADER + table.len());
+    file.extend(MAGIC);
+    for number in [tokens, documents.len() as u64, width] {
+        file.extend(number.to_le_bytes());
+    }
+    file.extend(blake3::hash(&table).as_bytes());
+    file.extend(table);
+    Ok(file)
+}
+
+/// Which tokens are learnt from and which are kept back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Split {
+    /// Ranges of tokens to learn from.
+    pub train: Vec<Range<u64>>,
+    /// Ranges of tokens kept back.
+    pub validation: Vec<Range<u64>>,
+    /// How the split was made, in words.
+    pub description: String,
+}
+
+/// Keeps back about `fraction` of the documents, each by the hash of its own text, so that adding documents moves none.
+/// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file).
+///
+/// # Errors
+/// If either side would be empty.
+pub fn split(file: &TokenFile, fraction: f64) -> Result<Split, DataError> {
+    let count = file.starts.len();
+    let (mut train, mut validation) = (Vec::new(), Vec::new());
+    let description = if count >= ENOUGH_DOCUMENTS {
+        let threshold = (fraction * u64::MAX as f64) as u64;
+        for (range, &hash) in file.documents().zip(&file.hashes) {
+            if hash < threshold { validation.push(range) } else { train.push(range) }
+        }
+        format!("{} documents for training, {} for validation", train.len(), validation.len())
+    } else {
+        for range in file.documents() {
+            let text = range.end - range.start;
+            let cut = range.start + ((text as f64) * (1.0 - fraction)).floor() as u64;
+            train.push(range.start..cut);
+            validation.push(cut..range.end);
+        }
+        let percent = fraction * 100.0;
+        format!("the last {percent:.0} % of each of the {count} documents is kept for validation")
+    };
+    let join = |ranges: Vec<Range<u64>>| ranges.into_iter().filter(|range| !range.is_empty()).collect::<Vec<_>>();
+    let (train, validation) = (join(train), join(validation));
+    for (side, ranges) in [("training", &train), ("validation", &validation)] {
+        if ranges.is_empty() {
+            let problem = format!("no text is left for {side}: {count} documents, validation.fraction = {fraction}");
+            return Err(DataError::Unusable(problem));
+        }
+    }
+    Ok(Split { train, validation, description })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn documents(texts: impl IntoIterator<Item = String>) -> Vec<TextDocument> {
+        texts.into_iter().map(|text| TextDocument { name: String::new(), text }).collect()
+    }
+
+    fn build(texts: &[TextDocument], dir: &Path) -> Arc<TokenFile> {
+        TokenFile::open_or_build(texts, &Tokenizer::bytes(), dir, &mut |_, _| {}).unwrap()
+    }
+
+    fn ids(file: &TokenFile, range: Range<u64>) -> Vec<u32> {
+        let mut ids = Vec::new();
+        file.read(range, &mut ids);
+        ids
+    }
+
+    #[test]
+    fn a_damaged_cache_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let texts = documents(["ab".into(), "c".into()]);
+        let file = build(&texts, dir.path());
+        assert_eq!(ids(&file, 0..5), [97, 98, 256, 99, 256]);
+        assert_eq!(file.documents().collect::<Vec<_>>(), [0..3, 3..5]);
+        let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let good = std::fs::read(&path).unwrap();
+        let mut altered = good.clone();
+        *altered.last_mut().unwrap() ^= 1;
+        for bad in [&good[..good.len() - 1], &altered, b"polytok1", b""] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(TokenFile::open(&path).is_none());
+            assert_eq!(ids(&build(&texts, dir.path()), 0..5), [97, 98, 256, 99, 256]);
+        }
+    }
+
+    #[test]
+    fn one_file_is_cut_at_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let text: String = (0..1000).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
+        let split = split(&build(&documents([text]), dir.path()), 0.1).unwrap();
+        assert_eq!((split.train, split.validation), (vec![0..900], vec![900..1001]));
+    }
+
+    #[test]
+    fn adding_documents_moves_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |i: usize| format!("document number {i}");
+        let kept_back = |n: usize| {
+            let file = build(&documents((0..n).map(text)), dir.path());
+            let split = split(&file, 0.3).unwrap();
+            let index = |range: &Range<u64>| file.starts.binary_search(&range.start).unwrap();
+            split.validation.iter().map(index).collect::<Vec<_>>()
+        };
+        let (few, many) = (kept_back(40), kept_back(80));
+        assert_eq!(few, many.into_iter().filter(|&i| i < 40).collect::<Vec<_>>());
+        assert!((5..20).contains(&few.len()), "{few:?}");
+    }
+}

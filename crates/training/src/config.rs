@@ -1,0 +1,226 @@
+//! Settings of the loop, as recipes write them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// `[training]`: how long, on how much at once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingConfig {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Tokens per row.
+    pub seq_len: usize,
+    /// Rows per forward pass.
+    pub batch_size: usize,
+    /// Forward passes per optimiser step; their gradients are averaged over all their targets. Default: 1.
+    #[serde(default = "one")]
+    pub gradient_accumulation_steps: usize,
+    /// Gradients are scaled down to this global norm; 0 switches clipping off. Default: 1.
+    #[serde(default = "max_norm")]
+    pub max_norm: f64,
+    /// What happens when a loss or a gradient is not a number: "stop" (default) ends the run with the last good state
+    /// saved, "skip" leaves the step out and counts it. The weights never see it.
+    #[serde(default)]
+    pub on_nonfinite: OnNonfinite,
+    /// "flex" (CPU), "ndarray" or "cuda"; the latter two where compiled in. Default: "flex".
+    #[serde(default = "device")]
+    pub device: String,
+    /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
+    #[serde(default = "penalty_weight")]
+    pub penalty_weight: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn max_norm() -> f64 {
+    1.0
+}
+
+fn device() -> String {
+    "flex".into()
+}
+
+fn penalty_weight() -> f64 {
+    0.01
+}
+
+/// What to do about a loss or gradient that is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonfinite {
+    /// End the run.
+    #[default]
+    Stop,
+    /// Leave the step out.
+    Skip,
+}
+
+/// `[optimizer]`: one of its tables.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerConfig {
+    /// AdamW (arXiv 1711.05101), with PyTorch's defaults.
+    Adamw(AdamwConfig),
+    /// Muon for the matrices of the layers, AdamW for everything else.
+    Muon(MuonConfig),
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self::Adamw(AdamwConfig::default())
+    }
+}
+
+/// Settings of AdamW. Parameters of one dimension (norms, biases, λ) are not decayed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamwConfig {
+    /// Largest learning rate of the schedule. Default: 1e-3, as PyTorch.
+    pub lr: f64,
+    /// Decay of the first moment. Default: 0.9.
+    pub beta1: f64,
+    /// Decay of the second moment. Default: 0.999.
+    pub beta2: f64,
+    /// Added to the root of the second moment. Default: 1e-8.
+    pub eps: f64,
+    /// Decoupled weight decay, multiplied by the learning rate. Default: 0.01.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamwConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+/// Settings of Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982 so that AdamW's learning rates carry over).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MuonConfig {
+    /// Largest learning rate of the schedule, for Muon and AdamW alike. Default: 1e-3.
+    pub lr: f64,
+    /// Momentum (Nesterov). Default: 0.95.
+    pub momentum: f64,
+    /// Decoupled weight decay. Default: 0.1.
+    pub weight_decay: f64,
+    /// AdamW's first-moment decay for embeddings, head and vectors. Default: 0.9.
+    pub beta1: f64,
+    /// AdamW's second-moment decay for embeddings, head and vectors. Default: 0.95.
+    pub beta2: f64,
+    /// AdamW's epsilon. Default: 1e-8.
+    pub eps: f64,
+}
+
+impl Default for MuonConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, momentum: 0.95, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8 }
+    }
+}
+
+impl OptimizerConfig {
+    /// Largest learning rate of the schedule.
+    pub fn lr(&self) -> f64 {
+        match self {
+            Self::Adamw(adamw) => adamw.lr,
+            Self::Muon(muon) => muon.lr,
+        }
+    }
+}
+
+/// `[lr_scheduler]`: the learning rate over the steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LrSchedulerConfig {
+    /// The shape after the warm-up. Default: "cosine".
+    pub decay: Decay,
+    /// Steps over which the rate rises linearly from 0. Default: 0.
+    pub warmup_steps: u64,
+    /// The last rate as a share of the largest. Default: 0.1.
+    pub min_lr_ratio: f64,
+    /// For "wsd": steps of the final linear decay. Default: a fifth of all steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<u64>,
+}
+
+impl Default for LrSchedulerConfig {
+    fn default() -> Self {
+        Self { decay: Decay::Cosine, warmup_steps: 0, min_lr_ratio: 0.1, decay_steps: None }
+    }
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// It does not.
+    Constant,
+    /// On a line to the last step.
+    Linear,
+    /// On half a cosine to the last step.
+    Cosine,
+    /// Warm-up, stable, then a line over the last decay_steps.
+    Wsd,
+}
+
+/// `[validation]`: how well the model does on text it does not train on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationConfig {
+    /// Steps between two validations; 0 validates at the end only. Default: 250.
+    pub interval: u64,
+    /// Batches per validation at most; 0 takes all. Default: 20.
+    pub batches: u64,
+    /// Share of the text kept for validation. Default: 0.05.
+    pub fraction: f64,
+}
+
+impl Default for ValidationConfig {
+    fn default() -> Self {
+        Self { interval: 250, batches: 20, fraction: 0.05 }
+    }
+}
+
+/// `[checkpoint]`: when the run is saved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// Steps between two checkpoints; 0 saves at the end (and when interrupted) only. Default: 500.
+    pub interval: u64,
+    /// How many of the latest to keep besides the best; 0 keeps all. Default: 2.
+    pub keep_latest_k: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { interval: 500, keep_latest_k: 2 }
+    }
+}
+
+/// `[metrics]`: what is written down.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Steps between two log lines. Default: 10.
+    pub log_freq: u64,
+    /// Write TensorBoard event files. Default: true.
+    pub tensorboard: bool,
+    /// With each validation, observe attention: numbers per head, histograms of weights, maps. Default: true.
+    pub observe: bool,
+}
+
+impl Default for MetricsConfig {
+    fn default() -> Self {
+        Self { log_freq: 10, tensorboard: true, observe: true }
+    }
+}
+
+/// `[debug]`: randomness.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DebugConfig {
+    /// Decides initial weights and the order of the data. Default: 0.
+    pub seed: u64,
+}

@@ -1,0 +1,33 @@
+//! The loss of a model over a set of batches.
+
+use burn::module::Module;
+use polyhead_models::{Batch, Decoder, Evaluated};
+
+use crate::TrainError;
+
+/// Where batches come from: a pure function of their position.
+pub trait Batches {
+    /// Batch number `position`.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    fn batch(&self, position: u64) -> Result<Batch, TrainError>;
+
+    /// Batches until everything has been seen once.
+    fn per_epoch(&self) -> u64;
+}
+
+/// Sums over the first `limit` batches (0: one epoch), on the inner device, where no tape grows.
+///
+/// # Errors
+/// If the data cannot be read.
+pub fn evaluate(model: &Decoder, data: &dyn Batches, limit: u64) -> Result<Evaluated, TrainError> {
+    let model = model.valid();
+    let all = data.per_epoch().max(1);
+    let count = if limit == 0 { all } else { limit.min(all) };
+    let mut sums = Evaluated::default();
+    for position in 0..count {
+        sums.add(model.evaluate(&data.batch(position)?));
+    }
+    Ok(sums)
+}

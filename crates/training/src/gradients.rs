@@ -1,0 +1,45 @@
+//! Gradients of a whole model: added up over forward passes, and measured by their global norm.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Gradients, Tensor};
+
+/// The sum of the gradients of several backward passes.
+pub struct Sum<M> {
+    sum: GradientsAccumulator<M>,
+}
+
+impl<M: Module> Default for Sum<M> {
+    fn default() -> Self {
+        Self { sum: GradientsAccumulator::new() }
+    }
+}
+
+impl<M: Module> Sum<M> {
+    /// Adds one backward pass.
+    pub fn add(&mut self, grads: Gradients, model: &M) {
+        self.sum.accumulate(model, GradientsParams::from_grads(grads, model));
+    }
+
+    /// The sum.
+    pub fn finish(mut self) -> GradientsParams {
+        self.sum.grads()
+    }
+}
+
+/// The Euclidean norm over all parameters, as `torch.nn.utils.clip_grad_norm_` takes it (Burn's own norm clipping is per
+/// tensor). Not finite if any gradient is not. One read from the device.
+pub fn global_norm<M: Module>(grads: &GradientsParams, model: &M) -> f64 {
+    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
+    impl ModuleVisitor for Squares<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.extend(self.0.get::<D>(param.id).map(|grad| grad.square().sum()));
+        }
+    }
+    let mut squares = Squares(grads, Vec::new());
+    model.visit(&mut squares);
+    if squares.1.is_empty() {
+        return 0.0;
+    }
+    Tensor::cat(squares.1, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
+}

@@ -1,0 +1,207 @@
+//! AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with PyTorch's arithmetic, and Muon (Jordan et al. 2024) with the
+//! scaling of Moonlight (arXiv 2502.16982, "match RMS": 0.2 sqrt(max(rows, columns))).
+//!
+//! Burn has both. They stand here because the state has to be saved by the names of the parameters: Burn's is keyed by
+//! ids that change between processes, and reading it back asks for the default device, which on a binary with CUDA and
+//! a machine without panics.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_models::weights::{Named, Path, WeightsError};
+
+use crate::config::{AdamwConfig, OptimizerConfig};
+
+/// Newton-Schulz coefficients of Muon's authors, and how often they are applied.
+const NEWTON_SCHULZ: (f64, f64, f64, usize) = (3.4445, -4.7750, 2.0315, 5);
+
+/// What an update is scaled by.
+#[derive(Debug, Clone, Copy)]
+pub struct Update {
+    /// The learning rate of this step.
+    pub lr: f64,
+    /// What gradients are multiplied by first: the clipping factor.
+    pub scale: f64,
+}
+
+/// An optimiser with its state.
+#[derive(Debug)]
+pub struct Optimizer {
+    config: OptimizerConfig,
+    steps: u64,
+    moments: BTreeMap<String, Moments>,
+}
+
+/// Running means of a parameter's gradient, flattened.
+#[derive(Debug, Clone)]
+struct Moments {
+    first: Tensor<1>,
+    second: Option<Tensor<1>>,
+}
+
+impl Optimizer {
+    /// A fresh optimiser.
+    pub fn new(config: OptimizerConfig) -> Self {
+        Self { config, steps: 0, moments: BTreeMap::new() }
+    }
+
+    /// How many updates have been made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The model after one update with `grads`.
+    pub fn step<M: Module>(&mut self, model: M, grads: &mut GradientsParams, update: Update) -> M {
+        self.steps += 1;
+        model.map(&mut Step { optimizer: self, grads, update, path: Path::default() })
+    }
+
+    /// The state's tensors by name: `first.<parameter>` and `second.<parameter>`.
+    pub fn tensors(&self) -> Vec<Named> {
+        let named = |name: String, tensor: &Tensor<1>| {
+            let values: Vec<f32> = tensor.to_data().iter::<f32>().collect();
+            Named { name, shape: vec![values.len()], values }
+        };
+        let both = |(path, moments): (&String, &Moments)| {
+            let first = named(format!("first.{path}"), &moments.first);
+            let second = moments.second.as_ref().map(|second| named(format!("second.{path}"), second));
+            std::iter::once(first).chain(second)
+        };
+        self.moments.iter().flat_map(both).collect()
+    }
+
+    /// An optimiser that continues from saved tensors.
+    ///
+    /// # Errors
+    /// Lists tensors whose names are not ours.
+    pub fn restore(
+        config: OptimizerConfig,
+        steps: u64,
+        mut tensors: BTreeMap<String, Named>,
+        device: &Device,
+    ) -> Result<Self, WeightsError> {
+        let on_device = |named: Named| Tensor::from_data(TensorData::new(named.values, named.shape), device);
+        let paths: Vec<String> = tensors.keys().filter_map(|key| key.strip_prefix("first.")).map(Into::into).collect();
+        let mut moments = BTreeMap::new();
+        for path in paths {
+            if let Some(first) = tensors.remove(&format!("first.{path}")) {
+                let second = tensors.remove(&format!("second.{path}")).map(on_device);
+                moments.insert(path, Moments { first: on_device(first), second });
+            }
+        }
+        if !tensors.is_empty() {
+            return Err(WeightsError::Unfit(tensors.into_keys().map(|key| format!("{key} is no state")).collect()));
+        }
+        Ok(Self { config, steps, moments })
+    }
+
+    /// Decoupled decay (none for vectors), then the step along the moments.
+    fn adamw<const D: usize>(
+        &mut self,
+        path: String,
+        value: Tensor<D>,
+        grad: Tensor<D>,
+        config: &AdamwConfig,
+        lr: f64,
+    ) -> Tensor<D> {
+        let shape = value.dims();
+        let numbers = shape.iter().product::<usize>();
+        let grad = grad.reshape([numbers]);
+        let (beta1, beta2) = (config.beta1, config.beta2);
+        let (first, second) = match self.moments.remove(&path) {
+            Some(Moments { first, second: Some(second) }) => (
+                first * beta1 + grad.clone() * (1.0 - beta1),
+                second * beta2 + grad.square() * (1.0 - beta2),
+            ),
+            _ => (grad.clone() * (1.0 - beta1), grad.square() * (1.0 - beta2)),
+        };
+        let steps = self.steps as f64;
+        let (correction1, correction2) = (1.0 - beta1.powf(steps), 1.0 - beta2.powf(steps));
+        let denominator = second.clone().sqrt() / correction2.sqrt() + config.eps;
+        let step = first.clone() / denominator * (lr / correction1);
+        self.moments.insert(path, Moments { first, second: Some(second) });
+        let decay = if D == 1 { 0.0 } else { lr * config.weight_decay };
+        let value = if decay == 0.0 { value } else { value * (1.0 - decay) };
+        value - step.reshape(shape)
+    }
+
+    /// Momentum, orthogonalised.
+    fn muon(&mut self, path: String, value: Tensor<2>, grad: Tensor<2>, momentum: f64, decay: f64, lr: f64) -> Tensor<2> {
+        let [rows, columns] = value.dims();
+        let flat = grad.clone().reshape([rows * columns]);
+        let first = match self.moments.remove(&path) {
+            Some(moments) => moments.first * momentum + flat,
+            None => flat,
+        };
+        let nesterov = grad + first.clone().reshape([rows, columns]) * momentum;
+        self.moments.insert(path, Moments { first, second: None });
+        let step = orthogonalize(nesterov) * (lr * 0.2 * (rows.max(columns) as f64).sqrt());
+        value * (1.0 - lr * decay) - step
+    }
+}
+
+/// The nearest semi-orthogonal matrix, roughly: all singular values are brought near 1.
+fn orthogonalize(x: Tensor<2>) -> Tensor<2> {
+    let (a, b, c, times) = NEWTON_SCHULZ;
+    let [rows, columns] = x.dims();
+    let tall = rows > columns;
+    let mut x = if tall { x.transpose() } else { x };
+    let norm = x.clone().square().sum().sqrt().clamp_min(1e-7).unsqueeze::<2>();
+    x = x / norm;
+    for _ in 0..times {
+        let gram = x.clone().matmul(x.clone().transpose());
+        let polynomial = gram.clone() * b + gram.clone().matmul(gram) * c;
+        x = x.clone() * a + polynomial.matmul(x);
+    }
+    if tall { x.transpose() } else { x }
+}
+
+struct Step<'a> {
+    optimizer: &'a mut Optimizer,
+    grads: &'a mut GradientsParams,
+    update: Update,
+    path: Path,
+}
+
+impl Step<'_> {
+    fn updated<const D: usize>(&mut self, value: Tensor<D>, grad: Tensor<D>) -> Tensor<D> {
+        let path = self.path.name();
+        let lr = self.update.lr;
+        match self.optimizer.config.clone() {
+            OptimizerConfig::Adamw(config) => self.optimizer.adamw(path, value, grad, &config, lr),
+            OptimizerConfig::Muon(muon) if D == 2 && path.starts_with("layers.") => {
+                let flat: [usize; 2] = [value.dims()[0], value.dims()[1]];
+                let shape = value.dims();
+                let (value, grad) = (value.reshape(flat), grad.reshape(flat));
+                self.optimizer.muon(path, value, grad, muon.momentum, muon.weight_decay, lr).reshape(shape)
+            }
+            OptimizerConfig::Muon(muon) => {
+                let (beta1, beta2, eps, weight_decay) = (muon.beta1, muon.beta2, muon.eps, muon.weight_decay);
+                let adamw = AdamwConfig { lr, beta1, beta2, eps, weight_decay };
+                self.optimizer.adamw(path, value, grad, &adamw, lr)
+            }
+        }
+    }
+}
+
+impl ModuleMapper for Step<'_> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, container: &str) {
+        self.path.exit(container);
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
+        let grad = if self.update.scale == 1.0 { grad } else { grad * self.update.scale };
+        param.map(|value| {
+            // On the inner device: an update is no part of any tape.
+            let new = self.updated(value.inner(), grad);
+            Tensor::from_inner(new).require_grad()
+        })
+    }
+}

@@ -1,0 +1,95 @@
+//! What a checkpoint holds, and how it is written and read.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use polyhead_models::weights::{from_safetensors, load, named, to_safetensors};
+use polyhead_models::Decoder;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::TrainError;
+use crate::checkpoint::{Draft, read_file};
+use crate::config::OptimizerConfig;
+use crate::optimizer::Optimizer;
+use crate::procedure::Procedure;
+
+/// The counters of a run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Steps taken, skipped ones included; the next one is this plus 1.
+    pub step: u64,
+    /// Batches read: the loader's position.
+    pub position: u64,
+    /// Updates of the optimiser.
+    pub updates: u64,
+    /// Targets learnt from.
+    pub targets: u64,
+    /// Steps left out because something was not finite.
+    pub skipped: u64,
+    /// Time spent in steps, in microseconds, over all sittings.
+    pub microseconds: u64,
+    /// State of the procedure.
+    pub procedure: serde_json::Value,
+}
+
+/// Files that lie in every checkpoint besides the state: name and content.
+pub type Companions = Vec<(String, Vec<u8>)>;
+
+/// Saves a whole checkpoint of `model` and gives its folder.
+///
+/// # Errors
+/// If a file cannot be written; nothing half-written remains.
+pub fn save(
+    run_dir: &Path,
+    model: &Decoder,
+    procedure: &dyn Procedure,
+    progress: &Progress,
+    companions: &Companions,
+) -> Result<PathBuf, TrainError> {
+    let mut draft = Draft::begin(run_dir, progress.step)?;
+    let metadata = [("format", "polyhead".to_owned())];
+    draft.file("model.safetensors", &to_safetensors(&named(model), &metadata)?)?;
+    draft.file("optimizer.safetensors", &to_safetensors(&procedure.optimizer().tensors(), &metadata)?)?;
+    let state = serde_json::to_vec_pretty(progress).map_err(|cause| TrainError::Data(Box::new(cause)))?;
+    draft.file("state.json", &state)?;
+    for (name, bytes) in companions {
+        draft.file(name, bytes)?;
+    }
+    Ok(draft.commit(json!({ "targets": progress.targets }))?)
+}
+
+/// The counters of a checkpoint.
+///
+/// # Errors
+/// If the file is missing, altered or not ours.
+pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
+    let bytes = read_file(checkpoint, "state.json")?;
+    serde_json::from_slice(&bytes).map_err(|cause| TrainError::State {
+        path: checkpoint.join("state.json").display().to_string(),
+        problem: cause.to_string(),
+    })
+}
+
+/// `model` with the weights of a checkpoint.
+///
+/// # Errors
+/// If the file is missing or altered, or does not fit the model.
+pub fn read_model(checkpoint: &Path, model: Decoder) -> Result<Decoder, TrainError> {
+    Ok(load(model, from_safetensors(&read_file(checkpoint, "model.safetensors")?)?)?)
+}
+
+/// The optimiser of a checkpoint.
+///
+/// # Errors
+/// If the file is missing or altered.
+pub fn read_optimizer(
+    checkpoint: &Path,
+    config: OptimizerConfig,
+    updates: u64,
+    device: &Device,
+) -> Result<Optimizer, TrainError> {
+    let tensors = from_safetensors(&read_file(checkpoint, "optimizer.safetensors")?)?;
+    Ok(Optimizer::restore(config, updates, tensors, device)?)
+}
