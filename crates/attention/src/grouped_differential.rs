@@ -302,10 +302,22 @@ mod tests {
         let good = GroupedDifferentialConfig::example();
         assert!(good.validate(&dims).is_ok());
         let field = |config: GroupedDifferentialConfig| config.validate(&dims).err().map(|e| e.field);
-        assert_eq!(field(GroupedDifferentialConfig { n_noise_heads: 4, ..good.clone() }).as_deref(), Some("n_noise_heads"));
-        assert_eq!(field(GroupedDifferentialConfig { n_noise_heads: 6, ..good.clone() }).as_deref(), Some("n_noise_heads"));
-        assert_eq!(field(GroupedDifferentialConfig { n_kv_heads: Some(3), ..good.clone() }).as_deref(), Some("n_kv_heads"));
-        assert_eq!(field(GroupedDifferentialConfig { n_kv_heads: Some(8), ..good.clone() }).as_deref(), Some("n_kv_heads"));
+        assert_eq!(
+            field(GroupedDifferentialConfig { n_noise_heads: 4, ..good.clone() }).as_deref(),
+            Some("n_noise_heads")
+        );
+        assert_eq!(
+            field(GroupedDifferentialConfig { n_noise_heads: 6, ..good.clone() }).as_deref(),
+            Some("n_noise_heads")
+        );
+        assert_eq!(
+            field(GroupedDifferentialConfig { n_kv_heads: Some(3), ..good.clone() }).as_deref(),
+            Some("n_kv_heads")
+        );
+        assert_eq!(
+            field(GroupedDifferentialConfig { n_kv_heads: Some(8), ..good.clone() }).as_deref(),
+            Some("n_kv_heads")
+        );
         let constant = LambdaInit::Constant(1.0);
         let field_of_constant = field(GroupedDifferentialConfig { lambda_init: constant, ..good });
         assert_eq!(field_of_constant.as_deref(), Some("lambda_init.constant"));

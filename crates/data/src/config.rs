@@ -3,7 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::synthetic::{AssociativeRecallConfig, CopyConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task};
+use crate::synthetic::{
+    AssociativeRecallConfig, CopyConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task,
+};
 use crate::text::{JsonlConfig, TextConfig};
 
 /// What a model learns from.

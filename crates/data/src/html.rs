@@ -4,8 +4,25 @@ use scraper::{ElementRef, Html, Node, Selector};
 
 /// Elements that begin a new line.
 const BLOCKS: [&str; 19] = [
-    "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "pre", "table", "tr", "blockquote", "section",
-    "dl", "dt", "br",
+    "p",
+    "div",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "li",
+    "ul",
+    "ol",
+    "pre",
+    "table",
+    "tr",
+    "blockquote",
+    "section",
+    "dl",
+    "dt",
+    "br",
 ];
 /// Elements whose text nobody reads.
 const SKIPPED: [&str; 9] = ["script", "style", "nav", "button", "svg", "head", "template", "noscript", "form"];

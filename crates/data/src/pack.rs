@@ -7,10 +7,10 @@ use polyhead_models::IGNORE;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::DataError;
 use crate::loader::{Sample, Samples};
 use crate::order::mix;
 use crate::tokens::TokenFile;
-use crate::DataError;
 
 /// Whether tokens of a row see documents before their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -120,8 +120,8 @@ impl Samples for Windows {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::text::TextDocument;
     use crate::Tokenizer;
+    use crate::text::TextDocument;
 
     fn file(texts: &[&str]) -> Arc<TokenFile> {
         let dir = tempfile::tempdir().unwrap();

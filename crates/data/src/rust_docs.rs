@@ -10,8 +10,17 @@ use crate::text::{TextConfig, TextDocument, read_text};
 
 /// The books among the documentation, which are prose; the API pages are ten times as much and mostly signatures.
 const BOOKS: [&str; 11] = [
-    "book", "reference", "nomicon", "rust-by-example", "cargo", "edition-guide", "rustc", "rustdoc", "embedded-book",
-    "error_codes", "clippy",
+    "book",
+    "reference",
+    "nomicon",
+    "rust-by-example",
+    "cargo",
+    "edition-guide",
+    "rustc",
+    "rustdoc",
+    "embedded-book",
+    "error_codes",
+    "clippy",
 ];
 /// Pages that repeat others or hold no text.
 const NO_PROSE: [&str; 4] = ["print.html", "toc.html", "404.html", "SUMMARY.html"];

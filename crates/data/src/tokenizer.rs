@@ -265,7 +265,8 @@ fn bytes_json() -> String {
         json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true })
     };
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
     let json = json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [special(256, END_OF_TEXT), special(257, PAD)],

@@ -142,7 +142,14 @@ mod tests {
     }
 
     /// The definition, element by element, in f64.
-    fn by_hand(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, key_of: &[usize], value_of: &[usize], causal: bool) -> Tensor<4> {
+    fn by_hand(
+        q: &Tensor<4>,
+        k: &Tensor<4>,
+        v: &Tensor<4>,
+        key_of: &[usize],
+        value_of: &[usize],
+        causal: bool,
+    ) -> Tensor<4> {
         let [batch, heads, queries, width] = q.dims();
         let [_, key_heads, keys, _] = k.dims();
         let [_, value_heads, _, value_width] = v.dims();
@@ -155,7 +162,10 @@ mod tests {
                     let visible = if causal { i + keys - queries + 1 } else { keys };
                     let score = |j: usize| {
                         let dot: f64 = (0..width)
-                            .map(|c| q[((b * heads + h) * queries + i) * width + c] * k[((b * key_heads + key_of[h]) * keys + j) * width + c])
+                            .map(|c| {
+                                q[((b * heads + h) * queries + i) * width + c]
+                                    * k[((b * key_heads + key_of[h]) * keys + j) * width + c]
+                            })
                             .sum();
                         (dot / (width as f64).sqrt()).exp()
                     };

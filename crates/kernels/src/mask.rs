@@ -88,13 +88,16 @@ impl Mask {
             assert_eq!(lengths.len(), batch, "one length per row of the batch");
             let lengths: Vec<i32> = lengths.iter().map(|&n| n as i32).collect();
             let lengths = Tensor::<1, Int>::from_data(TensorData::new(lengths, [batch]), device);
-            let rows = key_index().expand([batch, 1, 1, keys]).greater_equal(lengths.reshape([batch, 1, 1, 1]).expand([batch, 1, 1, keys]));
+            let rows = key_index()
+                .expand([batch, 1, 1, keys])
+                .greater_equal(lengths.reshape([batch, 1, 1, 1]).expand([batch, 1, 1, keys]));
             parts.push(rows.expand([batch, 1, queries, keys]));
         }
         if let Some(documents) = &self.documents {
             assert_eq!(documents.len(), batch * keys, "one document id per key");
             let ids: Vec<i32> = documents.iter().map(|&id| id as i32).collect();
-            let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [batch * keys]), device).reshape([batch, 1, 1, keys]);
+            let ids =
+                Tensor::<1, Int>::from_data(TensorData::new(ids, [batch * keys]), device).reshape([batch, 1, 1, keys]);
             let of_queries = ids.clone().narrow(3, offset, queries).swap_dims(2, 3);
             let full = [batch, 1, queries, keys];
             parts.push(of_queries.expand(full).not_equal(ids.expand(full)));

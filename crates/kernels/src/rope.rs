@@ -62,7 +62,10 @@ mod tests {
         let to_halves = Tensor::<1, burn::tensor::Int>::from_ints([0, 2, 4, 1, 3, 5], &device);
         let interleaved = rope(x.clone(), cos.clone(), sin.clone(), RopeLayout::Interleaved);
         let halves = rope(x.select(3, to_halves.clone()), cos, sin, RopeLayout::RotateHalf);
-        interleaved.select(3, to_halves).into_data().assert_approx_eq::<f32>(&halves.into_data(), Tolerance::absolute(1e-6));
+        interleaved
+            .select(3, to_halves)
+            .into_data()
+            .assert_approx_eq::<f32>(&halves.into_data(), Tolerance::absolute(1e-6));
     }
 
     #[test]

@@ -110,8 +110,11 @@ impl DecoderConfig {
         if let PerLayer::Each(list) = &self.attention
             && list.len() != self.n_layers
         {
-            let problem =
-                format!("attention lists {} mechanisms for n_layers ({}): give one per layer", list.len(), self.n_layers);
+            let problem = format!(
+                "attention lists {} mechanisms for n_layers ({}): give one per layer",
+                list.len(),
+                self.n_layers
+            );
             return Err(ConfigError::new("attention", problem));
         }
         for layer in 0..self.n_layers {

@@ -1,2 +1,26 @@
-//! Placeholder.
-fn main() {}
+//! `polyhead`: recipes and the command line.
+
+mod assemble;
+mod cli;
+mod commands;
+mod console;
+mod device;
+mod layers;
+mod recipe;
+mod report;
+mod schema;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match commands::run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}

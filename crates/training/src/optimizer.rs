@@ -111,10 +111,9 @@ impl Optimizer {
         let grad = grad.reshape([numbers]);
         let (beta1, beta2) = (config.beta1, config.beta2);
         let (first, second) = match self.moments.remove(&path) {
-            Some(Moments { first, second: Some(second) }) => (
-                first * beta1 + grad.clone() * (1.0 - beta1),
-                second * beta2 + grad.square() * (1.0 - beta2),
-            ),
+            Some(Moments { first, second: Some(second) }) => {
+                (first * beta1 + grad.clone() * (1.0 - beta1), second * beta2 + grad.square() * (1.0 - beta2))
+            }
             _ => (grad.clone() * (1.0 - beta1), grad.square() * (1.0 - beta2)),
         };
         let steps = self.steps as f64;
@@ -128,7 +127,15 @@ impl Optimizer {
     }
 
     /// Momentum, orthogonalised.
-    fn muon(&mut self, path: String, value: Tensor<2>, grad: Tensor<2>, momentum: f64, decay: f64, lr: f64) -> Tensor<2> {
+    fn muon(
+        &mut self,
+        path: String,
+        value: Tensor<2>,
+        grad: Tensor<2>,
+        momentum: f64,
+        decay: f64,
+        lr: f64,
+    ) -> Tensor<2> {
         let [rows, columns] = value.dims();
         let flat = grad.clone().reshape([rows * columns]);
         let first = match self.moments.remove(&path) {

@@ -1,7 +1,7 @@
 //! The loop. One function, top to bottom: batch, step, log, validate, save.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use polyhead_models::{Decoder, Evaluated};
@@ -51,7 +51,7 @@ pub struct Job<'a> {
     /// The recipe as text, for TensorBoard.
     pub recipe: String,
     /// Not 0 once the run is to be saved and left: the number of the signal.
-    pub stop: &'a AtomicI32,
+    pub stop: &'a AtomicUsize,
 }
 
 /// Somebody who watches: a progress bar, a dashboard. Nothing that is told here changes the run.
@@ -101,7 +101,7 @@ pub struct Outcome {
     /// The last checkpoint.
     pub checkpoint: PathBuf,
     /// The signal that ended the run early.
-    pub interrupted: Option<i32>,
+    pub interrupted: Option<usize>,
 }
 
 /// Trains `model` (on an autodiff device) to the last step, or until told to stop.

@@ -3,11 +3,11 @@
 use polyhead_attention::Observe;
 use polyhead_models::{Batch, Decoder};
 
+use crate::TrainError;
 use crate::config::{OnNonfinite, OptimizerConfig, TrainingConfig};
 use crate::gradients::{Sum, global_norm};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{Procedure, StepContext, StepReport};
-use crate::TrainError;
 
 /// Plain training.
 #[derive(Debug)]

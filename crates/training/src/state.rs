@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_models::weights::{from_safetensors, load, named, to_safetensors};
 use polyhead_models::Decoder;
+use polyhead_models::weights::{from_safetensors, load, named, to_safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 

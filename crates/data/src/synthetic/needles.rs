@@ -72,7 +72,8 @@ impl Task for NeedlesConfig {
         let mut scattered = needles.clone();
         for _ in 0..self.n_distractors {
             let twin = needles[below(rng, needles.len()) as usize];
-            let false_value = self.n_keys as u32 + (twin[2] - self.n_keys as u32 + 1 + below(rng, self.n_values - 1)) % self.n_values as u32;
+            let false_value = self.n_keys as u32
+                + (twin[2] - self.n_keys as u32 + 1 + below(rng, self.n_values - 1)) % self.n_values as u32;
             scattered.push([other, twin[1], false_value]);
         }
         scattered.shuffle(rng);

@@ -1,0 +1,174 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Train, look at and export attention mechanisms, from TOML recipes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "polyhead",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  polyhead train recipes/quickstart.toml
+  polyhead train recipes/quickstart.toml training.steps=100 optimizer.adamw.lr=1e-3 --out checkpoints/try
+  polyhead generate checkpoints/quickstart --prompt \"Ownership is\"
+  polyhead export checkpoints/quickstart --to exported"
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// A recipe with overrides.
+#[derive(Debug, Args)]
+pub struct RecipeArgs {
+    /// The recipe, a TOML file. `polyhead ls` lists those at hand.
+    pub recipe: PathBuf,
+    /// Changes, such as training.steps=100 or data.text.paths='["books/*.txt"]'.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model, or go on with an interrupted run.
+    ///
+    /// The run is written to --out (default: checkpoints/<name of the recipe>): checkpoints, metrics.jsonl, TensorBoard
+    /// files. The same command goes on where the run stopped; Ctrl-C saves first, a second Ctrl-C leaves at once.
+    Train(TrainArgs),
+    /// List the recipes at hand.
+    Ls,
+    /// Copy a recipe to edit it.
+    Cp {
+        /// Which recipe.
+        recipe: PathBuf,
+        /// Where to.
+        to: PathBuf,
+    },
+    /// Print a recipe with every default filled in.
+    Cat(RecipeArgs),
+    /// Check a recipe: every key, every value.
+    Validate(RecipeArgs),
+    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens.
+    Plan(RecipeArgs),
+    /// Show the tokens that a model would see, and which of them it learns to predict.
+    Preview {
+        /// The recipe.
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Rows to show.
+        #[arg(long, default_value_t = 2)]
+        rows: usize,
+    },
+    /// Validate a trained model on its held-out data.
+    Eval {
+        /// A checkpoint or a run folder.
+        checkpoint: PathBuf,
+        /// Batches at most; 0 takes all.
+        #[arg(long, default_value_t = 0)]
+        batches: u64,
+        /// flex, ndarray or cuda; default: the recipe's.
+        #[arg(long)]
+        device: Option<String>,
+    },
+    /// Let a trained model write.
+    Generate(GenerateArgs),
+    /// Write a model in Hugging Face's format.
+    Export {
+        /// A checkpoint or a run folder.
+        checkpoint: PathBuf,
+        /// A folder that does not exist yet.
+        #[arg(long)]
+        to: PathBuf,
+    },
+    /// Write the logits of given tokens, for comparing with other software.
+    Logits {
+        /// A checkpoint or a run folder.
+        checkpoint: PathBuf,
+        /// Token ids, such as 1,2,3.
+        #[arg(long, value_delimiter = ',', required = true)]
+        tokens: Vec<u32>,
+        /// The safetensors file to write: `tokens` [1, n] and `logits` [1, n, vocab].
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Tell what this machine and this binary can do.
+    Doctor,
+    /// Train a tokenizer.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
+    /// Print completions for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the recipe reference: every key with its type and meaning, as Markdown.
+    Reference,
+}
+
+/// How to train.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// The run folder. Default: checkpoints/<name of the recipe>.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// auto goes on with the run in the folder if there is one, never starts afresh, a path goes on from that checkpoint.
+    #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
+    pub resume: String,
+    /// flex, ndarray or cuda; the same as training.device=...
+    #[arg(long)]
+    pub device: Option<String>,
+}
+
+/// How to generate.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A checkpoint or a run folder.
+    pub checkpoint: PathBuf,
+    /// What the text starts with.
+    #[arg(long, default_value = "")]
+    pub prompt: String,
+    /// Tokens at most.
+    #[arg(long, default_value_t = 200)]
+    pub max_new_tokens: usize,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the k likeliest; 0 among all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the likeliest whose probabilities add up to this.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// flex, ndarray or cuda; default: the recipe's.
+    #[arg(long)]
+    pub device: Option<String>,
+}
+
+/// What to do with tokenizers.
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Learn a byte-level BPE from the text of a recipe.
+    Train {
+        /// The recipe whose data is learnt from.
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Ids, the 256 bytes and 2 special tokens included.
+        #[arg(long, default_value_t = 4096)]
+        vocab_size: usize,
+        /// The tokenizer.json to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+}

@@ -1,0 +1,60 @@
+//! The verbs. Standard output is data, standard error is talk.
+
+mod inspect;
+mod train;
+mod trained;
+
+use std::path::Path;
+
+use crate::cli::{Command, RecipeArgs, TokenizerCommand};
+use crate::recipe::{self, Loaded};
+use crate::report::Failure;
+
+/// Does what was asked.
+///
+/// # Errors
+/// If it cannot be done; see [`Failure`].
+pub fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Train(args) => train::train(args),
+        Command::Ls => inspect::ls(),
+        Command::Cp { recipe, to } => inspect::cp(&recipe, &to),
+        Command::Cat(args) => inspect::cat(&load(&args)?),
+        Command::Validate(args) => {
+            load(&args)?;
+            println!("{}: valid", args.recipe.display());
+            Ok(())
+        }
+        Command::Plan(args) => inspect::plan(&load(&args)?),
+        Command::Preview { recipe, rows } => inspect::preview(&load(&recipe)?, rows),
+        Command::Eval { checkpoint, batches, device } => trained::eval(&checkpoint, batches, device.as_deref()),
+        Command::Generate(args) => trained::generate(&args),
+        Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
+        Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
+        Command::Doctor => inspect::doctor(),
+        Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
+            inspect::train_tokenizer(&load(&recipe)?, vocab_size, &out)
+        }
+        Command::Completions { shell } => {
+            let mut command = <crate::cli::Cli as clap::CommandFactory>::command();
+            clap_complete::generate(shell, &mut command, "polyhead", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Reference => {
+            print!("{}", crate::schema::reference());
+            Ok(())
+        }
+    }
+}
+
+fn load(args: &RecipeArgs) -> Result<Loaded, Failure> {
+    Ok(recipe::load(&args.recipe, &args.overrides)?)
+}
+
+/// Refuses to write over what is there.
+fn must_not_exist(path: &Path) -> Result<(), Failure> {
+    match path.exists() {
+        true => Err(Failure::Run(format!("{} exists already; name another place", path.display()))),
+        false => Ok(()),
+    }
+}

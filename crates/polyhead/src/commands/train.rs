@@ -1,0 +1,232 @@
+//! `polyhead train`.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use polyhead_data::{StreamDecoder, Tokenizer};
+use polyhead_models::{Decoder, generate};
+use polyhead_training::checkpoint::{clean_leftovers, list, newest_good, verify};
+use polyhead_training::run::{Job, Outcome, run};
+use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::{peak_memory_bytes, state};
+
+use crate::assemble::{self, Source};
+use crate::cli::TrainArgs;
+use crate::console::{Console, bytes, clock, thousands};
+use crate::recipe::{self, Recipe};
+use crate::report::Failure;
+
+/// Trains what a recipe says.
+pub fn train(args: TrainArgs) -> Result<(), Failure> {
+    let mut overrides = args.recipe.overrides.clone();
+    overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
+    let recipe = recipe::load(&args.recipe.recipe, &overrides)?.recipe;
+    let device = assemble::training_device(&recipe)?;
+    let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
+    let lock = RunLock::acquire(&run_dir)?;
+    for left in clean_leftovers(&run_dir)? {
+        eprintln!("cleaned up after an interrupted save: {}", left.display());
+    }
+    let resume = choose_checkpoint(&args.resume, &run_dir)?;
+    if let Some(checkpoint) = &resume {
+        refuse_changes(&assemble::recipe_of(checkpoint)?, &recipe, checkpoint)?;
+    }
+
+    let started = Instant::now();
+    let opened = assemble::data(&recipe, &mut tokenizing())?;
+    eprintln!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
+    let model = assemble::fresh_model(&recipe, opened.vocab_size, &device);
+    let config = recipe.model.decoder();
+    let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
+    let parameters = thousands(model.num_params() as u64);
+    let mut distinct = mechanism.clone();
+    distinct.dedup();
+    eprintln!("model: {parameters} parameters, {} layers, attention: {}", config.n_layers, distinct.join(", "));
+
+    let start = match &resume {
+        Some(checkpoint) => {
+            let step = state::read_progress(checkpoint)?.step;
+            eprintln!("resume: from {} (step {step})", checkpoint.display());
+            step
+        }
+        None => 0,
+    };
+    let text = recipe::resolved(&recipe)?;
+    atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+    let mut companions = vec![("recipe.toml".to_owned(), text.clone().into_bytes())];
+    if let Some(tokenizer) = &opened.tokenizer {
+        companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
+    }
+    let stop = listen()?;
+    let training = recipe.training.clone();
+    let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
+    let (train, held_out) = (Source(opened.train), Source(opened.validation));
+    let job = Job {
+        run_dir: run_dir.clone(),
+        lock,
+        resume,
+        training,
+        optimizer: recipe.optimizer.clone(),
+        lr_scheduler: recipe.lr_scheduler.clone(),
+        validation: recipe.validation.clone(),
+        checkpoint: recipe.checkpoint.clone(),
+        metrics: recipe.metrics.clone(),
+        seed: recipe.debug.seed,
+        train: &train,
+        held_out: &held_out,
+        companions,
+        recipe: text,
+        stop: &stop,
+    };
+    let mut console = Console::new(start, recipe.training.steps, tokens_per_step);
+    let outcome = run(model, job, &mut console)?;
+    drop(console);
+
+    if let Some(signal) = outcome.interrupted {
+        eprintln!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
+        eprintln!("the same command goes on from there");
+        return Err(Failure::Interrupted(signal));
+    }
+    summarize(&args, &recipe, &outcome, &run_dir, &opened.description, opened.floor);
+    if let Some(tokenizer) = &opened.tokenizer {
+        sample(&recipe, &outcome.model, tokenizer)?;
+    }
+    Ok(())
+}
+
+fn default_folder(recipe: &Path) -> PathBuf {
+    Path::new("checkpoints").join(recipe.file_stem().unwrap_or("run".as_ref()))
+}
+
+/// A bar for turning text into tokens, shown only where it takes a while.
+fn tokenizing() -> impl FnMut(u64, u64) {
+    let started = Instant::now();
+    let mut told = 0;
+    move |done, all| {
+        let seconds = started.elapsed().as_secs();
+        if seconds > told && done < all {
+            told = seconds;
+            eprintln!("tokens: {} of {}", bytes(done), bytes(all));
+        }
+    }
+}
+
+/// The checkpoint to go on from.
+fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Failure> {
+    match resume {
+        "never" => match list(run_dir)?.is_empty() {
+            true => Ok(None),
+            false => Err(Failure::Run(format!(
+                "{} holds a run already; --resume never would lose it: name another folder with --out, or remove it",
+                run_dir.display()
+            ))),
+        },
+        "auto" => {
+            let (found, damaged) = newest_good(run_dir)?;
+            for problem in &damaged {
+                eprintln!("warning: {problem}");
+            }
+            match found {
+                Some((path, _)) => Ok(Some(path)),
+                None if damaged.is_empty() => Ok(None),
+                None => Err(Failure::Run(format!(
+                    "every checkpoint in {} is damaged; start afresh in another folder with --out",
+                    run_dir.display()
+                ))),
+            }
+        }
+        path => {
+            let path = PathBuf::from(path);
+            verify(&path)?;
+            let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
+            match inside {
+                true => Ok(Some(path)),
+                false => Err(Failure::Run(format!(
+                    "{} lies outside the run folder {}: name its run folder with --out",
+                    path.display(),
+                    run_dir.display()
+                ))),
+            }
+        }
+    }
+}
+
+/// A run goes on as what it was.
+fn refuse_changes(before: &Recipe, now: &Recipe, checkpoint: &Path) -> Result<(), Failure> {
+    let changed = recipe::differences(before, now);
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let problem = format!(
+        "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
+         --out, or put them back. {} may change",
+        checkpoint.display(),
+        changed.join("\n  "),
+        recipe::MAY_CHANGE.join(", ")
+    );
+    Err(crate::report::Problems::plain(problem).into())
+}
+
+/// The number of the first SIGINT or SIGTERM; a second one ends the process at once.
+fn listen() -> Result<Arc<AtomicUsize>, Failure> {
+    let (stop, armed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, armed.clone())?;
+        signal_hook::flag::register(signal, armed.clone())?;
+        signal_hook::flag::register_usize(signal, stop.clone(), signal as usize)?;
+    }
+    Ok(stop)
+}
+
+fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Path, data: &str, floor: Option<f64>) {
+    let progress = &outcome.progress;
+    let time = Duration::from_micros(progress.microseconds);
+    eprintln!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));
+    eprintln!("on       {data}");
+    if let Some(sums) = outcome.validation {
+        let bits = sums.bits_per_byte().map_or(String::new(), |bits| format!(", {bits:.3} bits per byte"));
+        let accuracy = 100.0 * sums.accuracy();
+        let floor = floor.map_or(String::new(), |floor| format!(", best possible loss {floor:.4}"));
+        eprintln!("reached  validation loss {:.4}{bits}, accuracy {accuracy:.1} %{floor}", sums.mean_loss());
+    }
+    if let Some(memory) = peak_memory_bytes() {
+        eprintln!("memory   {} at most", bytes(memory));
+    }
+    if progress.skipped > 0 {
+        eprintln!("skipped  {} steps that were not finite", progress.skipped);
+    }
+    let run = run_dir.display();
+    eprintln!("lies in  {run} (curves: tensorboard --logdir {run})");
+    if recipe.data.is_text() {
+        eprintln!("next     polyhead generate {run} --prompt \"...\"");
+    } else {
+        eprintln!("next     polyhead eval {run}");
+    }
+    let recipe = args.recipe.recipe.display();
+    eprintln!("         polyhead train {recipe} training.steps={} --out {run}   # go on", 2 * progress.step);
+}
+
+/// A sample of what the model writes, on standard output.
+fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
+    let model = model.valid();
+    let mut prompt = tokenizer.encode(&recipe.generation.prompt)?;
+    if prompt.is_empty() {
+        prompt.push(tokenizer.end_of_text().unwrap_or(0));
+    }
+    eprintln!("\nsample:");
+    print!("{}", recipe.generation.prompt);
+    let mut stream = StreamDecoder::new(tokenizer);
+    let mut stdout = std::io::stdout();
+    generate(&model, &prompt, &recipe.generation.sampling, tokenizer.end_of_text(), |token| {
+        let shown =
+            stream.push(token).is_none_or(|text| write!(stdout, "{text}").and_then(|()| stdout.flush()).is_ok());
+        if shown { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    println!();
+    Ok(())
+}

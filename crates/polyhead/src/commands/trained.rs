@@ -1,0 +1,111 @@
+//! Verbs about a trained model: `eval`, `generate`, `export`, `logits`.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use burn::tensor::{Int, Tensor, TensorData};
+use polyhead_attention::{Mask, Observe};
+use polyhead_data::{StreamDecoder, Tokenizer};
+use polyhead_models::weights::{Named, to_safetensors};
+use polyhead_models::{Evaluated, Sampling};
+use polyhead_training::run_folder::atomic_write;
+
+use super::must_not_exist;
+use crate::assemble;
+use crate::cli::GenerateArgs;
+use crate::report::Failure;
+
+/// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
+pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
+    let trained = assemble::open_trained(checkpoint, device)?;
+    let opened = assemble::data(&trained.recipe, &mut |_, _| {})?;
+    eprintln!("data: {}", opened.description);
+    let all = opened.validation.batches_per_epoch().max(1);
+    let count = if batches == 0 { all } else { batches.min(all) };
+    let mut sums = Evaluated::default();
+    for position in 0..count {
+        sums.add(trained.model.evaluate(&opened.validation.batch(position)?));
+    }
+    let result = serde_json::json!({
+        "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
+        "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
+    });
+    println!("{result:#}");
+    Ok(())
+}
+
+/// Continues a prompt on standard output.
+pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
+    if !(args.temperature >= 0.0 && args.top_p > 0.0 && args.top_p <= 1.0) {
+        let problem = format!(
+            "--temperature ({}) must be 0 or more, --top-p ({}) above 0 and up to 1",
+            args.temperature, args.top_p
+        );
+        return Err(crate::report::Problems::plain(problem).into());
+    }
+    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
+    let mut prompt = tokenizer.encode(&args.prompt)?;
+    if prompt.is_empty() {
+        prompt.push(tokenizer.end_of_text().unwrap_or(0));
+    }
+    let sampling = Sampling {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
+    let (mut stream, mut stdout) = (StreamDecoder::new(tokenizer), std::io::stdout());
+    write!(stdout, "{}", args.prompt)?;
+    polyhead_models::generate(&trained.model, &prompt, &sampling, tokenizer.end_of_text(), |token| {
+        let shown =
+            stream.push(token).is_none_or(|text| write!(stdout, "{text}").and_then(|()| stdout.flush()).is_ok());
+        if shown { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    // A closed pipe is no failure of ours.
+    let _ = writeln!(stdout);
+    Ok(())
+}
+
+fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
+    let problem = || format!("{} learnt generated data, not text; `polyhead eval` shows what it can", path.display());
+    tokenizer.ok_or_else(|| Failure::Run(problem()))
+}
+
+/// Writes the model in Hugging Face's format.
+pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
+    must_not_exist(to)?;
+    let trained = assemble::open_trained(checkpoint, Some("flex"))?;
+    let _ = (&trained, to);
+    Err(Failure::Run("export is not built yet".into()))
+}
+
+/// Writes the logits of tokens.
+pub fn logits(checkpoint: &Path, tokens: &[u32], out: &Path) -> Result<(), Failure> {
+    let trained = assemble::open_trained(checkpoint, None)?;
+    let vocab = trained.model.vocab_size();
+    if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
+        return Err(
+            crate::report::Problems::plain(format!("--tokens: id {id} is not below the vocabulary ({vocab})")).into()
+        );
+    }
+    let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
+    let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &trained.model.device());
+    let hidden = trained.model.forward(input, &Mask::causal(), None, Observe::Nothing).hidden;
+    let logits = trained.model.logits(hidden);
+    let shape = logits.dims().to_vec();
+    let named = [
+        Named { name: "logits".into(), shape, values: logits.into_data().iter::<f32>().collect() },
+        // Exact in f32 below 2^24, more ids than any vocabulary has.
+        Named {
+            name: "tokens".into(),
+            shape: vec![1, tokens.len()],
+            values: tokens.iter().map(|&id| id as f32).collect(),
+        },
+    ];
+    atomic_write(out, &to_safetensors(&named, &[])?)?;
+    eprintln!("wrote {} tokens x {vocab} logits to {}", tokens.len(), out.display());
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! What a person sees while a model trains: a progress bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use polyhead_models::Evaluated;
+use polyhead_training::run::{Logged, View};
+
+/// Shows a run on standard error.
+pub struct Console {
+    bar: Option<ProgressBar>,
+    steps: u64,
+    tokens_per_step: u64,
+}
+
+impl Console {
+    /// A view of a run of `steps` steps that starts behind step `start`.
+    pub fn new(start: u64, steps: u64, tokens_per_step: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_position(start);
+            bar
+        });
+        Self { bar, steps, tokens_per_step }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn eta(&self, logged: &Logged) -> String {
+        let left = (self.steps - logged.step) * self.tokens_per_step;
+        let seconds = (left as f64 / logged.tokens_per_second.max(1e-9)).round();
+        clock(Duration::from_secs_f64(seconds.min(1e9)))
+    }
+}
+
+/// `1:02:03` or `2:03`.
+pub fn clock(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
+}
+
+/// `12,345`
+pub fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}
+
+/// `1.2 GiB`
+pub fn bytes(number: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let power = (0..units.len()).rev().find(|&power| number >= 1 << (10 * power)).unwrap_or(0);
+    let value = number as f64 / (1u64 << (10 * power)) as f64;
+    if power == 0 { format!("{number} B") } else { format!("{value:.1} {}", units[power]) }
+}
+
+impl View for Console {
+    fn stepped(&mut self, logged: &Logged) {
+        let mut parts = vec![format!("loss: {:.4}", logged.loss)];
+        parts.extend(logged.bits_per_byte.map(|bits| format!("bpb: {bits:.3}")));
+        parts.push(format!("grad_norm: {:.2}", logged.grad_norm));
+        if self.bar.is_none() {
+            parts.extend(logged.memory.map(|memory| format!("memory: {}", bytes(memory))));
+        }
+        parts.push(format!("tps: {}", thousands(logged.tokens_per_second as u64)));
+        parts.push(format!("eta: {}", self.eta(logged)));
+        if logged.skipped {
+            parts.push("SKIPPED: not finite".into());
+        }
+        let line = parts.join("  ");
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(logged.step);
+                bar.set_message(line);
+            }
+            None if logged.logged => eprintln!("step: {}  {line}", logged.step),
+            None => {}
+        }
+    }
+
+    fn validated(&mut self, step: u64, sums: &Evaluated) {
+        let bits = sums.bits_per_byte().map_or(String::new(), |bits| format!("  bpb: {bits:.3}"));
+        let (loss, accuracy) = (sums.mean_loss(), 100.0 * sums.accuracy());
+        self.say(&format!("step: {step}  validation loss: {loss:.4}{bits}  accuracy: {accuracy:.1} %"));
+    }
+
+    fn saved(&mut self, _step: u64) {}
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Layers of TOML: parsed with the place of every key, merged into one table.
+
+use std::ops::Range;
+
+use toml_edit::{Document, Item, TableLike};
+
+use crate::report::{Problem, Problems};
+
+/// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
+const ONE_OF: [&str; 6] =
+    ["model", "data", "tokenizer", "optimizer", "model.decoder.attention", "model.decoder.attention.*.lambda_init"];
+
+/// One source of keys.
+pub struct Layer {
+    /// The file's name, or `command line`.
+    pub name: String,
+    /// Its text.
+    pub text: String,
+    document: Document<String>,
+    values: toml::Table,
+}
+
+/// Parses a file.
+///
+/// # Errors
+/// Points at what is no TOML.
+pub fn parse_layer(name: &str, text: &str) -> Result<Layer, Problem> {
+    let document = Document::parse(text.to_owned());
+    let document = document.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
+    let values = text.parse::<toml::Table>();
+    let values = values.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
+    Ok(Layer { name: name.to_owned(), text: text.to_owned(), document, values })
+}
+
+/// Parses `key=value` from the command line; a value that is no TOML is taken as text.
+///
+/// # Errors
+/// If there is no `=`, or the key is no key.
+pub fn parse_override(text: &str) -> Result<Layer, Problem> {
+    const NAME: &str = "command line";
+    let Some((key, value)) = text.split_once('=') else {
+        let message = format!("`{text}` is no override: write key=value, such as training.steps=100");
+        return Err(Problem::in_text(NAME, text, None, message));
+    };
+    parse_layer(NAME, text).or_else(|error| {
+        let quoted = format!("{key}={}", toml::Value::String(value.trim().to_owned()));
+        let looks_like_toml = value.trim_start().starts_with(['[', '{', '"', '\'']);
+        if looks_like_toml { Err(error) } else { parse_layer(NAME, &quoted).map_err(|_| error) }
+    })
+}
+
+impl Layer {
+    /// Takes the recipe's `extends` out, if it has one.
+    pub fn take_extends(&mut self) -> Result<Option<String>, Problems> {
+        match self.values.remove("extends") {
+            None => Ok(None),
+            Some(toml::Value::String(base)) => Ok(Some(base)),
+            Some(other) => {
+                let message = format!("extends must be the path of a recipe as text, found {}", other.type_str());
+                let span = self.find(&["extends"]).map(|(span, _)| span);
+                Err(Problems(vec![Problem::in_text(&self.name, &self.text, span, message)]))
+            }
+        }
+    }
+
+    /// The values, without places.
+    pub fn values(&self) -> &toml::Table {
+        &self.values
+    }
+
+    /// Where the longest known beginning of a path stands, and how many of its parts that is.
+    pub fn find(&self, path: &[&str]) -> Option<(Range<usize>, usize)> {
+        let mut table: &dyn TableLike = self.document.as_table();
+        let mut found = None;
+        let mut depth = 0;
+        while let Some((key, item)) = path.get(depth).and_then(|part| table.get_key_value(part)) {
+            depth += 1;
+            found = key.span().or_else(|| item.span()).map(|span| (span, depth)).or(found);
+            let next = match item {
+                Item::ArrayOfTables(list) => {
+                    let at = path.get(depth).and_then(|part| part.parse::<usize>().ok());
+                    depth += 1;
+                    at.and_then(|at| list.get(at)).map(|table| table as &dyn TableLike)
+                }
+                other => other.as_table_like(),
+            };
+            let Some(next) = next else { break };
+            table = next;
+        }
+        found
+    }
+}
+
+/// One table out of all layers, later ones over earlier ones.
+pub fn merge(layers: &[Layer]) -> toml::Table {
+    let mut merged = toml::Table::new();
+    for layer in layers {
+        merge_into(&mut merged, layer.values(), "");
+    }
+    merged
+}
+
+fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
+    if is_choice(path) && !over.is_empty() {
+        base.retain(|key, _| over.contains_key(key));
+    }
+    for (key, value) in over {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match (base.get_mut(key), value) {
+            (Some(toml::Value::Table(base)), toml::Value::Table(over)) => merge_into(base, over, &path),
+            _ => {
+                base.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
+fn is_choice(path: &str) -> bool {
+    let parts: Vec<&str> = path.split('.').collect();
+    ONE_OF.iter().any(|known| {
+        let known: Vec<&str> = known.split('.').collect();
+        known.len() == parts.len() && known.iter().zip(&parts).all(|(a, b)| *a == "*" || a == b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_later_choice_replaces_an_earlier_one() {
+        let base = parse_layer("a", "[data.rust_docs]\n[training]\nsteps = 1\nseq_len = 2").unwrap();
+        let over = parse_override("data.text.paths=[\"x\"]").unwrap();
+        let steps = parse_override("training.steps=5").unwrap();
+        let merged = merge(&[base, over, steps]);
+        assert!(merged["data"].get("rust_docs").is_none() && merged["data"].get("text").is_some());
+        assert_eq!(merged["training"]["steps"].as_integer(), Some(5));
+        assert_eq!(merged["training"]["seq_len"].as_integer(), Some(2));
+    }
+
+    #[test]
+    fn words_need_no_quotes_on_the_command_line() {
+        let layer = parse_override("training.device=cuda").unwrap();
+        assert_eq!(layer.values()["training"]["device"].as_str(), Some("cuda"));
+        assert!(parse_override("training.steps").is_err());
+        assert!(parse_override("data.text.paths=[\"x\"").is_err());
+    }
+}

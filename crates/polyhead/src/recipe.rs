@@ -1,0 +1,281 @@
+//! Recipes: what a person wrote (layers of TOML), and what it means (typed tables).
+//!
+//! A recipe is read in layers: the file that `extends` names, the file itself, `key=value` from the command line. Every
+//! problem is told with the layer, line and column of the key it is about.
+
+use std::path::{Path, PathBuf};
+
+use polyhead_data::{DataConfig, Packing, TokenizerConfig};
+use polyhead_models::{DecoderConfig, Sampling};
+use polyhead_training::config::{
+    CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::layers::{Layer, merge, parse_layer};
+use crate::report::{Problem, Problems};
+use crate::schema;
+
+/// One complete run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: ModelConfig,
+    /// How text becomes tokens; not used by generated data. Default: bytes.
+    #[serde(default)]
+    pub tokenizer: TokenizerConfig,
+    /// What it learns from.
+    pub data: DataConfig,
+    /// How tokens become rows.
+    #[serde(default)]
+    pub loader: LoaderConfig,
+    /// How long, on how much at once.
+    pub training: TrainingConfig,
+    /// How weights move. Default: adamw.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// The learning rate over the steps.
+    #[serde(default)]
+    pub lr_scheduler: LrSchedulerConfig,
+    /// How well the model does on text it does not train on.
+    #[serde(default)]
+    pub validation: ValidationConfig,
+    /// When the run is saved.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
+    /// What is written down.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// The sample of text at the end.
+    #[serde(default)]
+    pub generation: GenerationConfig,
+    /// Randomness.
+    #[serde(default)]
+    pub debug: DebugConfig,
+}
+
+/// `[model]`: one of its tables.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelConfig {
+    /// A decoder language model.
+    Decoder(DecoderConfig),
+}
+
+impl ModelConfig {
+    /// The decoder's settings.
+    pub fn decoder(&self) -> &DecoderConfig {
+        let Self::Decoder(decoder) = self;
+        decoder
+    }
+}
+
+/// `[loader]`: how tokens become rows.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoaderConfig {
+    /// "stream" (default): documents follow each other; "documents": attention stays inside each document.
+    pub packing: Packing,
+}
+
+/// `[generation]`: the sample of text at the end of a run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// What the sample starts with. Default: the end-of-text token.
+    pub prompt: String,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+/// Keys that may change when a run is resumed; all others decide what the run is.
+pub const MAY_CHANGE: [&str; 7] = [
+    "training.steps",
+    "training.device",
+    "metrics",
+    "checkpoint",
+    "validation.interval",
+    "validation.batches",
+    "generation",
+];
+
+/// A recipe with where its keys stand.
+pub struct Loaded {
+    /// What it means.
+    pub recipe: Recipe,
+    layers: Vec<Layer>,
+}
+
+impl Loaded {
+    /// A problem about a key, pointed at where it stands.
+    pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
+        Problem::at(&self.layers, path, message.into())
+    }
+}
+
+/// Reads a recipe with overrides and checks everything.
+///
+/// # Errors
+/// All problems of the first stage that has any: reading, unknown keys, types, rules.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
+    let layers = read_layers(path, overrides)?;
+    let unknown = schema::unknown_keys(&layers);
+    if !unknown.is_empty() {
+        return Err(Problems(unknown));
+    }
+    let merged = merge(&layers);
+    let recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
+        let path = error.path().to_string();
+        Problems(vec![Problem::at(&layers, &path, error.into_inner().to_string())])
+    })?;
+    let loaded = Loaded { recipe, layers };
+    let problems: Vec<Problem> =
+        validate(&loaded.recipe).into_iter().map(|(path, message)| loaded.problem(&path, message)).collect();
+    if problems.is_empty() { Ok(loaded) } else { Err(Problems(problems)) }
+}
+
+/// The resolved recipe as TOML: every key with its value.
+///
+/// # Errors
+/// If a value has no TOML form, which would be our mistake.
+pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
+    toml::to_string_pretty(recipe).map_err(|error| Problems::plain(format!("the recipe cannot be written: {error}")))
+}
+
+/// Keys in which two recipes differ, apart from those that may change: `key: before -> now`.
+pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
+    fn walk(path: &str, a: Option<&toml::Value>, b: Option<&toml::Value>, out: &mut Vec<String>) {
+        if a == b || MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}."))) {
+            return;
+        }
+        if let (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) = (a, b) {
+            let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                walk(&path, a.get(key), b.get(key), out);
+            }
+            return;
+        }
+        let show = |value: Option<&toml::Value>| value.map_or("(not set)".into(), ToString::to_string);
+        out.push(format!("{path}: {} -> {}", show(a), show(b)));
+    }
+    let value = |recipe| toml::Value::try_from(recipe).ok();
+    let mut out = Vec::new();
+    walk("", value(before).as_ref(), value(now).as_ref(), &mut out);
+    out
+}
+
+fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
+    let read = |path: &Path| {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let hint = if path.extension().is_none() { "; recipes end in .toml, `polyhead ls` lists them" } else { "" };
+            Problems::plain(format!("recipe {}: {error}{hint}", path.display()))
+        })?;
+        parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
+    };
+    let mut file = read(path)?;
+    let mut layers = Vec::new();
+    if let Some(base) = file.take_extends()? {
+        let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
+        let mut base = read(&base_path)?;
+        if base.take_extends()?.is_some() {
+            let problem = format!("{} extends another recipe itself; one level is allowed", base_path.display());
+            return Err(Problems::plain(problem));
+        }
+        layers.push(base);
+    }
+    layers.push(file);
+    for text in overrides {
+        layers.push(crate::layers::parse_override(text).map_err(|problem| Problems(vec![problem]))?);
+    }
+    Ok(layers)
+}
+
+/// Every rule about values, with the key it is about.
+fn validate(recipe: &Recipe) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut rule = |holds: bool, key: &str, message: String| {
+        if !holds {
+            problems.push((key.to_owned(), message));
+        }
+    };
+    let Recipe { training, validation, lr_scheduler, generation, .. } = recipe;
+    let at_least_one = |key: &str, value: u64| (value >= 1, format!("{key} ({value}) must be at least 1"));
+    for (key, value) in [
+        ("training.steps", training.steps),
+        ("training.seq_len", training.seq_len as u64),
+        ("training.batch_size", training.batch_size as u64),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64),
+        ("metrics.log_freq", recipe.metrics.log_freq),
+    ] {
+        let (holds, message) = at_least_one(key, value);
+        rule(holds, key, message);
+    }
+    // Sizes beyond these are typing mistakes, and would otherwise end as a failed allocation.
+    for (key, value, most) in [
+        ("training.seq_len", training.seq_len, 1 << 20),
+        ("training.batch_size", training.batch_size, 1 << 16),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1 << 16),
+        ("model.decoder.d_model", recipe.model.decoder().d_model, 1 << 17),
+        ("model.decoder.n_layers", recipe.model.decoder().n_layers, 4096),
+        ("model.decoder.d_ff", recipe.model.decoder().d_ff.unwrap_or(1), 1 << 20),
+    ] {
+        rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
+    }
+    let numbers = [
+        ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
+        ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
+        ("lr_scheduler.min_lr_ratio", lr_scheduler.min_lr_ratio, 0.0, 1.0, "0 to 1"),
+        ("generation.sampling.temperature", generation.sampling.temperature, 0.0, 1e6, "0 (greedy) or more"),
+        ("generation.sampling.top_p", generation.sampling.top_p, 1e-9, 1.0, "above 0, up to 1"),
+        ("validation.fraction", validation.fraction, 1e-9, 0.5, "above 0, up to 0.5"),
+    ];
+    for (key, value, low, high, words) in numbers {
+        rule((low..=high).contains(&value), key, format!("{key} ({value}) must be {words}"));
+    }
+    let optimizer: Vec<(&str, f64, f64, f64)> = match &recipe.optimizer {
+        OptimizerConfig::Adamw(o) => vec![
+            ("adamw.lr", o.lr, 0.0, 1e3),
+            ("adamw.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("adamw.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("adamw.eps", o.eps, 0.0, 1.0),
+            ("adamw.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+        OptimizerConfig::Muon(o) => vec![
+            ("muon.lr", o.lr, 0.0, 1e3),
+            ("muon.momentum", o.momentum, 0.0, 0.999_999_9),
+            ("muon.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("muon.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("muon.eps", o.eps, 0.0, 1.0),
+            ("muon.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+    };
+    for (key, value, low, high) in optimizer {
+        let key = format!("optimizer.{key}");
+        rule((low..=high).contains(&value), &key, format!("{key} ({value}) must be {low} to {high}"));
+    }
+    rule(
+        lr_scheduler.warmup_steps <= training.steps,
+        "lr_scheduler.warmup_steps",
+        format!(
+            "lr_scheduler.warmup_steps ({}) must not exceed training.steps ({})",
+            lr_scheduler.warmup_steps, training.steps
+        ),
+    );
+    rule(
+        crate::device::NAMES.contains(&training.device.as_str()),
+        "training.device",
+        format!("training.device (\"{}\") must be one of {}", training.device, crate::device::NAMES.join(", ")),
+    );
+    if let Err((field, message)) = recipe.data.validate(training.seq_len) {
+        problems.push((format!("data.{}.{field}", recipe.data.name()), message));
+    }
+    if problems.is_empty()
+        && let Err(error) = recipe.model.decoder().validate()
+    {
+        problems.push((format!("model.decoder.{}", error.field), error.problem));
+    }
+    problems
+}

@@ -1,0 +1,154 @@
+//! How problems are told: file, line, column, the line itself with a caret, and a way out.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::layers::Layer;
+
+/// One mistake in a recipe.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    message: String,
+    hint: Option<String>,
+    place: Option<Place>,
+}
+
+#[derive(Debug, Clone)]
+struct Place {
+    source: String,
+    line: usize,
+    column: usize,
+    text: String,
+    length: usize,
+}
+
+impl Problem {
+    /// About a dotted key: shown where the last layer that has it (or the longest beginning of it) has it.
+    pub fn at(layers: &[Layer], path: &str, message: String) -> Self {
+        let parts: Vec<&str> = path.split(['.', '[', ']']).filter(|part| !part.is_empty()).collect();
+        let best = layers.iter().rev().filter_map(|layer| layer.find(&parts).map(|found| (layer, found)));
+        // Among equally long beginnings the last layer wins: max_by_key keeps the last, and the layers come reversed.
+        let best = best.collect::<Vec<_>>().into_iter().rev().max_by_key(|(_, (_, depth))| *depth);
+        match best {
+            Some((layer, (span, _))) => Self::in_text(&layer.name, &layer.text, Some(span), message),
+            None => {
+                let source = layers.first().map_or(String::new(), |layer| layer.name.clone());
+                let place = Place { source, line: 0, column: 0, text: String::new(), length: 0 };
+                Self { message, hint: None, place: Some(place) }
+            }
+        }
+    }
+
+    /// About a span of bytes of a text.
+    pub fn in_text(source: &str, text: &str, span: Option<Range<usize>>, message: String) -> Self {
+        let span = span.unwrap_or(0..0);
+        let start = span.start.min(text.len());
+        let before = text.get(..start).unwrap_or_default();
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let line_text = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default().to_owned();
+        let column = text.get(line_start..start).unwrap_or_default().chars().count() + 1;
+        let length =
+            text.get(start..span.end.max(start)).map_or(1, |part| part.lines().next().unwrap_or("").chars().count());
+        let place = Place {
+            source: source.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column,
+            length: length.max(1),
+            text: line_text,
+        };
+        Self { message, hint: None, place: Some(place) }
+    }
+
+    /// With a way out.
+    pub fn hint(self, hint: Option<String>) -> Self {
+        Self { hint, ..self }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error: {}", self.message.trim_end())?;
+        if let Some(place) = &self.place {
+            let Place { source, line, column, text, length } = place;
+            if *line == 0 {
+                write!(f, "\n  --> {source}")?;
+            } else {
+                let number = line.to_string();
+                let margin = " ".repeat(number.len());
+                write!(f, "\n{margin}--> {source}:{line}:{column}\n{margin} |\n{number} | {text}\n{margin} | ")?;
+                write!(f, "{}{}", " ".repeat(column - 1), "^".repeat(*length))?;
+            }
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Mistakes in a recipe, all that were found.
+#[derive(Debug)]
+pub struct Problems(pub Vec<Problem>);
+
+impl Problems {
+    /// A mistake that has no place in a recipe.
+    pub fn plain(message: String) -> Self {
+        Self(vec![Problem { message, hint: None, place: None }])
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            write!(f, "{}{problem}", if index > 0 { "\n\n" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a command failed, which decides the exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The recipe or the command line is wrong: exit code 2.
+    #[error("{0}")]
+    Usage(Problems),
+    /// The run failed: exit code 1.
+    #[error("error: {0}")]
+    Run(String),
+    /// A signal ended the run, which is saved: exit code 128 + signal.
+    #[error("interrupted")]
+    Interrupted(usize),
+}
+
+impl From<Problems> for Failure {
+    fn from(problems: Problems) -> Self {
+        Self::Usage(problems)
+    }
+}
+
+macro_rules! fails_the_run {
+    ($($error:ty),+) => { $(impl From<$error> for Failure {
+        fn from(error: $error) -> Self { Self::Run(error.to_string()) }
+    })+ };
+}
+
+fails_the_run!(
+    polyhead_training::TrainError,
+    polyhead_training::checkpoint::CheckpointError,
+    polyhead_training::run_folder::RunFolderError,
+    polyhead_training::run_folder::FileError,
+    polyhead_data::DataError,
+    polyhead_models::weights::WeightsError,
+    std::io::Error
+);
+
+impl Failure {
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::Run(_) => 1,
+            Self::Interrupted(signal) => 128 + *signal as u8,
+        }
+    }
+}

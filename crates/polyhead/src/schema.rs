@@ -1,0 +1,179 @@
+//! What keys there are: read off the types, for finding unknown keys, naming the nearest valid one, and the reference.
+
+use serde_json::Value;
+
+use crate::layers::Layer;
+use crate::recipe::Recipe;
+use crate::report::Problem;
+
+/// What other trainers (Hugging Face, axolotl, litgpt, LLaMA-Factory, nanoGPT) call our keys.
+const ELSEWHERE: [(&str, &str); 34] = [
+    ("hidden_size", "model.decoder.d_model"),
+    ("n_embd", "model.decoder.d_model"),
+    ("num_hidden_layers", "model.decoder.n_layers"),
+    ("n_layer", "model.decoder.n_layers"),
+    ("num_attention_heads", "n_heads of the attention table"),
+    ("n_head", "n_heads of the attention table"),
+    ("num_key_value_heads", "n_kv_heads of the attention table"),
+    ("n_query_groups", "n_kv_heads of the attention table"),
+    ("num_noise_heads", "n_noise_heads of the attention table"),
+    ("intermediate_size", "model.decoder.d_ff"),
+    ("tie_word_embeddings", "model.decoder.tie_embeddings"),
+    ("rms_norm_eps", "model.decoder.norm_eps"),
+    ("learning_rate", "optimizer.adamw.lr"),
+    ("lr", "optimizer.adamw.lr"),
+    ("weight_decay", "optimizer.adamw.weight_decay"),
+    ("adam_beta1", "optimizer.adamw.beta1"),
+    ("adam_beta2", "optimizer.adamw.beta2"),
+    ("adam_epsilon", "optimizer.adamw.eps"),
+    ("max_steps", "training.steps"),
+    ("max_iters", "training.steps"),
+    ("micro_batch_size", "training.batch_size"),
+    ("per_device_train_batch_size", "training.batch_size"),
+    ("sequence_len", "training.seq_len"),
+    ("block_size", "training.seq_len"),
+    ("cutoff_len", "training.seq_len"),
+    ("max_seq_length", "training.seq_len"),
+    ("gradient_clip_val", "training.max_norm"),
+    ("max_grad_norm", "training.max_norm"),
+    ("warmup_steps", "lr_scheduler.warmup_steps"),
+    ("lr_scheduler_type", "lr_scheduler.decay"),
+    ("logging_steps", "metrics.log_freq"),
+    ("save_steps", "checkpoint.interval"),
+    ("eval_steps", "validation.interval"),
+    ("seed", "debug.seed"),
+];
+
+/// The schema of a recipe.
+pub fn recipe() -> Value {
+    schemars::schema_for!(Recipe).to_value()
+}
+
+/// Keys of the layers that no type has, each with the nearest valid one.
+pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
+    let root = recipe();
+    let mut found = Vec::new();
+    for layer in layers {
+        let mut report = |path: &str, key: &str, valid: Vec<String>| {
+            let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
+            let problem = Problem::at(std::slice::from_ref(layer), path, format!("unknown key `{key}` in {table}"));
+            found.push(problem.hint(Some(suggestion(key, &valid))));
+        };
+        walk(&root, &[&root], layer.values(), "", &mut report);
+    }
+    found
+}
+
+fn walk(
+    root: &Value,
+    schemas: &[&Value],
+    table: &toml::Table,
+    path: &str,
+    report: &mut dyn FnMut(&str, &str, Vec<String>),
+) {
+    let variants: Vec<&Value> = schemas.iter().flat_map(|schema| variants(root, schema)).collect();
+    let known = || variants.iter().filter_map(|schema| schema.get("properties")?.as_object());
+    if known().next().is_none() {
+        return; // not a table at all: the type error says so
+    }
+    for (key, value) in table {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        let inner: Vec<&Value> = known().filter_map(|properties| properties.get(key)).collect();
+        if inner.is_empty() {
+            report(&path, key, known().flat_map(|properties| properties.keys().cloned()).collect());
+            continue;
+        }
+        match value {
+            toml::Value::Table(table) => walk(root, &inner, table, &path, report),
+            toml::Value::Array(list) => {
+                let items: Vec<&Value> = inner
+                    .iter()
+                    .flat_map(|schema| self::variants(root, schema))
+                    .filter_map(|schema| schema.get("items"))
+                    .collect();
+                for (index, item) in list.iter().enumerate() {
+                    if let toml::Value::Table(table) = item {
+                        walk(root, &items, table, &format!("{path}.{index}"), report);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A schema with references followed and alternatives laid side by side.
+pub fn variants<'a>(root: &'a Value, schema: &'a Value) -> Vec<&'a Value> {
+    let target =
+        schema.get("$ref").and_then(Value::as_str).and_then(|reference| root.pointer(reference.strip_prefix('#')?));
+    if let Some(target) = target {
+        return variants(root, target);
+    }
+    for word in ["oneOf", "anyOf", "allOf"] {
+        if let Some(list) = schema.get(word).and_then(Value::as_array) {
+            return list.iter().flat_map(|schema| variants(root, schema)).collect();
+        }
+    }
+    vec![schema]
+}
+
+fn suggestion(key: &str, valid: &[String]) -> String {
+    let near = valid.iter().map(|name| (strsim::jaro_winkler(key, name), name));
+    let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.82);
+    if let Some((_, name)) = near {
+        return format!("did you mean `{name}`?");
+    }
+    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
+        return format!("here it is called {ours}");
+    }
+    let mut names: Vec<&str> = valid.iter().map(String::as_str).collect();
+    names.sort_unstable();
+    names.dedup();
+    format!("valid here: {}", names.join(", "))
+}
+
+/// The recipe reference: every key with its meaning, from the types' own documentation.
+pub fn reference() -> String {
+    let root = recipe();
+    let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
+    describe(&root, &root, "", &mut out);
+    out
+}
+
+fn describe(root: &Value, schema: &Value, path: &str, out: &mut String) {
+    for variant in variants(root, schema) {
+        if let Some(items) = variant.get("items") {
+            if variant.get("type").and_then(Value::as_str) == Some("array") && items.get("$ref").is_some() {
+                continue; // the same tables as the single form
+            }
+        }
+        let Some(properties) = variant.get("properties").and_then(Value::as_object) else { continue };
+        for (key, property) in properties {
+            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let words = property.get("description").or_else(|| variant.get("description")).and_then(Value::as_str);
+            let words = words.unwrap_or_default().replace('\n', " ").replace('|', "\\|");
+            out.push_str(&format!("| `{path}` | {} | {words} |\n", type_name(root, property)));
+            describe(root, property, &path, out);
+        }
+    }
+}
+
+fn type_name(root: &Value, property: &Value) -> String {
+    let mut names: Vec<String> = Vec::new();
+    for variant in variants(root, property) {
+        let constants = variant.get("enum").and_then(Value::as_array).cloned();
+        let constants = constants.or_else(|| variant.get("const").map(|value| vec![value.clone()]));
+        match (constants, variant.get("type")) {
+            (Some(values), _) => names.extend(values.iter().map(|value| format!("`{value}`"))),
+            (None, Some(Value::String(name))) if name == "object" => names.push("table".into()),
+            (None, Some(Value::String(name))) => names.push(name.clone()),
+            (None, Some(Value::Array(types))) => {
+                names.extend(types.iter().filter_map(Value::as_str).filter(|name| *name != "null").map(Into::into));
+            }
+            _ => {}
+        }
+    }
+    names.retain(|name| name != "null");
+    names.dedup();
+    names.join(" or ")
+}
