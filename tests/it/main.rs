@@ -1,1 +1,8 @@
-//! The binary as a user sees it.
+//! The project as its users see it: the binary, the recipes, the numbers of others.
+#![allow(clippy::unwrap_used)]
+
+mod cli;
+mod golden;
+mod layering;
+mod resume;
+mod world;

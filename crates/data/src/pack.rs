@@ -38,7 +38,7 @@ impl Windows {
     /// With a seed, the first cut differs between epochs, so that rows do; without, it is at the first token.
     ///
     /// # Errors
-    /// If there is too little text for one row.
+    /// If `seq_len` is 0, or there is too little text for one row.
     pub fn new(
         file: Arc<TokenFile>,
         ranges: Vec<Range<u64>>,
@@ -46,6 +46,9 @@ impl Windows {
         packing: Packing,
         seed: Option<u64>,
     ) -> Result<Self, DataError> {
+        if seq_len == 0 {
+            return Err(DataError::Unusable("training.seq_len (0) must be at least 1".into()));
+        }
         let mut starts = vec![0];
         for range in &ranges {
             starts.push(starts[starts.len() - 1] + range.end - range.start);
@@ -167,5 +170,7 @@ mod tests {
     fn too_little_text_says_how_much_is_needed() {
         let error = Windows::new(file(&["abc"]), vec![0..4], 8, Packing::Stream, None).err().unwrap().to_string();
         assert!(error.contains("4 tokens") && error.contains('9'), "{error}");
+        let error = Windows::new(file(&["abc"]), vec![0..4], 0, Packing::Stream, None).err().unwrap().to_string();
+        assert!(error.contains("seq_len"), "{error}");
     }
 }

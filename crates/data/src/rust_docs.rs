@@ -1,5 +1,6 @@
 //! The quickstart's text: the English of the Rust documentation that rustup installs, or the project's own text.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,6 +23,8 @@ const BOOKS: [&str; 11] = [
     "error_codes",
     "clippy",
 ];
+/// Folders of translations.
+const TRANSLATIONS: [&str; 4] = ["es", "ja", "ko", "zh"];
 /// Pages that repeat others or hold no text.
 const NO_PROSE: [&str; 4] = ["print.html", "toc.html", "404.html", "SUMMARY.html"];
 /// Shorter pages are redirects.
@@ -41,6 +44,11 @@ pub fn read_rust_docs(project_root: &Path) -> Result<(Vec<TextDocument>, String)
             return Ok((documents, words));
         }
     }
+    own_text(project_root)
+}
+
+/// The project's own text and source.
+fn own_text(project_root: &Path) -> Result<(Vec<TextDocument>, String), DataError> {
     let paths = ["README.md", "crates", "recipes", "tests"].map(|name| project_root.join(name));
     let paths: Vec<String> = paths.iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect();
     if paths.is_empty() {
@@ -93,6 +101,9 @@ fn books(root: &Path) -> Result<Vec<TextDocument>, DataError> {
     });
     let mut documents = first?;
     documents.extend(second?);
+    // A book's index.html is its first chapter again.
+    let mut seen = HashSet::new();
+    documents.retain(|document| seen.insert(blake3::hash(document.text.as_bytes())));
     Ok(documents)
 }
 
@@ -103,9 +114,10 @@ fn collect(folder: &Path, pages: &mut Vec<PathBuf>) -> Result<(), DataError> {
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // Two-letter folders hold translations.
-        if path.is_dir() && name.len() != 2 {
-            collect(&path, pages)?;
+        if path.is_dir() {
+            if !TRANSLATIONS.contains(&name.as_str()) {
+                collect(&path, pages)?;
+            }
         } else if name.ends_with(".html") && !NO_PROSE.contains(&name.as_str()) {
             pages.push(path);
         }
@@ -123,13 +135,31 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let book = root.path().join("book");
         std::fs::create_dir_all(book.join("ja")).unwrap();
+        std::fs::create_dir_all(book.join("fn")).unwrap();
         let page = |body: &str| format!("<html><body><main><p>{body}</p></main></body></html>");
         let long = "Ownership is a set of rules that govern how a program manages memory. ".repeat(5);
         std::fs::write(book.join("ch04.html"), page(&long)).unwrap();
         std::fs::write(book.join("print.html"), page(&long)).unwrap();
         std::fs::write(book.join("short.html"), page("too short")).unwrap();
         std::fs::write(book.join("ja/ch04.html"), page(&long)).unwrap();
+        std::fs::write(book.join("fn/closures.html"), page(&format!("Closures. {long}"))).unwrap();
+        std::fs::write(book.join("index.html"), page(&long)).unwrap(); // the first chapter again
         let documents = books(root.path()).unwrap();
-        assert_eq!(documents.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["book/ch04.html"]);
+        assert_eq!(
+            documents.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(),
+            ["book/ch04.html", "book/fn/closures.html"]
+        );
+    }
+
+    #[test]
+    fn without_documentation_the_project_reads_itself() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(own_text(root.path()).unwrap_err().to_string().contains("rustup component add rust-docs"));
+        std::fs::create_dir_all(root.path().join("crates/one/src")).unwrap();
+        std::fs::write(root.path().join("README.md"), "Read me.").unwrap();
+        std::fs::write(root.path().join("crates/one/src/lib.rs"), "//! Source.").unwrap();
+        let (documents, words) = own_text(root.path()).unwrap();
+        assert_eq!(documents.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), ["Read me.", "//! Source."]);
+        assert!(words.contains("2 files") && words.contains("not installed"), "{words}");
     }
 }

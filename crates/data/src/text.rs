@@ -1,6 +1,6 @@
 //! Documents of text: from files, from JSON lines.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn_dataset::Dataset;
@@ -105,33 +105,46 @@ pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> 
     Ok(documents)
 }
 
-/// Files that patterns mean, sorted, with whether each was named itself (not found in a folder).
-fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeSet<(PathBuf, bool)>, DataError> {
+/// Files that patterns mean, sorted, each once, with whether it was named itself (not only found in a folder).
+fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeMap<PathBuf, bool>, DataError> {
     if patterns.is_empty() {
         return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
     }
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     for pattern in patterns {
-        let before = found.len();
-        let matches = glob::glob(pattern).map_err(|e| DataError::Unusable(format!("pattern \"{pattern}\": {e}")))?;
-        for path in matches.filter_map(Result::ok) {
+        // Counted apart from `found`: another pattern may have found the same files before.
+        let mut matched = BTreeMap::new();
+        for path in matches(pattern)? {
             if path.is_dir() {
-                walk(&path, endings, &mut found)?;
+                walk(&path, endings, &mut matched)?;
             } else {
-                found.insert((path, true));
+                matched.insert(path, true);
             }
         }
-        if found.len() == before {
+        if matched.is_empty() {
             let here = std::env::current_dir().unwrap_or_default();
             let problem = format!("\"{pattern}\" matches no file (looked from {})", here.display());
             return Err(DataError::Unusable(problem));
+        }
+        for (path, named) in matched {
+            *found.entry(path).or_default() |= named;
         }
     }
     Ok(found)
 }
 
-/// All files below `folder` with one of the endings; hidden folders and `target` are left out.
-fn walk(folder: &Path, endings: &[&str], found: &mut BTreeSet<(PathBuf, bool)>) -> Result<(), DataError> {
+/// The paths that one pattern means. A path that exists means itself, even where its name holds signs of a pattern.
+fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
+    if Path::new(pattern).exists() {
+        return Ok(vec![pattern.into()]);
+    }
+    let paths = glob::glob(pattern).map_err(|e| DataError::Unusable(format!("pattern \"{pattern}\": {e}")))?;
+    paths.map(|path| path.map_err(|e| DataError::File { path: e.path().to_owned(), cause: e.into() })).collect()
+}
+
+/// All files below `folder` with one of the endings; hidden ones, `target` and links to folders (which may lead in a
+/// circle) are left out.
+fn walk(folder: &Path, endings: &[&str], found: &mut BTreeMap<PathBuf, bool>) -> Result<(), DataError> {
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -139,9 +152,11 @@ fn walk(folder: &Path, endings: &[&str], found: &mut BTreeSet<(PathBuf, bool)>) 
             continue;
         }
         if path.is_dir() {
-            walk(&path, endings, found)?;
+            if !path.is_symlink() {
+                walk(&path, endings, found)?;
+            }
         } else if path.extension().is_some_and(|ending| endings.iter().any(|known| ending == *known)) {
-            found.insert((path, false));
+            found.insert(path, false);
         }
     }
     Ok(())
@@ -169,6 +184,20 @@ mod tests {
         let pattern = format!("{}/*.csv", dir.path().display());
         let error = read_text(&TextConfig { paths: vec![pattern.clone()] }).unwrap_err().to_string();
         assert!(error.contains(&pattern), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_several_patterns_mean_is_read_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("part[1]");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("a.txt"), "only").unwrap();
+        let paths = vec![folder.display().to_string(), folder.join("a.txt").display().to_string()];
+        let all = read_text(&TextConfig { paths }).unwrap();
+        assert_eq!(all.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), ["only"]);
+        let pattern = format!("{}/*/*.txt", dir.path().display());
+        let again = read_text(&TextConfig { paths: vec![pattern.clone(), pattern] }).unwrap();
+        assert_eq!(again, all);
     }
 
     #[test]

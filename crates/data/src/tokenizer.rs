@@ -92,7 +92,10 @@ impl Tokenizer {
             return Ok(Self::bytes());
         }
         let unusable = |problem: String| DataError::Unusable(problem);
-        let inner = HfTokenizer::from_bytes(json).map_err(|e| unusable(format!("no tokenizer.json: {e}")))?;
+        let mut inner = HfTokenizer::from_bytes(json).map_err(|e| unusable(format!("no tokenizer.json: {e}")))?;
+        // Many published files cut at, or fill up to, the length their model was trained with; texts here are whole.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| unusable(format!("truncation cannot be switched off: {e}")))?;
         let end_of_text = END_NAMES.iter().find_map(|name| inner.token_to_id(name));
         let token_bytes = count_bytes(json, &inner);
         Ok(Self { json: json.to_owned(), inner: Some(Box::new(inner)), end_of_text, token_bytes })
@@ -177,37 +180,73 @@ impl Tokenizer {
     }
 }
 
-/// Gives text as ids arrive, holding back bytes that do not yet make a character.
+/// Gives text as ids arrive, holding back bytes that do not yet make a character. What it gives for any ids of the bytes
+/// tokenizer is what [`Tokenizer::decode`] gives for all of them, but for a character that is never finished.
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
+    // Bytes not shown yet, of the bytes tokenizer.
+    bytes: Vec<u8>,
+    // The last ids of any other: those up to `shown` are context (some decoders treat the first token differently).
     ids: Vec<u32>,
     shown: usize,
 }
 
+/// Tokens after which text with an unfinished character is shown anyway: a character has at most four bytes.
+const LONGEST_CHARACTER: usize = 4;
+
 impl<'a> StreamDecoder<'a> {
     /// A decoder at the start of a text.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), shown: 0 }
+        Self { tokenizer, bytes: Vec::new(), ids: Vec::new(), shown: 0 }
     }
 
     /// The text that `id` completes, if it completes any.
     pub fn push(&mut self, id: u32) -> Option<String> {
-        self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids);
-        // At most three bytes of a character can be missing; four replacement signs are no unfinished character.
-        let unfinished = text.ends_with('\u{FFFD}') && !text.ends_with("\u{FFFD}\u{FFFD}\u{FFFD}\u{FFFD}");
-        if unfinished || text.len() <= self.shown {
-            return None;
-        }
-        let new = text[self.shown..].to_owned();
-        self.shown = text.len();
-        // What is complete never changes again; dropping it keeps each step short.
-        if new.ends_with('\n') {
-            self.ids.clear();
-            self.shown = 0;
-        }
-        Some(new)
+        let text = match &self.tokenizer.inner {
+            None => self.push_byte(id),
+            Some(_) => self.push_token(id),
+        };
+        (!text.is_empty()).then_some(text)
     }
+
+    fn push_byte(&mut self, id: u32) -> String {
+        self.bytes.extend(u8::try_from(id));
+        let unfinished = unfinished(&self.bytes);
+        let rest = self.bytes.split_off(self.bytes.len() - unfinished);
+        let whole = std::mem::replace(&mut self.bytes, rest);
+        String::from_utf8_lossy(&whole).into_owned()
+    }
+
+    fn push_token(&mut self, id: u32) -> String {
+        self.ids.push(id);
+        let before = self.tokenizer.decode(&self.ids[..self.shown]);
+        let text = self.tokenizer.decode(&self.ids);
+        let pending = self.ids.len() - self.shown;
+        if text.ends_with('\u{FFFD}') && pending < LONGEST_CHARACTER {
+            return String::new();
+        }
+        // Where new tokens change what the context decodes to (bytes that were no character become one), they are
+        // decoded by themselves: what has been shown cannot be taken back.
+        let new = match text.strip_prefix(&before) {
+            Some(new) => new.to_owned(),
+            None => self.tokenizer.decode(&self.ids[self.shown..]),
+        };
+        self.ids.drain(..self.shown);
+        self.shown = self.ids.len();
+        new
+    }
+}
+
+/// How many bytes at the end begin a character that further bytes can finish.
+fn unfinished(mut bytes: &[u8]) -> usize {
+    while let Err(error) = std::str::from_utf8(bytes) {
+        match error.error_len() {
+            Some(wrong) => bytes = &bytes[error.valid_up_to() + wrong..],
+            // Without a length, the error is that the bytes end too early.
+            None => return bytes.len() - error.valid_up_to(),
+        }
+    }
+    0
 }
 
 /// Learns a byte-level BPE and writes its tokenizer.json. The same texts give the same file. Returns its vocabulary size.
@@ -284,8 +323,9 @@ fn count_bytes(json: &str, inner: &HfTokenizer) -> Vec<u32> {
     let special = inner.get_added_tokens_decoder();
     let signs = stand_ins();
     let count = |id: u32| -> u32 {
-        if special.get(&id).is_some_and(|token| token.special) {
-            return 0;
+        // Added tokens are spelt as they stand, never with stand-ins.
+        if let Some(added) = special.get(&id) {
+            return if added.special { 0 } else { added.content.len() as u32 };
         }
         let Some(token) = inner.id_to_token(id) else { return 0 };
         if byte_level && token.chars().all(|sign| signs.contains_key(&sign)) {
@@ -296,7 +336,9 @@ fn count_bytes(json: &str, inner: &HfTokenizer) -> Vec<u32> {
         }
         token.replace('\u{2581}', " ").len() as u32
     };
-    (0..inner.get_vocab_size(true) as u32).map(count).collect()
+    // Published vocabularies have gaps, so the highest id counts, not the number of tokens.
+    let end = inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
+    (0..end).map(count).collect()
 }
 
 #[cfg(test)]
@@ -344,6 +386,52 @@ mod tests {
         let parts: Vec<String> = bytes.encode(TEXT).unwrap().into_iter().filter_map(|id| stream.push(id)).collect();
         assert!(parts.iter().all(|part| !part.contains('\u{FFFD}')));
         assert_eq!(parts.concat(), TEXT);
+    }
+
+    #[test]
+    fn streaming_bytes_that_are_no_text_agrees_with_decoding_them() {
+        let bytes = Tokenizer::bytes();
+        // Wrong bytes before a crab; then an é, and characters broken off by others and by a special token.
+        let wrong =
+            vec![0xFF, 0xFF, 0xFF, 0xF0, 0x9F, 0xA6, 0x80, 0xC3, 0xA9, 0xF0, 0x9F, 0x61, 0xE2, 0xC3, 0xA9, 256, 0x62];
+        let mut random = 7u64;
+        let noise = (0..4000).map(|_| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) as u32 % 258
+        });
+        for mut ids in [wrong, noise.collect::<Vec<u32>>()] {
+            ids.push(u32::from(b'.')); // finishes, or breaks off, what is held back
+            let mut stream = StreamDecoder::new(&bytes);
+            let parts: Vec<String> = ids.iter().filter_map(|&id| stream.push(id)).collect();
+            assert_eq!(parts.concat(), bytes.decode(&ids));
+        }
+    }
+
+    #[test]
+    fn published_files_are_read_whole_with_gaps_and_added_tokens() {
+        let mut json: serde_json::Value = serde_json::from_str(&bytes_json()).unwrap();
+        json["truncation"] = json!({ "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0 });
+        json["padding"] = json!({ "strategy": { "Fixed": 64 }, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 257, "pad_type_id": 0, "pad_token": PAD });
+        json["model"]["vocab"]["ab"] = json!(400);
+        json["model"]["merges"] = json!([["a", "b"]]);
+        json["added_tokens"].as_array_mut().unwrap().push(json!({ "id": 401, "content": "é", "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false, "special": false }));
+        let tokenizer = Tokenizer::from_json(&json.to_string()).unwrap();
+        let text = "ab, and more 🦀\nend";
+        // The library's decoder takes an added é for the byte E9, so it is counted but not decoded here.
+        for text in [text, "é ab"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert!(ids.contains(&400), "{ids:?}");
+            assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()), "{ids:?}");
+            let bytes = tokenizer.token_bytes();
+            assert_eq!(ids.iter().map(|&id| bytes[id as usize] as usize).sum::<usize>(), text.len());
+        }
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(tokenizer.decode(&ids), text);
+        let mut stream = StreamDecoder::new(&tokenizer);
+        let parts: Vec<String> = ids.iter().filter_map(|&id| stream.push(id)).collect();
+        assert_eq!(parts.concat(), text);
     }
 
     #[test]

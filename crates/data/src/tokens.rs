@@ -24,6 +24,8 @@ pub struct TokenFile {
     map: Mmap,
     tokens: u64,
     width: usize,
+    // Whether a token that ends it follows each document.
+    ends: bool,
     starts: Vec<u64>,
     hashes: Vec<u64>,
 }
@@ -47,7 +49,8 @@ impl TokenFile {
         }
         let name = &key.finalize().to_hex()[..24];
         let path = cache_dir.join(format!("{name}.tokens"));
-        if let Some(file) = Self::open(&path) {
+        let ends = tokenizer.end_of_text().is_some();
+        if let Some(file) = Self::open(&path, ends) {
             return Ok(Arc::new(file));
         }
         std::fs::create_dir_all(cache_dir).at(cache_dir)?;
@@ -56,13 +59,13 @@ impl TokenFile {
         file.write_all(&body).at(&path)?;
         file.as_file().sync_all().at(&path)?;
         file.persist(&path).map_err(|error| error.error).at(&path)?;
-        Self::open(&path).map(Arc::new).ok_or_else(|| {
+        Self::open(&path, ends).map(Arc::new).ok_or_else(|| {
             DataError::Unusable(format!("{}: written, but it does not read back; is the disk sound?", path.display()))
         })
     }
 
-    /// The file if it is there and whole.
-    fn open(path: &Path) -> Option<Self> {
+    /// The file if it is there and whole. `ends`: whether a token that ends it follows each document.
+    fn open(path: &Path, ends: bool) -> Option<Self> {
         let file = std::fs::File::open(path).ok()?;
         // SAFETY: the file is only ever replaced as a whole (by rename), never written in place by us; its content is
         // checked against its hash before use.
@@ -77,7 +80,7 @@ impl TokenFile {
         }
         let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
         let hashes = (0..documents).map(|i| number(HEADER + i * ENTRY + 8)).collect::<Option<_>>()?;
-        Some(Self { tokens, width, starts, hashes, map })
+        Some(Self { tokens, width, ends, starts, hashes, map })
     }
 
     /// Tokens in all.
@@ -159,8 +162,12 @@ pub struct Split {
 /// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file).
 ///
 /// # Errors
-/// If either side would be empty.
+/// If `fraction` is not between 0 and 1, or either side would be empty.
 pub fn split(file: &TokenFile, fraction: f64) -> Result<Split, DataError> {
+    if !(fraction > 0.0 && fraction < 1.0) {
+        let problem = format!("validation.fraction ({fraction}) must be greater than 0 and less than 1");
+        return Err(DataError::Unusable(problem));
+    }
     let count = file.starts.len();
     let (mut train, mut validation) = (Vec::new(), Vec::new());
     let description = if count >= ENOUGH_DOCUMENTS {
@@ -171,7 +178,8 @@ pub fn split(file: &TokenFile, fraction: f64) -> Result<Split, DataError> {
         format!("{} documents for training, {} for validation", train.len(), validation.len())
     } else {
         for range in file.documents() {
-            let text = range.end - range.start;
+            // The token that ends the text is not counted, so that the cut is the one nanoGPT makes.
+            let text = (range.end - range.start).saturating_sub(u64::from(file.ends));
             let cut = range.start + ((text as f64) * (1.0 - fraction)).floor() as u64;
             train.push(range.start..cut);
             validation.push(cut..range.end);
@@ -222,7 +230,7 @@ mod tests {
         *altered.last_mut().unwrap() ^= 1;
         for bad in [&good[..good.len() - 1], &altered, b"polytok1", b""] {
             std::fs::write(&path, bad).unwrap();
-            assert!(TokenFile::open(&path).is_none());
+            assert!(TokenFile::open(&path, true).is_none());
             assert_eq!(ids(&build(&texts, dir.path()), 0..5), [97, 98, 256, 99, 256]);
         }
     }
@@ -230,9 +238,22 @@ mod tests {
     #[test]
     fn one_file_is_cut_at_its_end() {
         let dir = tempfile::tempdir().unwrap();
-        let text: String = (0..1000).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
-        let split = split(&build(&documents([text]), dir.path()), 0.1).unwrap();
-        assert_eq!((split.train, split.validation), (vec![0..900], vec![900..1001]));
+        // 999 and 1009: the token that ends the text must not move the cut to the next token.
+        for (length, cut) in [(1000, 900), (999, 899), (1009, 908)] {
+            let text: String = (0..length).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
+            let split = split(&build(&documents([text]), dir.path()), 0.1).unwrap();
+            assert_eq!((split.train, split.validation), (vec![0..cut], vec![cut..length + 1]));
+        }
+    }
+
+    #[test]
+    fn a_fraction_that_is_none_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = build(&documents(["some text".into()]), dir.path());
+        for fraction in [-0.5, 0.0, 1.0, 2.0, f64::NAN] {
+            let error = split(&file, fraction).unwrap_err().to_string();
+            assert!(error.contains("validation.fraction"), "{error}");
+        }
     }
 
     #[test]

@@ -1,0 +1,143 @@
+//! What a person types and what they are told.
+
+use crate::world::{SMALL, World, project};
+
+#[test]
+fn unknown_keys_are_told_all_at_once_with_place_and_way_out() {
+    let recipe = SMALL
+        .replace("steps = 12", "stepz = 12\nlearning_rate = 1e-3")
+        .replace("n_layers = 2", "num_hidden_layers = 2");
+    let err = World::new(&recipe).fails(2, &["validate", "recipe.toml"]);
+    for part in [
+        "recipe.toml:4:1",
+        "`num_hidden_layers`",
+        "model.decoder.n_layers",
+        "`stepz`",
+        "did you mean `steps`?",
+        "optimizer.adamw.lr",
+        "^^^^^",
+    ] {
+        assert!(err.contains(part), "no {part} in: {err}");
+    }
+}
+
+#[test]
+fn wrong_types_and_broken_rules_point_at_their_key() {
+    let world = World::new(SMALL);
+    let err = world.fails(2, &["validate", "recipe.toml", "training.seq_len=often"]);
+    assert!(err.contains("command line:1:1") && err.contains("usize") || err.contains("expected"), "{err}");
+    let err =
+        world.fails(2, &["validate", "recipe.toml", "model.decoder.attention.grouped_differential.n_noise_heads=3"]);
+    assert!(err.contains("n_noise_heads (3) must divide n_heads (4)"), "{err}");
+    let err = world.fails(2, &["validate", "recipe.toml", "training.steps=0", "training.batch_size=0"]);
+    assert!(err.contains("training.steps (0)") && err.contains("training.batch_size (0)"), "{err}");
+    let err = world.fails(2, &["validate", "nowhere.toml"]);
+    assert!(err.contains("nowhere.toml"), "{err}");
+    let err = world.fails(1, &["train", "recipe.toml", "--device", "cuda", "--out", "x"]);
+    assert!(err.contains("cuda"), "{err}");
+}
+
+#[test]
+fn extends_and_overrides_are_layers() {
+    let world = World::new(SMALL);
+    std::fs::write(
+        world.dir.path().join("child.toml"),
+        "extends = \"recipe.toml\"\n[training]\nsteps = 3\n[data.copy]\nvocab = 5\n",
+    )
+    .unwrap();
+    let (out, _) = world.succeeds(&["cat", "child.toml", "debug.seed=7"]);
+    assert!(
+        out.contains("steps = 3") && out.contains("seed = 7") && out.contains("[data.copy]") && !out.contains("markov"),
+        "{out}"
+    );
+    std::fs::write(world.dir.path().join("resolved.toml"), &out).unwrap();
+    assert_eq!(world.succeeds(&["cat", "resolved.toml"]).0, out, "what `cat` prints is a recipe");
+}
+
+#[test]
+fn text_is_learnt_looked_at_and_generated() {
+    let world = World::new(&SMALL.replace(
+        "[data.markov]\nstates = 6",
+        "[data.text]\npaths = [\"book.txt\"]\n[loader]\npacking = \"documents\"",
+    ));
+    std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(60)).unwrap();
+    let (out, _) = world.succeeds(&["preview", "recipe.toml", "--rows", "1"]);
+    assert!(out.contains("->"), "{out}");
+    let (out, _) = world.succeeds(&["plan", "recipe.toml"]);
+    assert!(out.contains("grouped_differential"), "{out}");
+    let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    assert!(err.contains("bits per byte") && err.contains("lies in"), "{err}");
+    let generate = ["generate", "run", "--prompt", "the ", "--max-new-tokens", "20", "--seed", "3"];
+    let (first, _) = world.succeeds(&generate);
+    assert!(first.starts_with("the "));
+    assert_eq!(first, world.succeeds(&generate).0, "the same seed, the same text");
+    let (out, _) = world.succeeds(&["eval", "run"]);
+    assert!(serde_json::from_str::<serde_json::Value>(&out).unwrap()["bits_per_byte"].as_f64().unwrap() > 0.0);
+    world.succeeds(&["logits", "run", "--tokens", "1,2,3", "--out", "logits.safetensors"]);
+    assert!(world.fails(2, &["logits", "run", "--tokens", "999", "--out", "x"]).contains("999"));
+    world.succeeds(&["tokenizer", "train", "recipe.toml", "--vocab-size", "270", "--out", "bpe/tokenizer.json"]);
+    let (_, err) = world.succeeds(&["train", "recipe.toml", "tokenizer.huggingface.path=bpe", "--out", "bpe-run"]);
+    assert!(err.contains("bits per byte"), "{err}");
+}
+
+#[test]
+fn every_recipe_is_valid() {
+    let world = World::new(SMALL);
+    let mut folders = vec![project().join("recipes")];
+    let mut count = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "toml") {
+                world.succeeds(&["validate", path.to_str().unwrap()]);
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 0);
+}
+
+#[test]
+fn the_reference_in_the_readme_is_the_types() {
+    let reference = World::new(SMALL).succeeds(&["reference"]).0;
+    let readme = std::fs::read_to_string(project().join("recipes/README.md")).unwrap();
+    assert!(readme.contains(&reference), "paste the output of `polyhead reference` into recipes/README.md");
+}
+
+#[test]
+fn mutated_recipes_never_panic_and_no_key_is_ignored() {
+    // A cheap generator is enough to choose mutations.
+    let mut state = 1u64;
+    let mut draw = move |n: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % n
+    };
+    let values = ["-1", "0", "1e308", "nan", "\"x\"", "[]", "{}", "true", "18446744073709551616", "1.5", "''"];
+    let world = World::new(SMALL);
+    for round in 0..150 {
+        let mut lines: Vec<String> = SMALL.lines().map(Into::into).collect();
+        for _ in 0..1 + draw(2) {
+            let at = draw(lines.len());
+            match draw(5) {
+                0 => drop(lines.remove(at)),
+                1 => lines[at] = lines[at].chars().rev().collect(),
+                2 => {
+                    let key = lines[at].split(" =").next().unwrap().to_owned();
+                    lines[at] = format!("{key} = {}", values[draw(values.len())]);
+                }
+                3 => lines.insert(at, format!("zz{round} = 1")),
+                _ => lines[at] = lines[at].replacen(['a', 'e', 's'], "q", 1),
+            }
+        }
+        let text = lines.join("\n");
+        std::fs::write(world.dir.path().join("mutated.toml"), &text).unwrap();
+        let output = world.run(&["cat", "mutated.toml"]);
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(matches!(output.status.code(), Some(0 | 2)) && !err.contains("panicked"), "{text}\n{err}");
+        if output.status.success() {
+            assert!(!text.contains(&format!("zz{round}")), "an unknown key was ignored: {text}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Outputs and gradients of others' code. A file that is not understood is a failure, not a skip.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_attention::{
+    AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope, RopeLayout, SoftmaxConfig,
+};
+use polyhead_models::weights::{self, Named};
+use serde_json::Value;
+
+use crate::world::project;
+
+/// Of outputs, absolute.
+const OUTPUT: f32 = 2e-5;
+/// Of gradients, relative to the largest entry.
+const GRADIENT: f32 = 1e-4;
+
+#[test]
+fn golden_gda() {
+    check("gda", |config| {
+        AttentionConfig::GroupedDifferential(GroupedDifferentialConfig {
+            n_heads: size(config, "n_q_heads"),
+            n_noise_heads: size(config, "n_noise"),
+            n_kv_heads: Some(size(config, "n_kv_heads")),
+            head_dim: Some(size(config, "head_dim")),
+            lambda_init: LambdaInit::Constant(config["lambda_init"].as_f64().unwrap()),
+            subln: true,
+        })
+    });
+}
+
+#[test]
+fn golden_softmax() {
+    check("softmax", |config| {
+        AttentionConfig::Softmax(SoftmaxConfig {
+            n_heads: size(config, "n_q_heads"),
+            n_kv_heads: Some(size(config, "n_kv_heads")),
+            head_dim: Some(size(config, "head_dim")),
+            qkv_bias: config["has_bias"].as_bool().unwrap(),
+        })
+    });
+}
+
+fn size(config: &Value, key: &str) -> usize {
+    config[key].as_u64().unwrap_or_else(|| panic!("config has no {key}")) as usize
+}
+
+/// `$POLYHEAD_GOLDEN/<method>` where it exists, else the project's own copy.
+fn folder(method: &str) -> PathBuf {
+    let elsewhere = std::env::var_os("POLYHEAD_GOLDEN").map(|root| PathBuf::from(root).join(method));
+    elsewhere.filter(|path| path.is_dir()).unwrap_or_else(|| project().join("tests/golden").join(method))
+}
+
+fn check(method: &str, describe: impl Fn(&Value) -> AttentionConfig) {
+    let mut files = 0;
+    for entry in std::fs::read_dir(folder(method)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|ending| ending == "safetensors") {
+            check_file(&path, &describe);
+            files += 1;
+        }
+    }
+    assert!(files > 0, "no golden files for {method}");
+}
+
+fn check_file(path: &std::path::Path, describe: &impl Fn(&Value) -> AttentionConfig) {
+    let bytes = std::fs::read(path).unwrap();
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+    let mut config: Value = serde_json::from_str(header["__metadata__"]["config"].as_str().unwrap()).unwrap();
+    let file = weights::from_safetensors(&bytes).unwrap();
+    config["has_bias"] = file.contains_key("w.q_proj.bias").into();
+    let name = path.file_name().unwrap().to_string_lossy();
+
+    let device = Device::flex().autodiff();
+    let described = describe(&config);
+    let rope = config["rope"].as_bool().unwrap();
+    let dims = Dims { d_model: size(&config, "d_model"), n_layers: 1, layer: 0, rope };
+    described.validate(&dims).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let stored: BTreeMap<String, Named> =
+        file.iter().filter_map(|(key, tensor)| Some((key.strip_prefix("w.")?.to_owned(), ours(key, tensor)))).collect();
+    let stored = stored.into_iter().map(|(key, tensor)| (key.clone(), Named { name: key, ..tensor })).collect();
+    let layer = weights::load(described.init(&dims, &device), stored).unwrap_or_else(|error| panic!("{name}: {error}"));
+
+    let tensor = |key: &str| {
+        let named = &file[key];
+        Tensor::<3>::from_data(TensorData::new(named.values.clone(), named.shape.clone()), &device)
+    };
+    let layout = match config["rope_layout"].as_str() {
+        Some("interleaved") => RopeLayout::Interleaved,
+        Some("neox") => RopeLayout::RotateHalf,
+        other => panic!("{name}: rope_layout {other:?}"),
+    };
+    let seq = size(&config, "seq");
+    let theta = config["rope_theta"].as_f64().unwrap();
+    let rope = rope.then(|| Rope::new(0..seq, size(&config, "head_dim"), theta, layout, &device));
+    let mask = if config["causal"].as_bool().unwrap() { Mask::causal() } else { Mask::none() };
+    let x = tensor("x").require_grad();
+    let call = Call { rope: rope.as_ref(), mask: &mask, bias: None, cache: None, observe: Observe::Nothing };
+    let out = layer.forward(x.clone(), call).hidden;
+    compare(&name, "out", &file["out"].values, &values(out.clone()), OUTPUT, false);
+
+    let grads = (out * tensor("cotangent")).sum().backward();
+    let grad_x = x.grad(&grads).unwrap();
+    compare(&name, "grad.x", &file["grad.x"].values, &values(grad_x), GRADIENT, true);
+    let found = gradients(&layer, &grads);
+    let expected: Vec<&String> = file.keys().filter(|key| key.starts_with("grad.") && *key != "grad.x").collect();
+    assert_eq!(expected.len(), found.len(), "{name}: as many gradients as parameters");
+    for key in expected {
+        let want = ours(key, &file[key]);
+        let got = &found[key.strip_prefix("grad.").unwrap()];
+        compare(&name, key, &want.values, got, GRADIENT, true);
+    }
+}
+
+/// Linear weights are `[out, in]` in the files and `[in, out]` here.
+fn ours(key: &str, tensor: &Named) -> Named {
+    let [rows, columns] = tensor.shape[..] else { return tensor.clone() };
+    assert!(key.ends_with("_proj.weight"), "{key}");
+    let values = (0..rows * columns).map(|i| tensor.values[i % rows * columns + i / rows]).collect();
+    Named { name: tensor.name.clone(), shape: vec![columns, rows], values }
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+fn gradients<M: burn::module::Module>(module: &M, grads: &burn::tensor::Gradients) -> BTreeMap<String, Vec<f32>> {
+    struct Collect<'a>(weights::Path, &'a burn::tensor::Gradients, BTreeMap<String, Vec<f32>>);
+    impl burn::module::ModuleVisitor for Collect<'_> {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.0.exit(container);
+        }
+        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<Tensor<D>>) {
+            self.2.insert(self.0.name(), values(param.val().grad(self.1).unwrap()));
+        }
+    }
+    let mut collect = Collect(weights::Path::default(), grads, BTreeMap::new());
+    module.visit(&mut collect);
+    collect.2
+}
+
+fn compare(file: &str, name: &str, want: &[f32], got: &[f32], tolerance: f32, relative: bool) {
+    assert_eq!(want.len(), got.len(), "{file}: size of {name}");
+    let scale = if relative { want.iter().fold(0f32, |max, value| max.max(value.abs())) } else { 1.0 };
+    let worst = want.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(worst <= tolerance * scale, "{file}: {name} is off by {worst}, allowed {}", tolerance * scale);
+}

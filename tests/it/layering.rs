@@ -1,0 +1,61 @@
+//! The invariants of the house that a program can check.
+
+use crate::world::project;
+
+fn manifest(krate: &str) -> toml::Table {
+    std::fs::read_to_string(project().join("crates").join(krate).join("Cargo.toml")).unwrap().parse().unwrap()
+}
+
+fn sources(krate: &str) -> Vec<(String, String)> {
+    let mut folders = vec![project().join("crates").join(krate).join("src")];
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.push((path.display().to_string(), std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn kernels_and_attention_depend_on_burn_and_serde_only() {
+    for (krate, allowed) in
+        [("kernels", vec!["burn", "serde"]), ("attention", vec!["burn", "serde", "polyhead-kernels"])]
+    {
+        for (name, dependency) in manifest(krate)["dependencies"].as_table().unwrap() {
+            let optional = dependency.get("optional").and_then(toml::Value::as_bool) == Some(true);
+            assert!(optional || allowed.contains(&name.as_str()), "{krate} depends on {name}");
+        }
+    }
+}
+
+#[test]
+fn arrows_point_down() {
+    let order = ["kernels", "attention", "models", "data", "training", "polyhead"];
+    for (height, krate) in order.iter().enumerate() {
+        for name in manifest(krate)["dependencies"].as_table().unwrap().keys() {
+            if let Some(other) = name.strip_prefix("polyhead-") {
+                let below = order.iter().position(|known| *known == other).unwrap() < height;
+                assert!(below && (*krate, other) != ("training", "data"), "{krate} depends on {other}");
+            }
+        }
+    }
+}
+
+#[test]
+fn libraries_neither_print_nor_name_devices_nor_read_toml() {
+    for krate in ["kernels", "attention", "models", "data", "training"] {
+        for (path, text) in sources(krate) {
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            for forbidden in ["println!", "process::exit", "Device::default", "Device::cuda", "toml::"] {
+                let tests = path.ends_with("tests.rs") || path.ends_with("laws.rs");
+                assert!(tests || !code.contains(forbidden), "{path} contains {forbidden}");
+            }
+        }
+    }
+}
