@@ -7,6 +7,7 @@ use std::path::Path;
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Mask, Observe};
 use polyhead_data::{StreamDecoder, Tokenizer};
+use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_models::{Evaluated, Sampling};
 use polyhead_training::run_folder::atomic_write;
@@ -74,12 +75,28 @@ fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&
     tokenizer.ok_or_else(|| Failure::Run(problem()))
 }
 
-/// Writes the model in Hugging Face's format.
+/// Writes the model in Hugging Face's format: the whole folder, or nothing.
 pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     must_not_exist(to)?;
     let trained = assemble::open_trained(checkpoint, Some("flex"))?;
-    let _ = (&trained, to);
-    Err(Failure::Run("export is not built yet".into()))
+    let end_of_text = trained.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
+    let options = ExportOptions { max_positions: trained.recipe.training.seq_len, end_of_text };
+    let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
+    if let Some(tokenizer) = &trained.tokenizer {
+        files.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
+        files.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
+    }
+    let mut name = to.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    let partial = to.with_file_name(name);
+    std::fs::create_dir_all(&partial)?;
+    for (name, bytes) in &files {
+        atomic_write(&partial.join(name), bytes)?;
+    }
+    std::fs::rename(&partial, to)?;
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    eprintln!("wrote {} to {}", names.join(", "), to.display());
+    Ok(())
 }
 
 /// Writes the logits of tokens.
