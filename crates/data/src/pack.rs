@@ -121,7 +121,7 @@ impl Samples for Windows {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
     use super::*;
     use crate::Tokenizer;
     use crate::text::TextDocument;

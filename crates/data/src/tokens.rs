@@ -200,7 +200,7 @@ pub fn split(file: &TokenFile, fraction: f64) -> Result<Split, DataError> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
     use super::*;
 
     fn documents(texts: impl IntoIterator<Item = String>) -> Vec<TextDocument> {
