@@ -95,6 +95,8 @@ macro_rules! mechanisms {
         pub enum AttentionConfig { $($(#[$doc])* $Layer($Config),)+ }
 
         /// A layer of any mechanism.
+        // A model has a handful of layers: boxing them would buy nothing.
+        #[allow(clippy::large_enum_variant)]
         #[derive(Module, Debug)]
         pub enum Attention { $($(#[$doc])* $Layer($Layer),)+ }
 

@@ -142,10 +142,9 @@ pub fn reference() -> String {
 
 fn describe(root: &Value, schema: &Value, path: &str, out: &mut String) {
     for variant in variants(root, schema) {
-        if let Some(items) = variant.get("items") {
-            if variant.get("type").and_then(Value::as_str) == Some("array") && items.get("$ref").is_some() {
-                continue; // the same tables as the single form
-            }
+        // A list of tables repeats the single form, which has been described already.
+        if variant.get("items").is_some_and(|items| items.get("$ref").is_some()) {
+            continue;
         }
         let Some(properties) = variant.get("properties").and_then(Value::as_object) else { continue };
         for (key, property) in properties {

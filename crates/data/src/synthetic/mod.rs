@@ -139,3 +139,87 @@ pub(crate) mod testing {
         with_target.map(|(position, &target)| (position, target as u32)).collect()
     }
 }
+
+#[cfg(test)]
+mod probe {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::{DataConfig, loader::*};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    fn hash(data: &str) -> String {
+        let config: DataConfig = serde_json::from_str(data).unwrap();
+        let (task, _) = config.task(3).unwrap();
+        let mut h = blake3::Hasher::new();
+        for side in [Side::Train, Side::Validation(9)] {
+            let task = config.task(3).unwrap().0;
+            let set = Generated { task, seq_len: 64, seed: 3, side };
+            for i in 0..9 {
+                let s = set.sample(0, i).unwrap();
+                s.tokens.iter().for_each(|t| {
+                    h.update(&t.to_le_bytes());
+                });
+                s.targets.iter().for_each(|t| {
+                    h.update(&t.to_le_bytes());
+                });
+            }
+        }
+        let _ = task;
+        h.finalize().to_hex()[..16].to_owned()
+    }
+    #[test]
+    fn probe() {
+        for name in ["markov", "associative_recall", "needles", "induction", "copy"] {
+            println!("HASH {name} {}", hash(&format!("{{\"{name}\":{{}}}}")));
+        }
+        for bad in [
+            r#"{"copy":{"vocab":4294967296}}"#,
+            r#"{"induction":{"vocab":4294967296}}"#,
+            r#"{"needles":{"n_values":4294967297}}"#,
+            r#"{"needles":{"n_distractors":6148914691236517200}}"#,
+            r#"{"needles":{"n_filler":4294967296}}"#,
+            r#"{"associative_recall":{"n_keys":18446744073709551000}}"#,
+        ] {
+            let r = catch_unwind(AssertUnwindSafe(|| {
+                let c: DataConfig = serde_json::from_str(bad).unwrap();
+                let v = c.validate(64);
+                if v.is_err() {
+                    return format!("refused {v:?}");
+                }
+                let _ = Generated { task: c.task(3).unwrap().0, seq_len: 64, seed: 3, side: Side::Train }.sample(0, 0);
+                "made a row".into()
+            }));
+            println!("BAD {bad} -> {}", r.unwrap_or("PANIC".into()));
+        }
+        for (what, samples, bytes, batch_size) in [
+            ("empty", vec![], None, 2),
+            ("batch 0", vec![(1, 1)], None, 0),
+            ("ragged", vec![(1, 1), (2, 1)], None, 2),
+            ("target", vec![(1, 7)], Some(vec![1u32; 3]), 1),
+        ] {
+            let samples: Vec<Sample> = samples
+                .into_iter()
+                .map(|(n, t)| Sample { tokens: vec![0; n], targets: vec![t; n], documents: None })
+                .collect();
+            let set: std::sync::Arc<dyn Dataset<Sample>> =
+                std::sync::Arc::new(burn_dataset::InMemDataset::new(samples));
+            let r = catch_unwind(AssertUnwindSafe(|| {
+                let l = Loader::new(
+                    std::sync::Arc::new(FromDataset(set)),
+                    bytes,
+                    LoaderOptions { batch_size, seed: 1, shuffle: false },
+                );
+                format!("{} {:?}", l.batches_per_epoch(), l.batch(0))
+            }));
+            println!("LOADER {what} -> {}", r.unwrap_or("PANIC".into()));
+        }
+        for s in [64, 512] {
+            let c: DataConfig = serde_json::from_str(&format!(r#"{{"markov":{{"states":{s}}}}}"#)).unwrap();
+            let g = Generated { task: c.task(3).unwrap().0, seq_len: 64, seed: 3, side: Side::Train };
+            let t = std::time::Instant::now();
+            for i in 0..10 {
+                g.sample(0, i).unwrap();
+            }
+            println!("MARKOV {s} states: {:?} per row", t.elapsed() / 10);
+        }
+    }
+}
