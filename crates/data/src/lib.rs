@@ -69,7 +69,7 @@ pub struct Opened {
 /// Opens what a recipe names. `progress` is told bytes done and bytes in all while text is turned into tokens.
 ///
 /// # Errors
-/// If files are missing or malformed, or there is too little text.
+/// If a setting breaks a rule, files are missing or malformed, or there is too little text.
 pub fn open(
     data: &DataConfig,
     tokenizer: &TokenizerConfig,
@@ -80,6 +80,11 @@ pub fn open(
     let loader = |samples: Arc<dyn Samples>, bytes: Option<Vec<u32>>, shuffle: bool| {
         Loader::new(samples, bytes, LoaderOptions { batch_size, seed, shuffle })
     };
+    if batch_size == 0 {
+        return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
+    }
+    data.validate(seq_len)
+        .map_err(|(field, problem)| DataError::Unusable(format!("data.{}.{field}: {problem}", data.name())))?;
     if let Some((task, floor)) = data.task(seed) {
         let vocab_size = task.vocab_size();
         let description = format!("generated: {} ({vocab_size} ids), new samples without end", data.name());
@@ -121,5 +126,46 @@ pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocu
         DataConfig::Text(config) => Ok(counted(text::read_text(config)?, "text files")),
         DataConfig::Jsonl(config) => Ok(counted(text::read_jsonl(config)?, "JSON rows")),
         other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn opened(data: &str, batch_size: usize) -> Result<Opened, DataError> {
+        let options = OpenOptions {
+            seq_len: 32,
+            batch_size,
+            seed: 3,
+            packing: Packing::Stream,
+            validation_fraction: 0.1,
+            validation_samples: 6,
+            cache_dir: PathBuf::new(),
+            project_root: PathBuf::new(),
+        };
+        let data: DataConfig = serde_json::from_str(data).unwrap();
+        open(&data, &TokenizerConfig::default(), &options, &mut |_, _| {})
+    }
+
+    #[test]
+    fn generated_sets_open_with_their_optimum() {
+        for (data, vocab_size, floor) in
+            [("induction", 64, Some(0.0)), ("copy", 65, Some(0.0)), ("associative_recall", 129, Some(0.0))]
+        {
+            let opened = opened(&format!(r#"{{"{data}":{{}}}}"#), 4).unwrap();
+            assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
+            assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));
+            assert_ne!(opened.train.batch(0).unwrap(), opened.validation.batch(0).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_setting_that_breaks_a_rule_is_named() {
+        let message = |data, batch_size| opened(data, batch_size).err().unwrap().to_string();
+        let told = message(r#"{"needles":{"n_distractors":9}}"#, 4);
+        assert!(told.starts_with("data.needles.n_needles: 3 * "), "{told}");
+        assert!(message(r#"{"copy":{}}"#, 0).contains("batch_size (0)"));
     }
 }

@@ -70,31 +70,51 @@ impl Loader {
         Self { samples, token_bytes: token_bytes.map(Into::into), options }
     }
 
-    /// Batches until every sample has come once.
+    /// Samples of an epoch.
+    pub fn per_epoch(&self) -> u64 {
+        self.samples.per_epoch()
+    }
+
+    /// Batches until every sample has come once; the last one is filled up from the next epoch.
     pub fn batches_per_epoch(&self) -> u64 {
-        self.samples.per_epoch().div_ceil(self.options.batch_size as u64)
+        self.per_epoch().div_ceil(self.options.batch_size.max(1) as u64)
     }
 
     /// Batch number `position` since the start: row `r` is sample `position * batch_size + r`, counted through all
     /// epochs, so no sample is left out at an epoch's end.
     ///
     /// # Errors
-    /// If a sample cannot be read.
+    /// If a sample cannot be read, samples do not fit together, or there are none.
     pub fn batch(&self, position: u64) -> Result<Batch, DataError> {
         let rows = self.options.batch_size as u64;
+        if rows == 0 {
+            return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
+        }
+        if self.per_epoch() == 0 {
+            return Err(DataError::Unusable("the data set is empty: give at least one sample".into()));
+        }
         let mut batch = Batch { batch: rows as usize, ..Batch::default() };
         for number in position * rows..(position + 1) * rows {
             let row = self.sample(number)?;
-            batch.seq = row.tokens.len();
+            if batch.tokens.is_empty() {
+                batch.seq = row.tokens.len();
+                batch.documents = row.documents.as_ref().map(|_| Vec::new());
+            }
+            fits(&row, &batch, number)?;
             batch.tokens.extend(row.tokens);
             batch.targets.extend(row.targets);
-            if let Some(documents) = row.documents {
-                batch.documents.get_or_insert_default().extend(documents);
+            if let (Some(all), Some(documents)) = (&mut batch.documents, row.documents) {
+                all.extend(documents);
             }
         }
         if let Some(bytes) = &self.token_bytes {
-            let of = |&target: &i64| if target == IGNORE { 0 } else { u64::from(bytes[target as usize]) };
-            batch.target_bytes = batch.targets.iter().map(of).sum();
+            for &target in batch.targets.iter().filter(|&&target| target != IGNORE) {
+                let known = usize::try_from(target).ok().and_then(|id| bytes.get(id));
+                batch.target_bytes += u64::from(*known.ok_or_else(|| {
+                    let most = bytes.len();
+                    DataError::Unusable(format!("target {target} is not below the vocabulary size ({most})"))
+                })?);
+            }
         }
         Ok(batch)
     }
@@ -104,6 +124,27 @@ impl Loader {
         let (epoch, index) = (number / n, number % n);
         let index = if self.options.shuffle { permute(n, mix(self.options.seed, epoch), index) } else { index };
         self.samples.sample(epoch, index)
+    }
+}
+
+/// Rows come from any data set, so that their shapes are not certain.
+fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
+    let problem = |problem: String| Err(DataError::Unusable(format!("sample {number}: {problem}")));
+    let (tokens, seq) = (row.tokens.len(), batch.seq);
+    if tokens != seq || tokens == 0 {
+        return problem(format!("{tokens} tokens in a batch of rows of {seq}: pad or cut samples to one length"));
+    }
+    if row.targets.len() != tokens {
+        return problem(format!("{} targets for {tokens} tokens: give one each, or {IGNORE}", row.targets.len()));
+    }
+    if row.documents.is_some() != batch.documents.is_some() {
+        return problem("documents are given for some samples only: give them for all or for none".into());
+    }
+    match &row.documents {
+        Some(documents) if documents.len() != tokens => {
+            problem(format!("{} document ids for {tokens} tokens: give one each", documents.len()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -138,5 +179,39 @@ mod tests {
         assert_eq!(late, b.batch(7).unwrap());
         assert_eq!(late.target_bytes, 4);
         assert_eq!(loader(10, 4, false).batch(0).unwrap().tokens, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn samples_that_make_no_batch_are_refused() {
+        let sample = |tokens: usize, target: i64, documents: Option<usize>| Sample {
+            tokens: vec![0; tokens],
+            targets: vec![target; tokens],
+            documents: documents.map(|count| vec![0; count]),
+        };
+        let message = |samples: Vec<Sample>, batch_size: usize| {
+            let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new(samples));
+            let options = LoaderOptions { batch_size, seed: 5, shuffle: false };
+            let loader = Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 3]), options);
+            assert!(loader.batches_per_epoch() <= 2);
+            loader.batch(0).unwrap_err().to_string()
+        };
+        let mut short = sample(2, 0, None);
+        short.targets.pop();
+        let cases = [
+            (vec![], 2, "empty"),
+            (vec![sample(2, 0, None)], 0, "batch_size (0)"),
+            (vec![sample(0, 0, None)], 1, "0 tokens"),
+            (vec![sample(2, 0, None), sample(3, 0, None)], 2, "sample 1: 3 tokens"),
+            (vec![short], 1, "1 targets for 2 tokens"),
+            (vec![sample(2, 0, None), sample(2, 0, Some(2))], 2, "for all or for none"),
+            (vec![sample(2, 0, Some(2)), sample(2, 0, None)], 2, "for all or for none"),
+            (vec![sample(2, 0, Some(1))], 1, "1 document ids"),
+            (vec![sample(2, 3, None)], 1, "target 3"),
+            (vec![sample(2, -1, None)], 1, "target -1"),
+        ];
+        for (samples, batch_size, words) in cases {
+            let message = message(samples, batch_size);
+            assert!(message.contains(words), "{message}");
+        }
     }
 }

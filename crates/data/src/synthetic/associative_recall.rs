@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, distinct, require};
+use super::{Problem, Task, answers_only, below, countable, distinct, require};
 use crate::loader::Sample;
 
 /// `[data.associative_recall]`. A row: `key value` n_pairs times, then n_queries of the keys with their values behind
@@ -43,9 +43,8 @@ impl AssociativeRecallConfig {
         require(n_queries > 0 && n_queries <= n_pairs, "n_queries", || {
             format!("n_queries ({n_queries}) must be 1 to n_pairs ({n_pairs})")
         })?;
-        require(n_values > 1 && n_keys + n_values < 1 << 20, "n_values", || {
-            format!("n_values ({n_values}) must be at least 2, and keys and values below a million")
-        })?;
+        countable("n_keys", 1, n_keys)?;
+        countable("n_values", 2, n_values)?;
         let needed = 2 * (n_pairs + n_queries);
         require(needed <= seq_len, "n_pairs", || {
             format!("2 * (n_pairs + n_queries) = {needed} must fit into training.seq_len ({seq_len})")

@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, require};
+use super::{Problem, Task, answers_only, below, countable, require};
 use crate::loader::Sample;
 
 /// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for lies behind the separator.
@@ -27,7 +27,7 @@ impl CopyConfig {
     /// # Errors
     /// Names the field and the rule.
     pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
-        require(self.vocab > 1, "vocab", || format!("vocab ({}) must be at least 2", self.vocab))?;
+        countable("vocab", 2, self.vocab)?;
         require(seq_len >= 3, "vocab", || format!("training.seq_len ({seq_len}) must be at least 3 for a copy"))
     }
 }

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, require};
+use super::{Problem, Task, answers_only, below, countable, require};
 use crate::loader::Sample;
 
 /// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for lies in the second half.
@@ -28,7 +28,7 @@ impl InductionConfig {
     /// # Errors
     /// Names the field and the rule.
     pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
-        require(self.vocab > 1, "vocab", || format!("vocab ({}) must be at least 2", self.vocab))?;
+        countable("vocab", 2, self.vocab)?;
         require(seq_len >= 4, "vocab", || format!("training.seq_len ({seq_len}) must be at least 4 for two halves"))
     }
 }

@@ -48,46 +48,53 @@ impl MarkovConfig {
             let sum: f64 = draws.iter().sum();
             draws.into_iter().map(|draw| draw / sum).collect()
         };
-        Markov { transitions: (0..self.states).map(|_| row(&mut rng)).collect() }
+        let transitions: Vec<Vec<f64>> = (0..self.states).map(|_| row(&mut rng)).collect();
+        Markov { stationary: stationary(&transitions), transitions }
     }
 }
 
 /// A chain.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Markov {
-    /// `[from][to]`: probabilities.
-    pub transitions: Vec<Vec<f64>>,
+    transitions: Vec<Vec<f64>>,
+    // Follows from the transitions, but takes far longer to find than a row takes to draw.
+    stationary: Vec<f64>,
 }
 
 impl Markov {
+    /// `[from][to]`: probabilities.
+    pub fn transitions(&self) -> &[Vec<f64>] {
+        &self.transitions
+    }
+
     /// The entropy rate in nats per token: no model can have a lower loss.
     pub fn floor(&self) -> f64 {
         let entropy = |row: &Vec<f64>| row.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>();
-        self.stationary().iter().zip(&self.transitions).map(|(p, row)| p * entropy(row)).sum()
-    }
-
-    /// The share of time spent in each state, by power iteration.
-    fn stationary(&self) -> Vec<f64> {
-        let states = self.transitions.len();
-        let mut now = vec![1.0 / states as f64; states];
-        for _ in 0..10_000 {
-            // The half step keeps periodic chains from oscillating; it has the same fixed point.
-            let mut next: Vec<f64> = now.iter().map(|p| 0.5 * p).collect();
-            for (p, row) in now.iter().zip(&self.transitions) {
-                next.iter_mut().zip(row).for_each(|(next, t)| *next += 0.5 * p * t);
-            }
-            let moved: f64 = next.iter().zip(&now).map(|(a, b)| (a - b).abs()).sum();
-            now = next;
-            if moved < 1e-15 {
-                break;
-            }
-        }
-        now
+        self.stationary.iter().zip(&self.transitions).map(|(p, row)| p * entropy(row)).sum()
     }
 
     fn next(&self, from: usize, rng: &mut ChaCha8Rng) -> usize {
         draw(&self.transitions[from], rng)
     }
+}
+
+/// The share of time spent in each state, by power iteration.
+fn stationary(transitions: &[Vec<f64>]) -> Vec<f64> {
+    let states = transitions.len();
+    let mut now = vec![1.0 / states as f64; states];
+    for _ in 0..10_000 {
+        // The half step keeps periodic chains from oscillating; it has the same fixed point.
+        let mut next: Vec<f64> = now.iter().map(|p| 0.5 * p).collect();
+        for (p, row) in now.iter().zip(transitions) {
+            next.iter_mut().zip(row).for_each(|(next, t)| *next += 0.5 * p * t);
+        }
+        let moved: f64 = next.iter().zip(&now).map(|(a, b)| (a - b).abs()).sum();
+        now = next;
+        if moved < 1e-15 {
+            break;
+        }
+    }
+    now
 }
 
 fn draw(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
@@ -106,7 +113,7 @@ impl Task for Markov {
 
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
         // Starting from the stationary distribution makes every position equally hard.
-        let mut state = draw(&self.stationary(), rng);
+        let mut state = draw(&self.stationary, rng);
         let mut chain = vec![state as u32];
         for _ in 0..seq_len {
             state = self.next(state, rng);
@@ -134,7 +141,7 @@ mod tests {
             }
         }
         let measured = loss / f64::from(count);
-        assert!((measured / chain.floor() - 1.0).abs() < 0.02, "{measured} against {}", chain.floor());
+        assert!((measured / chain.floor() - 1.0).abs() < 0.01, "{measured} against {}", chain.floor());
         assert!(chain.floor() < 0.95 * 8f64.ln());
     }
 }

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, distinct, require};
+use super::{Problem, Task, answers_only, below, countable, distinct, require};
 use crate::loader::Sample;
 
 /// `[data.needles]`. A row: filler in which `<needle> key value` and look-alikes `<other> key value` are scattered, then
@@ -48,9 +48,11 @@ impl NeedlesConfig {
         require(n_queried > 0 && n_queried <= n_needles, "n_queried", || {
             format!("n_queried ({n_queried}) must be 1 to n_needles ({n_needles})")
         })?;
-        require(n_values > 1, "n_values", || format!("n_values ({n_values}) must be at least 2"))?;
-        require(n_filler > 0, "n_filler", || "n_filler (0) must be at least 1".into())?;
-        let needed = 3 * (n_needles + self.n_distractors + n_queried);
+        countable("n_keys", 1, n_keys)?;
+        countable("n_values", 2, n_values)?;
+        countable("n_filler", 1, n_filler)?;
+        // Look-alikes are bounded by nothing else yet.
+        let needed = (n_needles + n_queried).saturating_add(self.n_distractors).saturating_mul(3);
         require(needed <= seq_len, "n_needles", || {
             format!("3 * (n_needles + n_distractors + n_queried) = {needed} must fit into training.seq_len ({seq_len})")
         })
