@@ -23,10 +23,11 @@ fn sources(krate: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn kernels_and_attention_depend_on_burn_and_serde_only() {
-    for (krate, allowed) in
-        [("kernels", vec!["burn", "serde"]), ("attention", vec!["burn", "serde", "polyhead-kernels"])]
-    {
+fn kernels_and_attention_depend_on_burn_and_arithmetic_only() {
+    for (krate, allowed) in [
+        ("kernels", vec!["burn", "burn-flex", "gemm", "rayon", "serde"]),
+        ("attention", vec!["burn", "serde", "polyhead-kernels"]),
+    ] {
         for (name, dependency) in manifest(krate)["dependencies"].as_table().unwrap() {
             let optional = dependency.get("optional").and_then(toml::Value::as_bool) == Some(true);
             assert!(optional || allowed.contains(&name.as_str()), "{krate} depends on {name}");

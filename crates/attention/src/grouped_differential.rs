@@ -21,15 +21,15 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{Device, Distribution, Tensor};
-use polyhead_kernels::{AttentionOptions, attention, rms_norm};
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use polyhead_kernels::{AttentionOptions, Combination, HeadMap, Statistics, attention, difference, subtract_noise};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::check_heads;
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observe};
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
 /// Inside the norm of each signal head; from the authors' code.
 const SUBLN_EPS: f64 = 1e-5;
@@ -217,11 +217,38 @@ impl GroupedDifferential {
         exp_dot(&self.lambda_q1, &self.lambda_k1) - exp_dot(&self.lambda_q2, &self.lambda_k2) + self.lambda_init
     }
 
-    /// Part `part` of every stripe: `[batch, stripes * size, seq, width]` to `[batch, stripes * part.len(), seq, width]`.
-    fn stripe(x: &Tensor<4>, stripes: usize, part: std::ops::Range<usize>) -> Tensor<4> {
-        let [batch, heads, seq, width] = x.dims();
-        let striped = x.clone().reshape([batch, stripes, heads / stripes, seq, width]);
-        striped.narrow(2, part.start, part.len()).reshape([batch, stripes * part.len(), seq, width])
+    /// Which key head each (striped) query head reads: of a pair, the even one serves signals and the odd one noises.
+    fn key_heads(&self) -> Vec<usize> {
+        let (stripe, per_pair) = (self.n_heads / self.n_noise, self.n_noise / self.n_pairs);
+        (0..self.n_heads)
+            .map(|head| 2 * (head / stripe / per_pair) + usize::from(head % stripe == stripe - 1))
+            .collect()
+    }
+
+    /// Which of the striped heads are signals (or noises).
+    fn striped(&self, noise: bool, device: &Device) -> Tensor<1, Int> {
+        let stripe = self.n_heads / self.n_noise;
+        let heads = (0..self.n_heads).filter(|head| (head % stripe == stripe - 1) == noise);
+        Tensor::from_data(TensorData::from(heads.map(|head| head as i32).collect::<Vec<_>>().as_slice()), device)
+    }
+
+    /// What the heads saw, told apart into signals and noises.
+    fn observe(&self, seen: Statistics, heads: Tensor<4>, lambda: Tensor<1>) -> Observation {
+        let ratio = self.n_heads / self.n_noise - 1;
+        let (heads, lambda) = (heads.detach(), lambda.detach());
+        let [signals, noises] = [false, true].map(|noise| self.striped(noise, &lambda.device()));
+        let of = |numbers: &Tensor<1>, heads: &Tensor<1, Int>| numbers.clone().select(0, heads.clone());
+        let mut observation = Observation::default();
+        for (prefix, heads) in [("", &signals), ("noise_", &noises)] {
+            observation.add(prefix, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(|x| of(x, heads)));
+        }
+        observation.number("lambda", lambda.clone());
+        let signal = heads.clone().select(1, signals);
+        observation.number("cancelled", cancelled_share(signal, difference(heads, lambda.clone(), ratio)));
+        // Weights are heads of one batch row whose "channels" are keys.
+        observation.maps =
+            seen.weights.map(|weights| difference(weights.unsqueeze::<4>(), lambda, ratio).squeeze_dim::<3>(0));
+        observation
     }
 }
 
@@ -236,43 +263,28 @@ impl Mechanism for GroupedDifferential {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
+        let keys = self.key_heads();
+        let values = keys.iter().map(|key_head| key_head / 2).collect();
         let options = AttentionOptions {
             mask: Some(call.mask),
             query_offset,
             bias: call.bias.cloned(),
-            statistics: call.observe.wanted(),
+            keys: HeadMap::Each(keys),
+            values: HeadMap::Each(values),
+            statistics: call.observe.measure(),
             ..Default::default()
         };
-        let signal_queries = Self::stripe(&q, self.n_noise, 0..ratio);
-        let noise_queries = Self::stripe(&q, self.n_noise, ratio..ratio + 1);
-        let signal = attention(signal_queries, Self::stripe(&k, self.n_pairs, 0..1), v.clone(), &options);
-        let noise = attention(noise_queries, Self::stripe(&k, self.n_pairs, 1..2), v, &options);
-
-        let [batch, n_signal, seq, value_width] = signal.hidden.dims();
-        let grouped = [batch, self.n_noise, ratio, seq, value_width];
-        let lambda = self.lambda();
-        let cancelled = noise.hidden.unsqueeze_dim::<5>(2) * lambda.clone().unsqueeze::<5>(); // broadcasts over ratio
-        let difference = signal.hidden.clone().reshape(grouped) - cancelled;
-        let difference = difference.reshape([batch, n_signal, seq, value_width]);
-        let heads = match &self.subln {
-            Some(subln) => rms_norm(difference.clone(), subln.weight.val(), SUBLN_EPS) * (1.0 - self.lambda_init),
-            None => difference.clone(),
+        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, 2 * head_dim], striped
+        let (heads, lambda) = (attended.hidden, self.lambda());
+        let seen = attended.statistics.map(|seen| self.observe(seen, heads.clone(), lambda.clone()));
+        let combined = match &self.subln {
+            Some(subln) => {
+                let how = Combination { ratio, eps: SUBLN_EPS, factor: 1.0 - self.lambda_init };
+                subtract_noise(heads, lambda, subln.weight.val(), how)
+            }
+            None => difference(heads, lambda, ratio),
         };
-        let seen = signal.statistics.zip(noise.statistics).map(|(signal_seen, noise_seen)| {
-            let mut seen = Observation::default();
-            seen.add(["entropy", "first_token_mass", "largest_score"], &signal_seen);
-            seen.add(["noise_entropy", "noise_first_token_mass", "noise_largest_score"], &noise_seen);
-            seen.numbers.push(("lambda", lambda.clone().detach()));
-            seen.numbers.push(("cancelled", cancelled_share(signal.hidden.detach(), difference.detach())));
-            seen.maps = (call.observe == Observe::Maps).then(|| {
-                let [_, queries, keys] = noise_seen.weights.dims();
-                let noise = noise_seen.weights.unsqueeze_dim::<4>(1) * lambda.detach().unsqueeze::<4>();
-                let signal = signal_seen.weights.reshape([self.n_noise, ratio, queries, keys]);
-                (signal - noise).reshape([n_signal, queries, keys])
-            });
-            seen
-        });
-        Attended { hidden: self.o_proj.forward(join_heads(heads)), penalty: None, seen }
+        Attended { hidden: self.o_proj.forward(join_heads(combined)), penalty: None, seen }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a mechanism can tell about a call, measured only when asked, and never changing its output.
 
 use burn::tensor::Tensor;
-use polyhead_kernels::Statistics;
+use polyhead_kernels::Measure;
 
 /// What to measure during a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,9 +16,13 @@ pub enum Observe {
 }
 
 impl Observe {
-    /// Whether anything is to be measured.
-    pub fn wanted(self) -> bool {
-        self != Self::Nothing
+    /// The same, as the kernel is asked.
+    pub(crate) fn measure(self) -> Measure {
+        match self {
+            Self::Nothing => Measure::Nothing,
+            Self::Numbers => Measure::Numbers,
+            Self::Maps => Measure::Weights,
+        }
     }
 }
 
@@ -26,15 +30,21 @@ impl Observe {
 #[derive(Debug, Clone, Default)]
 pub struct Observation {
     /// Name and values, `[heads]` or `[1]` where the layer has one value.
-    pub numbers: Vec<(&'static str, Tensor<1>)>,
+    pub numbers: Vec<(String, Tensor<1>)>,
     /// `[heads, queries, keys]`: the weights of the first row of the batch; may be negative where maps are subtracted.
     pub maps: Option<Tensor<3>>,
 }
 
 impl Observation {
-    /// The statistics of a kernel call as numbers: names of entropy (nats), weight on the first key, largest score.
-    pub(crate) fn add(&mut self, names: [&'static str; 3], seen: &Statistics) {
-        let values = [&seen.entropy, &seen.first_key_mass, &seen.largest_score];
-        self.numbers.extend(names.into_iter().zip(values.into_iter().cloned()));
+    /// Adds the statistics of a kernel call: entropy (nats), weight on the first key, largest score, each `[heads]`.
+    pub(crate) fn add(&mut self, prefix: &str, statistics: [Tensor<1>; 3]) {
+        for (name, values) in ["entropy", "first_token_mass", "largest_score"].into_iter().zip(statistics) {
+            self.number(&format!("{prefix}{name}"), values);
+        }
+    }
+
+    /// Adds one number per head, or one for the layer.
+    pub(crate) fn number(&mut self, name: &str, values: Tensor<1>) {
+        self.numbers.push((name.to_owned(), values));
     }
 }

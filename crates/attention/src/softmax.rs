@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observe};
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
 /// Settings of softmax attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -131,14 +131,14 @@ impl Mechanism for Softmax {
             mask: Some(call.mask),
             query_offset,
             bias: call.bias.cloned(),
-            statistics: call.observe.wanted(),
+            statistics: call.observe.measure(),
             ..Default::default()
         };
         let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::default();
-            seen.add(["entropy", "first_token_mass", "largest_score"], &statistics);
-            seen.maps = (call.observe == Observe::Maps).then_some(statistics.weights);
+            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
+            seen.maps = statistics.weights;
             seen
         });
         Attended { hidden: self.o_proj.forward(join_heads(attended.hidden)), penalty: None, seen }

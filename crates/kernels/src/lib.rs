@@ -1,18 +1,25 @@
 //! The differentiable operations that every model is made of.
 //!
 //! Everything above this crate calls these functions and nothing else for its softmax over scores, its loss over a
-//! vocabulary, its norms, its rotary positions and its gated units. What stands here is the plain form, written with
-//! tensor operations that Burn differentiates by itself: it is the reference that a fused form is tested against.
+//! vocabulary, its norms, its rotary positions and its gated units. Each file holds an operation twice: in plain tensor
+//! operations that Burn differentiates by itself, and fused for the CPU, with a backward of its own. The public function
+//! chooses (`cpu::fuses`); the tests compare outputs and every gradient.
 
 mod attention;
+mod cpu;
 mod cross_entropy;
+mod difference;
 mod mask;
 mod rms_norm;
 mod rope;
+mod simd;
 mod swiglu;
+#[cfg(test)]
+mod testing;
 
-pub use attention::{Attention, AttentionOptions, HeadMap, Statistics, attention};
+pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};
+pub use difference::{Combination, difference, subtract_noise};
 pub use mask::Mask;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};

@@ -3,6 +3,7 @@
 //! A mask is a description so that no `[queries, keys]` matrix need exist and whole blocks can be skipped. This file
 //! is the only one that turns a description into numbers. One convention everywhere, Burn's: `true` means hidden.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
@@ -13,9 +14,44 @@ pub struct Mask {
     causal: bool,
     lengths: Option<Arc<[usize]>>,
     documents: Option<Arc<[u32]>>,
+    turn_ends: Option<Arc<[u32]>>,
     dense: Option<Tensor<4, Bool>>,
     // Layers of one forward pass ask for the same numbers; they are made once.
     made: Arc<OnceLock<(Shape, Option<Tensor<4, Bool>>)>>,
+    ranges: Arc<OnceLock<(Shape, Arc<Visible>)>>,
+}
+
+/// A mask as the tiled kernel reads it: for every query the first and last key that it may see.
+#[derive(Debug)]
+pub(crate) struct Visible {
+    queries: usize,
+    /// `[batch or 1, queries]`: where the visible keys begin and end.
+    ranges: Vec<[u32; 2]>,
+    /// Whether all rows of the batch share their ranges.
+    shared: bool,
+    /// Documents that lie in pieces: what else is hidden inside a range. The number of keys and the offset of queries.
+    pieces: Option<(Arc<[u32]>, usize, usize)>,
+}
+
+impl Visible {
+    /// The keys between the first and the last visible one; empty where nothing is visible.
+    pub(crate) fn range(&self, batch: usize, query: usize) -> Range<usize> {
+        let row = if self.shared { 0 } else { batch };
+        let [from, to] = self.ranges[row * self.queries + query];
+        from as usize..to as usize
+    }
+
+    /// Writes `value` over the scores of hidden keys inside `keys`, a part of the query's range.
+    pub(crate) fn hide_inside(&self, batch: usize, query: usize, keys: Range<usize>, scores: &mut [f32], value: f32) {
+        let Some((documents, all, offset)) = &self.pieces else { return };
+        let of = |key: usize| documents[batch * all + key];
+        let own = of(offset + query);
+        for (score, key) in scores.iter_mut().zip(keys) {
+            if of(key) != own {
+                *score = value;
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,17 +75,37 @@ impl Mask {
 
     /// Row `b` of the batch has `lengths[b]` keys; those behind are padding and hidden.
     pub fn with_lengths(self, lengths: &[usize]) -> Self {
-        Self { lengths: Some(lengths.into()), made: Arc::default(), ..self }
+        Self { lengths: Some(lengths.into()), ..self }.afresh()
     }
 
     /// `documents[b * keys + j]` is the document of key `j` in row `b`; a query sees only keys of its own document.
     pub fn with_documents(self, documents: &[u32]) -> Self {
-        Self { documents: Some(documents.into()), made: Arc::default(), ..self }
+        Self { documents: Some(documents.into()), ..self }.afresh()
     }
 
     /// The last resort: `hidden`, `[batch or 1, heads or 1, queries, keys]`, true where hidden.
     pub fn with_dense(self, hidden: Tensor<4, Bool>) -> Self {
-        Self { dense: Some(hidden), made: Arc::default(), ..self }
+        Self { dense: Some(hidden), ..self }.afresh()
+    }
+
+    /// Turns of a conversation (FocuSFT's mask): everybody sees all earlier turns; inside a turn of context everybody
+    /// sees everybody, inside a turn of the assistant a query sees the keys up to its own position.
+    ///
+    /// `assistant[b * seq + j]` says whose token `j` of row `b` is; a turn ends where that changes. Takes the place of
+    /// causality; documents and lengths add to it.
+    pub fn turns(assistant: &[bool], seq: usize) -> Self {
+        let mut ends = Vec::with_capacity(assistant.len());
+        for row in assistant.chunks(seq.max(1)) {
+            for (index, &own) in row.iter().enumerate() {
+                let turn = row[index..].iter().take_while(|&&other| other == own).count();
+                ends.push((index + if own { 1 } else { turn }) as u32);
+            }
+        }
+        Self { turn_ends: Some(ends.into()), ..Self::default() }
+    }
+
+    fn afresh(self) -> Self {
+        Self { made: Arc::default(), ranges: Arc::default(), ..self }
     }
 
     /// Whether a query could be left without a single key to see.
@@ -76,8 +132,59 @@ impl Mask {
         if *made_for == shape { made.clone() } else { self.spell_out(shape, device) }
     }
 
+    /// The mask as ranges of keys; `None` where only numbers can say it.
+    pub(crate) fn visible(&self, batch: usize, offset: usize, queries: usize, keys: usize) -> Option<Arc<Visible>> {
+        if self.dense.is_some() {
+            return None;
+        }
+        let shape = Shape { batch, offset, queries, keys };
+        let (made_for, made) = self.ranges.get_or_init(|| (shape, Arc::new(self.ranges_of(shape))));
+        Some(if *made_for == shape { made.clone() } else { Arc::new(self.ranges_of(shape)) })
+    }
+
+    fn ranges_of(&self, shape: Shape) -> Visible {
+        let Shape { batch, offset, queries, keys } = shape;
+        self.check(shape);
+        let shared = self.lengths.is_none() && self.documents.is_none() && self.turn_ends.is_none();
+        let mut ranges = Vec::with_capacity(if shared { queries } else { batch * queries });
+        let mut in_pieces = false;
+        for row in 0..if shared { 1 } else { batch } {
+            let documents = self.documents.as_ref().map(|ids| Spans::of(&ids[row * keys..(row + 1) * keys]));
+            in_pieces |= documents.as_ref().is_some_and(|spans| spans.in_pieces);
+            let length = self.lengths.as_ref().map_or(keys, |lengths| lengths[row].min(keys));
+            for query in 0..queries {
+                let own = offset + query;
+                let mut to = if self.causal { (own + 1).min(length) } else { length };
+                if let Some(ends) = &self.turn_ends {
+                    to = to.min(ends[row * keys + own] as usize);
+                }
+                let mut from = 0;
+                if let Some(spans) = &documents {
+                    let [first, end] = spans.of_key[own];
+                    (from, to) = (first as usize, to.min(end as usize));
+                }
+                ranges.push(if from < to { [from as u32, to as u32] } else { [0, 0] });
+            }
+        }
+        let pieces = self.documents.clone().filter(|_| in_pieces).map(|documents| (documents, keys, offset));
+        Visible { queries, ranges, shared, pieces }
+    }
+
+    fn check(&self, Shape { batch, keys, .. }: Shape) {
+        if let Some(lengths) = &self.lengths {
+            assert_eq!(lengths.len(), batch, "one length per row of the batch");
+        }
+        if let Some(documents) = &self.documents {
+            assert_eq!(documents.len(), batch * keys, "one document id per key");
+        }
+        if let Some(ends) = &self.turn_ends {
+            assert_eq!(ends.len(), batch * keys, "one turn per key");
+        }
+    }
+
     fn spell_out(&self, shape: Shape, device: &Device) -> Option<Tensor<4, Bool>> {
         let Shape { batch, offset, queries, keys } = shape;
+        self.check(shape);
         let mut parts: Vec<Tensor<4, Bool>> = Vec::new();
         // A single query at the end of the keys sees all of them.
         if self.causal && offset + 1 < keys {
@@ -85,7 +192,6 @@ impl Mask {
         }
         let key_index = || Tensor::<1, Int>::arange(0..keys as i64, device).reshape([1, 1, 1, keys]);
         if let Some(lengths) = &self.lengths {
-            assert_eq!(lengths.len(), batch, "one length per row of the batch");
             let lengths: Vec<i32> = lengths.iter().map(|&n| n as i32).collect();
             let lengths = Tensor::<1, Int>::from_data(TensorData::new(lengths, [batch]), device);
             let rows = key_index()
@@ -94,13 +200,19 @@ impl Mask {
             parts.push(rows.expand([batch, 1, queries, keys]));
         }
         if let Some(documents) = &self.documents {
-            assert_eq!(documents.len(), batch * keys, "one document id per key");
             let ids: Vec<i32> = documents.iter().map(|&id| id as i32).collect();
             let ids =
                 Tensor::<1, Int>::from_data(TensorData::new(ids, [batch * keys]), device).reshape([batch, 1, 1, keys]);
             let of_queries = ids.clone().narrow(3, offset, queries).swap_dims(2, 3);
             let full = [batch, 1, queries, keys];
             parts.push(of_queries.expand(full).not_equal(ids.expand(full)));
+        }
+        if let Some(ends) = &self.turn_ends {
+            let ends: Vec<i32> = ends.iter().map(|&end| end as i32).collect();
+            let ends =
+                Tensor::<1, Int>::from_data(TensorData::new(ends, [batch * keys]), device).reshape([batch, 1, keys, 1]);
+            let full = [batch, 1, queries, keys];
+            parts.push(key_index().expand(full).greater_equal(ends.narrow(2, offset, queries).expand(full)));
         }
         parts.extend(self.dense.clone());
         let [_, heads] = parts.iter().map(|part| part.dims()).fold([1, 1], |[b, h], d| [b.max(d[0]), h.max(d[1])]);
@@ -109,9 +221,78 @@ impl Mask {
     }
 }
 
+/// Where the documents of a row begin and end.
+struct Spans {
+    /// For every key: the first key of its document, and the one behind the last.
+    of_key: Vec<[u32; 2]>,
+    /// Whether a document is interrupted by another.
+    in_pieces: bool,
+}
+
+impl Spans {
+    fn of(documents: &[u32]) -> Self {
+        let mut spans: std::collections::HashMap<u32, [u32; 2]> = std::collections::HashMap::new();
+        let mut pieces = 0;
+        for (key, id) in documents.iter().enumerate() {
+            pieces += usize::from(key == 0 || documents[key - 1] != *id);
+            let key = key as u32;
+            spans.entry(*id).and_modify(|span| span[1] = key + 1).or_insert([key, key + 1]);
+        }
+        let in_pieces = pieces > spans.len();
+        Self { of_key: documents.iter().map(|id| spans[id]).collect(), in_pieces }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the ranges say, in the same picture as the numbers.
+    fn from_ranges(mask: &Mask, batch: usize, offset: usize, queries: usize, keys: usize) -> Vec<String> {
+        let visible = mask.visible(batch, offset, queries, keys).expect("not dense");
+        let line = |b: usize, i: usize| {
+            let range = visible.range(b, i);
+            let mut scores = vec![0.0; range.len()];
+            visible.hide_inside(b, i, range.clone(), &mut scores, f32::NEG_INFINITY);
+            let seen = |key: usize| range.contains(&key) && scores[key - range.start] == 0.0;
+            (0..keys).map(|key| if seen(key) { '.' } else { '#' }).collect()
+        };
+        (0..batch).flat_map(|b| (0..queries).map(move |i| (b, i))).map(|(b, i)| line(b, i)).collect()
+    }
+
+    #[test]
+    fn ranges_say_the_same_as_numbers() {
+        let ids = [0, 0, 1, 1, 2, 0, 0, 1, 0, 1];
+        let turns = [false, false, true, true, false, true, false, false, false, true];
+        for mask in [
+            Mask::causal(),
+            Mask::causal().with_lengths(&[2, 4]),
+            Mask::none().with_lengths(&[0, 5]),
+            Mask::causal().with_documents(&ids),
+            Mask::none().with_documents(&ids).with_lengths(&[3, 5]),
+            Mask::turns(&turns, 5),
+            Mask::turns(&turns, 5).with_documents(&ids),
+        ] {
+            for (offset, queries) in [(0, 5), (2, 3), (4, 1)] {
+                let spelt = match mask.hidden(2, offset, queries, 5, &Device::flex()) {
+                    Some(hidden) => {
+                        let full = hidden.expand([2, 1, queries, 5]).into_data();
+                        let bits: Vec<bool> = full.iter::<bool>().collect();
+                        bits.chunks(5).map(|row| row.iter().map(|&h| if h { '#' } else { '.' }).collect()).collect()
+                    }
+                    None => vec![".....".to_owned(); 2 * queries],
+                };
+                assert_eq!(from_ranges(&mask, 2, offset, queries, 5), spelt, "{mask:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn turns_follow_the_definition() {
+        // Context, context, assistant, assistant, context.
+        let mask = Mask::turns(&[false, false, true, true, false], 5);
+        assert_eq!(rows(&mask, 1, 0, 5, 5), ["..###", "..###", "...##", "....#", "....."]);
+    }
 
     fn rows(mask: &Mask, batch: usize, offset: usize, queries: usize, keys: usize) -> Vec<String> {
         let hidden = mask.hidden(batch, offset, queries, keys, &Device::flex()).expect("hides something");

@@ -1,7 +1,17 @@
 //! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+
+use crate::{cpu, simd};
 
 /// Which channels of a head form the pairs that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -21,6 +31,14 @@ pub enum RopeLayout {
 /// - x, output: `[batch, n_heads, seq, head_dim]`, head_dim even
 /// - cos, sin: `[seq, head_dim / 2]`
 pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
+    if cpu::fuses(&x) {
+        let turned = Dispatch::rope(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), layout);
+        return Tensor::from_dispatch(turned);
+    }
+    plain(x, cos, sin, layout)
+}
+
+fn plain(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
     let [batch, n_heads, seq, head_dim] = x.dims();
     let half = head_dim / 2;
     let (first, second) = match layout {
@@ -41,6 +59,74 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) ->
             Tensor::stack::<5>(vec![rotated_first, rotated_second], 4).reshape([batch, n_heads, seq, head_dim])
         }
     }
+}
+
+#[backend_extension(Flex, Autodiff)]
+trait Rotary: Backend {
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        layout: RopeLayout,
+    ) -> FloatTensor<Self>;
+}
+
+impl Rotary for Flex {
+    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, layout: RopeLayout) -> FlexTensor {
+        turn(x, &cos.to_contiguous(), &sin.to_contiguous(), layout, 1.0)
+    }
+}
+
+impl<C: CheckpointStrategy> Rotary for Autodiff<Flex, C> {
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        layout: RopeLayout,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Step;
+        impl Backward<Flex, 1> for Step {
+            type State = (FlexTensor, FlexTensor, RopeLayout);
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let y_grad = grads.consume::<Flex>(&ops.node);
+                let ((cos, sin, layout), [parent]) = (ops.state, ops.parents);
+                if let Some(node) = parent {
+                    // The inverse of a rotation is its transpose.
+                    grads.register::<Flex>(node.id, turn(y_grad, &cos, &sin, layout, -1.0));
+                }
+            }
+        }
+        let (x, node) = x.into_parts();
+        let (cos, sin) = (cos.into_primitive().to_contiguous(), sin.into_primitive().to_contiguous());
+        let y = turn(x, &cos, &sin, layout, 1.0);
+        match Step.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish((cos, sin, layout), y),
+            OpsKind::UnTracked(step) => step.finish(y),
+        }
+    }
+}
+
+/// Turns forward (`sign` 1) or back (-1); the result lies by position, as projections leave their outputs.
+fn turn(x: FlexTensor, cos: &FlexTensor, sin: &FlexTensor, layout: RopeLayout, sign: f32) -> FlexTensor {
+    let x = cpu::row_major(x);
+    let view = cpu::View::new(&x);
+    let [batch, n_heads, seq, head_dim] = view.shape;
+    let (cos, sin, half) = (cpu::values(cos), cpu::values(sin), head_dim / 2);
+    let mut y = cpu::room(batch * n_heads * seq * head_dim);
+    y.par_chunks_mut((n_heads * head_dim).max(1)).enumerate().for_each(|(row, y)| {
+        let (b, position) = (row / seq, row % seq);
+        let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
+        for (head, y) in y.chunks_mut(head_dim).enumerate() {
+            let x = view.row(b, head, position);
+            match layout {
+                RopeLayout::RotateHalf => simd::rotate_halves(x, cos, sin, sign, y),
+                RopeLayout::Interleaved => simd::rotate_pairs(x, cos, sin, sign, y),
+            }
+        }
+    });
+    cpu::tensor_by_position(y, view.shape)
 }
 
 #[cfg(test)]
@@ -77,5 +163,20 @@ mod tests {
         let norm = |t: Tensor<4>| t.square().sum_dim(3).into_data();
         norm(y.clone()).assert_approx_eq::<f32>(&norm(x.clone()), Tolerance::absolute(1e-5));
         y.narrow(2, 0, 1).into_data().assert_eq(&x.narrow(2, 0, 1).into_data(), true);
+    }
+
+    #[test]
+    fn fused_agrees_with_plain() {
+        for (batch, n_heads, seq, head_dim) in [(1, 1, 1, 2), (3, 2, 7, 6), (2, 1, 129, 80), (1, 4, 63, 64)] {
+            let (cos, sin) = tables(seq, head_dim / 2, &Device::flex());
+            let x = crate::testing::leaf([batch * seq * n_heads * head_dim]);
+            for layout in [RopeLayout::RotateHalf, RopeLayout::Interleaved] {
+                let apply = |form: fn(Tensor<4>, Tensor<2>, Tensor<2>, RopeLayout) -> Tensor<4>, x: Tensor<1>| {
+                    let by_position = x.reshape([batch, seq, n_heads, head_dim]).swap_dims(1, 2);
+                    form(by_position, cos.clone(), sin.clone(), layout).reshape([-1])
+                };
+                crate::testing::agree_with_gradients(&[&x], |[x]| apply(rope, x), |[x]| apply(plain, x));
+            }
+        }
     }
 }

@@ -59,34 +59,33 @@ impl Evaluated {
 impl Decoder {
     /// The loss of a batch, differentiable.
     pub fn loss(&self, batch: &Batch, observe: Observe) -> Loss {
-        let (forward, losses) = self.predict(batch, observe, false);
+        let (forward, out) = self.predict(batch, observe);
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { cross_entropy: losses.losses.sum(), penalty, seen: forward.seen }
+        Loss { cross_entropy: out.sum, penalty, seen: forward.seen }
     }
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
     pub fn evaluate(&self, batch: &Batch) -> Evaluated {
-        let (_, out) = self.predict(batch, Observe::Nothing, true);
+        let (_, out) = self.predict(batch, Observe::Nothing);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
         let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
         Evaluated {
             loss: sum(out.losses),
-            correct: out.correct.map_or(0, |correct| sum(correct) as u64),
+            correct: sum(out.correct) as u64,
             targets: batch.target_tokens(),
             bytes: batch.target_bytes,
         }
     }
 
-    fn predict(&self, batch: &Batch, observe: Observe, want_correct: bool) -> (Forward, CrossEntropy) {
+    fn predict(&self, batch: &Batch, observe: Observe) -> (Forward, CrossEntropy) {
         let mask = match &batch.documents {
             Some(documents) => Mask::causal().with_documents(documents),
             None => Mask::causal(),
         };
         let forward = self.forward(self.tokens(batch), &mask, None, observe);
         let hidden = forward.hidden.clone().reshape([batch.batch * batch.seq, self.config().d_model]);
-        let targets = Targets::new(&batch.targets, &self.device());
-        let losses = cross_entropy(hidden, self.output_projection(), &targets, want_correct);
-        (forward, losses)
+        let out = cross_entropy(hidden, self.output_projection(), &Targets::new(&batch.targets));
+        (forward, out)
     }
 }

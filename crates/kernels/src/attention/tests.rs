@@ -1,0 +1,261 @@
+//! The tiles against the plain form, and the plain form against the definition.
+
+use super::*;
+use crate::testing::{agree, numbers};
+use burn::tensor::{Device, Distribution, Tolerance};
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+}
+
+fn close(a: Tensor<4>, b: Tensor<4>) {
+    a.into_data().assert_approx_eq::<f32>(&b.into_data(), Tolerance::absolute(1e-6));
+}
+
+/// The definition, element by element, in f64.
+fn by_hand(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    key_of: &[usize],
+    value_of: &[usize],
+    causal: bool,
+) -> Tensor<4> {
+    let [batch, heads, queries, width] = q.dims();
+    let [_, key_heads, keys, _] = k.dims();
+    let [_, value_heads, _, value_width] = v.dims();
+    let data = |t: &Tensor<4>| t.to_data().iter::<f64>().collect::<Vec<_>>();
+    let (q, k, v) = (data(q), data(k), data(v));
+    let mut out = Vec::new();
+    for b in 0..batch {
+        for h in 0..heads {
+            for i in 0..queries {
+                let visible = if causal { i + keys - queries + 1 } else { keys };
+                let score = |j: usize| {
+                    let dot: f64 = (0..width)
+                        .map(|c| {
+                            q[((b * heads + h) * queries + i) * width + c]
+                                * k[((b * key_heads + key_of[h]) * keys + j) * width + c]
+                        })
+                        .sum();
+                    (dot / (width as f64).sqrt()).exp()
+                };
+                let total: f64 = (0..visible).map(score).sum();
+                out.extend((0..value_width).map(|c| {
+                    let sum: f64 = (0..visible)
+                        .map(|j| score(j) * v[((b * value_heads + value_of[h]) * keys + j) * value_width + c])
+                        .sum();
+                    (sum / total) as f32
+                }));
+            }
+        }
+    }
+    Tensor::from_data(TensorData::new(out, [batch, heads, queries, value_width]), &Device::flex())
+}
+
+#[test]
+fn follows_the_definition_for_shared_heads_and_wide_values() {
+    let (q, k, v) = (random([2, 4, 5, 6]), random([2, 2, 7, 6]), random([2, 1, 7, 3]));
+    let mask = Mask::causal();
+    let options = AttentionOptions { mask: Some(&mask), query_offset: 2, ..Default::default() };
+    let got = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
+    close(got, by_hand(&q, &k, &v, &[0, 0, 1, 1], &[0, 0, 0, 0], true));
+}
+
+#[test]
+fn explicit_maps_choose_heads() {
+    let (q, k, v) = (random([1, 3, 4, 2]), random([1, 2, 4, 2]), random([1, 3, 4, 5]));
+    let options = AttentionOptions {
+        keys: HeadMap::Each(vec![1, 0, 1]),
+        values: HeadMap::Each(vec![2, 2, 0]),
+        ..Default::default()
+    };
+    let got = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
+    close(got, by_hand(&q, &k, &v, &[1, 0, 1], &[2, 2, 0], false));
+}
+
+#[test]
+fn a_row_that_sees_nothing_gives_zeros_and_finite_gradients() {
+    let device = Device::flex().autodiff();
+    let make = || Tensor::<4>::random([2, 1, 3, 4], Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let (q, k, v) = (make(), make(), make());
+    let mask = Mask::none().with_lengths(&[0, 2]);
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let out = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
+    assert_eq!(out.clone().narrow(0, 0, 1).abs().sum().into_scalar::<f32>(), 0.0);
+    let grads = out.sum().backward();
+    for tensor in [&q, &k, &v] {
+        let grad = tensor.grad(&grads).expect("gradient");
+        assert!(grad.into_data().iter::<f32>().all(f32::is_finite));
+    }
+}
+
+#[test]
+fn a_bias_is_added_to_the_scores() {
+    let (q, k, v) = (random([1, 2, 3, 4]), random([1, 2, 3, 4]), random([1, 2, 3, 4]));
+    let bias = Tensor::<2, burn::tensor::Bool>::tril_mask([3, 3], 0, &Device::flex()).float().mul_scalar(-1e30);
+    let biased = AttentionOptions { bias: Some(bias.unsqueeze::<4>()), ..Default::default() };
+    let mask = Mask::causal();
+    let masked = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let run = |options| attention(q.clone(), k.clone(), v.clone(), options).hidden;
+    close(run(&biased), run(&masked));
+}
+
+#[test]
+fn statistics_of_uniform_weights() {
+    let q = Tensor::<4>::zeros([2, 2, 4, 3], &Device::flex());
+    let options = AttentionOptions { statistics: Measure::Weights, ..Default::default() };
+    let seen = attention(q.clone(), q.clone(), q, &options).statistics.expect("asked for");
+    let values = |t: Tensor<1>| t.into_data().iter::<f32>().collect::<Vec<_>>();
+    assert!(values(seen.entropy).iter().all(|h| (h - 4f32.ln()).abs() < 1e-6));
+    assert!(values(seen.first_key_mass).iter().all(|m| (m - 0.25).abs() < 1e-6));
+    assert_eq!(values(seen.largest_score), [0.0, 0.0]);
+    assert_eq!(seen.weights.expect("asked for").dims(), [2, 4, 4]);
+}
+
+struct Case {
+    batch: usize,
+    heads: usize,
+    key_heads: usize,
+    value_heads: usize,
+    queries: usize,
+    keys: usize,
+    width: usize,
+    value_width: usize,
+}
+
+fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Case {
+    Case { batch, heads, key_heads, value_heads: key_heads, queries: seq, keys: seq, width, value_width: width }
+}
+
+/// Leaves that lie as projections leave them: by position, not by head.
+fn leaf(batch: usize, heads: usize, seq: usize, width: usize) -> Tensor<4> {
+    let device = Device::flex().autodiff();
+    let x = Tensor::<4>::random([batch, seq, heads, width], Distribution::Normal(0.0, 1.5), &device);
+    x.swap_dims(1, 2).detach().require_grad()
+}
+
+/// Output, statistics and all gradients of the tiles are those of the plain form.
+fn compare(case: &Case, options: &AttentionOptions<'_>) {
+    let Case { batch, heads, key_heads, value_heads, queries, keys, width, value_width } = *case;
+    let q = leaf(batch, heads, queries, width);
+    let k = leaf(batch, key_heads, keys, width);
+    let v = leaf(batch, value_heads, keys, value_width);
+    let options = AttentionOptions { statistics: Measure::Weights, ..options.clone() };
+    let cotangent = random([batch, heads, queries, value_width]);
+    let run = |form: fn(Tensor<4>, Tensor<4>, Tensor<4>, &AttentionOptions<'_>) -> Attention| {
+        let out = form(q.clone(), k.clone(), v.clone(), &options);
+        let grads = (out.hidden.clone() * Tensor::from_inner(cotangent.clone())).sum().backward();
+        let grads = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+        let seen = out.statistics.expect("asked for");
+        let seen = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
+        (numbers(out.hidden), grads, seen, numbers(seen_weights(&q, &k, &v, &options, form)))
+    };
+    let (got, want) = (run(super::attention), run(plain));
+    agree("hidden", &got.0, &want.0);
+    for (index, name) in ["q", "k", "v"].into_iter().enumerate() {
+        agree(&format!("gradient of {name}"), &got.1[index], &want.1[index]);
+    }
+    let may_be_blind = options.mask.is_some_and(Mask::may_hide_whole_rows);
+    for (index, name) in ["entropy", "first_key_mass", "largest_score"].into_iter().enumerate() {
+        // The plain form says -1e30 where nothing at all is visible.
+        if !(may_be_blind && index == 2) {
+            agree(name, &got.2[index], &want.2[index]);
+        }
+    }
+    agree("weights", &got.3, &want.3);
+}
+
+fn seen_weights(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    options: &AttentionOptions<'_>,
+    form: fn(Tensor<4>, Tensor<4>, Tensor<4>, &AttentionOptions<'_>) -> Attention,
+) -> Tensor<3> {
+    form(q.clone(), k.clone(), v.clone(), options).statistics.and_then(|seen| seen.weights).expect("asked for")
+}
+
+#[test]
+fn tiles_agree_over_awkward_shapes_and_masks() {
+    for (batch, heads, key_heads, seq, width) in [
+        (1usize, 1, 1, 1, 1),
+        (3, 2, 1, 7, 5),
+        (1, 4, 2, 63, 64),
+        (3, 1, 1, 129, 80),
+        (1, 1, 1, 1030, 8),
+        (2, 6, 3, 300, 16),
+    ] {
+        let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
+        let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
+        let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
+        let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
+        for mask in [
+            Mask::none(),
+            Mask::causal(),
+            Mask::none().with_lengths(&lengths),
+            Mask::causal().with_documents(&ids),
+            Mask::causal().with_documents(&pieces),
+            Mask::turns(&turns, seq),
+        ] {
+            let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+            compare(&case(batch, heads, key_heads, seq, width), &options);
+        }
+    }
+}
+
+#[test]
+fn tiles_agree_for_maps_wide_values_cached_keys_and_scales() {
+    let mask = Mask::causal();
+    // Signal and noise heads of differential attention: keys of their own, values shared.
+    let striped = Case { value_heads: 2, value_width: 24, ..case(2, 6, 4, 70, 12) };
+    let keys = HeadMap::Each(vec![0, 0, 1, 2, 2, 3]);
+    let options = AttentionOptions { mask: Some(&mask), keys, scale: Some(0.11), ..Default::default() };
+    compare(&striped, &options);
+    for (queries, cached) in [(1, 700), (5, 30), (140, 600)] {
+        let case = Case { queries, keys: cached + queries, ..case(2, 4, 2, 0, 16) };
+        compare(&case, &AttentionOptions { mask: Some(&mask), query_offset: cached, ..Default::default() });
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let (q, k, v) = (leaf(1, 2, 700, 16), leaf(1, 1, 700, 16), leaf(1, 1, 700, 16));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| {
+            let mask = Mask::causal();
+            let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+            let hidden = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
+            let grads = hidden.clone().square().sum().backward();
+            let grads = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+            (numbers(hidden), grads)
+        })
+    };
+    assert!(run(1) == run(5));
+}
+
+#[test]
+fn gradients_agree_with_finite_differences() {
+    let (q, k, v) = (leaf(1, 2, 6, 4), leaf(1, 1, 6, 4), leaf(1, 1, 6, 3));
+    let mask = Mask::causal();
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let value = |q: Tensor<4>, k: Tensor<4>, v: Tensor<4>| attention(q, k, v, &options).hidden.sin().sum();
+    let grads = value(q.clone(), k.clone(), v.clone()).backward();
+    let at = |t: f32| value(q.clone() + t, k.clone() * (1.0 + t), v.clone() + t).into_scalar::<f32>();
+    let slope = (numbers(q.grad(&grads).expect("q").sum())[0])
+        + numbers((k.grad(&grads).expect("k") * k.clone().inner()).sum())[0]
+        + numbers(v.grad(&grads).expect("v").sum())[0];
+    let central = |h: f32| (at(h) - at(-h)) / (2.0 * h);
+    let difference = (4.0 * central(5e-3) - central(1e-2)) / 3.0;
+    assert!((slope - difference).abs() < 5e-3 * (1.0 + slope.abs()), "slope {slope}, difference {difference}");
+}
+
+#[test]
+fn not_a_number_is_not_hidden() {
+    let q = random([1, 1, 3, 4]) * f32::NAN;
+    let mask = Mask::causal();
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let out = numbers(attention(q, random([1, 1, 3, 4]), random([1, 1, 3, 4]), &options).hidden);
+    assert!(out.iter().all(|value| value.is_nan()));
+}

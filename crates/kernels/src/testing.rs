@@ -1,0 +1,42 @@
+//! What the tests of fused operations share.
+
+use burn::tensor::{Device, Distribution, Tensor};
+
+/// Allowed difference, relative to the largest entry.
+const RELATIVE: f32 = 1e-5;
+
+/// A leaf of random numbers on the autodiff device.
+pub(crate) fn leaf<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex().autodiff()).require_grad()
+}
+
+/// Values on the host.
+pub(crate) fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+    x.into_data().iter::<f32>().collect()
+}
+
+/// All entries agree, relative to the largest.
+pub(crate) fn agree(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let scale = want.iter().fold(0f32, |max, value| max.max(value.abs()));
+    for (got, want) in got.iter().zip(want) {
+        assert!((got - want).abs() <= RELATIVE * scale.max(1e-3), "{what}: {got} is not {want} (largest {scale})");
+    }
+}
+
+/// Two forms of an operation of flattened inputs give the same outputs and gradients.
+pub(crate) fn agree_with_gradients<const N: usize>(
+    inputs: &[&Tensor<1>; N],
+    fused: impl Fn([Tensor<1>; N]) -> Tensor<1>,
+    plain: impl Fn([Tensor<1>; N]) -> Tensor<1>,
+) {
+    let leaves = inputs.map(|input| input.clone().detach().require_grad());
+    let (got, want) = (fused(leaves.clone()), plain(leaves.clone()));
+    let cotangent = want.random_like(Distribution::Normal(0.0, 1.0)).detach();
+    agree("output", &numbers(got.clone()), &numbers(want.clone()));
+    let (got, want) = ((got * cotangent.clone()).sum().backward(), (want * cotangent).sum().backward());
+    for (index, leaf) in leaves.iter().enumerate() {
+        let grad = |grads| numbers(leaf.grad(grads).expect("gradient"));
+        agree(&format!("gradient {index}"), &grad(&got), &grad(&want));
+    }
+}
