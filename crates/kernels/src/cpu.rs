@@ -83,6 +83,21 @@ pub(crate) fn tensor_by_position(values: Vec<f32>, [batch, heads, seq, width]: [
     FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
 }
 
+/// The tensor with its values alone in a buffer of their own size: not a part of a larger one.
+pub(crate) fn whole(tensor: FlexTensor) -> FlexTensor {
+    let fills = tensor.storage::<f32>().len() == tensor.layout().num_elements();
+    if fills && tensor.is_contiguous() {
+        tensor
+    } else {
+        self::tensor(values(&tensor.to_contiguous()).to_vec(), tensor.layout().shape().to_vec())
+    }
+}
+
+/// The sizes of a matrix.
+pub(crate) fn sizes(matrix: &FlexTensor) -> [usize; 2] {
+    [matrix.layout().shape()[0], matrix.layout().shape()[1]]
+}
+
 /// Room for `len` values, each of which has to be written before it is read. In tests it is full of NaN.
 pub(crate) fn room(len: usize) -> Vec<f32> {
     if cfg!(test) {
@@ -152,6 +167,13 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
+    /// A whole tensor of two dimensions, wherever its values lie.
+    pub(crate) fn new(tensor: &FlexTensor) -> Self {
+        let layout = tensor.layout();
+        let start = tensor.storage::<f32>()[layout.start_offset()..].as_ptr();
+        Self { start, rows: layout.strides()[0] as usize, columns: layout.strides()[1] as usize }
+    }
+
     /// Rows that lie together.
     pub(crate) fn by_rows(start: *const f32, rows: usize) -> Self {
         Self { start, rows, columns: 1 }

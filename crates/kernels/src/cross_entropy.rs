@@ -152,14 +152,10 @@ struct Made {
 
 fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, with_grads: bool) -> Made {
     let all = cpu::values(hidden);
-    let ([d_model, vocab], strides) = (sizes(head), head.layout().strides());
+    let ([d_model, vocab], strides) = (cpu::sizes(head), head.layout().strides());
     let tokens = targets.ids.len();
     assert_eq!(all.len(), tokens * d_model, "one target per token");
-    let head_matrix = Matrix {
-        start: head.storage::<f32>()[head.layout().start_offset()..].as_ptr(),
-        rows: strides[0] as usize,
-        columns: strides[1] as usize,
-    };
+    let head_matrix = Matrix::new(head);
     let rows = (LOGITS / vocab.max(1)).max(FEWEST_ROWS).min(tokens.max(1));
     let mut logits = cpu::room(rows * vocab);
     let mut per_token = cpu::room(2 * tokens);
@@ -210,10 +206,6 @@ fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, with_grads
         [cpu::tensor(hidden_grad, [tokens, d_model]), head_grad]
     });
     Made { sum: cpu::tensor(vec![sum], [1]), per_token: cpu::tensor(per_token, [2, tokens]), grads }
-}
-
-fn sizes(matrix: &FlexTensor) -> [usize; 2] {
-    [matrix.layout().shape()[0], matrix.layout().shape()[1]]
 }
 
 fn transposed(matrix: FlexTensor) -> FlexTensor {

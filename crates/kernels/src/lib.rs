@@ -5,10 +5,13 @@
 //! operations that Burn differentiates by itself, and fused for the CPU, with a backward of its own. The public function
 //! chooses (`cpu::fuses`); the tests compare outputs and every gradient.
 
+mod adamw;
 mod attention;
 mod cpu;
 mod cross_entropy;
 mod difference;
+mod gated_mlp;
+mod linear;
 mod mask;
 mod rms_norm;
 mod rope;
@@ -17,9 +20,12 @@ mod swiglu;
 #[cfg(test)]
 mod testing;
 
+pub use adamw::{AdamwStep, adamw};
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};
 pub use difference::{Combination, difference, subtract_noise};
+pub use gated_mlp::gated_mlp;
+pub use linear::linear;
 pub use mask::Mask;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};

@@ -215,6 +215,19 @@ vectorized! {
         }
     }
 
+    /// One update of AdamW; the numbers are those of `adamw.rs`, in its order.
+    fn adamw(value: &mut [f32], first: &mut [f32], second: &mut [f32], grad: &[f32], numbers: &[f32; 9]) {
+        let [grad_scale, rate, keep, beta1, rest1, beta2, rest2, correction, eps] = *numbers;
+        let n = value.len();
+        let (first, second, grad) = (&mut first[..n], &mut second[..n], &grad[..n]);
+        for i in 0..n {
+            let g = grad[i] * grad_scale;
+            first[i] = first[i] * beta1 + g * rest1;
+            second[i] = second[i] * beta2 + g * g * rest2;
+            value[i] = value[i] * keep - rate * first[i] / (second[i].sqrt() * correction + eps);
+        }
+    }
+
     /// `y = a - factor * b`
     fn subtract(a: &[f32], b: &[f32], factor: f32, y: &mut [f32]) {
         for ((y, a), b) in y.iter_mut().zip(a).zip(b) {

@@ -68,7 +68,7 @@ impl<C: CheckpointStrategy> Swiglu for Autodiff<Flex, C> {
     }
 }
 
-fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
+pub(crate) fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let (gates, ups) = (cpu::values(gate), cpu::values(up));
     let mut y = cpu::room(gates.len());
     let chunks = (y.par_chunks_mut(CHUNK), gates.par_chunks(CHUNK), ups.par_chunks(CHUNK)).into_par_iter();
@@ -76,7 +76,7 @@ fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     cpu::tensor(y, gate.layout().shape().to_vec())
 }
 
-fn backward(gate: &FlexTensor, up: &FlexTensor, y_grad: &FlexTensor) -> [FlexTensor; 2] {
+pub(crate) fn backward(gate: &FlexTensor, up: &FlexTensor, y_grad: &FlexTensor) -> [FlexTensor; 2] {
     let (gates, ups, y_grads) = (cpu::values(gate), cpu::values(up), cpu::values(y_grad));
     let (mut gate_grad, mut up_grad) = (cpu::room(gates.len()), cpu::room(gates.len()));
     let results = gate_grad.par_chunks_mut(CHUNK).zip(up_grad.par_chunks_mut(CHUNK));

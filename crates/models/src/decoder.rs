@@ -10,7 +10,7 @@ use polyhead_attention::{
     Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation, Observe, Rope,
     RopeLayout, linear,
 };
-use polyhead_kernels::{rms_norm, swiglu};
+use polyhead_kernels::{gated_mlp, rms_norm};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -294,8 +294,8 @@ impl Decoder {
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
             let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
-            let gated = swiglu(layer.mlp.gate_proj.forward(normed.clone()), layer.mlp.up_proj.forward(normed));
-            hidden = hidden + layer.mlp.down_proj.forward(gated);
+            let Mlp { gate_proj, up_proj, down_proj } = &layer.mlp;
+            hidden = hidden + gated_mlp(normed, gate_proj.weight.val(), up_proj.weight.val(), down_proj.weight.val());
         }
         Forward { hidden: rms_norm(hidden, self.norm.weight.val(), eps), penalties, seen }
     }

@@ -1,5 +1,6 @@
 //! `polyhead`: recipes and the command line.
 
+mod allocator;
 mod assemble;
 mod cli;
 mod commands;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    allocator::keep_large_buffers();
     let cli = cli::Cli::parse();
     match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_kernels::{AdamwStep, adamw};
 use polyhead_models::weights::{Named, Path, WeightsError};
 
-use crate::config::{AdamwConfig, OptimizerConfig};
+use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 
 /// Newton-Schulz coefficients of Muon's authors, and how often they are applied.
 const NEWTON_SCHULZ: (f64, f64, f64, usize) = (3.4445, -4.7750, 2.0315, 5);
@@ -104,48 +105,41 @@ impl Optimizer {
         value: Tensor<D>,
         grad: Tensor<D>,
         config: &AdamwConfig,
-        lr: f64,
+        update: Update,
     ) -> Tensor<D> {
         let shape = value.dims();
         let numbers = shape.iter().product::<usize>();
-        let grad = grad.reshape([numbers]);
-        let (beta1, beta2) = (config.beta1, config.beta2);
-        let (first, second) = match self.moments.remove(&path) {
-            Some(Moments { first, second: Some(second) }) => {
-                (first * beta1 + grad.clone() * (1.0 - beta1), second * beta2 + grad.square() * (1.0 - beta2))
-            }
-            _ => (grad.clone() * (1.0 - beta1), grad.square() * (1.0 - beta2)),
+        let moments = match self.moments.remove(&path) {
+            Some(Moments { first, second: Some(second) }) => [first, second],
+            _ => [value.zeros_like().reshape([numbers]), value.zeros_like().reshape([numbers])],
         };
-        let steps = self.steps as f64;
-        let (correction1, correction2) = (1.0 - beta1.powf(steps), 1.0 - beta2.powf(steps));
-        let denominator = second.clone().sqrt() / correction2.sqrt() + config.eps;
-        let step = first.clone() / denominator * (lr / correction1);
+        let (steps, lr) = (self.steps as f64, update.lr);
+        let step = AdamwStep {
+            grad_scale: update.scale,
+            rate: lr / (1.0 - config.beta1.powf(steps)),
+            keep: if D == 1 { 1.0 } else { 1.0 - lr * config.weight_decay },
+            beta1: config.beta1,
+            beta2: config.beta2,
+            correction: (1.0 - config.beta2.powf(steps)).sqrt(),
+            eps: config.eps,
+        };
+        let (value, [first, second]) = adamw(value.reshape([numbers]), grad.reshape([numbers]), moments, step);
         self.moments.insert(path, Moments { first, second: Some(second) });
-        let decay = if D == 1 { 0.0 } else { lr * config.weight_decay };
-        let value = if decay == 0.0 { value } else { value * (1.0 - decay) };
-        value - step.reshape(shape)
+        value.reshape(shape)
     }
 
     /// Momentum, orthogonalised.
-    fn muon(
-        &mut self,
-        path: String,
-        value: Tensor<2>,
-        grad: Tensor<2>,
-        momentum: f64,
-        decay: f64,
-        lr: f64,
-    ) -> Tensor<2> {
+    fn muon(&mut self, path: String, value: Tensor<2>, grad: Tensor<2>, config: &MuonConfig, lr: f64) -> Tensor<2> {
         let [rows, columns] = value.dims();
         let flat = grad.clone().reshape([rows * columns]);
         let first = match self.moments.remove(&path) {
-            Some(moments) => moments.first * momentum + flat,
+            Some(moments) => moments.first * config.momentum + flat,
             None => flat,
         };
-        let nesterov = grad + first.clone().reshape([rows, columns]) * momentum;
+        let nesterov = grad + first.clone().reshape([rows, columns]) * config.momentum;
         self.moments.insert(path, Moments { first, second: None });
         let step = orthogonalize(nesterov) * (lr * 0.2 * (rows.max(columns) as f64).sqrt());
-        value * (1.0 - lr * decay) - step
+        value * (1.0 - lr * config.weight_decay) - step
     }
 }
 
@@ -175,19 +169,19 @@ struct Step<'a> {
 impl Step<'_> {
     fn updated<const D: usize>(&mut self, value: Tensor<D>, grad: Tensor<D>) -> Tensor<D> {
         let path = self.path.name();
-        let lr = self.update.lr;
+        let update = self.update;
         match self.optimizer.config.clone() {
-            OptimizerConfig::Adamw(config) => self.optimizer.adamw(path, value, grad, &config, lr),
+            OptimizerConfig::Adamw(config) => self.optimizer.adamw(path, value, grad, &config, update),
             OptimizerConfig::Muon(muon) if D == 2 && path.starts_with("layers.") => {
                 let flat: [usize; 2] = [value.dims()[0], value.dims()[1]];
                 let shape = value.dims();
                 let (value, grad) = (value.reshape(flat), grad.reshape(flat));
-                self.optimizer.muon(path, value, grad, muon.momentum, muon.weight_decay, lr).reshape(shape)
+                self.optimizer.muon(path, value, grad * update.scale, &muon, update.lr).reshape(shape)
             }
             OptimizerConfig::Muon(muon) => {
                 let (beta1, beta2, eps, weight_decay) = (muon.beta1, muon.beta2, muon.eps, muon.weight_decay);
-                let adamw = AdamwConfig { lr, beta1, beta2, eps, weight_decay };
-                self.optimizer.adamw(path, value, grad, &adamw, lr)
+                let adamw = AdamwConfig { lr: update.lr, beta1, beta2, eps, weight_decay };
+                self.optimizer.adamw(path, value, grad, &adamw, update)
             }
         }
     }
@@ -204,7 +198,6 @@ impl ModuleMapper for Step<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
-        let grad = if self.update.scale == 1.0 { grad } else { grad * self.update.scale };
         param.map(|value| {
             // On the inner device: an update is no part of any tape.
             let new = self.updated(value.inner(), grad);

@@ -1,0 +1,134 @@
+//! One update of AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), element by element in a single pass.
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, Flex, backend_extension};
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use crate::{cpu, simd};
+
+/// Elements of a task.
+const CHUNK: usize = 1 << 14;
+
+/// The numbers of one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamwStep {
+    /// What the gradient is multiplied by first: the clipping factor.
+    pub grad_scale: f64,
+    /// The learning rate divided by the bias correction of the first moment, `1 - beta1^t`.
+    pub rate: f64,
+    /// What values are multiplied by first: `1 - lr * weight_decay`.
+    pub keep: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// The root of the second moment's bias correction, `sqrt(1 - beta2^t)`.
+    pub correction: f64,
+    /// Added to the corrected root of the second moment.
+    pub eps: f64,
+}
+
+/// The parameter and its moments after the update:
+/// `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) g²`, `x = keep x - rate m / (sqrt(v) / correction + eps)`.
+///
+/// All four are `[numbers]` on a device without autodiff.
+pub fn adamw(
+    value: Tensor<1>,
+    grad: Tensor<1>,
+    moments: [Tensor<1>; 2],
+    step: AdamwStep,
+) -> (Tensor<1>, [Tensor<1>; 2]) {
+    if !cpu::fuses(&value) {
+        return plain(value, grad, moments, step);
+    }
+    let [first, second] = moments;
+    let (value, first, second) = Dispatch::adamw(
+        value.into_dispatch(),
+        grad.into_dispatch(),
+        first.into_dispatch(),
+        second.into_dispatch(),
+        step,
+    );
+    (Tensor::from_dispatch(value), [first, second].map(Tensor::from_dispatch))
+}
+
+fn plain(value: Tensor<1>, grad: Tensor<1>, moments: [Tensor<1>; 2], step: AdamwStep) -> (Tensor<1>, [Tensor<1>; 2]) {
+    let AdamwStep { grad_scale, rate, keep, beta1, beta2, correction, eps } = step;
+    let ([first, second], grad) = (moments, grad * grad_scale);
+    let first = first * beta1 + grad.clone() * (1.0 - beta1);
+    let second = second * beta2 + grad.square() * (1.0 - beta2);
+    let direction = first.clone() / (second.clone().sqrt() / correction + eps);
+    (value * keep - direction * rate, [first, second])
+}
+
+#[backend_extension(Flex)]
+trait Adamw: Backend {
+    fn adamw(
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+impl Adamw for Flex {
+    fn adamw(
+        value: FlexTensor,
+        grad: FlexTensor,
+        first: FlexTensor,
+        second: FlexTensor,
+        step: AdamwStep,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let grad = grad.to_contiguous();
+        // In place, unless somebody else still holds the old values.
+        let [mut value, mut first, mut second] = [value, first, second].map(cpu::whole);
+        let chunks = (
+            value.storage_mut::<f32>().par_chunks_mut(CHUNK),
+            first.storage_mut::<f32>().par_chunks_mut(CHUNK),
+            second.storage_mut::<f32>().par_chunks_mut(CHUNK),
+            cpu::values(&grad).par_chunks(CHUNK),
+        );
+        let numbers = [
+            step.grad_scale,
+            step.rate,
+            step.keep,
+            step.beta1,
+            1.0 - step.beta1,
+            step.beta2,
+            1.0 - step.beta2,
+            1.0 / step.correction,
+            step.eps,
+        ]
+        .map(|number| number as f32);
+        chunks
+            .into_par_iter()
+            .for_each(|(value, first, second, grad)| simd::adamw(value, first, second, grad, &numbers));
+        (value, first, second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{agree, numbers};
+    use burn::tensor::{Device, Distribution};
+
+    #[test]
+    fn fused_agrees_with_plain() {
+        let step =
+            AdamwStep { grad_scale: 0.3, rate: 0.02, keep: 0.99, beta1: 0.9, beta2: 0.95, correction: 0.4, eps: 1e-8 };
+        for n in [1, 63, 40_000] {
+            let random = || Tensor::<1>::random([n], Distribution::Normal(0.0, 1.0), &Device::flex());
+            let (value, grad, moments) = (random(), random(), [random(), random().square()]);
+            let got = adamw(value.clone(), grad.clone(), moments.clone(), step);
+            let want = plain(value.clone(), grad, moments.clone(), step);
+            agree("value", &numbers(got.0), &numbers(want.0));
+            agree("first", &numbers(got.1[0].clone()), &numbers(want.1[0].clone()));
+            agree("second", &numbers(got.1[1].clone()), &numbers(want.1[1].clone()));
+            assert!(numbers(moments[0].clone()).iter().all(|x| x.is_finite()), "what is held elsewhere stays");
+        }
+    }
+}
