@@ -38,6 +38,9 @@ pub enum TrainError {
     /// A picture could not be drawn.
     #[error(transparent)]
     Picture(#[from] PictureError),
+    /// The curve of the run could not be drawn.
+    #[error("the curve of the run could not be drawn: {0}")]
+    Curve(String),
     /// Weights or optimiser state do not fit.
     #[error(transparent)]
     Weights(#[from] polyhead_models::weights::WeightsError),

@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod config;
+mod curve;
 mod error;
 pub mod evaluate;
 mod gradients;

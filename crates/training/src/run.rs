@@ -18,7 +18,7 @@ use crate::schedule;
 use crate::standard::Standard;
 use crate::state::{self, Companions, Progress};
 use crate::tensorboard::EventWriter;
-use crate::{TrainError, observe};
+use crate::{TrainError, curve, observe};
 
 /// Everything that a run is made of.
 pub struct Job<'a> {
@@ -240,6 +240,7 @@ fn save(
         events.sync()?;
     }
     let path = state::save(&job.run_dir, model, procedure, progress, &job.companions)?;
+    curve::draw(&job.run_dir)?;
     let mut keep = Vec::new();
     if let Some(best) = best {
         write_best(&job.run_dir, best)?;

@@ -1,0 +1,335 @@
+//! Polyhead beside PyTorch: the same decoder, first weights and first batch, trained in turns in one sitting.
+//!
+//! ```sh
+//! cargo bench --bench side_by_side -- --python venv/bin/python --out benches/RESULTS.md
+//! ```
+//!
+//! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
+//! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use clap::Parser;
+use serde_json::{Value, json};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Steps of a process that only warm up.
+const WARM_UP: usize = 2;
+
+/// Trains the same decoders in Polyhead and in PyTorch, in turns, and prints how fast and how lean each was.
+#[derive(Parser)]
+struct Args {
+    /// A Python with torch and safetensors; without it only Polyhead is measured.
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Turns; every turn runs each side once.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Steps of a turn.
+    #[arg(long, default_value_t = 8)]
+    steps: usize,
+    /// Only works whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Leave torch.compile out.
+    #[arg(long)]
+    no_compile: bool,
+    /// Write the tables to this file as well.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Passed by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// A decoder and a batch.
+#[derive(Clone, Copy)]
+struct Work {
+    name: &'static str,
+    mechanism: &'static str,
+    d_model: usize,
+    n_layers: usize,
+    d_ff: usize,
+    n_heads: usize,
+    seq: usize,
+    batch: usize,
+}
+
+const VOCAB: usize = 4096;
+
+const SMALL: Work =
+    Work { name: "small", mechanism: "softmax", d_model: 256, n_layers: 6, d_ff: 704, n_heads: 8, seq: 256, batch: 8 };
+const BIG: Work = Work { name: "big", d_model: 512, n_layers: 8, d_ff: 1408, seq: 512, batch: 4, ..SMALL };
+/// Six signal heads and two noise heads.
+const SMALL_GDA: Work = Work { name: "small, GDA 3:1", mechanism: "grouped_differential", ..SMALL };
+const BIG_GDA: Work = Work { name: "big, GDA 3:1", mechanism: "grouped_differential", ..BIG };
+const WORKS: [Work; 4] = [SMALL, BIG, SMALL_GDA, BIG_GDA];
+
+/// What a side needed.
+#[derive(Default)]
+struct Measured {
+    seconds: Vec<f64>,
+    first_loss: f64,
+    peak_bytes: f64,
+}
+
+impl Measured {
+    fn add(&mut self, seconds: &[f64], first_loss: f64, peak_bytes: f64) {
+        self.seconds.extend(&seconds[WARM_UP.min(seconds.len().saturating_sub(1))..]);
+        self.first_loss = first_loss;
+        self.peak_bytes = self.peak_bytes.max(peak_bytes);
+    }
+}
+
+fn main() -> Outcome<()> {
+    let args = Args::parse();
+    let folder = tempfile::tempdir()?;
+    let torch = args.python.as_ref().and_then(|python| torch_version(python));
+    match (&args.python, &torch) {
+        (None, _) => eprintln!("no --python given: only Polyhead is measured"),
+        (Some(python), None) => {
+            eprintln!("{} has no torch and safetensors: only Polyhead is measured", python.display())
+        }
+        (_, Some(version)) => eprintln!("torch {version}"),
+    }
+    let peak = gemm_peak();
+    let mut report = header(peak, torch.as_deref());
+    let mut rows = Vec::new();
+    for work in WORKS.iter().filter(|work| work.name.contains(&args.only)) {
+        let python = args.python.as_deref().filter(|_| torch.is_some());
+        rows.extend(compare(work, python, &args, folder.path(), peak)?);
+    }
+    if !rows.is_empty() {
+        report += "| work | side | ms a step | tokens/s | against eager | peak MiB | against eager | GFLOP/s | first loss |\n";
+        report += "|---|---|---|---|---|---|---|---|---|\n";
+        report += &rows.join("\n");
+        report += "\n\n";
+    }
+    if "long".contains(&args.only) {
+        report += &long_sequences(folder.path())?;
+    }
+    println!("{report}");
+    if let Some(out) = &args.out {
+        std::fs::write(out, report)?;
+        eprintln!("wrote {}", out.display());
+    }
+    Ok(())
+}
+
+fn torch_version(python: &Path) -> Option<String> {
+    let probe = "import torch, safetensors; print(torch.__version__)";
+    let output = Command::new(python).args(["-c", probe]).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// FLOP/s of a large product, the median of seven.
+fn gemm_peak() -> f64 {
+    let device = Device::flex();
+    let matrix = || Tensor::<2>::random([2048, 2048], Distribution::Uniform(0.0, 1.0), &device);
+    let (a, b) = (matrix(), matrix());
+    let seconds = (0..7).map(|_| {
+        let start = Instant::now();
+        let product = a.clone().matmul(b.clone());
+        let seconds = start.elapsed().as_secs_f64();
+        drop(product);
+        seconds
+    });
+    2.0 * 2048f64.powi(3) / median(seconds.collect())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn header(peak: f64, torch: Option<&str>) -> String {
+    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = processor.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
+    let wide = if processor.contains("avx512f") { "AVX-512" } else { "no AVX-512" };
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: String = load.split_whitespace().take(3).collect::<Vec<_>>().join(" ");
+    format!(
+        "# Results of the benchmark\n\nMade by `cargo bench --bench side_by_side`. {}, {} threads, {model} ({wide}), load before \
+         {load}; Polyhead {}, {}. A product of 2048 x 2048 matrices reaches {:.0} GFLOP/s.\n\nVocabulary {VOCAB}, untied; \
+         small: d_model 256, 6 layers, 8 heads, 8 rows of 256 tokens; big: d_model 512, 8 layers, 8 heads, 4 rows of 512. \
+         GFLOP/s are the model's useful operations (three forward passes, half of the causal square), not what was \
+         computed.\n\n",
+        date(),
+        threads(),
+        env!("CARGO_PKG_VERSION"),
+        torch.map_or("without PyTorch".into(), |version| format!("PyTorch {version}")),
+        peak / 1e9
+    )
+}
+
+fn date() -> String {
+    let output = Command::new("date").arg("+%Y-%m-%d").output();
+    output.map_or_else(|_| "unknown date".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Rows of the table, one per side.
+fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak: f64) -> Outcome<Vec<String>> {
+    eprintln!("{} ...", work.name);
+    let recipe = folder.join("recipe.toml");
+    std::fs::write(&recipe, recipe_of(work, args.steps))?;
+    let mut sides: Vec<(&str, Measured)> = vec![("Polyhead", Measured::default())];
+    let spec = match python {
+        Some(_) => {
+            sides.push(("PyTorch", Measured::default()));
+            if !args.no_compile {
+                sides.push(("torch.compile", Measured::default()));
+            }
+            Some(specify(work, args.steps, &recipe, folder)?)
+        }
+        None => None,
+    };
+    for round in 0..args.rounds {
+        for (side, measured) in &mut sides {
+            match (*side, python, &spec) {
+                ("Polyhead", ..) => train(work, &recipe, folder, measured)?,
+                (side, Some(python), Some(spec)) => pytorch(python, spec, side != "PyTorch", measured)?,
+                _ => {}
+            }
+            eprintln!("  round {} {side}: {:.0} ms", round + 1, 1e3 * median(measured.seconds.clone()));
+        }
+    }
+    let flops = flops_per_step(work, &recipe)?;
+    let eager =
+        sides.iter().find(|(side, _)| *side == "PyTorch").map(|(_, m)| (median(m.seconds.clone()), m.peak_bytes));
+    let row = |(side, measured): &(&str, Measured)| {
+        let seconds = median(measured.seconds.clone());
+        let against = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
+        format!(
+            "| {} | {side} | {:.0} | {:.0} | {} | {:.0} | {} | {:.0} ({:.0} %) | {:.4} |",
+            work.name,
+            1e3 * seconds,
+            (work.batch * work.seq) as f64 / seconds,
+            against(eager.map(|(time, _)| time / seconds)),
+            measured.peak_bytes / 1048576.0,
+            against(eager.map(|(_, bytes)| measured.peak_bytes / bytes)),
+            flops / seconds / 1e9,
+            100.0 * flops / seconds / peak,
+            measured.first_loss
+        )
+    };
+    Ok(sides.iter().map(row).collect())
+}
+
+fn recipe_of(work: &Work, steps: usize) -> String {
+    let Work { mechanism, d_model, n_layers, d_ff, n_heads, seq, batch, .. } = *work;
+    let noise = if mechanism == "softmax" { String::new() } else { format!("n_noise_heads = {}\n", n_heads / 4) };
+    format!(
+        "[model.decoder]\nd_model = {d_model}\nn_layers = {n_layers}\nd_ff = {d_ff}\ntie_embeddings = false\n\
+         [model.decoder.attention.{mechanism}]\nn_heads = {n_heads}\n{noise}\
+         [data.induction]\nvocab = {VOCAB}\n\
+         [training]\nsteps = {steps}\nseq_len = {seq}\nbatch_size = {batch}\n\
+         [optimizer.adamw]\nlr = 1e-4\n\
+         [metrics]\nlog_freq = 1\ntensorboard = false\nobserve = false\n\
+         [validation]\nbatches = 1\n[checkpoint]\ninterval = 0\n"
+    )
+}
+
+fn polyhead(args: &[&str]) -> Outcome<String> {
+    let output = Command::new(env!("CARGO_BIN_EXE_polyhead")).args(args).output()?;
+    if !output.status.success() {
+        return Err(format!("polyhead {args:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
+
+/// Trains and reads what the run wrote down.
+fn train(work: &Work, recipe: &Path, folder: &Path, measured: &mut Measured) -> Outcome<()> {
+    let run = folder.join("run");
+    let _ = std::fs::remove_dir_all(&run);
+    polyhead(&["train", text(recipe), "--out", text(&run)])?;
+    let log = std::fs::read_to_string(run.join("metrics.jsonl"))?;
+    let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let steps: Vec<&Value> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
+    let number = |line: &Value, key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+    let tokens = (work.batch * work.seq) as f64;
+    let seconds: Vec<f64> = steps.iter().map(|line| tokens / number(line, "tokens_per_second")).collect();
+    let peak = steps.iter().map(|line| number(line, "memory")).fold(0.0, f64::max);
+    measured.add(&seconds, steps.first().map_or(f64::NAN, |line| number(line, "loss")), peak);
+    Ok(())
+}
+
+/// Describes the work to the other side: the weights before the first step, and the first batch.
+fn specify(work: &Work, steps: usize, recipe: &Path, folder: &Path) -> Outcome<PathBuf> {
+    let run = folder.join("start");
+    let _ = std::fs::remove_dir_all(&run);
+    // A step that moves nothing leaves the first weights in its checkpoint.
+    let still = ["training.steps=1", "optimizer.adamw.lr=0"];
+    polyhead(&["train", text(recipe), still[0], still[1], "--out", text(&run)])?;
+    let shown = polyhead(&["preview", text(recipe), "--rows", &work.batch.to_string()])?;
+    let (mut tokens, mut targets) = (Vec::new(), Vec::new());
+    for (line, target) in shown.lines().filter_map(|line| line.split_once("->")) {
+        tokens.push(line.split_whitespace().last().ok_or("a token")?.parse::<i64>()?);
+        targets.push(target.trim().parse::<i64>().unwrap_or(-100));
+    }
+    assert_eq!(tokens.len(), work.batch * work.seq, "`preview` shows the whole batch");
+    let spec = json!({
+        "mechanism": work.mechanism, "d_model": work.d_model, "n_layers": work.n_layers, "d_ff": work.d_ff,
+        "n_heads": work.n_heads, "n_noise_heads": work.n_heads / 4, "seq": work.seq, "batch": work.batch, "vocab": VOCAB,
+        "steps": steps, "threads": threads(), "tokens": tokens, "targets": targets,
+        "weights": run.join("step-00000001/model.safetensors"),
+    });
+    let path = folder.join("work.json");
+    std::fs::write(&path, spec.to_string())?;
+    Ok(path)
+}
+
+fn pytorch(python: &Path, spec: &Path, compiled: bool, measured: &mut Measured) -> Outcome<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/pytorch.py");
+    let mut command = Command::new(python);
+    command.arg(script).arg(spec).args(compiled.then_some("--compile"));
+    let output = command.output()?;
+    let last = String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned();
+    let result: Value = serde_json::from_str(&last)
+        .map_err(|_| format!("{}: {}", python.display(), String::from_utf8_lossy(&output.stderr)))?;
+    let seconds: Vec<f64> = result["seconds"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
+    measured.add(&seconds, number("first_loss"), number("peak_bytes"));
+    Ok(())
+}
+
+/// Useful operations of a step, from `polyhead plan`.
+fn flops_per_step(work: &Work, recipe: &Path) -> Outcome<f64> {
+    let plan = polyhead(&["plan", text(recipe)])?;
+    let all = plan.lines().find(|line| line.starts_with("all ")).ok_or("plan shows a sum")?;
+    let per_token: f64 = all.split_whitespace().nth(2).ok_or("FLOPs per token")?.replace(',', "").parse()?;
+    Ok(3.0 * per_token * (work.batch * work.seq) as f64)
+}
+
+/// Peak memory over the length of the sequence: it has to grow with the length, not with its square.
+fn long_sequences(folder: &Path) -> Outcome<String> {
+    let mut table =
+        "One row, 2 layers of d_model 256, peak memory of training by length:\n\n| tokens | ms a step | peak MiB \
+                     | more than at half the length, MiB |\n|---|---|---|---|\n"
+            .to_owned();
+    let mut before: Option<f64> = None;
+    for seq in [512, 1024, 2048, 4096, 8192] {
+        eprintln!("long: {seq} tokens ...");
+        let work = Work { n_layers: 2, seq, batch: 1, ..SMALL };
+        let recipe = folder.join("recipe.toml");
+        std::fs::write(&recipe, recipe_of(&work, 4))?;
+        let mut measured = Measured::default();
+        train(&work, &recipe, folder, &mut measured)?;
+        let peak = measured.peak_bytes / 1048576.0;
+        let more = before.map_or("-".into(), |before| format!("{:.0}", peak - before));
+        table += &format!("| {seq} | {:.0} | {peak:.0} | {more} |\n", 1e3 * median(measured.seconds));
+        before = Some(peak);
+    }
+    Ok(table)
+}
