@@ -7,7 +7,7 @@ pub mod checkpoint;
 pub mod config;
 mod error;
 pub mod evaluate;
-mod gradients;
+pub mod gradients;
 mod memory;
 mod observe;
 pub mod optimizer;
