@@ -60,6 +60,18 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     ])
 }
 
+/// What a person has to know to load the tokenizer of an exported model, if there is anything.
+///
+/// For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
+/// and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
+pub fn tokenizer_note(config: &DecoderConfig) -> Option<&'static str> {
+    let AttentionConfig::Softmax(SoftmaxConfig { qkv_bias: true, .. }) = config.mechanism(0) else { return None };
+    Some(
+        "AutoTokenizer of transformers 5 gives every Qwen2 model Qwen's own rules of splitting text; unless this \
+         tokenizer is Qwen's, load it with PreTrainedTokenizerFast.from_pretrained instead",
+    )
+}
+
 /// What all formats share.
 fn common(model: &Decoder, head_dim: usize, options: ExportOptions) -> Value {
     let config = model.config();
@@ -193,6 +205,7 @@ mod tests {
             assert_eq!(tensors.len(), 2 + 2 * 12 + usize::from(!tied));
             let json: Value = serde_json::from_slice(&files[0].1).unwrap();
             assert_eq!(json["architectures"][0], "Qwen2ForCausalLM");
+            assert!(tokenizer_note(&config(RopeLayout::RotateHalf, tied)).is_some());
         }
     }
 
