@@ -53,26 +53,43 @@ fn folder(method: &str) -> PathBuf {
     elsewhere.filter(|path| path.is_dir()).unwrap_or_else(|| project().join("tests/golden").join(method))
 }
 
-fn check(method: &str, describe: impl Fn(&Value) -> AttentionConfig) {
-    let mut files = 0;
+/// A file of golden numbers.
+pub struct Golden {
+    /// Its name, for messages.
+    pub name: String,
+    /// What was computed.
+    pub config: Value,
+    /// From what, and with what result.
+    pub tensors: BTreeMap<String, Named>,
+}
+
+/// All files of a method.
+pub fn files(method: &str) -> Vec<Golden> {
+    let mut files = Vec::new();
     for entry in std::fs::read_dir(folder(method)).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|ending| ending == "safetensors") {
-            check_file(&path, &describe);
-            files += 1;
+            let bytes = std::fs::read(&path).unwrap();
+            let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+            let config = serde_json::from_str(header["__metadata__"]["config"].as_str().unwrap()).unwrap();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            files.push(Golden { name, config, tensors: weights::from_safetensors(&bytes).unwrap() });
         }
     }
-    assert!(files > 0, "no golden files for {method}");
+    assert!(!files.is_empty(), "no golden files for {method}");
+    files
 }
 
-fn check_file(path: &std::path::Path, describe: &impl Fn(&Value) -> AttentionConfig) {
-    let bytes = std::fs::read(path).unwrap();
-    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
-    let mut config: Value = serde_json::from_str(header["__metadata__"]["config"].as_str().unwrap()).unwrap();
-    let file = weights::from_safetensors(&bytes).unwrap();
+fn check(method: &str, describe: impl Fn(&Value) -> AttentionConfig) {
+    for golden in files(method) {
+        check_file(golden, &describe);
+    }
+}
+
+fn check_file(golden: Golden, describe: &impl Fn(&Value) -> AttentionConfig) {
+    let Golden { name, mut config, tensors: file } = golden;
     config["has_bias"] = file.contains_key("w.q_proj.bias").into();
-    let name = path.file_name().unwrap().to_string_lossy();
 
     let device = Device::flex().autodiff();
     let described = describe(&config);
@@ -123,7 +140,8 @@ fn ours(key: &str, tensor: &Named) -> Named {
     Named { name: tensor.name.clone(), shape: vec![columns, rows], values }
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+/// A tensor's numbers.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
@@ -145,7 +163,8 @@ fn gradients<M: burn::module::Module>(module: &M, grads: &burn::tensor::Gradient
     collect.2
 }
 
-fn compare(file: &str, name: &str, want: &[f32], got: &[f32], tolerance: f32, relative: bool) {
+/// Fails unless `got` is within `tolerance` of `want`, absolute or relative to the largest number.
+pub fn compare(file: &str, name: &str, want: &[f32], got: &[f32], tolerance: f32, relative: bool) {
     assert_eq!(want.len(), got.len(), "{file}: size of {name}");
     let scale = if relative { want.iter().fold(0f32, |max, value| max.max(value.abs())) } else { 1.0 };
     let worst = want.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);

@@ -3,6 +3,7 @@
 
 mod cli;
 mod golden;
+mod golden_optimizer;
 mod layering;
 mod resume;
 mod world;

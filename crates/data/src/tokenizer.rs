@@ -175,6 +175,8 @@ impl Tokenizer {
         let config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad,
             "clean_up_tokenization_spaces": false, "model_max_length": 1_000_000,
+            // transformers 4 would add token_type_ids, which decoders refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
         });
         format!("{config:#}\n")
     }

@@ -113,15 +113,15 @@ impl Adamw for Flex {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree, numbers};
-    use burn::tensor::{Device, Distribution};
+    use crate::testing::{agree, normal, numbers};
+    use burn::tensor::Device;
 
     #[test]
     fn fused_agrees_with_plain() {
         let step =
             AdamwStep { grad_scale: 0.3, rate: 0.02, keep: 0.99, beta1: 0.9, beta2: 0.95, correction: 0.4, eps: 1e-8 };
         for n in [1, 63, 40_000] {
-            let random = || Tensor::<1>::random([n], Distribution::Normal(0.0, 1.0), &Device::flex());
+            let random = || normal([n], &Device::flex());
             let (value, grad, moments) = (random(), random(), [random(), random().square()]);
             let got = adamw(value.clone(), grad.clone(), moments.clone(), step);
             let want = plain(value.clone(), grad, moments.clone(), step);

@@ -132,7 +132,8 @@ fn turn(x: FlexTensor, cos: &FlexTensor, sin: &FlexTensor, layout: RopeLayout, s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use crate::testing::normal;
+    use burn::tensor::{Device, Tolerance};
 
     fn tables(seq: usize, half: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let angles: Vec<f32> = (0..seq * half).map(|i| (i / half) as f32 * 0.3 / (1 + i % half) as f32).collect();
@@ -144,7 +145,7 @@ mod tests {
     fn layouts_differ_only_by_a_permutation_of_channels() {
         let device = Device::flex();
         let (cos, sin) = tables(5, 3, &device);
-        let x = Tensor::<4>::random([2, 2, 5, 6], Distribution::Normal(0.0, 1.0), &device);
+        let x = normal([2, 2, 5, 6], &device);
         let to_halves = Tensor::<1, burn::tensor::Int>::from_ints([0, 2, 4, 1, 3, 5], &device);
         let interleaved = rope(x.clone(), cos.clone(), sin.clone(), RopeLayout::Interleaved);
         let halves = rope(x.select(3, to_halves.clone()), cos, sin, RopeLayout::RotateHalf);
@@ -158,7 +159,7 @@ mod tests {
     fn rotation_keeps_lengths_and_position_zero() {
         let device = Device::flex();
         let (cos, sin) = tables(4, 2, &device);
-        let x = Tensor::<4>::random([1, 3, 4, 4], Distribution::Normal(0.0, 1.0), &device);
+        let x = normal([1, 3, 4, 4], &device);
         let y = rope(x.clone(), cos, sin, RopeLayout::RotateHalf);
         let norm = |t: Tensor<4>| t.square().sum_dim(3).into_data();
         norm(y.clone()).assert_approx_eq::<f32>(&norm(x.clone()), Tolerance::absolute(1e-5));

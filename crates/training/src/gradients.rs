@@ -43,3 +43,8 @@ pub fn global_norm<M: Module>(grads: &GradientsParams, model: &M) -> f64 {
     }
     Tensor::cat(squares.1, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
 }
+
+/// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by; a `max_norm` of 0 clips nothing.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
+}

@@ -8,7 +8,7 @@ pub mod config;
 mod curve;
 mod error;
 pub mod evaluate;
-mod gradients;
+pub mod gradients;
 mod memory;
 mod observe;
 pub mod optimizer;

@@ -1,7 +1,9 @@
 //! Pictures of matrices, as PNG files: attention maps, weights.
 //!
 //! The colours are those of viridis (Smith and van der Walt, 2015, released under CC0): perceptually
-//! uniform, readable without colour vision and in print. The same values give the same bytes.
+//! uniform, readable without colour vision and in print. Weights that can be negative get two colours
+//! that meet in white: ColorBrewer's blues and oranges (Brewer, 2003, Apache 2.0), which are told apart
+//! without colour vision too. The same values give the same bytes.
 
 /// An encoded picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,11 +76,14 @@ pub enum PictureError {
 const MAX_PIXELS: u64 = 1 << 26;
 /// The longest side, in cells, of one map of a grid; larger maps are pooled (chosen by us).
 const MAX_CELLS: usize = 256;
+/// The longest side, in pixels, that smaller maps are magnified to (chosen by us).
+const MAX_SIDE: usize = 400;
 /// Between the maps of a grid, in pixels.
 const GAP: usize = 2;
 
-// A picture is drawn in numbers of palette entries: 254 colours, the ground and the mark of NaN.
-const COLOURS: u8 = 254;
+// A picture is drawn in numbers of palette entries: 253 colours, nothing, the ground and the mark of NaN.
+const COLOURS: u8 = 253;
+const NOTHING: u8 = 253;
 const GROUND: u8 = 254;
 const NOT_FINITE: u8 = 255;
 
@@ -90,15 +95,17 @@ pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> 
     check_shape(values, rows, cols)?;
     let range = range_or(options.range, std::iter::once(values))?;
     let mut canvas = Canvas::new(cols as u64 * u64::from(options.scale), rows as u64 * u64::from(options.scale))?;
-    canvas.draw(values, cols, options.scale as usize, range, (0, 0));
-    canvas.encode()
+    canvas.draw(values, cols, options.scale as usize, (0, 0), |value| entry(value, range));
+    canvas.encode(&VIRIDIS)
 }
 
 /// Draws one attention map `[rows, cols]` per head, tiled row by row in a grid as square as can be.
 ///
-/// All share one scale of colours, from 0 (or the smallest value, where the weights of a mechanism
-/// can be negative) to the largest value. Maps of more than 256 rows or columns are shrunk, each
-/// cell showing the weight of largest magnitude that it covers, so that narrow lines do not vanish.
+/// All share one scale of colours, from 0 to the largest weight: viridis, or where a mechanism has
+/// negative weights blue for them above 0 and orange for those below. Colours go with the square root of
+/// a weight, because most are far below the largest; a weight of exactly 0, as of a hidden key, is left
+/// white. Maps of more than 256 rows or columns are shrunk, each cell showing the weight of largest
+/// magnitude that it covers, so that narrow lines do not vanish.
 ///
 /// # Errors
 /// If there is no map or one of them has another shape.
@@ -110,10 +117,10 @@ pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png
         check_shape(map, rows, cols)?;
     }
     let (low, high) = extent(maps.iter().map(Vec::as_slice));
-    let range = range_or((high > low.min(0.0)).then_some((low.min(0.0), high)), maps.iter().map(Vec::as_slice))?;
+    let (signed, largest) = (low < 0.0, high.max(-low));
     let factor = rows.max(cols).div_ceil(MAX_CELLS);
     let (rows_shown, cols_shown) = (rows.div_ceil(factor), cols.div_ceil(factor));
-    let scale = (MAX_CELLS / rows_shown.max(cols_shown)).clamp(1, 16);
+    let scale = (MAX_SIDE / rows_shown.max(cols_shown)).clamp(1, 16);
     let across = (1..=maps.len()).find(|n| n * n >= maps.len()).unwrap_or(1);
     let down = maps.len().div_ceil(across);
     let side = |count: usize, cells: usize| (count * (cells * scale + GAP) - GAP) as u64;
@@ -121,9 +128,9 @@ pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png
     for (index, map) in maps.iter().enumerate() {
         let corner = (index % across * (cols_shown * scale + GAP), index / across * (rows_shown * scale + GAP));
         let shown = pool(map, cols, factor);
-        canvas.draw(&shown, cols_shown, scale, range, corner);
+        canvas.draw(&shown, cols_shown, scale, corner, |weight| weight_entry(weight, largest, signed));
     }
-    canvas.encode()
+    canvas.encode(if signed { &ORANGE_TO_BLUE } else { &VIRIDIS })
 }
 
 fn check_shape(values: &[f32], rows: usize, cols: usize) -> Result<(), PictureError> {
@@ -189,26 +196,26 @@ impl Canvas {
     }
 
     /// Draws `values` `[rows, cols]` with the upper left corner at `(x, y)`.
-    fn draw(&mut self, values: &[f32], cols: usize, scale: usize, range: (f32, f32), (x, y): (usize, usize)) {
+    fn draw(&mut self, values: &[f32], cols: usize, scale: usize, (x, y): (usize, usize), entry: impl Fn(f32) -> u8) {
         for (row, values) in values.chunks(cols).enumerate() {
             for line in 0..scale {
                 let start = (y + row * scale + line) * self.width + x;
                 let line = &mut self.pixels[start..start + cols * scale];
                 for (cell, value) in line.chunks_mut(scale).zip(values) {
-                    cell.fill(entry(*value, range));
+                    cell.fill(entry(*value));
                 }
             }
         }
     }
 
-    fn encode(&self) -> Result<Png, PictureError> {
+    fn encode(&self, colours: &[[u8; 3]]) -> Result<Png, PictureError> {
         let failed = |error: png::EncodingError| PictureError::Encode(error.to_string());
         let (width, height) = (self.width as u32, self.height as u32);
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, width, height);
         encoder.set_color(png::ColorType::Indexed);
         encoder.set_depth(png::BitDepth::Eight);
-        encoder.set_palette(palette());
+        encoder.set_palette(palette(colours));
         let mut writer = encoder.write_header().map_err(failed)?;
         writer.write_image_data(&self.pixels).map_err(failed)?;
         writer.finish().map_err(failed)?;
@@ -224,6 +231,19 @@ fn entry(value: f32, (low, high): (f32, f32)) -> u8 {
     // In f64, because high - low of two f32 may be infinite.
     let (value, low, high) = (f64::from(value), f64::from(low), f64::from(high));
     let position = if high > low { ((value - low) / (high - low)).clamp(0.0, 1.0) } else { 0.0 };
+    (position * f64::from(COLOURS - 1)).round() as u8
+}
+
+/// The palette entry of an attention weight.
+fn weight_entry(weight: f32, largest: f32, signed: bool) -> u8 {
+    if !weight.is_finite() {
+        return NOT_FINITE;
+    }
+    if weight == 0.0 {
+        return NOTHING;
+    }
+    let root = f64::from(weight.abs() / largest).sqrt().copysign(weight.into());
+    let position = if signed { 0.5 + 0.5 * root } else { root };
     (position * f64::from(COLOURS - 1)).round() as u8
 }
 
@@ -247,20 +267,34 @@ const VIRIDIS: [[u8; 3]; 16] = [
     [0xfd, 0xe7, 0x25],
 ];
 
-fn palette() -> Vec<u8> {
+/// Oranges, the darkest first, then white, then blues.
+const ORANGE_TO_BLUE: [[u8; 3]; 9] = [
+    [0x7f, 0x27, 0x04],
+    [0xd9, 0x48, 0x01],
+    [0xfd, 0x8d, 0x3c],
+    [0xfd, 0xd0, 0xa2],
+    [0xff, 0xff, 0xff],
+    [0xc6, 0xdb, 0xef],
+    [0x6b, 0xae, 0xd6],
+    [0x21, 0x71, 0xb5],
+    [0x08, 0x30, 0x6b],
+];
+
+fn palette(colours: &[[u8; 3]]) -> Vec<u8> {
     let mut palette = Vec::with_capacity(256 * 3);
-    let segments = VIRIDIS.len() - 1;
+    let segments = colours.len() - 1;
     for colour in 0..usize::from(COLOURS) {
         // Whole numbers: the same bytes on every machine.
         let steps = usize::from(COLOURS) - 1;
         let (left, part) = (colour * segments / steps, colour * segments % steps);
         let right = (left + 1).min(segments);
-        for (a, b) in VIRIDIS[left].iter().zip(&VIRIDIS[right]) {
+        for (a, b) in colours[left].iter().zip(&colours[right]) {
             let mixed = usize::from(*a) * (steps - part) + usize::from(*b) * part;
             palette.push(((mixed + steps / 2) / steps) as u8);
         }
     }
-    palette.extend([0xff, 0xff, 0xff]); // the ground
+    palette.extend([0xff, 0xff, 0xff]); // nothing
+    palette.extend([0xd8, 0xd8, 0xd8]); // the ground
     palette.extend([0x80, 0x80, 0x80]); // not finite
     palette
 }

@@ -5,7 +5,7 @@ use polyhead_models::{Batch, Decoder};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, OptimizerConfig, TrainingConfig};
-use crate::gradients::{Sum, global_norm};
+use crate::gradients::{Sum, clip_factor, global_norm};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{Procedure, StepContext, StepReport};
 
@@ -65,7 +65,7 @@ impl Procedure for Standard {
                 }
             };
         }
-        let scale = if self.max_norm > 0.0 { (self.max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
+        let scale = clip_factor(grad_norm, self.max_norm);
         let model = self.optimizer.step(model, &mut grads, Update { lr: context.lr, scale });
         Ok((model, report))
     }

@@ -1,11 +1,11 @@
 //! The tiles against the plain form, and the plain form against the definition.
 
 use super::*;
-use crate::testing::{agree, numbers};
-use burn::tensor::{Device, Distribution, Tolerance};
+use crate::testing::{agree, normal, numbers};
+use burn::tensor::{Device, Tolerance};
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+    normal(shape, &Device::flex())
 }
 
 fn close(a: Tensor<4>, b: Tensor<4>) {
@@ -77,7 +77,7 @@ fn explicit_maps_choose_heads() {
 #[test]
 fn a_row_that_sees_nothing_gives_zeros_and_finite_gradients() {
     let device = Device::flex().autodiff();
-    let make = || Tensor::<4>::random([2, 1, 3, 4], Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let make = || normal([2, 1, 3, 4], &device).require_grad();
     let (q, k, v) = (make(), make(), make());
     let mask = Mask::none().with_lengths(&[0, 2]);
     let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
@@ -131,7 +131,7 @@ fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) 
 /// Leaves that lie as projections leave them: by position, not by head.
 fn leaf(batch: usize, heads: usize, seq: usize, width: usize) -> Tensor<4> {
     let device = Device::flex().autodiff();
-    let x = Tensor::<4>::random([batch, seq, heads, width], Distribution::Normal(0.0, 1.5), &device);
+    let x = normal([batch, seq, heads, width], &device) * 1.5;
     x.swap_dims(1, 2).detach().require_grad()
 }
 

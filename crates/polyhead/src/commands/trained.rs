@@ -96,6 +96,9 @@ pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     std::fs::rename(&partial, to)?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     eprintln!("wrote {} to {}", names.join(", "), to.display());
+    if let Some(note) = hf::tokenizer_note(trained.model.config()).filter(|_| trained.tokenizer.is_some()) {
+        eprintln!("note: {note}");
+    }
     Ok(())
 }
 

@@ -23,7 +23,7 @@ fn each_value_fills_its_cell() {
     let picture = heat_map(&values, 2, 3, &options).unwrap();
     assert_eq!((picture.width, picture.height), (9, 6));
     let pixels = decode(&picture);
-    let palette = palette();
+    let palette = palette(&VIRIDIS);
     for (index, pixel) in pixels.iter().enumerate() {
         let (y, x) = (index / 9, index % 9);
         let entry = entry(values[y / 3 * 3 + x / 3], (-1.0, 1.0)) as usize;
@@ -52,16 +52,19 @@ fn a_given_range_clamps_and_a_flat_map_is_dark() {
 
 #[test]
 fn brightness_rises_along_the_palette() {
-    let palette = palette();
-    assert_eq!(palette.len(), 256 * 3);
-    let luminance: Vec<f32> = palette[..254 * 3]
-        .as_chunks::<3>()
-        .0
-        .iter()
-        .map(|[r, g, b]| 0.2126 * f32::from(*r) + 0.7152 * f32::from(*g) + 0.0722 * f32::from(*b))
-        .collect();
-    assert!(luminance.windows(6).all(|w| w[5] > w[0]), "{luminance:?}");
-    assert_eq!(palette[253 * 3..254 * 3], BRIGHT);
+    let luminance = |colours: &[[u8; 3]]| -> Vec<f32> {
+        let palette = palette(colours);
+        assert_eq!(palette.len(), 256 * 3);
+        let colours = palette[..usize::from(COLOURS) * 3].as_chunks::<3>().0.iter();
+        colours.map(|[r, g, b]| 0.2126 * f32::from(*r) + 0.7152 * f32::from(*g) + 0.0722 * f32::from(*b)).collect()
+    };
+    let rising = luminance(&VIRIDIS);
+    assert!(rising.windows(6).all(|w| w[5] > w[0]), "{rising:?}");
+    let signed = luminance(&ORANGE_TO_BLUE);
+    let (below, above) = signed.split_at(signed.len() / 2);
+    assert!(below.windows(6).all(|w| w[5] > w[0]) && above.windows(6).all(|w| w[5] < w[0]), "{signed:?}");
+    assert_eq!(palette(&VIRIDIS)[252 * 3..253 * 3], BRIGHT);
+    assert_eq!(palette(&ORANGE_TO_BLUE)[126 * 3..127 * 3], [0xff; 3]);
 }
 
 #[test]
@@ -70,17 +73,28 @@ fn heads_are_tiled_with_one_scale_of_colours() {
     let maps = vec![vec![1.0, 0.0, 0.5, 0.5], vec![0.25, 0.0, 0.0, 0.25], vec![0.0, 0.0, 0.0, 2.0]];
     let picture = attention_grid(&maps, 2, 2).unwrap();
     let side = 2 * 16;
+    let ground = [0xd8; 3];
     assert_eq!(picture.width as usize, 2 * side + GAP);
     assert_eq!(picture.height as usize, 2 * side + GAP);
     let pixels = decode(&picture);
     let at = |x: usize, y: usize| pixels[y * picture.width as usize + x];
-    assert_eq!(at(16, 0), DARK);
-    assert_eq!(at(side, 0), [0xff; 3]); // the gap
-    assert_eq!(at(picture.width as usize - 1, picture.height as usize - 1), [0xff; 3]);
+    assert_eq!(at(16, 0), [0xff; 3]); // nothing is attended to
+    assert_eq!(at(side, 0), ground); // the gap
+    assert_eq!(at(picture.width as usize - 1, picture.height as usize - 1), ground);
     assert_eq!(at(side - 1, picture.height as usize - 1), BRIGHT);
     // 1.0 of the first head and 2.0 of the third: half as bright, not both brightest.
     assert_ne!(at(0, 0), BRIGHT);
     assert_eq!(picture, attention_grid(&maps, 2, 2).unwrap());
+}
+
+#[test]
+fn weights_below_0_have_a_colour_of_their_own() {
+    let picture = attention_grid(&[vec![1.0, -1.0, 0.25, f32::NAN]], 2, 2).unwrap();
+    let pixels = decode(&picture);
+    let at = |x: usize, y: usize| pixels[16 * y * picture.width as usize + 16 * x];
+    assert_eq!([at(0, 0), at(1, 0)], [ORANGE_TO_BLUE[8], ORANGE_TO_BLUE[0]]);
+    // A quarter of the largest weight is half way to its colour.
+    assert_eq!([at(0, 1), at(1, 1)], [ORANGE_TO_BLUE[6], [0x80; 3]]);
 }
 
 #[test]
@@ -91,7 +105,7 @@ fn large_maps_are_shrunk_without_losing_a_narrow_line() {
         map[row * cols + 501] = 1.0;
     }
     let picture = attention_grid(&[map], rows, cols).unwrap();
-    assert_eq!((picture.width, picture.height), (250, 75));
+    assert_eq!((picture.width, picture.height), (250, 75)); // 4 cells in one, not magnified
     let bright = decode(&picture).iter().filter(|p| **p == BRIGHT).count();
     assert_eq!(bright, 75);
     assert_eq!(pool(&[1.0, -3.0, 2.0, f32::NAN, 0.0, 4.0], 3, 2)[1], 4.0);
