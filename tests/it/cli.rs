@@ -1,5 +1,7 @@
 //! What a person types and what they are told.
 
+use std::process::Stdio;
+
 use crate::world::{SMALL, World, project};
 
 #[test]
@@ -104,6 +106,35 @@ fn the_reference_in_the_readme_is_the_types() {
     let reference = World::new(SMALL).succeeds(&["reference"]).0;
     let readme = std::fs::read_to_string(project().join("recipes/README.md")).unwrap();
     assert!(readme.contains(&reference), "paste the output of `polyhead reference` into recipes/README.md");
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_failure() {
+    let world = World::new(SMALL);
+    for verb in [
+        &["reference"][..],
+        &["completions", "bash"],
+        &["cat", "recipe.toml"],
+        &["plan", "recipe.toml"],
+        &["preview", "recipe.toml"],
+        &["train", "recipe.toml"],
+        &["eval", "checkpoints/recipe"],
+    ] {
+        let mut child = world.command(verb).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // `2>&1 | true`: both ends are closed at once.
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{verb:?}");
+    }
+    assert!(world.dir.path().join("checkpoints/recipe/step-00000012/manifest.json").exists());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_behind_standard_output_is_told() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = World::new(SMALL).command(&["reference"]).stdout(full).output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && err.contains("cannot write to standard output"), "{err}");
 }
 
 /// 1,000 recipes with one or two changes, made from resolved ones so that every key takes part. Those that are

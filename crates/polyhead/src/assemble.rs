@@ -9,6 +9,7 @@ use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::{TrainError, state};
 
+use crate::console::talk;
 use crate::device;
 use crate::recipe::Recipe;
 use crate::report::Failure;
@@ -94,7 +95,7 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
     }
     let (found, skipped) = newest_good(path)?;
     for problem in skipped {
-        eprintln!("warning: {problem}; looking for an older checkpoint");
+        talk!("warning: {problem}; looking for an older checkpoint");
     }
     match found {
         Some((path, _)) => Ok(path),

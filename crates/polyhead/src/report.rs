@@ -115,6 +115,9 @@ pub enum Failure {
     /// The run failed: exit code 1.
     #[error("error: {0}")]
     Run(String),
+    /// Nobody reads standard output any more, as with `| head`. There is nothing to add: exit code 0.
+    #[error("standard output is closed")]
+    Unread,
     /// A signal ended the run, which is saved: exit code 128 + signal.
     #[error("interrupted")]
     Interrupted(usize),
@@ -143,11 +146,20 @@ fails_the_run!(
 );
 
 impl Failure {
+    /// Standard output could not be written.
+    pub fn output(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::Unread,
+            _ => Self::Run(format!("cannot write to standard output: {error}")),
+        }
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
             Self::Run(_) => 1,
+            Self::Unread => 0,
             Self::Interrupted(signal) => 128 + *signal as u8,
         }
     }

@@ -7,7 +7,7 @@ use polyhead_models::IGNORE;
 
 use super::must_not_exist;
 use crate::assemble;
-use crate::console::{bytes, thousands};
+use crate::console::{bytes, print, put, talk, thousands};
 use crate::device;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
@@ -22,7 +22,7 @@ pub fn ls() -> Result<(), Failure> {
         let text = std::fs::read_to_string(&path)?;
         let about = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
         let path = path.strip_prefix("./").unwrap_or(&path);
-        println!("{:<44} {about}", path.display());
+        put!("{:<44} {about}", path.display())?;
     }
     Ok(())
 }
@@ -44,14 +44,13 @@ pub fn cp(from: &Path, to: &Path) -> Result<(), Failure> {
     must_not_exist(to)?;
     let text = std::fs::read_to_string(from).map_err(|e| Failure::Run(format!("{}: {e}", from.display())))?;
     std::fs::write(to, text).map_err(|e| Failure::Run(format!("{}: {e}", to.display())))?;
-    println!("{}", to.display());
+    put!("{}", to.display())?;
     Ok(())
 }
 
 /// Prints the resolved recipe.
 pub fn cat(loaded: &Loaded) -> Result<(), Failure> {
-    print!("{}", recipe::resolved(&loaded.recipe)?);
-    Ok(())
+    print(format_args!("{}", recipe::resolved(&loaded.recipe)?))
 }
 
 /// Prints what a recipe costs.
@@ -60,52 +59,47 @@ pub fn plan(loaded: &Loaded) -> Result<(), Failure> {
     let opened = assemble::data(recipe, &mut |_, _| {})?;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
     let parts = recipe.model.decoder().parts(opened.vocab_size);
-    println!("{:<34} {:>14} {:>18} {:>16}", "part", "parameters", "FLOPs per token", "KV B per token");
+    put!("{:<34} {:>14} {:>18} {:>16}", "part", "parameters", "FLOPs per token", "KV B per token")?;
     let (mut parameters, mut flops, mut cached) = (0, 0, 0);
     for part in &parts {
         // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
         let part_flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
         let part_cached = 4 * part.cost.cached_numbers_per_token;
         let (a, b, c) = (thousands(part.cost.parameters), thousands(part_flops), thousands(part_cached));
-        println!("{:<34} {a:>14} {b:>18} {c:>16}", part.name);
+        put!("{:<34} {a:>14} {b:>18} {c:>16}", part.name)?;
         parameters += part.cost.parameters;
         flops += part_flops;
         cached += part_cached;
     }
-    println!("{:<34} {:>14} {:>18} {:>16}", "all", thousands(parameters), thousands(flops), thousands(cached));
+    put!("{:<34} {:>14} {:>18} {:>16}", "all", thousands(parameters), thousands(flops), thousands(cached))?;
     let per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
     let tokens = per_step * training.steps;
-    println!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.");
-    println!(
-        "steps      {} of {} tokens: {} in all",
-        thousands(training.steps),
-        thousands(per_step),
-        thousands(tokens)
-    );
-    println!("data       {}", opened.description);
-    println!(
+    put!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.")?;
+    put!("steps      {} of {} tokens: {} in all", thousands(training.steps), thousands(per_step), thousands(tokens))?;
+    put!("data       {}", opened.description)?;
+    put!(
         "           one epoch is {} steps",
         thousands(opened.train.batches_per_epoch() / training.gradient_accumulation_steps as u64)
-    );
-    println!("compute    {:.2e} FLOPs", 3.0 * flops as f64 * tokens as f64);
-    println!("memory     {} for weights, gradients and optimiser; activations come on top", bytes(16 * parameters));
+    )?;
+    put!("compute    {:.2e} FLOPs", 3.0 * flops as f64 * tokens as f64)?;
+    put!("memory     {} for weights, gradients and optimiser; activations come on top", bytes(16 * parameters))?;
     let kept = recipe.checkpoint.keep_latest_k.max(1) as u64 + 1;
-    println!("disk       {} for {kept} checkpoints", bytes(12 * parameters * kept));
+    put!("disk       {} for {kept} checkpoints", bytes(12 * parameters * kept))?;
     Ok(())
 }
 
 /// Prints rows as the model sees them; what it learns to predict stands in brackets behind the token before.
 pub fn preview(loaded: &Loaded, rows: usize) -> Result<(), Failure> {
     let opened = assemble::data(&loaded.recipe, &mut |_, _| {})?;
-    eprintln!("data: {}", opened.description);
-    eprintln!("each line: position, document, token, and what is to be predicted (- where nothing is)");
+    talk!("data: {}", opened.description);
+    talk!("each line: position, document, token, and what is to be predicted (- where nothing is)");
     let batch = opened.train.batch(0)?;
     let name = |id: u32| match &opened.tokenizer {
         Some(tokenizer) => format!("{id} {:?}", tokenizer.token_text(id)),
         None => id.to_string(),
     };
     for row in 0..rows.min(batch.batch) {
-        println!("row {row}");
+        put!("row {row}")?;
         for position in 0..batch.seq {
             let at = row * batch.seq + position;
             let document = batch.documents.as_ref().map_or("-".into(), |documents| documents[at].to_string());
@@ -113,7 +107,7 @@ pub fn preview(loaded: &Loaded, rows: usize) -> Result<(), Failure> {
                 IGNORE => "-".into(),
                 id => name(id as u32),
             };
-            println!("{position:>6} {document:>3}  {:<24} -> {target}", name(batch.tokens[at]));
+            put!("{position:>6} {document:>3}  {:<24} -> {target}", name(batch.tokens[at]))?;
         }
     }
     Ok(())
@@ -121,28 +115,28 @@ pub fn preview(loaded: &Loaded, rows: usize) -> Result<(), Failure> {
 
 /// Prints what this machine and this binary can do.
 pub fn doctor() -> Result<(), Failure> {
-    println!("polyhead   {}", env!("CARGO_PKG_VERSION"));
-    println!("devices    {}", device::usable().join(", "));
+    put!("polyhead   {}", env!("CARGO_PKG_VERSION"))?;
+    put!("devices    {}", device::usable().join(", "))?;
     for name in device::NAMES {
         if let Err(problem) = device::open(name) {
-            println!("           {problem}");
+            put!("           {problem}")?;
         }
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("cores      {cores}");
+    put!("cores      {cores}")?;
     let docs = polyhead_data::documents(
         &polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {}),
         &assemble::project_root(),
     );
     match docs {
-        Ok((_, words)) => println!("text       {words}"),
-        Err(error) => println!("text       {error}"),
+        Ok((_, words)) => put!("text       {words}")?,
+        Err(error) => put!("text       {error}")?,
     }
     let writable = tempfile_in_place();
-    println!(
+    put!(
         "folder     {}",
         if writable { "checkpoints can be written here" } else { "this folder cannot be written to; use --out" }
-    );
+    )?;
     Ok(())
 }
 
@@ -157,9 +151,9 @@ fn tempfile_in_place() -> bool {
 pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
     let (documents, words) = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
-    eprintln!("learning {vocab_size} tokens from {words}");
+    talk!("learning {vocab_size} tokens from {words}");
     let learnt = train_bpe(documents.into_iter().map(|document| document.text), vocab_size, out)?;
-    eprintln!("wrote {learnt} tokens to {}", out.display());
-    eprintln!("next: tokenizer.huggingface.path={}", out.display());
+    talk!("wrote {learnt} tokens to {}", out.display());
+    talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())
 }

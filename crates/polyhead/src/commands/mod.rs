@@ -7,6 +7,7 @@ mod trained;
 use std::path::Path;
 
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
+use crate::console::{print, put};
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
 
@@ -22,8 +23,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Cat(args) => inspect::cat(&load(&args)?),
         Command::Validate(args) => {
             load(&args)?;
-            println!("{}: valid", args.recipe.display());
-            Ok(())
+            put!("{}: valid", args.recipe.display())
         }
         Command::Plan(args) => inspect::plan(&load(&args)?),
         Command::Preview { recipe, rows } => inspect::preview(&load(&recipe)?, rows),
@@ -37,13 +37,12 @@ pub fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();
-            clap_complete::generate(shell, &mut command, "polyhead", &mut std::io::stdout());
-            Ok(())
+            // In memory first: the crate panics where writing fails.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command, "polyhead", &mut script);
+            print(format_args!("{}", String::from_utf8_lossy(&script)))
         }
-        Command::Reference => {
-            print!("{}", crate::schema::reference());
-            Ok(())
-        }
+        Command::Reference => print(format_args!("{}", crate::schema::reference())),
     }
 }
 
