@@ -64,7 +64,14 @@ fn text_is_learnt_looked_at_and_generated() {
     ));
     std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(60)).unwrap();
     let (out, _) = world.succeeds(&["preview", "recipe.toml", "--rows", "1"]);
-    assert!(out.contains("->"), "{out}");
+    assert!(out.contains("->") && !out.contains('\u{1b}'), "{out}");
+    let preview = |variable: &str| {
+        let mut command = world.command(&["preview", "recipe.toml"]);
+        String::from_utf8(command.env("CLICOLOR_FORCE", "1").env(variable, "1").output().unwrap().stdout).unwrap()
+    };
+    let coloured = preview("CLICOLOR_FORCE");
+    assert!(coloured.contains("\u{1b}[32m") && coloured.contains("t on the m"), "{coloured}");
+    assert!(!preview("NO_COLOR").contains('\u{1b}'));
     let (out, _) = world.succeeds(&["plan", "recipe.toml"]);
     assert!(out.contains("grouped_differential"), "{out}");
     let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);

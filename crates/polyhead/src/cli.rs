@@ -57,13 +57,26 @@ pub enum Command {
     /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens.
     Plan(RecipeArgs),
     /// Show the tokens that a model would see, and which of them it learns to predict.
+    ///
+    /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.
+    /// Elsewhere, with NO_COLOR=1 or with --table, each position is a line: its number, its document, the token, and what
+    /// is to be predicted there.
+    #[command(after_help = "\
+Examples:
+  polyhead preview recipes/quickstart.toml
+  polyhead preview recipes/quickstart.toml loader.packing=documents --rows 8
+  polyhead preview recipes/quickstart.toml --table | less
+  CLICOLOR_FORCE=1 polyhead preview recipes/quickstart.toml | less -R")]
     Preview {
         /// The recipe.
         #[command(flatten)]
         recipe: RecipeArgs,
-        /// Rows to show.
-        #[arg(long, default_value_t = 2)]
-        rows: usize,
+        /// Rows to show, from the first batches on.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+        rows: u32,
+        /// One line per position, on a terminal too.
+        #[arg(long)]
+        table: bool,
     },
     /// Validate a trained model on its held-out data.
     Eval {

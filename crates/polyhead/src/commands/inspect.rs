@@ -1,9 +1,8 @@
-//! Verbs that look without training: `ls`, `cp`, `cat`, `plan`, `preview`, `doctor`, `tokenizer train`.
+//! Verbs that look without training: `ls`, `cp`, `cat`, `plan`, `doctor`, `tokenizer train`.
 
 use std::path::{Path, PathBuf};
 
 use polyhead_data::train_bpe;
-use polyhead_models::IGNORE;
 
 use super::must_not_exist;
 use crate::assemble;
@@ -85,31 +84,6 @@ pub fn plan(loaded: &Loaded) -> Result<(), Failure> {
     put!("memory     {} for weights, gradients and optimiser; activations come on top", bytes(16 * parameters))?;
     let kept = recipe.checkpoint.keep_latest_k.max(1) as u64 + 1;
     put!("disk       {} for {kept} checkpoints", bytes(12 * parameters * kept))?;
-    Ok(())
-}
-
-/// Prints rows as the model sees them; what it learns to predict stands in brackets behind the token before.
-pub fn preview(loaded: &Loaded, rows: usize) -> Result<(), Failure> {
-    let opened = assemble::data(&loaded.recipe, &mut |_, _| {})?;
-    talk!("data: {}", opened.description);
-    talk!("each line: position, document, token, and what is to be predicted (- where nothing is)");
-    let batch = opened.train.batch(0)?;
-    let name = |id: u32| match &opened.tokenizer {
-        Some(tokenizer) => format!("{id} {:?}", tokenizer.token_text(id)),
-        None => id.to_string(),
-    };
-    for row in 0..rows.min(batch.batch) {
-        put!("row {row}")?;
-        for position in 0..batch.seq {
-            let at = row * batch.seq + position;
-            let document = batch.documents.as_ref().map_or("-".into(), |documents| documents[at].to_string());
-            let target = match batch.targets[at] {
-                IGNORE => "-".into(),
-                id => name(id as u32),
-            };
-            put!("{position:>6} {document:>3}  {:<24} -> {target}", name(batch.tokens[at]))?;
-        }
-    }
     Ok(())
 }
 

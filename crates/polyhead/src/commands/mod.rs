@@ -1,6 +1,7 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 mod inspect;
+mod preview;
 mod train;
 mod trained;
 
@@ -26,7 +27,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
             put!("{}: valid", args.recipe.display())
         }
         Command::Plan(args) => inspect::plan(&load(&args)?),
-        Command::Preview { recipe, rows } => inspect::preview(&load(&recipe)?, rows),
+        Command::Preview { recipe, rows, table } => {
+            preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
+        }
         Command::Eval { checkpoint, batches, device } => trained::eval(&checkpoint, batches, device.as_deref()),
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
