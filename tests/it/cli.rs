@@ -73,7 +73,12 @@ fn text_is_learnt_looked_at_and_generated() {
     assert!(coloured.contains("\u{1b}[32m") && coloured.contains("t on the m"), "{coloured}");
     assert!(!preview("NO_COLOR").contains('\u{1b}'));
     let (out, _) = world.succeeds(&["plan", "recipe.toml"]);
-    assert!(out.contains("grouped_differential"), "{out}");
+    assert!(out.contains("grouped_differential") && out.contains("tokens per second"), "{out}");
+    let (out, err) = world.succeeds(&["plan", "recipe.toml", "--no-probe"]);
+    assert!(!out.contains("tokens per second") && !err.contains("probe"), "{out}{err}");
+    let (out, _) =
+        world.succeeds(&["plan", "recipe.toml", "model.decoder.d_model=131072", "training.batch_size=65536"]);
+    assert!(out.contains("not measured: only"), "{out}");
     let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);
     assert!(err.contains("bits per byte") && err.contains("lies in"), "{err}");
     let generate = ["generate", "run", "--prompt", "the ", "--max-new-tokens", "20", "--seed", "3"];

@@ -54,8 +54,18 @@ pub enum Command {
     Cat(RecipeArgs),
     /// Check a recipe: every key, every value.
     Validate(RecipeArgs),
-    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens.
-    Plan(RecipeArgs),
+    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens, memory, time.
+    ///
+    /// Sizes are computed. Time, speed and memory are measured: the model is trained for a few steps (about 3 seconds, after
+    /// a warm-up step) on the recipe's data and device; nothing is saved.
+    Plan {
+        /// The recipe.
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Only compute, do not train.
+        #[arg(long)]
+        no_probe: bool,
+    },
     /// Show the tokens that a model would see, and which of them it learns to predict.
     ///
     /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.

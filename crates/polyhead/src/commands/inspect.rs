@@ -1,4 +1,4 @@
-//! Verbs that look without training: `ls`, `cp`, `cat`, `plan`, `doctor`, `tokenizer train`.
+//! Verbs that look without training: `ls`, `cp`, `cat`, `doctor`, `tokenizer train`.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use polyhead_data::train_bpe;
 
 use super::must_not_exist;
 use crate::assemble;
-use crate::console::{bytes, print, put, talk, thousands};
+use crate::console::{print, put, talk};
 use crate::device;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
@@ -50,41 +50,6 @@ pub fn cp(from: &Path, to: &Path) -> Result<(), Failure> {
 /// Prints the resolved recipe.
 pub fn cat(loaded: &Loaded) -> Result<(), Failure> {
     print(format_args!("{}", recipe::resolved(&loaded.recipe)?))
-}
-
-/// Prints what a recipe costs.
-pub fn plan(loaded: &Loaded) -> Result<(), Failure> {
-    let recipe = &loaded.recipe;
-    let opened = assemble::data(recipe, &mut |_, _| {})?;
-    let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
-    let parts = recipe.model.decoder().parts(opened.vocab_size);
-    put!("{:<34} {:>14} {:>18} {:>16}", "part", "parameters", "FLOPs per token", "KV B per token")?;
-    let (mut parameters, mut flops, mut cached) = (0, 0, 0);
-    for part in &parts {
-        // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
-        let part_flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
-        let part_cached = 4 * part.cost.cached_numbers_per_token;
-        let (a, b, c) = (thousands(part.cost.parameters), thousands(part_flops), thousands(part_cached));
-        put!("{:<34} {a:>14} {b:>18} {c:>16}", part.name)?;
-        parameters += part.cost.parameters;
-        flops += part_flops;
-        cached += part_cached;
-    }
-    put!("{:<34} {:>14} {:>18} {:>16}", "all", thousands(parameters), thousands(flops), thousands(cached))?;
-    let per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
-    let tokens = per_step * training.steps;
-    put!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.")?;
-    put!("steps      {} of {} tokens: {} in all", thousands(training.steps), thousands(per_step), thousands(tokens))?;
-    put!("data       {}", opened.description)?;
-    put!(
-        "           one epoch is {} steps",
-        thousands(opened.train.batches_per_epoch() / training.gradient_accumulation_steps as u64)
-    )?;
-    put!("compute    {:.2e} FLOPs", 3.0 * flops as f64 * tokens as f64)?;
-    put!("memory     {} for weights, gradients and optimiser; activations come on top", bytes(16 * parameters))?;
-    let kept = recipe.checkpoint.keep_latest_k.max(1) as u64 + 1;
-    put!("disk       {} for {kept} checkpoints", bytes(12 * parameters * kept))?;
-    Ok(())
 }
 
 /// Prints what this machine and this binary can do.

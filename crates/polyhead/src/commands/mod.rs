@@ -1,6 +1,7 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 mod inspect;
+mod plan;
 mod preview;
 mod train;
 mod trained;
@@ -26,7 +27,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
             load(&args)?;
             put!("{}: valid", args.recipe.display())
         }
-        Command::Plan(args) => inspect::plan(&load(&args)?),
+        Command::Plan { recipe, no_probe } => plan::plan(&load(&recipe)?, !no_probe),
         Command::Preview { recipe, rows, table } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
         }
