@@ -95,6 +95,14 @@ fn text_is_learnt_looked_at_and_generated() {
 }
 
 #[test]
+fn the_doctor_tells_what_there_is() {
+    let (out, _) = World::new(SMALL).succeeds(&["doctor"]);
+    for part in ["devices    flex", "threads", "instruction set", "text ", "checkpoints can be written"] {
+        assert!(out.contains(part), "no {part} in: {out}");
+    }
+}
+
+#[test]
 fn every_recipe_is_valid() {
     let world = World::new(SMALL);
     let mut folders = vec![project().join("recipes")];

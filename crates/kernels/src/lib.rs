@@ -18,9 +18,11 @@ mod swiglu;
 mod testing;
 
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
+pub use cpu::threads;
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};
 pub use difference::{Combination, difference, subtract_noise};
 pub use mask::Mask;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
+pub use simd::instruction_set;
 pub use swiglu::swiglu;

@@ -33,7 +33,8 @@ pub fn project_root() -> PathBuf {
     if here.join("crates/polyhead").is_dir() {
         return here;
     }
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
+    built.ancestors().nth(2).unwrap_or(built).to_owned()
 }
 
 /// Opens the data of a recipe.

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use polyhead_data::train_bpe;
+use polyhead_training::available_memory_bytes;
 
 use super::must_not_exist;
 use crate::assemble;
-use crate::console::{print, put, talk};
+use crate::console::{bytes, print, put, talk};
 use crate::device;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
@@ -20,8 +21,7 @@ pub fn ls() -> Result<(), Failure> {
     for path in found {
         let text = std::fs::read_to_string(&path)?;
         let about = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
-        let path = path.strip_prefix("./").unwrap_or(&path);
-        put!("{:<44} {about}", path.display())?;
+        put!("{:<44} {about}", shown(&path).display())?;
     }
     Ok(())
 }
@@ -52,38 +52,53 @@ pub fn cat(loaded: &Loaded) -> Result<(), Failure> {
     print(format_args!("{}", recipe::resolved(&loaded.recipe)?))
 }
 
-/// Prints what this machine and this binary can do.
+/// Prints what this machine and this binary can do, and what to do about the rest.
 pub fn doctor() -> Result<(), Failure> {
-    put!("polyhead   {}", env!("CARGO_PKG_VERSION"))?;
+    let slow = if cfg!(debug_assertions) { " (a debug build, which is slow: use cargo build --release)" } else { "" };
+    put!("polyhead   {}{slow}", env!("CARGO_PKG_VERSION"))?;
     put!("devices    {}", device::usable().join(", "))?;
-    for name in device::NAMES {
-        if let Err(problem) = device::open(name) {
-            put!("           {problem}")?;
-        }
+    for problem in device::NAMES.iter().filter_map(|name| device::open(name).err()) {
+        put!("           {problem}")?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    put!("cores      {cores}")?;
-    let docs = polyhead_data::documents(
-        &polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {}),
-        &assemble::project_root(),
-    );
-    match docs {
+    let (threads, set) = (polyhead_kernels::threads(), polyhead_kernels::instruction_set());
+    put!("CPU        {cores} cores; {threads} threads (RAYON_NUM_THREADS sets them); instruction set: {set}")?;
+    if let Some(memory) = available_memory_bytes() {
+        put!("memory     {} available", bytes(memory))?;
+    }
+    let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
+    match polyhead_data::documents(&rust_docs, &assemble::project_root()) {
         Ok((_, words)) => put!("text       {words}")?,
         Err(error) => put!("text       {error}")?,
     }
-    let writable = tempfile_in_place();
-    put!(
-        "folder     {}",
-        if writable { "checkpoints can be written here" } else { "this folder cannot be written to; use --out" }
-    )?;
+    let recipes = assemble::project_root().join("recipes");
+    match recipes.is_dir() {
+        true => put!("recipes    {} (`polyhead ls`)", shown(&recipes).display())?,
+        false => put!("recipes    none in {}; `polyhead reference` tells what one may say", recipes.display())?,
+    }
+    for (name, folder, way_out) in [
+        ("runs", "checkpoints", "train with --out DIR"),
+        ("tokens", "datasets/cache", "start polyhead in a folder that is yours"),
+    ] {
+        match try_writing(Path::new(folder)) {
+            Ok(()) => put!("{name:<10} {folder} can be written")?,
+            Err(problem) => put!("{name:<10} {folder} cannot be written ({problem}): {way_out}")?,
+        }
+    }
     Ok(())
 }
 
-fn tempfile_in_place() -> bool {
-    let probe = Path::new(".polyhead-doctor");
-    let written = std::fs::write(probe, b"").is_ok();
-    let _ = std::fs::remove_file(probe);
-    written
+/// Writes and removes a file in a folder, or in the nearest one above that exists.
+fn try_writing(folder: &Path) -> std::io::Result<()> {
+    let exists = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    let probe = exists.join(format!(".polyhead-doctor-{}", std::process::id()));
+    std::fs::write(&probe, b"")?;
+    std::fs::remove_file(&probe)
+}
+
+/// A path as a person would type it.
+fn shown(path: &Path) -> &Path {
+    path.strip_prefix("./").unwrap_or(path)
 }
 
 /// Learns a tokenizer from the text of a recipe.
