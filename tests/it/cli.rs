@@ -128,6 +128,48 @@ fn the_reference_in_the_readme_is_the_types() {
     assert!(readme.contains(&reference), "paste the output of `polyhead reference` into recipes/README.md");
 }
 
+/// Each with its exit code, and with words that lead out.
+#[test]
+fn mistakes_are_told_with_a_way_out() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |name: &str, bytes: &[u8]| std::fs::write(world.dir.path().join(name), bytes).unwrap();
+    write("book.txt", "the cat sat on the mat. ".repeat(60).as_bytes());
+    write("empty.txt", b"");
+    write("latin.txt", b"gr\xfc\xdfe");
+    write("latin.jsonl", b"{\"text\": \"gr\xfc\xdfe\"}");
+    write("broken.jsonl", b"{\"text\": \"one\"}\n{\"te");
+    write("number.jsonl", b"{\"text\": 5}");
+    std::fs::create_dir(world.dir.path().join("folder")).unwrap();
+    for (code, arguments, words) in [
+        (2, "cp nowhere.toml x.toml", "`polyhead ls` lists"),
+        (1, "cp recipe.toml recipe.toml", "exists already"),
+        (2, "cat folder", "Is a directory"),
+        (2, "validate recipe.toml steps=4", "its place is training.steps"),
+        (2, "validate recipe.toml training.steps=1e3", "expected a whole number"),
+        (2, "validate recipe.toml training=3", "expected a table"),
+        (2, "validate recipe.toml data.text.paths=book.txt", "expected a list"),
+        (1, "preview recipe.toml data.text.paths=[\"empty.txt\"]", "hold no text"),
+        (1, "preview recipe.toml data.text.paths=[\"latin.txt\"]", "latin.txt is no UTF-8 text"),
+        (1, "preview recipe.toml data.text.paths=[\"folder\"]", "the folder \"folder\" holds no file"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"latin.jsonl\"]", "latin.jsonl is no UTF-8 text"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"broken.jsonl\"]", "broken.jsonl:2: column 4: no JSON"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"number.jsonl\"]", "it holds 5"),
+        (1, "preview recipe.toml tokenizer.huggingface.path=nowhere", "`polyhead tokenizer train` makes one"),
+        (2, "tokenizer train recipe.toml --vocab-size 10 --out t.json", "258"),
+        (1, "train recipe.toml --out book.txt", "book.txt"),
+        (2, "train recipe.toml --out run --resume nowhere", "no such checkpoint or run folder"),
+        (2, "train recipe.toml --device gpu", "possible values: flex"),
+        (2, "eval recipe.toml", "this looks like a recipe"),
+        (2, "generate nowhere", "no such checkpoint or run folder"),
+        (2, "generate nowhere --temperature -1", "--temperature (-1) must be 0 or more"),
+        (2, "export nowhere --to x", "no such checkpoint or run folder"),
+        (2, "logits nowhere --tokens 1,x --out x", "invalid value 'x'"),
+    ] {
+        let err = world.fails(code, &arguments.split(' ').collect::<Vec<_>>());
+        assert!(err.contains(words), "{arguments}: {err}");
+    }
+}
+
 #[test]
 fn a_reader_that_leaves_is_no_failure() {
     let world = World::new(SMALL);

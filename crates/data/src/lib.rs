@@ -118,13 +118,18 @@ pub fn open(
 pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocument>, String), DataError> {
     let counted = |documents: Vec<TextDocument>, what: &str| {
         let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
-        let words = format!("{} {what} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
-        (documents, words)
+        let plural = if documents.len() == 1 { "" } else { "s" };
+        let words = format!("{} {what}{plural} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
+        if bytes == 0 {
+            let name = data.name();
+            return Err(DataError::Unusable(format!("{words} hold no text: name others in data.{name}.paths")));
+        }
+        Ok((documents, words))
     };
     match data {
         DataConfig::RustDocs(_) => rust_docs::read_rust_docs(project_root),
-        DataConfig::Text(config) => Ok(counted(text::read_text(config)?, "text files")),
-        DataConfig::Jsonl(config) => Ok(counted(text::read_jsonl(config)?, "JSON rows")),
+        DataConfig::Text(config) => counted(text::read_text(config)?, "text file"),
+        DataConfig::Jsonl(config) => counted(text::read_jsonl(config)?, "JSON row"),
         other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
     }
 }

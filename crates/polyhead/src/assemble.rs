@@ -12,7 +12,7 @@ use polyhead_training::{TrainError, state};
 use crate::console::talk;
 use crate::device;
 use crate::recipe::Recipe;
-use crate::report::Failure;
+use crate::report::{Failure, Problems};
 
 /// A loader as the loop sees it.
 pub struct Source(pub Loader);
@@ -91,8 +91,12 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
         return Ok(path.to_owned());
     }
     if !path.is_dir() {
-        let problem = format!("{}: no such checkpoint or run folder (`ls checkpoints` shows yours)", path.display());
-        return Err(Failure::Run(problem));
+        let hint = match path.extension().is_some_and(|ending| ending == "toml") {
+            true => "this looks like a recipe, from which `polyhead train` makes one",
+            false => "`ls checkpoints` shows yours",
+        };
+        let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
+        return Err(Problems::plain(problem).into());
     }
     let (found, skipped) = newest_good(path)?;
     for problem in skipped {

@@ -95,8 +95,8 @@ Examples:
         /// Batches at most; 0 takes all.
         #[arg(long, default_value_t = 0)]
         batches: u64,
-        /// flex, ndarray or cuda; default: the recipe's.
-        #[arg(long)]
+        /// Default: the recipe's.
+        #[arg(long, value_parser = crate::device::NAMES)]
         device: Option<String>,
     },
     /// Let a trained model write.
@@ -146,8 +146,8 @@ pub struct TrainArgs {
     /// auto goes on with the run in the folder if there is one, never starts afresh, a path goes on from that checkpoint.
     #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
     pub resume: String,
-    /// flex, ndarray or cuda; the same as training.device=...
-    #[arg(long)]
+    /// The same as training.device=...
+    #[arg(long, value_parser = crate::device::NAMES)]
     pub device: Option<String>,
 }
 
@@ -163,19 +163,19 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 200)]
     pub max_new_tokens: usize,
     /// 0 always takes the likeliest token.
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Choose among the k likeliest; 0 among all.
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
     /// Choose among the likeliest whose probabilities add up to this.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f64,
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// flex, ndarray or cuda; default: the recipe's.
-    #[arg(long)]
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::device::NAMES)]
     pub device: Option<String>,
 }
 
@@ -188,8 +188,8 @@ pub enum TokenizerCommand {
         #[command(flatten)]
         recipe: RecipeArgs,
         /// Ids, the 256 bytes and 2 special tokens included.
-        #[arg(long, default_value_t = 4096)]
-        vocab_size: usize,
+        #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(258..))]
+        vocab_size: u32,
         /// The tokenizer.json to write.
         #[arg(long)]
         out: PathBuf,

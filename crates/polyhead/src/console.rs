@@ -69,6 +69,16 @@ impl Console {
     }
 }
 
+/// Text from anywhere must not steer the terminal: control characters are spelt out, but for those that lay text out.
+pub fn harmless(text: &str) -> String {
+    let show = |sign: char| match sign {
+        '\n' | '\t' => sign.to_string(),
+        sign if sign.is_control() => sign.escape_default().to_string(),
+        sign => sign.to_string(),
+    };
+    text.chars().map(show).collect()
+}
+
 /// `1:02:03` or `2:03`.
 pub fn clock(duration: Duration) -> String {
     let seconds = duration.as_secs();

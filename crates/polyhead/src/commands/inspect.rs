@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::train_bpe;
 use polyhead_training::available_memory_bytes;
+use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use crate::assemble;
@@ -27,7 +28,7 @@ pub fn ls() -> Result<(), Failure> {
 }
 
 fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), Failure> {
-    for entry in std::fs::read_dir(folder)? {
+    for entry in std::fs::read_dir(folder).map_err(|error| Failure::file("read", folder, error))? {
         let path = entry?.path();
         if path.is_dir() {
             collect(&path, found)?;
@@ -41,10 +42,12 @@ fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), Failure> {
 /// Copies a recipe.
 pub fn cp(from: &Path, to: &Path) -> Result<(), Failure> {
     must_not_exist(to)?;
-    let text = std::fs::read_to_string(from).map_err(|e| Failure::Run(format!("{}: {e}", from.display())))?;
-    std::fs::write(to, text).map_err(|e| Failure::Run(format!("{}: {e}", to.display())))?;
-    put!("{}", to.display())?;
-    Ok(())
+    let text = recipe::read_file(from)?;
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, error))?;
+    }
+    atomic_write(to, text.as_bytes())?;
+    put!("{}", to.display())
 }
 
 /// Prints the resolved recipe.

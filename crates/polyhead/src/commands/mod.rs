@@ -37,7 +37,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
         Command::Doctor => inspect::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
-            inspect::train_tokenizer(&load(&recipe)?, vocab_size, &out)
+            inspect::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();

@@ -8,7 +8,7 @@ use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::IGNORE;
 
 use crate::assemble;
-use crate::console::{put, talk};
+use crate::console::{harmless, put, talk};
 use crate::recipe::Loaded;
 use crate::report::Failure;
 
@@ -126,16 +126,6 @@ fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(bool, String)> {
         asked.into_iter().for_each(|target| add(true, target));
     }
     pieces
-}
-
-/// Text from anywhere must not steer the terminal.
-fn harmless(text: &str) -> String {
-    let show = |sign: char| match sign {
-        '\n' | '\t' => sign.to_string(),
-        sign if sign.is_control() => sign.escape_default().to_string(),
-        sign => sign.to_string(),
-    };
-    text.chars().map(show).collect()
 }
 
 #[cfg(test)]

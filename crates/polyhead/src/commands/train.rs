@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use burn::module::Module;
 use polyhead_data::Tokenizer;
 use polyhead_models::Decoder;
-use polyhead_training::checkpoint::{clean_leftovers, list, newest_good, verify};
+use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::{peak_memory_bytes, state};
@@ -140,8 +140,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
         path => {
-            let path = PathBuf::from(path);
-            verify(&path)?;
+            let path = assemble::find_checkpoint(Path::new(path))?;
             let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
             match inside {
                 true => Ok(Some(path)),

@@ -1,5 +1,6 @@
 //! Verbs about a trained model: `eval`, `generate`, `export`, `logits`.
 
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use polyhead_training::run_folder::atomic_write;
 use super::must_not_exist;
 use crate::assemble;
 use crate::cli::GenerateArgs;
-use crate::console::{print, put, talk};
+use crate::console::{harmless, print, put, talk};
 use crate::report::Failure;
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
@@ -63,10 +64,15 @@ pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling
     if ids.is_empty() {
         ids.push(tokenizer.end_of_text().unwrap_or(0));
     }
-    print(format_args!("{prompt}"))?;
+    let on_terminal = std::io::stdout().is_terminal();
+    let show = |text: &str| match on_terminal {
+        true => print(format_args!("{}", harmless(text))),
+        false => print(format_args!("{text}")),
+    };
+    show(prompt)?;
     let (mut stream, mut written) = (StreamDecoder::new(tokenizer), Ok(()));
     polyhead_models::generate(model, &ids, sampling, tokenizer.end_of_text(), |token| {
-        written = stream.push(token).map_or(Ok(()), |text| print(format_args!("{text}")));
+        written = stream.push(token).map_or(Ok(()), |text| show(&text));
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     written?;
@@ -92,11 +98,18 @@ pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     let mut name = to.file_name().unwrap_or_default().to_os_string();
     name.push(".partial");
     let partial = to.with_file_name(name);
-    std::fs::create_dir_all(&partial)?;
-    for (name, bytes) in &files {
-        atomic_write(&partial.join(name), bytes)?;
-    }
-    std::fs::rename(&partial, to)?;
+    must_not_exist(&partial)?;
+    std::fs::create_dir_all(&partial).map_err(|error| Failure::file("create", &partial, error))?;
+    let write_all = || -> Result<(), Failure> {
+        for (name, bytes) in &files {
+            atomic_write(&partial.join(name), bytes)?;
+        }
+        std::fs::rename(&partial, to).map_err(|error| Failure::file("create", to, error))
+    };
+    write_all().inspect_err(|_| {
+        // Best effort: the first error is the one to report.
+        let _ = std::fs::remove_dir_all(&partial);
+    })?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
     Ok(())
