@@ -145,6 +145,22 @@ fn a_changed_recipe_is_refused_with_the_keys_that_differ() {
 }
 
 #[test]
+fn a_changed_text_is_refused() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |text: &str| std::fs::write(world.dir.path().join("book.txt"), text.repeat(60)).unwrap();
+    write("The cat sat on the mat and thought. ");
+    world.succeeds(&["train", RECIPE, "--out", "run"]);
+    write("The dog sat on the mat and thought. ");
+    let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.steps=20"]);
+    assert!(err.contains("the text is not the one that run/step-00000012 learnt from, which was 1 text file"), "{err}");
+    assert!(world.succeeds(&["eval", "run"]).1.contains("warning: the text is not the one"));
+    write("The cat sat on the mat and thought. ");
+    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=13"]);
+    // A run folder stands for its newest checkpoint.
+    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=14", "--resume", "run"]);
+}
+
+#[test]
 fn two_writers_are_refused() {
     let world = World::new(&SMALL.replace("steps = 12", "steps = 100000"));
     let mut first = world.command(&["train", RECIPE, "--out", "run"]).spawn().unwrap();

@@ -62,6 +62,8 @@ pub struct Opened {
     pub vocab_size: usize,
     /// What the data is, in words.
     pub description: String,
+    /// For text: a hash of the texts and the tokenizer, which tells whether files have changed.
+    pub text_hash: Option<String>,
     /// The lowest loss that any model can reach, in nats per target, where it is known.
     pub floor: Option<f64>,
 }
@@ -92,7 +94,7 @@ pub fn open(
         let (task, _) = data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again"));
         let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
         let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
-        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, floor });
+        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, text_hash: None, floor });
     }
     let (documents, source) = documents(data, &options.project_root)?;
     let tokenizer = Tokenizer::open(tokenizer)?;
@@ -107,6 +109,7 @@ pub fn open(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
+        text_hash: Some(file.key().to_owned()),
         floor: None,
     })
 }

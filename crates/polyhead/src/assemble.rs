@@ -117,6 +117,33 @@ pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
     toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
 }
 
+/// What `data.json` of a checkpoint says about what was learnt from.
+pub fn data_record(opened: &Opened) -> Vec<u8> {
+    let record = serde_json::json!({ "description": opened.description, "text_hash": opened.text_hash });
+    format!("{record:#}\n").into_bytes()
+}
+
+/// How the text is another one than a checkpoint learnt from, if it is: its files may have changed since.
+///
+/// # Errors
+/// If the checkpoint's record is damaged. One without a record is taken at its word.
+pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>, Failure> {
+    const RECORD: &str = "data.json";
+    if !checkpoint.join(RECORD).exists() {
+        return Ok(None);
+    }
+    let record: serde_json::Value = serde_json::from_slice(&read_file(checkpoint, RECORD)?)
+        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))?;
+    let same = record["text_hash"].as_str() == opened.text_hash.as_deref();
+    Ok((!same).then(|| {
+        format!(
+            "the text is not the one that {} learnt from, which was {}",
+            checkpoint.display(),
+            record["description"].as_str().unwrap_or("another")
+        )
+    }))
+}
+
 /// Loads a checkpoint to use, not to train.
 ///
 /// # Errors

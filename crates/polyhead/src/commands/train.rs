@@ -39,6 +39,12 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let started = Instant::now();
     let opened = assemble::data(&recipe, &mut tokenizing())?;
     talk!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
+    if let Some(checkpoint) = &resume
+        && let Some(problem) = assemble::changed_text(checkpoint, &opened)?
+    {
+        let hint = "put it back, or start another run with --out";
+        return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
+    }
     let model = assemble::fresh_model(&recipe, opened.vocab_size, &device);
     let config = recipe.model.decoder();
     let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
@@ -57,7 +63,10 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     };
     let text = recipe::resolved(&recipe)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
-    let mut companions = vec![("recipe.toml".to_owned(), text.clone().into_bytes())];
+    let mut companions = vec![
+        ("recipe.toml".to_owned(), text.clone().into_bytes()),
+        ("data.json".to_owned(), assemble::data_record(&opened)),
+    ];
     if let Some(tokenizer) = &opened.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
     }

@@ -23,6 +23,9 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     let trained = assemble::open_trained(checkpoint, device)?;
     let opened = assemble::data(&trained.recipe, &mut |_, _| {})?;
     talk!("data: {}", opened.description);
+    if let Some(problem) = assemble::changed_text(&trained.path, &opened)? {
+        talk!("warning: {problem}: some of what is held out now may have been learnt");
+    }
     let all = opened.validation.batches_per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
     let mut sums = Evaluated::default();
