@@ -1,5 +1,7 @@
 //! What a person types and what they are told.
 
+use std::process::Stdio;
+
 use crate::world::{SMALL, World, project};
 
 #[test]
@@ -62,9 +64,21 @@ fn text_is_learnt_looked_at_and_generated() {
     ));
     std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(60)).unwrap();
     let (out, _) = world.succeeds(&["preview", "recipe.toml", "--rows", "1"]);
-    assert!(out.contains("->"), "{out}");
+    assert!(out.contains("->") && !out.contains('\u{1b}'), "{out}");
+    let preview = |variable: &str| {
+        let mut command = world.command(&["preview", "recipe.toml"]);
+        String::from_utf8(command.env("CLICOLOR_FORCE", "1").env(variable, "1").output().unwrap().stdout).unwrap()
+    };
+    let coloured = preview("CLICOLOR_FORCE");
+    assert!(coloured.contains("\u{1b}[32m") && coloured.contains("t on the m"), "{coloured}");
+    assert!(!preview("NO_COLOR").contains('\u{1b}'));
     let (out, _) = world.succeeds(&["plan", "recipe.toml"]);
-    assert!(out.contains("grouped_differential"), "{out}");
+    assert!(out.contains("grouped_differential") && out.contains("tokens per second"), "{out}");
+    let (out, err) = world.succeeds(&["plan", "recipe.toml", "--no-probe"]);
+    assert!(!out.contains("tokens per second") && !err.contains("probe"), "{out}{err}");
+    let (out, _) =
+        world.succeeds(&["plan", "recipe.toml", "model.decoder.d_model=131072", "training.batch_size=65536"]);
+    assert!(out.contains("not measured: only"), "{out}");
     let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);
     assert!(err.contains("bits per byte") && err.contains("lies in"), "{err}");
     let generate = ["generate", "run", "--prompt", "the ", "--max-new-tokens", "20", "--seed", "3"];
@@ -78,6 +92,14 @@ fn text_is_learnt_looked_at_and_generated() {
     world.succeeds(&["tokenizer", "train", "recipe.toml", "--vocab-size", "270", "--out", "bpe/tokenizer.json"]);
     let (_, err) = world.succeeds(&["train", "recipe.toml", "tokenizer.huggingface.path=bpe", "--out", "bpe-run"]);
     assert!(err.contains("bits per byte"), "{err}");
+}
+
+#[test]
+fn the_doctor_tells_what_there_is() {
+    let (out, _) = World::new(SMALL).succeeds(&["doctor"]);
+    for part in ["devices    flex", "threads", "instruction set", "text ", "checkpoints can be written"] {
+        assert!(out.contains(part), "no {part} in: {out}");
+    }
 }
 
 #[test]
@@ -106,6 +128,79 @@ fn the_reference_in_the_readme_is_the_types() {
     assert!(readme.contains(&reference), "paste the output of `polyhead reference` into recipes/README.md");
 }
 
+/// Each with its exit code, and with words that lead out.
+#[test]
+fn mistakes_are_told_with_a_way_out() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |name: &str, bytes: &[u8]| std::fs::write(world.dir.path().join(name), bytes).unwrap();
+    write("book.txt", "the cat sat on the mat. ".repeat(60).as_bytes());
+    write("empty.txt", b"");
+    write("latin.txt", b"gr\xfc\xdfe");
+    write("latin.jsonl", b"{\"text\": \"gr\xfc\xdfe\"}");
+    write("broken.jsonl", b"{\"text\": \"one\"}\n{\"te");
+    write("number.jsonl", b"{\"text\": 5}");
+    std::fs::create_dir(world.dir.path().join("folder")).unwrap();
+    for (code, arguments, words) in [
+        (2, "cp nowhere.toml x.toml", "`polyhead ls` lists"),
+        (1, "cp recipe.toml recipe.toml", "exists already"),
+        (2, "cat folder", "Is a directory"),
+        (2, "validate recipe.toml steps=4", "its place is training.steps"),
+        (2, "validate recipe.toml training.steps=1e3", "expected a whole number"),
+        (2, "validate recipe.toml training=3", "expected a table"),
+        (2, "validate recipe.toml data.text.paths=book.txt", "expected a list"),
+        (1, "preview recipe.toml data.text.paths=[\"empty.txt\"]", "hold no text"),
+        (1, "preview recipe.toml data.text.paths=[\"latin.txt\"]", "latin.txt is no UTF-8 text"),
+        (1, "preview recipe.toml data.text.paths=[\"folder\"]", "the folder \"folder\" holds no file"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"latin.jsonl\"]", "latin.jsonl is no UTF-8 text"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"broken.jsonl\"]", "broken.jsonl:2: column 4: no JSON"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"number.jsonl\"]", "it holds 5"),
+        (1, "preview recipe.toml tokenizer.huggingface.path=nowhere", "`polyhead tokenizer train` makes one"),
+        (2, "tokenizer train recipe.toml --vocab-size 10 --out t.json", "258"),
+        (1, "train recipe.toml --out book.txt", "book.txt"),
+        (2, "train recipe.toml --out run --resume nowhere", "no such checkpoint or run folder"),
+        (2, "train recipe.toml --device gpu", "possible values: flex"),
+        (2, "eval recipe.toml", "this looks like a recipe"),
+        (2, "generate nowhere", "no such checkpoint or run folder"),
+        (2, "generate nowhere --temperature -1", "--temperature (-1) must be 0 or more"),
+        (2, "export nowhere --to x", "no such checkpoint or run folder"),
+        (2, "logits nowhere --tokens 1,x --out x", "invalid value 'x'"),
+    ] {
+        let err = world.fails(code, &arguments.split(' ').collect::<Vec<_>>());
+        assert!(err.contains(words), "{arguments}: {err}");
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_failure() {
+    let world = World::new(SMALL);
+    for verb in [
+        &["reference"][..],
+        &["completions", "bash"],
+        &["cat", "recipe.toml"],
+        &["plan", "recipe.toml"],
+        &["preview", "recipe.toml"],
+        &["train", "recipe.toml"],
+        &["eval", "checkpoints/recipe"],
+    ] {
+        let mut child = world.command(verb).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // `2>&1 | true`: both ends are closed at once.
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{verb:?}");
+    }
+    assert!(world.dir.path().join("checkpoints/recipe/step-00000012/manifest.json").exists());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_behind_standard_output_is_told() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = World::new(SMALL).command(&["reference"]).stdout(full).output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && err.contains("cannot write to standard output"), "{err}");
+}
+
+/// 1,000 recipes with one or two changes, made from resolved ones so that every key takes part. Those that are
+/// accepted must say what they say: each of their keys comes back with its value.
 #[test]
 fn mutated_recipes_never_panic_and_no_key_is_ignored() {
     // A cheap generator is enough to choose mutations.
@@ -114,20 +209,28 @@ fn mutated_recipes_never_panic_and_no_key_is_ignored() {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (state >> 33) as usize % n
     };
-    let values = ["-1", "0", "1e308", "nan", "\"x\"", "[]", "{}", "true", "18446744073709551616", "1.5", "''"];
+    let values = ["-1", "0", "7", "1e308", "nan", "\"x\"", "[]", "{}", "true", "18446744073709551616", "1.5", "''"];
     let world = World::new(SMALL);
-    for round in 0..150 {
-        let mut lines: Vec<String> = SMALL.lines().map(Into::into).collect();
+    let texts = ["tokenizer.huggingface.path=t", "data.text.paths=[\"a\", \"b\"]", "optimizer.muon.lr=0.01"];
+    let bases = [
+        world.succeeds(&["cat", "recipe.toml"]).0,
+        world.succeeds(&[&["cat", "recipe.toml"][..], &texts].concat()).0,
+        world.succeeds(&["cat", "recipe.toml", "data.needles.n_needles=2", "training.seq_len=32"]).0,
+    ];
+    let (mut accepted, mut refused) = (0, 0);
+    for round in 0..1000 {
+        let mut lines: Vec<String> = bases[round % 3].lines().map(Into::into).collect();
         for _ in 0..1 + draw(2) {
-            let at = draw(lines.len());
-            match draw(5) {
+            let (at, other) = (draw(lines.len()), draw(lines.len()));
+            let key = lines[at].split(" =").next().unwrap().to_owned();
+            match draw(9) {
                 0 => drop(lines.remove(at)),
                 1 => lines[at] = lines[at].chars().rev().collect(),
-                2 => {
-                    let key = lines[at].split(" =").next().unwrap().to_owned();
-                    lines[at] = format!("{key} = {}", values[draw(values.len())]);
-                }
-                3 => lines.insert(at, format!("zz{round} = 1")),
+                2 | 3 => lines[at] = format!("{key} = {}", values[draw(values.len())]),
+                4 => lines.insert(at, format!("zz{round} = 1")),
+                5 => lines.swap(at, other),
+                6 => lines.insert(at, lines[other].clone()),
+                7 => lines[at] = lines[at].replacen(['0', '1', '2', '4'], &draw(10).to_string(), 1),
                 _ => lines[at] = lines[at].replacen(['a', 'e', 's'], "q", 1),
             }
         }
@@ -137,7 +240,28 @@ fn mutated_recipes_never_panic_and_no_key_is_ignored() {
         let err = String::from_utf8_lossy(&output.stderr);
         assert!(matches!(output.status.code(), Some(0 | 2)) && !err.contains("panicked"), "{text}\n{err}");
         if output.status.success() {
-            assert!(!text.contains(&format!("zz{round}")), "an unknown key was ignored: {text}");
+            let table = |text: &str| toml::Value::Table(text.parse().unwrap());
+            assert_says(&table(&String::from_utf8(output.stdout).unwrap()), &table(&text), &text);
+            accepted += 1;
+        } else {
+            assert!(err.contains("error: "), "{text}\n{err}");
+            refused += 1;
         }
+    }
+    assert!(accepted > 100 && refused > 100, "{accepted} accepted, {refused} refused: too one-sided to tell much");
+}
+
+/// Every value of `typed` stands in `meant`; a whole number may have become a fraction.
+fn assert_says(meant: &toml::Value, typed: &toml::Value, text: &str) {
+    use toml::Value::{Float, Integer, Table};
+    match (meant, typed) {
+        (Table(meant), Table(typed)) => {
+            for (key, value) in typed {
+                let meant = meant.get(key).unwrap_or_else(|| panic!("the key {key} was ignored:\n{text}"));
+                assert_says(meant, value, text);
+            }
+        }
+        (Float(meant), Integer(typed)) => assert_eq!(*meant, *typed as f64, "{text}"),
+        _ => assert_eq!(meant, typed, "{text}"),
     }
 }

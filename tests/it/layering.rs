@@ -60,3 +60,12 @@ fn libraries_neither_print_nor_name_devices_nor_read_toml() {
         }
     }
 }
+
+#[test]
+fn nothing_panics_where_nobody_reads() {
+    for (path, text) in sources("polyhead") {
+        for forbidden in [" println!", "eprint", " print!"] {
+            assert!(!text.contains(forbidden), "{path} contains {forbidden}: use talk!, put! or console::print");
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! The project as its users see it: the binary, the recipes, the numbers of others.
 #![allow(clippy::unwrap_used)]
 
+mod accumulation;
 mod cli;
 mod golden;
 mod golden_optimizer;

@@ -1,6 +1,7 @@
 //! A run that was interrupted, killed or damaged ends with the same bits as one that was not.
 
-use std::time::Duration;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use crate::world::{SMALL, World};
 
@@ -8,7 +9,11 @@ const RECIPE: &str = "recipe.toml";
 
 /// What must be equal: the weights, the optimiser's state, and every logged number that does not measure time.
 fn fingerprint(world: &World, run: &str) -> (Vec<u8>, Vec<u8>, Vec<String>) {
-    let last = format!("{run}/step-00000012");
+    fingerprint_at(world, run, 12)
+}
+
+fn fingerprint_at(world: &World, run: &str, step: u64) -> (Vec<u8>, Vec<u8>, Vec<String>) {
+    let last = format!("{run}/step-{step:08}");
     let lines = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
     let timeless = |line: &str| {
         let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -48,18 +53,48 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
     assert_eq!(fingerprint(&world, "parts").0, a.0, "the same recipe gives the same weights");
 }
 
+/// 20 kills of running processes, at moments spread evenly but in no order over a part of the run. With a checkpoint
+/// after every step most of them fall into saves; `.tmp-` folders left behind prove that some did.
 #[test]
 fn killed_at_any_moment_it_goes_on_bit_for_bit() {
-    let world = World::new(SMALL);
-    world.succeeds(&["train", RECIPE, "--out", "whole"]);
-    for round in 0..6u64 {
-        let mut child = world.command(&["train", RECIPE, "--out", "killed"]).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(40 + 45 * round));
-        child.kill().unwrap();
-        child.wait().unwrap();
+    const STEPS: u64 = 40;
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    // Short enough that the kills fall into several epochs.
+    std::fs::write(world.dir.path().join("book.txt"), "The cat sat on the mat and thought. ".repeat(60)).unwrap();
+    let train = |run: &str| {
+        let steps = format!("training.steps={STEPS}");
+        world.command(&["train", RECIPE, &steps, "checkpoint.interval=1", "--out", run])
+    };
+    let started = Instant::now();
+    assert!(train("whole").output().unwrap().status.success());
+    let (whole, duration) = (fingerprint_at(&world, "whole", STEPS), started.elapsed());
+
+    let (mut kills, mut inside_saves, mut folder) = (0u32, 0, 0);
+    while kills < 20 || inside_saves < 3 {
+        assert!(kills < 200, "no kill fell into a save");
+        // A process that is quicker than thought ends by itself: then another run is killed.
+        let run = format!("killed-{folder}");
+        let mut child = train(&run).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(duration.mul_f64(0.005 + 0.01 * f64::from(kills * 7 % 20)));
+        match child.try_wait().unwrap() {
+            Some(status) => {
+                assert!(status.success());
+                assert!(fingerprint_at(&world, &run, STEPS) == whole, "after {kills} kills");
+                folder += 1;
+            }
+            None => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                kills += 1;
+                let left = std::fs::read_dir(world.dir.path().join(&run)).into_iter().flatten();
+                let mut names = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+                inside_saves += u32::from(names.any(|name| name.starts_with(".tmp-step")));
+            }
+        }
     }
-    world.succeeds(&["train", RECIPE, "--out", "killed"]);
-    assert!(fingerprint(&world, "whole") == fingerprint(&world, "killed"));
+    let run = format!("killed-{folder}");
+    assert!(train(&run).output().unwrap().status.success());
+    assert!(fingerprint_at(&world, &run, STEPS) == whole, "after {kills} kills, {inside_saves} inside saves");
 }
 
 #[test]
@@ -107,6 +142,22 @@ fn a_changed_recipe_is_refused_with_the_keys_that_differ() {
     world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=13", "metrics.log_freq=2"]);
     let err = world.fails(1, &["train", RECIPE, "--out", "run", "--resume", "never"]);
     assert!(err.contains("holds a run already"), "{err}");
+}
+
+#[test]
+fn a_changed_text_is_refused() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |text: &str| std::fs::write(world.dir.path().join("book.txt"), text.repeat(60)).unwrap();
+    write("The cat sat on the mat and thought. ");
+    world.succeeds(&["train", RECIPE, "--out", "run"]);
+    write("The dog sat on the mat and thought. ");
+    let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.steps=20"]);
+    assert!(err.contains("the text is not the one that run/step-00000012 learnt from, which was 1 text file"), "{err}");
+    assert!(world.succeeds(&["eval", "run"]).1.contains("warning: the text is not the one"));
+    write("The cat sat on the mat and thought. ");
+    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=13"]);
+    // A run folder stands for its newest checkpoint.
+    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=14", "--resume", "run"]);
 }
 
 #[test]

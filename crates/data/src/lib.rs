@@ -62,6 +62,8 @@ pub struct Opened {
     pub vocab_size: usize,
     /// What the data is, in words.
     pub description: String,
+    /// For text: a hash of the texts and the tokenizer, which tells whether files have changed.
+    pub text_hash: Option<String>,
     /// The lowest loss that any model can reach, in nats per target, where it is known.
     pub floor: Option<f64>,
 }
@@ -92,7 +94,7 @@ pub fn open(
         let (task, _) = data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again"));
         let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
         let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
-        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, floor });
+        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, text_hash: None, floor });
     }
     let (documents, source) = documents(data, &options.project_root)?;
     let tokenizer = Tokenizer::open(tokenizer)?;
@@ -107,6 +109,7 @@ pub fn open(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
+        text_hash: Some(file.key().to_owned()),
         floor: None,
     })
 }
@@ -118,13 +121,18 @@ pub fn open(
 pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocument>, String), DataError> {
     let counted = |documents: Vec<TextDocument>, what: &str| {
         let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
-        let words = format!("{} {what} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
-        (documents, words)
+        let plural = if documents.len() == 1 { "" } else { "s" };
+        let words = format!("{} {what}{plural} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
+        if bytes == 0 {
+            let name = data.name();
+            return Err(DataError::Unusable(format!("{words} hold no text: name others in data.{name}.paths")));
+        }
+        Ok((documents, words))
     };
     match data {
         DataConfig::RustDocs(_) => rust_docs::read_rust_docs(project_root),
-        DataConfig::Text(config) => Ok(counted(text::read_text(config)?, "text files")),
-        DataConfig::Jsonl(config) => Ok(counted(text::read_jsonl(config)?, "JSON rows")),
+        DataConfig::Text(config) => counted(text::read_text(config)?, "text file"),
+        DataConfig::Jsonl(config) => counted(text::read_jsonl(config)?, "JSON row"),
         other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
     }
 }

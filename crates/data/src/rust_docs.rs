@@ -58,7 +58,8 @@ fn own_text(project_root: &Path) -> Result<(Vec<TextDocument>, String), DataErro
     }
     let documents = read_text(&TextConfig { paths })?;
     let words = format!(
-        "Polyhead's own text and source ({} files), as the Rust documentation is not installed",
+        "Polyhead's own text and source ({} files), as the Rust documentation is not installed (rustup component add \
+         rust-docs)",
         documents.len()
     );
     Ok((documents, words))

@@ -89,15 +89,24 @@ pub fn read_text(config: &TextConfig) -> Result<Vec<TextDocument>, DataError> {
 pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> {
     let mut documents = Vec::new();
     for (path, _) in expand(&config.paths, &["jsonl", "ndjson"])? {
-        let content = std::fs::read_to_string(&path).at(&path)?;
+        let Ok(content) = String::from_utf8(std::fs::read(&path).at(&path)?) else {
+            return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
+        };
         for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
-            let value: serde_json::Value = serde_json::from_str(line).map_err(|e| row(format!("no JSON: {e}")))?;
+            let value: serde_json::Value = serde_json::from_str(line).map_err(|error| {
+                // Its own "line 1" would contradict ours.
+                let (problem, column) = (error.to_string(), error.column());
+                row(format!("column {column}: no JSON: {}", problem.split(" at line ").next().unwrap_or_default()))
+            })?;
             let field = &config.field;
             let text = value.get(field).and_then(|text| text.as_str()).ok_or_else(|| {
-                let keys = value.as_object().map(|row| row.keys().cloned().collect::<Vec<_>>().join(", "));
-                let has = keys.map_or("is no object".into(), |keys| format!("has {keys}"));
-                row(format!("no text in field \"{field}\" (the row {has}); set data.jsonl.field"))
+                let has = match (value.get(field), value.as_object()) {
+                    (Some(other), _) => format!("it holds {other}"),
+                    (None, Some(row)) => format!("the row has {}", row.keys().cloned().collect::<Vec<_>>().join(", ")),
+                    (None, None) => "the row is no object".into(),
+                };
+                row(format!("no text in field \"{field}\" ({has}); set data.jsonl.field"))
             })?;
             documents.push(TextDocument { name: format!("{}:{}", path.display(), index + 1), text: text.to_owned() });
         }
@@ -123,7 +132,10 @@ fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeMap<PathBuf, boo
         }
         if matched.is_empty() {
             let here = std::env::current_dir().unwrap_or_default();
-            let problem = format!("\"{pattern}\" matches no file (looked from {})", here.display());
+            let problem = match Path::new(pattern).is_dir() {
+                true => format!("the folder \"{pattern}\" holds no file that ends in {}", endings.join(", ")),
+                false => format!("\"{pattern}\" matches no file (looked from {})", here.display()),
+            };
             return Err(DataError::Unusable(problem));
         }
         for (path, named) in matched {

@@ -67,7 +67,10 @@ impl Tokenizer {
             TokenizerConfig::Bytes(_) => Ok(Self::bytes()),
             TokenizerConfig::Huggingface(HuggingfaceTokenizer { path }) => {
                 let file = if path.is_dir() { path.join("tokenizer.json") } else { path.clone() };
-                let json = std::fs::read_to_string(&file).at(&file)?;
+                let json = std::fs::read_to_string(&file).map_err(|cause| DataError::Tokenizer {
+                    path: file.clone(),
+                    problem: format!("{cause} (`polyhead tokenizer train` makes one)"),
+                })?;
                 Self::from_json(&json).map_err(|error| match error {
                     DataError::Unusable(problem) => DataError::Tokenizer { path: file, problem },
                     other => other,
@@ -279,10 +282,10 @@ pub fn train_bpe(
     );
     tokenizer.train(&mut trainer, texts).map_err(failed)?;
     let json = tokenizer.to_string(true).map_err(failed)?;
-    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).at(folder)?;
-    }
-    std::fs::write(out, json).at(out)?;
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).at(folder)?;
+    // Whole or not at all: a full disk must not leave half a tokenizer behind.
+    std::fs::write(out, json).inspect_err(|_| drop(std::fs::remove_file(out))).at(out)?;
     Ok(tokenizer.get_vocab_size(true))
 }
 

@@ -21,6 +21,7 @@ const ENOUGH_DOCUMENTS: usize = 20;
 
 /// The tokens of a set of documents, one after the other.
 pub struct TokenFile {
+    key: String,
     map: Mmap,
     tokens: u64,
     width: usize,
@@ -80,7 +81,13 @@ impl TokenFile {
         }
         let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
         let hashes = (0..documents).map(|i| number(HEADER + i * ENTRY + 8)).collect::<Option<_>>()?;
-        Some(Self { tokens, width, ends, starts, hashes, map })
+        let key = path.file_stem()?.to_str()?.to_owned();
+        Some(Self { key, tokens, width, ends, starts, hashes, map })
+    }
+
+    /// Tells texts and tokenizers apart: the hash of both.
+    pub fn key(&self) -> &str {
+        &self.key
     }
 
     /// Tokens in all.

@@ -12,6 +12,11 @@ pub(crate) fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.dtype() == DType::F32 && is_flex(&tensor.device())
 }
 
+/// Threads that operations on the CPU are spread over; the environment variable RAYON_NUM_THREADS sets them.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
 fn is_flex(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_))
 }

@@ -22,6 +22,7 @@ mod testing;
 
 pub use adamw::{AdamwStep, adamw};
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
+pub use cpu::threads;
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};
 pub use difference::{Combination, difference, subtract_noise};
 pub use gated_mlp::gated_mlp;
@@ -29,4 +30,5 @@ pub use linear::linear;
 pub use mask::Mask;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
+pub use simd::instruction_set;
 pub use swiglu::swiglu;

@@ -48,6 +48,36 @@ fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn has_avx512() -> bool {
+    std::is_x86_feature_detected!("avx512f")
+        && std::is_x86_feature_detected!("avx512bw")
+        && std::is_x86_feature_detected!("avx512dq")
+        && std::is_x86_feature_detected!("avx512vl")
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn has_avx2() -> bool {
+    std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
+}
+
+/// The instruction set that the fused operations use on this machine.
+pub fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if has_avx512() {
+            return "AVX-512";
+        }
+        if has_avx2() {
+            return "AVX2";
+        }
+    }
+    // What the compiler may use everywhere.
+    if cfg!(target_arch = "aarch64") { "NEON" } else { "the portable one" }
+}
+
 /// Defines functions that pick the widest instruction set of the machine at each call (a load and a branch).
 macro_rules! vectorized {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => { $(
@@ -69,13 +99,11 @@ macro_rules! vectorized {
                 #[allow(clippy::too_many_arguments)]
                 fn avx2($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
 
-                if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw")
-                    && std::is_x86_feature_detected!("avx512dq") && std::is_x86_feature_detected!("avx512vl")
-                {
+                if has_avx512() {
                     // SAFETY: the features were just detected.
                     return unsafe { avx512($($arg),*) };
                 }
-                if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+                if has_avx2() {
                     // SAFETY: the features were just detected.
                     return unsafe { avx2($($arg),*) };
                 }

@@ -9,9 +9,10 @@ use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::{TrainError, state};
 
+use crate::console::talk;
 use crate::device;
 use crate::recipe::Recipe;
-use crate::report::Failure;
+use crate::report::{Failure, Problems};
 
 /// A loader as the loop sees it.
 pub struct Source(pub Loader);
@@ -32,7 +33,8 @@ pub fn project_root() -> PathBuf {
     if here.join("crates/polyhead").is_dir() {
         return here;
     }
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
+    built.ancestors().nth(2).unwrap_or(built).to_owned()
 }
 
 /// Opens the data of a recipe.
@@ -89,12 +91,16 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
         return Ok(path.to_owned());
     }
     if !path.is_dir() {
-        let problem = format!("{}: no such checkpoint or run folder (`ls checkpoints` shows yours)", path.display());
-        return Err(Failure::Run(problem));
+        let hint = match path.extension().is_some_and(|ending| ending == "toml") {
+            true => "this looks like a recipe, from which `polyhead train` makes one",
+            false => "`ls checkpoints` shows yours",
+        };
+        let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
+        return Err(Problems::plain(problem).into());
     }
     let (found, skipped) = newest_good(path)?;
     for problem in skipped {
-        eprintln!("warning: {problem}; looking for an older checkpoint");
+        talk!("warning: {problem}; looking for an older checkpoint");
     }
     match found {
         Some((path, _)) => Ok(path),
@@ -109,6 +115,33 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
 pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
     let text = String::from_utf8_lossy(&read_file(checkpoint, "recipe.toml")?).into_owned();
     toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
+}
+
+/// What `data.json` of a checkpoint says about what was learnt from.
+pub fn data_record(opened: &Opened) -> Vec<u8> {
+    let record = serde_json::json!({ "description": opened.description, "text_hash": opened.text_hash });
+    format!("{record:#}\n").into_bytes()
+}
+
+/// How the text is another one than a checkpoint learnt from, if it is: its files may have changed since.
+///
+/// # Errors
+/// If the checkpoint's record is damaged. One without a record is taken at its word.
+pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>, Failure> {
+    const RECORD: &str = "data.json";
+    if !checkpoint.join(RECORD).exists() {
+        return Ok(None);
+    }
+    let record: serde_json::Value = serde_json::from_slice(&read_file(checkpoint, RECORD)?)
+        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))?;
+    let same = record["text_hash"].as_str() == opened.text_hash.as_deref();
+    Ok((!same).then(|| {
+        format!(
+            "the text is not the one that {} learnt from, which was {}",
+            checkpoint.display(),
+            record["description"].as_str().unwrap_or("another")
+        )
+    }))
 }
 
 /// Loads a checkpoint to use, not to train.

@@ -54,16 +54,39 @@ pub enum Command {
     Cat(RecipeArgs),
     /// Check a recipe: every key, every value.
     Validate(RecipeArgs),
-    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens.
-    Plan(RecipeArgs),
+    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens, memory, time.
+    ///
+    /// Sizes are computed. Time, speed and memory are measured: the model is trained for a few steps (about 3 seconds, after
+    /// a warm-up step) on the recipe's data and device; nothing is saved.
+    Plan {
+        /// The recipe.
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Only compute, do not train.
+        #[arg(long)]
+        no_probe: bool,
+    },
     /// Show the tokens that a model would see, and which of them it learns to predict.
+    ///
+    /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.
+    /// Elsewhere, with NO_COLOR=1 or with --table, each position is a line: its number, its document, the token, and what
+    /// is to be predicted there.
+    #[command(after_help = "\
+Examples:
+  polyhead preview recipes/quickstart.toml
+  polyhead preview recipes/quickstart.toml loader.packing=documents --rows 8
+  polyhead preview recipes/quickstart.toml --table | less
+  CLICOLOR_FORCE=1 polyhead preview recipes/quickstart.toml | less -R")]
     Preview {
         /// The recipe.
         #[command(flatten)]
         recipe: RecipeArgs,
-        /// Rows to show.
-        #[arg(long, default_value_t = 2)]
-        rows: usize,
+        /// Rows to show, from the first batches on.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+        rows: u32,
+        /// One line per position, on a terminal too.
+        #[arg(long)]
+        table: bool,
     },
     /// Validate a trained model on its held-out data.
     Eval {
@@ -72,8 +95,8 @@ pub enum Command {
         /// Batches at most; 0 takes all.
         #[arg(long, default_value_t = 0)]
         batches: u64,
-        /// flex, ndarray or cuda; default: the recipe's.
-        #[arg(long)]
+        /// Default: the recipe's.
+        #[arg(long, value_parser = crate::device::NAMES)]
         device: Option<String>,
     },
     /// Let a trained model write.
@@ -123,8 +146,8 @@ pub struct TrainArgs {
     /// auto goes on with the run in the folder if there is one, never starts afresh, a path goes on from that checkpoint.
     #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
     pub resume: String,
-    /// flex, ndarray or cuda; the same as training.device=...
-    #[arg(long)]
+    /// The same as training.device=...
+    #[arg(long, value_parser = crate::device::NAMES)]
     pub device: Option<String>,
 }
 
@@ -140,19 +163,19 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 200)]
     pub max_new_tokens: usize,
     /// 0 always takes the likeliest token.
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Choose among the k likeliest; 0 among all.
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
     /// Choose among the likeliest whose probabilities add up to this.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f64,
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// flex, ndarray or cuda; default: the recipe's.
-    #[arg(long)]
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::device::NAMES)]
     pub device: Option<String>,
 }
 
@@ -165,8 +188,8 @@ pub enum TokenizerCommand {
         #[command(flatten)]
         recipe: RecipeArgs,
         /// Ids, the 256 bytes and 2 special tokens included.
-        #[arg(long, default_value_t = 4096)]
-        vocab_size: usize,
+        #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(258..))]
+        vocab_size: u32,
         /// The tokenizer.json to write.
         #[arg(long)]
         out: PathBuf,

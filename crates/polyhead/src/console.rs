@@ -1,11 +1,39 @@
-//! What a person sees while a model trains: a progress bar on a terminal, plain lines elsewhere.
+//! What a person sees: talk on standard error, data on standard output, and while a model trains a progress bar on a
+//! terminal, plain lines elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use polyhead_models::Evaluated;
 use polyhead_training::run::{Logged, View};
+
+use crate::report::Failure;
+
+/// A line on standard error. That nobody listens (a closed pipe, a terminal that is gone) must not end a run: the standard
+/// library's macros panic there.
+macro_rules! talk {
+    ($($words:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($words)*);
+    }};
+}
+pub(crate) use talk;
+
+/// A line of data on standard output; see [`print`].
+macro_rules! put {
+    ($($words:tt)*) => { $crate::console::print(format_args!("{}\n", format_args!($($words)*))) };
+}
+pub(crate) use put;
+
+/// Writes data to standard output.
+///
+/// # Errors
+/// If it cannot be written, a closed pipe included, where `print!` would panic.
+pub fn print(data: std::fmt::Arguments<'_>) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_fmt(data).and_then(|()| stdout.flush()).map_err(Failure::output)
+}
 
 /// Shows a run on standard error.
 pub struct Console {
@@ -30,7 +58,7 @@ impl Console {
     fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            None => talk!("{line}"),
         }
     }
 
@@ -39,6 +67,16 @@ impl Console {
         let seconds = (left as f64 / logged.tokens_per_second.max(1e-9)).round();
         clock(Duration::from_secs_f64(seconds.min(1e9)))
     }
+}
+
+/// Text from anywhere must not steer the terminal: control characters are spelt out, but for those that lay text out.
+pub fn harmless(text: &str) -> String {
+    let show = |sign: char| match sign {
+        '\n' | '\t' => sign.to_string(),
+        sign if sign.is_control() => sign.escape_default().to_string(),
+        sign => sign.to_string(),
+    };
+    text.chars().map(show).collect()
 }
 
 /// `1:02:03` or `2:03`.
@@ -83,7 +121,7 @@ impl View for Console {
                 bar.set_position(logged.step);
                 bar.set_message(line);
             }
-            None if logged.logged => eprintln!("step: {}  {line}", logged.step),
+            None if logged.logged => talk!("step: {}  {line}", logged.step),
             None => {}
         }
     }

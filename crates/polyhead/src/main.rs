@@ -20,8 +20,9 @@ fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(report::Failure::Unread) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{failure}");
+            console::talk!("{failure}");
             ExitCode::from(failure.code())
         }
     }

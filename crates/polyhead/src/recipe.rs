@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{Layer, merge, parse_layer};
-use crate::report::{Problem, Problems};
+use crate::report::{Problem, Problems, in_words};
 use crate::schema;
 
 /// One complete run.
@@ -128,7 +128,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
     let merged = merge(&layers);
     let recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
         let path = error.path().to_string();
-        Problems(vec![Problem::at(&layers, &path, error.into_inner().to_string())])
+        Problems(vec![Problem::at(&layers, &path, in_words(&error.into_inner().to_string()))])
     })?;
     let loaded = Loaded { recipe, layers };
     let problems: Vec<Problem> =
@@ -167,12 +167,22 @@ pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
     out
 }
 
+/// The text of a recipe's file.
+///
+/// # Errors
+/// If there is none, or it is no text.
+pub fn read_file(path: &Path) -> Result<String, Problems> {
+    std::fs::read_to_string(path).map_err(|error| {
+        Problems::plain(format!(
+            "recipe {}: {error}\n  hint: recipes are files that end in .toml; `polyhead ls` lists those at hand",
+            path.display()
+        ))
+    })
+}
+
 fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
     let read = |path: &Path| {
-        let text = std::fs::read_to_string(path).map_err(|error| {
-            let hint = if path.extension().is_none() { "; recipes end in .toml, `polyhead ls` lists them" } else { "" };
-            Problems::plain(format!("recipe {}: {error}{hint}", path.display()))
-        })?;
+        let text = read_file(path)?;
         parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
     };
     let mut file = read(path)?;

@@ -2,8 +2,14 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::path::Path;
+
+use polyhead_training::run_folder::FileError;
 
 use crate::layers::Layer;
+
+/// More of a line is not shown; chosen by us.
+const LONGEST_LINE: usize = 160;
 
 /// One mistake in a recipe.
 #[derive(Debug, Clone)]
@@ -45,8 +51,10 @@ impl Problem {
         let start = span.start.min(text.len());
         let before = text.get(..start).unwrap_or_default();
         let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let line_text = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default().to_owned();
+        let line_text = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default();
         let column = text.get(line_start..start).unwrap_or_default().chars().count() + 1;
+        // A line of a file that is no recipe may be the whole file.
+        let line_text = line_text.chars().take(column.max(LONGEST_LINE)).collect();
         let length =
             text.get(start..span.end.max(start)).map_or(1, |part| part.lines().next().unwrap_or("").chars().count());
         let place = Place {
@@ -86,6 +94,22 @@ impl fmt::Display for Problem {
     }
 }
 
+/// What serde says about a wrong type, for people who do not know Rust.
+pub fn in_words(message: &str) -> String {
+    let message = message.trim_end().split("\nin `").next().unwrap_or_default();
+    let Some((found, expected)) = message.rsplit_once("expected ") else { return message.to_owned() };
+    let expected = match expected {
+        "u64" | "usize" | "u32" => "a whole number, 0 or more",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list, such as [\"a\", \"b\"]",
+        "path string" | "a string" => "text",
+        table if table.starts_with("struct ") || table == "map" => "a table",
+        other => other,
+    };
+    format!("{found}expected {expected}")
+}
+
 /// Mistakes in a recipe, all that were found.
 #[derive(Debug)]
 pub struct Problems(pub Vec<Problem>);
@@ -115,6 +139,9 @@ pub enum Failure {
     /// The run failed: exit code 1.
     #[error("error: {0}")]
     Run(String),
+    /// Nobody reads standard output any more, as with `| head`. There is nothing to add: exit code 0.
+    #[error("standard output is closed")]
+    Unread,
     /// A signal ended the run, which is saved: exit code 128 + signal.
     #[error("interrupted")]
     Interrupted(usize),
@@ -136,18 +163,32 @@ fails_the_run!(
     polyhead_training::TrainError,
     polyhead_training::checkpoint::CheckpointError,
     polyhead_training::run_folder::RunFolderError,
-    polyhead_training::run_folder::FileError,
+    FileError,
     polyhead_data::DataError,
     polyhead_models::weights::WeightsError,
     std::io::Error
 );
 
 impl Failure {
+    /// Standard output could not be written.
+    pub fn output(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::Unread,
+            _ => Self::Run(format!("cannot write to standard output: {error}")),
+        }
+    }
+
+    /// A file could not be used: what was attempted, as a verb, and why not.
+    pub fn file(action: &'static str, path: &Path, cause: std::io::Error) -> Self {
+        FileError { action, path: path.to_owned(), cause }.into()
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
             Self::Run(_) => 1,
+            Self::Unread => 0,
             Self::Interrupted(signal) => 128 + *signal as u8,
         }
     }

@@ -57,7 +57,7 @@ pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
         let mut report = |path: &str, key: &str, valid: Vec<String>| {
             let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
             let problem = Problem::at(std::slice::from_ref(layer), path, format!("unknown key `{key}` in {table}"));
-            found.push(problem.hint(Some(suggestion(key, &valid))));
+            found.push(problem.hint(Some(suggestion(&root, key, &valid))));
         };
         walk(&root, &[&root], layer.values(), "", &mut report);
     }
@@ -117,7 +117,12 @@ pub fn variants<'a>(root: &'a Value, schema: &'a Value) -> Vec<&'a Value> {
     vec![schema]
 }
 
-fn suggestion(key: &str, valid: &[String]) -> String {
+fn suggestion(root: &Value, key: &str, valid: &[String]) -> String {
+    let mut places = Vec::new();
+    find_key(root, root, "", key, &mut places);
+    if !places.is_empty() {
+        return format!("its place is {}", places.join(" or "));
+    }
     let near = valid.iter().map(|name| (strsim::jaro_winkler(key, name), name));
     let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.82);
     if let Some((_, name)) = near {
@@ -130,6 +135,19 @@ fn suggestion(key: &str, valid: &[String]) -> String {
     names.sort_unstable();
     names.dedup();
     format!("valid here: {}", names.join(", "))
+}
+
+/// Where a key of that name is valid, as dotted paths.
+fn find_key(root: &Value, schema: &Value, path: &str, key: &str, places: &mut Vec<String>) {
+    for variant in variants(root, schema) {
+        for (name, property) in variant.get("properties").and_then(Value::as_object).into_iter().flatten() {
+            let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            find_key(root, property, &path, key, places);
+            if name == key && !places.contains(&path) {
+                places.push(path);
+            }
+        }
+    }
 }
 
 /// The recipe reference: every key with its meaning, from the types' own documentation.

@@ -22,6 +22,6 @@ pub mod state;
 pub mod tensorboard;
 
 pub use error::TrainError;
-pub use memory::peak_memory_bytes;
+pub use memory::{available_memory_bytes, peak_memory_bytes};
 pub use procedure::{Procedure, StepContext, StepReport};
 pub use standard::Standard;

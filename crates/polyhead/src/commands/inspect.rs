@@ -1,13 +1,14 @@
-//! Verbs that look without training: `ls`, `cp`, `cat`, `plan`, `preview`, `doctor`, `tokenizer train`.
+//! Verbs that look without training: `ls`, `cp`, `cat`, `doctor`, `tokenizer train`.
 
 use std::path::{Path, PathBuf};
 
 use polyhead_data::train_bpe;
-use polyhead_models::IGNORE;
+use polyhead_training::available_memory_bytes;
+use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use crate::assemble;
-use crate::console::{bytes, thousands};
+use crate::console::{bytes, print, put, talk};
 use crate::device;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
@@ -21,14 +22,13 @@ pub fn ls() -> Result<(), Failure> {
     for path in found {
         let text = std::fs::read_to_string(&path)?;
         let about = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
-        let path = path.strip_prefix("./").unwrap_or(&path);
-        println!("{:<44} {about}", path.display());
+        put!("{:<44} {about}", shown(&path).display())?;
     }
     Ok(())
 }
 
 fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), Failure> {
-    for entry in std::fs::read_dir(folder)? {
+    for entry in std::fs::read_dir(folder).map_err(|error| Failure::file("read", folder, error))? {
         let path = entry?.path();
         if path.is_dir() {
             collect(&path, found)?;
@@ -42,124 +42,75 @@ fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), Failure> {
 /// Copies a recipe.
 pub fn cp(from: &Path, to: &Path) -> Result<(), Failure> {
     must_not_exist(to)?;
-    let text = std::fs::read_to_string(from).map_err(|e| Failure::Run(format!("{}: {e}", from.display())))?;
-    std::fs::write(to, text).map_err(|e| Failure::Run(format!("{}: {e}", to.display())))?;
-    println!("{}", to.display());
-    Ok(())
+    let text = recipe::read_file(from)?;
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, error))?;
+    }
+    atomic_write(to, text.as_bytes())?;
+    put!("{}", to.display())
 }
 
 /// Prints the resolved recipe.
 pub fn cat(loaded: &Loaded) -> Result<(), Failure> {
-    print!("{}", recipe::resolved(&loaded.recipe)?);
-    Ok(())
+    print(format_args!("{}", recipe::resolved(&loaded.recipe)?))
 }
 
-/// Prints what a recipe costs.
-pub fn plan(loaded: &Loaded) -> Result<(), Failure> {
-    let recipe = &loaded.recipe;
-    let opened = assemble::data(recipe, &mut |_, _| {})?;
-    let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
-    let parts = recipe.model.decoder().parts(opened.vocab_size);
-    println!("{:<34} {:>14} {:>18} {:>16}", "part", "parameters", "FLOPs per token", "KV B per token");
-    let (mut parameters, mut flops, mut cached) = (0, 0, 0);
-    for part in &parts {
-        // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
-        let part_flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
-        let part_cached = 4 * part.cost.cached_numbers_per_token;
-        let (a, b, c) = (thousands(part.cost.parameters), thousands(part_flops), thousands(part_cached));
-        println!("{:<34} {a:>14} {b:>18} {c:>16}", part.name);
-        parameters += part.cost.parameters;
-        flops += part_flops;
-        cached += part_cached;
-    }
-    println!("{:<34} {:>14} {:>18} {:>16}", "all", thousands(parameters), thousands(flops), thousands(cached));
-    let per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
-    let tokens = per_step * training.steps;
-    println!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.");
-    println!(
-        "steps      {} of {} tokens: {} in all",
-        thousands(training.steps),
-        thousands(per_step),
-        thousands(tokens)
-    );
-    println!("data       {}", opened.description);
-    println!(
-        "           one epoch is {} steps",
-        thousands(opened.train.batches_per_epoch() / training.gradient_accumulation_steps as u64)
-    );
-    println!("compute    {:.2e} FLOPs", 3.0 * flops as f64 * tokens as f64);
-    println!("memory     {} for weights, gradients and optimiser; activations come on top", bytes(16 * parameters));
-    let kept = recipe.checkpoint.keep_latest_k.max(1) as u64 + 1;
-    println!("disk       {} for {kept} checkpoints", bytes(12 * parameters * kept));
-    Ok(())
-}
-
-/// Prints rows as the model sees them; what it learns to predict stands in brackets behind the token before.
-pub fn preview(loaded: &Loaded, rows: usize) -> Result<(), Failure> {
-    let opened = assemble::data(&loaded.recipe, &mut |_, _| {})?;
-    eprintln!("data: {}", opened.description);
-    eprintln!("each line: position, document, token, and what is to be predicted (- where nothing is)");
-    let batch = opened.train.batch(0)?;
-    let name = |id: u32| match &opened.tokenizer {
-        Some(tokenizer) => format!("{id} {:?}", tokenizer.token_text(id)),
-        None => id.to_string(),
-    };
-    for row in 0..rows.min(batch.batch) {
-        println!("row {row}");
-        for position in 0..batch.seq {
-            let at = row * batch.seq + position;
-            let document = batch.documents.as_ref().map_or("-".into(), |documents| documents[at].to_string());
-            let target = match batch.targets[at] {
-                IGNORE => "-".into(),
-                id => name(id as u32),
-            };
-            println!("{position:>6} {document:>3}  {:<24} -> {target}", name(batch.tokens[at]));
-        }
-    }
-    Ok(())
-}
-
-/// Prints what this machine and this binary can do.
+/// Prints what this machine and this binary can do, and what to do about the rest.
 pub fn doctor() -> Result<(), Failure> {
-    println!("polyhead   {}", env!("CARGO_PKG_VERSION"));
-    println!("devices    {}", device::usable().join(", "));
-    for name in device::NAMES {
-        if let Err(problem) = device::open(name) {
-            println!("           {problem}");
-        }
+    let slow = if cfg!(debug_assertions) { " (a debug build, which is slow: use cargo build --release)" } else { "" };
+    put!("polyhead   {}{slow}", env!("CARGO_PKG_VERSION"))?;
+    put!("devices    {}", device::usable().join(", "))?;
+    for problem in device::NAMES.iter().filter_map(|name| device::open(name).err()) {
+        put!("           {problem}")?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("cores      {cores}");
-    let docs = polyhead_data::documents(
-        &polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {}),
-        &assemble::project_root(),
-    );
-    match docs {
-        Ok((_, words)) => println!("text       {words}"),
-        Err(error) => println!("text       {error}"),
+    let (threads, set) = (polyhead_kernels::threads(), polyhead_kernels::instruction_set());
+    put!("CPU        {cores} cores; {threads} threads (RAYON_NUM_THREADS sets them); instruction set: {set}")?;
+    if let Some(memory) = available_memory_bytes() {
+        put!("memory     {} available", bytes(memory))?;
     }
-    let writable = tempfile_in_place();
-    println!(
-        "folder     {}",
-        if writable { "checkpoints can be written here" } else { "this folder cannot be written to; use --out" }
-    );
+    let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
+    match polyhead_data::documents(&rust_docs, &assemble::project_root()) {
+        Ok((_, words)) => put!("text       {words}")?,
+        Err(error) => put!("text       {error}")?,
+    }
+    let recipes = assemble::project_root().join("recipes");
+    match recipes.is_dir() {
+        true => put!("recipes    {} (`polyhead ls`)", shown(&recipes).display())?,
+        false => put!("recipes    none in {}; `polyhead reference` tells what one may say", recipes.display())?,
+    }
+    for (name, folder, way_out) in [
+        ("runs", "checkpoints", "train with --out DIR"),
+        ("tokens", "datasets/cache", "start polyhead in a folder that is yours"),
+    ] {
+        match try_writing(Path::new(folder)) {
+            Ok(()) => put!("{name:<10} {folder} can be written")?,
+            Err(problem) => put!("{name:<10} {folder} cannot be written ({problem}): {way_out}")?,
+        }
+    }
     Ok(())
 }
 
-fn tempfile_in_place() -> bool {
-    let probe = Path::new(".polyhead-doctor");
-    let written = std::fs::write(probe, b"").is_ok();
-    let _ = std::fs::remove_file(probe);
-    written
+/// Writes and removes a file in a folder, or in the nearest one above that exists.
+fn try_writing(folder: &Path) -> std::io::Result<()> {
+    let exists = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    let probe = exists.join(format!(".polyhead-doctor-{}", std::process::id()));
+    std::fs::write(&probe, b"")?;
+    std::fs::remove_file(&probe)
+}
+
+/// A path as a person would type it.
+fn shown(path: &Path) -> &Path {
+    path.strip_prefix("./").unwrap_or(path)
 }
 
 /// Learns a tokenizer from the text of a recipe.
 pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
     let (documents, words) = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
-    eprintln!("learning {vocab_size} tokens from {words}");
+    talk!("learning {vocab_size} tokens from {words}");
     let learnt = train_bpe(documents.into_iter().map(|document| document.text), vocab_size, out)?;
-    eprintln!("wrote {learnt} tokens to {}", out.display());
-    eprintln!("next: tokenizer.huggingface.path={}", out.display());
+    talk!("wrote {learnt} tokens to {}", out.display());
+    talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())
 }

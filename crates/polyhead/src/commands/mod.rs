@@ -1,12 +1,15 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 mod inspect;
+mod plan;
+mod preview;
 mod train;
 mod trained;
 
 use std::path::Path;
 
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
+use crate::console::{print, put};
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
 
@@ -22,28 +25,28 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Cat(args) => inspect::cat(&load(&args)?),
         Command::Validate(args) => {
             load(&args)?;
-            println!("{}: valid", args.recipe.display());
-            Ok(())
+            put!("{}: valid", args.recipe.display())
         }
-        Command::Plan(args) => inspect::plan(&load(&args)?),
-        Command::Preview { recipe, rows } => inspect::preview(&load(&recipe)?, rows),
+        Command::Plan { recipe, no_probe } => plan::plan(&load(&recipe)?, !no_probe),
+        Command::Preview { recipe, rows, table } => {
+            preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
+        }
         Command::Eval { checkpoint, batches, device } => trained::eval(&checkpoint, batches, device.as_deref()),
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
         Command::Doctor => inspect::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
-            inspect::train_tokenizer(&load(&recipe)?, vocab_size, &out)
+            inspect::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();
-            clap_complete::generate(shell, &mut command, "polyhead", &mut std::io::stdout());
-            Ok(())
+            // In memory first: the crate panics where writing fails.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command, "polyhead", &mut script);
+            print(format_args!("{}", String::from_utf8_lossy(&script)))
         }
-        Command::Reference => {
-            print!("{}", crate::schema::reference());
-            Ok(())
-        }
+        Command::Reference => print(format_args!("{}", crate::schema::reference())),
     }
 }
 

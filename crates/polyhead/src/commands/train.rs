@@ -1,23 +1,22 @@
 //! `polyhead train`.
 
-use std::io::Write;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use polyhead_data::{StreamDecoder, Tokenizer};
-use polyhead_models::{Decoder, generate};
-use polyhead_training::checkpoint::{clean_leftovers, list, newest_good, verify};
+use polyhead_data::Tokenizer;
+use polyhead_models::Decoder;
+use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::{peak_memory_bytes, state};
 
+use super::trained::write_text;
 use crate::assemble::{self, Source};
 use crate::cli::TrainArgs;
-use crate::console::{Console, bytes, clock, thousands};
+use crate::console::{Console, bytes, clock, talk, thousands};
 use crate::recipe::{self, Recipe};
 use crate::report::Failure;
 
@@ -30,7 +29,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
     let lock = RunLock::acquire(&run_dir)?;
     for left in clean_leftovers(&run_dir)? {
-        eprintln!("cleaned up after an interrupted save: {}", left.display());
+        talk!("cleaned up after an interrupted save: {}", left.display());
     }
     let resume = choose_checkpoint(&args.resume, &run_dir)?;
     if let Some(checkpoint) = &resume {
@@ -39,26 +38,35 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
 
     let started = Instant::now();
     let opened = assemble::data(&recipe, &mut tokenizing())?;
-    eprintln!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
+    talk!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
+    if let Some(checkpoint) = &resume
+        && let Some(problem) = assemble::changed_text(checkpoint, &opened)?
+    {
+        let hint = "put it back, or start another run with --out";
+        return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
+    }
     let model = assemble::fresh_model(&recipe, opened.vocab_size, &device);
     let config = recipe.model.decoder();
     let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
     let parameters = thousands(model.num_params() as u64);
     let mut distinct = mechanism.clone();
     distinct.dedup();
-    eprintln!("model: {parameters} parameters, {} layers, attention: {}", config.n_layers, distinct.join(", "));
+    talk!("model: {parameters} parameters, {} layers, attention: {}", config.n_layers, distinct.join(", "));
 
     let start = match &resume {
         Some(checkpoint) => {
             let step = state::read_progress(checkpoint)?.step;
-            eprintln!("resume: from {} (step {step})", checkpoint.display());
+            talk!("resume: from {} (step {step})", checkpoint.display());
             step
         }
         None => 0,
     };
     let text = recipe::resolved(&recipe)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
-    let mut companions = vec![("recipe.toml".to_owned(), text.clone().into_bytes())];
+    let mut companions = vec![
+        ("recipe.toml".to_owned(), text.clone().into_bytes()),
+        ("data.json".to_owned(), assemble::data_record(&opened)),
+    ];
     if let Some(tokenizer) = &opened.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
     }
@@ -88,8 +96,8 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     drop(console);
 
     if let Some(signal) = outcome.interrupted {
-        eprintln!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
-        eprintln!("the same command goes on from there");
+        talk!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
+        talk!("the same command goes on from there");
         return Err(Failure::Interrupted(signal));
     }
     summarize(&args, &recipe, &outcome, &run_dir, &opened.description, opened.floor);
@@ -111,7 +119,7 @@ fn tokenizing() -> impl FnMut(u64, u64) {
         let seconds = started.elapsed().as_secs();
         if seconds > told && done < all {
             told = seconds;
-            eprintln!("tokens: {} of {}", bytes(done), bytes(all));
+            talk!("tokens: {} of {}", bytes(done), bytes(all));
         }
     }
 }
@@ -129,7 +137,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
         "auto" => {
             let (found, damaged) = newest_good(run_dir)?;
             for problem in &damaged {
-                eprintln!("warning: {problem}");
+                talk!("warning: {problem}");
             }
             match found {
                 Some((path, _)) => Ok(Some(path)),
@@ -141,8 +149,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
         path => {
-            let path = PathBuf::from(path);
-            verify(&path)?;
+            let path = assemble::find_checkpoint(Path::new(path))?;
             let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
             match inside {
                 true => Ok(Some(path)),
@@ -186,47 +193,33 @@ fn listen() -> Result<Arc<AtomicUsize>, Failure> {
 fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Path, data: &str, floor: Option<f64>) {
     let progress = &outcome.progress;
     let time = Duration::from_micros(progress.microseconds);
-    eprintln!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));
-    eprintln!("on       {data}");
+    talk!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));
+    talk!("on       {data}");
     if let Some(sums) = outcome.validation {
         let bits = sums.bits_per_byte().map_or(String::new(), |bits| format!(", {bits:.3} bits per byte"));
         let accuracy = 100.0 * sums.accuracy();
         let floor = floor.map_or(String::new(), |floor| format!(", best possible loss {floor:.4}"));
-        eprintln!("reached  validation loss {:.4}{bits}, accuracy {accuracy:.1} %{floor}", sums.mean_loss());
+        talk!("reached  validation loss {:.4}{bits}, accuracy {accuracy:.1} %{floor}", sums.mean_loss());
     }
     if let Some(memory) = peak_memory_bytes() {
-        eprintln!("memory   {} at most", bytes(memory));
+        talk!("memory   {} at most", bytes(memory));
     }
     if progress.skipped > 0 {
-        eprintln!("skipped  {} steps that were not finite", progress.skipped);
+        talk!("skipped  {} steps that were not finite", progress.skipped);
     }
     let run = run_dir.display();
-    eprintln!("lies in  {run} (curves: tensorboard --logdir {run})");
+    talk!("lies in  {run} (curves: tensorboard --logdir {run})");
     if recipe.data.is_text() {
-        eprintln!("next     polyhead generate {run} --prompt \"...\"");
+        talk!("next     polyhead generate {run} --prompt \"...\"");
     } else {
-        eprintln!("next     polyhead eval {run}");
+        talk!("next     polyhead eval {run}");
     }
     let recipe = args.recipe.recipe.display();
-    eprintln!("         polyhead train {recipe} training.steps={} --out {run}   # go on", 2 * progress.step);
+    talk!("         polyhead train {recipe} training.steps={} --out {run}   # go on", 2 * progress.step);
 }
 
 /// A sample of what the model writes, on standard output.
 fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
-    let model = model.valid();
-    let mut prompt = tokenizer.encode(&recipe.generation.prompt)?;
-    if prompt.is_empty() {
-        prompt.push(tokenizer.end_of_text().unwrap_or(0));
-    }
-    eprintln!("\nsample:");
-    print!("{}", recipe.generation.prompt);
-    let mut stream = StreamDecoder::new(tokenizer);
-    let mut stdout = std::io::stdout();
-    generate(&model, &prompt, &recipe.generation.sampling, tokenizer.end_of_text(), |token| {
-        let shown =
-            stream.push(token).is_none_or(|text| write!(stdout, "{text}").and_then(|()| stdout.flush()).is_ok());
-        if shown { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    });
-    println!();
-    Ok(())
+    talk!("\nsample:");
+    write_text(&model.valid(), tokenizer, &recipe.generation.prompt, &recipe.generation.sampling)
 }

@@ -1,6 +1,6 @@
 //! Verbs about a trained model: `eval`, `generate`, `export`, `logits`.
 
-use std::io::Write;
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -9,19 +9,23 @@ use polyhead_attention::{Mask, Observe};
 use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{Evaluated, Sampling};
+use polyhead_models::{Decoder, Evaluated, Sampling};
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use crate::assemble;
 use crate::cli::GenerateArgs;
+use crate::console::{harmless, print, put, talk};
 use crate::report::Failure;
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
     let trained = assemble::open_trained(checkpoint, device)?;
     let opened = assemble::data(&trained.recipe, &mut |_, _| {})?;
-    eprintln!("data: {}", opened.description);
+    talk!("data: {}", opened.description);
+    if let Some(problem) = assemble::changed_text(&trained.path, &opened)? {
+        talk!("warning: {problem}: some of what is held out now may have been learnt");
+    }
     let all = opened.validation.batches_per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
     let mut sums = Evaluated::default();
@@ -32,8 +36,7 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
         "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
-    println!("{result:#}");
-    Ok(())
+    put!("{result:#}")
 }
 
 /// Continues a prompt on standard output.
@@ -47,10 +50,6 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
-    let mut prompt = tokenizer.encode(&args.prompt)?;
-    if prompt.is_empty() {
-        prompt.push(tokenizer.end_of_text().unwrap_or(0));
-    }
     let sampling = Sampling {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -58,16 +57,29 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         top_p: args.top_p,
         seed: args.seed,
     };
-    let (mut stream, mut stdout) = (StreamDecoder::new(tokenizer), std::io::stdout());
-    write!(stdout, "{}", args.prompt)?;
-    polyhead_models::generate(&trained.model, &prompt, &sampling, tokenizer.end_of_text(), |token| {
-        let shown =
-            stream.push(token).is_none_or(|text| write!(stdout, "{text}").and_then(|()| stdout.flush()).is_ok());
-        if shown { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    write_text(&trained.model, tokenizer, &args.prompt, &sampling)
+}
+
+/// Writes a prompt and what the model makes of it to standard output, as it comes. Where there is no prompt, the model
+/// starts a text.
+pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling: &Sampling) -> Result<(), Failure> {
+    let mut ids = tokenizer.encode(prompt)?;
+    if ids.is_empty() {
+        ids.push(tokenizer.end_of_text().unwrap_or(0));
+    }
+    let on_terminal = std::io::stdout().is_terminal();
+    let show = |text: &str| match on_terminal {
+        true => print(format_args!("{}", harmless(text))),
+        false => print(format_args!("{text}")),
+    };
+    show(prompt)?;
+    let (mut stream, mut written) = (StreamDecoder::new(tokenizer), Ok(()));
+    polyhead_models::generate(model, &ids, sampling, tokenizer.end_of_text(), |token| {
+        written = stream.push(token).map_or(Ok(()), |text| show(&text));
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
-    // A closed pipe is no failure of ours.
-    let _ = writeln!(stdout);
-    Ok(())
+    written?;
+    put!("")
 }
 
 fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
@@ -89,15 +101,22 @@ pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     let mut name = to.file_name().unwrap_or_default().to_os_string();
     name.push(".partial");
     let partial = to.with_file_name(name);
-    std::fs::create_dir_all(&partial)?;
-    for (name, bytes) in &files {
-        atomic_write(&partial.join(name), bytes)?;
-    }
-    std::fs::rename(&partial, to)?;
+    must_not_exist(&partial)?;
+    std::fs::create_dir_all(&partial).map_err(|error| Failure::file("create", &partial, error))?;
+    let write_all = || -> Result<(), Failure> {
+        for (name, bytes) in &files {
+            atomic_write(&partial.join(name), bytes)?;
+        }
+        std::fs::rename(&partial, to).map_err(|error| Failure::file("create", to, error))
+    };
+    write_all().inspect_err(|_| {
+        // Best effort: the first error is the one to report.
+        let _ = std::fs::remove_dir_all(&partial);
+    })?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
-    eprintln!("wrote {} to {}", names.join(", "), to.display());
+    talk!("wrote {} to {}", names.join(", "), to.display());
     if let Some(note) = hf::tokenizer_note(trained.model.config()).filter(|_| trained.tokenizer.is_some()) {
-        eprintln!("note: {note}");
+        talk!("note: {note}");
     }
     Ok(())
 }
@@ -126,6 +145,6 @@ pub fn logits(checkpoint: &Path, tokens: &[u32], out: &Path) -> Result<(), Failu
         },
     ];
     atomic_write(out, &to_safetensors(&named, &[])?)?;
-    eprintln!("wrote {} tokens x {vocab} logits to {}", tokens.len(), out.display());
+    talk!("wrote {} tokens x {vocab} logits to {}", tokens.len(), out.display());
     Ok(())
 }

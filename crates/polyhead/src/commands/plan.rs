@@ -1,0 +1,171 @@
+//! `polyhead plan`: what a recipe would cost. Sizes are computed; time is measured on a few steps.
+
+use std::time::{Duration, Instant};
+
+use polyhead_data::Opened;
+use polyhead_training::evaluate::{Batches, evaluate};
+use polyhead_training::{Procedure, Standard, StepContext, available_memory_bytes, peak_memory_bytes, schedule};
+
+use crate::assemble::{self, Source};
+use crate::console::{bytes, clock, put, talk, thousands};
+use crate::recipe::{Loaded, Recipe};
+use crate::report::Failure;
+
+/// Measured steps go on for this long, one at least; chosen by us.
+const PROBE: Duration = Duration::from_secs(3);
+/// Steps beyond these tell nothing new; chosen by us.
+const PROBE_STEPS: u64 = 20;
+
+/// What a recipe costs besides time.
+struct Costs {
+    parameters: u64,
+    flops_per_token: u64,
+    cached_bytes_per_token: u64,
+    tokens_per_step: u64,
+    tokens: u64,
+    /// What a forward pass keeps for its backward pass, roughly.
+    activation_bytes: u64,
+}
+
+impl Costs {
+    /// Weights, gradients and two moments, in f32.
+    fn state_bytes(&self) -> u64 {
+        16 * self.parameters
+    }
+
+    fn training_flops(&self) -> f64 {
+        3.0 * self.flops_per_token as f64 * self.tokens as f64
+    }
+}
+
+/// Prints what a recipe costs; with `probe`, trains a few steps to tell the time.
+pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
+    let recipe = &loaded.recipe;
+    let opened = assemble::data(recipe, &mut |_, _| {})?;
+    let costs = sizes(recipe, &opened)?;
+    if !probe {
+        return Ok(());
+    }
+    // A plan is made for what may be too large; the system would end us without a word.
+    if let Some(available) = available_memory_bytes().filter(|_| recipe.training.device != "cuda")
+        && costs.state_bytes().saturating_add(costs.activation_bytes) > available
+    {
+        return put!("time       not measured: only {} of memory are available here", bytes(available));
+    }
+    time(recipe, opened, &costs)
+}
+
+fn sizes(recipe: &Recipe, opened: &Opened) -> Result<Costs, Failure> {
+    let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
+    let tokens_per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
+    let mut all = Costs {
+        parameters: 0,
+        flops_per_token: 0,
+        cached_bytes_per_token: 0,
+        tokens_per_step,
+        tokens: tokens_per_step.saturating_mul(training.steps),
+        activation_bytes: activation_bytes(recipe),
+    };
+    let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
+    let numbers = |name: &str, values: [u64; 3]| line(name, values.map(thousands).each_ref().map(String::as_str));
+    line("part", ["parameters", "FLOPs per token", "KV B per token"])?;
+    for part in &recipe.model.decoder().parts(opened.vocab_size) {
+        // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
+        let flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
+        let cached = 4 * part.cost.cached_numbers_per_token;
+        numbers(&part.name, [part.cost.parameters, flops, cached])?;
+        all.parameters += part.cost.parameters;
+        all.flops_per_token += flops;
+        all.cached_bytes_per_token += cached;
+    }
+    numbers("all", [all.parameters, all.flops_per_token, all.cached_bytes_per_token])?;
+    put!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.")?;
+    let (steps, tokens) = (thousands(training.steps), thousands(all.tokens));
+    put!("steps      {steps} of {} tokens: {tokens} in all", thousands(tokens_per_step))?;
+    put!("data       {}", opened.description)?;
+    let epoch = opened.train.batches_per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
+    put!("           one epoch is {} steps", thousands(epoch))?;
+    put!("compute    {:.2e} FLOPs", all.training_flops())?;
+    let (state, activations) = (bytes(all.state_bytes()), bytes(all.activation_bytes));
+    put!("memory     {state} for weights, gradients and optimiser; roughly {activations} for activations")?;
+    let kept = checkpoints(recipe);
+    put!("disk       {} for {} checkpoints", bytes(all.parameters.saturating_mul(12 * kept)), thousands(kept))?;
+    Ok(all)
+}
+
+/// Trains the real model on the real data for a few steps, and tells what all of them would take.
+fn time(recipe: &Recipe, opened: Opened, costs: &Costs) -> Result<(), Failure> {
+    let training = &recipe.training;
+    talk!("probe: a few steps on {}, nothing is saved (--no-probe leaves them out)", training.device);
+    let device = assemble::training_device(recipe)?;
+    let mut model = assemble::fresh_model(recipe, opened.vocab_size, &device);
+    let (train, held_out) = (Source(opened.train), Source(opened.validation));
+    let mut procedure = Standard::new(recipe.optimizer.clone(), training);
+    let accumulation = training.gradient_accumulation_steps as u64;
+    let (started, mut durations) = (Instant::now(), Vec::new());
+    // The first step is the warm-up: it allocates what the others use again.
+    let mut measured = started;
+    for step in 1..=PROBE_STEPS + 1 {
+        let begun = Instant::now();
+        let positions = (step - 1) * accumulation..step * accumulation;
+        let batches = positions.map(|position| train.batch(position)).collect::<Result<Vec<_>, _>>()?;
+        let lr = recipe.optimizer.lr() * schedule::factor(&recipe.lr_scheduler, step - 1, training.steps);
+        (model, _) = procedure.step(model, &batches, &StepContext { step, lr })?;
+        match step {
+            1 => measured = Instant::now(),
+            _ => durations.push(begun.elapsed()),
+        }
+        if step > 1 && measured.elapsed() > PROBE {
+            break;
+        }
+    }
+    // The median: other work on the machine disturbs some steps, not most.
+    durations.sort_unstable();
+    let step = durations[durations.len() / 2];
+    let begun = Instant::now();
+    evaluate(&model, &held_out, 1)?;
+    let validation = times(begun.elapsed(), validation_batches(recipe, held_out.per_epoch()));
+
+    let (seconds, in_all) = (step.as_secs_f64().max(1e-9), times(step, training.steps));
+    let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);
+    let gigaflops = 3.0 * costs.flops_per_token as f64 * costs.tokens_per_step as f64 / seconds / 1e9;
+    if let Some(peak) = peak_memory_bytes().filter(|_| training.device != "cuda") {
+        put!("           {} at most in the probe, everything included", bytes(peak))?;
+    }
+    put!("speed      {speed} tokens per second, {gigaflops:.1} GFLOP per second")?;
+    put!(
+        "time       {} for the steps and {} for validation; saving comes on top (steps measured after a warm-up: {})",
+        clock(in_all),
+        clock(validation),
+        durations.len()
+    )
+}
+
+/// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
+/// 1024), which it meets within a tenth.
+fn activation_bytes(recipe: &Recipe) -> u64 {
+    let (training, decoder) = (&recipe.training, recipe.model.decoder());
+    let numbers_per_token = decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward());
+    (4 * training.batch_size * training.seq_len).saturating_mul(numbers_per_token) as u64
+}
+
+fn times(duration: Duration, count: u64) -> Duration {
+    Duration::try_from_secs_f64(duration.as_secs_f64() * count as f64).unwrap_or(Duration::MAX)
+}
+
+/// Checkpoints that lie side by side at most: those kept, the best one, and the one being written.
+fn checkpoints(recipe: &Recipe) -> u64 {
+    let in_all = recipe.training.steps.checked_div(recipe.checkpoint.interval).unwrap_or(0).saturating_add(1);
+    match recipe.checkpoint.keep_latest_k as u64 {
+        0 => in_all.min(u64::MAX / 12),
+        kept => kept.min(in_all).min(u64::MAX / 12 - 2) + 2,
+    }
+}
+
+/// Batches that all validations of a run take together.
+fn validation_batches(recipe: &Recipe, per_epoch: u64) -> u64 {
+    let (steps, interval) = (recipe.training.steps, recipe.validation.interval);
+    let each = if recipe.validation.batches == 0 { per_epoch } else { recipe.validation.batches.min(per_epoch) };
+    let at_the_end = u64::from(interval == 0 || !steps.is_multiple_of(interval));
+    (steps.checked_div(interval).unwrap_or(0) + at_the_end).saturating_mul(each.max(1))
+}
