@@ -40,6 +40,15 @@ fn wrong_types_and_broken_rules_point_at_their_key() {
 }
 
 #[test]
+fn a_dashboard_that_cannot_be_shown_is_told_with_the_way_out() {
+    let world = World::new(SMALL);
+    let err = world.fails(2, &["train", "recipe.toml", "--tui", "--out", "run"]);
+    let way_out = if cfg!(feature = "tui") { "needs a terminal" } else { "--features tui" };
+    assert!(err.contains("--tui") && err.contains(way_out), "{err}");
+    assert!(!world.dir.path().join("run").exists(), "nothing is written before");
+}
+
+#[test]
 fn extends_and_overrides_are_layers() {
     let world = World::new(SMALL);
     std::fs::write(

@@ -149,6 +149,11 @@ pub struct TrainArgs {
     /// The same as training.device=...
     #[arg(long, value_parser = crate::device::NAMES)]
     pub device: Option<String>,
+    /// Show a dashboard with curves instead of a progress bar; for binaries that were built with --features tui.
+    ///
+    /// Arrow keys switch curves. q offers ways to stop: all of them save first, as Ctrl-C does.
+    #[arg(long)]
+    pub tui: bool,
 }
 
 /// How to generate.

@@ -5,6 +5,8 @@ mod assemble;
 mod cli;
 mod commands;
 mod console;
+#[cfg(feature = "tui")]
+mod dashboard;
 mod device;
 mod layers;
 mod recipe;

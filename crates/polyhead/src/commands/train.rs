@@ -9,7 +9,7 @@ use burn::module::Module;
 use polyhead_data::Tokenizer;
 use polyhead_models::Decoder;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
-use polyhead_training::run::{Job, Outcome, run};
+use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::{peak_memory_bytes, state};
 
@@ -22,6 +22,9 @@ use crate::report::Failure;
 
 /// Trains what a recipe says.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
+    if args.tui {
+        check_dashboard()?;
+    }
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
     let recipe = recipe::load(&args.recipe.recipe, &overrides)?.recipe;
@@ -75,7 +78,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     if let Some(tokenizer) = &opened.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
     }
-    let stop = listen()?;
+    let stop = listen(args.tui)?;
     let training = recipe.training.clone();
     let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
@@ -96,9 +99,16 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         recipe: text,
         stop: &stop,
     };
-    let mut console = Console::new(start, recipe.training.steps, tokens_per_step);
-    let outcome = run(model, job, &mut console)?;
-    drop(console);
+    #[cfg(feature = "tui")]
+    let dashboard = args.tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
+    #[cfg(not(feature = "tui"))]
+    let dashboard: Option<Console> = None;
+    let mut view: Box<dyn View> = match dashboard {
+        Some(dashboard) => Box::new(dashboard),
+        None => Box::new(Console::new(start, recipe.training.steps, tokens_per_step)),
+    };
+    let outcome = run(model, job, view.as_mut())?;
+    drop(view);
 
     if let Some(signal) = outcome.interrupted {
         talk!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
@@ -110,6 +120,18 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         sample(&recipe, &outcome.model, tokenizer)?;
     }
     Ok(())
+}
+
+#[cfg(feature = "tui")]
+fn check_dashboard() -> Result<(), Failure> {
+    Ok(crate::dashboard::check()?)
+}
+
+#[cfg(not(feature = "tui"))]
+fn check_dashboard() -> Result<(), Failure> {
+    let problem = "--tui: this binary was built without the dashboard; build with `cargo build --release --features tui`, \
+                   or leave it out: a terminal gets a progress bar";
+    Err(crate::report::Problems::plain(problem.into()).into())
 }
 
 fn default_folder(recipe: &Path) -> PathBuf {
@@ -185,8 +207,13 @@ fn refuse_changes(before: &Recipe, now: &Recipe, checkpoint: &Path) -> Result<()
 }
 
 /// The number of the first SIGINT or SIGTERM; a second one ends the process at once.
-fn listen() -> Result<Arc<AtomicUsize>, Failure> {
+#[cfg_attr(not(feature = "tui"), allow(unused_variables))] // what the dashboard needs
+fn listen(dashboard: bool) -> Result<Arc<AtomicUsize>, Failure> {
     let (stop, armed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    #[cfg(feature = "tui")]
+    if dashboard {
+        crate::dashboard::give_terminal_back(&armed)?;
+    }
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, armed.clone())?;
         signal_hook::flag::register(signal, armed.clone())?;
