@@ -112,6 +112,10 @@ fn main() -> Outcome<()> {
     if "long".contains(&args.only) {
         report += &long_sequences(folder.path())?;
     }
+    if "generation".contains(&args.only) {
+        let python = args.python.as_deref().filter(|_| torch.is_some());
+        report += &generation(python, args.rounds, folder.path())?;
+    }
     println!("{report}");
     if let Some(out) = &args.out {
         std::fs::write(out, report)?;
@@ -332,4 +336,44 @@ fn long_sequences(folder: &Path) -> Outcome<String> {
         before = Some(peak);
     }
     Ok(table)
+}
+
+/// New tokens of a generation.
+const NEW_TOKENS: &str = "256";
+
+/// Greedy decoding with cached keys and values, one row, beside transformers' `generate` on the exported model.
+fn generation(python: Option<&Path>, rounds: usize, folder: &Path) -> Outcome<String> {
+    let (book, recipe, run, exported) =
+        (folder.join("book.txt"), folder.join("recipe.toml"), folder.join("writer"), folder.join("exported"));
+    std::fs::write(&book, "What is written here does not matter, only that it is text. ".repeat(200))?;
+    std::fs::write(&recipe, recipe_of(&Work { seq: 64, batch: 1, ..BIG }, 1))?;
+    let data = format!("data.text.paths=[{:?}]", text(&book));
+    polyhead(&["train", text(&recipe), &data, "optimizer.adamw.lr=0", "--out", text(&run)])?;
+    polyhead(&["export", text(&run), "--to", text(&exported)])?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 1..=rounds {
+        eprintln!("generation: round {round} ...");
+        let args = ["generate", text(&run), "--prompt", "Once upon a time", "--temperature", "0"];
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_polyhead")).args(args).args(["--max-new-tokens", NEW_TOKENS]).output()?;
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let rate = told.lines().last().and_then(|line| line.strip_prefix(&format!("{NEW_TOKENS} tokens, ")));
+        ours.push(rate.and_then(|rate| rate.split(' ').next()?.parse().ok()).ok_or(told.clone())?);
+        if let Some(python) = python {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/transformers_generate.py");
+            let output =
+                Command::new(python).arg(script).arg(&exported).args([NEW_TOKENS, &threads().to_string()]).output()?;
+            let told = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+            match told.parse::<f64>() {
+                Ok(rate) => theirs.push(rate),
+                Err(_) => eprintln!("transformers: {}", String::from_utf8_lossy(&output.stderr)),
+            }
+        }
+    }
+    let (ours, theirs) = (median(ours), median(theirs));
+    Ok(format!(
+        "\nGreedy generation with cache, d_model 512, 8 layers, one row, {NEW_TOKENS} new tokens: Polyhead {ours:.0} tokens/s, \
+         transformers' generate {theirs:.0} tokens/s, {:.2}x.\n",
+        ours / theirs
+    ))
 }

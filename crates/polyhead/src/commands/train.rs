@@ -261,5 +261,6 @@ fn quoted(argument: &str) -> String {
 /// A sample of what the model writes, on standard output.
 fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
     talk!("\nsample:");
-    write_text(&model.valid(), tokenizer, &recipe.generation.prompt, &recipe.generation.sampling)
+    write_text(&model.valid(), tokenizer, &recipe.generation.prompt, &recipe.generation.sampling)?;
+    Ok(())
 }

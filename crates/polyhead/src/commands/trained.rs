@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Instant;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Mask, Observe};
@@ -57,12 +58,16 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         top_p: args.top_p,
         seed: args.seed,
     };
-    write_text(&trained.model, tokenizer, &args.prompt, &sampling)
+    let started = Instant::now();
+    let count = write_text(&trained.model, tokenizer, &args.prompt, &sampling)?;
+    let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
+    talk!("{count} tokens, {rate:.1} tokens/s");
+    Ok(())
 }
 
 /// Writes a prompt and what the model makes of it to standard output, as it comes. Where there is no prompt, the model
-/// starts a text.
-pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling: &Sampling) -> Result<(), Failure> {
+/// starts a text. Gives how many tokens came.
+pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling: &Sampling) -> Result<usize, Failure> {
     let mut ids = tokenizer.encode(prompt)?;
     if ids.is_empty() {
         ids.push(tokenizer.end_of_text().unwrap_or(0));
@@ -74,12 +79,13 @@ pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling
     };
     show(prompt)?;
     let (mut stream, mut written) = (StreamDecoder::new(tokenizer), Ok(()));
-    polyhead_models::generate(model, &ids, sampling, tokenizer.end_of_text(), |token| {
+    let new = polyhead_models::generate(model, &ids, sampling, tokenizer.end_of_text(), |token| {
         written = stream.push(token).map_or(Ok(()), |text| show(&text));
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     written?;
-    put!("")
+    put!("")?;
+    Ok(new.len())
 }
 
 fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
