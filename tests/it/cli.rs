@@ -90,8 +90,11 @@ fn text_is_learnt_looked_at_and_generated() {
     world.succeeds(&["logits", "run", "--tokens", "1,2,3", "--out", "logits.safetensors"]);
     assert!(world.fails(2, &["logits", "run", "--tokens", "999", "--out", "x"]).contains("999"));
     world.succeeds(&["tokenizer", "train", "recipe.toml", "--vocab-size", "270", "--out", "bpe/tokenizer.json"]);
-    let (_, err) = world.succeeds(&["train", "recipe.toml", "tokenizer.huggingface.path=bpe", "--out", "bpe-run"]);
+    let train = ["train", "recipe.toml", "tokenizer.huggingface.path=bpe", "debug={seed = 4}", "--out", "bpe-run"];
+    let (_, err) = world.succeeds(&train);
     assert!(err.contains("bits per byte"), "{err}");
+    let next = "recipe.toml tokenizer.huggingface.path=bpe 'debug={seed = 4}' training.steps=24 --out bpe-run";
+    assert!(err.contains(next), "the next command goes on with the same recipe: {err}");
 }
 
 #[test]

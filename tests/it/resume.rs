@@ -157,7 +157,11 @@ fn a_changed_text_is_refused() {
     write("The cat sat on the mat and thought. ");
     world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=13"]);
     // A run folder stands for its newest checkpoint.
-    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=14", "--resume", "run"]);
+    let (_, err) = world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=14", "--resume", "run"]);
+    assert!(err.contains("(step 13)") && !err.contains("given up"), "{err}");
+    let older = ["train", RECIPE, "--out", "run", "training.steps=14", "--resume", "run/step-00000013"];
+    let (_, err) = world.succeeds(&older);
+    assert!(err.contains("given up: run/step-00000014"), "{err}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Documents as tokens: made once, kept in a memory-mapped file, split into training and validation.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,8 +32,9 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
-    /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short.
-    /// `progress` is told bytes done and bytes in all while it is made.
+    /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short; where
+    /// `cache_dir` may not be written to, for this time only. `progress` is told bytes done and bytes in all while it is
+    /// made.
     ///
     /// # Errors
     /// If the tokenizer fails or the file cannot be written.
@@ -54,13 +55,24 @@ impl TokenFile {
         if let Some(file) = Self::open(&path, ends) {
             return Ok(Arc::new(file));
         }
-        std::fs::create_dir_all(cache_dir).at(cache_dir)?;
-        let body = encode(documents, tokenizer, progress)?;
-        let mut file = tempfile::NamedTempFile::new_in(cache_dir).at(cache_dir)?;
-        file.write_all(&body).at(&path)?;
+        let created = std::fs::create_dir_all(cache_dir).and_then(|()| tempfile::NamedTempFile::new_in(cache_dir));
+        let (mut file, kept) = match created {
+            Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+                let folder = std::env::temp_dir();
+                (tempfile::NamedTempFile::new_in(&folder).at(&folder)?, false)
+            }
+            created => (created.at(cache_dir)?, true),
+        };
+        file.write_all(&encode(documents, tokenizer, progress)?).at(&path)?;
         file.as_file().sync_all().at(&path)?;
-        file.persist(&path).map_err(|error| error.error).at(&path)?;
-        Self::open(&path, ends).map(Arc::new).ok_or_else(|| {
+        let opened = if kept {
+            file.persist(&path).map_err(|error| error.error).at(&path)?;
+            Self::open(&path, ends)
+        } else {
+            // Read through the map, which outlives the file's name.
+            Self::open(file.path(), ends).map(|opened| Self { key: name.to_owned(), ..opened })
+        };
+        opened.map(Arc::new).ok_or_else(|| {
             DataError::Unusable(format!("{}: written, but it does not read back; is the disk sound?", path.display()))
         })
     }

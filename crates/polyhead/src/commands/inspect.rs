@@ -81,7 +81,7 @@ pub fn doctor() -> Result<(), Failure> {
     }
     for (name, folder, way_out) in [
         ("runs", "checkpoints", "train with --out DIR"),
-        ("tokens", "datasets/cache", "start polyhead in a folder that is yours"),
+        ("tokens", "datasets/cache", "text is turned into tokens anew each time"),
     ] {
         match try_writing(Path::new(folder)) {
             Ok(()) => put!("{name:<10} {folder} can be written")?,

@@ -57,6 +57,11 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         Some(checkpoint) => {
             let step = state::read_progress(checkpoint)?.step;
             talk!("resume: from {} (step {step})", checkpoint.display());
+            let given_up = list(&run_dir)?.into_iter().filter(|(later, _)| *later > step);
+            let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
+            if !given_up.is_empty() {
+                talk!("resume: what came after that step is given up: {}", given_up.join(", "));
+            }
             step
         }
         None => 0,
@@ -214,8 +219,16 @@ fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Pat
     } else {
         talk!("next     polyhead eval {run}");
     }
-    let recipe = args.recipe.recipe.display();
-    talk!("         polyhead train {recipe} training.steps={} --out {run}   # go on", 2 * progress.step);
+    let steps = format!("training.steps={}", 2 * progress.step);
+    let same = args.recipe.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
+    let same = same.map(|text| quoted(text)).collect::<Vec<_>>().join(" ");
+    talk!("         polyhead train {} {same} --out {run}   # go on", args.recipe.recipe.display());
+}
+
+/// As it is typed into a shell.
+fn quoted(argument: &str) -> String {
+    let plain = |sign: char| sign.is_ascii_alphanumeric() || "=._-/:,+".contains(sign);
+    if argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) }
 }
 
 /// A sample of what the model writes, on standard output.
