@@ -310,7 +310,7 @@ fn pytorch(python: &Path, spec: &Path, compiled: bool, measured: &mut Measured) 
 
 /// Useful operations of a step, from `polyhead plan`.
 fn flops_per_step(work: &Work, recipe: &Path) -> Outcome<f64> {
-    let plan = polyhead(&["plan", text(recipe)])?;
+    let plan = polyhead(&["plan", text(recipe), "--no-probe"])?;
     let all = plan.lines().find(|line| line.starts_with("all ")).ok_or("plan shows a sum")?;
     let per_token: f64 = all.split_whitespace().nth(2).ok_or("FLOPs per token")?.replace(',', "").parse()?;
     Ok(3.0 * per_token * (work.batch * work.seq) as f64)
