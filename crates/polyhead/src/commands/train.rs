@@ -240,16 +240,22 @@ fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Pat
         talk!("skipped  {} steps that were not finite", progress.skipped);
     }
     let run = run_dir.display();
-    talk!("lies in  {run} (curves: tensorboard --logdir {run})");
+    let polyhead = program();
+    talk!("lies in  {run} (picture: {run}/curve.svg; all curves: tensorboard --logdir {run})");
     if recipe.data.is_text() {
-        talk!("next     polyhead generate {run} --prompt \"...\"");
+        talk!("next     {polyhead} generate {run} --prompt \"...\"");
     } else {
-        talk!("next     polyhead eval {run}");
+        talk!("next     {polyhead} eval {run}");
     }
     let steps = format!("training.steps={}", 2 * progress.step);
     let same = args.recipe.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
     let same = same.map(|text| quoted(text)).collect::<Vec<_>>().join(" ");
-    talk!("         polyhead train {} {same} --out {run}   # go on", args.recipe.recipe.display());
+    talk!("         {polyhead} train {} {same} --out {run}   # go on", args.recipe.recipe.display());
+}
+
+/// This program as it was called, so that what is suggested works when typed.
+fn program() -> String {
+    std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
 }
 
 /// As it is typed into a shell.
