@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod accumulation;
+#[cfg(feature = "ndarray")]
+mod backends;
 mod cli;
 mod golden;
 mod golden_optimizer;

@@ -16,11 +16,16 @@ pub(crate) fn exp(x: f32) -> f32 {
     // ln 2 in two parts; the first has few enough bits that its products are exact.
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
     const C: [f32; 6] = [0.5, 0.166_666_66, 0.041_665_796, 8.333_452e-3, 1.398_2e-3, 1.987_569_2e-4];
-    let x = x.clamp(-87.0, 88.0);
-    let whole = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Comparisons in this order are one instruction each, and let a NaN through.
+    let x = if -87.0 > x { -87.0 } else { x };
+    let x = if 88.0 < x { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let whole = shifted - ROUND;
     let f = x - whole * LN_2[0] - whole * LN_2[1];
     let p = C[0] + f * (C[1] + f * (C[2] + f * (C[3] + f * (C[4] + f * C[5]))));
-    (1.0 + (f + f * f * p)) * f32::from_bits(((whole as i32 + 127) << 23) as u32)
+    // The low bits of the shifted number are the integer: moved into the exponent, they make 2^i without a conversion.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    (1.0 + (f + f * f * p)) * power
 }
 
 #[inline(always)]
