@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{DataConfig, Packing, TokenizerConfig};
 use polyhead_models::{DecoderConfig, Sampling};
+use polyhead_training::ProcedureConfig;
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
@@ -33,6 +34,9 @@ pub struct Recipe {
     pub loader: LoaderConfig,
     /// How long, on how much at once.
     pub training: TrainingConfig,
+    /// What a step does. Default: standard.
+    #[serde(default)]
+    pub procedure: ProcedureConfig,
     /// How weights move. Default: adamw.
     #[serde(default)]
     pub optimizer: OptimizerConfig,

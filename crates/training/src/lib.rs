@@ -23,5 +23,5 @@ pub mod tensorboard;
 
 pub use error::TrainError;
 pub use memory::{available_memory_bytes, peak_memory_bytes};
-pub use procedure::{Procedure, StepContext, StepReport};
-pub use standard::Standard;
+pub use procedure::{Procedure, ProcedureConfig, StepContext, StepReport};
+pub use standard::{Standard, StandardConfig};

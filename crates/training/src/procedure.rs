@@ -1,9 +1,48 @@
 //! The seam between the loop and what one step does.
+//!
+//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm of its
+//! [`build`](ProcedureConfig::build).
 
 use polyhead_models::{Batch, Decoder};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::config::TrainingConfig;
 use crate::optimizer::Optimizer;
+use crate::standard::{Standard, StandardConfig};
+
+/// `[procedure]`: one of its tables, what a step of training does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProcedureConfig {
+    /// Forward, backward, update.
+    Standard(StandardConfig),
+}
+
+impl Default for ProcedureConfig {
+    fn default() -> Self {
+        Self::Standard(StandardConfig::default())
+    }
+}
+
+impl ProcedureConfig {
+    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
+    ///
+    /// # Errors
+    /// If the state is not one of this procedure's.
+    pub fn build(
+        &self,
+        optimizer: Optimizer,
+        training: &TrainingConfig,
+        state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure>, TrainError> {
+        let _ = state; // the standard procedure has none
+        match self {
+            Self::Standard(_) => Ok(Box::new(Standard::new(optimizer, training))),
+        }
+    }
+}
 
 /// One step of training: forward, backward, update.
 pub trait Procedure {
@@ -34,10 +73,14 @@ pub struct StepContext {
     pub step: u64,
     /// The learning rate.
     pub lr: f64,
+    /// The run's seed: what a procedure draws is a function of it and the position.
+    pub seed: u64,
+    /// Where in the data the step's first batch stands.
+    pub position: u64,
 }
 
 /// What a step tells.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StepReport {
     /// Mean cross-entropy in nats over the step's targets, before the update.
     pub loss: f64,
@@ -49,4 +92,6 @@ pub struct StepReport {
     pub targets: u64,
     /// Whether the step was left out because something was not finite.
     pub skipped: bool,
+    /// Further numbers of the procedure, by their names in the logs: `bilevel/inner_loss`, ...
+    pub measured: Vec<(String, f64)>,
 }

@@ -12,10 +12,9 @@ use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingCo
 use crate::evaluate::{Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
-use crate::procedure::{Procedure, StepContext};
+use crate::procedure::{Procedure, ProcedureConfig, StepContext, StepReport};
 use crate::run_folder::{MetricsLog, RunLock};
 use crate::schedule;
-use crate::standard::Standard;
 use crate::state::{self, Companions, Progress};
 use crate::tensorboard::EventWriter;
 use crate::{TrainError, curve, observe};
@@ -30,6 +29,8 @@ pub struct Job<'a> {
     pub resume: Option<PathBuf>,
     /// How long, on how much.
     pub training: TrainingConfig,
+    /// What a step does.
+    pub procedure: ProcedureConfig,
     /// How weights move.
     pub optimizer: OptimizerConfig,
     /// How fast.
@@ -120,7 +121,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }
     };
-    let mut procedure = Standard::with_optimizer(optimizer, &job.training);
+    let mut procedure = job.procedure.build(optimizer, &job.training, &progress.procedure)?;
     let resumed = job.resume.as_ref().map(|_| progress.step);
     if let Some(step) = resumed {
         checkpoint::discard_after(&job.run_dir, step)?;
@@ -146,7 +147,8 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         let batches = positions.map(|position| job.train.batch(position)).collect::<Result<Vec<_>, _>>()?;
         let lr = job.optimizer.lr() * schedule::factor(&job.lr_scheduler, step - 1, steps);
         device.seed(seed_of_step(job.seed, step));
-        let (new, report) = procedure.step(model, &batches, &StepContext { step, lr })?;
+        let context = StepContext { step, lr, seed: job.seed, position: progress.position };
+        let (new, report) = procedure.step(model, &batches, &context)?;
         model = new;
 
         let micros = started.elapsed().as_micros() as u64;
@@ -177,7 +179,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         };
         if logged.logged {
             logged.memory = peak_memory_bytes();
-            write_step(&mut metrics, events.as_mut(), &logged, report.penalty)?;
+            write_step(&mut metrics, events.as_mut(), &logged, &report)?;
             (tokens_since, micros_since) = (0, 0);
         }
         view.stepped(&logged);
@@ -200,7 +202,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         }
 
         if due(job.checkpoint.interval) || is_best || job.stop.load(Ordering::SeqCst) != 0 {
-            saved = Some(save(&job, &model, &procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?);
+            saved = Some(save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?);
             view.saved(step);
         }
     }
@@ -208,7 +210,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
     let checkpoint = match saved {
         Some(path) => path,
         // Stopped before the first step: there is a run to go on with all the same.
-        None => save(&job, &model, &procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?,
+        None => save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?,
     };
     let signal = job.stop.load(Ordering::SeqCst);
     let interrupted = (signal != 0 && progress.step < steps).then_some(signal);
@@ -254,14 +256,19 @@ fn write_step(
     metrics: &mut MetricsLog,
     events: Option<&mut EventWriter>,
     logged: &Logged,
-    penalty: Option<f64>,
+    report: &StepReport,
 ) -> Result<(), TrainError> {
+    let penalty = report.penalty;
     let Logged { step, loss, bits_per_byte, grad_norm, lr, tokens_per_second, memory, skipped, .. } = *logged;
-    metrics.append(&json!({
+    let mut line = json!({
         "step": step, "loss": loss, "loss_bits": loss.to_bits(), "bits_per_byte": bits_per_byte, "penalty": penalty,
         "grad_norm": grad_norm, "learning_rate": lr, "tokens_per_second": tokens_per_second, "memory": memory,
         "skipped": skipped,
-    }))?;
+    });
+    for (name, value) in &report.measured {
+        line[name] = json!(value);
+    }
+    metrics.append(&line)?;
     let Some(events) = events else { return Ok(()) };
     let mut scalar = |tag: &str, value: f64| events.scalar(tag, step, value as f32);
     scalar("loss/train", loss)?;
@@ -272,6 +279,9 @@ fn write_step(
         if let Some(value) = value {
             scalar(tag, value)?;
         }
+    }
+    for (name, value) in &report.measured {
+        scalar(name, *value)?;
     }
     if let Some(memory) = memory {
         scalar("memory/peak_bytes", memory as f64)?;

@@ -2,12 +2,19 @@
 
 use polyhead_attention::Observe;
 use polyhead_models::{Batch, Decoder};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::config::{OnNonfinite, OptimizerConfig, TrainingConfig};
+use crate::config::{OnNonfinite, TrainingConfig};
 use crate::gradients::{Sum, clip_factor, global_norm};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{Procedure, StepContext, StepReport};
+
+/// Settings of plain training: none of its own.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StandardConfig {}
 
 /// Plain training.
 #[derive(Debug)]
@@ -19,13 +26,8 @@ pub struct Standard {
 }
 
 impl Standard {
-    /// A fresh loop body.
-    pub fn new(optimizer: OptimizerConfig, training: &TrainingConfig) -> Self {
-        Self::with_optimizer(Optimizer::new(optimizer), training)
-    }
-
-    /// One that continues with an optimiser's state.
-    pub fn with_optimizer(optimizer: Optimizer, training: &TrainingConfig) -> Self {
+    /// A loop body around an optimiser, fresh or with the state of an earlier sitting.
+    pub fn new(optimizer: Optimizer, training: &TrainingConfig) -> Self {
         let TrainingConfig { max_norm, on_nonfinite, penalty_weight, .. } = *training;
         Self { optimizer, max_norm, on_nonfinite, penalty_weight }
     }
@@ -55,7 +57,8 @@ impl Procedure for Standard {
         let mut grads = sum.finish();
         let grad_norm = global_norm(&grads, &model);
         let loss = loss_sum / targets.max(1) as f64;
-        let mut report = StepReport { loss, penalty: penalty_sum, grad_norm, targets, skipped: false };
+        let mut report =
+            StepReport { loss, penalty: penalty_sum, grad_norm, targets, skipped: false, measured: Vec::new() };
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return match self.on_nonfinite {
                 OnNonfinite::Stop => Err(TrainError::Nonfinite { step: context.step, loss, grad_norm }),

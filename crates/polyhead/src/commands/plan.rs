@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use polyhead_data::Opened;
 use polyhead_training::evaluate::{Batches, evaluate};
-use polyhead_training::{Procedure, Standard, StepContext, available_memory_bytes, peak_memory_bytes, schedule};
+use polyhead_training::optimizer::Optimizer;
+use polyhead_training::{StepContext, available_memory_bytes, peak_memory_bytes, schedule};
 
 use crate::assemble::{self, Source};
 use crate::console::{bytes, clock, put, talk, thousands};
@@ -100,17 +101,20 @@ fn time(recipe: &Recipe, opened: Opened, costs: &Costs) -> Result<(), Failure> {
     let device = assemble::training_device(recipe)?;
     let mut model = assemble::fresh_model(recipe, opened.vocab_size, &device);
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
-    let mut procedure = Standard::new(recipe.optimizer.clone(), training);
+    let optimizer = Optimizer::new(recipe.optimizer.clone());
+    let mut procedure = recipe.procedure.build(optimizer, training, &serde_json::Value::Null)?;
     let accumulation = training.gradient_accumulation_steps as u64;
     let (started, mut durations) = (Instant::now(), Vec::new());
     // The first step is the warm-up: it allocates what the others use again.
     let mut measured = started;
     for step in 1..=PROBE_STEPS + 1 {
         let begun = Instant::now();
-        let positions = (step - 1) * accumulation..step * accumulation;
-        let batches = positions.map(|position| train.batch(position)).collect::<Result<Vec<_>, _>>()?;
+        let position = (step - 1) * accumulation;
+        let batches =
+            (position..position + accumulation).map(|position| train.batch(position)).collect::<Result<Vec<_>, _>>()?;
         let lr = recipe.optimizer.lr() * schedule::factor(&recipe.lr_scheduler, step - 1, training.steps);
-        (model, _) = procedure.step(model, &batches, &StepContext { step, lr })?;
+        let context = StepContext { step, lr, seed: recipe.debug.seed, position };
+        (model, _) = procedure.step(model, &batches, &context)?;
         match step {
             1 => measured = Instant::now(),
             _ => durations.push(begun.elapsed()),

@@ -87,6 +87,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         lock,
         resume,
         training,
+        procedure: recipe.procedure.clone(),
         optimizer: recipe.optimizer.clone(),
         lr_scheduler: recipe.lr_scheduler.clone(),
         validation: recipe.validation.clone(),
