@@ -8,5 +8,6 @@ mod cli;
 mod golden;
 mod golden_optimizer;
 mod layering;
+mod pretrained;
 mod resume;
 mod world;

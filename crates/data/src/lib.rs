@@ -68,13 +68,14 @@ pub struct Opened {
     pub floor: Option<f64>,
 }
 
-/// Opens what a recipe names. `progress` is told bytes done and bytes in all while text is turned into tokens.
+/// Opens what a recipe names. `progress` is told bytes done and bytes in all while text is turned into tokens; generated
+/// data needs no tokenizer.
 ///
 /// # Errors
 /// If a setting breaks a rule, files are missing or malformed, or there is too little text.
 pub fn open(
     data: &DataConfig,
-    tokenizer: &TokenizerConfig,
+    tokenizer: &Tokenizer,
     options: &OpenOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened, DataError> {
@@ -97,8 +98,7 @@ pub fn open(
         return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, text_hash: None, floor });
     }
     let (documents, source) = documents(data, &options.project_root)?;
-    let tokenizer = Tokenizer::open(tokenizer)?;
-    let file = TokenFile::open_or_build(&documents, &tokenizer, &options.cache_dir, progress)?;
+    let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
     let split = split(&file, options.validation_fraction)?;
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
@@ -107,7 +107,7 @@ pub fn open(
         train: loader(Arc::new(train), bytes.clone(), true),
         validation: loader(Arc::new(held_out), bytes, false),
         vocab_size: tokenizer.vocab_size(),
-        tokenizer: Some(tokenizer),
+        tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
         text_hash: Some(file.key().to_owned()),
         floor: None,
@@ -154,7 +154,7 @@ mod tests {
             project_root: PathBuf::new(),
         };
         let data: DataConfig = serde_json::from_str(data).unwrap();
-        open(&data, &TokenizerConfig::default(), &options, &mut |_, _| {})
+        open(&data, &Tokenizer::bytes(), &options, &mut |_, _| {})
     }
 
     #[test]

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer};
-use polyhead_models::{Batch, Decoder};
-use polyhead_training::checkpoint::{newest_good, read_file, verify};
+use polyhead_models::{Batch, Decoder, DecoderConfig};
+use polyhead_training::TrainError;
+use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
-use polyhead_training::{TrainError, state};
 
-use crate::console::talk;
 use crate::device;
-use crate::recipe::Recipe;
+use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
+use crate::recipe::{self, Loaded, Recipe};
 use crate::report::{Failure, Problems};
 
 /// A loader as the loop sees it.
@@ -37,11 +37,124 @@ pub fn project_root() -> PathBuf {
     built.ancestors().nth(2).unwrap_or(built).to_owned()
 }
 
+/// A recipe as it is run: everything about its model is at hand.
+pub struct Resolved {
+    /// The recipe, `model.decoder` and `tokenizer` filled in.
+    pub recipe: Recipe,
+    /// `recipe.model.decoder`.
+    pub decoder: DecoderConfig,
+    tokenizer: Tokenizer,
+    /// Where the first weights come from; `None` makes fresh ones.
+    pretrained: Option<Pretrained>,
+}
+
+/// The recipe of a new run.
+///
+/// # Errors
+/// If what it names is not there, or contradicts what it says itself.
+pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
+    let mut recipe = loaded.recipe.clone();
+    let Some(path) = &recipe.model.pretrained else {
+        let decoder =
+            recipe.model.decoder.clone().ok_or_else(|| loaded.problem("model", "model.decoder is missing"))?;
+        let tokenizer = open_tokenizer(&recipe)?;
+        return Ok(Resolved { recipe, decoder, tokenizer, pretrained: None });
+    };
+    let found = Pretrained::open(path)?;
+    if let Some(stated) = recipe.model.decoder.replace(found.decoder.clone())
+        && stated != found.decoder
+    {
+        let changed = recipe::differences_of(&found.decoder, &stated).join("\n  ");
+        let problem = format!("model.decoder does not describe the weights of {}:\n  {changed}", path.display());
+        let hint = "leave model.decoder out (the folder tells), or model.pretrained (for fresh weights)";
+        return Err(loaded.problem("model.decoder", problem).hint(Some(hint.into())).into());
+    }
+    let tokenizer = match (&recipe.tokenizer, &found.tokenizer) {
+        (Some(_), theirs) => {
+            let ours = open_tokenizer(&recipe)?;
+            if theirs.as_ref().is_some_and(|theirs| theirs.fingerprint() != ours.fingerprint()) {
+                let problem = format!("tokenizer is not the one that {} learnt with", path.display());
+                let hint = "leave [tokenizer] out: the folder's own is used";
+                return Err(loaded.problem("tokenizer", problem).hint(Some(hint.into())).into());
+            }
+            ours
+        }
+        (None, Some(theirs)) => theirs.clone(),
+        (None, None) => Tokenizer::bytes(),
+    };
+    recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
+    Ok(Resolved { recipe, decoder: found.decoder.clone(), tokenizer, pretrained: Some(found) })
+}
+
+/// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
+/// started from is not asked again.
+///
+/// # Errors
+/// If the recipe describes another run, or the checkpoint is damaged.
+pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
+    let (before, mut recipe) = (recipe_of(checkpoint)?, loaded.recipe.clone());
+    if recipe.model.pretrained.is_some() && recipe.model.pretrained == before.model.pretrained {
+        recipe.model.decoder = recipe.model.decoder.or_else(|| before.model.decoder.clone());
+        recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
+    }
+    let changed = recipe::differences(&before, &recipe);
+    let Some(decoder) = recipe.model.decoder.clone().filter(|_| changed.is_empty()) else {
+        let problem = format!(
+            "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
+             --out, or put them back. {} may change",
+            checkpoint.display(),
+            changed.join("\n  "),
+            recipe::MAY_CHANGE.join(", ")
+        );
+        return Err(Problems::plain(problem).into());
+    };
+    let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
+    Ok(Resolved { recipe, decoder, tokenizer, pretrained: None })
+}
+
+/// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.
+fn open_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
+    match &recipe.tokenizer {
+        Some(named) if recipe.data.is_text() => Ok(Tokenizer::open(named)?),
+        _ => Ok(Tokenizer::bytes()),
+    }
+}
+
+impl Resolved {
+    /// Opens the data.
+    ///
+    /// # Errors
+    /// If it is missing or malformed, or has ids that the model does not know.
+    pub fn data(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
+        let opened = data(&self.recipe, &self.tokenizer, progress)?;
+        match &self.pretrained {
+            Some(Pretrained { path, vocab_size, .. }) if opened.vocab_size > *vocab_size => Err(Failure::Run(format!(
+                "the data has {} ids, the model of {} knows {vocab_size}: name data with fewer, or another model",
+                opened.vocab_size,
+                path.display()
+            ))),
+            _ => Ok(opened),
+        }
+    }
+
+    /// The model before the first step: fresh weights that the seed decides, or those of `model.pretrained`.
+    ///
+    /// # Errors
+    /// If weights cannot be read or do not fit.
+    pub fn first_model(&self, vocab_size: usize, device: &Device) -> Result<Decoder, Failure> {
+        device.seed(self.recipe.debug.seed);
+        match &self.pretrained {
+            Some(found) => found.model(device),
+            None => Ok(self.decoder.init(vocab_size, device)),
+        }
+    }
+}
+
 /// Opens the data of a recipe.
 ///
 /// # Errors
 /// If it is missing or malformed.
-pub fn data(recipe: &Recipe, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
+pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
     let options = OpenOptions {
         seq_len: recipe.training.seq_len,
         batch_size: recipe.training.batch_size,
@@ -52,7 +165,7 @@ pub fn data(recipe: &Recipe, progress: &mut dyn FnMut(u64, u64)) -> Result<Opene
         cache_dir: PathBuf::from("datasets/cache"),
         project_root: project_root(),
     };
-    Ok(polyhead_data::open(&recipe.data, &recipe.tokenizer, &options, progress)?)
+    Ok(polyhead_data::open(&recipe.data, tokenizer, &options, progress)?)
 }
 
 /// The device of a recipe, for training.
@@ -61,60 +174,6 @@ pub fn data(recipe: &Recipe, progress: &mut dyn FnMut(u64, u64)) -> Result<Opene
 /// If it is not compiled in or not there.
 pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
     Ok(device::open(&recipe.training.device).map_err(Failure::Run)?.autodiff())
-}
-
-/// A model with fresh weights that the recipe's seed decides.
-pub fn fresh_model(recipe: &Recipe, vocab_size: usize, device: &Device) -> Decoder {
-    device.seed(recipe.debug.seed);
-    recipe.model.decoder().init(vocab_size, device)
-}
-
-/// A trained model with what belongs to it.
-pub struct Trained {
-    /// The checkpoint's folder.
-    pub path: PathBuf,
-    /// The weights, on a plain device.
-    pub model: Decoder,
-    /// The recipe that trained it.
-    pub recipe: Recipe,
-    /// Its tokenizer, where it learnt text.
-    pub tokenizer: Option<Tokenizer>,
-}
-
-/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run.
-///
-/// # Errors
-/// If there is none, or the named one is damaged.
-pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
-    if path.join("manifest.json").exists() {
-        verify(path)?;
-        return Ok(path.to_owned());
-    }
-    if !path.is_dir() {
-        let hint = match path.extension().is_some_and(|ending| ending == "toml") {
-            true => "this looks like a recipe, from which `polyhead train` makes one",
-            false => "`ls checkpoints` shows yours",
-        };
-        let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
-        return Err(Problems::plain(problem).into());
-    }
-    let (found, skipped) = newest_good(path)?;
-    for problem in skipped {
-        talk!("warning: {problem}; looking for an older checkpoint");
-    }
-    match found {
-        Some((path, _)) => Ok(path),
-        None => Err(Failure::Run(format!("{}: holds no whole checkpoint", path.display()))),
-    }
-}
-
-/// The recipe of a checkpoint.
-///
-/// # Errors
-/// If it is missing, altered or of another version.
-pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
-    let text = String::from_utf8_lossy(&read_file(checkpoint, "recipe.toml")?).into_owned();
-    toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
 }
 
 /// What `data.json` of a checkpoint says about what was learnt from.
@@ -144,26 +203,36 @@ pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>
     }))
 }
 
+/// A trained model with what belongs to it.
+pub struct Trained {
+    /// The checkpoint's folder.
+    pub path: PathBuf,
+    /// The weights, on a plain device.
+    pub model: Decoder,
+    /// The recipe that trained it.
+    pub recipe: Recipe,
+    /// Its tokenizer, where it learnt text.
+    pub tokenizer: Option<Tokenizer>,
+}
+
 /// Loads a checkpoint to use, not to train.
 ///
 /// # Errors
 /// If it is missing, damaged, or does not fit together.
 pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, Failure> {
-    let path = find_checkpoint(path)?;
-    let recipe = recipe_of(&path)?;
-    let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
-    let tokenizer = match recipe.data.is_text() {
-        true => Some(Tokenizer::from_json(&String::from_utf8_lossy(&read_file(&path, "tokenizer.json")?))?),
-        false => None,
-    };
-    let vocab_size = vocab_of(&path)?;
-    let model = state::read_model(&path, recipe.model.decoder().init(vocab_size, &device))?;
+    let found = Pretrained::open(path)?;
+    let device = device::open(device_name.unwrap_or(&found.recipe.training.device)).map_err(Failure::Run)?;
+    let model = found.model(&device)?;
+    let Pretrained { path, recipe, tokenizer, .. } = found;
     Ok(Trained { path, model, recipe, tokenizer })
 }
 
-/// How many ids a checkpoint's model knows.
-fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
-    let tensors = polyhead_models::weights::from_safetensors(&read_file(checkpoint, "model.safetensors")?)?;
-    let rows = tensors.get("embedding.weight").and_then(|tensor| tensor.shape.first().copied());
-    rows.ok_or_else(|| Failure::Run(format!("{}/model.safetensors: embedding.weight is missing", checkpoint.display())))
+impl Trained {
+    /// Opens the data that its recipe names.
+    ///
+    /// # Errors
+    /// If it is missing or malformed.
+    pub fn data(&self) -> Result<Opened, Failure> {
+        data(&self.recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()), &mut |_, _| {})
+    }
 }

@@ -7,8 +7,8 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 6] =
-    ["model", "data", "tokenizer", "optimizer", "model.decoder.attention", "model.decoder.attention.*.lambda_init"];
+const ONE_OF: [&str; 5] =
+    ["data", "tokenizer", "optimizer", "model.decoder.attention", "model.decoder.attention.*.lambda_init"];
 
 /// One source of keys.
 pub struct Layer {
@@ -103,6 +103,11 @@ pub fn merge(layers: &[Layer]) -> toml::Table {
 fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     if is_choice(path) && !over.is_empty() {
         base.retain(|key, _| over.contains_key(key));
+    }
+    // A folder with trained weights brings its own settings. The other way round nothing is dropped: whoever changes a
+    // setting of trained weights has to hear that they do not fit, not to get fresh ones.
+    if path == "model" && over.contains_key("pretrained") {
+        base.remove("decoder");
     }
     for (key, value) in over {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };

@@ -9,6 +9,7 @@ mod console;
 mod dashboard;
 mod device;
 mod layers;
+mod pretrained;
 mod recipe;
 mod report;
 mod schema;

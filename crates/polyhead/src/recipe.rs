@@ -24,9 +24,9 @@ use crate::schema;
 pub struct Recipe {
     /// What is trained.
     pub model: ModelConfig,
-    /// How text becomes tokens; not used by generated data. Default: bytes.
-    #[serde(default)]
-    pub tokenizer: TokenizerConfig,
+    /// How text becomes tokens; not used by generated data. Default: that of model.pretrained, else bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<TokenizerConfig>,
     /// What it learns from.
     pub data: DataConfig,
     /// How tokens become rows.
@@ -60,20 +60,17 @@ pub struct Recipe {
     pub debug: DebugConfig,
 }
 
-/// `[model]`: one of its tables.
+/// `[model]`: a model with fresh weights, or one that goes on from trained ones.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ModelConfig {
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Start from these weights: a run folder, a checkpoint, or a folder in Hugging Face's format. The model's settings and
+    /// its tokenizer come from there too; model.decoder beside it, as in the recipe that a run keeps, has to say the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretrained: Option<PathBuf>,
     /// A decoder language model.
-    Decoder(DecoderConfig),
-}
-
-impl ModelConfig {
-    /// The decoder's settings.
-    pub fn decoder(&self) -> &DecoderConfig {
-        let Self::Decoder(decoder) = self;
-        decoder
-    }
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decoder: Option<DecoderConfig>,
 }
 
 /// `[loader]`: how tokens become rows.
@@ -130,10 +127,13 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
         return Err(Problems(unknown));
     }
     let merged = merge(&layers);
-    let recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
+    let mut recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
         let path = error.path().to_string();
         Problems(vec![Problem::at(&layers, &path, in_words(&error.into_inner().to_string()))])
     })?;
+    if recipe.model.pretrained.is_none() {
+        recipe.tokenizer.get_or_insert_default();
+    }
     let loaded = Loaded { recipe, layers };
     let problems: Vec<Problem> =
         validate(&loaded.recipe).into_iter().map(|(path, message)| loaded.problem(&path, message)).collect();
@@ -150,8 +150,16 @@ pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
 
 /// Keys in which two recipes differ, apart from those that may change: `key: before -> now`.
 pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
+    let may_change = |path: &str| MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}.")));
+    let mut all = differences_of(before, now);
+    all.retain(|line| !may_change(line.split(": ").next().unwrap_or_default()));
+    all
+}
+
+/// Keys in which two tables differ: `key: before -> now`.
+pub fn differences_of(before: &impl Serialize, now: &impl Serialize) -> Vec<String> {
     fn walk(path: &str, a: Option<&toml::Value>, b: Option<&toml::Value>, out: &mut Vec<String>) {
-        if a == b || MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}."))) {
+        if a == b {
             return;
         }
         if let (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) = (a, b) {
@@ -165,9 +173,9 @@ pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
         let show = |value: Option<&toml::Value>| value.map_or("(not set)".into(), ToString::to_string);
         out.push(format!("{path}: {} -> {}", show(a), show(b)));
     }
-    let value = |recipe| toml::Value::try_from(recipe).ok();
     let mut out = Vec::new();
-    walk("", value(before).as_ref(), value(now).as_ref(), &mut out);
+    let (before, now) = (toml::Value::try_from(before).ok(), toml::Value::try_from(now).ok());
+    walk("", before.as_ref(), now.as_ref(), &mut out);
     out
 }
 
@@ -215,7 +223,14 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
             problems.push((key.to_owned(), message));
         }
     };
-    let Recipe { training, validation, lr_scheduler, generation, .. } = recipe;
+    let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
+    let decoder = model.decoder.as_ref();
+    rule(
+        model.pretrained.is_some() || decoder.is_some(),
+        "model",
+        "model is empty: describe a fresh one in model.decoder, or name a folder with trained weights in model.pretrained"
+            .into(),
+    );
     let at_least_one = |key: &str, value: u64| (value >= 1, format!("{key} ({value}) must be at least 1"));
     for (key, value) in [
         ("training.steps", training.steps),
@@ -232,9 +247,9 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         ("training.seq_len", training.seq_len, 1 << 20),
         ("training.batch_size", training.batch_size, 1 << 16),
         ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1 << 16),
-        ("model.decoder.d_model", recipe.model.decoder().d_model, 1 << 17),
-        ("model.decoder.n_layers", recipe.model.decoder().n_layers, 4096),
-        ("model.decoder.d_ff", recipe.model.decoder().d_ff.unwrap_or(1), 1 << 20),
+        ("model.decoder.d_model", decoder.map_or(1, |decoder| decoder.d_model), 1 << 17),
+        ("model.decoder.n_layers", decoder.map_or(1, |decoder| decoder.n_layers), 4096),
+        ("model.decoder.d_ff", decoder.and_then(|decoder| decoder.d_ff).unwrap_or(1), 1 << 20),
     ] {
         rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
     }
@@ -287,7 +302,7 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         problems.push((format!("data.{}.{field}", recipe.data.name()), message));
     }
     if problems.is_empty()
-        && let Err(error) = recipe.model.decoder().validate()
+        && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
     {
         problems.push((format!("model.decoder.{}", error.field), error.problem));
     }

@@ -147,6 +147,12 @@ pub enum Failure {
     Interrupted(usize),
 }
 
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        Self::Usage(Problems(vec![problem]))
+    }
+}
+
 impl From<Problems> for Failure {
     fn from(problems: Problems) -> Self {
         Self::Usage(problems)

@@ -7,7 +7,7 @@ use polyhead_training::evaluate::{Batches, evaluate};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::{StepContext, available_memory_bytes, peak_memory_bytes, schedule};
 
-use crate::assemble::{self, Source};
+use crate::assemble::{self, Resolved, Source};
 use crate::console::{bytes, clock, put, talk, thousands};
 use crate::recipe::{Loaded, Recipe};
 use crate::report::Failure;
@@ -41,9 +41,10 @@ impl Costs {
 
 /// Prints what a recipe costs; with `probe`, trains a few steps to tell the time.
 pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
-    let recipe = &loaded.recipe;
-    let opened = assemble::data(recipe, &mut |_, _| {})?;
-    let costs = sizes(recipe, &opened)?;
+    let resolved = assemble::resolve(loaded)?;
+    let recipe = &resolved.recipe;
+    let opened = resolved.data(&mut |_, _| {})?;
+    let costs = sizes(&resolved, &opened)?;
     if !probe {
         return Ok(());
     }
@@ -53,10 +54,11 @@ pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     {
         return put!("time       not measured: only {} of memory are available here", bytes(available));
     }
-    time(recipe, opened, &costs)
+    time(&resolved, opened, &costs)
 }
 
-fn sizes(recipe: &Recipe, opened: &Opened) -> Result<Costs, Failure> {
+fn sizes(resolved: &Resolved, opened: &Opened) -> Result<Costs, Failure> {
+    let recipe = &resolved.recipe;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
     let tokens_per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
     let mut all = Costs {
@@ -65,12 +67,12 @@ fn sizes(recipe: &Recipe, opened: &Opened) -> Result<Costs, Failure> {
         cached_bytes_per_token: 0,
         tokens_per_step,
         tokens: tokens_per_step.saturating_mul(training.steps),
-        activation_bytes: activation_bytes(recipe),
+        activation_bytes: activation_bytes(resolved),
     };
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
     let numbers = |name: &str, values: [u64; 3]| line(name, values.map(thousands).each_ref().map(String::as_str));
     line("part", ["parameters", "FLOPs per token", "KV B per token"])?;
-    for part in &recipe.model.decoder().parts(opened.vocab_size) {
+    for part in &resolved.decoder.parts(opened.vocab_size) {
         // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
         let flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
         let cached = 4 * part.cost.cached_numbers_per_token;
@@ -95,11 +97,12 @@ fn sizes(recipe: &Recipe, opened: &Opened) -> Result<Costs, Failure> {
 }
 
 /// Trains the real model on the real data for a few steps, and tells what all of them would take.
-fn time(recipe: &Recipe, opened: Opened, costs: &Costs) -> Result<(), Failure> {
+fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failure> {
+    let recipe = &resolved.recipe;
     let training = &recipe.training;
     talk!("probe: a few steps on {}, nothing is saved (--no-probe leaves them out)", training.device);
     let device = assemble::training_device(recipe)?;
-    let mut model = assemble::fresh_model(recipe, opened.vocab_size, &device);
+    let mut model = resolved.first_model(opened.vocab_size, &device)?;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
     let optimizer = Optimizer::new(recipe.optimizer.clone());
     let mut procedure = recipe.procedure.build(optimizer, training, &serde_json::Value::Null)?;
@@ -147,8 +150,8 @@ fn time(recipe: &Recipe, opened: Opened, costs: &Costs) -> Result<(), Failure> {
 
 /// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
 /// 1024), which it meets within a tenth.
-fn activation_bytes(recipe: &Recipe) -> u64 {
-    let (training, decoder) = (&recipe.training, recipe.model.decoder());
+fn activation_bytes(resolved: &Resolved) -> u64 {
+    let (training, decoder) = (&resolved.recipe.training, &resolved.decoder);
     let numbers_per_token = decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward());
     (4 * training.batch_size * training.seq_len).saturating_mul(numbers_per_token) as u64
 }

@@ -34,7 +34,7 @@ struct Row<'a> {
 
 /// Shows rows: as coloured text where colours can be shown, as a table everywhere else.
 pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> {
-    let opened = assemble::data(&loaded.recipe, &mut |_, _| {})?;
+    let opened = assemble::resolve(loaded)?.data(&mut |_, _| {})?;
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
     let coloured = !options.table && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;

@@ -17,6 +17,7 @@ use super::trained::write_text;
 use crate::assemble::{self, Source};
 use crate::cli::TrainArgs;
 use crate::console::{Console, bytes, clock, talk, thousands};
+use crate::pretrained::find_checkpoint;
 use crate::recipe::{self, Recipe};
 use crate::report::Failure;
 
@@ -27,20 +28,22 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     }
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
-    let recipe = recipe::load(&args.recipe.recipe, &overrides)?.recipe;
-    let device = assemble::training_device(&recipe)?;
+    let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
+    let device = assemble::training_device(&loaded.recipe)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
     let lock = RunLock::acquire(&run_dir)?;
     for left in clean_leftovers(&run_dir)? {
         talk!("cleaned up after an interrupted save: {}", left.display());
     }
     let resume = choose_checkpoint(&args.resume, &run_dir)?;
-    if let Some(checkpoint) = &resume {
-        refuse_changes(&assemble::recipe_of(checkpoint)?, &recipe, checkpoint)?;
-    }
+    let resolved = match &resume {
+        Some(checkpoint) => assemble::resume(&loaded, checkpoint)?,
+        None => assemble::resolve(&loaded)?,
+    };
+    let (recipe, config) = (&resolved.recipe, &resolved.decoder);
 
     let started = Instant::now();
-    let opened = assemble::data(&recipe, &mut tokenizing())?;
+    let opened = resolved.data(&mut tokenizing())?;
     talk!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
     if let Some(checkpoint) = &resume
         && let Some(problem) = assemble::changed_text(checkpoint, &opened)?
@@ -48,13 +51,15 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         let hint = "put it back, or start another run with --out";
         return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
     }
-    let model = assemble::fresh_model(&recipe, opened.vocab_size, &device);
-    let config = recipe.model.decoder();
+    let model = resolved.first_model(opened.vocab_size, &device)?;
     let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
     let parameters = thousands(model.num_params() as u64);
     let mut distinct = mechanism.clone();
     distinct.dedup();
     talk!("model: {parameters} parameters, {} layers, attention: {}", config.n_layers, distinct.join(", "));
+    if let Some(path) = recipe.model.pretrained.as_ref().filter(|_| resume.is_none()) {
+        talk!("starts from the weights of {}", path.display());
+    }
 
     let start = match &resume {
         Some(checkpoint) => {
@@ -69,7 +74,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         }
         None => 0,
     };
-    let text = recipe::resolved(&recipe)?;
+    let text = recipe::resolved(recipe)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
     let mut companions = vec![
         ("recipe.toml".to_owned(), text.clone().into_bytes()),
@@ -116,9 +121,9 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         talk!("the same command goes on from there");
         return Err(Failure::Interrupted(signal));
     }
-    summarize(&args, &recipe, &outcome, &run_dir, &opened.description, opened.floor);
+    summarize(&args, recipe, &outcome, &run_dir, &opened.description, opened.floor);
     if let Some(tokenizer) = &opened.tokenizer {
-        sample(&recipe, &outcome.model, tokenizer)?;
+        sample(recipe, &outcome.model, tokenizer)?;
     }
     Ok(())
 }
@@ -177,7 +182,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
         path => {
-            let path = assemble::find_checkpoint(Path::new(path))?;
+            let path = find_checkpoint(Path::new(path))?;
             let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
             match inside {
                 true => Ok(Some(path)),
@@ -189,22 +194,6 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
     }
-}
-
-/// A run goes on as what it was.
-fn refuse_changes(before: &Recipe, now: &Recipe, checkpoint: &Path) -> Result<(), Failure> {
-    let changed = recipe::differences(before, now);
-    if changed.is_empty() {
-        return Ok(());
-    }
-    let problem = format!(
-        "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
-         --out, or put them back. {} may change",
-        checkpoint.display(),
-        changed.join("\n  "),
-        recipe::MAY_CHANGE.join(", ")
-    );
-    Err(crate::report::Problems::plain(problem).into())
 }
 
 /// The number of the first SIGINT or SIGTERM; a second one ends the process at once.

@@ -22,7 +22,7 @@ use crate::report::Failure;
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
     let trained = assemble::open_trained(checkpoint, device)?;
-    let opened = assemble::data(&trained.recipe, &mut |_, _| {})?;
+    let opened = trained.data()?;
     talk!("data: {}", opened.description);
     if let Some(problem) = assemble::changed_text(&trained.path, &opened)? {
         talk!("warning: {problem}: some of what is held out now may have been learnt");
