@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{
-    AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope, RopeLayout, SoftmaxConfig,
+    Adapters, AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope, RopeLayout,
+    SoftmaxConfig,
 };
 use polyhead_models::weights::{self, Named};
 use serde_json::Value;
@@ -115,7 +116,14 @@ fn check_file(golden: Golden, describe: &impl Fn(&Value) -> AttentionConfig) {
     let rope = rope.then(|| Rope::new(0..seq, size(&config, "head_dim"), theta, layout, &device));
     let mask = if config["causal"].as_bool().unwrap() { Mask::causal() } else { Mask::none() };
     let x = tensor("x").require_grad();
-    let call = Call { rope: rope.as_ref(), mask: &mask, bias: None, cache: None, observe: Observe::Nothing };
+    let call = Call {
+        rope: rope.as_ref(),
+        mask: &mask,
+        bias: None,
+        cache: None,
+        observe: Observe::Nothing,
+        adapters: Adapters::default(),
+    };
     let out = layer.forward(x.clone(), call).hidden;
     compare(&name, "out", &file["out"].values, &values(out.clone()), OUTPUT, false);
 

@@ -26,7 +26,7 @@ use polyhead_kernels::{AttentionOptions, Combination, HeadMap, Statistics, atten
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
-use crate::projection::{INIT_STD, join_heads, linear, project, residual_std, split_heads};
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::check_heads;
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
@@ -255,9 +255,13 @@ impl GroupedDifferential {
 impl Mechanism for GroupedDifferential {
     fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
         let ratio = self.n_heads / self.n_noise - 1;
-        let q = rotate(call.rope, split_heads(project(&self.q_proj, hidden.clone()), self.n_heads));
-        let k = rotate(call.rope, split_heads(project(&self.k_proj, hidden.clone()), 2 * self.n_pairs));
-        let v = split_heads(project(&self.v_proj, hidden), self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
+        let adapters = call.adapters;
+        let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
+        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
+        let v = adapters.project("v_proj", &self.v_proj, hidden);
+        let q = rotate(call.rope, split_heads(q, self.n_heads));
+        let k = rotate(call.rope, split_heads(k, 2 * self.n_pairs));
+        let v = split_heads(v, self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
         let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
         let (k, v) = match call.cache {
             Some(cache) => cache.append(k, v),
@@ -284,7 +288,8 @@ impl Mechanism for GroupedDifferential {
             }
             None => difference(heads, lambda, ratio),
         };
-        Attended { hidden: project(&self.o_proj, join_heads(combined)), penalty: None, seen }
+        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(combined));
+        Attended { hidden, penalty: None, seen }
     }
 }
 

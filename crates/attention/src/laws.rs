@@ -3,7 +3,9 @@
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
 
-use crate::{Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout};
+use crate::{
+    Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout,
+};
 
 /// Room for rounding when the same numbers are computed in another order.
 const ROUNDING: f64 = 2e-5;
@@ -22,6 +24,7 @@ pub(crate) fn hold(config: &AttentionConfig) {
     gradients_reach_every_parameter(&world);
     gradients_agree_with_differences(&world);
     observing_changes_nothing(&world);
+    adapters_add_to_every_projection(&world);
     cost_counts_the_parameters(&world, config);
     loading_what_was_saved_restores_the_output(&world, config);
     misspelt_keys_are_refused(config);
@@ -48,7 +51,8 @@ impl World {
     fn run(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut LayerCache>, observe: Observe) -> Attended {
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let rope = self.rope(start..start + x.dims()[1]);
-        self.layer.forward(x, Call { rope: Some(&rope), mask, bias: None, cache, observe })
+        let adapters = Adapters::default();
+        self.layer.forward(x, Call { rope: Some(&rope), mask, bias: None, cache, observe, adapters })
     }
 
     fn rope(&self, positions: std::ops::Range<usize>) -> Rope {
@@ -193,6 +197,82 @@ fn observing_changes_nothing(world: &World) {
     assert!(!seen.numbers.is_empty() && seen.maps.is_some());
     for (name, values) in seen.numbers {
         assert!(values.into_data().iter::<f32>().all(f32::is_finite), "{name}");
+    }
+}
+
+/// The projections of a layer: names and weights.
+struct Projections(Vec<(String, Tensor<2>)>, Vec<String>);
+
+impl ModuleVisitor for Projections {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.1.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.1.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let [.., name, last] = &self.1[..]
+            && D == 2
+            && name.ends_with("_proj")
+            && last == "weight"
+        {
+            let sizes = param.dims();
+            self.0.push((name.clone(), param.val().reshape([sizes[0], sizes[1]])));
+        }
+    }
+}
+
+/// Puts a weight in the place of the one of a projection.
+struct Replace<'a>(&'a str, Tensor<2>, Vec<String>);
+
+impl ModuleMapper for Replace<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.2.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.2.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match &self.2[..] {
+            [.., name, last] if name == self.0 && last == "weight" => {
+                let new = self.1.clone();
+                param.map(|old| new.reshape(old.dims()))
+            }
+            _ => param,
+        }
+    }
+}
+
+/// An adapter on a projection does what its product does when it is folded into the weight.
+fn adapters_add_to_every_projection(world: &World) {
+    let mut found = Projections(Vec::new(), Vec::new());
+    world.layer.visit(&mut found);
+    assert!(!found.0.is_empty());
+    let x = world.input(2, 6);
+    let rope = world.rope(0..6);
+    for (name, weight) in found.0 {
+        let [d_input, d_output] = weight.dims();
+        let random = |shape: [usize; 2]| Tensor::random(shape, Distribution::Normal(0.0, 0.5), &world.device);
+        let (a, b): (Tensor<2>, Tensor<2>) = (random([d_input, 2]), random([2, d_output]));
+        let folded = weight + a.clone().matmul(b.clone()) * 0.5;
+        let layer = world.layer.clone().map(&mut Replace(&name, folded, Vec::new()));
+        let merged = World { layer, device: world.device.clone(), head_dim: world.head_dim };
+        let adapter = Adapter { projection: name.clone().leak(), a, b, scale: 0.5 };
+        let call = Call {
+            rope: Some(&rope),
+            mask: &Mask::causal(),
+            bias: None,
+            cache: None,
+            observe: Observe::Nothing,
+            adapters: Adapters(std::slice::from_ref(&adapter)),
+        };
+        let adapted = world.layer.forward(x.clone(), call).hidden;
+        assert!(largest_difference(adapted.clone(), world.causal(x.clone())) > 1e-3, "{name} is not added to");
+        close(adapted, merged.causal(x.clone()));
     }
 }
 

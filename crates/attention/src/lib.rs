@@ -6,6 +6,7 @@
 //!
 //! This crate depends on Burn and serde only: it knows nothing of losses, optimisers or files.
 
+mod adapter;
 mod cache;
 mod config;
 mod grouped_differential;
@@ -20,6 +21,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, LayerCache};
 pub use config::{ConfigError, Cost, Dims};
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
@@ -72,6 +74,8 @@ pub struct Call<'a> {
     pub cache: Option<&'a mut LayerCache>,
     /// What to measure on the way.
     pub observe: Observe,
+    /// What is added to the layer's projections: hand each of them to [`Adapters::project`].
+    pub adapters: Adapters<'a>,
 }
 
 /// What a layer gives back.

@@ -17,11 +17,6 @@ pub fn linear(d_input: usize, d_output: usize, bias: bool, std: f64, device: &De
     Linear { weight: Param::from_tensor(weight), bias }
 }
 
-/// `x` through a linear layer: `[batch, seq, d_input]` to `[batch, seq, d_output]`.
-pub(crate) fn project(layer: &Linear, x: Tensor<3>) -> Tensor<3> {
-    polyhead_kernels::linear(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
-}
-
 /// Standard deviation of the projections that write into the residual stream: smaller by sqrt(2 n_layers), so that the
 /// stream's variance does not grow with depth (Radford et al. 2019, GPT-2).
 pub(crate) fn residual_std(n_layers: usize) -> f64 {

@@ -8,7 +8,7 @@ use polyhead_kernels::{AttentionOptions, attention};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
-use crate::projection::{INIT_STD, join_heads, linear, project, residual_std, split_heads};
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
@@ -119,9 +119,13 @@ pub struct Softmax {
 
 impl Mechanism for Softmax {
     fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
-        let q = rotate(call.rope, split_heads(project(&self.q_proj, hidden.clone()), self.n_heads));
-        let k = rotate(call.rope, split_heads(project(&self.k_proj, hidden.clone()), self.n_kv_heads));
-        let v = split_heads(project(&self.v_proj, hidden), self.n_kv_heads);
+        let adapters = call.adapters;
+        let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
+        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
+        let v = adapters.project("v_proj", &self.v_proj, hidden);
+        let q = rotate(call.rope, split_heads(q, self.n_heads));
+        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
+        let v = split_heads(v, self.n_kv_heads);
         let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
         let (k, v) = match call.cache {
             Some(cache) => cache.append(k, v),
@@ -141,6 +145,7 @@ impl Mechanism for Softmax {
             seen.maps = statistics.weights;
             seen
         });
-        Attended { hidden: project(&self.o_proj, join_heads(attended.hidden)), penalty: None, seen }
+        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
+        Attended { hidden, penalty: None, seen }
     }
 }

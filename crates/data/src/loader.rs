@@ -4,13 +4,13 @@ use std::error::Error;
 use std::sync::Arc;
 
 use burn_dataset::Dataset;
-use polyhead_models::{Batch, IGNORE};
+use polyhead_models::{Batch, IGNORE, Role};
 
 use crate::DataError;
 use crate::order::{mix, permute};
 
 /// One row of a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Sample {
     /// Token ids, as many as the sequence is long.
     pub tokens: Vec<u32>,
@@ -18,6 +18,8 @@ pub struct Sample {
     pub targets: Vec<i64>,
     /// Which document each token belongs to, where rows hold several.
     pub documents: Option<Vec<u32>>,
+    /// Whose each token is, where rows are conversations.
+    pub roles: Option<Vec<Role>>,
 }
 
 /// A set of samples, possibly another one in every epoch.
@@ -99,12 +101,16 @@ impl Loader {
             if batch.tokens.is_empty() {
                 batch.seq = row.tokens.len();
                 batch.documents = row.documents.as_ref().map(|_| Vec::new());
+                batch.roles = row.roles.as_ref().map(|_| Vec::new());
             }
             fits(&row, &batch, number)?;
             batch.tokens.extend(row.tokens);
             batch.targets.extend(row.targets);
             if let (Some(all), Some(documents)) = (&mut batch.documents, row.documents) {
                 all.extend(documents);
+            }
+            if let (Some(all), Some(roles)) = (&mut batch.roles, row.roles) {
+                all.extend(roles);
             }
         }
         if let Some(bytes) = &self.token_bytes {
@@ -140,9 +146,15 @@ fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
     if row.documents.is_some() != batch.documents.is_some() {
         return problem("documents are given for some samples only: give them for all or for none".into());
     }
-    match &row.documents {
-        Some(documents) if documents.len() != tokens => {
+    if row.roles.is_some() != batch.roles.is_some() {
+        return problem("roles are given for some samples only: give them for all or for none".into());
+    }
+    match (&row.documents, &row.roles) {
+        (Some(documents), _) if documents.len() != tokens => {
             problem(format!("{} document ids for {tokens} tokens: give one each", documents.len()))
+        }
+        (_, Some(roles)) if roles.len() != tokens => {
+            problem(format!("{} roles for {tokens} tokens: give one each", roles.len()))
         }
         _ => Ok(()),
     }
@@ -155,7 +167,7 @@ mod tests {
     use burn_dataset::InMemDataset;
 
     fn loader(n: u32, batch_size: usize, shuffle: bool) -> Loader {
-        let sample = |i| Sample { tokens: vec![i], targets: vec![i64::from(i)], documents: None };
+        let sample = |i| Sample { tokens: vec![i], targets: vec![i64::from(i)], ..Sample::default() };
         let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new((0..n).map(sample).collect()));
         Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 100]), LoaderOptions { batch_size, seed: 5, shuffle })
     }
@@ -187,6 +199,7 @@ mod tests {
             tokens: vec![0; tokens],
             targets: vec![target; tokens],
             documents: documents.map(|count| vec![0; count]),
+            roles: None,
         };
         let message = |samples: Vec<Sample>, batch_size: usize| {
             let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new(samples));

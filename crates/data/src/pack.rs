@@ -115,7 +115,7 @@ impl Samples for Windows {
             };
             fresh[..length].iter().scan(0, count).collect()
         });
-        Ok(Sample { tokens: ids[..length].to_vec(), targets, documents })
+        Ok(Sample { tokens: ids[..length].to_vec(), targets, documents, roles: None })
     }
 }
 

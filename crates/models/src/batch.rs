@@ -1,7 +1,39 @@
 //! What a model is given to learn from: token ids with their targets, still on the host.
 
+use polyhead_attention::Mask;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// Marks a position whose prediction is not asked for: no loss, no gradient, no accuracy.
 pub const IGNORE: i64 = -100;
+
+/// Whose a token of a conversation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Instructions that come before.
+    System,
+    /// What is asked.
+    User,
+    /// What is answered: from behind the header of the turn to its end.
+    Assistant,
+    /// What a tool gave back.
+    Tool,
+    /// What the template writes around: headers, separators, the prompt for an answer.
+    Template,
+    /// Nobody's: it fills up the row.
+    Padding,
+}
+
+/// What tokens see of the conversation before an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ContextMask {
+    /// Every token sees what stands before it.
+    #[default]
+    Causal,
+    /// Inside a turn of context every token sees all others of the turn; answers stay causal.
+    Bidirectional,
+}
 
 /// One batch of token sequences on the host; rows of equal length, padded where needed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -14,9 +46,11 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     /// `[batch, seq]`: the id to be predicted at each position, or [`IGNORE`].
     pub targets: Vec<i64>,
-    /// `[batch, seq]`: which document of its row a token belongs to; attention does not cross documents.
-    /// `None` where each row is one stream.
+    /// `[batch, seq]`: which document of its row a token belongs to; attention does not cross documents. Padding is a
+    /// document of its own. `None` where each row is one stream.
     pub documents: Option<Vec<u32>>,
+    /// `[batch, seq]`: whose each token is, where the data is conversations.
+    pub roles: Option<Vec<Role>>,
     /// Bytes of text that the targets (those not ignored) stand for, for bits per byte; 0 where the data is no text.
     pub target_bytes: u64,
 }
@@ -25,5 +59,28 @@ impl Batch {
     /// How many positions have a target.
     pub fn target_tokens(&self) -> u64 {
         self.targets.iter().filter(|&&target| target != IGNORE).count() as u64
+    }
+
+    /// `[batch, seq]`: which tokens are answers. Where nobody says whose tokens are, those that are to be predicted.
+    pub fn answers(&self) -> Vec<bool> {
+        match &self.roles {
+            Some(roles) => roles.iter().map(|&role| role == Role::Assistant).collect(),
+            None => {
+                let asked = |at: usize| !at.is_multiple_of(self.seq) && self.targets[at - 1] != IGNORE;
+                (0..self.tokens.len()).map(asked).collect()
+            }
+        }
+    }
+
+    /// Who sees whom in this batch.
+    pub fn mask(&self, context: ContextMask) -> Mask {
+        let mask = match context {
+            ContextMask::Causal => Mask::causal(),
+            ContextMask::Bidirectional => Mask::turns(&self.answers(), self.seq),
+        };
+        match &self.documents {
+            Some(documents) => mask.with_documents(documents),
+            None => mask,
+        }
     }
 }

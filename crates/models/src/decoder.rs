@@ -7,10 +7,10 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation, Observe, Rope,
-    RopeLayout, linear,
+    Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation,
+    Observe, Rope, RopeLayout, linear,
 };
-use polyhead_kernels::{gated_mlp, rms_norm};
+use polyhead_kernels::{gated_mlp, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -204,6 +204,18 @@ pub struct Mlp {
     pub down_proj: Linear,
 }
 
+impl Mlp {
+    fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
+        let Self { gate_proj, up_proj, down_proj } = self;
+        if !adapters.touch(&["gate_proj", "up_proj", "down_proj"]) {
+            return gated_mlp(x, gate_proj.weight.val(), up_proj.weight.val(), down_proj.weight.val());
+        }
+        let gated = adapters.project("gate_proj", gate_proj, x.clone());
+        let upped = adapters.project("up_proj", up_proj, x);
+        adapters.project("down_proj", down_proj, swiglu(gated, upped))
+    }
+}
+
 /// One layer of a decoder.
 #[derive(Module, Debug)]
 pub struct Block {
@@ -232,10 +244,30 @@ pub struct Decoder {
     config: DecoderConfig,
 }
 
+/// What a pass through the layers is told.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// Which keys are hidden from whom.
+    pub mask: &'a Mask,
+    /// Keys and values of earlier tokens.
+    pub cache: Option<&'a mut Cache>,
+    /// What to measure on the way.
+    pub observe: Observe,
+    /// For each layer of the model, what is added to its projections; empty where nothing is.
+    pub adapters: &'a [Vec<Adapter>],
+}
+
+impl<'a> Pass<'a> {
+    /// A pass with a mask and nothing else.
+    pub fn new(mask: &'a Mask) -> Self {
+        Self { mask, cache: None, observe: Observe::Nothing, adapters: &[] }
+    }
+}
+
 /// What [`Decoder::forward`] returns.
 #[derive(Debug, Clone)]
 pub struct Forward {
-    /// `[batch, seq, d_model]`, normalised: what the output projection reads.
+    /// `[batch, seq, d_model]`, normalised: what the output projection reads. Of [`Decoder::run_layers`]: not normalised.
     pub hidden: Tensor<3>,
     /// `[1]` each: the layers' auxiliary losses, unweighted.
     pub penalties: Vec<Tensor<1>>,
@@ -266,27 +298,45 @@ impl Decoder {
     }
 
     /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
-    pub fn forward(
-        &self,
-        tokens: Tensor<2, Int>,
-        mask: &Mask,
-        mut cache: Option<&mut Cache>,
-        observe: Observe,
-    ) -> Forward {
+    pub fn forward(&self, tokens: Tensor<2, Int>, mask: &Mask, cache: Option<&mut Cache>, observe: Observe) -> Forward {
+        self.pass(tokens, Pass { mask, cache, observe, adapters: &[] })
+    }
+
+    /// Runs all layers over `tokens`, `[batch, seq]`.
+    pub fn pass(&self, tokens: Tensor<2, Int>, pass: Pass<'_>) -> Forward {
+        let forward = self.run_layers(0..self.layers.len(), self.embed(tokens), pass);
+        Forward { hidden: self.normed(forward.hidden), ..forward }
+    }
+
+    /// `[batch, seq, d_model]`: what the first layer reads.
+    pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, seq] = tokens.dims();
+        let rows = self.embedding.weight.val().select(0, tokens.reshape([batch * seq]));
+        rows.reshape([batch, seq, self.config.d_model])
+    }
+
+    /// `[batch, seq, d_model]`: what the output projection reads, from what the last layer writes.
+    pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
+        rms_norm(hidden, self.norm.weight.val(), self.config.norm_eps)
+    }
+
+    /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
+    pub fn run_layers(&self, layers: std::ops::Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
+        let Pass { mask, mut cache, observe, adapters } = pass;
         let eps = self.config.norm_eps;
         let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let ropes = self.ropes(start..start + seq);
-        let rows = self.embedding.weight.val().select(0, tokens.reshape([batch * seq]));
-        let mut hidden = rows.reshape([batch, seq, self.config.d_model]);
+        let ropes = self.ropes(start..start + hidden.dims()[1]);
         let (mut penalties, mut seen) = (Vec::new(), Vec::new());
-        for (index, layer) in self.layers.iter().enumerate() {
+        for index in layers {
+            let layer = &self.layers[index];
+            let adapters = Adapters(adapters.get(index).map_or(&[], Vec::as_slice));
             let call = Call {
                 rope: ropes.get(&self.config.head_dim(index)),
                 mask,
                 bias: None,
                 cache: cache.as_deref_mut().map(|cache| &mut cache.layers[index]),
                 observe,
+                adapters,
             };
             let normed = rms_norm(hidden.clone(), layer.attention_norm.weight.val(), eps);
             let attended = layer.attention.forward(normed, call);
@@ -294,10 +344,9 @@ impl Decoder {
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
             let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
-            let Mlp { gate_proj, up_proj, down_proj } = &layer.mlp;
-            hidden = hidden + gated_mlp(normed, gate_proj.weight.val(), up_proj.weight.val(), down_proj.weight.val());
+            hidden = hidden + layer.mlp.forward(normed, adapters);
         }
-        Forward { hidden: rms_norm(hidden, self.norm.weight.val(), eps), penalties, seen }
+        Forward { hidden, penalties, seen }
     }
 
     /// `[d_model, vocab]`: the output projection.

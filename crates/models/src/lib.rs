@@ -9,10 +9,12 @@ mod generate;
 pub mod hf;
 mod loss;
 mod per_layer;
+mod trained;
 pub mod weights;
 
-pub use batch::{Batch, IGNORE};
-pub use decoder::{Decoder, DecoderConfig, Forward, Part};
+pub use batch::{Batch, ContextMask, IGNORE, Role};
+pub use decoder::{Decoder, DecoderConfig, Forward, Part, Pass};
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
+pub use trained::train_only;

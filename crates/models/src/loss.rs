@@ -1,10 +1,10 @@
 //! What a model is told about a batch: the loss to minimise, and the sums that evaluation adds up.
 
 use burn::tensor::Tensor;
-use polyhead_attention::{Mask, Observation, Observe};
+use polyhead_attention::{Observation, Observe};
 use polyhead_kernels::{CrossEntropy, Targets, cross_entropy};
 
-use crate::{Batch, Decoder, Forward};
+use crate::{Batch, ContextMask, Decoder, Pass};
 
 /// The training loss of one batch, with its named terms.
 #[derive(Debug)]
@@ -59,7 +59,13 @@ impl Evaluated {
 impl Decoder {
     /// The loss of a batch, differentiable.
     pub fn loss(&self, batch: &Batch, observe: Observe) -> Loss {
-        let (forward, out) = self.predict(batch, observe);
+        self.loss_of_pass(batch, Pass { observe, ..Pass::new(&batch.mask(ContextMask::Causal)) })
+    }
+
+    /// The loss of a batch under another mask, or with something added to the projections.
+    pub fn loss_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> Loss {
+        let forward = self.pass(self.tokens(batch), pass);
+        let out = self.predict(batch, forward.hidden);
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
         Loss { cross_entropy: out.sum, penalty, seen: forward.seen }
@@ -67,7 +73,8 @@ impl Decoder {
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
     pub fn evaluate(&self, batch: &Batch) -> Evaluated {
-        let (_, out) = self.predict(batch, Observe::Nothing);
+        let out =
+            self.predict(batch, self.pass(self.tokens(batch), Pass::new(&batch.mask(ContextMask::Causal))).hidden);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
         let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
         Evaluated {
@@ -78,14 +85,9 @@ impl Decoder {
         }
     }
 
-    fn predict(&self, batch: &Batch, observe: Observe) -> (Forward, CrossEntropy) {
-        let mask = match &batch.documents {
-            Some(documents) => Mask::causal().with_documents(documents),
-            None => Mask::causal(),
-        };
-        let forward = self.forward(self.tokens(batch), &mask, None, observe);
-        let hidden = forward.hidden.clone().reshape([batch.batch * batch.seq, self.config().d_model]);
-        let out = cross_entropy(hidden, self.output_projection(), &Targets::new(&batch.targets));
-        (forward, out)
+    /// What `hidden`, `[batch, seq, d_model]` and normalised, predicts of the targets.
+    pub fn predict(&self, batch: &Batch, hidden: Tensor<3>) -> CrossEntropy {
+        let hidden = hidden.reshape([batch.batch * batch.seq, self.config().d_model]);
+        cross_entropy(hidden, self.output_projection(), &Targets::new(&batch.targets))
     }
 }

@@ -47,6 +47,7 @@ fn first_row(batch: &Batch) -> Batch {
         tokens: batch.tokens[..batch.seq].to_vec(),
         targets: batch.targets[..batch.seq].to_vec(),
         documents: batch.documents.as_ref().map(|ids| ids[..batch.seq].to_vec()),
+        roles: batch.roles.as_ref().map(|roles| roles[..batch.seq].to_vec()),
         target_bytes: 0,
     }
 }

@@ -121,7 +121,7 @@ impl Task for Markov {
         }
         let targets = chain[1..].iter().map(|&id| i64::from(id)).collect();
         chain.truncate(seq_len);
-        Sample { tokens: chain, targets, documents: None }
+        Sample { tokens: chain, targets, ..Sample::default() }
     }
 }
 

@@ -95,7 +95,7 @@ fn answers_only(tokens: Vec<u32>, answers: &[(usize, u32)]) -> Sample {
     for &(position, answer) in answers {
         targets[position] = i64::from(answer);
     }
-    Sample { tokens, targets, documents: None }
+    Sample { tokens, targets, ..Sample::default() }
 }
 
 /// `count` different numbers below `n`, in random order.
