@@ -14,7 +14,7 @@ use polyhead_kernels::{gated_mlp, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Batch, PerLayer};
+use crate::{Batch, Gate, PerLayer};
 
 /// Settings of a decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -149,6 +149,7 @@ impl DecoderConfig {
             norm: norm(),
             head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
             config: self.clone(),
+            gate: None,
         }
     }
 
@@ -242,6 +243,8 @@ pub struct Decoder {
     pub head: Option<Linear>,
     #[module(skip)]
     config: DecoderConfig,
+    #[module(skip)]
+    gate: Option<Gate>,
 }
 
 /// What a pass through the layers is told.
@@ -297,6 +300,11 @@ impl Decoder {
         Tensor::from_data(TensorData::new(ids, [batch.batch, batch.seq]), &self.device())
     }
 
+    /// The same model with another gate, or with none.
+    pub fn gated(self, gate: Option<Gate>) -> Self {
+        Self { gate, ..self }
+    }
+
     /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
     pub fn forward(&self, tokens: Tensor<2, Int>, mask: &Mask, cache: Option<&mut Cache>, observe: Observe) -> Forward {
         self.pass(tokens, Pass { mask, cache, observe, adapters: &[] })
@@ -306,6 +314,12 @@ impl Decoder {
     pub fn pass(&self, tokens: Tensor<2, Int>, pass: Pass<'_>) -> Forward {
         let forward = self.run_layers(0..self.layers.len(), self.embed(tokens), pass);
         Forward { hidden: self.normed(forward.hidden), ..forward }
+    }
+
+    /// `[batch, seq, d_model]`: the residual stream behind layer `layer` (from 0), before any gate there.
+    pub fn hidden_after(&self, layer: usize, tokens: Tensor<2, Int>, mask: &Mask) -> Tensor<3> {
+        let ungated = self.clone().gated(self.gate.clone().filter(|gate| gate.after_layer < layer));
+        ungated.run_layers(0..layer + 1, ungated.embed(tokens), Pass::new(mask)).hidden
     }
 
     /// `[batch, seq, d_model]`: what the first layer reads.
@@ -345,6 +359,9 @@ impl Decoder {
             seen.extend(attended.seen);
             let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
             hidden = hidden + layer.mlp.forward(normed, adapters);
+            if let Some(gate) = self.gate.as_ref().filter(|gate| gate.after_layer == index) {
+                hidden = gate.pass(hidden);
+            }
         }
         Forward { hidden, penalties, seen }
     }

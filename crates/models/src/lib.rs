@@ -5,6 +5,7 @@
 
 mod batch;
 mod decoder;
+mod gate;
 mod generate;
 pub mod hf;
 mod loss;
@@ -14,7 +15,8 @@ pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use decoder::{Decoder, DecoderConfig, Forward, Part, Pass};
+pub use gate::{Gate, GateKind};
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
-pub use trained::train_only;
+pub use trained::{Parameter, parameters, train_only};

@@ -1,6 +1,6 @@
 //! Which parameters are learnt.
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
 use crate::Decoder;
@@ -23,4 +23,35 @@ pub fn train_only(model: Decoder, learnt: impl Fn(&str) -> bool) -> Decoder {
         }
     }
     model.map(&mut Choose(Path::default(), learnt))
+}
+
+/// A parameter without its values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    /// Field names from the model down, joined by dots.
+    pub name: String,
+    /// How many numbers it holds.
+    pub numbers: usize,
+    /// Whether it is learnt.
+    pub learnt: bool,
+}
+
+/// All parameters of a model, in the order of its fields.
+pub fn parameters(model: &Decoder) -> Vec<Parameter> {
+    struct Collect(Path, Vec<Parameter>);
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.0.exit(container);
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let (name, numbers) = (self.0.name(), param.dims().iter().product());
+            self.1.push(Parameter { name, numbers, learnt: param.val().is_require_grad() });
+        }
+    }
+    let mut collect = Collect(Path::default(), Vec::new());
+    model.visit(&mut collect);
+    collect.1
 }

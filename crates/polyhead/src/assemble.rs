@@ -137,16 +137,18 @@ impl Resolved {
         }
     }
 
-    /// The model before the first step: fresh weights that the seed decides, or those of `model.pretrained`.
+    /// The model before the first step: fresh weights that the seed decides, or those of `model.pretrained`. What the
+    /// recipe freezes does not learn.
     ///
     /// # Errors
-    /// If weights cannot be read or do not fit.
+    /// If weights cannot be read or do not fit, or what is to be frozen does not exist.
     pub fn first_model(&self, vocab_size: usize, device: &Device) -> Result<Decoder, Failure> {
         device.seed(self.recipe.debug.seed);
-        match &self.pretrained {
-            Some(found) => found.model(device),
-            None => Ok(self.decoder.init(vocab_size, device)),
-        }
+        let model = match &self.pretrained {
+            Some(found) => found.model(device)?,
+            None => self.decoder.init(vocab_size, device),
+        };
+        Ok(self.recipe.freeze.apply(model)?)
     }
 }
 

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{DataConfig, Packing, TokenizerConfig};
 use polyhead_models::{DecoderConfig, Sampling};
-use polyhead_training::ProcedureConfig;
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
+use polyhead_training::{FreezeConfig, ProcedureConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,9 @@ pub struct Recipe {
     /// What a step does. Default: standard.
     #[serde(default)]
     pub procedure: ProcedureConfig,
+    /// What stays as it is. Default: nothing.
+    #[serde(default)]
+    pub freeze: FreezeConfig,
     /// How weights move. Default: adamw.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -300,6 +303,9 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     );
     if let Err((field, message)) = recipe.data.validate(training.seq_len) {
         problems.push((format!("data.{}.{field}", recipe.data.name()), message));
+    }
+    if let Err((field, message)) = recipe.freeze.validate(decoder.map_or(usize::MAX, |decoder| decoder.n_layers)) {
+        problems.push((format!("freeze.{field}"), message));
     }
     if problems.is_empty()
         && let Some(Err(error)) = decoder.map(DecoderConfig::validate)

@@ -41,6 +41,9 @@ pub enum TrainError {
     /// The curve of the run could not be drawn.
     #[error("the curve of the run could not be drawn: {0}")]
     Curve(String),
+    /// What is to be frozen cannot be.
+    #[error("{0}")]
+    Freeze(String),
     /// Weights or optimiser state do not fit.
     #[error(transparent)]
     Weights(#[from] polyhead_models::weights::WeightsError),

@@ -8,6 +8,7 @@ pub mod config;
 mod curve;
 mod error;
 pub mod evaluate;
+mod freeze;
 pub mod gradients;
 mod memory;
 mod observe;
@@ -22,6 +23,7 @@ pub mod state;
 pub mod tensorboard;
 
 pub use error::TrainError;
+pub use freeze::FreezeConfig;
 pub use memory::{available_memory_bytes, peak_memory_bytes};
-pub use procedure::{Procedure, ProcedureConfig, StepContext, StepReport};
+pub use procedure::{Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
 pub use standard::{Standard, StandardConfig};

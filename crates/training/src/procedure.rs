@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::config::TrainingConfig;
 use crate::optimizer::Optimizer;
+use crate::picture::Png;
 use crate::standard::{Standard, StandardConfig};
 
 /// `[procedure]`: one of its tables, what a step of training does.
@@ -31,17 +32,24 @@ impl ProcedureConfig {
     ///
     /// # Errors
     /// If the state is not one of this procedure's.
-    pub fn build(
-        &self,
-        optimizer: Optimizer,
-        training: &TrainingConfig,
-        state: &serde_json::Value,
-    ) -> Result<Box<dyn Procedure>, TrainError> {
+    pub fn build(&self, parts: Parts<'_>, state: &serde_json::Value) -> Result<Box<dyn Procedure>, TrainError> {
         let _ = state; // the standard procedure has none
         match self {
-            Self::Standard(_) => Ok(Box::new(Standard::new(optimizer, training))),
+            Self::Standard(_) => Ok(Box::new(Standard::new(parts.optimizer, parts.training))),
         }
     }
+}
+
+/// What a procedure is made of.
+pub struct Parts<'a> {
+    /// Fresh, or with the state of an earlier sitting.
+    pub optimizer: Optimizer,
+    /// The loop's settings.
+    pub training: &'a TrainingConfig,
+    /// Token ids of texts that are kept out of training, for procedures that watch the model on some.
+    pub tracking: &'a [Vec<u32>],
+    /// Batches until everything has been learnt from once.
+    pub batches_per_epoch: u64,
 }
 
 /// One step of training: forward, backward, update.
@@ -60,9 +68,14 @@ pub trait Procedure {
     /// The optimiser, whose state goes into checkpoints.
     fn optimizer(&self) -> &Optimizer;
 
-    /// Whatever beyond model and optimiser must survive a restart.
+    /// Whatever beyond model and optimiser must survive a restart. Asked for when the run is saved.
     fn state(&self) -> serde_json::Value {
         serde_json::Value::Null
+    }
+
+    /// Whether the run has reached what it was to reach before its last step.
+    fn finished(&self) -> bool {
+        false
     }
 }
 
@@ -80,7 +93,7 @@ pub struct StepContext {
 }
 
 /// What a step tells.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct StepReport {
     /// Mean cross-entropy in nats over the step's targets, before the update.
     pub loss: f64,
@@ -94,4 +107,17 @@ pub struct StepReport {
     pub skipped: bool,
     /// Further numbers of the procedure, by their names in the logs: `bilevel/inner_loss`, ...
     pub measured: Vec<(String, f64)>,
+    /// Further things to see, by their names in TensorBoard.
+    pub shown: Vec<(String, Shown)>,
+    /// Write this step to the logs, whatever the interval.
+    pub log: bool,
+}
+
+/// What TensorBoard shows besides numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Shown {
+    /// The spread of these values.
+    Histogram(Vec<f32>),
+    /// A picture.
+    Picture(Png),
 }

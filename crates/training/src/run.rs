@@ -12,7 +12,7 @@ use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingCo
 use crate::evaluate::{Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
-use crate::procedure::{Procedure, ProcedureConfig, StepContext, StepReport};
+use crate::procedure::{Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
 use crate::run_folder::{MetricsLog, RunLock};
 use crate::schedule;
 use crate::state::{self, Companions, Progress};
@@ -47,6 +47,8 @@ pub struct Job<'a> {
     pub train: &'a dyn Batches,
     /// Batches to validate on.
     pub held_out: &'a dyn Batches,
+    /// Token ids of texts that the procedure watches the model on; no part of `train`.
+    pub tracking: Vec<Vec<u32>>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
     pub companions: Companions,
     /// The recipe as text, for TensorBoard.
@@ -121,7 +123,9 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }
     };
-    let mut procedure = job.procedure.build(optimizer, &job.training, &progress.procedure)?;
+    let parts =
+        Parts { optimizer, training: &job.training, tracking: &job.tracking, batches_per_epoch: job.train.per_epoch() };
+    let mut procedure = job.procedure.build(parts, &progress.procedure)?;
     let resumed = job.resume.as_ref().map(|_| progress.step);
     if let Some(step) = resumed {
         checkpoint::discard_after(&job.run_dir, step)?;
@@ -139,7 +143,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
     let mut saved = job.resume.clone();
     let mut validation = None;
     let (mut tokens_since, mut micros_since) = (0u64, 0u64);
-    while progress.step < steps && job.stop.load(Ordering::SeqCst) == 0 {
+    while progress.step < steps && !procedure.finished() && job.stop.load(Ordering::SeqCst) == 0 {
         let step = progress.step + 1;
         let started = Instant::now();
         let accumulation = job.training.gradient_accumulation_steps as u64;
@@ -160,9 +164,8 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         progress.targets += report.targets;
         progress.skipped += u64::from(report.skipped);
         progress.microseconds += micros;
-        progress.procedure = procedure.state();
 
-        let last = step == steps;
+        let last = step == steps || procedure.finished();
         let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
         let bytes: u64 = batches.iter().map(|batch| batch.target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
@@ -175,7 +178,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             tokens_per_second: tokens_since as f64 / (micros_since.max(1) as f64 * 1e-6),
             memory: None,
             skipped: report.skipped,
-            logged: due(job.metrics.log_freq) || step == 1 || report.skipped,
+            logged: due(job.metrics.log_freq) || step == 1 || report.skipped || report.log,
         };
         if logged.logged {
             logged.memory = peak_memory_bytes();
@@ -213,7 +216,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         None => save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?,
     };
     let signal = job.stop.load(Ordering::SeqCst);
-    let interrupted = (signal != 0 && progress.step < steps).then_some(signal);
+    let interrupted = (signal != 0 && progress.step < steps && !procedure.finished()).then_some(signal);
     Ok(Outcome { model, progress, validation, best, checkpoint, interrupted })
 }
 
@@ -241,7 +244,8 @@ fn save(
     if let Some(events) = events {
         events.sync()?;
     }
-    let path = state::save(&job.run_dir, model, procedure, progress, &job.companions)?;
+    let progress = Progress { procedure: procedure.state(), ..progress.clone() };
+    let path = state::save(&job.run_dir, model, procedure, &progress, &job.companions)?;
     curve::draw(&job.run_dir)?;
     let mut keep = Vec::new();
     if let Some(best) = best {
@@ -285,6 +289,14 @@ fn write_step(
     }
     if let Some(memory) = memory {
         scalar("memory/peak_bytes", memory as f64)?;
+    }
+    for (name, shown) in &report.shown {
+        match shown {
+            Shown::Histogram(values) => {
+                events.histogram(name, step, values)?;
+            }
+            Shown::Picture(png) => events.image_png(name, step, png.width, png.height, &png.bytes)?,
+        }
     }
     Ok(events.flush()?)
 }

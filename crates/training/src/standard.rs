@@ -57,8 +57,7 @@ impl Procedure for Standard {
         let mut grads = sum.finish();
         let grad_norm = global_norm(&grads, &model);
         let loss = loss_sum / targets.max(1) as f64;
-        let mut report =
-            StepReport { loss, penalty: penalty_sum, grad_norm, targets, skipped: false, measured: Vec::new() };
+        let mut report = StepReport { loss, penalty: penalty_sum, grad_norm, targets, ..StepReport::default() };
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return match self.on_nonfinite {
                 OnNonfinite::Stop => Err(TrainError::Nonfinite { step: context.step, loss, grad_norm }),

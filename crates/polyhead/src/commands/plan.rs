@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use polyhead_data::Opened;
 use polyhead_training::evaluate::{Batches, evaluate};
 use polyhead_training::optimizer::Optimizer;
-use polyhead_training::{StepContext, available_memory_bytes, peak_memory_bytes, schedule};
+use polyhead_training::{Parts, StepContext, available_memory_bytes, peak_memory_bytes, schedule};
 
 use crate::assemble::{self, Resolved, Source};
 use crate::console::{bytes, clock, put, talk, thousands};
@@ -104,8 +104,13 @@ fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failur
     let device = assemble::training_device(recipe)?;
     let mut model = resolved.first_model(opened.vocab_size, &device)?;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
-    let optimizer = Optimizer::new(recipe.optimizer.clone());
-    let mut procedure = recipe.procedure.build(optimizer, training, &serde_json::Value::Null)?;
+    let parts = Parts {
+        optimizer: Optimizer::new(recipe.optimizer.clone()),
+        training,
+        tracking: &[],
+        batches_per_epoch: train.per_epoch(),
+    };
+    let mut procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;
     let accumulation = training.gradient_accumulation_steps as u64;
     let (started, mut durations) = (Instant::now(), Vec::new());
     // The first step is the warm-up: it allocates what the others use again.

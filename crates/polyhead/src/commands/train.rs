@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use polyhead_data::Tokenizer;
-use polyhead_models::Decoder;
+use polyhead_models::{Decoder, parameters};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
@@ -53,10 +53,15 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     }
     let model = resolved.first_model(opened.vocab_size, &device)?;
     let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
-    let parameters = thousands(model.num_params() as u64);
+    let count = thousands(model.num_params() as u64);
     let mut distinct = mechanism.clone();
     distinct.dedup();
-    talk!("model: {parameters} parameters, {} layers, attention: {}", config.n_layers, distinct.join(", "));
+    let learning: usize = parameters(&model).iter().filter(|one| one.learnt).map(|one| one.numbers).sum();
+    let frozen = match model.num_params() - learning {
+        0 => String::new(),
+        frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
+    };
+    talk!("model: {count} parameters{frozen}, {} layers, attention: {}", config.n_layers, distinct.join(", "));
     if let Some(path) = recipe.model.pretrained.as_ref().filter(|_| resume.is_none()) {
         talk!("starts from the weights of {}", path.display());
     }
@@ -101,6 +106,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         seed: recipe.debug.seed,
         train: &train,
         held_out: &held_out,
+        tracking: Vec::new(),
         companions,
         recipe: text,
         stop: &stop,

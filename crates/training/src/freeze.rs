@@ -1,0 +1,164 @@
+//! Which parameters a run trains: all but those that are frozen.
+
+use glob::Pattern;
+use polyhead_models::{Decoder, parameters, train_only};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+
+/// `[freeze]`: parameters that stay as they are. They get no gradient, so no update, no decay, no state in the
+/// optimiser and no share in the norm.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct FreezeConfig {
+    /// So many layers, from the first on. Default: 0.
+    pub layers: usize,
+    /// Parameters by their names in a checkpoint, with * for any text: "embedding.*", "layers.*.attention.*".
+    /// Default: none.
+    pub parameters: Vec<String>,
+}
+
+impl FreezeConfig {
+    /// Checks the settings for a model of `n_layers` layers.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self, n_layers: usize) -> Result<(), (&'static str, String)> {
+        if self.layers > n_layers {
+            let problem = format!("freeze.layers ({}) must be at most n_layers ({n_layers})", self.layers);
+            return Err(("layers", problem));
+        }
+        for pattern in &self.parameters {
+            if let Err(error) = Pattern::new(pattern) {
+                return Err(("parameters", format!("freeze.parameters: \"{pattern}\" is no pattern: {error}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The model with these parameters frozen; those that did not learn before do not learn after.
+    ///
+    /// # Errors
+    /// If a pattern means no parameter, or nothing is left to train.
+    pub fn apply(&self, model: Decoder) -> Result<Decoder, TrainError> {
+        if *self == Self::default() {
+            return Ok(model);
+        }
+        self.validate(model.layers.len()).map_err(|(_, problem)| TrainError::Freeze(problem))?;
+        let all = parameters(&model);
+        let mut patterns = Vec::new();
+        for text in &self.parameters {
+            let pattern = Pattern::new(text).map_err(|error| TrainError::Freeze(error.to_string()))?;
+            if !all.iter().any(|parameter| pattern.matches(&parameter.name)) {
+                let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
+                let problem =
+                    format!("freeze.parameters: \"{text}\" means no parameter; there are {}", names.join(", "));
+                return Err(TrainError::Freeze(problem));
+            }
+            patterns.push(pattern);
+        }
+        let frozen = |name: &str| {
+            let layer = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            layer.is_some_and(|layer| layer < self.layers) || patterns.iter().any(|pattern| pattern.matches(name))
+        };
+        let left: Vec<&str> =
+            all.iter().filter(|one| one.learnt && !frozen(&one.name)).map(|one| one.name.as_str()).collect();
+        if left.is_empty() {
+            return Err(TrainError::Freeze("freeze: nothing is left to train".into()));
+        }
+        Ok(train_only(model, |name| left.contains(&name)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
+    use burn::tensor::Device;
+    use polyhead_attention::{AttentionConfig, Observe, SoftmaxConfig};
+    use polyhead_models::weights::named;
+    use polyhead_models::{Batch, DecoderConfig, PerLayer};
+
+    use super::*;
+    use crate::gradients::{Sum, global_norm};
+    use crate::optimizer::{Optimizer, Update};
+
+    fn model() -> Decoder {
+        let softmax = SoftmaxConfig { n_heads: 2, n_kv_heads: None, head_dim: None, qkv_bias: false };
+        let config = DecoderConfig {
+            d_model: 8,
+            n_layers: 3,
+            d_ff: None,
+            rope: true,
+            rope_theta: 1e4,
+            rope_layout: Default::default(),
+            norm_eps: 1e-5,
+            tie_embeddings: false,
+            attention: PerLayer::Same(AttentionConfig::Softmax(softmax)),
+        };
+        let device = Device::flex().autodiff();
+        device.seed(1);
+        config.init(11, &device)
+    }
+
+    fn batch() -> Batch {
+        let (tokens, targets) = ((0..10).collect(), (1..11).collect());
+        Batch { batch: 2, seq: 5, tokens, targets, ..Batch::default() }
+    }
+
+    /// The norm of the first gradients, the model after two updates, and the optimiser.
+    fn train(mut model: Decoder) -> (f64, Decoder, Optimizer) {
+        let mut optimizer = Optimizer::new(Default::default());
+        let mut norm = 0.0;
+        for step in 0..2 {
+            let mut sum = Sum::default();
+            sum.add(model.loss(&batch(), Observe::Nothing).cross_entropy.backward(), &model);
+            let mut grads = sum.finish();
+            if step == 0 {
+                norm = global_norm(&grads, &model);
+            }
+            model = optimizer.step(model, &mut grads, Update { lr: 0.1, scale: 1.0 });
+        }
+        (norm, model, optimizer)
+    }
+
+    fn values(model: &Decoder) -> BTreeMap<String, Vec<f32>> {
+        named(model).into_iter().map(|one| (one.name, one.values)).collect()
+    }
+
+    #[test]
+    fn frozen_parameters_have_no_part_in_a_step() {
+        let freeze = FreezeConfig { layers: 1, parameters: vec!["embedding.*".into(), "layers.2.*norm*".into()] };
+        let frozen = |name: &str| {
+            name.starts_with("layers.0.")
+                || name.starts_with("embedding.")
+                || name.starts_with("layers.2.") && name.contains("norm")
+        };
+        let before = model();
+        let old = values(&before);
+        let (norm, after, optimizer) = train(freeze.apply(before.clone()).unwrap());
+        for (name, new) in values(&after) {
+            assert_eq!(old[&name] == new, frozen(&name), "{name}");
+        }
+        let states: Vec<String> = optimizer.tensors().into_iter().map(|one| one.name).collect();
+        assert!(states.iter().all(|name| !frozen(name.split_once('.').unwrap().1)), "{states:?}");
+        assert_eq!(states.len(), 2 * old.keys().filter(|name| !frozen(name)).count());
+        assert!(norm < train(before).0, "what is frozen has no share in the norm");
+    }
+
+    #[test]
+    fn what_means_nothing_or_everything_is_refused() {
+        let told = |layers, parameters: &[&str]| {
+            let parameters = parameters.iter().map(|&text| text.into()).collect();
+            FreezeConfig { layers, parameters }.apply(model()).unwrap_err().to_string()
+        };
+        assert!(told(0, &["layer.*"]).contains("\"layer.*\" means no parameter; there are embedding.weight, "));
+        assert!(told(0, &["*"]).contains("nothing is left"));
+        let wrong = FreezeConfig { layers: 4, parameters: vec![] };
+        assert!(wrong.validate(3).unwrap_err().1.contains("freeze.layers (4)"));
+        let wrong = FreezeConfig { layers: 0, parameters: vec!["a***".into()] };
+        assert_eq!(wrong.validate(3).unwrap_err().0, "parameters");
+    }
+}
