@@ -1,14 +1,15 @@
 //! Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1): the one place where scores meet a softmax.
 //!
-//! On the CPU it runs in tiles (`attention/tiles.rs`) with a backward of its own: memory grows with the length of the
-//! sequence, not with its square, and tiles in which the mask hides everything are never computed. The plain form below,
-//! which makes the whole matrix and leaves the backward to Burn, is what the tiles are tested against; it also serves
-//! the other backends, dense masks and additive biases (which are matrices already).
+//! It runs with a backward of its own, and memory grows with the length of the sequence, not with its square: on the CPU
+//! in tiles (`attention/tiles.rs`; those in which the mask hides everything are never computed), on the other backends, and
+//! for dense masks and additive biases, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
+//! whole matrix and leaves the backward to Burn, is what both are tested against.
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use crate::{Mask, cpu};
 
+mod blocks;
 mod tiles;
 
 #[cfg(test)]
@@ -96,7 +97,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOp
     let visible = options.mask.unwrap_or(&everything).visible(batch, options.query_offset, queries, keys);
     match visible {
         Some(visible) if cpu::fuses(&q) && options.bias.is_none() => tiles::attention(q, k, v, visible, options),
-        _ => plain(q, k, v, options),
+        _ => blocks::attention(q, k, v, options),
     }
 }
 

@@ -41,6 +41,33 @@ impl Visible {
         from as usize..to as usize
     }
 
+    /// Whether more is hidden than what lies outside of the ranges.
+    pub(crate) fn in_pieces(&self) -> bool {
+        self.pieces.is_some()
+    }
+
+    /// From the first to the last key that any of `queries` sees in any row of the batch; one key where nobody sees any.
+    pub(crate) fn span(&self, queries: Range<usize>) -> Range<usize> {
+        let seen = self.rows(queries).filter(|[from, to]| from < to);
+        let [from, to] = seen.reduce(|[a, b], [from, to]| [a.min(from), b.max(to)]).unwrap_or([0, 1]);
+        from as usize..to as usize
+    }
+
+    /// `[batch or 1, queries, 2]`: the ranges of `queries`, counted from the start of `span`; `None` if all are the span.
+    pub(crate) fn within(&self, queries: Range<usize>, span: &Range<usize>) -> Option<Vec<i32>> {
+        let whole = [span.start as u32, span.end as u32];
+        if self.rows(queries.clone()).all(|range| range == whole) {
+            return None;
+        }
+        let inside =
+            |[from, to]: [u32; 2]| if from < to { [from, to].map(|key| (key - whole[0]) as i32) } else { [0, 0] };
+        Some(self.rows(queries).flat_map(inside).collect())
+    }
+
+    fn rows(&self, queries: Range<usize>) -> impl Iterator<Item = [u32; 2]> {
+        self.ranges.chunks(self.queries.max(1)).flat_map(move |row| &row[queries.clone()]).copied()
+    }
+
     /// Writes `value` over the scores of hidden keys inside `keys`, a part of the query's range.
     pub(crate) fn hide_inside(&self, batch: usize, query: usize, keys: Range<usize>, scores: &mut [f32], value: f32) {
         let Some((documents, all, offset)) = &self.pieces else { return };
@@ -130,6 +157,12 @@ impl Mask {
         let shape = Shape { batch, offset, queries, keys };
         let (made_for, made) = self.made.get_or_init(|| (shape, self.spell_out(shape, device)));
         if *made_for == shape { made.clone() } else { self.spell_out(shape, device) }
+    }
+
+    /// The mask of some of the queries that this one was described for.
+    pub(crate) fn of_queries(&self, queries: Range<usize>) -> Self {
+        let dense = self.dense.clone().map(|dense| dense.narrow(2, queries.start, queries.len()));
+        Self { dense, ..self.clone() }.afresh()
     }
 
     /// The mask as ranges of keys; `None` where only numbers can say it.

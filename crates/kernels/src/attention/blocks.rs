@@ -1,0 +1,471 @@
+//! Attention in blocks of queries, for any backend: nothing larger than some rows of the matrix exists, forward or backward.
+//!
+//! Written in the backend's own operations, with the softmax in f32 whatever the type of queries, keys and values. A block
+//! reads only the keys between the first and the last that its mask leaves; the backward computes its weights again from
+//! the log of their sum (Dao 2023, arXiv 2307.08691, section 3.1). It serves the backends that have no tiles of their own,
+//! and on the CPU what the tiles do not take: dense masks and additive biases.
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
+use burn::backend::{
+    Autodiff, Backend, Dispatch, Flex, Scalar, TensorMetadata, backend_extension, get_or_init_device_settings,
+};
+use burn::tensor::{Bool, DType, FloatDType, Int, Shape, Slice, Tensor, TensorData};
+
+use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Measure, Statistics, plain};
+use crate::Mask;
+use crate::mask::Visible;
+
+/// Scores of a block at most: 256 MiB in f32. Chosen by us: few launches, little memory beside a model's.
+const SCORES: usize = 1 << 26;
+
+/// See [`super::attention`].
+pub(super) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
+    in_blocks(q, k, v, options, SCORES)
+}
+
+fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>, scores: usize) -> Attention {
+    let [batch, heads, queries, _] = q.dims();
+    let keys = k.dims()[2];
+    let (k, v) = (chosen(k, &options.keys), chosen(v, &options.values));
+    let everything = Mask::none();
+    let mask = options.mask.unwrap_or(&everything);
+    let visible = mask.visible(batch, options.query_offset, queries, keys).filter(|visible| !visible.in_pieces());
+    let rows = (scores / (batch * heads * keys).max(1)).clamp(1, queries.max(1));
+    let (mut hidden, mut seen) = (Vec::new(), Vec::new());
+    for start in (0..queries).step_by(rows) {
+        let part = Part { start, rows: rows.min(queries - start), options, mask, visible: visible.as_deref() };
+        hidden.push(part.attend(&q, &k, &v));
+        if options.statistics != Measure::Nothing {
+            seen.push((part.rows, part.measure(&q, &k, &v)));
+        }
+    }
+    Attention { hidden: Tensor::cat(hidden, 2), statistics: join(seen, queries) }
+}
+
+/// The heads that a map names; heads that are shared evenly stay as they are.
+fn chosen(heads: Tensor<4>, map: &HeadMap) -> Tensor<4> {
+    let HeadMap::Each(map) = map else { return heads };
+    let ids: Vec<i32> = map.iter().map(|&head| head as i32).collect();
+    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [map.len()]), &heads.device());
+    heads.select(1, ids)
+}
+
+/// Some of the queries.
+struct Part<'a> {
+    start: usize,
+    rows: usize,
+    options: &'a AttentionOptions<'a>,
+    mask: &'a Mask,
+    visible: Option<&'a Visible>,
+}
+
+impl Part<'_> {
+    /// `[batch, heads, rows, value width]`
+    fn attend(&self, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Tensor<4> {
+        let (batch, keys, device) = (q.dims()[0], k.dims()[2], q.device());
+        let Self { start, rows, options, .. } = *self;
+        let span = self.visible.map_or(0..keys, |visible| visible.span(start..start + rows));
+        let own = |x: &Tensor<4>| x.clone().narrow(2, span.start, span.len());
+        let bias = options.bias.clone().map(|bias| bias.narrow(2, start, rows).narrow(3, span.start, span.len()));
+        let ranges = self.visible.and_then(|visible| visible.within(start..start + rows, &span));
+        let hidden = match self.visible {
+            Some(_) => None,
+            None => self.mask.of_queries(start..start + rows).hidden(
+                batch,
+                options.query_offset + start,
+                rows,
+                keys,
+                &device,
+            ),
+        };
+        let block = Block {
+            scale: options.scale_for(q),
+            biased: bias.is_some(),
+            ranged: ranges.is_some(),
+            masked: hidden.is_some(),
+        };
+        // What a block does not use is a single number.
+        let ranges = ranges.unwrap_or_else(|| vec![0]);
+        let shape = if block.ranged { [ranges.len() / (2 * rows), 1, rows, 2] } else { [1; 4] };
+        let ranges = Tensor::<4, Int>::from_data(TensorData::new(ranges, shape), &device);
+        let hidden = hidden.unwrap_or_else(|| Tensor::<4, Bool>::from_data([[[[false]]]], &device));
+        let bias = bias.unwrap_or_else(|| Tensor::zeros([1; 4], &device));
+        Tensor::from_dispatch(Dispatch::block_attention(
+            q.clone().narrow(2, start, rows).into_dispatch(),
+            own(k).into_dispatch(),
+            own(v).into_dispatch(),
+            bias.into_dispatch(),
+            ranges.into_dispatch(),
+            hidden.into_dispatch(),
+            block,
+        ))
+    }
+
+    /// Statistics are asked for seldom: the plain form makes these rows of the matrix again.
+    fn measure(&self, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<Statistics> {
+        let Self { start, rows, options, .. } = *self;
+        let mask = self.mask.of_queries(start..start + rows);
+        let options = AttentionOptions {
+            mask: Some(&mask),
+            query_offset: options.query_offset + start,
+            bias: options.bias.clone().map(|bias| bias.narrow(2, start, rows).detach()),
+            keys: HeadMap::Even,
+            values: HeadMap::Even,
+            ..options.clone()
+        };
+        let constant = |x: &Tensor<4>| x.clone().detach();
+        plain(constant(q).narrow(2, start, rows), constant(k), constant(v), &options).statistics
+    }
+}
+
+/// The statistics of all queries from those of their parts.
+fn join(parts: Vec<(usize, Option<Statistics>)>, queries: usize) -> Option<Statistics> {
+    let parts: Vec<(f64, Statistics)> =
+        parts.into_iter().map(|(rows, seen)| Some((rows as f64 / queries as f64, seen?))).collect::<Option<_>>()?;
+    let weights: Option<Vec<_>> = parts.iter().map(|(_, seen)| seen.weights.clone()).collect();
+    let weights = weights.filter(|all| !all.is_empty()).map(|all| Tensor::cat(all, 1));
+    let sum =
+        parts.into_iter().map(|(share, seen)| (seen.entropy * share, seen.first_key_mass * share, seen.largest_score));
+    let (entropy, first_key_mass, largest_score) = sum.reduce(|a, b| (a.0 + b.0, a.1 + b.1, a.2.max_pair(b.2)))?;
+    Some(Statistics { entropy, first_key_mass, largest_score, weights })
+}
+
+/// What a block is told besides its tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Block {
+    scale: f64,
+    /// Whether `bias` is one.
+    biased: bool,
+    /// Whether `ranges` hide keys.
+    ranged: bool,
+    /// Whether `hidden` hides keys.
+    masked: bool,
+}
+
+/// One block as an operation of Burn's dispatching backend.
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cuda"), Autodiff)]
+trait BlockAttention: Backend {
+    /// `softmax(scale q kᵀ + bias) v`
+    ///
+    /// # Shapes
+    /// - q: `[batch, heads, rows, width]`, k: `[batch, key heads, keys, width]`, v: `[batch, value heads, keys, value width]`
+    /// - bias: `[batch or 1, heads or 1, rows, keys]`
+    /// - ranges: `[batch or 1, 1, rows, 2]`, the first visible key and the one behind the last
+    /// - hidden: `[batch or 1, heads or 1, rows, keys]`
+    fn block_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        ranges: IntTensor<Self>,
+        hidden: BoolTensor<Self>,
+        block: Block,
+    ) -> FloatTensor<Self> {
+        forward::<Self>(&Inputs { q, k, v, bias, ranges, hidden, block }).0
+    }
+}
+
+impl BlockAttention for Flex {}
+
+#[cfg(feature = "ndarray")]
+impl BlockAttention for burn::backend::NdArray {}
+
+#[cfg(feature = "cuda")]
+impl BlockAttention for burn::backend::Cuda {}
+
+impl<B: BlockAttention, C: CheckpointStrategy> BlockAttention for Autodiff<B, C> {
+    fn block_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        ranges: IntTensor<Self>,
+        hidden: BoolTensor<Self>,
+        block: Block,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Step;
+        impl<B: Backend> Backward<B, 4> for Step {
+            /// Inputs, log of the sums.
+            type State = (Inputs<B>, FloatTensor<B>);
+
+            fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let out_grad = grads.consume::<B>(&ops.node);
+                let (inputs, log_sum) = ops.state;
+                let all = backward(inputs, log_sum, out_grad);
+                for (parent, grad) in ops.parents.into_iter().zip(all) {
+                    if let (Some(node), Some(grad)) = (parent, grad) {
+                        grads.register::<B>(node.id, grad);
+                    }
+                }
+            }
+        }
+        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
+        let (bias, bias_node) = bias.into_parts();
+        let inputs = Inputs::<B> { q, k, v, bias, ranges, hidden, block };
+        let (out, log_sum) = forward::<B>(&inputs);
+        match Step.prepare::<C>([q_node, k_node, v_node, bias_node]).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish((inputs, log_sum), out),
+            OpsKind::UnTracked(step) => step.finish(out),
+        }
+    }
+}
+
+/// The inputs of a block.
+#[derive(Debug, Clone)]
+struct Inputs<B: Backend> {
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    bias: FloatTensor<B>,
+    ranges: IntTensor<B>,
+    hidden: BoolTensor<B>,
+    block: Block,
+}
+
+/// The output, and per row the log of the sum of its exponentials, `[batch, heads, rows, 1]`.
+fn forward<B: Backend>(inputs: &Inputs<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+    let scores = scores(inputs);
+    let largest = B::float_max_dim(scores.clone(), 3);
+    // Where a row sees nothing, its largest score is that of hidden keys: all its exponentials are made zero below.
+    let exponentials = hide(B::float_exp(B::float_sub(scores, largest.clone())), inputs, 0.0);
+    let sum = B::float_clamp_min(B::float_sum_dim(exponentials.clone(), 3), number(f64::from(f32::MIN_POSITIVE)));
+    let weights = B::float_div(exponentials, sum.clone());
+    let log_sum = B::float_add(largest, B::float_log(sum));
+    (matmul_shared::<B>(cast::<B>(weights, inputs.v.dtype()), inputs.v.clone()), log_sum)
+}
+
+/// Gradients of q, k, v and, where there is one, the bias.
+fn backward<B: Backend>(
+    inputs: Inputs<B>,
+    log_sum: FloatTensor<B>,
+    out_grad: FloatTensor<B>,
+) -> [Option<FloatTensor<B>>; 4] {
+    let dtype = inputs.q.dtype();
+    let weights = hide(B::float_exp(B::float_sub(scores(&inputs), log_sum)), &inputs, 0.0);
+    let v_grad = gather_shared::<B>(cast::<B>(weights.clone(), dtype), out_grad.clone(), &inputs.v);
+    let weight_grad = cast::<B>(matmul_shared::<B>(out_grad, B::float_swap_dims(inputs.v, 2, 3)), DType::F32);
+    // Of the weights rather than of the output: where a row has one key, its scores get no gradient at all.
+    let row_sum = B::float_sum_dim(B::float_mul(weights.clone(), weight_grad.clone()), 3);
+    let score_grad = B::float_mul(weights, B::float_sub(weight_grad, row_sum));
+    let bias_grad = inputs.block.biased.then(|| {
+        let grad = reduce_to::<B>(score_grad.clone(), inputs.bias.shape());
+        cast::<B>(grad, inputs.bias.dtype())
+    });
+    let score_grad = cast::<B>(B::float_mul_scalar(score_grad, number(inputs.block.scale)), dtype);
+    let k_grad = gather_shared::<B>(score_grad.clone(), inputs.q, &inputs.k);
+    let q_grad = matmul_shared::<B>(score_grad, inputs.k);
+    [Some(q_grad), Some(k_grad), Some(v_grad), bias_grad]
+}
+
+/// `[batch, heads, rows, keys]` in f32, those of hidden keys out of reach.
+fn scores<B: Backend>(inputs: &Inputs<B>) -> FloatTensor<B> {
+    let products = matmul_shared::<B>(inputs.q.clone(), B::float_swap_dims(inputs.k.clone(), 2, 3));
+    let mut scores = B::float_mul_scalar(cast::<B>(products, DType::F32), number(inputs.block.scale));
+    if inputs.block.biased {
+        scores = B::float_add(scores, cast::<B>(inputs.bias.clone(), DType::F32));
+    }
+    hide(scores, inputs, f64::from(HIDDEN_SCORE))
+}
+
+/// `x`, `[batch, heads, rows, keys]`, with `value` where keys are hidden.
+fn hide<B: Backend>(mut x: FloatTensor<B>, inputs: &Inputs<B>, value: f64) -> FloatTensor<B> {
+    let (full, device) = (x.shape(), x.device());
+    let settings = get_or_init_device_settings::<B>(&device);
+    if inputs.block.ranged {
+        let (rows, keys) = (full[2], full[3]);
+        let index = B::int_arange(0..keys as i64, &device, settings.int_dtype);
+        let index = B::int_expand(B::int_reshape(index, Shape::new([1, 1, 1, keys])), full.clone());
+        let bound = |column: usize| {
+            let all = inputs.ranges.shape();
+            let slices = [0..all[0], 0..1, 0..rows, column..column + 1].map(Slice::from);
+            B::int_expand(B::int_slice(inputs.ranges.clone(), &slices), full.clone())
+        };
+        let before = B::int_lower(index.clone(), bound(0), settings.bool_dtype);
+        let behind = B::int_greater_equal(index, bound(1), settings.bool_dtype);
+        x = B::float_mask_fill(x, B::bool_or(before, behind), number(value));
+    }
+    if inputs.block.masked {
+        x = B::float_mask_fill(x, B::bool_expand(inputs.hidden.clone(), full), number(value));
+    }
+    x
+}
+
+/// `left[b, h] right[b, h / (heads / right heads)]`
+fn matmul_shared<B: Backend>(left: FloatTensor<B>, right: FloatTensor<B>) -> FloatTensor<B> {
+    let [batch, heads, rows, inner] = left.shape().dims::<4>();
+    let [_, right_heads, _, columns] = right.shape().dims::<4>();
+    if heads == right_heads {
+        return B::float_matmul(left, right);
+    }
+    let stacked = B::float_reshape(left, Shape::new([batch, right_heads, heads / right_heads * rows, inner]));
+    B::float_reshape(B::float_matmul(stacked, right), Shape::new([batch, heads, rows, columns]))
+}
+
+/// `leftᵀ right` per head, `[batch, heads, rows, ..]` both, summed over the heads that share one of `of`.
+fn gather_shared<B: Backend>(left: FloatTensor<B>, right: FloatTensor<B>, of: &FloatTensor<B>) -> FloatTensor<B> {
+    let shared = of.shape()[1];
+    let stack = |x: FloatTensor<B>| {
+        let [batch, heads, rows, width] = x.shape().dims::<4>();
+        B::float_reshape(x, Shape::new([batch, shared, heads / shared * rows, width]))
+    };
+    B::float_matmul(B::float_swap_dims(stack(left), 2, 3), stack(right))
+}
+
+/// The sum over the dimensions in which `shape` has size 1.
+fn reduce_to<B: Backend>(x: FloatTensor<B>, shape: Shape) -> FloatTensor<B> {
+    (0..4).filter(|&axis| shape[axis] == 1).fold(x, |x, axis| B::float_sum_dim(x, axis))
+}
+
+fn cast<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
+    if x.dtype() == dtype { x } else { B::float_cast(x, FloatDType::from(dtype)) }
+}
+
+fn number(value: f64) -> Scalar {
+    Scalar::from(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{agree_with_gradients, leaf, normal, numbers};
+    use burn::tensor::Device;
+
+    struct Sizes {
+        batch: usize,
+        heads: usize,
+        key_heads: usize,
+        value_heads: usize,
+        queries: usize,
+        keys: usize,
+        width: usize,
+        value_width: usize,
+    }
+
+    fn sizes(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Sizes {
+        Sizes {
+            batch,
+            heads,
+            key_heads,
+            value_heads: key_heads,
+            queries: seq,
+            keys: seq,
+            width,
+            value_width: width + 3,
+        }
+    }
+
+    /// Outputs and gradients are those of the plain form, in one block and in blocks of a few rows.
+    fn compare(sizes: &Sizes, bias: Option<[usize; 2]>, options: &AttentionOptions<'_>) {
+        let Sizes { batch, heads, key_heads, value_heads, queries, keys, width, value_width } = *sizes;
+        let bias_shape = bias.map(|[rows, of_heads]| [rows, of_heads, queries, keys]);
+        let (q, k) = (leaf([batch * heads * queries * width]), leaf([batch * key_heads * keys * width]));
+        let v = leaf([batch * value_heads * keys * value_width]);
+        let bias = leaf([bias_shape.map_or(1, |shape| shape.iter().product())]);
+        for scores in [SCORES, 40 * batch * heads * keys] {
+            let run = |blocks: bool, [q, k, v, bias]: [Tensor<1>; 4]| {
+                // By position, as projections leave them.
+                let q = q.reshape([batch, queries, heads, width]).swap_dims(1, 2);
+                let k = k.reshape([batch, key_heads, keys, width]);
+                let v = v.reshape([batch, value_heads, keys, value_width]);
+                let options = AttentionOptions { bias: bias_shape.map(|s| bias.clone().reshape(s)), ..options.clone() };
+                let out = if blocks { in_blocks(q, k, v, &options, scores) } else { plain(q, k, v, &options) };
+                // So that every input has a gradient, though it may be zero.
+                out.hidden.reshape([-1]) + bias.sum() * 0.0
+            };
+            agree_with_gradients(&[&q, &k, &v, &bias], |x| run(true, x), |x| run(false, x));
+        }
+    }
+
+    #[test]
+    fn blocks_agree_over_awkward_shapes_and_masks() {
+        for (batch, heads, key_heads, seq, width) in
+            [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (1, 4, 2, 63, 64), (3, 1, 1, 129, 80), (2, 6, 3, 100, 16)]
+        {
+            let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
+            let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
+            let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
+            let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
+            let dense = normal([1, heads, seq, seq], &Device::flex()).greater_elem(0.3);
+            for (index, mask) in [
+                Mask::none(),
+                Mask::causal(),
+                Mask::none().with_lengths(&lengths),
+                Mask::causal().with_documents(&ids),
+                Mask::causal().with_documents(&pieces),
+                Mask::turns(&turns, seq),
+                Mask::causal().with_dense(dense),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let bias = [None, Some([batch, 1]), Some([1, heads])][index % 3];
+                compare(
+                    &sizes(batch, heads, key_heads, seq, width),
+                    bias,
+                    &AttentionOptions { mask: Some(&mask), ..Default::default() },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_agree_for_maps_scales_and_cached_keys() {
+        let mask = Mask::causal();
+        let options = AttentionOptions { mask: Some(&mask), scale: Some(0.11), ..Default::default() };
+        let maps = AttentionOptions {
+            keys: HeadMap::Each(vec![0, 0, 1, 3, 2, 3]),
+            values: HeadMap::Each(vec![1, 0, 1, 0, 0, 0]),
+            ..options.clone()
+        };
+        compare(&Sizes { value_heads: 2, ..sizes(2, 6, 4, 70, 12) }, Some([2, 6]), &maps);
+        let cached = AttentionOptions { query_offset: 61, ..options };
+        compare(&Sizes { queries: 90, keys: 151, ..sizes(2, 4, 2, 0, 8) }, None, &cached);
+    }
+
+    #[test]
+    fn statistics_of_parts_are_those_of_the_whole() {
+        let make = |heads| normal([2, heads, 50, 8], &Device::flex());
+        let (q, k, v) = (make(4), make(2), make(2));
+        let mask = Mask::causal();
+        let options = AttentionOptions { mask: Some(&mask), statistics: Measure::Weights, ..Default::default() };
+        let read = |seen: Option<Statistics>| {
+            let seen = seen.expect("asked for");
+            let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
+            [a, b, c, numbers(seen.weights.expect("asked for"))]
+        };
+        let got = read(in_blocks(q.clone(), k.clone(), v.clone(), &options, 7 * 2 * 4 * 50).statistics);
+        let want = read(plain(q, k, v, &options).statistics);
+        for (got, want) in got.iter().zip(&want) {
+            crate::testing::agree("statistics", got, want);
+        }
+    }
+
+    #[test]
+    fn bf16_stays_within_its_precision() {
+        let make = |heads| normal([2, heads, 33, 16], &Device::flex().autodiff());
+        let inputs = [make(4), make(2), make(2)];
+        let mask = Mask::causal();
+        let run = |dtype: DType| {
+            let leaves = inputs.clone().map(|x| x.require_grad());
+            let [q, k, v] = leaves.clone().map(|x| x.cast(dtype));
+            let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+            let out = attention(q, k, v, &options).hidden;
+            assert_eq!(out.dtype(), dtype);
+            let out = out.cast(DType::F32);
+            let grads = out.clone().sin().sum().backward();
+            let mut all = vec![numbers(out)];
+            all.extend(leaves.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))));
+            all
+        };
+        for (got, want) in run(DType::BF16).iter().zip(&run(DType::F32)) {
+            let norm = |x: &[f32]| x.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let difference: Vec<f32> = got.iter().zip(want).map(|(a, b)| a - b).collect();
+            assert!(norm(&difference) < 2e-2 * norm(want), "{} of {}", norm(&difference), norm(want));
+        }
+    }
+}
