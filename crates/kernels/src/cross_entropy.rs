@@ -1,9 +1,10 @@
 //! The output projection and the cross-entropy over the vocabulary, as one operation.
 //!
 //! They belong together because the `[tokens, vocab]` logits of training are the largest tensor of a small model and
-//! nobody but the loss needs them. On the CPU they are made a chunk of tokens at a time, and the gradients of both
+//! nobody but the loss needs them. They are made a chunk of tokens at a time, and the gradients of both
 //! factors right with them (as Liger Kernel does, arXiv 2410.10989, section 3.2): the sum of losses is linear in what
-//! comes back, so the backward only has to scale them.
+//! comes back, so the backward only has to scale them. Below for the CPU, in
+//! `cross_entropy/chunks.rs` for every backend.
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -17,6 +18,8 @@ use rayon::prelude::*;
 
 use crate::cpu::{Destination, Matrix};
 use crate::{cpu, simd};
+
+mod chunks;
 
 /// Logits of a chunk at most (8 MiB), as long as it has [`FEWEST_ROWS`].
 const LOGITS: usize = 1 << 21;
@@ -66,7 +69,7 @@ pub struct CrossEntropy {
 /// - targets: `[tokens]`, every id below vocab
 pub fn cross_entropy(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> CrossEntropy {
     if !cpu::fuses(&hidden) {
-        return plain(hidden, head, targets);
+        return chunks::cross_entropy(hidden, head, targets);
     }
     let (sum, per_token) =
         Dispatch::linear_cross_entropy(hidden.into_dispatch(), head.into_dispatch(), targets.clone());
@@ -75,6 +78,8 @@ pub fn cross_entropy(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> C
     CrossEntropy { sum: Tensor::from_dispatch(sum), losses: row(0), correct: row(1) }
 }
 
+/// The definition, with all logits at once; what the tests compare with.
+#[cfg(test)]
 fn plain(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> CrossEntropy {
     let logits = hidden.matmul(head); // [tokens, vocab]
     let (ids, counted) = targets.tensors(&logits.device());
