@@ -8,6 +8,7 @@ mod cli;
 mod golden;
 mod golden_optimizer;
 mod layering;
+mod precision;
 mod pretrained;
 mod resume;
 mod world;

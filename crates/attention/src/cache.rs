@@ -55,7 +55,8 @@ fn put(room: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
     let room = match room {
         Some(room) if room.dims()[2] >= len + count => room,
         smaller => {
-            let more = Tensor::zeros([batch, heads, (len + count).next_power_of_two(), width], &new.device());
+            let more =
+                Tensor::zeros([batch, heads, (len + count).next_power_of_two(), width], (&new.device(), new.dtype()));
             match smaller {
                 Some(smaller) => more.slice_assign(at(0, len), smaller.narrow(2, 0, len)),
                 None => more,

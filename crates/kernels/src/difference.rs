@@ -7,11 +7,11 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{cpu, rms_norm, simd};
+use crate::{cpu, in_type, rms_norm, simd};
 
 /// Positions of a task.
 const POSITIONS: usize = 16;
@@ -42,7 +42,9 @@ pub fn subtract_noise(heads: Tensor<4>, lambda: Tensor<1>, weight: Tensor<1>, ho
 }
 
 fn plain(heads: Tensor<4>, lambda: Tensor<1>, weight: Tensor<1>, how: Combination) -> Tensor<4> {
-    rms_norm(difference(heads, lambda, how.ratio), weight, how.eps) * how.factor
+    let dtype = heads.dtype();
+    let combined = difference(in_type(heads, DType::F32), lambda, how.ratio);
+    in_type(rms_norm(combined, weight, how.eps) * how.factor, dtype)
 }
 
 /// `signal - λ noise` for every signal head, neither normalised nor scaled; shapes as [`subtract_noise`].
@@ -51,6 +53,7 @@ pub fn difference(heads: Tensor<4>, lambda: Tensor<1>, ratio: usize) -> Tensor<4
     let groups = all / (ratio + 1);
     let grouped = heads.reshape([batch, groups, ratio + 1, seq, width]);
     let signal = grouped.clone().narrow(2, 0, ratio);
+    let lambda = in_type(lambda, grouped.dtype());
     let noise = grouped.narrow(2, ratio, 1) * lambda.unsqueeze::<5>();
     (signal - noise).reshape([batch, groups * ratio, seq, width])
 }

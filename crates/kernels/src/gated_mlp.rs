@@ -11,7 +11,7 @@ use burn::tensor::{Tensor, module};
 use burn_flex::FlexTensor;
 
 use crate::linear::{self, back_to_input, back_to_weight};
-use crate::{cpu, swiglu};
+use crate::{cpu, in_type, swiglu};
 
 /// `(silu(x · gate) * (x · up)) · down`
 ///
@@ -27,7 +27,8 @@ pub fn gated_mlp(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) 
 }
 
 fn plain(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tensor<3> {
-    let linear = |x: Tensor<3>, weight| module::linear(x, weight, None);
+    let dtype = x.dtype();
+    let linear = |x: Tensor<3>, weight| module::linear(x, in_type(weight, dtype), None);
     linear(swiglu::swiglu(linear(x.clone(), gate), linear(x, up)), down)
 }
 

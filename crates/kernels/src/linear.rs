@@ -13,15 +13,17 @@ use burn::tensor::{Tensor, module};
 use burn_flex::FlexTensor;
 
 use crate::cpu::{self, Matrix};
+use crate::in_type;
 
-/// `x · weight + bias`
+/// `x · weight + bias`, in the type of x
 ///
 /// # Shapes
 /// - x: `[.., d_input]`, weight: `[d_input, d_output]`, bias: `[d_output]`
 /// - output: `[.., d_output]`
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     if !cpu::fuses(&x) {
-        return module::linear(x, weight, bias);
+        let dtype = x.dtype();
+        return module::linear(x, in_type(weight, dtype), bias.map(|bias| in_type(bias, dtype)));
     }
     let y = Tensor::<D>::from_dispatch(Dispatch::linear_map(x.into_dispatch(), weight.into_dispatch()));
     match bias {

@@ -6,12 +6,12 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::{cpu, simd};
+use crate::{cpu, in_type, simd};
 
 /// Which channels of a head form the pairs that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,6 +39,9 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) ->
 }
 
 fn plain(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
+    let dtype = x.dtype();
+    // Turned in f32: bf16 has no digits for the angles of late positions.
+    let x = in_type(x, DType::F32);
     let [batch, n_heads, seq, head_dim] = x.dims();
     let half = head_dim / 2;
     let (first, second) = match layout {
@@ -53,12 +56,13 @@ fn plain(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Te
     let sin = sin.unsqueeze::<4>();
     let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
     let rotated_second = second * cos + first * sin;
-    match layout {
+    let rotated = match layout {
         RopeLayout::RotateHalf => Tensor::cat(vec![rotated_first, rotated_second], 3),
         RopeLayout::Interleaved => {
             Tensor::stack::<5>(vec![rotated_first, rotated_second], 4).reshape([batch, n_heads, seq, head_dim])
         }
-    }
+    };
+    in_type(rotated, dtype)
 }
 
 #[backend_extension(Flex, Autodiff)]

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
     Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation,
     Observe, Rope, RopeLayout, linear,
 };
-use polyhead_kernels::{gated_mlp, rms_norm, swiglu};
+use polyhead_kernels::{gated_mlp, in_type, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -150,6 +150,7 @@ impl DecoderConfig {
             head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
             config: self.clone(),
             gate: None,
+            precision: Precision::F32,
         }
     }
 
@@ -245,6 +246,28 @@ pub struct Decoder {
     config: DecoderConfig,
     #[module(skip)]
     gate: Option<Gate>,
+    #[module(skip)]
+    precision: Precision,
+}
+
+/// What products run in. Parameters, the residual stream, norms, softmax, λ and the loss are f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of f32: for GPUs; on a CPU it is slower.
+    Bf16,
+}
+
+impl Precision {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// What a pass through the layers is told.
@@ -282,6 +305,11 @@ impl Decoder {
     /// The settings that this model was made from.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// The model with its products in another precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// Ids that the model knows.
@@ -331,13 +359,13 @@ impl Decoder {
 
     /// `[batch, seq, d_model]`: what the output projection reads, from what the last layer writes.
     pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
-        rms_norm(hidden, self.norm.weight.val(), self.config.norm_eps)
+        in_type(rms_norm(hidden, self.norm.weight.val(), self.config.norm_eps), self.precision.dtype())
     }
 
     /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
     pub fn run_layers(&self, layers: std::ops::Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
         let Pass { mask, mut cache, observe, adapters } = pass;
-        let eps = self.config.norm_eps;
+        let (eps, inner) = (self.config.norm_eps, self.precision.dtype());
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let ropes = self.ropes(start..start + hidden.dims()[1]);
         let (mut penalties, mut seen) = (Vec::new(), Vec::new());
@@ -353,12 +381,12 @@ impl Decoder {
                 adapters,
             };
             let normed = rms_norm(hidden.clone(), layer.attention_norm.weight.val(), eps);
-            let attended = layer.attention.forward(normed, call);
-            hidden = hidden + attended.hidden;
+            let attended = layer.attention.forward(in_type(normed, inner), call);
+            hidden = hidden + in_type(attended.hidden, DType::F32);
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
             let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
-            hidden = hidden + layer.mlp.forward(normed, adapters);
+            hidden = hidden + in_type(layer.mlp.forward(in_type(normed, inner), adapters), DType::F32);
             if let Some(gate) = self.gate.as_ref().filter(|gate| gate.after_layer == index) {
                 hidden = gate.pass(hidden);
             }
@@ -377,7 +405,9 @@ impl Decoder {
     /// `[batch, seq, vocab]` from `[batch, seq, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         let [batch, seq, d_model] = hidden.dims();
-        hidden.reshape([batch * seq, d_model]).matmul(self.output_projection()).reshape([batch, seq, self.vocab_size()])
+        let head = in_type(self.output_projection(), hidden.dtype());
+        let logits = hidden.reshape([batch * seq, d_model]).matmul(head).reshape([batch, seq, self.vocab_size()]);
+        in_type(logits, DType::F32)
     }
 
     fn ropes(&self, positions: std::ops::Range<usize>) -> BTreeMap<usize, Rope> {

@@ -14,7 +14,7 @@ mod trained;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
-pub use decoder::{Decoder, DecoderConfig, Forward, Part, Pass};
+pub use decoder::{Decoder, DecoderConfig, Forward, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};

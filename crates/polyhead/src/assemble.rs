@@ -148,6 +148,7 @@ impl Resolved {
             Some(found) => found.model(device)?,
             None => self.decoder.init(vocab_size, device),
         };
+        let model = model.with_precision(self.recipe.training.precision);
         Ok(self.recipe.freeze.apply(model)?)
     }
 }
@@ -226,6 +227,7 @@ pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, F
     let device = device::open(device_name.unwrap_or(&found.recipe.training.device)).map_err(Failure::Run)?;
     let model = found.model(&device)?;
     let Pretrained { path, recipe, tokenizer, .. } = found;
+    let model = model.with_precision(recipe.training.precision);
     Ok(Trained { path, model, recipe, tokenizer })
 }
 

@@ -1,5 +1,6 @@
 //! Settings of the loop, as recipes write them.
 
+use polyhead_models::Precision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,9 @@ pub struct TrainingConfig {
     /// "flex" (CPU), "ndarray" or "cuda"; the latter two where compiled in. Default: "flex".
     #[serde(default = "device")]
     pub device: String,
+    /// What products run in: "f32" (default) or "bf16". Weights and optimiser stay f32.
+    #[serde(default)]
+    pub precision: Precision,
     /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
     #[serde(default = "penalty_weight")]
     pub penalty_weight: f64,
