@@ -1,7 +1,8 @@
 """The benchmark's PyTorch side: the same decoder, the same first weights and the same batch, in plain PyTorch.
 
 Called by benches/side_by_side.rs with a JSON file that describes the work; prints one JSON line with the time of every
-step, the first loss, and the peak memory. `--compile` runs it through torch.compile.
+step, the first loss, and the peak memory. `--compile` runs it through torch.compile. On CUDA products run in bf16 under
+autocast where the work says so, and the memory of a process is read from outside.
 """
 
 import json
@@ -130,25 +131,30 @@ class Decoder(nn.Module):
 def main():
     work = json.load(open(sys.argv[1]))
     torch.set_num_threads(work["threads"])
-    model = Decoder(work)
+    device = torch.device(work["device"])
+    cuda, narrow = device.type == "cuda", work["precision"] == "bf16"
+    model = Decoder(work).to(device)
     # Linear weights are [in, out] in Polyhead's files.
     transposed = lambda name: name.endswith("_proj.weight") or name == "head.weight"
     weights = {name: w.T if transposed(name) else w for name, w in load_file(work["weights"]).items()}
     model.load_state_dict(weights)
-    tokens = torch.tensor(work["tokens"]).view(work["batch"], work["seq"])
-    targets = torch.tensor(work["targets"]).view(work["batch"], work["seq"])
+    tokens = torch.tensor(work["tokens"]).view(work["batch"], work["seq"]).to(device)
+    targets = torch.tensor(work["targets"]).view(work["batch"], work["seq"]).to(device)
     forward = torch.compile(model) if "--compile" in sys.argv else model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.01, fused=cuda or None)
     seconds, first_loss = [], None
     for _ in range(work["steps"]):
         start = time.perf_counter()
-        loss = forward(tokens, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            loss = forward(tokens, targets)
         value = loss.item()
         first_loss = value if first_loss is None else first_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     version = torch.__version__

@@ -5,13 +5,15 @@
 //! ```
 //!
 //! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
-//! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured.
+//! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured. `--device cuda` measures
+//! a decoder with 350 million parameters in bf16 on a GPU (benches/cuda/run.sh builds for it).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Instant;
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -35,6 +37,12 @@ struct Args {
     /// Only works whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Where to train: flex or cuda.
+    #[arg(long, default_value = "flex", value_parser = ["flex", "cuda"])]
+    device: String,
+    /// What the device can do at most, in TFLOP/s; measured if not given.
+    #[arg(long)]
+    peak_tflops: Option<f64>,
     /// Leave torch.compile out.
     #[arg(long)]
     no_compile: bool,
@@ -57,17 +65,42 @@ struct Work {
     n_heads: usize,
     seq: usize,
     batch: usize,
+    device: &'static str,
+    precision: &'static str,
 }
 
 const VOCAB: usize = 4096;
 
-const SMALL: Work =
-    Work { name: "small", mechanism: "softmax", d_model: 256, n_layers: 6, d_ff: 704, n_heads: 8, seq: 256, batch: 8 };
+const SMALL: Work = Work {
+    name: "small",
+    mechanism: "softmax",
+    d_model: 256,
+    n_layers: 6,
+    d_ff: 704,
+    n_heads: 8,
+    seq: 256,
+    batch: 8,
+    device: "flex",
+    precision: "f32",
+};
 const BIG: Work = Work { name: "big", d_model: 512, n_layers: 8, d_ff: 1408, seq: 512, batch: 4, ..SMALL };
 /// Six signal heads and two noise heads.
 const SMALL_GDA: Work = Work { name: "small, GDA 3:1", mechanism: "grouped_differential", ..SMALL };
 const BIG_GDA: Work = Work { name: "big, GDA 3:1", mechanism: "grouped_differential", ..BIG };
 const WORKS: [Work; 4] = [SMALL, BIG, SMALL_GDA, BIG_GDA];
+/// 350 million parameters.
+const GPU: Work = Work {
+    name: "350M",
+    d_model: 1024,
+    n_layers: 24,
+    d_ff: 3328,
+    n_heads: 16,
+    seq: 2048,
+    device: "cuda",
+    precision: "bf16",
+    ..SMALL
+};
+const GPU_GDA: Work = Work { name: "350M, GDA 3:1", mechanism: "grouped_differential", ..GPU };
 
 /// What a side needed.
 #[derive(Default)]
@@ -96,10 +129,12 @@ fn main() -> Outcome<()> {
         }
         (_, Some(version)) => eprintln!("torch {version}"),
     }
-    let peak = gemm_peak();
+    let on_gpu = args.device == "cuda";
+    let peak = args.peak_tflops.map_or_else(|| gemm_peak(on_gpu), |peak| peak * 1e12);
     let mut report = header(peak, torch.as_deref());
     let mut rows = Vec::new();
-    for work in WORKS.iter().filter(|work| work.name.contains(&args.only)) {
+    let works = if on_gpu { vec![GPU, GPU_GDA] } else { WORKS.to_vec() };
+    for work in works.iter().filter(|work| work.name.contains(&args.only)) {
         let python = args.python.as_deref().filter(|_| torch.is_some());
         rows.extend(compare(work, python, &args, folder.path(), peak)?);
     }
@@ -109,10 +144,10 @@ fn main() -> Outcome<()> {
         report += &rows.join("\n");
         report += "\n\n";
     }
-    if "long".contains(&args.only) {
+    if !on_gpu && "long".contains(&args.only) {
         report += &long_sequences(folder.path())?;
     }
-    if "generation".contains(&args.only) {
+    if !on_gpu && "generation".contains(&args.only) {
         let python = args.python.as_deref().filter(|_| torch.is_some());
         report += &generation(python, args.rounds, folder.path())?;
     }
@@ -130,23 +165,58 @@ fn torch_version(python: &Path) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+impl Work {
+    fn torch_device(&self) -> &'static str {
+        if self.device == "flex" { "cpu" } else { self.device }
+    }
+}
+
+/// Memory of the GPU that is in use, in bytes; what a process needs is the largest of these while it runs.
+fn gpu_memory() -> Option<f64> {
+    let query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"];
+    let output = Command::new("nvidia-smi").args(query).output().ok()?;
+    String::from_utf8_lossy(&output.stdout).trim().parse::<f64>().ok().map(|mebibytes| mebibytes * 1048576.0)
+}
+
+/// Runs `command`; on a GPU with the largest amount of its memory that was in use meanwhile.
+fn watched(mut command: Command, on_gpu: bool) -> Outcome<(std::process::Output, Option<f64>)> {
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
+    let watch = std::thread::spawn(move || {
+        let (before, mut peak) = (gpu_memory().filter(|_| on_gpu)?, 0f64);
+        while is_done
+            .recv_timeout(std::time::Duration::from_millis(100))
+            .is_err_and(|end| end == RecvTimeoutError::Timeout)
+        {
+            peak = peak.max(gpu_memory()? - before);
+        }
+        Some(peak)
+    });
+    let output = command.output()?;
+    drop(done);
+    Ok((output, watch.join().ok().flatten()))
+}
+
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// FLOP/s of a large product, the median of seven.
-fn gemm_peak() -> f64 {
-    let device = Device::flex();
-    let matrix = || Tensor::<2>::random([2048, 2048], Distribution::Uniform(0.0, 1.0), &device);
+/// FLOP/s of a large product, the median of seven: f32 on the CPU, bf16 on a GPU.
+fn gemm_peak(on_gpu: bool) -> f64 {
+    let (device, dtype, size) = match on_gpu {
+        #[cfg(feature = "cuda")]
+        true => (Device::cuda(0), DType::BF16, 8192),
+        _ => (Device::flex(), DType::F32, 2048),
+    };
+    let matrix = || Tensor::<2>::random([size, size], Distribution::Uniform(0.0, 1.0), &device).cast(dtype);
     let (a, b) = (matrix(), matrix());
     let seconds = (0..7).map(|_| {
         let start = Instant::now();
         let product = a.clone().matmul(b.clone());
-        let seconds = start.elapsed().as_secs_f64();
-        drop(product);
-        seconds
+        // A number that has arrived here shows that the product is done.
+        let _ = product.narrow(0, 0, 1).narrow(1, 0, 1).into_data();
+        start.elapsed().as_secs_f64()
     });
-    2.0 * 2048f64.powi(3) / median(seconds.collect())
+    2.0 * (size as f64).powi(3) / median(seconds.collect())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -199,7 +269,9 @@ fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak:
         for (side, measured) in &mut sides {
             match (*side, python, &spec) {
                 ("Polyhead", ..) => train(work, &recipe, folder, measured)?,
-                (side, Some(python), Some(spec)) => pytorch(python, spec, side != "PyTorch", measured)?,
+                (side, Some(python), Some(spec)) => {
+                    pytorch(python, spec, side != "PyTorch", work.device == "cuda", measured)?
+                }
                 _ => {}
             }
             eprintln!("  round {} {side}: {:.0} ms", round + 1, 1e3 * median(measured.seconds.clone()));
@@ -228,13 +300,13 @@ fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak:
 }
 
 fn recipe_of(work: &Work, steps: usize) -> String {
-    let Work { mechanism, d_model, n_layers, d_ff, n_heads, seq, batch, .. } = *work;
+    let Work { mechanism, d_model, n_layers, d_ff, n_heads, seq, batch, device, precision, .. } = *work;
     let noise = if mechanism == "softmax" { String::new() } else { format!("n_noise_heads = {}\n", n_heads / 4) };
     format!(
         "[model.decoder]\nd_model = {d_model}\nn_layers = {n_layers}\nd_ff = {d_ff}\ntie_embeddings = false\n\
          [model.decoder.attention.{mechanism}]\nn_heads = {n_heads}\n{noise}\
          [data.induction]\nvocab = {VOCAB}\n\
-         [training]\nsteps = {steps}\nseq_len = {seq}\nbatch_size = {batch}\n\
+         [training]\nsteps = {steps}\nseq_len = {seq}\nbatch_size = {batch}\ndevice = \"{device}\"\nprecision = \"{precision}\"\n\
          [optimizer.adamw]\nlr = 1e-4\n\
          [metrics]\nlog_freq = 1\ntensorboard = false\nobserve = false\n\
          [validation]\nbatches = 1\n[checkpoint]\ninterval = 0\n"
@@ -257,14 +329,19 @@ fn text(path: &Path) -> &str {
 fn train(work: &Work, recipe: &Path, folder: &Path, measured: &mut Measured) -> Outcome<()> {
     let run = folder.join("run");
     let _ = std::fs::remove_dir_all(&run);
-    polyhead(&["train", text(recipe), "--out", text(&run)])?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polyhead"));
+    command.args(["train", text(recipe), "--out", text(&run)]);
+    let (output, on_gpu) = watched(command, work.device == "cuda")?;
+    if !output.status.success() {
+        return Err(format!("polyhead train: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
     let log = std::fs::read_to_string(run.join("metrics.jsonl"))?;
     let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let steps: Vec<&Value> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
     let number = |line: &Value, key: &str| line[key].as_f64().unwrap_or(f64::NAN);
     let tokens = (work.batch * work.seq) as f64;
     let seconds: Vec<f64> = steps.iter().map(|line| tokens / number(line, "tokens_per_second")).collect();
-    let peak = steps.iter().map(|line| number(line, "memory")).fold(0.0, f64::max);
+    let peak = on_gpu.unwrap_or_else(|| steps.iter().map(|line| number(line, "memory")).fold(0.0, f64::max));
     measured.add(&seconds, steps.first().map_or(f64::NAN, |line| number(line, "loss")), peak);
     Ok(())
 }
@@ -286,7 +363,7 @@ fn specify(work: &Work, steps: usize, recipe: &Path, folder: &Path) -> Outcome<P
     let spec = json!({
         "mechanism": work.mechanism, "d_model": work.d_model, "n_layers": work.n_layers, "d_ff": work.d_ff,
         "n_heads": work.n_heads, "n_noise_heads": work.n_heads / 4, "seq": work.seq, "batch": work.batch, "vocab": VOCAB,
-        "steps": steps, "threads": threads(), "tokens": tokens, "targets": targets,
+        "steps": steps, "threads": threads(), "device": work.torch_device(), "precision": work.precision, "tokens": tokens, "targets": targets,
         "weights": run.join("step-00000001/model.safetensors"),
     });
     let path = folder.join("work.json");
@@ -294,17 +371,17 @@ fn specify(work: &Work, steps: usize, recipe: &Path, folder: &Path) -> Outcome<P
     Ok(path)
 }
 
-fn pytorch(python: &Path, spec: &Path, compiled: bool, measured: &mut Measured) -> Outcome<()> {
+fn pytorch(python: &Path, spec: &Path, compiled: bool, on_gpu: bool, measured: &mut Measured) -> Outcome<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/pytorch.py");
     let mut command = Command::new(python);
     command.arg(script).arg(spec).args(compiled.then_some("--compile"));
-    let output = command.output()?;
+    let (output, on_gpu) = watched(command, on_gpu)?;
     let last = String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned();
     let result: Value = serde_json::from_str(&last)
         .map_err(|_| format!("{}: {}", python.display(), String::from_utf8_lossy(&output.stderr)))?;
     let seconds: Vec<f64> = result["seconds"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
     let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
-    measured.add(&seconds, number("first_loss"), number("peak_bytes"));
+    measured.add(&seconds, number("first_loss"), on_gpu.unwrap_or_else(|| number("peak_bytes")));
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod accumulation;
-#[cfg(feature = "ndarray")]
+#[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
 mod cli;
 mod golden;

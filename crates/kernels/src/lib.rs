@@ -7,6 +7,8 @@
 
 mod adamw;
 mod attention;
+#[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
+mod backends;
 mod cpu;
 mod cross_entropy;
 mod difference;
