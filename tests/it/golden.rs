@@ -40,6 +40,8 @@ fn golden_softmax() {
             n_kv_heads: Some(size(config, "n_kv_heads")),
             head_dim: Some(size(config, "head_dim")),
             qkv_bias: config["has_bias"].as_bool().unwrap(),
+            o_bias: false,
+            qk_norm: false,
         })
     });
 }
@@ -95,7 +97,7 @@ fn check_file(golden: Golden, describe: &impl Fn(&Value) -> AttentionConfig) {
     let device = Device::flex().autodiff();
     let described = describe(&config);
     let rope = config["rope"].as_bool().unwrap();
-    let dims = Dims { d_model: size(&config, "d_model"), n_layers: 1, layer: 0, rope };
+    let dims = Dims { d_model: size(&config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5 };
     described.validate(&dims).unwrap_or_else(|error| panic!("{name}: {error}"));
     let stored: BTreeMap<String, Named> =
         file.iter().filter_map(|(key, tensor)| Some((key.strip_prefix("w.")?.to_owned(), ours(key, tensor)))).collect();

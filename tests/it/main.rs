@@ -6,6 +6,7 @@ mod accumulation;
 mod backends;
 mod cli;
 mod golden;
+mod golden_hf;
 mod golden_optimizer;
 mod layering;
 mod precision;

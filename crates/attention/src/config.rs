@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// The model around a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dims {
     /// Channels of the residual stream.
     pub d_model: usize,
@@ -13,12 +13,14 @@ pub struct Dims {
     pub layer: usize,
     /// Whether queries and keys are rotated by position, which needs an even head_dim.
     pub rope: bool,
+    /// Inside the square root of the model's norms.
+    pub norm_eps: f64,
 }
 
 impl Dims {
     /// The model that [`MechanismConfig::example`](crate::MechanismConfig::example) fits into.
     pub fn example() -> Self {
-        Self { d_model: 24, n_layers: 4, layer: 1, rope: true }
+        Self { d_model: 24, n_layers: 4, layer: 1, rope: true, norm_eps: 1e-5 }
     }
 }
 

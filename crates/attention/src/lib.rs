@@ -28,7 +28,7 @@ pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, L
 pub use observe::{Observation, Observe};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
-pub use rope::Rope;
+pub use rope::{Rope, frequencies};
 pub use softmax::{Softmax, SoftmaxConfig};
 
 /// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.

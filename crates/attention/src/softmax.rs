@@ -1,10 +1,10 @@
 //! Softmax attention: MHA (Vaswani et al. 2017, arXiv 1706.03762), MQA (Shazeer 2019, arXiv 1911.02150) and
 //! GQA (Ainslie et al. 2023, arXiv 2305.13245), which differ only in how many query heads share a key/value head.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, attention};
+use polyhead_kernels::{AttentionOptions, attention, rms_norm};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
@@ -28,6 +28,12 @@ pub struct SoftmaxConfig {
     /// Biases on the query, key and value projections, as in Qwen2. Default: false.
     #[serde(default)]
     pub qkv_bias: bool,
+    /// A bias on the output projection, as in GPT-NeoX. Default: false.
+    #[serde(default)]
+    pub o_bias: bool,
+    /// Normalise every query and key head before it is rotated, as in Qwen3. Default: false.
+    #[serde(default)]
+    pub qk_norm: bool,
 }
 
 impl SoftmaxConfig {
@@ -51,13 +57,17 @@ impl MechanismConfig for SoftmaxConfig {
     fn init(&self, dims: &Dims, device: &Device) -> Softmax {
         let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
         let project = |d_output| linear(d_model, d_output, self.qkv_bias, INIT_STD, device);
+        let norm = || self.qk_norm.then(|| HeadNorm { weight: Param::from_tensor(Tensor::ones([width], device)) });
         Softmax {
             q_proj: project(self.n_heads * width),
             k_proj: project(kv_heads * width),
             v_proj: project(kv_heads * width),
-            o_proj: linear(self.n_heads * width, d_model, false, residual_std(dims.n_layers), device),
+            o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
+            q_norm: norm(),
+            k_norm: norm(),
             n_heads: self.n_heads,
             n_kv_heads: kv_heads,
+            norm_eps: dims.norm_eps,
         }
     }
 
@@ -69,9 +79,10 @@ impl MechanismConfig for SoftmaxConfig {
         let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
         let (heads, kv_heads) = (self.n_heads as u64, self.kv_heads() as u64);
         let weights = d_model * width * (2 * heads + 2 * kv_heads);
-        let biases = if self.qkv_bias { width * (heads + 2 * kv_heads) } else { 0 };
+        let counted = |present: bool, parameters: u64| if present { parameters } else { 0 };
+        let biases = counted(self.qkv_bias, width * (heads + 2 * kv_heads)) + counted(self.o_bias, d_model);
         Cost {
-            parameters: weights + biases,
+            parameters: weights + biases + counted(self.qk_norm, 2 * width),
             flops_per_token: 2 * weights,
             flops_per_pair: 4 * heads * width,
             cached_numbers_per_token: 2 * kv_heads * width,
@@ -79,7 +90,7 @@ impl MechanismConfig for SoftmaxConfig {
     }
 
     fn example() -> Self {
-        Self { n_heads: 4, n_kv_heads: Some(2), head_dim: None, qkv_bias: true }
+        Self { n_heads: 4, n_kv_heads: Some(2), head_dim: None, qkv_bias: true, o_bias: true, qk_norm: true }
     }
 }
 
@@ -102,6 +113,13 @@ pub(crate) fn check_heads(n_heads: usize, head_dim: Option<usize>, dims: &Dims) 
     })
 }
 
+/// The norm of query or key heads; one weight vector for all heads of a layer.
+#[derive(Module, Debug)]
+pub struct HeadNorm {
+    /// `[head_dim]`
+    pub weight: Param<Tensor<1>>,
+}
+
 /// A layer of softmax attention.
 #[derive(Module, Debug)]
 pub struct Softmax {
@@ -113,8 +131,26 @@ pub struct Softmax {
     pub v_proj: Linear,
     /// `[n_heads * head_dim, d_model]`
     pub o_proj: Linear,
+    /// `None` where switched off
+    pub q_norm: Option<HeadNorm>,
+    /// `None` where switched off
+    pub k_norm: Option<HeadNorm>,
     n_heads: usize,
     n_kv_heads: usize,
+    norm_eps: f64,
+}
+
+impl Softmax {
+    /// `[batch, seq, n_heads * head_dim]` to `[batch, n_heads, seq, head_dim]`, normalised where the layer has the norm.
+    fn heads(&self, x: Tensor<3>, n_heads: usize, norm: Option<&HeadNorm>) -> Tensor<4> {
+        let [batch, seq, channels] = x.dims();
+        let heads = x.reshape([batch, seq, n_heads, channels / n_heads]);
+        let heads = match norm {
+            Some(norm) => rms_norm(heads, norm.weight.val(), self.norm_eps),
+            None => heads,
+        };
+        heads.swap_dims(1, 2)
+    }
 }
 
 impl Mechanism for Softmax {
@@ -123,8 +159,8 @@ impl Mechanism for Softmax {
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
-        let q = rotate(call.rope, split_heads(q, self.n_heads));
-        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
+        let q = rotate(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
+        let k = rotate(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = split_heads(v, self.n_kv_heads);
         let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
         let (k, v) = match call.cache {

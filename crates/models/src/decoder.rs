@@ -1,19 +1,24 @@
 //! The pre-norm decoder: `x + attention(norm(x))`, then `x + mlp(norm(x))`, in the form of LLaMA (Touvron et al. 2023,
 //! arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases but those that a mechanism asks for.
+//!
+//! A few settings make it the form of GPT-NeoX (Black et al. 2022, arXiv 2204.06745) instead: `x + attention(norm(x)) +
+//! mlp(norm'(x))`, LayerNorm, GELU with biases, heads that rotate in part.
 
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
+use burn::tensor::activation::gelu;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
     Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation,
-    Observe, Rope, RopeLayout, linear,
+    Observe, Rope, RopeLayout, frequencies, linear,
 };
-use polyhead_kernels::{gated_mlp, in_type, rms_norm, swiglu};
+use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::rope_scaling::RopeScaling;
 use crate::{Batch, Gate, PerLayer};
 
 /// Settings of a decoder.
@@ -36,9 +41,24 @@ pub struct DecoderConfig {
     /// Which channels form the rotated pairs. Default: "rotate_half".
     #[serde(default)]
     pub rope_layout: RopeLayout,
+    /// Share of each head's channels that rotate, the first ones. Default: 1.
+    #[serde(default = "one")]
+    pub rope_fraction: f64,
+    /// How the frequencies are stretched for contexts longer than those first learnt. Default: not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// The kind of norms: "rms" or "layer". Default: "rms".
+    #[serde(default)]
+    pub norm: NormKind,
     /// Inside the square root of the norms. Default: 1e-5.
     #[serde(default = "norm_eps")]
     pub norm_eps: f64,
+    /// The kind of feed-forward layers: "swiglu" (gated, without biases) or "gelu" (with biases). Default: "swiglu".
+    #[serde(default)]
+    pub mlp: MlpKind,
+    /// Attention and feed-forward layer read the same input, and both are added to it. Default: false, one after the other.
+    #[serde(default)]
+    pub parallel_residual: bool,
     /// Use the token embedding as output projection too. Default: true.
     #[serde(default = "yes")]
     pub tie_embeddings: bool,
@@ -50,12 +70,38 @@ fn yes() -> bool {
     true
 }
 
+fn one() -> f64 {
+    1.0
+}
+
 fn rope_theta() -> f64 {
     10_000.0
 }
 
 fn norm_eps() -> f64 {
     1e-5
+}
+
+/// The kind of a decoder's norms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// Root mean square, without a bias.
+    #[default]
+    Rms,
+    /// Mean and variance, with a bias.
+    Layer,
+}
+
+/// The kind of a decoder's feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MlpKind {
+    /// `down(silu(gate(x)) * up(x))`
+    #[default]
+    Swiglu,
+    /// `down(gelu(up(x)))` with biases.
+    Gelu,
 }
 
 /// A part of a model with what it costs, for `plan`.
@@ -74,7 +120,7 @@ impl DecoderConfig {
     }
 
     fn dims(&self, layer: usize) -> Dims {
-        Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: self.rope }
+        Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: self.rope, norm_eps: self.norm_eps }
     }
 
     /// The mechanism of a layer.
@@ -88,6 +134,11 @@ impl DecoderConfig {
     /// Channels of a query head in a layer.
     pub fn head_dim(&self, layer: usize) -> usize {
         self.mechanism(layer).head_dim(&self.dims(layer))
+    }
+
+    /// Channels of a query head in a layer that rotate.
+    pub fn rotated(&self, layer: usize) -> usize {
+        (self.head_dim(layer) as f64 * self.rope_fraction) as usize
     }
 
     /// Checks everything that a user can get wrong.
@@ -107,6 +158,9 @@ impl DecoderConfig {
                 return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));
             }
         }
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate().map_err(|error| error.within("rope_scaling"))?;
+        }
         if let PerLayer::Each(list) = &self.attention
             && list.len() != self.n_layers
         {
@@ -123,6 +177,15 @@ impl DecoderConfig {
                 PerLayer::Each(_) => format!("attention.{layer}"),
             };
             self.mechanism(layer).validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
+            let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
+            if !(fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2)) && self.rope {
+                let problem = format!(
+                    "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head \
+                     ({}) to rotate, not {rotated}",
+                    self.head_dim(layer)
+                );
+                return Err(ConfigError::new("rope_fraction", problem));
+            }
         }
         Ok(())
     }
@@ -131,16 +194,20 @@ impl DecoderConfig {
     pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
         let (d_model, d_ff) = (self.d_model, self.feed_forward());
         let residual = INIT_STD / (2.0 * self.n_layers as f64).sqrt();
-        let norm = || Norm { weight: Param::from_tensor(Tensor::ones([d_model], device)) };
+        let norm = || Norm {
+            weight: Param::from_tensor(Tensor::ones([d_model], device)),
+            bias: (self.norm == NormKind::Layer).then(|| Param::from_tensor(Tensor::zeros([d_model], device))),
+        };
+        let biases = self.mlp == MlpKind::Gelu;
         let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
         let layer = |index| Block {
             attention_norm: norm(),
             attention: self.mechanism(index).init(&self.dims(index), device),
             mlp_norm: norm(),
             mlp: Mlp {
-                gate_proj: linear(d_model, d_ff, false, INIT_STD, device),
-                up_proj: linear(d_model, d_ff, false, INIT_STD, device),
-                down_proj: linear(d_ff, d_model, false, residual, device),
+                gate_proj: (self.mlp == MlpKind::Swiglu).then(|| linear(d_model, d_ff, false, INIT_STD, device)),
+                up_proj: linear(d_model, d_ff, biases, INIT_STD, device),
+                down_proj: linear(d_ff, d_model, biases, residual, device),
             },
         };
         Decoder {
@@ -172,9 +239,18 @@ impl DecoderConfig {
                 None => parts.push(Part { name, cost }),
             }
         }
-        let (layers, matrices) = (self.n_layers as u64, 3 * d_model * d_ff);
-        parts.push(Part { name: "feed-forward".into(), cost: plain(layers * matrices, 2 * layers * matrices) });
-        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * d_model, 0) });
+        let layers = self.n_layers as u64;
+        let (matrices, biases) = match self.mlp {
+            MlpKind::Swiglu => (3 * d_model * d_ff, 0),
+            MlpKind::Gelu => (2 * d_model * d_ff, d_model + d_ff),
+        };
+        let vectors = match self.norm {
+            NormKind::Rms => 1,
+            NormKind::Layer => 2,
+        };
+        let cost = plain(layers * (matrices + biases), 2 * layers * matrices);
+        parts.push(Part { name: "feed-forward".into(), cost });
+        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * vectors * d_model, 0) });
         let head = if self.tie_embeddings { 0 } else { vocab * d_model };
         parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
         parts
@@ -188,18 +264,29 @@ pub struct Embedding {
     pub weight: Param<Tensor<2>>,
 }
 
-/// An RMSNorm's weights; the epsilon is the model's.
+/// A norm's weights; the epsilon is the model's.
 #[derive(Module, Debug)]
 pub struct Norm {
     /// `[d_model]`
     pub weight: Param<Tensor<1>>,
+    /// `[d_model]`: makes it a LayerNorm; without it, it is an RMSNorm
+    pub bias: Option<Param<Tensor<1>>>,
 }
 
-/// A gated feed-forward layer.
+impl Norm {
+    fn forward(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
+        match &self.bias {
+            Some(bias) => layer_norm(hidden, self.weight.val(), bias.val(), eps),
+            None => rms_norm(hidden, self.weight.val(), eps),
+        }
+    }
+}
+
+/// A feed-forward layer: gated SwiGLU, or GELU where there is no gate.
 #[derive(Module, Debug)]
 pub struct Mlp {
     /// `[d_model, d_ff]`
-    pub gate_proj: Linear,
+    pub gate_proj: Option<Linear>,
     /// `[d_model, d_ff]`
     pub up_proj: Linear,
     /// `[d_ff, d_model]`
@@ -209,12 +296,16 @@ pub struct Mlp {
 impl Mlp {
     fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
         let Self { gate_proj, up_proj, down_proj } = self;
-        if !adapters.touch(&["gate_proj", "up_proj", "down_proj"]) {
-            return gated_mlp(x, gate_proj.weight.val(), up_proj.weight.val(), down_proj.weight.val());
-        }
-        let gated = adapters.project("gate_proj", gate_proj, x.clone());
-        let upped = adapters.project("up_proj", up_proj, x);
-        adapters.project("down_proj", down_proj, swiglu(gated, upped))
+        let touched = adapters.touch(&["gate_proj", "up_proj", "down_proj"]);
+        let up = |x| adapters.project("up_proj", up_proj, x);
+        let inner = match gate_proj {
+            Some(gate) if !touched => {
+                return gated_mlp(x, gate.weight.val(), up_proj.weight.val(), down_proj.weight.val());
+            }
+            Some(gate) => swiglu(adapters.project("gate_proj", gate, x.clone()), up(x)),
+            None => gelu(up(x)),
+        };
+        adapters.project("down_proj", down_proj, inner)
     }
 }
 
@@ -359,7 +450,7 @@ impl Decoder {
 
     /// `[batch, seq, d_model]`: what the output projection reads, from what the last layer writes.
     pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
-        in_type(rms_norm(hidden, self.norm.weight.val(), self.config.norm_eps), self.precision.dtype())
+        in_type(self.norm.forward(hidden, self.config.norm_eps), self.precision.dtype())
     }
 
     /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
@@ -380,13 +471,14 @@ impl Decoder {
                 observe,
                 adapters,
             };
-            let normed = rms_norm(hidden.clone(), layer.attention_norm.weight.val(), eps);
+            let normed = layer.attention_norm.forward(hidden.clone(), eps);
             let attended = layer.attention.forward(in_type(normed, inner), call);
-            hidden = hidden + in_type(attended.hidden, DType::F32);
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
-            let normed = rms_norm(hidden.clone(), layer.mlp_norm.weight.val(), eps);
-            hidden = hidden + in_type(layer.mlp.forward(in_type(normed, inner), adapters), DType::F32);
+            let mixed = hidden.clone() + in_type(attended.hidden, DType::F32);
+            let read = if self.config.parallel_residual { hidden } else { mixed.clone() };
+            let normed = layer.mlp_norm.forward(read, eps);
+            hidden = mixed + in_type(layer.mlp.forward(in_type(normed, inner), adapters), DType::F32);
             if let Some(gate) = self.gate.as_ref().filter(|gate| gate.after_layer == index) {
                 hidden = gate.pass(hidden);
             }
@@ -412,11 +504,18 @@ impl Decoder {
 
     fn ropes(&self, positions: std::ops::Range<usize>) -> BTreeMap<usize, Rope> {
         let config = &self.config;
-        let make = |width| Rope::new(positions.clone(), width, config.rope_theta, config.rope_layout, &self.device());
+        let make = |layer| {
+            let frequencies = frequencies(config.rotated(layer), config.rope_theta);
+            let frequencies = match &config.rope_scaling {
+                Some(scaling) => scaling.stretch(frequencies),
+                None => frequencies,
+            };
+            Rope::with_frequencies(positions.clone(), &frequencies, config.rope_layout, &self.device())
+        };
         let layers = if config.rope { 0..config.n_layers } else { 0..0 };
         let mut ropes = BTreeMap::new();
         for layer in layers {
-            ropes.entry(config.head_dim(layer)).or_insert_with_key(|&width| make(width));
+            ropes.entry(config.head_dim(layer)).or_insert_with(|| make(layer));
         }
         ropes
     }

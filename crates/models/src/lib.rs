@@ -10,13 +10,15 @@ mod generate;
 pub mod hf;
 mod loss;
 mod per_layer;
+mod rope_scaling;
 mod trained;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
-pub use decoder::{Decoder, DecoderConfig, Forward, Part, Pass, Precision};
+pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, NormKind, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
+pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trained::{Parameter, parameters, train_only};

@@ -1,10 +1,15 @@
 //! Parameters by name, to and from safetensors. The only place that writes the names of a checkpoint's tensors.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+mod files;
+
+pub use files::TensorFiles;
 
 /// Weights that do not fit the model.
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +17,22 @@ pub enum WeightsError {
     /// Not a safetensors file, or a broken one.
     #[error("not a readable safetensors file: {0}")]
     Unreadable(#[from] safetensors::SafeTensorError),
+    /// A file that cannot be read.
+    #[error("{}: {cause}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// A file that is no safetensors file, or a broken one.
+    #[error("{}: not a readable safetensors file: {cause}", path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        cause: safetensors::SafeTensorError,
+    },
     /// All disagreements at once.
     #[error("the weights do not fit the model: {}", .0.join("; "))]
     Unfit(Vec<String>),
@@ -113,8 +134,25 @@ pub fn from_safetensors(bytes: &[u8]) -> Result<BTreeMap<String, Named>, Weights
 /// # Errors
 /// Lists every missing, left-over and misshapen tensor.
 pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Result<M, WeightsError> {
-    struct Put<'a>(Path, &'a mut BTreeMap<String, Named>, Vec<String>);
-    impl ModuleMapper for Put<'_> {
+    let (module, mut problems) = load_with(module, &mut |name, expected| {
+        let Some(tensor) = tensors.remove(name) else { return Err(format!("{name} is missing")) };
+        match tensor.shape == expected {
+            true => Ok(tensor.values),
+            false => Err(format!("{name} has shape {:?}, expected {expected:?}", tensor.shape)),
+        }
+    });
+    problems.extend(tensors.into_keys().map(|name| format!("{name} belongs to no parameter")));
+    if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
+}
+
+/// Gives the values of the parameter of a name and a shape, or says why it cannot.
+pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, String> + 'a;
+
+/// The module with every parameter replaced by the values that `values` gives for its name and shape, and what `values`
+/// said where it could not.
+pub fn load_with<M: Module>(module: M, values: &mut Values<'_>) -> (M, Vec<String>) {
+    struct Put<'a, 'b>(Path, &'a mut Values<'b>, Vec<String>);
+    impl ModuleMapper for Put<'_, '_> {
         fn enter_module(&mut self, name: &str, container: &str) {
             self.0.enter(name, container);
         }
@@ -122,25 +160,20 @@ pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Resul
             self.0.exit(container);
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let name = self.0.name();
-            let Some(tensor) = self.1.remove(&name) else {
-                self.2.push(format!("{name} is missing"));
-                return param;
-            };
-            let expected = param.dims().to_vec();
-            if tensor.shape != expected {
-                self.2.push(format!("{name} has shape {:?}, expected {expected:?}", tensor.shape));
-                return param;
+            let shape = param.dims().to_vec();
+            match (self.1)(&self.0.name(), &shape) {
+                Err(problem) => {
+                    self.2.push(problem);
+                    param
+                }
+                Ok(values) => param.map(|old| {
+                    let new = Tensor::from_data(TensorData::new(values, shape), &old.device());
+                    if old.is_require_grad() { new.require_grad() } else { new }
+                }),
             }
-            param.map(|old| {
-                let new = Tensor::from_data(TensorData::new(tensor.values, tensor.shape), &old.device());
-                if old.is_require_grad() { new.require_grad() } else { new }
-            })
         }
     }
-    let mut put = Put(Path::default(), &mut tensors, Vec::new());
+    let mut put = Put(Path::default(), values, Vec::new());
     let module = module.map(&mut put);
-    let mut problems = put.2;
-    problems.extend(tensors.into_keys().map(|name| format!("{name} belongs to no parameter")));
-    if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
+    (module, put.2)
 }

@@ -80,6 +80,11 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
             ours
         }
         (None, Some(theirs)) => theirs.clone(),
+        (None, None) if recipe.data.is_text() => {
+            let problem = format!("{} has no tokenizer, and the recipe names none", path.display());
+            let hint = "put its tokenizer.json there, or name it: tokenizer.huggingface.path=...";
+            return Err(loaded.problem("model.pretrained", problem).hint(Some(hint.into())).into());
+        }
         (None, None) => Tokenizer::bytes(),
     };
     recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
@@ -208,35 +213,45 @@ pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>
 
 /// A trained model with what belongs to it.
 pub struct Trained {
-    /// The checkpoint's folder.
+    /// Its folder.
     pub path: PathBuf,
     /// The weights, on a plain device.
     pub model: Decoder,
-    /// The recipe that trained it.
-    pub recipe: Recipe,
-    /// Its tokenizer, where it learnt text.
+    /// The recipe that trained it, if it is one of ours.
+    pub recipe: Option<Recipe>,
+    /// Its tokenizer, where it has one.
     pub tokenizer: Option<Tokenizer>,
+    /// The longest sequence that it was made for.
+    pub max_positions: usize,
 }
 
-/// Loads a checkpoint to use, not to train.
+/// Loads a trained model to use, not to train.
 ///
 /// # Errors
 /// If it is missing, damaged, or does not fit together.
 pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, Failure> {
     let found = Pretrained::open(path)?;
-    let device = device::open(device_name.unwrap_or(&found.recipe.training.device)).map_err(Failure::Run)?;
+    let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
+    let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
     let model = found.model(&device)?;
-    let Pretrained { path, recipe, tokenizer, .. } = found;
-    let model = model.with_precision(recipe.training.precision);
-    Ok(Trained { path, model, recipe, tokenizer })
+    let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
+    let model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    Ok(Trained { path, model, recipe, tokenizer, max_positions })
 }
 
 impl Trained {
     /// Opens the data that its recipe names.
     ///
     /// # Errors
-    /// If it is missing or malformed.
+    /// If it is missing or malformed, or the model came without a recipe.
     pub fn data(&self) -> Result<Opened, Failure> {
-        data(&self.recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()), &mut |_, _| {})
+        let Some(recipe) = &self.recipe else {
+            return Err(Failure::Run(format!(
+                "{} says nothing about data: a recipe that names some, with model.pretrained = \"{0}\" and \
+                 optimizer.adamw.lr = 0, evaluates it",
+                self.path.display()
+            )));
+        };
+        data(recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()), &mut |_, _| {})
     }
 }

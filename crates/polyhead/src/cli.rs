@@ -103,7 +103,7 @@ Examples:
     Generate(GenerateArgs),
     /// Write a model in Hugging Face's format.
     Export {
-        /// A checkpoint or a run folder.
+        /// A checkpoint, a run folder, or a folder in Hugging Face's format.
         checkpoint: PathBuf,
         /// A folder that does not exist yet.
         #[arg(long)]
@@ -111,7 +111,7 @@ Examples:
     },
     /// Write the logits of given tokens, for comparing with other software.
     Logits {
-        /// A checkpoint or a run folder.
+        /// A checkpoint, a run folder, or a folder in Hugging Face's format.
         checkpoint: PathBuf,
         /// Token ids, such as 1,2,3.
         #[arg(long, value_delimiter = ',', required = true)]
@@ -159,7 +159,7 @@ pub struct TrainArgs {
 /// How to generate.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// A checkpoint or a run folder.
+    /// A checkpoint, a run folder, or a folder in Hugging Face's format.
     pub checkpoint: PathBuf,
     /// What the text starts with.
     #[arg(long, default_value = "")]

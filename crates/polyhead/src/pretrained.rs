@@ -1,11 +1,11 @@
-//! A trained model as a person names it, by a folder: a run or a checkpoint of ours. Opening reads its settings and its
-//! tokenizer; the weights are read when they are asked for.
+//! A trained model as a person names it, by a folder: a run, a checkpoint, or a folder in Hugging Face's format. Opening reads
+//! its settings and its tokenizer; the weights are read when they are asked for.
 
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
-use polyhead_models::{Decoder, DecoderConfig, weights};
+use polyhead_models::{Decoder, DecoderConfig, hf, weights};
 use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::state;
 
@@ -17,30 +17,64 @@ const TOKENIZER: &str = "tokenizer.json";
 
 /// A trained model whose weights have not been read yet.
 pub struct Pretrained {
-    /// The checkpoint's folder.
+    /// The folder of the checkpoint, or the one in Hugging Face's format.
     pub path: PathBuf,
     /// What the model is.
     pub decoder: DecoderConfig,
     /// Ids that it knows.
     pub vocab_size: usize,
-    /// How it reads text; `None` where it learnt generated data.
+    /// The longest sequence that it was made for.
+    pub max_positions: usize,
+    /// How it reads text; `None` where it learnt generated data, or the folder has none.
     pub tokenizer: Option<Tokenizer>,
-    /// The recipe that trained it.
-    pub recipe: Recipe,
+    /// The recipe that trained it, if it is one of ours.
+    pub recipe: Option<Recipe>,
+    /// `None` for a checkpoint of ours.
+    foreign: Option<hf::Folder>,
 }
 
 impl Pretrained {
-    /// Opens the folder of a checkpoint, or the newest whole one of a run.
+    /// Opens the folder of a checkpoint, the newest whole one of a run, or a folder in Hugging Face's format.
     ///
     /// # Errors
     /// If there is none, or it is damaged, or does not fit together.
     pub fn open(path: &Path) -> Result<Self, Failure> {
+        if path.join("config.json").exists() {
+            return Self::open_foreign(path);
+        }
         let path = find_checkpoint(path)?;
         let recipe = recipe_of(&path)?;
         let Some(decoder) = recipe.model.decoder.clone() else {
             return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
         };
-        Ok(Self { vocab_size: vocab_of(&path)?, tokenizer: tokenizer_of(&path)?, decoder, recipe, path })
+        Ok(Self {
+            vocab_size: vocab_of(&path)?,
+            max_positions: recipe.training.seq_len,
+            tokenizer: tokenizer_of(&path)?,
+            recipe: Some(recipe),
+            foreign: None,
+            decoder,
+            path,
+        })
+    }
+
+    fn open_foreign(path: &Path) -> Result<Self, Failure> {
+        let folder = hf::Folder::open(path)?;
+        let tokenizer = match path.join(TOKENIZER) {
+            file if file.exists() => {
+                Some(Tokenizer::open(&TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }))?)
+            }
+            _ => None,
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            decoder: folder.decoder().clone(),
+            vocab_size: folder.vocab_size(),
+            max_positions: folder.max_positions(),
+            tokenizer,
+            recipe: None,
+            foreign: Some(folder),
+        })
     }
 
     /// The model with its weights.
@@ -48,7 +82,10 @@ impl Pretrained {
     /// # Errors
     /// If they are damaged or do not fit.
     pub fn model(&self, device: &Device) -> Result<Decoder, Failure> {
-        Ok(state::read_model(&self.path, self.decoder.init(self.vocab_size, device))?)
+        match &self.foreign {
+            Some(folder) => Ok(folder.load(device)?),
+            None => Ok(state::read_model(&self.path, self.decoder.init(self.vocab_size, device))?),
+        }
     }
 
     /// Its tokenizer as a recipe would name it.
@@ -111,7 +148,7 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
 
 /// How many ids a checkpoint's model knows.
 fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
-    let tensors = weights::from_safetensors(&read_file(checkpoint, "model.safetensors")?)?;
-    let rows = tensors.get("embedding.weight").and_then(|tensor| tensor.shape.first().copied());
-    rows.ok_or_else(|| Failure::Run(format!("{}/model.safetensors: embedding.weight is missing", checkpoint.display())))
+    let file = checkpoint.join("model.safetensors");
+    let rows = weights::TensorFiles::open(std::slice::from_ref(&file))?.shape("embedding.weight").map(|shape| shape[0]);
+    rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing", file.display())))
 }

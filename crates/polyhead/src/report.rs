@@ -172,6 +172,7 @@ fails_the_run!(
     FileError,
     polyhead_data::DataError,
     polyhead_models::weights::WeightsError,
+    polyhead_models::hf::ImportError,
     std::io::Error
 );
 

@@ -77,27 +77,19 @@ mod tests {
     use std::collections::BTreeMap;
 
     use burn::tensor::Device;
-    use polyhead_attention::{AttentionConfig, Observe, SoftmaxConfig};
+    use polyhead_attention::Observe;
     use polyhead_models::weights::named;
-    use polyhead_models::{Batch, DecoderConfig, PerLayer};
+    use polyhead_models::{Batch, DecoderConfig};
 
     use super::*;
     use crate::gradients::{Sum, global_norm};
     use crate::optimizer::{Optimizer, Update};
 
     fn model() -> Decoder {
-        let softmax = SoftmaxConfig { n_heads: 2, n_kv_heads: None, head_dim: None, qkv_bias: false };
-        let config = DecoderConfig {
-            d_model: 8,
-            n_layers: 3,
-            d_ff: None,
-            rope: true,
-            rope_theta: 1e4,
-            rope_layout: Default::default(),
-            norm_eps: 1e-5,
-            tie_embeddings: false,
-            attention: PerLayer::Same(AttentionConfig::Softmax(softmax)),
-        };
+        let attention = serde_json::json!({ "softmax": { "n_heads": 2 } });
+        let config =
+            serde_json::json!({ "d_model": 8, "n_layers": 3, "tie_embeddings": false, "attention": attention });
+        let config: DecoderConfig = serde_json::from_value(config).unwrap();
         let device = Device::flex().autodiff();
         device.seed(1);
         config.init(11, &device)

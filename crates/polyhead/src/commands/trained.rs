@@ -89,7 +89,8 @@ pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling
 }
 
 fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
-    let problem = || format!("{} learnt generated data, not text; `polyhead eval` shows what it can", path.display());
+    let problem =
+        || format!("{} has no tokenizer: it learnt generated data, or its tokenizer.json is missing", path.display());
     tokenizer.ok_or_else(|| Failure::Run(problem()))
 }
 
@@ -98,7 +99,7 @@ pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     must_not_exist(to)?;
     let trained = assemble::open_trained(checkpoint, Some("flex"))?;
     let end_of_text = trained.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
-    let options = ExportOptions { max_positions: trained.recipe.training.seq_len, end_of_text };
+    let options = ExportOptions { max_positions: trained.max_positions, end_of_text };
     let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
     if let Some(tokenizer) = &trained.tokenizer {
         files.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));

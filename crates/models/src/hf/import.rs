@@ -1,0 +1,208 @@
+//! A folder in Hugging Face's format, read as a [`Decoder`].
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use polyhead_attention::AttentionConfig;
+use serde_json::Value;
+
+use super::config::{self, Described};
+use super::names::{Family, Layout};
+use crate::weights::{TensorFiles, WeightsError, load_with};
+use crate::{Decoder, DecoderConfig};
+
+/// Why a folder cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// A file cannot be read.
+    #[error("{}: {cause}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// config.json describes something else than what can be read.
+    #[error("{}: {problem}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What, and what is supported.
+        problem: String,
+    },
+    /// There are no weights that can be read.
+    #[error("{}: {problem}", path.display())]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+        /// What was found, and the way out.
+        problem: String,
+    },
+    /// The weights are broken or do not fit.
+    #[error("{}: {cause}", path.display())]
+    Weights {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with them.
+        cause: WeightsError,
+    },
+}
+
+/// A folder whose config.json has been read and whose weights are mapped, not read.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    described: Described,
+    files: TensorFiles,
+}
+
+impl Folder {
+    /// Opens a folder with config.json and safetensors files, one or several.
+    ///
+    /// # Errors
+    /// If it describes a model that is not supported, or has no weights that can be read.
+    pub fn open(path: &Path) -> Result<Self, ImportError> {
+        let config = path.join("config.json");
+        let text =
+            std::fs::read_to_string(&config).map_err(|cause| ImportError::File { path: config.clone(), cause })?;
+        let described = config::read(&text).map_err(|problem| ImportError::Config { path: config, problem })?;
+        let files = TensorFiles::open(&shards(path)?);
+        let files = files.map_err(|cause| ImportError::Weights { path: path.to_owned(), cause })?;
+        Ok(Self { path: path.to_owned(), described, files })
+    }
+
+    /// What the model is.
+    pub fn decoder(&self) -> &DecoderConfig {
+        &self.described.decoder
+    }
+
+    /// What kind of model it is.
+    pub fn family(&self) -> Family {
+        self.described.family
+    }
+
+    /// Ids that the model knows.
+    pub fn vocab_size(&self) -> usize {
+        self.described.vocab_size
+    }
+
+    /// The longest sequence that the model is made for.
+    pub fn max_positions(&self) -> usize {
+        self.described.max_positions
+    }
+
+    /// The model, its weights in f32. They are read parameter by parameter, so that no second copy is ever held.
+    ///
+    /// # Errors
+    /// Lists every missing, left-over and misshapen tensor.
+    pub fn load(&self, device: &Device) -> Result<Decoder, ImportError> {
+        let config = self.decoder();
+        let n_heads = match config.mechanism(0) {
+            AttentionConfig::Softmax(softmax) => softmax.n_heads,
+            _ => unreachable!("config.rs describes softmax attention only"),
+        };
+        let mut used = BTreeSet::new();
+        let model = config.init(self.vocab_size(), device);
+        let (model, mut problems) = load_with(model, &mut |ours, shape| {
+            let place = self.family().place(ours);
+            used.insert(place.name.clone());
+            let their_shape = match (place.layout, shape) {
+                (Layout::Transposed, &[rows, columns]) => vec![columns, rows],
+                (Layout::Third(_), &[rows, columns]) => vec![3 * columns, rows],
+                (Layout::Third(_), &[channels]) => vec![3 * channels],
+                _ => shape.to_vec(),
+            };
+            match self.files.shape(&place.name) {
+                None => return Err(format!("{} is missing", place.name)),
+                Some(found) if found != their_shape => {
+                    return Err(format!("{} has shape {found:?}, expected {their_shape:?}", place.name));
+                }
+                Some(_) => {}
+            }
+            let values = self.files.values(&place.name).map_err(|error| error.to_string())?;
+            let rows = their_shape[0];
+            Ok(match place.layout {
+                Layout::Same => values,
+                Layout::Transposed => transpose(&values, rows),
+                Layout::Third(part) => {
+                    let third = third(&values, n_heads, part);
+                    if shape.len() == 2 { transpose(&third, rows / 3) } else { third }
+                }
+            })
+        });
+        // Three of our parameters may stand in one of theirs.
+        let mut told = BTreeSet::new();
+        problems.retain(|problem| told.insert(problem.clone()));
+        let unknown = self.files.names().filter(|name| !used.contains(*name) && !Family::is_left_over(name, config));
+        problems.extend(unknown.map(|name| format!("{name} belongs to no parameter")));
+        match problems.is_empty() {
+            true => Ok(model),
+            false => Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(problems) }),
+        }
+    }
+}
+
+/// The safetensors files of a folder.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>, ImportError> {
+    let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
+    let no_weights = |problem: String| ImportError::NoWeights { path: folder.to_owned(), problem };
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    if index.is_file() {
+        let text = std::fs::read_to_string(&index).map_err(|cause| ImportError::File { path: index.clone(), cause })?;
+        let table: Value = serde_json::from_str(&text)
+            .map_err(|error| ImportError::Config { path: index.clone(), problem: error.to_string() })?;
+        let names: BTreeSet<&str> = table["weight_map"]
+            .as_object()
+            .into_iter()
+            .flat_map(|map| map.values())
+            .filter_map(Value::as_str)
+            .collect();
+        let plain = |name: &&str| !name.contains(['/', '\\']);
+        if names.is_empty() || !names.iter().all(plain) {
+            let problem = "weight_map must give a file of this folder for every tensor".into();
+            return Err(ImportError::Config { path: index, problem });
+        }
+        return Ok(names.into_iter().map(|name| folder.join(name)).collect());
+    }
+    let entries = std::fs::read_dir(folder).map_err(|cause| ImportError::File { path: folder.to_owned(), cause })?;
+    let pickled = |name: &str| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending));
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    match names.iter().find(|name| pickled(name)) {
+        Some(name) => Err(no_weights(format!(
+            "{name} is a pickle, which can run any program when it is read; only safetensors files are. Convert it once where \
+             you trust it: python -c \"from transformers import AutoModelForCausalLM as M; \
+             M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
+            folder.display()
+        ))),
+        None => Err(no_weights("neither model.safetensors nor model.safetensors.index.json is there".into())),
+    }
+}
+
+/// `[rows, columns]` to `[columns, rows]`, in squares that fit the cache.
+pub(super) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
+    const SIDE: usize = 32;
+    let columns = values.len() / rows.max(1);
+    let mut out = vec![0.0; values.len()];
+    for top in (0..rows).step_by(SIDE) {
+        for left in (0..columns).step_by(SIDE) {
+            for row in top..rows.min(top + SIDE) {
+                for column in left..columns.min(left + SIDE) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
+        }
+    }
+    out
+}
+
+/// One third of rows that lie as `[n_heads, 3, head_dim]`.
+fn third(values: &[f32], n_heads: usize, part: usize) -> Vec<f32> {
+    let per_head = values.len() / n_heads;
+    let length = per_head / 3;
+    values.chunks(per_head).flat_map(|head| &head[part * length..][..length]).copied().collect()
+}

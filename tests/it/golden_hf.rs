@@ -1,0 +1,155 @@
+//! Folders that transformers 4 and 5 wrote, and the logits that it computes from them (`tests/golden/hf/make_golden.py`).
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use polyhead_attention::{Cache, Mask, Observe};
+use polyhead_models::hf::{ExportOptions, Folder, export};
+use polyhead_models::weights::named;
+use polyhead_models::{Decoder, weights::TensorFiles};
+
+use crate::golden::{compare, values};
+use crate::world::{SMALL, World, project};
+
+/// Of logits in f32, absolute.
+const LOGITS: f32 = 1e-5;
+
+fn folders() -> Vec<PathBuf> {
+    let root = project().join("tests/golden/hf");
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+    found.sort();
+    assert_eq!(found.len(), 14, "seven models, each by two versions");
+    found
+}
+
+/// `[batch, seq, vocab]` for `[batch, seq]` ids.
+fn logits(model: &Decoder, tokens: &[i64], shape: [usize; 2], cache: Option<&mut Cache>) -> Tensor<3> {
+    let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &model.device());
+    model.logits(model.forward(ids, &Mask::causal(), cache, Observe::Nothing).hidden)
+}
+
+fn expected(folder: &Path) -> (Vec<i64>, Vec<f32>) {
+    let file = TensorFiles::open(&[folder.join("expected.safetensors")]).unwrap();
+    (file.values("tokens").unwrap().into_iter().map(|id| id as i64).collect(), file.values("logits").unwrap())
+}
+
+#[test]
+fn golden_hf() {
+    for folder in folders() {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let opened = Folder::open(&folder).unwrap_or_else(|error| panic!("{error}"));
+        let model = opened.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));
+        let (tokens, want) = expected(&folder);
+        let got = logits(&model, &tokens, [2, 19], None);
+        compare(&name, "logits", &want, &values(got), LOGITS, false);
+        // Decoding with a cache gives the same.
+        let mut cache = Cache::new(model.layers.len());
+        let rows = |from: usize, to: usize| [&tokens[from..to], &tokens[19 + from..19 + to]].concat();
+        let parts = [(0, 7), (7, 8), (8, 19)]
+            .map(|(from, to)| logits(&model, &rows(from, to), [2, to - from], Some(&mut cache)));
+        compare(&name, "logits with a cache", &want, &values(Tensor::cat(parts.to_vec(), 1)), LOGITS, false);
+
+        // Written and read again, it is the same model, to the bit.
+        let dir = tempfile::tempdir().unwrap();
+        let options = ExportOptions { max_positions: opened.max_positions(), end_of_text: Some(2) };
+        for (file, bytes) in export(&model, options).unwrap_or_else(|error| panic!("{name}: {error}")) {
+            std::fs::write(dir.path().join(file), bytes).unwrap();
+        }
+        let again = Folder::open(dir.path()).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(again.decoder(), opened.decoder(), "{name}");
+        let again = again.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(named(&again), named(&model), "{name}");
+    }
+}
+
+/// A copy of a folder whose config.json and files may be changed.
+fn copy(name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(project().join("tests/golden/hf").join(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    dir
+}
+
+fn change_config(dir: &tempfile::TempDir, from: &str, to: &str) {
+    let path = dir.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{from} is not in {text}");
+    std::fs::write(path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn what_cannot_be_read_is_told() {
+    let told = |name: &str, from: &str, to: &str| {
+        let dir = copy(name);
+        change_config(&dir, from, to);
+        let loaded = Folder::open(dir.path()).and_then(|folder| folder.load(&Device::flex()));
+        loaded.err().unwrap_or_else(|| panic!("{name} with {to} must be refused")).to_string()
+    };
+    for (name, from, to, words) in [
+        ("llama_v5", "\"llama3\"", "\"yarn\"", "\"yarn\" is not supported; linear and llama3 are"),
+        ("llama_v4", "LlamaForCausalLM", "GemmaForCausalLM", "\"GemmaForCausalLM\"; LlamaForCausalLM, Mistral"),
+        ("mistral_v5", "\"sliding_window\": null", "\"sliding_window\": 8", "sliding_window (8) is not supported"),
+        ("llama_v5", "\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act is \"gelu\"; \"silu\""),
+        ("llama_v5", "\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias"),
+        (
+            "qwen3_v5",
+            "\"vocab_size\": 48",
+            "\"vocab_size\": 50",
+            "model.embed_tokens.weight has shape [48, 32], expected [50, 32]",
+        ),
+        ("gpt_neox_v5", "\"num_attention_heads\": 4", "\"num_attention_heads\": 5", "n_heads (5) must divide d_model"),
+    ] {
+        let error = told(name, from, to);
+        assert!(error.contains(words), "{name} with {to}: {error}");
+    }
+    let slides = copy("qwen2_v5");
+    change_config(&slides, "\"use_sliding_window\": false", "\"use_sliding_window\": true");
+    assert!(Folder::open(slides.path()).is_ok(), "a window that is null hides nothing");
+    change_config(&slides, "\"sliding_window\": null", "\"sliding_window\": 8");
+    assert!(Folder::open(slides.path()).unwrap_err().to_string().contains("full attention"));
+    // Every missing and every left-over tensor is listed.
+    let error = told("gpt_neox_v4", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
+    assert_eq!(error.matches("layers.2.").count(), 12, "{error}");
+    let error = told("llama_v5", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    assert_eq!(error.matches("belongs to no parameter").count(), 9, "{error}");
+
+    let pickles = copy("mistral_v5");
+    std::fs::rename(pickles.path().join("model.safetensors"), pickles.path().join("pytorch_model.bin")).unwrap();
+    let error = Folder::open(pickles.path()).unwrap_err().to_string();
+    assert!(error.contains("pytorch_model.bin is a pickle") && error.contains("save_pretrained"), "{error}");
+    let broken = copy("llama_v5");
+    let shard = broken.path().join("model-00002-of-00003.safetensors");
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() - 4]).unwrap();
+    let error = Folder::open(broken.path()).unwrap_err().to_string();
+    assert!(error.contains("model-00002-of-00003"), "{error}");
+    std::fs::remove_file(&shard).unwrap();
+    assert!(Folder::open(broken.path()).unwrap_err().to_string().contains("model-00002-of-00003"));
+}
+
+#[test]
+fn commands_take_such_folders_and_runs_start_from_them() {
+    let world = World::new(SMALL);
+    for name in ["qwen3_v5", "gpt_neox_v4"] {
+        let folder = project().join("tests/golden/hf").join(name).canonicalize().unwrap();
+        let folder = folder.to_str().unwrap();
+        let (out, run) = (format!("{name}.safetensors"), format!("run-{name}"));
+        world.succeeds(&["logits", folder, "--tokens", "1,2,3", "--out", &out]);
+        assert!(world.fails(1, &["generate", folder]).contains("has no tokenizer"));
+        assert!(world.fails(1, &["eval", folder]).contains("says nothing about data"));
+        let text = SMALL.split_once("[data.markov]").unwrap().1;
+        std::fs::write(world.dir.path().join("child.toml"), format!("[data.markov]{text}")).unwrap();
+        world.succeeds(&["train", "child.toml", &format!("model.pretrained={folder}"), "--out", &run]);
+        world.succeeds(&["eval", &run]);
+        world.succeeds(&["export", &run, "--to", &format!("exported-{name}")]);
+    }
+    let folder = project().join("tests/golden/hf/qwen2_v5").canonicalize().unwrap();
+    let pretrained = format!("model.pretrained={}", folder.display());
+    let err =
+        world.fails(2, &["train", "recipe.toml", &pretrained, "data={text={paths=[\"recipe.toml\"]}}", "--out", "x"]);
+    assert!(err.contains("has no tokenizer, and the recipe names none"), "{err}");
+}
