@@ -4,6 +4,8 @@
 //! [`Adapters::project`]. Whether A and B are parameters (LoRA) or thrown away after the step (fast weights) is not known
 //! here.
 
+use std::sync::Arc;
+
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
@@ -12,7 +14,7 @@ use burn::tensor::Tensor;
 #[derive(Debug, Clone)]
 pub struct Adapter {
     /// The projection's name in its layer: `q_proj`, `down_proj`, ...
-    pub projection: &'static str,
+    pub projection: Arc<str>,
     /// `[d_input, rank]`
     pub a: Tensor<2>,
     /// `[rank, d_output]`
@@ -28,7 +30,7 @@ pub struct Adapters<'a>(pub &'a [Adapter]);
 impl Adapters<'_> {
     /// Whether one of these projections is added to.
     pub fn touch(&self, names: &[&str]) -> bool {
-        self.0.iter().any(|adapter| names.contains(&adapter.projection))
+        self.0.iter().any(|adapter| names.contains(&&*adapter.projection))
     }
 
     /// `x` through the projection `layer`, which is called `name`: `[batch, seq, d_input]` to `[batch, seq, d_output]`.
@@ -38,13 +40,13 @@ impl Adapters<'_> {
             let low = polyhead_kernels::linear(x.clone(), adapter.a.clone(), None);
             y + polyhead_kernels::linear(low * adapter.scale, adapter.b.clone(), None)
         };
-        self.0.iter().filter(|adapter| adapter.projection == name).fold(own, add)
+        self.0.iter().filter(|adapter| &*adapter.projection == name).fold(own, add)
     }
 
     /// `[d_input, d_output]`: the projection's weight with the additions folded in.
     pub fn weight(&self, name: &str, layer: &Linear) -> Tensor<2> {
         let fold =
             |weight: Tensor<2>, adapter: &Adapter| weight + adapter.a.clone().matmul(adapter.b.clone()) * adapter.scale;
-        self.0.iter().filter(|adapter| adapter.projection == name).fold(layer.weight.val(), fold)
+        self.0.iter().filter(|adapter| &*adapter.projection == name).fold(layer.weight.val(), fold)
     }
 }

@@ -261,7 +261,7 @@ fn adapters_add_to_every_projection(world: &World) {
         let folded = weight + a.clone().matmul(b.clone()) * 0.5;
         let layer = world.layer.clone().map(&mut Replace(&name, folded, Vec::new()));
         let merged = World { layer, device: world.device.clone(), head_dim: world.head_dim };
-        let adapter = Adapter { projection: name.clone().leak(), a, b, scale: 0.5 };
+        let adapter = Adapter { projection: name.as_str().into(), a, b, scale: 0.5 };
         let call = Call {
             rope: Some(&rope),
             mask: &Mask::causal(),

@@ -51,7 +51,8 @@ pub struct Batch {
     pub documents: Option<Vec<u32>>,
     /// `[batch, seq]`: whose each token is, where the data is conversations.
     pub roles: Option<Vec<Role>>,
-    /// Bytes of text that the targets (those not ignored) stand for, for bits per byte; 0 where the data is no text.
+    /// Bytes of text that the targets (those not ignored) stand for, for bits per byte; 0 where the data is no text, or
+    /// nobody counted.
     pub target_bytes: u64,
 }
 
@@ -59,6 +60,20 @@ impl Batch {
     /// How many positions have a target.
     pub fn target_tokens(&self) -> u64 {
         self.targets.iter().filter(|&&target| target != IGNORE).count() as u64
+    }
+
+    /// One row as a batch of its own.
+    pub fn row(&self, index: usize) -> Self {
+        let range = index * self.seq..(index + 1) * self.seq;
+        Self {
+            batch: 1,
+            seq: self.seq,
+            tokens: self.tokens[range.clone()].to_vec(),
+            targets: self.targets[range.clone()].to_vec(),
+            documents: self.documents.as_ref().map(|ids| ids[range.clone()].to_vec()),
+            roles: self.roles.as_ref().map(|roles| roles[range.clone()].to_vec()),
+            target_bytes: 0,
+        }
     }
 
     /// `[batch, seq]`: which tokens are answers. Where nobody says whose tokens are, those that are to be predicted.

@@ -18,6 +18,7 @@ use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::Lora;
 use crate::rope_scaling::RopeScaling;
 use crate::{Batch, Gate, PerLayer};
 
@@ -215,6 +216,7 @@ impl DecoderConfig {
             layers: (0..self.n_layers).map(layer).collect(),
             norm: norm(),
             head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
+            lora: None,
             config: self.clone(),
             gate: None,
             precision: Precision::F32,
@@ -333,6 +335,8 @@ pub struct Decoder {
     pub norm: Norm,
     /// The output projection; `None` where it is the embedding
     pub head: Option<Linear>,
+    /// Low-rank pairs beside the projections; `None` without
+    pub lora: Option<Lora>,
     #[module(skip)]
     config: DecoderConfig,
     #[module(skip)]
@@ -462,7 +466,9 @@ impl Decoder {
         let (mut penalties, mut seen) = (Vec::new(), Vec::new());
         for index in layers {
             let layer = &self.layers[index];
-            let adapters = Adapters(adapters.get(index).map_or(&[], Vec::as_slice));
+            let own = self.lora.iter().flat_map(|lora| lora.layers[index].adapters());
+            let all: Vec<Adapter> = own.chain(adapters.get(index).into_iter().flatten().cloned()).collect();
+            let adapters = Adapters(&all);
             let call = Call {
                 rope: ropes.get(&self.config.head_dim(index)),
                 mask,

@@ -3,6 +3,7 @@
 //! [`Decoder`] is the pre-norm language model; [`Batch`] what it is given, [`loss`](Decoder::loss) what it is told,
 //! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
 
+pub mod adapters;
 mod batch;
 mod decoder;
 mod gate;

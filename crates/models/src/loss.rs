@@ -73,8 +73,12 @@ impl Decoder {
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
     pub fn evaluate(&self, batch: &Batch) -> Evaluated {
-        let out =
-            self.predict(batch, self.pass(self.tokens(batch), Pass::new(&batch.mask(ContextMask::Causal))).hidden);
+        self.evaluate_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)))
+    }
+
+    /// The same under another mask, or with something added to the projections.
+    pub fn evaluate_pass(&self, batch: &Batch, pass: Pass<'_>) -> Evaluated {
+        let out = self.predict(batch, self.pass(self.tokens(batch), pass).hidden);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
         let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
         Evaluated {

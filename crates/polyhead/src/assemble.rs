@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer};
-use polyhead_models::{Batch, Decoder, DecoderConfig};
+use polyhead_models::adapters::LoraConfig;
+use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
@@ -146,7 +147,7 @@ impl Resolved {
     /// recipe freezes does not learn.
     ///
     /// # Errors
-    /// If weights cannot be read or do not fit, or what is to be frozen does not exist.
+    /// If weights cannot be read or do not fit, or what is to be frozen or added to does not exist.
     pub fn first_model(&self, vocab_size: usize, device: &Device) -> Result<Decoder, Failure> {
         device.seed(self.recipe.debug.seed);
         let model = match &self.pretrained {
@@ -154,8 +155,20 @@ impl Resolved {
             None => self.decoder.init(vocab_size, device),
         };
         let model = model.with_precision(self.recipe.training.precision);
+        let model = match &self.recipe.lora {
+            Some(lora) => train_only(add_lora(model, lora, self.recipe.debug.seed)?, |name| name.starts_with("lora.")),
+            None => model,
+        };
         Ok(self.recipe.freeze.apply(model)?)
     }
+}
+
+/// The model with fresh low-rank pairs.
+///
+/// # Errors
+/// If it has no such projections.
+pub fn add_lora(model: Decoder, config: &LoraConfig, seed: u64) -> Result<Decoder, Failure> {
+    model.with_lora(config, seed).map_err(|error| Problems::plain(format!("lora.{error}")).into())
 }
 
 /// Opens the data of a recipe.

@@ -9,6 +9,7 @@ use polyhead_models::{Decoder, DecoderConfig, hf, weights};
 use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::state;
 
+use crate::assemble::add_lora;
 use crate::console::talk;
 use crate::recipe::Recipe;
 use crate::report::{Failure, Problems};
@@ -77,15 +78,20 @@ impl Pretrained {
         })
     }
 
-    /// The model with its weights.
+    /// The model with its weights; where low-rank pairs were trained, they are folded in.
     ///
     /// # Errors
     /// If they are damaged or do not fit.
     pub fn model(&self, device: &Device) -> Result<Decoder, Failure> {
-        match &self.foreign {
-            Some(folder) => Ok(folder.load(device)?),
-            None => Ok(state::read_model(&self.path, self.decoder.init(self.vocab_size, device))?),
+        if let Some(folder) = &self.foreign {
+            return Ok(folder.load(device)?);
         }
+        let model = self.decoder.init(self.vocab_size, device);
+        let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
+            Some(lora) => add_lora(model, lora, 0)?,
+            None => model,
+        };
+        Ok(state::read_model(&self.path, model)?.merged())
     }
 
     /// Its tokenizer as a recipe would name it.

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use polyhead_data::{DataConfig, Packing, TokenizerConfig};
+use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{DecoderConfig, Sampling};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
@@ -40,6 +41,9 @@ pub struct Recipe {
     /// What stays as it is. Default: nothing.
     #[serde(default)]
     pub freeze: FreezeConfig,
+    /// Train low-rank pairs beside projections, and nothing else. Default: all weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// How weights move. Default: adamw.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -306,6 +310,12 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     }
     if let Err((field, message)) = recipe.freeze.validate(decoder.map_or(usize::MAX, |decoder| decoder.n_layers)) {
         problems.push((format!("freeze.{field}"), message));
+    }
+    if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
+        problems.push((format!("lora.{field}"), message));
+    }
+    if let Err((field, message)) = recipe.procedure.validate() {
+        problems.push((format!("procedure.{field}"), message));
     }
     if problems.is_empty()
         && let Some(Err(error)) = decoder.map(DecoderConfig::validate)

@@ -20,6 +20,9 @@ pub enum TrainError {
         /// Its gradient norm.
         grad_norm: f64,
     },
+    /// A setting that does not fit the model: where it stands, the rule, the way out.
+    #[error("{0}")]
+    Setting(String),
     /// The data could not give a batch.
     #[error("data: {0}")]
     Data(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -17,16 +17,20 @@ pub trait Batches {
     fn per_epoch(&self) -> u64;
 }
 
+/// How many batches an evaluation takes of those that there are: `limit`, or all for 0.
+pub(crate) fn count(data: &dyn Batches, limit: u64) -> u64 {
+    let all = data.per_epoch().max(1);
+    if limit == 0 { all } else { limit.min(all) }
+}
+
 /// Sums over the first `limit` batches (0: one epoch), on the inner device, where no tape grows.
 ///
 /// # Errors
 /// If the data cannot be read.
 pub fn evaluate(model: &Decoder, data: &dyn Batches, limit: u64) -> Result<Evaluated, TrainError> {
     let model = model.valid();
-    let all = data.per_epoch().max(1);
-    let count = if limit == 0 { all } else { limit.min(all) };
     let mut sums = Evaluated::default();
-    for position in 0..count {
+    for position in 0..count(data, limit) {
         sums.add(model.evaluate(&data.batch(position)?));
     }
     Ok(sums)

@@ -3,9 +3,11 @@
 //! [`run`](run::run) is the loop, to be read from top to bottom; [`Procedure`] is what one step does. This crate knows
 //! models and files, but neither where data comes from nor what a recipe or a terminal is.
 
+pub mod bilevel;
 pub mod checkpoint;
 pub mod config;
 mod curve;
+pub mod engagement;
 mod error;
 pub mod evaluate;
 mod freeze;
@@ -21,9 +23,11 @@ pub mod schedule;
 mod standard;
 pub mod state;
 pub mod tensorboard;
+mod update;
 
+pub use bilevel::BilevelConfig;
 pub use error::TrainError;
 pub use freeze::FreezeConfig;
 pub use memory::{available_memory_bytes, peak_memory_bytes};
-pub use procedure::{Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
+pub use procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
 pub use standard::{Standard, StandardConfig};

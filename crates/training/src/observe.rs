@@ -12,7 +12,7 @@ use crate::tensorboard::EventWriter;
 /// Writes numbers, maps and histograms of `model` on the first row of `batch`.
 pub(crate) fn write(events: &mut EventWriter, model: &Decoder, batch: &Batch, step: u64) -> Result<(), TrainError> {
     let model = model.valid();
-    let row = first_row(batch);
+    let row = batch.row(0);
     let forward = model.forward(model.tokens(&row), &Mask::causal(), None, Observe::Maps);
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
     for (layer, seen) in forward.seen.into_iter().enumerate() {
@@ -38,16 +38,4 @@ pub(crate) fn write(events: &mut EventWriter, model: &Decoder, batch: &Batch, st
         events.histogram(&format!("weights/{}", parameter.name), step, &parameter.values)?;
     }
     Ok(())
-}
-
-fn first_row(batch: &Batch) -> Batch {
-    Batch {
-        batch: 1,
-        seq: batch.seq,
-        tokens: batch.tokens[..batch.seq].to_vec(),
-        targets: batch.targets[..batch.seq].to_vec(),
-        documents: batch.documents.as_ref().map(|ids| ids[..batch.seq].to_vec()),
-        roles: batch.roles.as_ref().map(|roles| roles[..batch.seq].to_vec()),
-        target_bytes: 0,
-    }
 }

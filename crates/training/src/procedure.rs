@@ -8,7 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::bilevel::{Bilevel, BilevelConfig};
 use crate::config::TrainingConfig;
+use crate::evaluate::Batches;
 use crate::optimizer::Optimizer;
 use crate::picture::Png;
 use crate::standard::{Standard, StandardConfig};
@@ -19,6 +21,8 @@ use crate::standard::{Standard, StandardConfig};
 pub enum ProcedureConfig {
     /// Forward, backward, update.
     Standard(StandardConfig),
+    /// FocuSFT: fast weights are adapted to each batch first, then thrown away (arXiv 2605.09932).
+    Bilevel(BilevelConfig),
 }
 
 impl Default for ProcedureConfig {
@@ -28,14 +32,28 @@ impl Default for ProcedureConfig {
 }
 
 impl ProcedureConfig {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self) -> Result<(), (String, String)> {
+        match self {
+            Self::Standard(_) => Ok(()),
+            Self::Bilevel(config) => {
+                config.validate().map_err(|(field, problem)| (format!("bilevel.{field}"), problem))
+            }
+        }
+    }
+
     /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
     ///
     /// # Errors
     /// If the state is not one of this procedure's.
     pub fn build(&self, parts: Parts<'_>, state: &serde_json::Value) -> Result<Box<dyn Procedure>, TrainError> {
-        let _ = state; // the standard procedure has none
+        let _ = state; // these procedures have none
         match self {
-            Self::Standard(_) => Ok(Box::new(Standard::new(parts.optimizer, parts.training))),
+            Self::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            Self::Bilevel(config) => Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training))),
         }
     }
 }
@@ -73,10 +91,32 @@ pub trait Procedure {
         serde_json::Value::Null
     }
 
+    /// What is measured with each validation beside the loss of the plain, causal model: names and values.
+    ///
+    /// # Errors
+    /// If the data cannot be read, or the model does not fit the procedure.
+    fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
+        let _ = (model, held_out);
+        Ok(Vec::new())
+    }
+
     /// Whether the run has reached what it was to reach before its last step.
     fn finished(&self) -> bool {
         false
     }
+}
+
+/// What a procedure may measure with.
+#[derive(Clone, Copy)]
+pub struct HeldOut<'a> {
+    /// The batches.
+    pub batches: &'a dyn Batches,
+    /// How many of them were validated on, from the first on.
+    pub count: u64,
+    /// The run's seed.
+    pub seed: u64,
+    /// Whether attention is looked at too.
+    pub observe: bool,
 }
 
 /// What a procedure is told about a step.

@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::checkpoint::{self, Best, read_best, write_best};
 use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig};
-use crate::evaluate::{Batches, evaluate};
+use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
-use crate::procedure::{Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
+use crate::procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
 use crate::run_folder::{MetricsLog, RunLock};
 use crate::schedule;
 use crate::state::{self, Companions, Progress};
@@ -190,7 +190,10 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         let mut is_best = false;
         if due(job.validation.interval) {
             let sums = evaluate(&model, job.held_out, job.validation.batches)?;
-            write_validation(&mut metrics, events.as_mut(), step, &sums)?;
+            let count = evaluate::count(job.held_out, job.validation.batches);
+            let held_out = HeldOut { batches: job.held_out, count, seed: job.seed, observe: job.metrics.observe };
+            let measured = procedure.measure(&model, held_out)?;
+            write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
             if let Some(events) = events.as_mut().filter(|_| job.metrics.observe) {
                 observe::write(events, &model, &job.held_out.batch(0)?, step)?;
                 events.flush()?;
@@ -306,17 +309,25 @@ fn write_validation(
     events: Option<&mut EventWriter>,
     step: u64,
     sums: &Evaluated,
+    measured: &[(String, f64)],
 ) -> Result<(), TrainError> {
     let (loss, bits, accuracy) = (sums.mean_loss(), sums.bits_per_byte(), sums.accuracy());
-    metrics.append(&json!({
+    let mut line = json!({
         "step": step, "validation_loss": loss, "validation_loss_bits": loss.to_bits(),
         "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": sums.targets,
-    }))?;
+    });
+    for (name, value) in measured {
+        line[name] = json!(value);
+    }
+    metrics.append(&line)?;
     let Some(events) = events else { return Ok(()) };
     events.scalar("loss/validation", step, loss as f32)?;
     events.scalar("accuracy/validation", step, accuracy as f32)?;
     if let Some(bits) = bits {
         events.scalar("loss/validation_bits_per_byte", step, bits as f32)?;
+    }
+    for (name, value) in measured {
+        events.scalar(name, step, *value as f32)?;
     }
     Ok(events.flush()?)
 }
