@@ -5,6 +5,7 @@ mod accumulation;
 #[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
 mod cli;
+mod finetune;
 mod golden;
 mod golden_hf;
 mod golden_optimizer;

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::chat::ChatConfig;
+use crate::long_context::LongContextConfig;
 use crate::synthetic::{
     AssociativeRecallConfig, CopyConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task,
 };
@@ -18,6 +20,10 @@ pub enum DataConfig {
     Text(TextConfig),
     /// Lines of JSON with a text field.
     Jsonl(JsonlConfig),
+    /// Conversations, one a line of JSON.
+    Chat(ChatConfig),
+    /// Generated questions about long texts, as conversations.
+    LongContext(LongContextConfig),
     /// A random Markov chain, whose best possible loss is known.
     Markov(MarkovConfig),
     /// Multi-query associative recall.
@@ -38,7 +44,7 @@ pub struct RustDocsConfig {}
 impl DataConfig {
     /// Whether it is text, which needs a tokenizer.
     pub fn is_text(&self) -> bool {
-        matches!(self, Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_))
+        matches!(self, Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_) | Self::Chat(_) | Self::LongContext(_))
     }
 
     /// The name of its table.
@@ -47,6 +53,8 @@ impl DataConfig {
             Self::RustDocs(_) => "rust_docs",
             Self::Text(_) => "text",
             Self::Jsonl(_) => "jsonl",
+            Self::Chat(_) => "chat",
+            Self::LongContext(_) => "long_context",
             Self::Markov(_) => "markov",
             Self::AssociativeRecall(_) => "associative_recall",
             Self::Needles(_) => "needles",
@@ -68,6 +76,11 @@ impl DataConfig {
             Self::RustDocs(_) => Ok(()),
             Self::Text(text) => named(&text.paths),
             Self::Jsonl(jsonl) => named(&jsonl.paths),
+            Self::Chat(chat) => named(&chat.paths),
+            Self::LongContext(LongContextConfig { tasks, .. }) if tasks.is_empty() => {
+                Err(("tasks", "tasks is empty: name at least one".to_owned()))
+            }
+            Self::LongContext(_) => Ok(()),
             Self::Markov(task) => task.validate(),
             Self::AssociativeRecall(task) => task.validate(seq_len),
             Self::Needles(task) => task.validate(seq_len),
@@ -79,7 +92,7 @@ impl DataConfig {
     /// The generator of a set that is no text, and the best possible loss where it is known.
     pub(crate) fn task(&self, seed: u64) -> Option<(Box<dyn Task>, Option<f64>)> {
         match self.clone() {
-            Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_) => None,
+            Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_) | Self::Chat(_) | Self::LongContext(_) => None,
             Self::Markov(config) => {
                 let chain = config.chain(seed);
                 let floor = chain.floor();

@@ -4,10 +4,12 @@
 //! `rust_docs.rs`), token ids in a memory-mapped file (`tokens.rs`), rows (`pack.rs`) or generated rows (`synthetic/`),
 //! batches by position (`loader.rs`).
 
+pub mod chat;
 mod config;
 mod error;
 mod html;
 mod loader;
+pub mod long_context;
 mod order;
 mod pack;
 mod rust_docs;
@@ -27,6 +29,8 @@ pub use text::{JsonlConfig, TextConfig, TextDocument, Texts};
 pub use tokenizer::{BytesTokenizer, HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 pub use tokens::{Split, TokenFile, split};
 
+use chat::{ChatConfig, ChatRows};
+use long_context::{LongContext, LongContextConfig};
 use synthetic::{Generated, Side};
 
 /// Everything about data besides what it is.
@@ -97,6 +101,12 @@ pub fn open(
         let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
         return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, text_hash: None, floor });
     }
+    if let DataConfig::Chat(config) = data {
+        return open_chats(config, tokenizer, options);
+    }
+    if let DataConfig::LongContext(config) = data {
+        return open_long_context(config, tokenizer, options);
+    }
     let (documents, source) = documents(data, &options.project_root)?;
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
     let split = split(&file, options.validation_fraction)?;
@@ -110,6 +120,93 @@ pub fn open(
         tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
         text_hash: Some(file.key().to_owned()),
+        floor: None,
+    })
+}
+
+fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions) -> Result<Opened, DataError> {
+    let OpenOptions { seq_len, batch_size, seed, validation_fraction, .. } = *options;
+    let (chats, counts) = chat::read_chats(config, tokenizer, seq_len)?;
+    let template = chat::chat_template(&config.template, tokenizer)?;
+    let mut hash = blake3::Hasher::new();
+    let mut held_out = Vec::new();
+    for chat in &chats {
+        let ids: Vec<u8> = chat.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
+        hash.update(&(ids.len() as u64).to_le_bytes()).update(&ids);
+        // Each by its own hash, so that more conversations move none to the other side.
+        let own = blake3::hash(&ids);
+        let first = u64::from_le_bytes(std::array::from_fn(|i| own.as_bytes()[i]));
+        held_out.push((first as f64) < validation_fraction * u64::MAX as f64);
+    }
+    if held_out.iter().all(|&out| out == held_out[0]) {
+        held_out.fill(false);
+        // Too few to choose from: the last one.
+        *held_out.last_mut().expect("read_chats: at least one") = chats.len() > 1;
+    }
+    let side = |out: bool| -> Vec<usize> { (0..chats.len()).filter(|&index| held_out[index] == out).collect() };
+    let (train, validation) = (side(false), side(true));
+    if validation.is_empty() {
+        return Err(DataError::Unusable("data.chat: one conversation cannot be both learnt and validated on".into()));
+    }
+    let sizes = (train.len(), validation.len());
+    let (tokens, learnt) = chats.iter().fold((0, 0), |(tokens, learnt), chat| {
+        (tokens + chat.tokens.len(), learnt + chat.learnt.iter().filter(|&&learnt| learnt).count())
+    });
+    let chats = Arc::new(chats);
+    let [train, validation] =
+        [train, validation].map(|which| ChatRows::new(chats.clone(), which, (seq_len, config.pack, tokenizer.pad())));
+    let mut left_out = String::new();
+    for (count, what) in
+        [(counts.bad, "bad rows skipped"), (counts.dropped, "too long, dropped"), (counts.truncated, "too long, cut")]
+    {
+        if count > 0 {
+            left_out.push_str(&format!(", {count} {what}"));
+        }
+    }
+    let description = format!(
+        "{} rows of chat{left_out}: {tokens} tokens, {learnt} of them learnt; {} conversations for training in {} rows \
+         ({:.0} % padding), {} for validation",
+        counts.rows,
+        sizes.0,
+        train.per_epoch(),
+        100.0 * train.padding(),
+        sizes.1
+    );
+    let loader = |rows: ChatRows, shuffle: bool| {
+        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, shuffle })
+    };
+    Ok(Opened {
+        train: loader(train, true),
+        validation: loader(validation, false),
+        vocab_size: tokenizer.vocab_size(),
+        // Whoever uses the model has to write as it has learnt to read.
+        tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
+        description,
+        text_hash: Some(hash.finalize().to_hex().to_string()),
+        floor: None,
+    })
+}
+
+fn open_long_context(
+    config: &LongContextConfig,
+    tokenizer: &Tokenizer,
+    options: &OpenOptions,
+) -> Result<Opened, DataError> {
+    let OpenOptions { seq_len, batch_size, seed, validation_samples, .. } = *options;
+    let rows = |side| LongContext::new(config, tokenizer, seq_len, (seed, side));
+    let (train, held_out) = (rows(Side::Train)?, rows(Side::Validation(validation_samples.max(1)))?);
+    let template = train.template().to_owned();
+    let loader = |rows| {
+        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, shuffle: false })
+    };
+    let tasks: Vec<&str> = config.tasks.iter().map(|task| task.name()).collect();
+    Ok(Opened {
+        train: loader(train),
+        validation: loader(held_out),
+        vocab_size: tokenizer.vocab_size(),
+        tokenizer: Some(tokenizer.clone().with_chat_template(template)),
+        description: format!("generated: questions about texts of up to {seq_len} tokens ({})", tasks.join(", ")),
+        text_hash: None,
         floor: None,
     })
 }
@@ -133,6 +230,7 @@ pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocu
         DataConfig::RustDocs(_) => rust_docs::read_rust_docs(project_root),
         DataConfig::Text(config) => counted(text::read_text(config)?, "text file"),
         DataConfig::Jsonl(config) => counted(text::read_jsonl(config)?, "JSON row"),
+        DataConfig::LongContext(config) => counted(long_context::texts(config)?, "generated conversation"),
         other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
     }
 }

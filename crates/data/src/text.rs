@@ -115,7 +115,7 @@ pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> 
 }
 
 /// Files that patterns mean, sorted, each once, with whether it was named itself (not only found in a folder).
-fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeMap<PathBuf, bool>, DataError> {
+pub(crate) fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeMap<PathBuf, bool>, DataError> {
     if patterns.is_empty() {
         return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
     }

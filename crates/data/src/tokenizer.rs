@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 
 use crate::DataError;
+use crate::chat::Special;
 use crate::error::At;
 
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -55,6 +56,8 @@ pub struct Tokenizer {
     inner: Option<Box<HfTokenizer>>,
     end_of_text: Option<u32>,
     token_bytes: Vec<u32>,
+    begin_of_text: String,
+    chat_template: Option<String>,
 }
 
 impl Tokenizer {
@@ -71,10 +74,20 @@ impl Tokenizer {
                     path: file.clone(),
                     problem: format!("{cause} (`polyhead tokenizer train` makes one)"),
                 })?;
-                Self::from_json(&json).map_err(|error| match error {
-                    DataError::Unusable(problem) => DataError::Tokenizer { path: file, problem },
+                let about = |path: &Path, error| match error {
+                    DataError::Unusable(problem) => DataError::Tokenizer { path: path.to_owned(), problem },
                     other => other,
-                })
+                };
+                let mut tokenizer = Self::from_json(&json).map_err(|error| about(&file, error))?;
+                let [config, template] =
+                    ["tokenizer_config.json", "chat_template.jinja"].map(|name| file.with_file_name(name));
+                if let Ok(json) = std::fs::read_to_string(&config) {
+                    tokenizer = tokenizer.with_config(&json).map_err(|error| about(&config, error))?;
+                }
+                if let Ok(template) = std::fs::read_to_string(template) {
+                    tokenizer = tokenizer.with_chat_template(template);
+                }
+                Ok(tokenizer)
             }
         }
     }
@@ -83,7 +96,8 @@ impl Tokenizer {
     pub fn bytes() -> Self {
         let mut token_bytes = vec![1; 256];
         token_bytes.extend([0, 0]);
-        Self { json: bytes_json(), inner: None, end_of_text: Some(256), token_bytes }
+        let (begin_of_text, chat_template) = (String::new(), None);
+        Self { json: bytes_json(), inner: None, end_of_text: Some(256), token_bytes, begin_of_text, chat_template }
     }
 
     /// Opens the text of a tokenizer.json, as checkpoints keep it.
@@ -101,7 +115,86 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| unusable(format!("truncation cannot be switched off: {e}")))?;
         let end_of_text = END_NAMES.iter().find_map(|name| inner.token_to_id(name));
         let token_bytes = count_bytes(json, &inner);
-        Ok(Self { json: json.to_owned(), inner: Some(Box::new(inner)), end_of_text, token_bytes })
+        let (json, inner) = (json.to_owned(), Some(Box::new(inner)));
+        Ok(Self { json, inner, end_of_text, token_bytes, begin_of_text: String::new(), chat_template: None })
+    }
+
+    /// The same with the special tokens and the chat template of a tokenizer_config.json; what it does not name stays.
+    ///
+    /// # Errors
+    /// If it is no JSON.
+    pub fn with_config(mut self, json: &str) -> Result<Self, DataError> {
+        let config: Value = serde_json::from_str(json).map_err(|e| DataError::Unusable(format!("no JSON: {e}")))?;
+        let token = |key: &str| {
+            let value = &config[key];
+            value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
+        };
+        if let Some(id) = token("eos_token").and_then(|name| self.inner.as_ref()?.token_to_id(&name)) {
+            self.end_of_text = Some(id);
+        }
+        self.begin_of_text = token("bos_token").unwrap_or(self.begin_of_text);
+        let named = |all: &[Value]| {
+            let default = all.iter().find(|one| one["name"] == "default").or(all.first());
+            default.and_then(|one| one["template"].as_str()).map(str::to_owned)
+        };
+        let template = &config["chat_template"];
+        let template = template.as_str().map(str::to_owned).or_else(|| template.as_array().and_then(|all| named(all)));
+        self.chat_template = template.or(self.chat_template);
+        Ok(self)
+    }
+
+    /// The same with another chat template.
+    pub fn with_chat_template(self, template: String) -> Self {
+        Self { chat_template: Some(template), ..self }
+    }
+
+    /// The Jinja text that renders conversations, where the tokenizer brings one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// What chat templates may call the special tokens.
+    pub fn special(&self) -> Special {
+        let text = |id: Option<u32>| id.map(|id| self.token_text(id)).unwrap_or_default();
+        let pad = match &self.inner {
+            Some(inner) => inner.token_to_id(PAD).or(self.end_of_text),
+            None => Some(257),
+        };
+        Special { bos: self.begin_of_text.clone(), eos: text(self.end_of_text), pad: text(pad) }
+    }
+
+    /// An id that fills up rows.
+    pub fn pad(&self) -> u32 {
+        match &self.inner {
+            Some(inner) => inner.token_to_id(PAD).or(self.end_of_text).unwrap_or(0),
+            None => 257,
+        }
+    }
+
+    /// Token ids of what a chat template wrote, each with the byte that it begins at. Special tokens that are spelt out are
+    /// meant, in the bytes tokenizer too; none are added.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    pub fn encode_template(&self, text: &str) -> Result<Vec<(u32, usize)>, DataError> {
+        let Some(inner) = &self.inner else {
+            let (mut out, mut at) = (Vec::with_capacity(text.len()), 0);
+            while at < text.len() {
+                let special = [(END_OF_TEXT, 256), (PAD, 257)].into_iter();
+                let (id, length) =
+                    match special.clone().find(|(name, _)| text.as_bytes()[at..].starts_with(name.as_bytes())) {
+                        Some((name, id)) => (id, name.len()),
+                        None => (u32::from(text.as_bytes()[at]), 1),
+                    };
+                out.push((id, at));
+                at += length;
+            }
+            return Ok(out);
+        };
+        let encoded = inner.encode(text, false);
+        let encoded = encoded.map_err(|e| DataError::Unusable(format!("the tokenizer failed: {e}")))?;
+        let starts = encoded.get_offsets().iter().map(|&(start, _)| start);
+        Ok(encoded.get_ids().iter().copied().zip(starts).collect())
     }
 
     /// Token ids of a text; no special tokens are added.
@@ -157,7 +250,14 @@ impl Tokenizer {
 
     /// A hash that tells tokenizers apart.
     pub fn fingerprint(&self) -> String {
-        blake3::hash(self.json.as_bytes()).to_hex().to_string()
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.json.as_bytes());
+        // The token that ends a text is found by its name, unless a tokenizer_config.json says another.
+        let usual = self.inner.as_ref().map(|inner| END_NAMES.iter().find_map(|name| inner.token_to_id(name)));
+        if usual.is_some_and(|usual| usual != self.end_of_text) {
+            hash.update(&self.end_of_text.unwrap_or(u32::MAX).to_le_bytes());
+        }
+        hash.finalize().to_hex().to_string()
     }
 
     /// The tokenizer.json, which Hugging Face's library reads with the same ids.
@@ -175,12 +275,21 @@ impl Tokenizer {
             Some(inner) => inner.token_to_id(PAD).map(|_| PAD.to_owned()).or_else(|| end.clone()),
             None => Some(PAD.into()),
         };
-        let config = json!({
+        let mut config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad,
             "clean_up_tokenization_spaces": false, "model_max_length": 1_000_000,
             // transformers 4 would add token_type_ids, which decoders refuse.
             "model_input_names": ["input_ids", "attention_mask"],
         });
+        let more = [
+            ("bos_token", Some(&self.begin_of_text).filter(|bos| !bos.is_empty())),
+            ("chat_template", self.chat_template.as_ref()),
+        ];
+        for (key, value) in more {
+            if let Some(value) = value {
+                config[key] = json!(value);
+            }
+        }
         format!("{config:#}\n")
     }
 }

@@ -88,17 +88,17 @@ Examples:
         #[arg(long)]
         table: bool,
     },
-    /// Validate a trained model on its held-out data.
-    Eval {
-        /// A checkpoint or a run folder.
-        checkpoint: PathBuf,
-        /// Batches at most; 0 takes all.
-        #[arg(long, default_value_t = 0)]
-        batches: u64,
-        /// Default: the recipe's.
-        #[arg(long, value_parser = crate::device::NAMES)]
-        device: Option<String>,
-    },
+    /// Validate a trained model on its held-out data, or ask it questions about long texts (--task).
+    ///
+    /// With --task, problems are generated: what is asked for stands somewhere in filler, at 1, 2, 4 and 8 times the length
+    /// that the model was trained with. An answer counts if every token of it is the model's first choice. A table goes to
+    /// standard error, the numbers as JSON to standard output.
+    #[command(after_help = "\
+Examples:
+  polyhead eval checkpoints/quickstart
+  polyhead eval checkpoints/sft --task all --heatmap sft.svg
+  polyhead eval checkpoints/sft --task needles_multi,multi_hop --lengths 1,2,4 --samples 50")]
+    Eval(EvalArgs),
     /// Let a trained model write.
     Generate(GenerateArgs),
     /// Write a model in Hugging Face's format.
@@ -156,6 +156,48 @@ pub struct TrainArgs {
     pub tui: bool,
 }
 
+/// How to evaluate.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// A checkpoint or a run folder.
+    pub checkpoint: PathBuf,
+    /// Batches of held-out data at most; 0 takes all.
+    #[arg(long, default_value_t = 0, conflicts_with = "task")]
+    pub batches: u64,
+    /// What is asked, instead of validating.
+    #[arg(long, value_delimiter = ',', value_parser = TASKS)]
+    pub task: Vec<String>,
+    /// Lengths of the texts, in units.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "task", value_parser = at_least_one)]
+    pub lengths: Vec<usize>,
+    /// Tokens of length 1. Default: the length that the model was trained with.
+    #[arg(long, requires = "task", value_parser = at_least_one)]
+    pub unit: Option<usize>,
+    /// Problems for each task, length and fifth of the text.
+    #[arg(long, default_value_t = 10, requires = "task", value_parser = at_least_one)]
+    pub samples: usize,
+    /// Decides the problems.
+    #[arg(long, default_value_t = 0, requires = "task")]
+    pub seed: u64,
+    /// Draw accuracy by length and depth into this SVG file.
+    #[arg(long, requires = "task")]
+    pub heatmap: Option<PathBuf>,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::device::NAMES)]
+    pub device: Option<String>,
+}
+
+/// What `--task` takes.
+const TASKS: [&str; 5] = ["needles_multi", "variable_tracking", "common_words", "multi_hop", "all"];
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
 /// How to generate.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
@@ -164,6 +206,10 @@ pub struct GenerateArgs {
     /// What the text starts with.
     #[arg(long, default_value = "")]
     pub prompt: String,
+    /// Take the prompt as what a user says, and let the model answer: the chat template that it was fine-tuned with is
+    /// written around it.
+    #[arg(long)]
+    pub chat: bool,
     /// Tokens at most.
     #[arg(long, default_value_t = 200)]
     pub max_new_tokens: usize,

@@ -15,6 +15,7 @@ use crate::recipe::Recipe;
 use crate::report::{Failure, Problems};
 
 const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// A trained model whose weights have not been read yet.
 pub struct Pretrained {
@@ -149,7 +150,12 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
     if !checkpoint.join(TOKENIZER).exists() {
         return Ok(None);
     }
-    Ok(Some(Tokenizer::from_json(&String::from_utf8_lossy(&read_file(checkpoint, TOKENIZER)?))?))
+    let read = |name| Ok::<_, Failure>(String::from_utf8_lossy(&read_file(checkpoint, name)?).into_owned());
+    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?)?;
+    match checkpoint.join(TOKENIZER_CONFIG).exists() {
+        true => Ok(Some(tokenizer.with_config(&read(TOKENIZER_CONFIG)?)?)),
+        false => Ok(Some(tokenizer)),
+    }
 }
 
 /// How many ids a checkpoint's model knows.

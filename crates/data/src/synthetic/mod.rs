@@ -51,6 +51,16 @@ pub enum Side {
     Validation(u64),
 }
 
+impl Side {
+    /// Samples of an epoch.
+    pub(crate) fn per_epoch(self) -> u64 {
+        match self {
+            Self::Train => EPOCH,
+            Self::Validation(count) => count,
+        }
+    }
+}
+
 /// Rows of a task.
 pub struct Generated {
     /// The task.
@@ -65,10 +75,7 @@ pub struct Generated {
 
 impl Samples for Generated {
     fn per_epoch(&self) -> u64 {
-        match self.side {
-            Side::Train => EPOCH,
-            Side::Validation(count) => count,
-        }
+        self.side.per_epoch()
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {

@@ -1,6 +1,7 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 mod inspect;
+mod long_context;
 mod plan;
 mod preview;
 mod train;
@@ -31,7 +32,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Preview { recipe, rows, table } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
         }
-        Command::Eval { checkpoint, batches, device } => trained::eval(&checkpoint, batches, device.as_deref()),
+        Command::Eval(args) if !args.task.is_empty() => long_context::eval(&args),
+        Command::Eval(args) => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),

@@ -4,8 +4,8 @@ use std::io::Write;
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{StreamDecoder, Tokenizer};
-use polyhead_models::IGNORE;
+use polyhead_data::{DataConfig, StreamDecoder, Tokenizer};
+use polyhead_models::{IGNORE, Role};
 
 use crate::assemble;
 use crate::console::{harmless, put, talk};
@@ -14,6 +14,10 @@ use crate::report::Failure;
 
 const LEARNT: Style = AnsiColor::Green.on_default();
 const IGNORED: Style = Style::new().dimmed();
+const SYSTEM: Style = AnsiColor::Magenta.on_default();
+const USER: Style = AnsiColor::Cyan.on_default();
+const TOOL: Style = AnsiColor::Yellow.on_default();
+const ANSWER: Style = AnsiColor::Green.on_default().dimmed();
 const HEADING: Style = Style::new().bold();
 
 /// Some rows of the first batches.
@@ -30,6 +34,27 @@ struct Row<'a> {
     /// What is to be predicted at each position, or [`IGNORE`].
     targets: &'a [i64],
     documents: Option<&'a [u32]>,
+    roles: Option<&'a [Role]>,
+}
+
+/// How a piece of a row is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shade {
+    Learnt,
+    Read(Option<Role>),
+}
+
+impl Shade {
+    fn style(self) -> Style {
+        match self {
+            Self::Learnt => LEARNT,
+            Self::Read(Some(Role::System)) => SYSTEM,
+            Self::Read(Some(Role::User)) => USER,
+            Self::Read(Some(Role::Tool)) => TOOL,
+            Self::Read(Some(Role::Assistant)) => ANSWER,
+            Self::Read(_) => IGNORED,
+        }
+    }
 }
 
 /// Shows rows: as coloured text where colours can be shown, as a table everywhere else.
@@ -40,12 +65,17 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     let coloured = !options.table && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;
     if coloured {
         let mut stderr = AutoStream::auto(std::io::stderr());
-        let _ = writeln!(
-            stderr,
-            "{LEARNT}what the model learns to predict{LEARNT:#}, {IGNORED}what it only reads{IGNORED:#}"
-        );
+        let mut legend =
+            format!("{LEARNT}what the model learns to predict{LEARNT:#}, {IGNORED}what it only reads{IGNORED:#}");
+        if matches!(loaded.recipe.data, DataConfig::Chat(_)) {
+            legend.push_str(&format!(
+                ": {SYSTEM}system{SYSTEM:#}, {USER}user{USER:#}, {TOOL}tool{TOOL:#}, {ANSWER}answers that are not \
+                 learnt{ANSWER:#}"
+            ));
+        }
+        let _ = writeln!(stderr, "{legend}");
     } else {
-        talk!("each line: position, document, token, and what is to be predicted (- where nothing is)");
+        talk!("each line: position, document, role, token, and what is to be predicted (- where nothing is)");
     }
     let rows_per_batch = loaded.recipe.training.batch_size;
     for batch_index in 0..options.rows.div_ceil(rows_per_batch) {
@@ -56,7 +86,8 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
             let shown = Row {
                 tokens: &batch.tokens[range.clone()],
                 targets: &batch.targets[range.clone()],
-                documents: batch.documents.as_ref().map(|documents| &documents[range]),
+                documents: batch.documents.as_ref().map(|documents| &documents[range.clone()]),
+                roles: batch.roles.as_ref().map(|roles| &roles[range]),
             };
             match coloured {
                 true => paint(first + row, &shown, tokenizer)?,
@@ -76,7 +107,9 @@ fn tabulate(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Resu
     for (position, (&token, &target)) in row.tokens.iter().zip(row.targets).enumerate() {
         let document = row.documents.map_or("-".into(), |documents| documents[position].to_string());
         let target = if target == IGNORE { "-".into() } else { name(target as u32) };
-        put!("{position:>6} {document:>3}  {:<24} -> {target}", name(token))?;
+        let role =
+            row.roles.map_or(String::new(), |roles| format!("{:<10}", format!("{:?}", roles[position]).to_lowercase()));
+        put!("{position:>6} {document:>3}  {role}{:<24} -> {target}", name(token))?;
     }
     Ok(())
 }
@@ -91,8 +124,8 @@ fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<
         "{HEADING}row {number}{HEADING:#}: {learnt} of {} positions are learnt from{documents}\n",
         row.tokens.len()
     );
-    for (is_learnt, piece) in pieces(row, tokenizer) {
-        let style = if is_learnt { LEARNT } else { IGNORED };
+    for (shade, piece) in pieces(row, tokenizer) {
+        let style = shade.style();
         text.push_str(&format!("{style}{piece}{style:#}"));
     }
     let mut stdout = AutoStream::auto(std::io::stdout());
@@ -101,11 +134,11 @@ fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<
 
 /// The row's text in order, each piece with whether it is learnt. What is predicted at a position stands behind it: it is
 /// the next token, except in data that asks for something else.
-fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(bool, String)> {
-    let mut pieces: Vec<(bool, String)> = Vec::new();
+fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(Shade, String)> {
+    let mut pieces: Vec<(Shade, String)> = Vec::new();
     let bytes = tokenizer.map(Tokenizer::token_bytes);
     let mut stream = tokenizer.map(StreamDecoder::new);
-    let mut add = |learnt: bool, id: u32| {
+    let mut add = |shade: Shade, id: u32| {
         let text = match (tokenizer, &mut stream) {
             (Some(tokenizer), _) if bytes.as_ref().is_some_and(|bytes| bytes.get(id as usize) == Some(&0)) => {
                 tokenizer.token_text(id)
@@ -114,16 +147,19 @@ fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(bool, String)> {
             _ => format!("{id} "),
         };
         match pieces.last_mut() {
-            Some((same, piece)) if *same == learnt => piece.push_str(&text),
-            _ => pieces.push((learnt, text)),
+            Some((same, piece)) if *same == shade => piece.push_str(&text),
+            _ => pieces.push((shade, text)),
         }
     };
     for position in 0..=row.tokens.len() {
         let asked = position.checked_sub(1).map(|before| row.targets[before]).filter(|&target| target != IGNORE);
         let asked = asked.map(|target| target as u32);
         let token = row.tokens.get(position).copied().filter(|&token| Some(token) != asked);
-        token.into_iter().for_each(|token| add(false, token));
-        asked.into_iter().for_each(|target| add(true, target));
+        let role = row.roles.and_then(|roles| roles.get(position)).copied();
+        // A row is padded with one token: once is enough.
+        let again = position > 0 && row.roles.is_some_and(|roles| roles[position - 1] == Role::Padding);
+        token.filter(|_| !again).into_iter().for_each(|token| add(Shade::Read(role), token));
+        asked.into_iter().for_each(|target| add(Shade::Learnt, target));
     }
     pieces
 }
@@ -133,22 +169,25 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    const LEARNT: Shade = Shade::Learnt;
+    const READ: Shade = Shade::Read(None);
+
     #[test]
     fn what_is_learnt_is_told_from_what_is_read() {
         let tokenizer = Tokenizer::bytes();
         let tokens: Vec<u32> = "aé\u{1b}b".bytes().map(u32::from).chain([256, 99]).collect();
         let mut targets: Vec<i64> = tokens[1..].iter().map(|&id| i64::from(id)).chain([100]).collect();
         targets[5] = IGNORE; // across the end of the first text
-        let row = Row { tokens: &tokens, targets: &targets, documents: None };
+        let row = Row { tokens: &tokens, targets: &targets, documents: None, roles: None };
         let shown = pieces(&row, Some(&tokenizer));
-        let expected = [(false, "a"), (true, "é\\u{1b}b<|endoftext|>"), (false, "c"), (true, "d")];
-        assert_eq!(shown, expected.map(|(learnt, text)| (learnt, text.to_owned())));
+        let expected = [(READ, "a"), (LEARNT, "é\\u{1b}b<|endoftext|>"), (READ, "c"), (LEARNT, "d")];
+        assert_eq!(shown, expected.map(|(shade, text)| (shade, text.to_owned())));
     }
 
     #[test]
     fn an_answer_that_is_not_the_next_token_stands_beside_it() {
-        let row = Row { tokens: &[1, 2, 3], targets: &[IGNORE, 7, IGNORE], documents: None };
-        let expected = [(false, "1 2 3 "), (true, "7 ")];
-        assert_eq!(pieces(&row, None), expected.map(|(learnt, text)| (learnt, text.to_owned())));
+        let row = Row { tokens: &[1, 2, 3], targets: &[IGNORE, 7, IGNORE], documents: None, roles: None };
+        let expected = [(READ, "1 2 3 "), (LEARNT, "7 ")];
+        assert_eq!(pieces(&row, None), expected.map(|(shade, text)| (shade, text.to_owned())));
     }
 }

@@ -13,7 +13,7 @@ use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::{peak_memory_bytes, state};
 
-use super::trained::write_text;
+use super::trained::{plain_prompt, write_text};
 use crate::assemble::{self, Source};
 use crate::cli::TrainArgs;
 use crate::console::{Console, bytes, clock, talk, thousands};
@@ -87,6 +87,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     ];
     if let Some(tokenizer) = &opened.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
+        companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
     let stop = listen(args.tui)?;
     let training = recipe.training.clone();
@@ -263,6 +264,7 @@ fn quoted(argument: &str) -> String {
 /// A sample of what the model writes, on standard output.
 fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
     talk!("\nsample:");
-    write_text(&model.valid(), tokenizer, &recipe.generation.prompt, &recipe.generation.sampling)?;
+    let prompt = plain_prompt(tokenizer, &recipe.generation.prompt)?;
+    write_text(&model.valid(), tokenizer, &prompt, &recipe.generation.sampling)?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Mask, Observe};
+use polyhead_data::chat::chat_template;
 use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::weights::{Named, to_safetensors};
@@ -59,27 +60,66 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         seed: args.seed,
     };
     let started = Instant::now();
-    let count = write_text(&trained.model, tokenizer, &args.prompt, &sampling)?;
+    let prompt = if args.chat { chat_prompt(tokenizer, &args.prompt)? } else { plain_prompt(tokenizer, &args.prompt)? };
+    let count = write_text(&trained.model, tokenizer, &prompt, &sampling)?;
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
     Ok(())
 }
 
-/// Writes a prompt and what the model makes of it to standard output, as it comes. Where there is no prompt, the model
-/// starts a text. Gives how many tokens came.
-pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling: &Sampling) -> Result<usize, Failure> {
-    let mut ids = tokenizer.encode(prompt)?;
+/// What a model goes on from.
+pub struct Prompt<'a> {
+    /// What a person sees of it.
+    shown: &'a str,
+    ids: Vec<u32>,
+    /// Tokens that end the text.
+    stops: Vec<u32>,
+}
+
+/// A text that the model continues. Where there is none, it starts one.
+pub fn plain_prompt<'a>(tokenizer: &Tokenizer, text: &'a str) -> Result<Prompt<'a>, Failure> {
+    let mut ids = tokenizer.encode(text)?;
     if ids.is_empty() {
         ids.push(tokenizer.end_of_text().unwrap_or(0));
     }
+    Ok(Prompt { shown: text, ids, stops: tokenizer.end_of_text().into_iter().collect() })
+}
+
+/// What a user says, which the model answers.
+fn chat_prompt<'a>(tokenizer: &Tokenizer, text: &str) -> Result<Prompt<'a>, Failure> {
+    if tokenizer.chat_template().is_none() {
+        let problem = "--chat: the model has no chat template: it has not been fine-tuned on conversations";
+        return Err(crate::report::Problems::plain(problem.into()).into());
+    }
+    let template = chat_template("tokenizer", tokenizer)?;
+    let refused = |problem: String| Failure::Run(format!("the chat template refuses the prompt: {problem}"));
+    let rendered = template.prompt(&[serde_json::json!({ "role": "user", "content": text })]).map_err(refused)?;
+    let ids = |text: &str| Ok::<_, Failure>(tokenizer.encode_template(text)?.into_iter().map(|(id, _)| id));
+    let mut stops: Vec<u32> = tokenizer.end_of_text().into_iter().collect();
+    if let Some(end) = template.end_of_turn() {
+        stops.extend(ids(&end)?.next());
+    }
+    Ok(Prompt { shown: "", ids: ids(&rendered)?.collect(), stops })
+}
+
+/// Writes a prompt and what the model makes of it to standard output, as it comes. Gives how many tokens came.
+pub fn write_text(
+    model: &Decoder,
+    tokenizer: &Tokenizer,
+    prompt: &Prompt<'_>,
+    sampling: &Sampling,
+) -> Result<usize, Failure> {
     let on_terminal = std::io::stdout().is_terminal();
     let show = |text: &str| match on_terminal {
         true => print(format_args!("{}", harmless(text))),
         false => print(format_args!("{text}")),
     };
-    show(prompt)?;
+    show(prompt.shown)?;
     let (mut stream, mut written) = (StreamDecoder::new(tokenizer), Ok(()));
-    let new = polyhead_models::generate(model, &ids, sampling, tokenizer.end_of_text(), |token| {
+    let new = polyhead_models::generate(model, &prompt.ids, sampling, tokenizer.end_of_text(), |token| {
+        if prompt.stops.contains(&token) {
+            return ControlFlow::Break(());
+        }
         written = stream.push(token).map_or(Ok(()), |text| show(&text));
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
@@ -88,7 +128,11 @@ pub fn write_text(model: &Decoder, tokenizer: &Tokenizer, prompt: &str, sampling
     Ok(new.len())
 }
 
-fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
+/// The tokenizer of a model that needs one for what is asked of it.
+///
+/// # Errors
+/// If it has none.
+pub fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
     let problem =
         || format!("{} has no tokenizer: it learnt generated data, or its tokenizer.json is missing", path.display());
     tokenizer.ok_or_else(|| Failure::Run(problem()))

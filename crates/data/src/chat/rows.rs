@@ -1,0 +1,89 @@
+//! Conversations packed into rows of equal length.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use polyhead_models::{IGNORE, Role};
+
+use super::ChatTokens;
+use crate::DataError;
+use crate::loader::{Sample, Samples};
+
+/// Rows of `seq_len` tokens: one conversation each, or as many as fit.
+pub struct ChatRows {
+    chats: Arc<Vec<ChatTokens>>,
+    /// The conversations of each row.
+    rows: Vec<Vec<usize>>,
+    seq_len: usize,
+    pad: u32,
+}
+
+impl ChatRows {
+    /// Rows of some of the conversations, none of which is longer than `seq_len`. Packed, each goes where it leaves the
+    /// least room, the longest first.
+    pub fn new(chats: Arc<Vec<ChatTokens>>, which: Vec<usize>, (seq_len, pack, pad): (usize, bool, u32)) -> Self {
+        let rows = match pack {
+            true => best_fit(&chats, which, seq_len),
+            false => which.into_iter().map(|index| vec![index]).collect(),
+        };
+        Self { chats, rows, seq_len, pad }
+    }
+
+    /// Share of all tokens that pad.
+    pub fn padding(&self) -> f64 {
+        let used: usize = self.rows.iter().flatten().map(|&index| self.chats[index].tokens.len()).sum();
+        1.0 - used as f64 / (self.rows.len() * self.seq_len).max(1) as f64
+    }
+}
+
+fn best_fit(chats: &[ChatTokens], mut which: Vec<usize>, seq_len: usize) -> Vec<Vec<usize>> {
+    which.sort_by_key(|&index| (std::cmp::Reverse(chats[index].tokens.len()), index));
+    let mut rows: Vec<Vec<usize>> = Vec::new();
+    // Rows by the room that is left in them.
+    let mut open: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for index in which {
+        let length = chats[index].tokens.len();
+        let (room, row) = match open.range(length..).next().map(|(&room, _)| room) {
+            Some(room) => {
+                let waiting = open.get_mut(&room).map(|rows| (rows.pop(), rows.is_empty()));
+                if matches!(waiting, Some((_, true))) {
+                    open.remove(&room);
+                }
+                (room, waiting.and_then(|(row, _)| row).unwrap_or_default())
+            }
+            None => {
+                rows.push(Vec::new());
+                (seq_len, rows.len() - 1)
+            }
+        };
+        rows[row].push(index);
+        open.entry(room - length).or_default().push(row);
+    }
+    rows
+}
+
+impl Samples for ChatRows {
+    fn per_epoch(&self) -> u64 {
+        self.rows.len() as u64
+    }
+
+    fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
+        let (mut tokens, mut targets) = (Vec::with_capacity(self.seq_len), Vec::with_capacity(self.seq_len));
+        let (mut documents, mut roles) = (Vec::with_capacity(self.seq_len), Vec::with_capacity(self.seq_len));
+        for (document, &index) in self.rows[index as usize].iter().enumerate() {
+            let chat = &self.chats[index];
+            let ahead = chat.tokens.iter().zip(&chat.learnt).skip(1);
+            targets.extend(ahead.map(|(&id, &learnt)| if learnt { i64::from(id) } else { IGNORE }));
+            targets.push(IGNORE);
+            documents.resize(documents.len() + chat.tokens.len(), document as u32);
+            tokens.extend(&chat.tokens);
+            roles.extend(&chat.roles);
+        }
+        let padding = self.rows[index as usize].len() as u32;
+        tokens.resize(self.seq_len, self.pad);
+        targets.resize(self.seq_len, IGNORE);
+        documents.resize(self.seq_len, padding);
+        roles.resize(self.seq_len, Role::Padding);
+        Ok(Sample { tokens, targets, documents: Some(documents), roles: Some(roles) })
+    }
+}

@@ -1,0 +1,321 @@
+//! Questions about texts of any length, with one right answer: for training (`[data.long_context]`) and for telling how far
+//! a model can look back (`polyhead eval --task`). They need a tokenizer, a chat template and a seed, and no file.
+//!
+//! A problem is a conversation: a text and a question, and the answer. Its length is counted in tokens, everything
+//! included. Problems are pure functions of (seed, stream).
+
+mod tasks;
+mod words;
+
+use polyhead_models::{IGNORE, Role};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::chat::{ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
+use crate::loader::{Sample, Samples};
+use crate::synthetic::Side;
+use crate::text::TextDocument;
+use crate::{DataError, Tokenizer};
+
+use tasks::Facts;
+pub use tasks::LongTask;
+
+/// `[data.long_context]`: questions about texts that are as long as a row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LongContextConfig {
+    /// What is asked; in turns. Default: all of needles_multi, variable_tracking, common_words, multi_hop.
+    pub tasks: Vec<LongTask>,
+    /// The chat template, as in data.chat. Default: "plain".
+    pub template: String,
+    /// What is learnt, as in data.chat: "assistant" (default), "last" or "all".
+    pub learn: Learn,
+}
+
+impl Default for LongContextConfig {
+    fn default() -> Self {
+        Self { tasks: LongTask::ALL.to_vec(), template: "plain".into(), learn: Learn::Assistant }
+    }
+}
+
+/// A problem in tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LongProblem {
+    /// Text, question and answer.
+    pub tokens: ChatTokens,
+    /// Where in the tokens the answer stands, without what ends the turn.
+    pub answer: std::ops::Range<usize>,
+    /// The conversation as text: what is asked, and the answer.
+    pub text: [String; 2],
+}
+
+/// Makes problems.
+pub struct Problems<'a> {
+    /// Counts the tokens.
+    pub tokenizer: &'a Tokenizer,
+    /// Writes around what is said.
+    pub template: &'a ChatTemplate,
+    /// Which tokens are learnt.
+    pub learn: Learn,
+}
+
+impl Problems<'_> {
+    /// A problem of at most `length` tokens, and not much less. `depth`, 0 to 1, says where in the text stands what is asked
+    /// for: 0 at its beginning.
+    ///
+    /// # Errors
+    /// If the facts alone are longer, or the template does not allow such a conversation.
+    pub fn make(
+        &self,
+        task: LongTask,
+        length: usize,
+        depth: f64,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<LongProblem, DataError> {
+        let facts = task.facts(rng);
+        // About as many pieces of filler as fit; then fewer, until they do.
+        let probe: String = (0..16).map(|index| facts.filler.piece(index, rng) + " ").collect();
+        let per_piece = (self.tokenizer.encode(&probe)?.len() as f64 / 16.0).max(1.0);
+        let mut count = (length as f64 / per_piece * 1.1) as usize;
+        loop {
+            let problem = self.tokens(&facts, &place(&facts, count, depth, &mut rng.clone()))?;
+            let over = problem.tokens.tokens.len().saturating_sub(length);
+            if over == 0 && count >= facts.filler.least() {
+                return Ok(problem);
+            }
+            if count <= facts.filler.least() {
+                return Err(DataError::Unusable(format!(
+                    "the shortest problem of {} has {} tokens, more than there is room for ({length}): give more room, or a \
+                     tokenizer with longer tokens",
+                    task.name(),
+                    problem.tokens.tokens.len()
+                )));
+            }
+            count -= ((over as f64 / per_piece) as usize).clamp(1, count - facts.filler.least());
+        }
+    }
+
+    fn tokens(&self, facts: &Facts, text: &str) -> Result<LongProblem, DataError> {
+        let question = format!("{text} {}", facts.question);
+        let chat = Conversation {
+            messages: vec![
+                json!({ "role": "user", "content": question }),
+                json!({ "role": "assistant", "content": facts.answer }),
+            ],
+            tools: None,
+        };
+        let tokens = tokenize(&chat, self.learn, self.template, self.tokenizer)
+            .map_err(|problem| DataError::Unusable(format!("chat template: {problem}")))?;
+        let said = |at: usize| tokens.roles[at] == Role::Assistant;
+        let start = (0..tokens.tokens.len()).find(|&at| said(at)).unwrap_or(0);
+        let whole = |end: &usize| self.tokenizer.decode(&tokens.tokens[start..*end]).trim() == facts.answer;
+        let end = (start..=tokens.tokens.len()).find(whole).unwrap_or(tokens.tokens.len());
+        Ok(LongProblem { tokens, answer: start..end, text: [question, facts.answer.clone()] })
+    }
+}
+
+/// The text with `count` pieces of filler. What is asked for stands at `depth`; each other group somewhere, in its order.
+fn place(facts: &Facts, count: usize, depth: f64, rng: &mut ChaCha8Rng) -> String {
+    // Sentences with where they go, from 0 to 1; equal places keep their order.
+    let mut placed: Vec<(f64, String)> = Vec::new();
+    for index in 0..count {
+        placed.push(((index as f64 + 0.5) / count as f64, facts.filler.piece(index, rng)));
+    }
+    for group in &facts.others {
+        let mut places: Vec<f64> = group.iter().map(|_| rng.random::<f64>()).collect();
+        places.sort_by(f64::total_cmp);
+        placed.extend(places.into_iter().zip(group.iter().cloned()));
+    }
+    // A tenth of the text apart, around the depth.
+    let apart = 0.1 / facts.asked.len().max(1) as f64;
+    let first = (depth - apart * (facts.asked.len() as f64 - 1.0) / 2.0).clamp(0.0, 0.9);
+    placed.extend(facts.asked.iter().enumerate().map(|(index, text)| (first + apart * index as f64, text.clone())));
+    placed.sort_by(|a, b| a.0.total_cmp(&b.0));
+    placed.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(" ")
+}
+
+/// A generator of problem number `stream` for `seed`.
+pub fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}
+
+/// Rows of one problem each, without end.
+pub(crate) struct LongContext {
+    config: LongContextConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    seq_len: usize,
+    seed: u64,
+    side: Side,
+}
+
+impl LongContext {
+    /// Checks that the longest problem fits.
+    pub(crate) fn new(
+        config: &LongContextConfig,
+        tokenizer: &Tokenizer,
+        seq_len: usize,
+        (seed, side): (u64, Side),
+    ) -> Result<Self, DataError> {
+        let template = chat_template(&config.template, tokenizer)?;
+        let (config, tokenizer) = (config.clone(), tokenizer.clone());
+        let rows = Self { config, tokenizer, template, seq_len, seed, side };
+        for index in 0..rows.config.tasks.len() as u64 {
+            rows.problem(index)?;
+        }
+        Ok(rows)
+    }
+
+    /// The chat template's text.
+    pub(crate) fn template(&self) -> &str {
+        self.template.source()
+    }
+
+    fn problem(&self, index: u64) -> Result<LongProblem, DataError> {
+        // Even streams for training, odd ones for validation.
+        let mut rng = generator(self.seed, 2 * index + u64::from(self.side != Side::Train));
+        let task = self.config.tasks[(index % self.config.tasks.len() as u64) as usize];
+        let depth = rng.random();
+        let problems = Problems { tokenizer: &self.tokenizer, template: &self.template, learn: self.config.learn };
+        problems.make(task, self.seq_len, depth, &mut rng)
+    }
+}
+
+impl Samples for LongContext {
+    fn per_epoch(&self) -> u64 {
+        self.side.per_epoch()
+    }
+
+    fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
+        let ChatTokens { mut tokens, mut roles, learnt } = self.problem(index)?.tokens;
+        let mut targets: Vec<i64> = tokens
+            .iter()
+            .zip(&learnt)
+            .skip(1)
+            .map(|(&id, &learnt)| if learnt { i64::from(id) } else { IGNORE })
+            .collect();
+        let mut documents = vec![0; tokens.len()];
+        targets.resize(self.seq_len, IGNORE);
+        documents.resize(self.seq_len, 1);
+        tokens.resize(self.seq_len, self.tokenizer.pad());
+        roles.resize(self.seq_len, Role::Padding);
+        Ok(Sample { tokens, targets, documents: Some(documents), roles: Some(roles) })
+    }
+}
+
+/// Conversations as texts, for training a tokenizer on.
+pub(crate) fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, DataError> {
+    const TEXTS: u64 = 400;
+    let tokenizer = Tokenizer::bytes();
+    let template = chat_template(&config.template, &tokenizer)?;
+    let problems = Problems { tokenizer: &tokenizer, template: &template, learn: config.learn };
+    let text = |index: u64| {
+        let task = config.tasks[index as usize % config.tasks.len()];
+        let [asked, answer] = problems.make(task, 1500, 0.5, &mut generator(0, index))?.text;
+        let name = format!("{} {index}", task.name());
+        // Names of speakers have to become tokens too.
+        Ok(TextDocument { name, text: format!("User: {asked}\nAssistant: {answer}\n") })
+    };
+    (0..TEXTS).map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn make(task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
+        let tokenizer = Tokenizer::bytes();
+        let template = chat_template("plain", &tokenizer).unwrap();
+        let problems = Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant };
+        problems.make(task, length, depth, &mut generator(7, stream)).unwrap()
+    }
+
+    #[test]
+    fn problems_are_as_long_as_asked_and_a_function_of_seed_and_stream() {
+        for task in LongTask::ALL {
+            for length in [700, 3000] {
+                let problem = make(task, length, 0.5, 3);
+                let found = problem.tokens.tokens.len();
+                assert!(found <= length && found > length - 60, "{}: {found} of {length}", task.name());
+                assert_eq!(problem, make(task, length, 0.5, 3));
+                assert_ne!(problem, make(task, length, 0.5, 4));
+                let learnt = problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
+                // " answer", the token that ends it, a new line.
+                assert_eq!(learnt, 1 + problem.text[1].len() + 2);
+                let answer = &problem.tokens.tokens[problem.answer.clone()];
+                assert_eq!(Tokenizer::bytes().decode(answer), format!(" {}", problem.text[1]));
+            }
+        }
+    }
+
+    #[test]
+    fn answers_follow_from_the_text_and_stand_at_their_depth() {
+        for stream in 0..40 {
+            let depth = f64::from(stream as u32 % 5) / 5.0 + 0.1;
+            let problem = |task| make(task, 2000, depth, stream).text;
+            let near = |text: &str, sentence: &str| {
+                let at = text.find(sentence).unwrap() as f64 / text.len() as f64;
+                assert!((at - depth).abs() < 0.15, "{at} for {depth}: {sentence}");
+            };
+            let between =
+                |text: &str, a: &str, b: &str| text.split_once(a).unwrap().1.split_once(b).unwrap().0.to_owned();
+
+            let [text, answer] = problem(LongTask::NeedlesMulti);
+            let thing = between(&text, "What is the code of the ", "?");
+            let sentence = format!("The code of the {thing} is {answer}.");
+            near(&text, &sentence);
+            assert_eq!(text.matches("The code of the ").count(), 8);
+
+            let [text, answer] = problem(LongTask::VariableTracking);
+            let value = between(&text, "Which variables are ", "?");
+            let mut holding = Vec::new();
+            for sentence in text.split("Let ").skip(1) {
+                let (name, rest) = sentence.split_once(" be ").unwrap();
+                let source = rest.split_once('.').unwrap().0;
+                if source == value || holding.contains(&source) {
+                    holding.push(name);
+                }
+            }
+            assert_eq!(holding.join(" "), answer);
+            near(&text, &format!("be {value}."));
+
+            let [text, answer] = problem(LongTask::CommonWords);
+            let list = text.strip_suffix("Which two words are the most common?").unwrap();
+            let mut counts = std::collections::BTreeMap::<&str, usize>::new();
+            list.split_whitespace().for_each(|word| *counts.entry(word).or_default() += 1);
+            let mut ranked: Vec<(&str, usize)> = counts.into_iter().collect();
+            ranked.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+            assert!(ranked[1].1 > ranked[2].1, "{ranked:?}");
+            let mut two = [ranked[0].0, ranked[1].0];
+            two.sort_unstable();
+            assert_eq!(two.join(" "), answer);
+
+            let [text, answer] = problem(LongTask::MultiHop);
+            let thing = between(&text, "Where is the ", "?");
+            let before = text.split_once(&format!(" took the {thing}.")).unwrap().0;
+            let who = before.rsplit(' ').next().unwrap();
+            let (_, after) = text.split_once(&format!("{who} took the {thing}.")).unwrap();
+            assert_eq!(between(after, &format!("{who} went to the "), "."), answer);
+        }
+    }
+
+    #[test]
+    fn rows_ask_for_the_answer_and_sides_differ() {
+        let set = |side| LongContext::new(&LongContextConfig::default(), &Tokenizer::bytes(), 600, (1, side)).unwrap();
+        let (train, held_out) = (set(Side::Train), set(Side::Validation(5)));
+        assert_eq!(held_out.per_epoch(), 5);
+        assert_ne!(train.sample(0, 0).unwrap(), held_out.sample(0, 0).unwrap());
+        let row = train.sample(0, 1).unwrap();
+        let asked: Vec<u32> = row.targets.iter().filter(|&&id| id != IGNORE).map(|&id| id as u32).collect();
+        assert_eq!(Tokenizer::bytes().decode(&asked), format!(" {}\n", train.problem(1).unwrap().text[1]));
+        assert_eq!([row.tokens.len(), row.targets.len()], [600; 2]);
+        let small = LongContext::new(&LongContextConfig::default(), &Tokenizer::bytes(), 100, (1, Side::Train));
+        assert!(small.err().unwrap().to_string().contains("needles_multi has"));
+    }
+}

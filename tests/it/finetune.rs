@@ -1,0 +1,127 @@
+//! Conversations: pretrain, fine-tune in three ways, ask, export.
+
+use serde_json::Value;
+
+use crate::world::{SMALL, World};
+
+const CHAT: &str = r#"
+[data.chat]
+paths = ["chats.jsonl"]
+template = "plain"
+[training]
+steps = 4
+seq_len = 64
+batch_size = 2
+[metrics]
+log_freq = 1
+[validation]
+interval = 4
+batches = 1
+fraction = 0.2
+"#;
+
+fn world() -> World {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"chats.jsonl\"]"));
+    let line = |i: usize| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "{i} + {i}"}}, {{"role": "assistant", "content": "{}"}}]}}"#,
+            2 * i
+        )
+    };
+    let lines: Vec<String> = (0..40).map(line).collect();
+    std::fs::write(world.dir.path().join("chats.jsonl"), lines.join("\n")).unwrap();
+    std::fs::write(world.dir.path().join("chat.toml"), format!("[model]\npretrained = \"base\"\n{CHAT}")).unwrap();
+    world.succeeds(&["train", "recipe.toml", "--out", "base"]);
+    world
+}
+
+fn last(world: &World, run: &str, key: &str) -> Value {
+    let log = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.rev().find_map(|line| line.get(key).cloned()).unwrap_or_else(|| panic!("{run} has no {key}"))
+}
+
+#[test]
+fn a_model_is_pretrained_fine_tuned_asked_and_exported() {
+    let world = world();
+    let (out, err) = world.succeeds(&["preview", "chat.toml", "--rows", "1"]);
+    assert!(err.contains("40 rows of chat") && err.contains("for validation"), "{err}");
+    for part in ["user", "assistant", "template", "padding"] {
+        assert!(out.contains(part), "no {part} in {out}");
+    }
+
+    // SFT, low-rank pairs only, FocuSFT on what SFT gave.
+    world.succeeds(&["train", "chat.toml", "--out", "sft"]);
+    assert!(last(&world, "sft", "plain/sink_mass").as_f64().unwrap() > 0.0);
+    let (_, err) = world.succeeds(&["train", "chat.toml", "lora.rank=2", "--out", "lora"]);
+    assert!(err.contains(" of them frozen)"), "{err}");
+    let focus = ["train", "chat.toml", "model.pretrained=sft", "procedure.bilevel.rank=2", "--out", "focus"];
+    world.succeeds(&focus);
+    let inner = |k: usize| last(&world, "focus", &format!("bilevel/inner_loss_{k}")).as_f64().unwrap();
+    assert!(inner(1) < inner(0));
+    let [plain, adapted] = ["validation_loss", "adapted/validation_loss"].map(|key| last(&world, "focus", key));
+    assert!(adapted.as_f64() < plain.as_f64(), "{adapted} {plain}");
+    last(&world, "focus", "adapted/layer_01/context_engagement");
+
+    // A run of pairs goes on, and what it exports has them folded in.
+    let (_, err) = world.succeeds(&["train", "chat.toml", "lora.rank=2", "training.steps=6", "--out", "lora"]);
+    assert!(err.contains("resume: from"), "{err}");
+    let ask = ["generate", "lora", "--chat", "--prompt", "3 + 3", "--max-new-tokens", "5", "--seed", "1"];
+    assert_eq!(world.succeeds(&ask).0, world.succeeds(&ask).0);
+    let err = world.fails(2, &["generate", "base", "--chat", "--prompt", "x"]);
+    assert!(err.contains("has no chat template"), "{err}");
+}
+
+#[test]
+fn a_fine_tuned_model_is_exported_whole_and_asked_about_long_texts() {
+    let world = world();
+    let softmax = SMALL.replace(
+        "[model.decoder.attention.grouped_differential]\nn_heads = 4\nn_noise_heads = 2",
+        "[model.decoder.attention.softmax]\nn_heads = 2",
+    );
+    let recipe = softmax
+        .replace("[data.markov]\nstates = 6", "[data.long_context]\ntasks = [\"multi_hop\", \"needles_multi\"]")
+        .replace("seq_len = 16", "seq_len = 512")
+        .replace("steps = 12", "steps = 2");
+    std::fs::write(world.dir.path().join("long.toml"), format!("{recipe}\n[lora]\nrank = 2\n")).unwrap();
+    world.succeeds(&["train", "long.toml", "--out", "long"]);
+    world.succeeds(&["export", "long", "--to", "exported"]);
+    let config: Value = serde_json::from_slice(&world.read("exported/tokenizer_config.json")).unwrap();
+    assert!(config["chat_template"].as_str().unwrap().contains("Assistant:"));
+    let names = String::from_utf8_lossy(&world.read("exported/model.safetensors")).into_owned();
+    assert!(names.contains("q_proj.weight") && !names.contains("lora"));
+
+    let eval = ["eval", "long", "--task", "needles_multi,common_words", "--lengths", "1,2", "--samples", "1"];
+    let (out, err) = world.succeeds(&[&eval[..], &["--heatmap", "map.svg"]].concat());
+    let result: Value = serde_json::from_str(&out).unwrap();
+    let rows = result["results"].as_array().unwrap();
+    let lengths: Vec<u64> = rows.iter().map(|row| row["length"].as_u64().unwrap()).collect();
+    assert_eq!(lengths, [512, 1024, 512, 1024]);
+    assert_eq!(rows[0]["accuracy_by_depth"].as_array().unwrap().len(), 5);
+    assert!(err.contains("common_words") && String::from_utf8(world.read("map.svg")).unwrap().contains("</svg>"));
+    assert_eq!(world.succeeds(&eval).0, out, "the same seed, the same problems");
+    let err = world.fails(2, &["eval", "long", "--task", "all", "--lengths", "0"]);
+    assert!(err.contains("at least 1"), "{err}");
+    let err = world.fails(2, &["eval", "long", "--samples", "2"]);
+    assert!(err.contains("--task"), "{err}");
+}
+
+#[test]
+fn settings_of_fine_tuning_are_checked_before_anything_runs() {
+    let world = World::new(SMALL);
+    for (key, words) in [
+        ("lora.rank=0", "rank (0) must be 1"),
+        ("lora.targets=[]", "targets is empty"),
+        ("procedure.bilevel.layer_fraction=2", "layer_fraction (2) must be 0 to 1"),
+        ("procedure.bilevel.inner_lr=-1", "inner_lr (-1)"),
+        ("data.long_context.tasks=[]", "tasks is empty"),
+        ("data.chat.paths=[]", "paths is empty"),
+    ] {
+        let err = world.fails(2, &["validate", "recipe.toml", key]);
+        assert!(err.contains(words) && err.contains("command line:1:"), "{key}: {err}");
+    }
+    let err = world.fails(2, &["train", "recipe.toml", "lora.targets=[\"qkv\"]", "--out", "x"]);
+    assert!(err.contains("\"qkv\"") && err.contains("q_proj"), "{err}");
+    let err = world.fails(1, &["train", "recipe.toml", "procedure.bilevel.targets=[\"fc\"]", "--out", "x"]);
+    assert!(err.contains("procedure.bilevel.targets") && err.contains("down_proj"), "{err}");
+}
