@@ -29,6 +29,8 @@ pub use tasks::LongTask;
 pub struct LongContextConfig {
     /// What is asked; in turns. Default: all of needles_multi, variable_tracking, common_words, multi_hop.
     pub tasks: Vec<LongTask>,
+    /// Questions about each text, in turns, where the task knows as many. Default: 1.
+    pub questions: usize,
     /// The chat template, as in data.chat. Default: "plain".
     pub template: String,
     /// What is learnt, as in data.chat: "assistant" (default), "last" or "all".
@@ -37,7 +39,7 @@ pub struct LongContextConfig {
 
 impl Default for LongContextConfig {
     fn default() -> Self {
-        Self { tasks: LongTask::ALL.to_vec(), template: "plain".into(), learn: Learn::Assistant }
+        Self { tasks: LongTask::ALL.to_vec(), questions: 1, template: "plain".into(), learn: Learn::Assistant }
     }
 }
 
@@ -46,10 +48,10 @@ impl Default for LongContextConfig {
 pub struct LongProblem {
     /// Text, question and answer.
     pub tokens: ChatTokens,
-    /// Where in the tokens the answer stands, without what ends the turn.
+    /// Where in the tokens the first answer stands, without what ends the turn.
     pub answer: std::ops::Range<usize>,
-    /// The conversation as text: what is asked, and the answer.
-    pub text: [String; 2],
+    /// The conversation as text: what is asked, and the answer, turn by turn.
+    pub text: Vec<[String; 2]>,
 }
 
 /// Makes problems.
@@ -60,6 +62,8 @@ pub struct Problems<'a> {
     pub template: &'a ChatTemplate,
     /// Which tokens are learnt.
     pub learn: Learn,
+    /// Questions in a conversation, at most.
+    pub questions: usize,
 }
 
 impl Problems<'_> {
@@ -99,21 +103,19 @@ impl Problems<'_> {
     }
 
     fn tokens(&self, facts: &Facts, text: &str) -> Result<LongProblem, DataError> {
-        let question = format!("{text} {}", facts.question);
-        let chat = Conversation {
-            messages: vec![
-                json!({ "role": "user", "content": question }),
-                json!({ "role": "assistant", "content": facts.answer }),
-            ],
-            tools: None,
+        let mut turns: Vec<[String; 2]> = facts.questions.iter().take(self.questions.max(1)).cloned().collect();
+        turns[0][0] = format!("{text} {}", turns[0][0]);
+        let turn = |[question, answer]: &[String; 2]| {
+            [json!({ "role": "user", "content": question }), json!({ "role": "assistant", "content": answer })]
         };
+        let chat = Conversation { messages: turns.iter().flat_map(turn).collect(), tools: None };
         let tokens = tokenize(&chat, self.learn, self.template, self.tokenizer)
             .map_err(|problem| DataError::Unusable(format!("chat template: {problem}")))?;
         let said = |at: usize| tokens.roles[at] == Role::Assistant;
         let start = (0..tokens.tokens.len()).find(|&at| said(at)).unwrap_or(0);
-        let whole = |end: &usize| self.tokenizer.decode(&tokens.tokens[start..*end]).trim() == facts.answer;
+        let whole = |end: &usize| self.tokenizer.decode(&tokens.tokens[start..*end]).trim() == turns[0][1];
         let end = (start..=tokens.tokens.len()).find(whole).unwrap_or(tokens.tokens.len());
-        Ok(LongProblem { tokens, answer: start..end, text: [question, facts.answer.clone()] })
+        Ok(LongProblem { tokens, answer: start..end, text: turns })
     }
 }
 
@@ -181,7 +183,8 @@ impl LongContext {
         let mut rng = generator(self.seed, 2 * index + u64::from(self.side != Side::Train));
         let task = self.config.tasks[(index % self.config.tasks.len() as u64) as usize];
         let depth = rng.random();
-        let problems = Problems { tokenizer: &self.tokenizer, template: &self.template, learn: self.config.learn };
+        let LongContextConfig { learn, questions, .. } = self.config;
+        let problems = Problems { tokenizer: &self.tokenizer, template: &self.template, learn, questions };
         problems.make(task, self.seq_len, depth, &mut rng)
     }
 }
@@ -213,13 +216,14 @@ pub(crate) fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, Dat
     const TEXTS: u64 = 400;
     let tokenizer = Tokenizer::bytes();
     let template = chat_template(&config.template, &tokenizer)?;
-    let problems = Problems { tokenizer: &tokenizer, template: &template, learn: config.learn };
+    let problems = Problems { tokenizer: &tokenizer, template: &template, learn: config.learn, questions: 1 };
     let text = |index: u64| {
         let task = config.tasks[index as usize % config.tasks.len()];
-        let [asked, answer] = problems.make(task, 1500, 0.5, &mut generator(0, index))?.text;
+        let turns = problems.make(task, 1500, 0.5, &mut generator(0, index))?.text;
         let name = format!("{} {index}", task.name());
         // Names of speakers have to become tokens too.
-        Ok(TextDocument { name, text: format!("User: {asked}\nAssistant: {answer}\n") })
+        let text = turns.iter().map(|[asked, answer]| format!("User: {asked}\nAssistant: {answer}\n")).collect();
+        Ok(TextDocument { name, text })
     };
     (0..TEXTS).map(text).collect()
 }
@@ -229,11 +233,15 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn make(task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
+    fn make_with(questions: usize, task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
         let tokenizer = Tokenizer::bytes();
         let template = chat_template("plain", &tokenizer).unwrap();
-        let problems = Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant };
+        let problems = Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant, questions };
         problems.make(task, length, depth, &mut generator(7, stream)).unwrap()
+    }
+
+    fn make(task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
+        make_with(1, task, length, depth, stream)
     }
 
     #[test]
@@ -247,9 +255,10 @@ mod tests {
                 assert_ne!(problem, make(task, length, 0.5, 4));
                 let learnt = problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
                 // " answer", the token that ends it, a new line.
-                assert_eq!(learnt, 1 + problem.text[1].len() + 2);
+                let [_, said] = &problem.text[0];
+                assert_eq!(learnt, 1 + said.len() + 2);
                 let answer = &problem.tokens.tokens[problem.answer.clone()];
-                assert_eq!(Tokenizer::bytes().decode(answer), format!(" {}", problem.text[1]));
+                assert_eq!(Tokenizer::bytes().decode(answer), format!(" {said}"));
             }
         }
     }
@@ -258,7 +267,7 @@ mod tests {
     fn answers_follow_from_the_text_and_stand_at_their_depth() {
         for stream in 0..40 {
             let depth = f64::from(stream as u32 % 5) / 5.0 + 0.1;
-            let problem = |task| make(task, 2000, depth, stream).text;
+            let problem = |task| make(task, 2000, depth, stream).text.remove(0);
             let near = |text: &str, sentence: &str| {
                 let at = text.find(sentence).unwrap() as f64 / text.len() as f64;
                 assert!((at - depth).abs() < 0.15, "{at} for {depth}: {sentence}");
@@ -306,6 +315,20 @@ mod tests {
     }
 
     #[test]
+    fn further_questions_are_answered_in_turns_of_their_own() {
+        let one = make_with(1, LongTask::MultiHop, 1500, 0.5, 3);
+        let four = make_with(9, LongTask::MultiHop, 1500, 0.5, 3);
+        assert_eq!((one.text.len(), four.text.len()), (1, 4));
+        let learnt = |problem: &LongProblem| problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
+        assert_eq!(learnt(&four), four.text.iter().map(|[_, answer]| answer.len() + 3).sum::<usize>());
+        for [question, answer] in &four.text[1..] {
+            let thing = question.strip_prefix("Where is the ").unwrap().strip_suffix('?').unwrap();
+            let who = four.text[0][0].split_once(&format!(" took the {thing}.")).unwrap().0.rsplit(' ').next().unwrap();
+            assert!(four.text[0][0].contains(&format!("{who} went to the {answer}.")));
+        }
+    }
+
+    #[test]
     fn rows_ask_for_the_answer_and_sides_differ() {
         let set = |side| LongContext::new(&LongContextConfig::default(), &Tokenizer::bytes(), 600, (1, side)).unwrap();
         let (train, held_out) = (set(Side::Train), set(Side::Validation(5)));
@@ -313,7 +336,7 @@ mod tests {
         assert_ne!(train.sample(0, 0).unwrap(), held_out.sample(0, 0).unwrap());
         let row = train.sample(0, 1).unwrap();
         let asked: Vec<u32> = row.targets.iter().filter(|&&id| id != IGNORE).map(|&id| id as u32).collect();
-        assert_eq!(Tokenizer::bytes().decode(&asked), format!(" {}\n", train.problem(1).unwrap().text[1]));
+        assert_eq!(Tokenizer::bytes().decode(&asked), format!(" {}\n", train.problem(1).unwrap().text[0][1]));
         assert_eq!([row.tokens.len(), row.targets.len()], [600; 2]);
         let small = LongContext::new(&LongContextConfig::default(), &Tokenizer::bytes(), 100, (1, Side::Train));
         assert!(small.err().unwrap().to_string().contains("needles_multi has"));

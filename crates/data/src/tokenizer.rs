@@ -171,7 +171,7 @@ impl Tokenizer {
         }
     }
 
-    /// Token ids of what a chat template wrote, each with the byte that it begins at. Special tokens that are spelt out are
+    /// Token ids of what a chat template wrote, each with the last byte that it stands for. Special tokens that are spelt out are
     /// meant, in the bytes tokenizer too; none are added.
     ///
     /// # Errors
@@ -186,15 +186,15 @@ impl Tokenizer {
                         Some((name, id)) => (id, name.len()),
                         None => (u32::from(text.as_bytes()[at]), 1),
                     };
-                out.push((id, at));
                 at += length;
+                out.push((id, at - 1));
             }
             return Ok(out);
         };
         let encoded = inner.encode(text, false);
         let encoded = encoded.map_err(|e| DataError::Unusable(format!("the tokenizer failed: {e}")))?;
-        let starts = encoded.get_offsets().iter().map(|&(start, _)| start);
-        Ok(encoded.get_ids().iter().copied().zip(starts).collect())
+        let last = encoded.get_offsets().iter().map(|&(start, end)| start.max(end.saturating_sub(1)));
+        Ok(encoded.get_ids().iter().copied().zip(last).collect())
     }
 
     /// Token ids of a text; no special tokens are added.

@@ -59,8 +59,8 @@ pub(super) struct Facts {
     pub(super) asked: Vec<String>,
     /// Sentences that may stand anywhere, but those of one group in their order.
     pub(super) others: Vec<Vec<String>>,
-    pub(super) question: String,
-    pub(super) answer: String,
+    /// Questions with their answers; what the first is about stands at the depth.
+    pub(super) questions: Vec<[String; 2]>,
     /// What fills the text up.
     pub(super) filler: Filler,
 }
@@ -110,14 +110,21 @@ fn some<'a>(all: &[&'a str], count: usize, rng: &mut ChaCha8Rng) -> Vec<&'a str>
     all
 }
 
+fn ask(question: String, answer: &str) -> [String; 2] {
+    [question, answer.to_owned()]
+}
+
 fn needles(rng: &mut ChaCha8Rng) -> Facts {
     let (things, codes) = (some(&THINGS, 8, rng), some(&CODES, 8, rng));
     let sentence = |index: usize| format!("The code of the {} is {}.", things[index], codes[index]);
     Facts {
         asked: vec![sentence(0)],
         others: (1..8).map(|index| vec![sentence(index)]).collect(),
-        question: format!("What is the code of the {}?", things[0]),
-        answer: codes[0].to_owned(),
+        questions: things
+            .iter()
+            .zip(&codes)
+            .map(|(thing, code)| ask(format!("What is the code of the {thing}?"), code))
+            .collect(),
         filler: Filler::Sentences,
     }
 }
@@ -132,8 +139,11 @@ fn variables(rng: &mut ChaCha8Rng) -> Facts {
     Facts {
         asked: chain(&names[..3], values[0]),
         others: vec![chain(&names[3..], values[1])],
-        question: format!("Which variables are {}?", values[0]),
-        answer: names[..3].join(" "),
+        questions: names
+            .chunks(3)
+            .zip(&values)
+            .map(|(names, value)| ask(format!("Which variables are {value}?"), &names.join(" ")))
+            .collect(),
         filler: Filler::Sentences,
     }
 }
@@ -145,8 +155,7 @@ fn words(rng: &mut ChaCha8Rng) -> Facts {
     Facts {
         asked: Vec::new(),
         others: Vec::new(),
-        question: "Which two words are the most common?".into(),
-        answer: all.join(" "),
+        questions: vec![ask("Which two words are the most common?".into(), &all.join(" "))],
         filler: Filler::Words { common: all, rare },
     }
 }
@@ -160,8 +169,11 @@ fn hops(rng: &mut ChaCha8Rng) -> Facts {
     Facts {
         asked: took(0),
         others: (1..4).map(took).collect(),
-        question: format!("Where is the {}?", things[0]),
-        answer: places[0].to_owned(),
+        questions: things
+            .iter()
+            .zip(&places)
+            .map(|(thing, place)| ask(format!("Where is the {thing}?"), place))
+            .collect(),
         filler: Filler::Sentences,
     }
 }

@@ -41,7 +41,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template(name, tokenizer)?;
-    let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant };
+    let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1 };
     let trained_on = args.unit.unwrap_or(trained.max_positions);
     let tasks: Vec<LongTask> = match args.task.iter().any(|name| name == "all") {
         true => LongTask::ALL.to_vec(),

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use polyhead_data::Tokenizer;
+use polyhead_data::{DataConfig, Tokenizer};
 use polyhead_models::{Decoder, parameters};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, View, run};
@@ -239,7 +239,10 @@ fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Pat
     let run = run_dir.display();
     let polyhead = program();
     talk!("lies in  {run} (picture: {run}/curve.svg; all curves: tensorboard --logdir {run})");
-    if recipe.data.is_text() {
+    if matches!(recipe.data, DataConfig::Chat(_) | DataConfig::LongContext(_)) {
+        talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
+        talk!("         {polyhead} eval {run} --task all");
+    } else if recipe.data.is_text() {
         talk!("next     {polyhead} generate {run} --prompt \"...\"");
     } else {
         talk!("next     {polyhead} eval {run}");
