@@ -88,6 +88,8 @@ fn a_fine_tuned_model_is_exported_whole_and_asked_about_long_texts() {
     world.succeeds(&["export", "long", "--to", "exported"]);
     let config: Value = serde_json::from_slice(&world.read("exported/tokenizer_config.json")).unwrap();
     assert!(config["chat_template"].as_str().unwrap().contains("Assistant:"));
+    let stops: Value = serde_json::from_slice(&world.read("exported/generation_config.json")).unwrap();
+    assert_eq!(stops["eos_token_id"], 256, "the plain template ends a turn with the end of a text");
     let names = String::from_utf8_lossy(&world.read("exported/model.safetensors")).into_owned();
     assert!(names.contains("q_proj.weight") && !names.contains("lora"));
 

@@ -53,6 +53,20 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
     assert_eq!(fingerprint(&world, "parts").0, a.0, "the same recipe gives the same weights");
 }
 
+#[test]
+fn fast_weights_are_drawn_again_as_they_were() {
+    let world = World::new(SMALL);
+    let train = |run: &str, more: &[&str]| {
+        let all = ["train", RECIPE, "procedure.bilevel.rank=2", "lr_scheduler.decay=constant", "--out", run];
+        world.succeeds(&[&all[..], more].concat())
+    };
+    train("whole", &[]);
+    train("parts", &["training.steps=7", "validation.interval=100"]);
+    train("parts", &[]);
+    let (a, b) = (fingerprint(&world, "whole"), fingerprint(&world, "parts"));
+    assert!(a.0 == b.0 && a.1 == b.1, "weights or optimiser state differ");
+}
+
 /// 20 kills of running processes, at moments spread evenly but in no order over a part of the run. With a checkpoint
 /// after every step most of them fall into saves; `.tmp-` folders left behind prove that some did.
 #[test]

@@ -94,12 +94,20 @@ fn chat_prompt<'a>(tokenizer: &Tokenizer, text: &str) -> Result<Prompt<'a>, Fail
     let template = chat_template("tokenizer", tokenizer)?;
     let refused = |problem: String| Failure::Run(format!("the chat template refuses the prompt: {problem}"));
     let rendered = template.prompt(&[serde_json::json!({ "role": "user", "content": text })]).map_err(refused)?;
-    let ids = |text: &str| Ok::<_, Failure>(tokenizer.encode_template(text)?.into_iter().map(|(id, _)| id));
+    let ids = tokenizer.encode_template(&rendered)?.into_iter().map(|(id, _)| id).collect();
+    Ok(Prompt { shown: "", ids, stops: stops(tokenizer)? })
+}
+
+/// The tokens after which a model has said what it has to say: the end of a text, and that of a turn in its chat template.
+fn stops(tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
     let mut stops: Vec<u32> = tokenizer.end_of_text().into_iter().collect();
-    if let Some(end) = template.end_of_turn() {
-        stops.extend(ids(&end)?.next());
+    if tokenizer.chat_template().is_some()
+        && let Some(end) = chat_template("tokenizer", tokenizer)?.end_of_turn()
+    {
+        let first = tokenizer.encode_template(&end)?.first().map(|(id, _)| *id);
+        stops.extend(first.filter(|id| !stops.contains(id)));
     }
-    Ok(Prompt { shown: "", ids: ids(&rendered)?.collect(), stops })
+    Ok(stops)
 }
 
 /// Writes a prompt and what the model makes of it to standard output, as it comes. Gives how many tokens came.
@@ -146,6 +154,15 @@ pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
     let options = ExportOptions { max_positions: trained.max_positions, end_of_text };
     let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
     if let Some(tokenizer) = &trained.tokenizer {
+        let stops = stops(tokenizer)?;
+        if stops.len() > 1
+            && let Some((_, bytes)) = files.iter_mut().find(|(name, _)| name == "generation_config.json")
+        {
+            let broken = |error: serde_json::Error| Failure::Run(format!("generation_config.json: {error}"));
+            let mut config: serde_json::Value = serde_json::from_slice(bytes).map_err(broken)?;
+            config["eos_token_id"] = serde_json::json!(stops);
+            *bytes = format!("{config:#}\n").into_bytes();
+        }
         files.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
         files.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
