@@ -5,9 +5,11 @@
 //! for dense masks and additive biases, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
 //! whole matrix and leaves the backward to Burn, is what both are tested against.
 
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use std::sync::Arc;
 
-use crate::{Mask, cpu};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+
+use crate::{ActiveRows, Mask, cpu};
 
 mod blocks;
 mod tiles;
@@ -43,6 +45,9 @@ pub struct AttentionOptions<'a> {
     pub keys: HeadMap,
     /// Which value head each query head reads.
     pub values: HeadMap,
+    /// Which queries of which heads are computed; `None` means all. Elsewhere the output and the gradient of the query
+    /// are zero, and statistics leave it out.
+    pub active: Option<Arc<ActiveRows>>,
     /// What to measure on the way.
     pub statistics: Measure,
 }
@@ -75,7 +80,7 @@ pub struct Statistics {
     pub entropy: Tensor<1>,
     /// `[query heads]`: weight on the first key, the usual attention sink.
     pub first_key_mass: Tensor<1>,
-    /// `[query heads]`: the largest scaled score of a visible key.
+    /// `[query heads]`: the largest scaled score of a visible key; 0 where there is none.
     pub largest_score: Tensor<1>,
     /// `[query heads, queries, keys]`: the weights of the first row of the batch; only if asked for.
     pub weights: Option<Tensor<3>>,
@@ -116,14 +121,21 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     if let Some(hidden) = &hidden {
         scores = scores.mask_fill(hidden.clone().expand(full), HIDDEN_SCORE);
     }
-    let measured = (options.statistics != Measure::Nothing).then(|| scores.clone().detach());
+    let inactive = options.active.as_ref().map(|active| active.hidden(&device).expand(full));
+    let measured = (options.statistics != Measure::Nothing).then(|| match &inactive {
+        Some(inactive) => scores.clone().detach().mask_fill(inactive.clone(), HIDDEN_SCORE),
+        None => scores.clone().detach(),
+    });
     let mut weights = activation::softmax(scores, 3);
     if let Some(hidden) = hidden
         && options.mask.is_some_and(Mask::may_hide_whole_rows)
     {
         weights = weights.mask_fill(hidden.expand(full), 0.0);
     }
-    let statistics = measured.map(|scores| measure(scores, weights.clone().detach(), options.statistics));
+    if let Some(inactive) = inactive {
+        weights = weights.mask_fill(inactive, 0.0);
+    }
+    let statistics = measured.map(|scores| measure(scores, weights.clone().detach(), options));
     Attention { hidden: grouped_matmul(weights, v, &options.values), statistics }
 }
 
@@ -131,6 +143,13 @@ impl AttentionOptions<'_> {
     /// The factor of the scores of these queries.
     fn scale_for(&self, q: &Tensor<4>) -> f64 {
         self.scale.unwrap_or_else(|| (q.dims()[3] as f64).powf(-0.5))
+    }
+
+    /// `[heads]`: of how many queries statistics are the mean; at least 1.
+    fn counted(&self, [batch, heads, queries, _]: [usize; 4], device: &Device) -> Tensor<1> {
+        let of = |head: usize| self.active.as_ref().map_or(batch * queries, |active| active.of_head(head).len());
+        let counts: Vec<f32> = (0..heads).map(|head| of(head).max(1) as f32).collect();
+        Tensor::from_data(TensorData::new(counts, [heads]), device)
     }
 }
 
@@ -173,14 +192,22 @@ fn grouped_matmul(left: Tensor<4>, right: Tensor<4>, map: &HeadMap) -> Tensor<4>
     }
 }
 
-fn measure(scores: Tensor<4>, weights: Tensor<4>, what: Measure) -> Statistics {
+fn measure(scores: Tensor<4>, weights: Tensor<4>, options: &AttentionOptions<'_>) -> Statistics {
     let [batch, heads, queries, keys] = weights.dims();
-    let per_head = |x: Tensor<4>| x.swap_dims(0, 1).reshape([heads, batch * queries]).mean_dim(1).squeeze_dim::<1>(1);
+    let counted = options.counted(weights.dims(), &weights.device());
+    let per_head = |x: Tensor<4>| x.swap_dims(0, 1).reshape([heads, batch * queries]).sum_dim(1).squeeze_dim::<1>(1);
     let entropy = (weights.clone() * weights.clone().clamp_min(1e-30).log()).sum_dim(3).neg();
+    let largest = scores.swap_dims(0, 1).reshape([heads, batch * queries * keys]).max_dim(1).squeeze_dim::<1>(1);
     Statistics {
-        entropy: per_head(entropy),
-        first_key_mass: per_head(weights.clone().narrow(3, 0, 1)),
-        largest_score: scores.swap_dims(0, 1).reshape([heads, batch * queries * keys]).max_dim(1).squeeze_dim::<1>(1),
-        weights: (what == Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),
+        entropy: per_head(entropy) / counted.clone(),
+        first_key_mass: per_head(weights.clone().narrow(3, 0, 1)) / counted,
+        largest_score: zero_where_nothing_was_seen(largest),
+        weights: (options.statistics == Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),
     }
+}
+
+/// A head that saw no key at all has no largest score.
+fn zero_where_nothing_was_seen(largest: Tensor<1>) -> Tensor<1> {
+    let nothing = largest.clone().lower_equal_elem(HIDDEN_SCORE);
+    largest.mask_fill(nothing, 0.0)
 }

@@ -160,6 +160,11 @@ impl Shared {
     }
 }
 
+// SAFETY: it is only a pointer; `product` states what its users promise.
+unsafe impl Send for Matrix {}
+// SAFETY: as above.
+unsafe impl Sync for Matrix {}
+
 /// A matrix operand of [`product`]: where it starts, and the distances from row to row and from column to column.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix {
@@ -182,6 +187,17 @@ impl Matrix {
     /// Rows that lie together.
     pub(crate) fn by_rows(start: *const f32, rows: usize) -> Self {
         Self { start, rows, columns: 1 }
+    }
+
+    /// Without the first columns.
+    pub(crate) fn columns_from(self, column: usize) -> Self {
+        // `wrapping_add`, because nothing is promised about what is left.
+        Self { start: self.start.wrapping_add(column * self.columns), ..self }
+    }
+
+    /// Without the first rows.
+    pub(crate) fn rows_from(self, row: usize) -> Self {
+        Self { start: self.start.wrapping_add(row * self.rows), ..self }
     }
 
     /// The same values, transposed.

@@ -5,6 +5,7 @@
 //! operations that Burn differentiates by itself, and fused for the CPU, with a backward of its own. The public function
 //! chooses (`cpu::fuses`); the tests compare outputs and every gradient.
 
+mod active;
 mod adamw;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
@@ -19,11 +20,13 @@ mod mask;
 mod precision;
 mod rms_norm;
 mod rope;
+mod routed_linear;
 mod simd;
 mod swiglu;
 #[cfg(test)]
 mod testing;
 
+pub use active::ActiveRows;
 pub use adamw::{AdamwStep, adamw};
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
 pub use cpu::threads;
@@ -36,5 +39,6 @@ pub use mask::Mask;
 pub use precision::in_type;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
+pub use routed_linear::{linear_into_heads, linear_out_of_heads};
 pub use simd::instruction_set;
 pub use swiglu::swiglu;

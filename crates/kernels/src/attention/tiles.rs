@@ -22,7 +22,8 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{Attention, AttentionOptions, Measure, Statistics};
+use super::{Attention, AttentionOptions, Measure, Statistics, zero_where_nothing_was_seen};
+use crate::active::{ActiveRows, Rows};
 use crate::cpu::{self, Destination, Matrix, Shared, View, product, room, row_major};
 use crate::mask::Visible;
 use crate::simd;
@@ -47,7 +48,27 @@ pub(super) struct Plan {
     /// Query heads that share key or value heads, directly or through others.
     families: Vec<Vec<usize>>,
     visible: Arc<Visible>,
+    /// Which queries of which heads are computed; `None` means all.
+    active: Option<Arc<ActiveRows>>,
     measure: bool,
+}
+
+impl Plan {
+    /// The blocks of queries that a head computes in a row of the batch.
+    fn blocks(&self, b: usize, h: usize, queries: usize) -> Vec<Rows<'_>> {
+        match &self.active {
+            Some(active) => active.blocks(b, h, QUERIES).collect(),
+            None => {
+                let span = |from: usize| Rows::Span { from, len: QUERIES.min(queries - from) };
+                (0..queries).step_by(QUERIES).map(span).collect()
+            }
+        }
+    }
+
+    /// Room that every value of is written to before it is read, but those of queries that are not computed.
+    fn room(&self, len: usize) -> Vec<f32> {
+        if self.active.is_some() { vec![0.0; len] } else { room(len) }
+    }
 }
 
 /// The tiles as an operation of Burn's dispatching backend.
@@ -73,6 +94,9 @@ pub(super) fn attention(
     let [batch, heads, queries, width] = q.dims();
     let ([k_batch, key_heads, keys, k_width], [v_batch, value_heads, v_keys, _]) = (k.dims(), v.dims());
     assert!(k_batch == batch && v_batch == batch && keys == v_keys && width == k_width, "q, k and v disagree");
+    if let Some(active) = &options.active {
+        assert_eq!(active.shape(), [batch, queries, heads], "active rows of another call");
+    }
     let (key_of, value_of) = (options.keys.of(heads, key_heads), options.values.of(heads, value_heads));
     let plan = Plan {
         scale: options.scale_for(&q) as f32,
@@ -80,6 +104,7 @@ pub(super) fn attention(
         key_of,
         value_of,
         visible,
+        active: options.active.clone(),
         measure: options.statistics != Measure::Nothing,
     };
     // The matrix of one row is asked for by whoever looks at pictures; it is made beside the tiles.
@@ -87,16 +112,16 @@ pub(super) fn attention(
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
         weights_of_first_row(first(&q), first(&k), &plan)
     });
-    let measure = plan.measure;
+    let (measure, counted) = (plan.measure, options.counted(q.dims(), &q.device()));
     let (hidden, facts) =
         Dispatch::tiled_attention(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), Arc::new(plan));
     let statistics = measure.then(|| {
         let facts = Tensor::<4>::from_dispatch(facts).swap_dims(1, 2); // [FACTS, heads, batch, queries]
         let fact = |index| facts.clone().narrow(0, index, 1).reshape([heads, batch * queries]);
         Statistics {
-            entropy: fact(1).mean_dim(1).squeeze_dim::<1>(1),
-            first_key_mass: fact(2).mean_dim(1).squeeze_dim::<1>(1),
-            largest_score: fact(3).max_dim(1).squeeze_dim::<1>(1),
+            entropy: fact(1).sum_dim(1).squeeze_dim::<1>(1) / counted.clone(),
+            first_key_mass: fact(2).sum_dim(1).squeeze_dim::<1>(1) / counted,
+            largest_score: zero_where_nothing_was_seen(fact(3).max_dim(1).squeeze_dim::<1>(1)),
             weights,
         }
     });
@@ -117,7 +142,7 @@ fn families(key_of: &[usize], value_of: &[usize]) -> Vec<Vec<usize>> {
     families
 }
 
-/// `[heads, queries, keys]`, with zeros where keys are hidden.
+/// `[heads, queries, keys]`, with zeros where keys are hidden and where queries are not computed.
 fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, plan: &Plan) -> Tensor<3> {
     let [_, heads, queries, _] = q.dims();
     let (keys, device) = (k.dims()[2], q.device());
@@ -126,10 +151,13 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, plan: &Plan) -> Tensor<3> {
             let own = |x: &Tensor<4>, head| x.clone().narrow(1, head, 1).squeeze_dims::<2>(&[0, 1]);
             let scores = own(&q, head).matmul(own(&k, plan.key_of[head]).transpose()) * f64::from(plan.scale);
             let mut scores: Vec<f32> = scores.into_data().iter::<f32>().collect();
-            for (query, row) in scores.chunks_mut(keys).enumerate() {
-                softmax_of_visible(row, &plan.visible, query);
+            let mut weights = vec![0.0; queries * keys];
+            for query in plan.blocks(0, head, queries).into_iter().flat_map(Rows::queries) {
+                let of_query = query * keys..(query + 1) * keys;
+                softmax_of_visible(&mut scores[of_query.clone()], &plan.visible, query);
+                weights[of_query.clone()].copy_from_slice(&scores[of_query]);
             }
-            scores
+            weights
         })
         .collect();
     Tensor::<1>::from_floats(all.as_slice(), &device).reshape([heads, queries, keys])
@@ -191,10 +219,10 @@ impl<C: CheckpointStrategy> TiledAttention for Autodiff<Flex, C> {
     }
 }
 
-/// The keys that any of `queries` may see.
-fn reach(visible: &Visible, batch: usize, queries: Range<usize>) -> Range<usize> {
+/// The keys that any of these queries may see.
+fn reach(visible: &Visible, batch: usize, rows: Rows<'_>) -> Range<usize> {
     let (mut from, mut to) = (usize::MAX, 0);
-    for range in queries.map(|query| visible.range(batch, query)).filter(|range| !range.is_empty()) {
+    for range in rows.queries().map(|query| visible.range(batch, query)).filter(|range| !range.is_empty()) {
         (from, to) = (from.min(range.start), to.max(range.end));
     }
     from.min(to)..to
@@ -208,20 +236,22 @@ fn inside(range: Range<usize>, keys: &Range<usize>) -> Range<usize> {
 }
 
 fn forward(q: View<'_>, k: View<'_>, v: View<'_>, plan: &Plan) -> (FlexTensor, FlexTensor) {
-    let [batch, heads, queries, _] = q.shape;
+    let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
     let facts = if plan.measure { FACTS } else { 1 };
-    let mut output = room(batch * queries * heads * value_width);
-    let mut seen = room(facts * batch * heads * queries);
+    let mut output = plan.room(batch * queries * heads * value_width);
+    let mut seen = plan.room(facts * batch * heads * queries);
+    if plan.measure && plan.active.is_some() {
+        // A query that is not computed has no largest score.
+        seen[(FACTS - 1) * batch * heads * queries..].fill(f32::NEG_INFINITY);
+    }
     let (output_at, seen_at) = (Shared::new(&mut output), Shared::new(&mut seen));
-    let blocks = queries.div_ceil(QUERIES);
-    (0..batch * heads * blocks).into_par_iter().for_each_init(
-        || room(QUERIES * KEYS),
-        |tile, task| {
-            let (b, h, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
-            let rows = block * QUERIES..((block + 1) * QUERIES).min(queries);
-            forward_block([q, k, v], plan, [b, h], rows, tile, output_at, seen_at);
-        },
+    let every_head = (0..batch).flat_map(|b| (0..heads).map(move |h| [b, h]));
+    let tasks: Vec<([usize; 2], Rows<'_>)> =
+        every_head.flat_map(|[b, h]| plan.blocks(b, h, queries).into_iter().map(move |rows| ([b, h], rows))).collect();
+    tasks.into_par_iter().for_each_init(
+        || [room(QUERIES * KEYS), room(QUERIES * width), room(QUERIES * value_width)],
+        |rooms, (head, rows)| forward_block([q, k, v], plan, head, rows, rooms, output_at, seen_at),
     );
     let output = cpu::tensor_by_position(output, [batch, heads, queries, value_width]);
     (output, cpu::tensor(seen, [facts, batch, heads, queries]))
@@ -245,31 +275,35 @@ fn forward_block(
     [q, k, v]: [View<'_>; 3],
     plan: &Plan,
     [b, h]: [usize; 2],
-    rows: Range<usize>,
-    tile: &mut [f32],
+    rows: Rows<'_>,
+    [tile, q_room, output_room]: &mut [Vec<f32>; 3],
     output: Shared,
     facts: Shared,
 ) {
     let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
-    let stride = heads * value_width;
-    let output_at = ((b * queries + rows.start) * heads + h) * value_width;
+    let output_at = |query: usize| ((b * queries + query) * heads + h) * value_width;
+    // Neighbours are summed up where they belong, others in a room of their own.
+    let (sums, sums_at, stride) = match rows {
+        Rows::Span { from, .. } => (output, output_at(from), heads * value_width),
+        Rows::Listed { .. } => (Shared::new(output_room), 0, value_width),
+    };
     // SAFETY: one task owns these rows of this head.
-    let output_row = |r: usize| unsafe { output.slice(output_at + r * stride, value_width) };
+    let sum = |r: usize| unsafe { sums.slice(sums_at + r * stride, value_width) };
+    let queries_here = rows.matrix(q, [b, h], q_room);
     let start = Running { largest: f32::NEG_INFINITY, total: 0.0, weighted: 0.0, first: 0.0 };
     let mut running = [start; QUERIES];
     let mut scores = if plan.measure { vec![0.0; KEYS] } else { Vec::new() };
-    let reach = reach(&plan.visible, b, rows.clone());
+    let reach = reach(&plan.visible, b, rows);
     for from in reach.clone().step_by(KEYS) {
         let keys = from..(from + KEYS).min(reach.end);
         let n = keys.len();
-        let queries_here = Matrix::by_rows(q.pointer(b, h, rows.start), q.row_stride());
         let keys_here = Matrix::by_rows(k.pointer(b, plan.key_of[h], keys.start), k.row_stride());
         let into_tile = Destination { start: tile.as_mut_ptr(), rows: n, add: false, parallel: false };
         // SAFETY: `rows.len() <= QUERIES` and `n <= KEYS`, so the tile has room.
         unsafe { product([rows.len(), width, n], queries_here, keys_here.transposed(), plan.scale, into_tile) };
         let later = from > reach.start;
-        for (r, query) in rows.clone().enumerate() {
+        for (r, query) in rows.queries().enumerate() {
             let row = &mut tile[r * n..(r + 1) * n];
             let seen = inside(plan.visible.range(b, query), &keys);
             row[..seen.start].fill(0.0);
@@ -278,26 +312,30 @@ fn forward_block(
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
             let keep = advance(&mut running[r], &mut row[seen], plan, [b, query], seen_keys, first_key, &mut scores);
             if later && keep != 1.0 {
-                simd::scale(output_row(r), keep);
+                simd::scale(sum(r), keep);
             }
         }
         let weights = Matrix::by_rows(tile.as_ptr(), n);
         let values = Matrix::by_rows(v.pointer(b, plan.value_of[h], keys.start), v.row_stride());
-        let into_output = Destination { start: output.pointer(output_at), rows: stride, add: later, parallel: false };
+        let into_sums = Destination { start: sums.pointer(sums_at), rows: stride, add: later, parallel: false };
         // SAFETY: one task owns these rows of this head.
-        unsafe { product([rows.len(), n, value_width], weights, values, 1.0, into_output) };
+        unsafe { product([rows.len(), n, value_width], weights, values, 1.0, into_sums) };
     }
     let fact = |index: usize, query: usize, value: f32| {
         // SAFETY: one task owns this query of this head.
         unsafe { facts.slice(((index * batch + b) * heads + h) * queries + query, 1)[0] = value };
     };
-    for (r, query) in rows.enumerate() {
+    for (r, query) in rows.queries().enumerate() {
         let Running { largest, total, weighted, first } = running[r];
         let blind = total == 0.0;
         if blind {
-            output_row(r).fill(0.0);
+            sum(r).fill(0.0);
         } else {
-            simd::scale(output_row(r), 1.0 / total);
+            simd::scale(sum(r), 1.0 / total);
+        }
+        if let Rows::Listed { .. } = rows {
+            // SAFETY: one task owns these rows of this head.
+            unsafe { output.slice(output_at(query), value_width) }.copy_from_slice(sum(r));
         }
         let log_sum = if blind { f32::INFINITY } else { largest + total.ln() };
         fact(0, query, log_sum);
@@ -360,11 +398,16 @@ fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f32], plan: 
     let mut q_grad = room(chunks * batch * queries * heads * width);
     let mut k_grad = room(batch * keys * key_heads * width);
     let mut v_grad = room(batch * keys * value_heads * value_width);
-    let deltas = deltas(output, output_grad);
+    let deltas = deltas(output, output_grad, plan);
     let grads = Grads { q: Shared::new(&mut q_grad), k: Shared::new(&mut k_grad), v: Shared::new(&mut v_grad) };
     (0..batch * n_families * chunks).into_par_iter().for_each_init(
-        || [room(QUERIES * KEYS), room(QUERIES * KEYS)],
-        |tiles, task| {
+        || Rooms {
+            tiles: [room(QUERIES * KEYS), room(QUERIES * KEYS)],
+            q: room(QUERIES * width),
+            output_grad: room(QUERIES * value_width),
+            q_grad: room(QUERIES * width),
+        },
+        |rooms, task| {
             let (b, rest) = (task / (n_families * chunks), task % (n_families * chunks));
             let part = Part {
                 b,
@@ -372,7 +415,7 @@ fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f32], plan: 
                 keys: (rest % chunks * chunk).min(keys)..((rest % chunks + 1) * chunk).min(keys),
                 q_grad_at: rest % chunks * batch * queries * heads * width,
             };
-            backward_part([q, k, v, output_grad], facts, &deltas, plan, &part, tiles, &grads);
+            backward_part([q, k, v, output_grad], facts, &deltas, plan, &part, rooms, &grads);
         },
     );
     let size = batch * queries * heads * width;
@@ -389,13 +432,13 @@ fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f32], plan: 
 }
 
 /// `[batch, heads, queries]`: the product of each output with its gradient, which the softmax's backward subtracts.
-fn deltas(output: View<'_>, output_grad: View<'_>) -> Vec<f32> {
+fn deltas(output: View<'_>, output_grad: View<'_>, plan: &Plan) -> Vec<f32> {
     let [batch, heads, queries, _] = output.shape;
-    let mut deltas = room(batch * heads * queries);
+    let mut deltas = plan.room(batch * heads * queries);
     deltas.par_chunks_mut(queries.max(1)).enumerate().for_each(|(task, deltas)| {
         let (b, h) = (task / heads, task % heads);
-        for (query, delta) in deltas.iter_mut().enumerate() {
-            *delta = simd::dot(output.row(b, h, query), output_grad.row(b, h, query));
+        for query in plan.blocks(b, h, queries).into_iter().flat_map(Rows::queries) {
+            deltas[query] = simd::dot(output.row(b, h, query), output_grad.row(b, h, query));
         }
     });
     deltas
@@ -406,6 +449,16 @@ struct Grads {
     q: Shared,
     k: Shared,
     v: Shared,
+}
+
+/// What a task of the backward computes in.
+struct Rooms {
+    /// Weights, and gradients of scores.
+    tiles: [Vec<f32>; 2],
+    // Copies of rows that are no neighbours.
+    q: Vec<f32>,
+    output_grad: Vec<f32>,
+    q_grad: Vec<f32>,
 }
 
 /// The work of one task of the backward.
@@ -424,9 +477,10 @@ fn backward_part(
     deltas: &[f32],
     plan: &Plan,
     part: &Part<'_>,
-    [weights, score_grads]: &mut [Vec<f32>; 2],
+    rooms: &mut Rooms,
     grads: &Grads,
 ) {
+    let Rooms { tiles: [weights, score_grads], q: q_room, output_grad: grad_room, q_grad: q_grad_room } = rooms;
     let [_, heads, queries, width] = q.shape;
     let ([_, key_heads, all_keys, _], [_, value_heads, _, value_width]) = (k.shape, v.shape);
     let b = part.b;
@@ -443,19 +497,19 @@ fn backward_part(
     }
     for from in part.keys.clone().step_by(KEYS) {
         let block = from..(from + KEYS).min(part.keys.end);
-        for (&h, start) in part.family.iter().flat_map(|h| (0..queries).step_by(QUERIES).map(move |start| (h, start))) {
-            let rows = start..(start + QUERIES).min(queries);
-            let reach = reach(&plan.visible, b, rows.clone());
+        let blocks = |&h: &usize| plan.blocks(b, h, queries).into_iter().map(move |rows| (h, rows));
+        for (h, rows) in part.family.iter().flat_map(blocks) {
+            let reach = reach(&plan.visible, b, rows);
             let keys = reach.start.max(block.start)..reach.end.min(block.end);
             if keys.is_empty() {
                 continue;
             }
             let (m, n) = (rows.len(), keys.len());
             let (key_head, value_head) = (plan.key_of[h], plan.value_of[h]);
-            let q_rows = Matrix::by_rows(q.pointer(b, h, rows.start), q.row_stride());
+            let q_rows = rows.matrix(q, [b, h], q_room);
             let k_rows = Matrix::by_rows(k.pointer(b, key_head, keys.start), k.row_stride());
             let v_rows = Matrix::by_rows(v.pointer(b, value_head, keys.start), v.row_stride());
-            let grad_rows = Matrix::by_rows(output_grad.pointer(b, h, rows.start), output_grad.row_stride());
+            let grad_rows = rows.matrix(output_grad, [b, h], grad_room);
             let tile =
                 |start: &mut [f32]| Destination { start: start.as_mut_ptr(), rows: n, add: false, parallel: false };
             // SAFETY: `m <= QUERIES` and `n <= KEYS`, so the tiles have room.
@@ -463,7 +517,7 @@ fn backward_part(
                 product([m, width, n], q_rows, k_rows.transposed(), plan.scale, tile(weights));
                 product([m, value_width, n], grad_rows, v_rows.transposed(), 1.0, tile(score_grads));
             }
-            for (r, query) in rows.clone().enumerate() {
+            for (r, query) in rows.queries().enumerate() {
                 let seen = inside(plan.visible.range(b, query), &keys);
                 let (weights, score_grads) = (&mut weights[r * n..(r + 1) * n], &mut score_grads[r * n..(r + 1) * n]);
                 for row in [&mut *weights, &mut *score_grads] {
@@ -480,8 +534,13 @@ fn backward_part(
             let (weights, score_grads) =
                 (Matrix::by_rows(weights.as_ptr(), n), Matrix::by_rows(score_grads.as_ptr(), n));
             let add = |start: *mut f32, rows: usize| Destination { start, rows, add: true, parallel: false };
-            let (q_into, k_into, v_into) = (
-                add(grads.q.pointer(q_at(h, rows.start)), heads * width),
+            let q_into = match rows {
+                Rows::Span { from, .. } => add(grads.q.pointer(q_at(h, from)), heads * width),
+                Rows::Listed { .. } => {
+                    Destination { start: q_grad_room.as_mut_ptr(), rows: width, add: false, parallel: false }
+                }
+            };
+            let (k_into, v_into) = (
                 add(grads.k.pointer(k_at(key_head, keys.start)), key_heads * width),
                 add(grads.v.pointer(v_at(value_head, keys.start)), value_heads * value_width),
             );
@@ -490,6 +549,12 @@ fn backward_part(
                 product([m, n, width], score_grads, k_rows, 1.0, q_into);
                 product([n, m, width], score_grads.transposed(), q_rows, 1.0, k_into);
                 product([n, m, value_width], weights.transposed(), grad_rows, 1.0, v_into);
+            }
+            if let Rows::Listed { .. } = rows {
+                for (query, row) in rows.queries().zip(q_grad_room.chunks_exact(width)) {
+                    // SAFETY: as above.
+                    simd::add(unsafe { grads.q.slice(q_at(h, query), width) }, row);
+                }
             }
         }
     }

@@ -1,0 +1,177 @@
+//! Which queries of which heads take part in a call: what routing chose.
+
+use std::ops::Range;
+
+use burn::tensor::{Bool, Device, Tensor, TensorData};
+
+use crate::cpu::{Matrix, View};
+
+/// For every head, the positions at which it takes part. Elsewhere nothing of it is computed: its output and the
+/// gradient of its query are zero there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ActiveRows {
+    batch: usize,
+    queries: usize,
+    heads: usize,
+    /// Rows of the batch laid behind each other (`row * queries + query`); head by head, ascending.
+    tokens: Vec<u32>,
+    /// `[heads * batch + 1]`: where the tokens of each head in each row of the batch begin.
+    starts: Vec<usize>,
+}
+
+impl ActiveRows {
+    /// From one answer per position and head.
+    ///
+    /// # Shapes
+    /// - chosen: `[batch, queries, heads]`
+    ///
+    /// # Panics
+    /// If there are not as many answers.
+    pub fn new(chosen: &[bool], [batch, queries, heads]: [usize; 3]) -> Self {
+        assert_eq!(chosen.len(), batch * queries * heads, "one answer per position and head");
+        let mut tokens = Vec::with_capacity(chosen.iter().filter(|&&chosen| chosen).count());
+        let mut starts = Vec::with_capacity(heads * batch + 1);
+        for head in 0..heads {
+            for row in 0..batch {
+                starts.push(tokens.len());
+                let of_row = row * queries..(row + 1) * queries;
+                tokens.extend(of_row.filter(|token| chosen[token * heads + head]).map(|token| token as u32));
+            }
+        }
+        starts.push(tokens.len());
+        Self { batch, queries, heads, tokens, starts }
+    }
+
+    /// Every head everywhere.
+    pub fn all(shape: [usize; 3]) -> Self {
+        Self::new(&vec![true; shape.iter().product()], shape)
+    }
+
+    /// `[batch, queries, heads]`
+    pub fn shape(&self) -> [usize; 3] {
+        [self.batch, self.queries, self.heads]
+    }
+
+    /// How many (position, head) pairs take part.
+    pub fn count(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Positions at which a head takes part, over the whole batch.
+    pub fn of_head(&self, head: usize) -> &[u32] {
+        &self.tokens[self.starts[head * self.batch]..self.starts[(head + 1) * self.batch]]
+    }
+
+    /// Those of [`Self::of_head`] that lie in `tokens`.
+    pub(crate) fn of_head_within(&self, head: usize, tokens: Range<usize>) -> &[u32] {
+        let all = self.of_head(head);
+        let before = |end: usize| all.partition_point(|&token| (token as usize) < end);
+        &all[before(tokens.start)..before(tokens.end)]
+    }
+
+    /// How many heads, from the first on, take part everywhere.
+    pub(crate) fn complete_heads(&self) -> usize {
+        let everywhere = self.batch * self.queries;
+        (0..self.heads).take_while(|&head| self.of_head(head).len() == everywhere).count()
+    }
+
+    /// The queries of a head in a row of the batch, cut into blocks.
+    pub(crate) fn blocks(&self, row: usize, head: usize, size: usize) -> impl Iterator<Item = Rows<'_>> {
+        let at = head * self.batch + row;
+        let tokens = &self.tokens[self.starts[at]..self.starts[at + 1]];
+        let first = row * self.queries;
+        let neighbours = tokens.len() == self.queries;
+        tokens.chunks(size).map(move |block| match neighbours {
+            true => Rows::Span { from: block[0] as usize - first, len: block.len() },
+            false => Rows::Listed { tokens: block, first },
+        })
+    }
+
+    /// `[batch, heads, queries, 1]`, true where nothing takes part: for forms in tensor operations.
+    pub(crate) fn hidden(&self, device: &Device) -> Tensor<4, Bool> {
+        let mut hidden = vec![true; self.batch * self.queries * self.heads];
+        for head in 0..self.heads {
+            for &token in self.of_head(head) {
+                let (row, query) = (token as usize / self.queries, token as usize % self.queries);
+                hidden[(row * self.heads + head) * self.queries + query] = false;
+            }
+        }
+        Tensor::from_data(TensorData::new(hidden, [self.batch, self.heads, self.queries, 1]), device)
+    }
+}
+
+/// Queries that are computed together.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    /// Neighbours.
+    Span {
+        /// The first query.
+        from: usize,
+        /// How many.
+        len: usize,
+    },
+    /// Those of a list.
+    Listed {
+        /// As in [`ActiveRows`].
+        tokens: &'a [u32],
+        /// The token that is the first query of its row of the batch.
+        first: usize,
+    },
+}
+
+impl Rows<'_> {
+    pub(crate) fn len(self) -> usize {
+        match self {
+            Self::Span { len, .. } => len,
+            Self::Listed { tokens, .. } => tokens.len(),
+        }
+    }
+
+    /// The query in place `r`.
+    pub(crate) fn query(self, r: usize) -> usize {
+        match self {
+            Self::Span { from, .. } => from + r,
+            Self::Listed { tokens, first } => tokens[r] as usize - first,
+        }
+    }
+
+    /// All queries, in order.
+    pub(crate) fn queries(self) -> impl Iterator<Item = usize> {
+        (0..self.len()).map(move |r| self.query(r))
+    }
+
+    /// These rows of a head as a matrix: as they lie where they are neighbours, else copied into `room`.
+    pub(crate) fn matrix(self, all: View<'_>, [b, h]: [usize; 2], room: &mut [f32]) -> Matrix {
+        if let Self::Span { from, .. } = self {
+            return Matrix::by_rows(all.pointer(b, h, from), all.row_stride());
+        }
+        let width = all.shape[3];
+        for (query, copy) in self.queries().zip(room.chunks_exact_mut(width)) {
+            copy.copy_from_slice(all.row(b, h, query));
+        }
+        Matrix::by_rows(room.as_ptr(), width)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_by_head_and_ascending() {
+        // Two rows of three positions, two heads.
+        let chosen = [true, false, true, true, true, false, true, true, true, false, true, false];
+        let active = ActiveRows::new(&chosen, [2, 3, 2]);
+        assert_eq!(active.of_head(0), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(active.of_head(1), [1, 3]);
+        assert_eq!(active.of_head_within(1, 2..6), [3]);
+        assert_eq!((active.count(), active.complete_heads()), (8, 1));
+        let blocks = |row, head| -> Vec<Vec<usize>> {
+            active.blocks(row, head, 2).map(|block| block.queries().collect()).collect()
+        };
+        assert_eq!(blocks(1, 0), [vec![0, 1], vec![2]]);
+        assert_eq!(blocks(1, 1), [vec![0]]);
+        let hidden: Vec<bool> = active.hidden(&Device::flex()).into_data().iter::<bool>().collect();
+        assert_eq!(hidden, [[false; 3], [true, false, true], [false; 3], [false, true, true]].concat());
+    }
+}
