@@ -8,6 +8,7 @@ mod cli;
 mod finetune;
 mod golden;
 mod golden_hf;
+mod golden_moh;
 mod golden_optimizer;
 mod layering;
 mod precision;

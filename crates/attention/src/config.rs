@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// The model around a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dims {
@@ -56,6 +58,35 @@ impl std::error::Error for ConfigError {}
 /// `Ok` if `rule` holds, else an error about `field`.
 pub(crate) fn require(rule: bool, field: &str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
     if rule { Ok(()) } else { Err(ConfigError::new(field, problem())) }
+}
+
+/// A number for all layers, or a list with one per layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(untagged, expecting = "a number, or a list of numbers with one per layer")]
+pub enum PerLayerCount {
+    /// The same in all layers.
+    Same(usize),
+    /// The first layer's, the second layer's, ...
+    Each(Vec<usize>),
+}
+
+impl PerLayerCount {
+    /// The number of a layer, counted from 0. `None` where the list is too short.
+    pub fn of_layer(&self, layer: usize) -> Option<usize> {
+        match self {
+            Self::Same(count) => Some(*count),
+            Self::Each(counts) => counts.get(layer).copied(),
+        }
+    }
+
+    /// `Ok` if a list has one number per layer.
+    pub(crate) fn check(&self, field: &str, dims: &Dims) -> Result<(), ConfigError> {
+        let Self::Each(counts) = self else { return Ok(()) };
+        require(counts.len() == dims.n_layers, field, || {
+            format!("{field} lists {} numbers for n_layers ({}): give one per layer", counts.len(), dims.n_layers)
+        })
+    }
 }
 
 /// What one attention layer costs. A multiplication with its addition counts as two operations.

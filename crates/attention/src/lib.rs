@@ -12,6 +12,7 @@ mod config;
 mod grouped_differential;
 #[cfg(test)]
 mod laws;
+mod mixture_of_head;
 mod observe;
 mod projection;
 mod rope;
@@ -23,8 +24,12 @@ use serde::{Deserialize, Serialize};
 
 pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, LayerCache};
-pub use config::{ConfigError, Cost, Dims};
+pub use config::{ConfigError, Cost, Dims, PerLayerCount};
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
+pub use mixture_of_head::{
+    Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
+    QueryNormConfig, RouterConfig, Routing, StraightThrough,
+};
 pub use observe::{Observation, Observe};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
@@ -160,4 +165,6 @@ mechanisms! {
     softmax => Softmax, SoftmaxConfig;
     /// Grouped Differential Attention: noise heads, shared by groups of signal heads, are subtracted from them.
     grouped_differential => GroupedDifferential, GroupedDifferentialConfig;
+    /// Mixture-of-Head attention: at each position a router chooses which heads are computed.
+    mixture_of_head => MixtureOfHead, MixtureOfHeadConfig;
 }

@@ -33,6 +33,9 @@ pub struct Observation {
     pub numbers: Vec<(String, Tensor<1>)>,
     /// `[heads, queries, keys]`: the weights of the first row of the batch; may be negative where maps are subtracted.
     pub maps: Option<Tensor<3>>,
+    /// `[heads, queries]`: what each head's output was multiplied by in the first row of the batch, 0 where it was not
+    /// computed; `None` where all heads count alike.
+    pub gates: Option<Tensor<2>>,
 }
 
 impl Observation {

@@ -140,6 +140,13 @@ impl Mask {
         self.lengths.is_some() || self.dense.is_some()
     }
 
+    /// `[batch, queries]`, row by row: whether a query is no padding. `None` where none is.
+    pub fn real_queries(&self, batch: usize, offset: usize, queries: usize) -> Option<Vec<bool>> {
+        let lengths = self.lengths.as_ref()?;
+        assert_eq!(lengths.len(), batch, "one length per row of the batch");
+        Some(lengths.iter().flat_map(|&length| (0..queries).map(move |query| offset + query < length)).collect())
+    }
+
     /// The mask in numbers: `[batch or 1, heads or 1, queries, keys]`, true where hidden; `None` where nothing is.
     ///
     /// `offset` is the position of the first query among the keys (the number of cached keys while decoding).

@@ -1,0 +1,296 @@
+//! Mixture-of-Head attention (Jin et al. 2024, arXiv 2410.11842): the heads of multi-head attention as experts.
+//!
+//! The first `h_s` heads are shared: they take part at every position. Of the `E` others, a router chooses `k` for each
+//! position, by its query; keys and values stay those of all positions. With `H_i` the output of a head and `W_i` its rows
+//! of the output projection:
+//!
+//! ```text
+//! y = Σ_i g_i · H_i W_i           over the heads that take part
+//! ```
+//!
+//! The gates `g`, and the penalty that keeps the load of the heads even, are `router.rs`. The authors compute all heads
+//! everywhere and multiply by zero; here the queries, scores, values and output of a head are computed only where it takes
+//! part, forward and backward, with the same numbers.
+//!
+//! Keys and values are computed for all heads at all positions, because a later position may choose the head: the cache
+//! of a decoder is no smaller than that of multi-head attention.
+//!
+//! Left out: the cosine attention of the authors' vision backbone (TransNeXt), which is no part of the method.
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{Device, Tensor};
+use polyhead_kernels::{AttentionOptions, attention, linear_into_heads, linear_out_of_heads};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{PerLayerCount, require};
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::rope::rotate;
+use crate::softmax::SoftmaxConfig;
+use crate::{Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+
+mod router;
+
+pub use router::{
+    Balance, GateNorm, LearnedRouter, LearnedRouterConfig, QueryNormConfig, RouterConfig, Routing, StraightThrough,
+};
+
+/// Settings of mixture-of-head attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct MixtureOfHeadConfig {
+    /// Query heads in all, shared and routed.
+    pub n_heads: usize,
+    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a head. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Biases on the query, key and value projections. Default: false.
+    #[serde(default)]
+    pub qkv_bias: bool,
+    /// A bias on the output projection, as in the authors' vision models. Default: false.
+    #[serde(default)]
+    pub o_bias: bool,
+    /// Heads that take part at every position: the first ones. A number, or a list with one per layer. The authors advise
+    /// more than 40 % of those that take part.
+    pub shared_heads: PerLayerCount,
+    /// Routed heads that take part at each position. A number, or a list with one per layer; 0 only where all heads are
+    /// shared, which leaves a weighted sum of all heads.
+    pub top_k: PerLayerCount,
+    /// Who chooses. Default: learned.
+    #[serde(default)]
+    pub router: RouterConfig,
+    /// How the load-balance penalty is normalised; its weight is training.penalty_weight, 0.01 in the paper. "code"
+    /// (default): balanced heads give top_k in every layer. "paper": smaller by the number of routed heads.
+    #[serde(default)]
+    pub penalty_norm: GateNorm,
+}
+
+impl MixtureOfHeadConfig {
+    /// Key/value heads with the default filled in.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+
+    /// How the heads of a layer are divided.
+    ///
+    /// # Panics
+    /// If a list is too short, which [`validate`](MechanismConfig::validate) refuses.
+    pub fn split(&self, layer: usize) -> HeadSplit {
+        let of = |counts: &PerLayerCount| counts.of_layer(layer).expect("validate: one number per layer");
+        let shared = of(&self.shared_heads);
+        HeadSplit { shared, routed: self.n_heads.saturating_sub(shared), top_k: of(&self.top_k) }
+    }
+
+    /// The same heads, all of them everywhere.
+    fn dense(&self) -> SoftmaxConfig {
+        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, .. } = *self;
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias }
+    }
+}
+
+/// How the heads of a layer are divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadSplit {
+    /// Heads that take part everywhere.
+    pub shared: usize,
+    /// Heads that are chosen.
+    pub routed: usize,
+    /// How many of the routed ones are chosen at each position.
+    pub top_k: usize,
+}
+
+impl HeadSplit {
+    /// Heads in all.
+    pub fn heads(self) -> usize {
+        self.shared + self.routed
+    }
+
+    /// Heads that take part at a position.
+    pub fn active(self) -> usize {
+        self.shared + self.top_k
+    }
+}
+
+impl MechanismConfig for MixtureOfHeadConfig {
+    type Layer = MixtureOfHead;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        self.dense().validate(dims)?;
+        for (field, counts) in [("shared_heads", &self.shared_heads), ("top_k", &self.top_k)] {
+            counts.check(field, dims)?;
+        }
+        let (HeadSplit { shared, routed, top_k }, n_heads) = (self.split(dims.layer), self.n_heads);
+        require(shared <= n_heads, "shared_heads", || {
+            format!("shared_heads ({shared}) must not exceed n_heads ({n_heads})")
+        })?;
+        require(top_k <= routed, "top_k", || {
+            format!("top_k ({top_k}) must not exceed the routed heads: n_heads ({n_heads}) - shared_heads ({shared})")
+        })?;
+        require(top_k > 0 || routed == 0, "top_k", || {
+            format!("top_k (0) would never use {routed} of n_heads ({n_heads}); 0 goes with shared_heads = {n_heads}")
+        })?;
+        if let RouterConfig::QueryNorm(_) = self.router {
+            require(routed != 1, "router.query_norm", || {
+                format!(
+                    "router.query_norm compares routed heads, and n_heads ({n_heads}) - shared_heads ({shared}) leaves one"
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> MixtureOfHead {
+        let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
+        let split = self.split(dims.layer);
+        let project = |d_output| linear(d_model, d_output, self.qkv_bias, INIT_STD, device);
+        MixtureOfHead {
+            q_proj: project(self.n_heads * width),
+            k_proj: project(kv_heads * width),
+            v_proj: project(kv_heads * width),
+            o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
+            router: match &self.router {
+                RouterConfig::Learned(config) => Some(LearnedRouter::new(d_model, split, *config, device)),
+                RouterConfig::QueryNorm(_) => None,
+            },
+            n_kv_heads: kv_heads,
+            split,
+            config: self.clone(),
+        }
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.dense().head_dim(dims)
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let dense = self.dense().cost(dims);
+        let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
+        let split = self.split(dims.layer);
+        let resting = (split.heads() - split.active()) as u64;
+        let (router, resting_maps) = match &self.router {
+            RouterConfig::Learned(config) => (d_model * config.outputs(split) as u64, 2),
+            // Queries are computed everywhere, because their norms choose.
+            RouterConfig::QueryNorm(_) => (0, 1),
+        };
+        let o_bias = if self.o_bias { d_model } else { 0 };
+        Cost {
+            parameters: dense.parameters + router + o_bias,
+            flops_per_token: dense.flops_per_token + 2 * router - 2 * resting_maps * resting * d_model * width,
+            flops_per_pair: dense.flops_per_pair - 4 * resting * width,
+            ..dense
+        }
+    }
+
+    fn example() -> Self {
+        Self {
+            n_heads: 6,
+            n_kv_heads: Some(3),
+            head_dim: Some(4),
+            qkv_bias: true,
+            o_bias: false,
+            shared_heads: PerLayerCount::Same(2),
+            top_k: PerLayerCount::Each(vec![2, 2, 1, 1]),
+            router: RouterConfig::default(),
+            penalty_norm: GateNorm::default(),
+        }
+    }
+}
+
+/// A layer of mixture-of-head attention.
+#[derive(Module, Debug)]
+pub struct MixtureOfHead {
+    /// `[d_model, n_heads * head_dim]`: shared heads, then routed ones
+    pub q_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub k_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub v_proj: Linear,
+    /// `[n_heads * head_dim, d_model]`
+    pub o_proj: Linear,
+    /// `None` where the norms of the queries choose
+    pub router: Option<LearnedRouter>,
+    n_kv_heads: usize,
+    #[module(skip)]
+    split: HeadSplit,
+    #[module(skip)]
+    config: MixtureOfHeadConfig,
+}
+
+impl MixtureOfHead {
+    /// Which heads would take part in a call with `hidden`, `[batch, seq, d_model]`, and how much each counts.
+    pub fn routing(&self, hidden: Tensor<3>) -> Routing {
+        self.route(hidden, None, Adapters::default()).1
+    }
+
+    /// `[batch, seq, n_heads * head_dim]` queries, and which of them take part.
+    fn route(&self, hidden: Tensor<3>, real: Option<&[bool]>, adapters: Adapters<'_>) -> (Tensor<3>, Routing) {
+        match (&self.router, &self.config.router) {
+            (Some(router), _) => {
+                let routing = router.route(hidden.clone(), real);
+                let q = linear_into_heads(hidden, adapters.weight("q_proj", &self.q_proj), &routing.active);
+                (with_bias(q, &self.q_proj), routing)
+            }
+            (None, RouterConfig::QueryNorm(config)) => {
+                let q = adapters.project("q_proj", &self.q_proj, hidden);
+                let routing =
+                    router::by_query_norm(split_heads(q.clone(), self.split.heads()), self.split, *config, real);
+                (q, routing)
+            }
+            (None, RouterConfig::Learned(_)) => unreachable!("init: a learned router is there"),
+        }
+    }
+}
+
+impl Mechanism for MixtureOfHead {
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+        let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
+        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let real = call.mask.real_queries(batch, query_offset, seq);
+        let (q, routing) = self.route(hidden.clone(), real.as_deref(), adapters);
+        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
+        let v = adapters.project("v_proj", &self.v_proj, hidden);
+        let q = rotate(call.rope, split_heads(q, self.split.heads()));
+        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
+        let v = split_heads(v, self.n_kv_heads);
+        let (k, v) = match call.cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
+        };
+        let options = AttentionOptions {
+            mask: Some(call.mask),
+            query_offset,
+            bias: call.bias.cloned(),
+            active: Some(routing.active.clone()),
+            statistics: call.observe.measure(),
+            ..Default::default()
+        };
+        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim], zero where a head rests
+        let seen = attended.statistics.map(|statistics| {
+            let mut seen = Observation::default();
+            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
+            seen.maps = statistics.weights;
+            routing.observe(self.split, &mut seen);
+            seen
+        });
+        let heads = join_heads(attended.hidden);
+        let weight = adapters.weight("o_proj", &self.o_proj);
+        let hidden = with_bias(linear_out_of_heads(heads, routing.gates, weight, &routing.active), &self.o_proj);
+        let penalty = routing.balance.map(|balance| balance.penalty(self.split, self.config.penalty_norm));
+        Attended { hidden, penalty, seen }
+    }
+}
+
+/// `x` and the bias of a projection, where it has one.
+fn with_bias(x: Tensor<3>, projection: &Linear) -> Tensor<3> {
+    match &projection.bias {
+        Some(bias) => x + bias.val().unsqueeze::<3>(),
+        None => x,
+    }
+}
+
+#[cfg(test)]
+mod tests;
