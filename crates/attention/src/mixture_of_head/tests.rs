@@ -7,6 +7,8 @@ use super::*;
 use crate::{Mask, Observe, Rope, RopeLayout};
 
 const SEQ: usize = 11;
+/// Room for rounding when the same numbers are computed in another order, as in the laws.
+const ROUNDING: f64 = 2e-5;
 
 fn dims() -> Dims {
     Dims { d_model: 24, n_layers: 1, layer: 0, rope: true }
@@ -57,7 +59,7 @@ fn run(layer: &impl Mechanism, x: &Tensor<3>, mask: &Mask, observe: Observe) -> 
 }
 
 fn close(a: Tensor<3>, b: Tensor<3>) {
-    a.into_data().assert_approx_eq::<f32>(&b.into_data(), Tolerance::absolute(2e-6));
+    a.into_data().assert_approx_eq::<f32>(&b.into_data(), Tolerance::absolute(ROUNDING));
 }
 
 /// The same projections, all heads everywhere.
@@ -115,8 +117,13 @@ fn each_position_has_its_number_of_heads_and_counts_each_once() {
             let gates: Vec<f32> = routing.gates.into_data().iter::<f32>().collect();
             for gates in gates.chunks(6) {
                 assert_eq!(gates.iter().filter(|&&gate| gate != 0.0).count(), shared + top_k);
-                let sum: f32 = gates.iter().sum();
-                assert!((sum - (shared + top_k) as f32).abs() < 1e-5, "gates are 1 on average: {gates:?}");
+                let means = [(&gates[..shared], shared), (&gates[shared..], top_k)]
+                    .map(|(gates, active)| gates.iter().sum::<f32>() / active.max(1) as f32);
+                let kinds = [shared, top_k].iter().filter(|&&active| active > 0).count() as f32;
+                assert!(
+                    (means[0] + means[1] - kinds).abs() < 1e-5,
+                    "the means of the kinds are 1 on average: {gates:?}"
+                );
             }
             let load: f32 = routing.balance.iter().flat_map(|balance| &balance.load).sum();
             assert!((load - top_k as f32).abs() < 1e-5);
@@ -144,7 +151,7 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
         let want = polyhead_kernels::linear(gated.reshape([2, SEQ, 24]), layer.o_proj.weight.val(), None);
         close(got.clone(), want.clone());
         let slope = |out: Tensor<3>| numbers(x.grad(&(out * cotangent.clone()).sum().backward()));
-        slope(got).assert_approx_eq::<f32>(&slope(want), Tolerance::absolute(1e-5));
+        slope(got).assert_approx_eq::<f32>(&slope(want), Tolerance::absolute(ROUNDING));
     }
 }
 
