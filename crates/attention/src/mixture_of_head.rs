@@ -20,7 +20,7 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, attention, linear_into_heads, linear_out_of_heads};
+use polyhead_kernels::{AttentionOptions, attention, in_type, linear_into_heads, linear_out_of_heads};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{PerLayerCount, require};
@@ -287,7 +287,10 @@ impl Mechanism for MixtureOfHead {
 /// `x` and the bias of a projection, where it has one.
 fn with_bias(x: Tensor<3>, projection: &Linear) -> Tensor<3> {
     match &projection.bias {
-        Some(bias) => x + bias.val().unsqueeze::<3>(),
+        Some(bias) => {
+            let bias = in_type(bias.val(), x.dtype());
+            x + bias.unsqueeze::<3>()
+        }
         None => x,
     }
 }

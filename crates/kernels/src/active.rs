@@ -69,6 +69,20 @@ impl ActiveRows {
         &all[before(tokens.start)..before(tokens.end)]
     }
 
+    /// Some of the queries of every row of the batch.
+    pub(crate) fn of_queries(&self, queries: Range<usize>) -> Self {
+        let mut chosen = vec![false; self.batch * queries.len() * self.heads];
+        for head in 0..self.heads {
+            for &token in self.of_head(head) {
+                let (row, query) = (token as usize / self.queries, token as usize % self.queries);
+                if queries.contains(&query) {
+                    chosen[(row * queries.len() + query - queries.start) * self.heads + head] = true;
+                }
+            }
+        }
+        Self::new(&chosen, [self.batch, queries.len(), self.heads])
+    }
+
     /// How many heads, from the first on, take part everywhere.
     pub(crate) fn complete_heads(&self) -> usize {
         let everywhere = self.batch * self.queries;

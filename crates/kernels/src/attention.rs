@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 
-use crate::{ActiveRows, Mask, cpu};
+use crate::{ActiveRows, Mask, cpu, in_type};
 
 mod blocks;
 mod tiles;
@@ -100,10 +100,11 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOp
     let keys = k.dims()[2];
     let everything = Mask::none();
     let visible = options.mask.unwrap_or(&everything).visible(batch, options.query_offset, queries, keys);
-    match visible {
+    let attention = match visible {
         Some(visible) if cpu::fuses(&q) && options.bias.is_none() => tiles::attention(q, k, v, visible, options),
         _ => blocks::attention(q, k, v, options),
-    }
+    };
+    Attention { statistics: attention.statistics.map(Statistics::settled), ..attention }
 }
 
 /// The definition in tensor operations, with the whole matrix of weights.
@@ -139,16 +140,24 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     Attention { hidden: grouped_matmul(weights, v, &options.values), statistics }
 }
 
+impl Statistics {
+    /// A head that saw no key at all has no largest score: until all is known it is that of hidden keys, then 0.
+    fn settled(self) -> Self {
+        let nothing = self.largest_score.clone().lower_equal_elem(HIDDEN_SCORE);
+        Self { largest_score: self.largest_score.mask_fill(nothing, 0.0), ..self }
+    }
+}
+
 impl AttentionOptions<'_> {
     /// The factor of the scores of these queries.
     fn scale_for(&self, q: &Tensor<4>) -> f64 {
         self.scale.unwrap_or_else(|| (q.dims()[3] as f64).powf(-0.5))
     }
 
-    /// `[heads]`: of how many queries statistics are the mean; at least 1.
+    /// `[heads]`: of how many queries statistics are the mean.
     fn counted(&self, [batch, heads, queries, _]: [usize; 4], device: &Device) -> Tensor<1> {
         let of = |head: usize| self.active.as_ref().map_or(batch * queries, |active| active.of_head(head).len());
-        let counts: Vec<f32> = (0..heads).map(|head| of(head).max(1) as f32).collect();
+        let counts: Vec<f32> = (0..heads).map(|head| of(head) as f32).collect();
         Tensor::from_data(TensorData::new(counts, [heads]), device)
     }
 }
@@ -193,21 +202,16 @@ fn grouped_matmul(left: Tensor<4>, right: Tensor<4>, map: &HeadMap) -> Tensor<4>
 }
 
 fn measure(scores: Tensor<4>, weights: Tensor<4>, options: &AttentionOptions<'_>) -> Statistics {
+    let (scores, weights) = (in_type(scores, DType::F32), in_type(weights, DType::F32));
     let [batch, heads, queries, keys] = weights.dims();
-    let counted = options.counted(weights.dims(), &weights.device());
+    let counted = options.counted(weights.dims(), &weights.device()).clamp_min(1.0);
     let per_head = |x: Tensor<4>| x.swap_dims(0, 1).reshape([heads, batch * queries]).sum_dim(1).squeeze_dim::<1>(1);
     let entropy = (weights.clone() * weights.clone().clamp_min(1e-30).log()).sum_dim(3).neg();
     let largest = scores.swap_dims(0, 1).reshape([heads, batch * queries * keys]).max_dim(1).squeeze_dim::<1>(1);
     Statistics {
         entropy: per_head(entropy) / counted.clone(),
         first_key_mass: per_head(weights.clone().narrow(3, 0, 1)) / counted,
-        largest_score: zero_where_nothing_was_seen(largest),
+        largest_score: largest,
         weights: (options.statistics == Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),
     }
-}
-
-/// A head that saw no key at all has no largest score.
-fn zero_where_nothing_was_seen(largest: Tensor<1>) -> Tensor<1> {
-    let nothing = largest.clone().lower_equal_elem(HIDDEN_SCORE);
-    largest.mask_fill(nothing, 0.0)
 }

@@ -21,12 +21,12 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Tensor, module};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::cpu::{self, Destination, Matrix, Shared};
-use crate::{ActiveRows, simd};
+use crate::{ActiveRows, linear, simd};
 
 #[cfg(test)]
 mod tests;
@@ -71,14 +71,14 @@ pub fn linear_out_of_heads(
 }
 
 fn into_heads_plain(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
-    zero_where_inactive(module::linear(x, weight, None), active)
+    zero_where_inactive(linear(x, weight, None), active)
 }
 
 fn out_of_heads_plain(heads: Tensor<3>, gates: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
     let [batch, seq, channels] = heads.dims();
     let n_heads = gates.dims()[2];
     let by_head = heads.reshape([batch, seq, n_heads, channels / n_heads]) * gates.unsqueeze_dim::<4>(3);
-    module::linear(zero_where_inactive(by_head.reshape([batch, seq, channels]), active), weight, None)
+    linear(zero_where_inactive(by_head.reshape([batch, seq, channels]), active), weight, None)
 }
 
 /// `[batch, seq, heads * width]`

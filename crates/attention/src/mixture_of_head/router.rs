@@ -26,7 +26,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData, activation};
-use polyhead_kernels::ActiveRows;
+use polyhead_kernels::{ActiveRows, in_type};
 use serde::{Deserialize, Serialize};
 
 use super::HeadSplit;
@@ -170,7 +170,7 @@ impl LearnedRouter {
     pub fn route(&self, hidden: Tensor<3>, real: Option<&[bool]>) -> Routing {
         let ([batch, seq, _], dtype) = (hidden.dims(), hidden.dtype());
         let HeadSplit { shared, top_k, .. } = self.split;
-        let x = hidden.cast(DType::F32);
+        let x = in_type(hidden, DType::F32);
         let softmax =
             |map: &Linear| activation::softmax(polyhead_kernels::linear(x.clone(), map.weight.val(), None), 2);
         let scaled = |weights: Tensor<3>, sum: usize| match self.gate_norm {
@@ -206,7 +206,7 @@ impl LearnedRouter {
             gates.push(weighted(among, of_routed));
         }
         Routing {
-            gates: Tensor::cat(gates, 2).cast(dtype),
+            gates: in_type(Tensor::cat(gates, 2), dtype),
             active: active_heads([batch, seq], shared, chosen.as_ref()),
             balance: chosen.map(|chosen| chosen.balance(real)),
         }
@@ -220,9 +220,9 @@ pub(super) fn by_query_norm(q: Tensor<4>, split: HeadSplit, config: QueryNormCon
     let ones = |heads: usize| Tensor::<3>::ones([batch, seq, heads], &q.device());
     if routed == 0 {
         let active = active_heads([batch, seq], shared, None);
-        return Routing { gates: ones(shared).cast(dtype), active, balance: None };
+        return Routing { gates: in_type(ones(shared), dtype), active, balance: None };
     }
-    let norms = q.clone().narrow(1, shared, routed).cast(DType::F32).square().sum_dim(3).sqrt();
+    let norms = in_type(q.clone().narrow(1, shared, routed), DType::F32).square().sum_dim(3).sqrt();
     let norms = norms.squeeze_dim::<3>(3).swap_dims(1, 2); // [batch, seq, routed]
     let spread = (norms.clone() - norms.clone().mean_dim(2)).square().sum_dim(2) / (routed - 1) as f64;
     // Equal norms have no spread: then all heads are as probable.
@@ -241,7 +241,7 @@ pub(super) fn by_query_norm(q: Tensor<4>, split: HeadSplit, config: QueryNormCon
         StraightThrough::All if learns => Arc::new(ActiveRows::all([batch, seq, split.heads()])),
         _ => active_heads([batch, seq], shared, Some(&chosen)),
     };
-    Routing { gates: gates.cast(dtype), active, balance: Some(chosen.balance(real)) }
+    Routing { gates: in_type(gates, dtype), active, balance: Some(chosen.balance(real)) }
 }
 
 /// The routed heads that positions chose.

@@ -5,6 +5,8 @@
 //! the log of their sum (Dao 2023, arXiv 2307.08691, section 3.1). It serves the backends that have no tiles of their own,
 //! and on the CPU what the tiles do not take: dense masks and additive biases.
 
+use std::sync::Arc;
+
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -40,10 +42,19 @@ fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOption
         let part = Part { start, rows: rows.min(queries - start), options, mask, visible: visible.as_deref() };
         hidden.push(part.attend(&q, &k, &v));
         if options.statistics != Measure::Nothing {
-            seen.push((part.rows, part.measure(&q, &k, &v)));
+            seen.push(part.measure(&q, &k, &v));
         }
     }
-    Attention { hidden: Tensor::cat(hidden, 2), statistics: join(seen, queries) }
+    let hidden = Tensor::cat(hidden, 2);
+    let full = hidden.dims();
+    let hidden = match &options.active {
+        Some(active) => {
+            let inactive = active.hidden(&hidden.device());
+            hidden.mask_fill(inactive.expand(full), 0.0)
+        }
+        None => hidden,
+    };
+    Attention { hidden, statistics: join(seen) }
 }
 
 /// The heads that a map names; heads that are shared evenly stay as they are.
@@ -105,8 +116,9 @@ impl Part<'_> {
         ))
     }
 
-    /// Statistics are asked for seldom: the plain form makes these rows of the matrix again.
-    fn measure(&self, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<Statistics> {
+    /// Statistics are asked for seldom: the plain form makes these rows of the matrix again. `[heads]`: of how many queries
+    /// they are the mean.
+    fn measure(&self, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<(Tensor<1>, Statistics)> {
         let Self { start, rows, options, .. } = *self;
         let mask = self.mask.of_queries(start..start + rows);
         let options = AttentionOptions {
@@ -115,23 +127,33 @@ impl Part<'_> {
             bias: options.bias.clone().map(|bias| bias.narrow(2, start, rows).detach()),
             keys: HeadMap::Even,
             values: HeadMap::Even,
+            active: options.active.as_ref().map(|active| Arc::new(active.of_queries(start..start + rows))),
             ..options.clone()
         };
         let constant = |x: &Tensor<4>| x.clone().detach();
-        plain(constant(q).narrow(2, start, rows), constant(k), constant(v), &options).statistics
+        let q = constant(q).narrow(2, start, rows);
+        let counted = options.counted(q.dims(), &q.device());
+        Some((counted, plain(q, constant(k), constant(v), &options).statistics?))
     }
 }
 
-/// The statistics of all queries from those of their parts.
-fn join(parts: Vec<(usize, Option<Statistics>)>, queries: usize) -> Option<Statistics> {
-    let parts: Vec<(f64, Statistics)> =
-        parts.into_iter().map(|(rows, seen)| Some((rows as f64 / queries as f64, seen?))).collect::<Option<_>>()?;
+/// The statistics of all queries from those of their parts, each with the numbers of queries that it is the mean of.
+fn join(parts: Vec<Option<(Tensor<1>, Statistics)>>) -> Option<Statistics> {
+    let parts: Vec<(Tensor<1>, Statistics)> = parts.into_iter().collect::<Option<_>>()?;
     let weights: Option<Vec<_>> = parts.iter().map(|(_, seen)| seen.weights.clone()).collect();
     let weights = weights.filter(|all| !all.is_empty()).map(|all| Tensor::cat(all, 1));
-    let sum =
-        parts.into_iter().map(|(share, seen)| (seen.entropy * share, seen.first_key_mass * share, seen.largest_score));
-    let (entropy, first_key_mass, largest_score) = sum.reduce(|a, b| (a.0 + b.0, a.1 + b.1, a.2.max_pair(b.2)))?;
-    Some(Statistics { entropy, first_key_mass, largest_score, weights })
+    let sums = parts.into_iter().map(|(counted, seen)| {
+        (seen.entropy * counted.clone(), seen.first_key_mass * counted.clone(), seen.largest_score, counted)
+    });
+    let (entropy, first_key_mass, largest_score, counted) =
+        sums.reduce(|a, b| (a.0 + b.0, a.1 + b.1, a.2.max_pair(b.2), a.3 + b.3))?;
+    let counted = counted.clamp_min(1.0);
+    Some(Statistics {
+        entropy: entropy / counted.clone(),
+        first_key_mass: first_key_mass / counted,
+        largest_score,
+        weights,
+    })
 }
 
 /// What a block is told besides its tensors.
@@ -435,6 +457,35 @@ mod tests {
         let options = AttentionOptions { mask: Some(&mask), statistics: Measure::Weights, ..Default::default() };
         let read = |seen: Option<Statistics>| {
             let seen = seen.expect("asked for");
+            let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
+            [a, b, c, numbers(seen.weights.expect("asked for"))]
+        };
+        let got = read(in_blocks(q.clone(), k.clone(), v.clone(), &options, 7 * 2 * 4 * 50).statistics);
+        let want = read(plain(q, k, v, &options).statistics);
+        for (got, want) in got.iter().zip(&want) {
+            crate::testing::agree("statistics", got, want);
+        }
+    }
+
+    #[test]
+    fn blocks_agree_where_only_some_queries_of_a_head_are_active() {
+        let mask = Mask::causal();
+        // The first head everywhere, the last one nowhere, and in the first block of queries only half of the others.
+        let chosen: Vec<bool> = (0..2 * 50 * 4)
+            .map(|index| match index % 4 {
+                0 => true,
+                3 => false,
+                head => (index / 4 * 7 + head * 5) % 5 < 2 && (index / 4 % 50 > 12 || head == 1),
+            })
+            .collect();
+        let active = Some(Arc::new(crate::ActiveRows::new(&chosen, [2, 50, 4])));
+        let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
+        compare(&sizes(2, 4, 2, 50, 8), Some([1, 4]), &options);
+        let make = |heads| normal([2, heads, 50, 8], &Device::flex());
+        let (q, k, v) = (make(4), make(2), make(2));
+        let options = AttentionOptions { statistics: Measure::Weights, ..options };
+        let read = |seen: Option<Statistics>| {
+            let seen = seen.expect("asked for").settled();
             let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
             [a, b, c, numbers(seen.weights.expect("asked for"))]
         };

@@ -147,7 +147,7 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
         let out = form(q.clone(), k.clone(), v.clone(), &options);
         let grads = (out.hidden.clone() * Tensor::from_inner(cotangent.clone())).sum().backward();
         let grads = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
-        let seen = out.statistics.expect("asked for");
+        let seen = out.statistics.expect("asked for").settled();
         let seen = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
         (numbers(out.hidden), grads, seen, numbers(seen_weights(&q, &k, &v, &options, form)))
     };

@@ -22,7 +22,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{Attention, AttentionOptions, Measure, Statistics, zero_where_nothing_was_seen};
+use super::{Attention, AttentionOptions, Measure, Statistics};
 use crate::active::{ActiveRows, Rows};
 use crate::cpu::{self, Destination, Matrix, Shared, View, product, room, row_major};
 use crate::mask::Visible;
@@ -112,7 +112,7 @@ pub(super) fn attention(
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
         weights_of_first_row(first(&q), first(&k), &plan)
     });
-    let (measure, counted) = (plan.measure, options.counted(q.dims(), &q.device()));
+    let (measure, counted) = (plan.measure, options.counted(q.dims(), &q.device()).clamp_min(1.0));
     let (hidden, facts) =
         Dispatch::tiled_attention(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), Arc::new(plan));
     let statistics = measure.then(|| {
@@ -121,7 +121,7 @@ pub(super) fn attention(
         Statistics {
             entropy: fact(1).sum_dim(1).squeeze_dim::<1>(1) / counted.clone(),
             first_key_mass: fact(2).sum_dim(1).squeeze_dim::<1>(1) / counted,
-            largest_score: zero_where_nothing_was_seen(fact(3).max_dim(1).squeeze_dim::<1>(1)),
+            largest_score: fact(3).max_dim(1).squeeze_dim::<1>(1),
             weights,
         }
     });

@@ -99,7 +99,7 @@ fn a_head_everywhere_is_a_plain_map() {
     let all = Arc::new(ActiveRows::all([2, 9, 4]));
     let (x, weight) = (leaf([2, 9, 6]), leaf([6, 12]));
     let got = linear_into_heads(x.clone(), weight.clone(), &all);
-    agree("into heads", &numbers(got), &numbers(module::linear(x, weight, None)));
+    agree("into heads", &numbers(got), &numbers(linear(x, weight, None)));
 }
 
 #[test]
