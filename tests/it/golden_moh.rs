@@ -95,7 +95,7 @@ fn tensor<const D: usize>(golden: &Golden, key: &str, device: &Device) -> Tensor
 
 fn layer(golden: &Golden, device: &Device) -> MixtureOfHead {
     let rope = golden.config["rope"].as_bool() == Some(true);
-    let dims = Dims { d_model: size(&golden.config, "d_model"), n_layers: 1, layer: 0, rope };
+    let dims = Dims { d_model: size(&golden.config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5 };
     let config = config(golden);
     config.validate(&dims).unwrap_or_else(|error| panic!("{}: {error}", golden.name));
     let fresh = config.init(&dims, device);

@@ -87,8 +87,8 @@ impl MixtureOfHeadConfig {
 
     /// The same heads, all of them everywhere.
     fn dense(&self) -> SoftmaxConfig {
-        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, .. } = *self;
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias }
+        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *self;
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm: false }
     }
 }
 
@@ -176,9 +176,8 @@ impl MechanismConfig for MixtureOfHeadConfig {
             // Queries are computed everywhere, because their norms choose.
             RouterConfig::QueryNorm(_) => (0, 1),
         };
-        let o_bias = if self.o_bias { d_model } else { 0 };
         Cost {
-            parameters: dense.parameters + router + o_bias,
+            parameters: dense.parameters + router,
             flops_per_token: dense.flops_per_token + 2 * router - 2 * resting_maps * resting * d_model * width,
             flops_per_pair: dense.flops_per_pair - 4 * resting * width,
             ..dense

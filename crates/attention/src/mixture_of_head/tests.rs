@@ -11,7 +11,7 @@ const SEQ: usize = 11;
 const ROUNDING: f64 = 2e-5;
 
 fn dims() -> Dims {
-    Dims { d_model: 24, n_layers: 1, layer: 0, rope: true }
+    Dims { d_model: 24, n_layers: 1, layer: 0, ..Dims::example() }
 }
 
 fn config(shared: usize, top_k: usize, router: RouterConfig) -> MixtureOfHeadConfig {
