@@ -64,7 +64,8 @@ impl World {
     }
 }
 
-struct Spread;
+/// Adds noise to every parameter.
+pub(crate) struct Spread;
 
 impl ModuleMapper for Spread {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -137,6 +138,13 @@ fn rows_are_independent(world: &World) {
     close(world.causal(x).narrow(0, 1, 1), alone);
 }
 
+/// Every parameter of a module has a finite gradient that is not all zero; how many there are.
+pub(crate) fn reach_every_parameter<M: Module>(module: &M, grads: &burn::tensor::Gradients) -> usize {
+    let mut visitor = Gradients { grads, path: Vec::new(), seen: 0 };
+    module.visit(&mut visitor);
+    visitor.seen
+}
+
 struct Gradients<'a> {
     grads: &'a burn::tensor::Gradients,
     path: Vec<String>,
@@ -167,16 +175,23 @@ fn gradients_reach_every_parameter(world: &World) {
     let out = world.causal(x);
     let cotangent = out.random_like(Distribution::Normal(0.0, 1.0)).detach();
     let grads = (out * cotangent).sum().backward();
-    let mut visitor = Gradients { grads: &grads, path: Vec::new(), seen: 0 };
-    world.layer.visit(&mut visitor);
-    assert!(visitor.seen >= 4);
+    assert!(reach_every_parameter(&world.layer, &grads) >= 4);
 }
 
 fn gradients_agree_with_differences(world: &World) {
+    agree_with_differences(|| world.input(1, 5), |x| world.causal(x));
+}
+
+/// The slope of a random projection of `output` along a random direction is what the differences say, at a point that
+/// `draw` gives.
+pub(crate) fn agree_with_differences<const D: usize>(
+    draw: impl Fn() -> Tensor<D>,
+    output: impl Fn(Tensor<D>) -> Tensor<D>,
+) {
     // A mechanism that chooses jumps where its choice changes. Near such a point differences over two steps disagree with
     // each other, whatever the gradient is; then another point is drawn.
     let agreed = (0..10).any(|_| {
-        differences_at_a_point(world).is_some_and(|[slope, difference]| {
+        differences_at_a_point(draw(), &output).is_some_and(|[slope, difference]| {
             assert!((slope - difference).abs() <= 5e-3 * (1.0 + slope.abs()), "slope {slope}, difference {difference}");
             true
         })
@@ -185,11 +200,11 @@ fn gradients_agree_with_differences(world: &World) {
 }
 
 /// The slope by the gradient, and by differences; `None` where the output jumps nearby.
-fn differences_at_a_point(world: &World) -> Option<[f32; 2]> {
-    let x = world.input(1, 5).require_grad();
-    let direction = world.input(1, 5);
-    let cotangent = world.input(1, 5);
-    let value = |x: Tensor<3>| (world.causal(x) * cotangent.clone()).sum();
+fn differences_at_a_point<const D: usize>(x: Tensor<D>, output: &impl Fn(Tensor<D>) -> Tensor<D>) -> Option<[f32; 2]> {
+    let random = || x.random_like(Distribution::Normal(0.0, 1.0)).detach();
+    let (direction, cotangent) = (random(), random());
+    let x = x.detach().require_grad();
+    let value = |x: Tensor<D>| (output(x) * cotangent.clone()).sum();
     let grads = value(x.clone()).backward();
     let grad = x.grad(&grads).expect("the input has a gradient");
     let slope: f32 = (grad * direction.clone().inner()).sum().into_scalar();

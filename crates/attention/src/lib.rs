@@ -4,11 +4,14 @@
 //! below lists them all. A new mechanism is a file that implements the two traits, a `mod` line and a line in the
 //! table; from the table it gets its recipe key, its place in every model and its law test (`laws.rs`).
 //!
+//! One thing here is no [`Mechanism`]: [`GaussianAdaptive`] is a gate over features and mixes no positions.
+//!
 //! This crate depends on Burn and serde only: it knows nothing of losses, optimisers or files.
 
 mod adapter;
 mod cache;
 mod config;
+mod gaussian_adaptive;
 mod grouped_differential;
 #[cfg(test)]
 mod laws;
@@ -25,6 +28,11 @@ use serde::{Deserialize, Serialize};
 pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, LayerCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount};
+pub use gaussian_adaptive::{
+    GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, MixtureGate,
+    MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit, importance_factor,
+    importance_of_layers,
+};
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
 pub use mixture_of_head::{
     Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
