@@ -96,6 +96,7 @@ fn tensors(header: &Value, data: &[u8]) -> BTreeMap<String, Named> {
         let bytes = &data[span[0]..span[1]];
         let values = match about["dtype"].as_str() {
             Some("F32") => bytes.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
+            Some("I32") => bytes.as_chunks::<4>().0.iter().map(|&chunk| i32::from_le_bytes(chunk) as f32).collect(),
             Some("I64") => bytes.as_chunks::<8>().0.iter().map(|&chunk| i64::from_le_bytes(chunk) as f32).collect(),
             other => panic!("{name} has type {other:?}"),
         };
@@ -164,8 +165,16 @@ fn check_file(golden: Golden, describe: &impl Fn(&Value) -> AttentionConfig) {
 
 /// Linear weights are `[out, in]` in the files and `[in, out]` here.
 fn ours(key: &str, tensor: &Named) -> Named {
-    let [rows, columns] = tensor.shape[..] else { return tensor.clone() };
+    if tensor.shape.len() != 2 {
+        return tensor.clone();
+    }
     assert!(key.ends_with("_proj.weight"), "{key}");
+    transposed(tensor)
+}
+
+/// A matrix with rows and columns exchanged.
+pub fn transposed(tensor: &Named) -> Named {
+    let [rows, columns] = tensor.shape[..] else { panic!("{} is no matrix", tensor.name) };
     let values = (0..rows * columns).map(|i| tensor.values[i % rows * columns + i / rows]).collect();
     Named { name: tensor.name.clone(), shape: vec![columns, rows], values }
 }
@@ -173,6 +182,49 @@ fn ours(key: &str, tensor: &Named) -> Named {
 /// A tensor's numbers.
 pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
+}
+
+/// What a file calls its parameters, what they are called here, and how they lie.
+pub type Names<'a> = &'a [(&'a str, &'a str, Layout)];
+
+/// How a file's tensor lies here.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Layout {
+    /// As in the file.
+    Same,
+    /// A linear layer's weight, transposed.
+    Linear,
+}
+
+/// A file's parameters, or their gradients, under the names and in the layout of here. Names that the file lacks are left out.
+pub fn renamed(file: &BTreeMap<String, Named>, prefix: &str, names: Names<'_>) -> BTreeMap<String, Named> {
+    let rename = |(theirs, ours, layout): &(&str, &str, Layout)| {
+        let tensor = file.get(&format!("{prefix}{theirs}"))?;
+        let tensor = if *layout == Layout::Linear { transposed(tensor) } else { tensor.clone() };
+        Some(((*ours).to_owned(), Named { name: (*ours).to_owned(), ..tensor }))
+    };
+    names.iter().filter_map(rename).collect()
+}
+
+/// A tensor of a file, on a device.
+pub fn tensor<const D: usize>(file: &BTreeMap<String, Named>, key: &str, device: &Device) -> Tensor<D> {
+    let named = file.get(key).unwrap_or_else(|| panic!("the file has no {key}"));
+    Tensor::from_data(TensorData::new(named.values.clone(), named.shape.clone()), device)
+}
+
+/// The gradients of all parameters are the file's, which are as many.
+pub fn compare_gradients<M: burn::module::Module>(
+    file: &str,
+    module: &M,
+    grads: &burn::tensor::Gradients,
+    want: &BTreeMap<String, Named>,
+    tolerance: f32,
+) {
+    let found = gradients(module, grads);
+    assert_eq!(found.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{file}: a gradient per parameter");
+    for (key, got) in found {
+        compare(file, &format!("grad.{key}"), &want[&key].values, &got, tolerance, true);
+    }
 }
 
 /// The gradients of those parameters that have one, by name.

@@ -7,6 +7,7 @@ mod backends;
 mod cli;
 mod finetune;
 mod golden;
+mod golden_gaam;
 mod golden_hf;
 mod golden_moh;
 mod golden_optimizer;

@@ -7,17 +7,24 @@ pub mod adapters;
 mod batch;
 mod decoder;
 mod gate;
+mod gaussian_adaptive_transformer;
 mod generate;
 pub mod hf;
 mod loss;
 mod per_layer;
 mod rope_scaling;
+#[cfg(test)]
+mod testing;
 mod trained;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, NormKind, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
+pub use gaussian_adaptive_transformer::{
+    Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
+    FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
+};
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
