@@ -9,6 +9,7 @@ mod finetune;
 mod golden;
 mod golden_gaam;
 mod golden_hf;
+mod golden_hilo;
 mod golden_moh;
 mod golden_optimizer;
 mod layering;

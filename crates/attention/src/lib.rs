@@ -4,7 +4,8 @@
 //! below lists them all. A new mechanism is a file that implements the two traits, a `mod` line and a line in the
 //! table; from the table it gets its recipe key, its place in every model and its law test (`laws.rs`).
 //!
-//! One thing here is no [`Mechanism`]: [`GaussianAdaptive`] is a gate over features and mixes no positions.
+//! Two things here are no [`Mechanism`]: [`GaussianAdaptive`] is a gate over features and mixes no positions, and [`HiLo`]
+//! needs to know the grid that its tokens come from.
 //!
 //! This crate depends on Burn and serde only: it knows nothing of losses, optimisers or files.
 
@@ -13,6 +14,7 @@ mod cache;
 mod config;
 mod gaussian_adaptive;
 mod grouped_differential;
+mod hilo;
 #[cfg(test)]
 mod laws;
 mod mixture_of_head;
@@ -34,6 +36,7 @@ pub use gaussian_adaptive::{
     importance_of_layers,
 };
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
+pub use hilo::{HiLo, HiLoConfig};
 pub use mixture_of_head::{
     Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
     QueryNormConfig, RouterConfig, Routing, StraightThrough,

@@ -1,0 +1,267 @@
+//! HiLo attention over a grid of tokens (Pan, Cai and Zhuang 2022, arXiv 2205.13213; code of LITv2, commit 7501c86).
+//!
+//! Some heads see high frequencies: softmax attention inside windows of s × s tokens. The others see low frequencies: every
+//! token asks, the means of all windows answer.
+//!
+//! ```text
+//! Hi-Fi:  softmax(q kᵀ / √e) v          q, k, v of the tokens of one window
+//! Lo-Fi:  softmax(q mean(k)ᵀ / √e) mean(v)   q of every token, k and v of the windows' means (taken before the projection)
+//! out = [Hi-Fi | Lo-Fi]                 along channels, each after an output projection of its own
+//! ```
+//! α is the share of heads for low frequencies, rounded down; s = 1 makes all of them low and windows single tokens, which is
+//! ordinary attention. There is no position bias and no projection across the two parts.
+//!
+//! Where s does not divide the grid, the classification code refuses, and the detection code adds zeros on the right and at
+//! the bottom that answer as keys and count in the means. Here what is added is hidden, unless `compat_padding` asks for the
+//! latter. Left out: dropout, which the authors' code accepts and ignores.
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{Bool, Device, Tensor};
+use polyhead_kernels::{AttentionOptions, Mask, attention};
+use serde::{Deserialize, Serialize};
+
+use crate::config::require;
+use crate::projection::{INIT_STD, join_heads, linear, split_heads};
+use crate::{Adapters, ConfigError};
+
+/// Settings of HiLo attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct HiLoConfig {
+    /// Heads of both kinds together; they divide d_model.
+    pub n_heads: usize,
+    /// Side of a window, in tokens. Default: 2, as in LITv2's third stage.
+    #[serde(default = "window")]
+    pub window: usize,
+    /// Share of the heads for low frequencies, from 0 to 1. Default: 0.9, as in LITv2.
+    #[serde(default = "alpha")]
+    pub alpha: f64,
+    /// Biases on the query, key and value projections. Default: true, as in LITv2.
+    #[serde(default = "yes")]
+    pub qkv_bias: bool,
+    /// Let the zeros that fill up the last windows answer as keys and count in means, as the authors' detection code does. For
+    /// comparisons only. Default: false.
+    #[serde(default)]
+    pub compat_padding: bool,
+}
+
+fn window() -> usize {
+    2
+}
+
+fn alpha() -> f64 {
+    0.9
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl HiLoConfig {
+    /// Heads for low frequencies; the others are for high ones.
+    pub fn lofi_heads(&self) -> usize {
+        // Rounded down after the product in f64, as the authors' code does: 12 heads and 0.7 give 8.
+        if self.window == 1 { self.n_heads } else { (self.n_heads as f64 * self.alpha) as usize }
+    }
+
+    /// Checks everything that a user can get wrong.
+    ///
+    /// # Errors
+    /// Names the field, its value and the rule.
+    pub fn validate(&self, d_model: usize) -> Result<(), ConfigError> {
+        require(self.n_heads > 0 && d_model.is_multiple_of(self.n_heads), "n_heads", || {
+            format!("n_heads ({}) must be at least 1 and divide d_model ({d_model})", self.n_heads)
+        })?;
+        require(self.window > 0, "window", || "window (0) must be at least 1; 1 gives ordinary attention".into())?;
+        require((0.0..=1.0).contains(&self.alpha), "alpha", || {
+            format!("alpha ({}) must lie between 0 (windows only) and 1 (their means only)", self.alpha)
+        })
+    }
+
+    /// A layer with fresh weights. Cannot fail after [`validate`](Self::validate).
+    pub fn init(&self, d_model: usize, device: &Device) -> HiLo {
+        let (low, width) = (self.lofi_heads(), d_model / self.n_heads);
+        let high = self.n_heads - low;
+        let project = |d_input, d_output, bias| linear(d_input, d_output, bias, INIT_STD, device);
+        HiLo {
+            hifi: (high > 0).then(|| HiFi {
+                qkv_proj: project(d_model, 3 * high * width, self.qkv_bias),
+                o_proj: project(high * width, high * width, true),
+                n_heads: high,
+            }),
+            lofi: (low > 0).then(|| LoFi {
+                q_proj: project(d_model, low * width, self.qkv_bias),
+                kv_proj: project(d_model, 2 * low * width, self.qkv_bias),
+                o_proj: project(low * width, low * width, true),
+                n_heads: low,
+            }),
+            window: self.window,
+            compat_padding: self.compat_padding,
+        }
+    }
+
+    /// Multiplications of a forward pass over `tokens`, each with its addition, as the authors count them: projections, scores
+    /// and sums of values, without padding. Twice that is what the rest of Polyhead calls operations.
+    pub fn multiply_adds(&self, d_model: usize, tokens: usize) -> u64 {
+        let (d, n, area) = (d_model as u64, tokens as u64, (self.window * self.window) as u64);
+        let low = (self.lofi_heads() * (d_model / self.n_heads)) as u64;
+        let high = d - low;
+        let hifi = n * high * (3 * d + high) + 2 * area * n * high;
+        let lofi = n * low * (d + low) + 2 * n / area * d * low + 2 * n * n / area * low;
+        hifi + lofi
+    }
+}
+
+/// A layer of HiLo attention.
+#[derive(Module, Debug)]
+pub struct HiLo {
+    /// Attention inside windows; `None` where all heads are for low frequencies.
+    pub hifi: Option<HiFi>,
+    /// Attention to the means of windows; `None` where all heads are for high frequencies.
+    pub lofi: Option<LoFi>,
+    window: usize,
+    compat_padding: bool,
+}
+
+/// The heads for high frequencies.
+#[derive(Module, Debug)]
+pub struct HiFi {
+    /// `[d_model, 3 * heads * head_dim]`: queries, keys, values.
+    pub qkv_proj: Linear,
+    /// `[heads * head_dim, heads * head_dim]`
+    pub o_proj: Linear,
+    n_heads: usize,
+}
+
+/// The heads for low frequencies.
+#[derive(Module, Debug)]
+pub struct LoFi {
+    /// `[d_model, heads * head_dim]`
+    pub q_proj: Linear,
+    /// `[d_model, 2 * heads * head_dim]`: keys, values.
+    pub kv_proj: Linear,
+    /// `[heads * head_dim, heads * head_dim]`
+    pub o_proj: Linear,
+    n_heads: usize,
+}
+
+/// What the two parts see.
+struct Windows {
+    /// `[batch, windows, window², d_model]`; zeros where nothing is.
+    tokens: Tensor<4>,
+    /// `[batch, windows, window², 1]`: 1 where a token is, 0 where none is; `None` where all are.
+    present: Option<Tensor<4>>,
+}
+
+impl HiLo {
+    /// # Shapes
+    /// - x: `[batch, rows * columns, d_model]`, row by row; grid: `[rows, columns]`
+    /// - hidden: `[batch, rows * columns]`, true where a token is padding, which nobody sees
+    /// - output: `[batch, rows * columns, d_model]`, high frequencies first
+    pub fn forward(&self, x: Tensor<3>, grid: [usize; 2], hidden: Option<&Tensor<2, Bool>>) -> Tensor<3> {
+        let dims = x.dims();
+        let x = match hidden {
+            Some(hidden) => x.mask_fill(hidden.clone().unsqueeze_dim::<3>(2).expand(dims), 0.0),
+            None => x,
+        };
+        let windows = self.windows(&x, grid, hidden);
+        let high = self.hifi.as_ref().map(|part| join(part.forward(&windows), grid, self.window));
+        let low = self.lofi.as_ref().map(|part| part.forward(x, &windows));
+        Tensor::cat(high.into_iter().chain(low).collect(), 2)
+    }
+
+    fn windows(&self, x: &Tensor<3>, grid: [usize; 2], hidden: Option<&Tensor<2, Bool>>) -> Windows {
+        let [batch, _, d_model] = x.dims();
+        let [rows, columns] = grid;
+        let tokens = cut(x.clone().reshape([batch, rows, columns, d_model]), self.window, 0.0);
+        let whole = grid.iter().all(|size| size.is_multiple_of(self.window)) || self.compat_padding;
+        let present = (hidden.is_some() || !whole).then(|| {
+            let present = match hidden {
+                Some(hidden) => hidden.clone().bool_not().float().reshape([batch, rows, columns, 1]),
+                None => Tensor::ones([batch, rows, columns, 1], &x.device()),
+            };
+            cut(present, self.window, if self.compat_padding { 1.0 } else { 0.0 })
+        });
+        Windows { tokens, present }
+    }
+}
+
+impl HiFi {
+    /// `[batch, windows, window², heads * head_dim]`
+    fn forward(&self, windows: &Windows) -> Tensor<4> {
+        let [batch, count, area, d_model] = windows.tokens.dims();
+        let adapters = Adapters::default();
+        let tokens = windows.tokens.clone().reshape([batch * count, area, d_model]);
+        let qkv = adapters.project("qkv_proj", &self.qkv_proj, tokens);
+        let width = qkv.dims()[2] / 3;
+        let [q, k, v] = [0, 1, 2].map(|part| split_heads(qkv.clone().narrow(2, part * width, width), self.n_heads));
+        let mask = windows.present.clone().map(|present| {
+            let hidden = present.reshape([batch * count, 1, 1, area]).equal_elem(0.0);
+            Mask::none().with_dense(hidden.expand([batch * count, 1, area, area]))
+        });
+        let options = AttentionOptions { mask: mask.as_ref(), ..Default::default() };
+        let attended = join_heads(attention(q, k, v, &options).hidden);
+        adapters.project("o_proj", &self.o_proj, attended).reshape([batch, count, area, width])
+    }
+}
+
+impl LoFi {
+    /// `[batch, rows * columns, heads * head_dim]`
+    fn forward(&self, x: Tensor<3>, windows: &Windows) -> Tensor<3> {
+        let [batch, tokens, _] = x.dims();
+        let [_, count, area, d_model] = windows.tokens.dims();
+        let adapters = Adapters::default();
+        let sums = windows.tokens.clone().sum_dim(2);
+        let (means, mask) = match &windows.present {
+            None => (sums / area as f64, None),
+            Some(present) => {
+                let present = present.clone().sum_dim(2); // [batch, windows, 1, 1]
+                let empty = present.clone().reshape([batch, 1, 1, count]).equal_elem(0.0);
+                let mask = Mask::none().with_dense(empty.expand([batch, 1, tokens, count]));
+                (sums / present.clamp_min(1.0), Some(mask))
+            }
+        };
+        let q = split_heads(adapters.project("q_proj", &self.q_proj, x), self.n_heads);
+        let kv = adapters.project("kv_proj", &self.kv_proj, means.reshape([batch, count, d_model]));
+        let width = kv.dims()[2] / 2;
+        let [k, v] = [0, 1].map(|part| split_heads(kv.clone().narrow(2, part * width, width), self.n_heads));
+        let options = AttentionOptions { mask: mask.as_ref(), ..Default::default() };
+        adapters.project("o_proj", &self.o_proj, join_heads(attention(q, k, v, &options).hidden))
+    }
+}
+
+/// `[batch, rows, columns, channels]` to `[batch, windows, side², channels]`, filled up with `filling` on the right and at the
+/// bottom.
+fn cut(map: Tensor<4>, side: usize, filling: f64) -> Tensor<4> {
+    let map = fill(fill(map, 1, side, filling), 2, side, filling);
+    let [batch, rows, columns, channels] = map.dims();
+    let (down, across) = (rows / side, columns / side);
+    let windows = map.reshape([batch, down, side, across, side, channels]).swap_dims(2, 3);
+    windows.reshape([batch, down * across, side * side, channels])
+}
+
+/// What [`cut`] did, undone: `[batch, rows * columns, channels]`.
+fn join(windows: Tensor<4>, [rows, columns]: [usize; 2], side: usize) -> Tensor<3> {
+    let [batch, _, _, channels] = windows.dims();
+    let (down, across) = (rows.div_ceil(side), columns.div_ceil(side));
+    let lines = windows.reshape([batch, down, across, side, side, channels]).swap_dims(2, 3);
+    let map = lines.reshape([batch, down * side, across * side, channels]);
+    map.narrow(1, 0, rows).narrow(2, 0, columns).reshape([batch, rows * columns, channels])
+}
+
+/// Lengthens an axis to the next multiple of `side`.
+fn fill(map: Tensor<4>, axis: usize, side: usize, filling: f64) -> Tensor<4> {
+    let mut dims = map.dims();
+    let missing = dims[axis].next_multiple_of(side) - dims[axis];
+    if missing == 0 {
+        return map;
+    }
+    dims[axis] = missing;
+    let more = Tensor::full(dims, filling, &map.device());
+    Tensor::cat(vec![map, more], axis)
+}
+
+#[cfg(test)]
+mod tests;
