@@ -12,6 +12,7 @@ mod golden_hf;
 mod golden_hilo;
 mod golden_moh;
 mod golden_optimizer;
+mod golden_pooling;
 mod layering;
 mod precision;
 mod pretrained;

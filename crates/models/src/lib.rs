@@ -5,6 +5,7 @@
 
 pub mod adapters;
 mod batch;
+mod contrastive;
 mod decoder;
 mod gate;
 mod gaussian_adaptive_transformer;
@@ -12,6 +13,7 @@ mod generate;
 pub mod hf;
 mod loss;
 mod per_layer;
+mod pooling;
 mod rope_scaling;
 #[cfg(test)]
 mod testing;
@@ -19,6 +21,7 @@ mod trained;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
+pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, NormKind, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
@@ -28,5 +31,9 @@ pub use gaussian_adaptive_transformer::{
 pub use generate::{Sampling, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
+pub use pooling::{
+    GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,
+    TrainablePoolingConfig,
+};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trained::{Parameter, parameters, train_only};
