@@ -11,6 +11,7 @@ pub mod engagement;
 mod error;
 pub mod evaluate;
 mod freeze;
+pub mod fusion;
 pub mod gradients;
 mod memory;
 mod observe;

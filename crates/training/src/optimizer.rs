@@ -33,6 +33,8 @@ pub struct Optimizer {
     config: OptimizerConfig,
     steps: u64,
     moments: BTreeMap<String, Moments>,
+    /// Ends of parameters' names, and what their learning rate is multiplied by.
+    rates: Vec<(String, f64)>,
 }
 
 /// Running means of a parameter's gradient, flattened.
@@ -45,7 +47,12 @@ struct Moments {
 impl Optimizer {
     /// A fresh optimiser.
     pub fn new(config: OptimizerConfig) -> Self {
-        Self { config, steps: 0, moments: BTreeMap::new() }
+        Self { config, steps: 0, moments: BTreeMap::new(), rates: Vec::new() }
+    }
+
+    /// With other learning rates for parameters whose names end so: the step's, multiplied.
+    pub fn with_rates(self, rates: Vec<(String, f64)>) -> Self {
+        Self { rates, ..self }
     }
 
     /// How many updates have been made.
@@ -95,7 +102,7 @@ impl Optimizer {
         if !tensors.is_empty() {
             return Err(WeightsError::Unfit(tensors.into_keys().map(|key| format!("{key} is no state")).collect()));
         }
-        Ok(Self { config, steps, moments })
+        Ok(Self { config, steps, moments, rates: Vec::new() })
     }
 
     /// Decoupled decay (none for vectors), then the step along the moments.
@@ -169,7 +176,8 @@ struct Step<'a> {
 impl Step<'_> {
     fn updated<const D: usize>(&mut self, value: Tensor<D>, grad: Tensor<D>) -> Tensor<D> {
         let path = self.path.name();
-        let update = self.update;
+        let rate = self.optimizer.rates.iter().find(|(end, _)| path.ends_with(end)).map_or(1.0, |(_, rate)| *rate);
+        let update = Update { lr: self.update.lr * rate, ..self.update };
         match self.optimizer.config.clone() {
             OptimizerConfig::Adamw(config) => self.optimizer.adamw(path, value, grad, &config, update),
             OptimizerConfig::Muon(muon) if D == 2 && path.starts_with("layers.") => {

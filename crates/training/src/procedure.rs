@@ -11,6 +11,7 @@ use crate::TrainError;
 use crate::bilevel::{Bilevel, BilevelConfig};
 use crate::config::TrainingConfig;
 use crate::evaluate::Batches;
+use crate::fusion::{Fusion, FusionConfig};
 use crate::optimizer::Optimizer;
 use crate::picture::Png;
 use crate::standard::{Standard, StandardConfig};
@@ -23,6 +24,8 @@ pub enum ProcedureConfig {
     Standard(StandardConfig),
     /// FocuSFT: fast weights are adapted to each batch first, then thrown away (arXiv 2605.09932).
     Bilevel(BilevelConfig),
+    /// Decoupled-Head Attention: the heads of each group are led together (arXiv 2406.06567).
+    Fusion(FusionConfig),
 }
 
 impl Default for ProcedureConfig {
@@ -42,6 +45,7 @@ impl ProcedureConfig {
             Self::Bilevel(config) => {
                 config.validate().map_err(|(field, problem)| (format!("bilevel.{field}"), problem))
             }
+            Self::Fusion(config) => config.validate().map_err(|(field, problem)| (format!("fusion.{field}"), problem)),
         }
     }
 
@@ -50,10 +54,10 @@ impl ProcedureConfig {
     /// # Errors
     /// If the state is not one of this procedure's.
     pub fn build(&self, parts: Parts<'_>, state: &serde_json::Value) -> Result<Box<dyn Procedure>, TrainError> {
-        let _ = state; // these procedures have none
         match self {
             Self::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
             Self::Bilevel(config) => Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training))),
+            Self::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
         }
     }
 }
