@@ -5,8 +5,10 @@ mod accumulation;
 #[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
 mod cli;
+mod convert;
 mod finetune;
 mod golden;
+mod golden_dha;
 mod golden_gaam;
 mod golden_hf;
 mod golden_hilo;

@@ -30,6 +30,12 @@ impl LayerCache {
         self.len() == 0
     }
 
+    /// How many numbers are kept per token of a row of the batch.
+    pub fn numbers_per_token(&self) -> usize {
+        let numbers = |room: &Tensor<4>| room.dims()[1] * room.dims()[3];
+        self.kept.as_ref().map_or(0, |kept| numbers(&kept.keys) + numbers(&kept.values))
+    }
+
     /// Appends this call's keys and values and gives all of them back.
     ///
     /// # Shapes

@@ -12,6 +12,7 @@
 mod adapter;
 mod cache;
 mod config;
+mod decoupled_head;
 mod gaussian_adaptive;
 mod grouped_differential;
 mod hilo;
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, LayerCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount};
+pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
 pub use gaussian_adaptive::{
     GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, MixtureGate,
     MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit, importance_factor,
@@ -178,4 +180,6 @@ mechanisms! {
     grouped_differential => GroupedDifferential, GroupedDifferentialConfig;
     /// Mixture-of-Head attention: at each position a router chooses which heads are computed.
     mixture_of_head => MixtureOfHead, MixtureOfHeadConfig;
+    /// Decoupled-Head Attention: each layer has its own key heads and value heads, shared by maps of their own.
+    decoupled_head => DecoupledHead, DecoupledHeadConfig;
 }

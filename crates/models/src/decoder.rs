@@ -259,6 +259,26 @@ impl DecoderConfig {
     }
 }
 
+/// What a whole model costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ModelCosts {
+    /// Weights.
+    pub parameters: u64,
+    /// Numbers kept per token while decoding.
+    pub cached_numbers_per_token: u64,
+}
+
+impl DecoderConfig {
+    /// The sums over all [`parts`](Self::parts).
+    pub fn costs(&self, vocab_size: usize) -> ModelCosts {
+        let add = |sum: ModelCosts, part: Part| ModelCosts {
+            parameters: sum.parameters + part.cost.parameters,
+            cached_numbers_per_token: sum.cached_numbers_per_token + part.cost.cached_numbers_per_token,
+        };
+        self.parts(vocab_size).into_iter().fold(ModelCosts::default(), add)
+    }
+}
+
 /// The token embedding.
 #[derive(Module, Debug)]
 pub struct Embedding {

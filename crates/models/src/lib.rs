@@ -15,6 +15,7 @@ mod loss;
 mod per_layer;
 mod pooling;
 mod rope_scaling;
+pub mod surgery;
 #[cfg(test)]
 mod testing;
 mod trained;
@@ -22,7 +23,7 @@ pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
-pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, NormKind, Part, Pass, Precision};
+pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,

@@ -1,10 +1,11 @@
 //! What a model is told about a batch: the loss to minimise, and the sums that evaluation adds up.
 
 use burn::tensor::Tensor;
+use burn::tensor::activation::log_softmax;
 use polyhead_attention::{Observation, Observe};
 use polyhead_kernels::{CrossEntropy, Targets, cross_entropy};
 
-use crate::{Batch, ContextMask, Decoder, Pass};
+use crate::{Batch, ContextMask, Decoder, IGNORE, Pass};
 
 /// The training loss of one batch, with its named terms.
 #[derive(Debug)]
@@ -87,6 +88,18 @@ impl Decoder {
             targets: batch.target_tokens(),
             bytes: batch.target_bytes,
         }
+    }
+
+    /// Nats, summed over the targets: the Kullback-Leibler divergence of `other`'s predictions from this model's.
+    pub fn divergence(&self, other: &Self, batch: &Batch) -> f64 {
+        let log_probabilities = |model: &Self| {
+            let mask = batch.mask(ContextMask::Causal);
+            log_softmax(model.logits(model.pass(model.tokens(batch), Pass::new(&mask)).hidden), 2)
+        };
+        let (own, others) = (log_probabilities(self), log_probabilities(other));
+        let each = (own.clone().exp() * (own - others)).sum_dim(2).into_data(); // [batch, seq, 1]
+        let counts = batch.targets.iter().map(|&target| target != IGNORE);
+        each.iter::<f64>().zip(counts).filter(|(_, counts)| *counts).map(|(nats, _)| nats).sum()
     }
 
     /// What `hidden`, `[batch, seq, d_model]` and normalised, predicts of the targets.

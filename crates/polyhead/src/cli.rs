@@ -108,7 +108,20 @@ Examples:
         /// A folder that does not exist yet.
         #[arg(long)]
         to: PathBuf,
+        /// Repeat decoupled heads, so that any software that knows LLaMA loads the same function; nothing is saved then.
+        #[arg(long)]
+        expanded: bool,
     },
+    /// Turn a trained model into a leaner one, without training.
+    ///
+    /// Prints parameters, bytes of cache per token, loss, perplexity and divergence before and after, and writes a run folder
+    /// that `model.pretrained` of a recipe goes on from.
+    #[command(after_help = "\
+Examples:
+  polyhead convert checkpoints/run --to grouped_query --kv-heads 2 --out checkpoints/gqa
+  polyhead convert checkpoints/run --to decoupled_head --kv-budget 0.25 --out checkpoints/dha
+  polyhead convert llama-folder --to grouped_query --kv-heads 4 --pool norm_restoring --text book.txt --out checkpoints/gqa")]
+    Convert(crate::commands::convert::ConvertArgs),
     /// Write the logits of given tokens, for comparing with other software.
     Logits {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::import::transpose;
 use super::names::{Family, Layout};
+use crate::surgery::{SurgeryError, standard_grouped};
 use crate::weights::{Named, WeightsError, named, to_safetensors};
 use crate::{Decoder, DecoderConfig, MlpKind, NormKind, PerLayer, RopeScaling};
 
@@ -45,6 +46,13 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
         return unsupported("model.decoder.rope = false: the formats that can be written all rotate positions");
     }
     let first = config.mechanism(0);
+    if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::DecoupledHead(_))) {
+        let refused = |error: SurgeryError| ExportError::Unsupported(error.to_string());
+        if let Some(grouped) = standard_grouped(model).map_err(refused)? {
+            return export(&grouped, options);
+        }
+        return files(model, Family::DecoupledHead, decoupled_config(model, options)?, options);
+    }
     if (0..config.n_layers).any(|layer| config.mechanism(layer) != first)
         || matches!(config.attention, PerLayer::Each(_))
     {
@@ -58,8 +66,18 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
                 "mixture_of_head: the format has no such model; model.safetensors of the checkpoint holds it",
             );
         }
+        AttentionConfig::DecoupledHead(_) => unreachable!("written above"),
     };
-    let tensors = placed(named(model), config, family);
+    files(model, family, json, options)
+}
+
+fn files(
+    model: &Decoder,
+    family: Family,
+    json: Value,
+    options: ExportOptions,
+) -> Result<Vec<(String, Vec<u8>)>, ExportError> {
+    let tensors = placed(named(model), model.config(), family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
     let generation =
         json!({ "bos_token_id": options.end_of_text, "eos_token_id": options.end_of_text, "do_sample": true });
@@ -165,6 +183,33 @@ fn softmax_config(
         (Family::Llama, json!({ "attention_bias": qkv_bias, "mlp_bias": false }))
     };
     Ok((family, with(with(common(model, family, options), heads), more)))
+}
+
+/// The settings of decoupled heads, as nobody else writes them: LLaMA's, and for each layer which key head and which value
+/// head every query head reads.
+fn decoupled_config(model: &Decoder, options: ExportOptions) -> Result<Value, ExportError> {
+    let config = model.config();
+    let gated = (config.norm, config.mlp) == (NormKind::Rms, MlpKind::Swiglu);
+    if !gated || config.parallel_residual || config.rope_fraction != 1.0 {
+        let problem =
+            "decoupled heads are written in LLaMA's form only; --expanded writes them as heads of the parent's form";
+        return Err(ExportError::Unsupported(problem.into()));
+    }
+    let mut layers = Vec::new();
+    for layer in 0..config.n_layers {
+        match config.mechanism(layer) {
+            AttentionConfig::DecoupledHead(heads) => layers.push(heads),
+            _ => {
+                return Err(ExportError::Unsupported("decoupled heads in some layers only: no format has both".into()));
+            }
+        }
+    }
+    let more = json!({
+        "num_attention_heads": layers[0].n_heads,
+        "dha_key_map": layers.iter().map(|layer| &layer.key_map).collect::<Vec<_>>(),
+        "dha_value_map": layers.iter().map(|layer| &layer.value_map).collect::<Vec<_>>(),
+    });
+    Ok(with(common(model, Family::DecoupledHead, options), more))
 }
 
 fn motif_config(

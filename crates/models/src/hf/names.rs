@@ -17,6 +17,8 @@ pub enum Family {
     GptNeox,
     /// `MotifForCausalLM`: grouped differential attention; written only
     Motif,
+    /// Decoupled heads under LLaMA's names, the maps in config.json; written only, and known to no other software
+    DecoupledHead,
 }
 
 /// How the values of a parameter lie in the files.
@@ -50,6 +52,7 @@ impl Family {
             Self::Qwen3 => "Qwen3ForCausalLM",
             Self::GptNeox => "GPTNeoXForCausalLM",
             Self::Motif => "MotifForCausalLM",
+            Self::DecoupledHead => "DecoupledHeadForCausalLM",
         }
     }
 
@@ -62,6 +65,7 @@ impl Family {
             Self::Qwen3 => "qwen3",
             Self::GptNeox => "gpt_neox",
             Self::Motif => "motif",
+            Self::DecoupledHead => "decoupled_head",
         }
     }
 

@@ -1,5 +1,6 @@
 //! The verbs. Standard output is data, standard error is talk.
 
+pub mod convert;
 mod inspect;
 mod long_context;
 mod plan;
@@ -35,7 +36,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Eval(args) if !args.task.is_empty() => long_context::eval(&args),
         Command::Eval(args) => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
         Command::Generate(args) => trained::generate(&args),
-        Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
+        Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
+        Command::Convert(args) => convert::convert(&args),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
         Command::Doctor => inspect::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {

@@ -10,6 +10,7 @@ use polyhead_attention::{Mask, Observe};
 use polyhead_data::chat::chat_template;
 use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
+use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_models::{Decoder, Evaluated, Sampling};
 use polyhead_training::run_folder::atomic_write;
@@ -147,9 +148,12 @@ pub fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Resu
 }
 
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
-pub fn export(checkpoint: &Path, to: &Path) -> Result<(), Failure> {
+pub fn export(checkpoint: &Path, to: &Path, expanded: bool) -> Result<(), Failure> {
     must_not_exist(to)?;
-    let trained = assemble::open_trained(checkpoint, Some("flex"))?;
+    let mut trained = assemble::open_trained(checkpoint, Some("flex"))?;
+    if expanded {
+        trained.model = surgery::expanded(&trained.model)?;
+    }
     let end_of_text = trained.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
     let options = ExportOptions { max_positions: trained.max_positions, end_of_text };
     let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;

@@ -1,0 +1,320 @@
+//! Decoupled-Head Attention (arXiv 2406.06567): every layer has numbers of its own of key heads and of value heads, and
+//! query heads share them by maps of their own.
+//!
+//! ```text
+//! o_h = softmax(q_h k_{mK(h)}ᵀ / sqrt(d)) v_{mV(h)}
+//! ```
+//!
+//! Identity maps are MHA; equal contiguous maps are GQA. The cache holds the heads that there are, not what query heads
+//! make of them. While heads are being *fused*, each query head still has a key and a value head of its own, mixed with
+//! those of its group by an operator that begins as the identity:
+//!
+//! ```text
+//! E_i = sum_j Ω_ij head_j    j in the group of i;    Ω := (1 - a) Ω + a P Ω,  P averages over each group
+//! ```
+//!
+//! Mixing by one number per head and turning by position commute, as all heads turn alike, so that heads are mixed before
+//! they are rotated and a fused head is exact. The authors published no code and the text of their fusion loss could not
+//! be read: the scatter below is a reconstruction, `a` ("anneal") is ours.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_kernels::{AttentionOptions, HeadMap, attention};
+use serde::{Deserialize, Serialize};
+
+use crate::config::require;
+use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::rope::rotate;
+use crate::softmax::check_heads;
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+
+/// Settings of decoupled-head attention. `polyhead convert` finds the maps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DecoupledHeadConfig {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Channels of a head. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// For each query head, which key head it reads: numbers from 0, none left out.
+    pub key_map: Vec<usize>,
+    /// For each query head, which value head it reads: numbers from 0, none left out.
+    pub value_map: Vec<usize>,
+    /// Biases on the query, key and value projections. Default: false.
+    #[serde(default)]
+    pub qkv_bias: bool,
+    /// A bias on the output projection. Default: false.
+    #[serde(default)]
+    pub o_bias: bool,
+    /// Whether the heads of a group are still to be fused: each query head has heads of its own then, mixed within the
+    /// groups of the maps. Default: false.
+    #[serde(default)]
+    pub fusing: bool,
+}
+
+impl DecoupledHeadConfig {
+    /// Key heads and value heads that the maps lead to.
+    pub fn fused_heads(&self) -> [usize; 2] {
+        [&self.key_map, &self.value_map].map(|map| map.iter().max().map_or(0, |last| last + 1))
+    }
+
+    /// Key heads and value heads that the layer has: as many as query heads while they are fused.
+    fn heads(&self) -> [usize; 2] {
+        if self.fusing { [self.n_heads; 2] } else { self.fused_heads() }
+    }
+}
+
+impl MechanismConfig for DecoupledHeadConfig {
+    type Layer = DecoupledHead;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        check_heads(self.n_heads, self.head_dim, dims)?;
+        for (field, map) in [("key_map", &self.key_map), ("value_map", &self.value_map)] {
+            require(map.len() == self.n_heads, field, || {
+                format!("{field} has {} entries for n_heads ({}): give one per query head", map.len(), self.n_heads)
+            })?;
+            let heads = map.iter().max().map_or(0, |last| last + 1);
+            let unread = (0..heads).find(|head| !map.contains(head));
+            require(unread.is_none(), field, || {
+                format!(
+                    "{field} leaves out head {}: heads are numbered from 0 without gaps",
+                    unread.unwrap_or_default()
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> DecoupledHead {
+        let (d_model, width, [keys, values]) = (dims.d_model, self.head_dim(dims), self.heads());
+        let project = |d_output| linear(d_model, d_output, self.qkv_bias, INIT_STD, device);
+        let mut layer = DecoupledHead {
+            q_proj: project(self.n_heads * width),
+            k_proj: project(keys * width),
+            v_proj: project(values * width),
+            o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
+            fusion: None,
+            key_map: self.key_map.clone(),
+            value_map: self.value_map.clone(),
+        };
+        if self.fusing {
+            let energy = [energy(&layer.k_proj), energy(&layer.v_proj)];
+            layer.fusion = Some(Fusion::identity(self.n_heads, Tensor::cat(energy.to_vec(), 0)));
+        }
+        layer
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.head_dim.unwrap_or(dims.d_model / self.n_heads.max(1))
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
+        let (heads, [keys, values]) = (self.n_heads as u64, self.heads().map(|heads| heads as u64));
+        let weights = d_model * width * (2 * heads + keys + values);
+        let counted = |present: bool, parameters: u64| if present { parameters } else { 0 };
+        let biases = counted(self.qkv_bias, width * (heads + keys + values)) + counted(self.o_bias, d_model);
+        Cost {
+            parameters: weights + biases + counted(self.fusing, 2 * heads * heads + 3),
+            flops_per_token: 2 * weights + counted(self.fusing, 4 * heads * heads * width),
+            flops_per_pair: 4 * heads * width,
+            cached_numbers_per_token: (keys + values) * width,
+        }
+    }
+
+    fn example() -> Self {
+        Self {
+            n_heads: 4,
+            head_dim: None,
+            key_map: vec![0, 1, 0, 2],
+            value_map: vec![0, 0, 1, 0],
+            qkv_bias: true,
+            o_bias: true,
+            fusing: false,
+        }
+    }
+}
+
+/// A layer of decoupled-head attention.
+#[derive(Module, Debug)]
+pub struct DecoupledHead {
+    /// `[d_model, n_heads * head_dim]`
+    pub q_proj: Linear,
+    /// `[d_model, key heads * head_dim]`
+    pub k_proj: Linear,
+    /// `[d_model, value heads * head_dim]`
+    pub v_proj: Linear,
+    /// `[n_heads * head_dim, d_model]`
+    pub o_proj: Linear,
+    /// Only while heads are fused.
+    pub fusion: Option<Fusion>,
+    #[module(skip)]
+    key_map: Vec<usize>,
+    #[module(skip)]
+    value_map: Vec<usize>,
+}
+
+/// How the heads of each group are mixed while they are fused.
+#[derive(Module, Debug)]
+pub struct Fusion {
+    /// `[n_heads * n_heads]`, row-major: Ω of the keys. A vector, so that it does not decay towards nothing.
+    pub key_operator: Param<Tensor<1>>,
+    /// `[n_heads * n_heads]`, row-major: Ω of the values.
+    pub value_operator: Param<Tensor<1>>,
+    /// `[1]`: how far every operator is pulled to the average of its group, 0 to 1. Set, not learnt.
+    pub anneal: Param<Tensor<1>>,
+    /// `[2]`: Z, the squared norms of the key and value projections when fusion began. Not learnt.
+    pub energy: Param<Tensor<1>>,
+}
+
+impl Fusion {
+    /// Every head as it is. `energy`: `[2]`, the squared norms of the key and value projections.
+    pub fn identity(n_heads: usize, energy: Tensor<1>) -> Self {
+        let device = energy.device();
+        let operator = || Param::from_tensor(Tensor::<2>::eye(n_heads, &device).reshape([n_heads * n_heads]));
+        let fixed = |value: Tensor<1>| Param::from_tensor(value.detach()).set_require_grad(false);
+        Self {
+            key_operator: operator(),
+            value_operator: operator(),
+            anneal: fixed(Tensor::zeros([1], &device)),
+            energy: fixed(energy),
+        }
+    }
+}
+
+/// `[1]`: the squared norm of a projection, its bias included.
+pub fn energy(projection: &Linear) -> Tensor<1> {
+    let square = |tensor: Tensor<1>| tensor.square().sum();
+    let [inputs, outputs] = projection.weight.dims();
+    let weight = square(projection.weight.val().reshape([inputs * outputs]));
+    projection.bias.iter().fold(weight, |sum, bias| sum + square(bias.val()))
+}
+
+impl DecoupledHead {
+    /// For each query head, its key head and its value head.
+    pub fn maps(&self) -> [&[usize]; 2] {
+        [&self.key_map, &self.value_map]
+    }
+
+    /// Sets how far operators are pulled to the average of their groups; without effect where nothing is fused.
+    pub fn set_anneal(&mut self, share: f64) {
+        if let Some(fusion) = &mut self.fusion {
+            let value = Tensor::from_floats([share as f32], &fusion.anneal.val().device());
+            fusion.anneal = Param::from_tensor(value).set_require_grad(false);
+        }
+    }
+
+    /// `[n_heads, n_heads]` each: the operators of keys and values as they act, groups and annealing considered.
+    pub fn operators(&self) -> Option<[Tensor<2>; 2]> {
+        let fusion = self.fusion.as_ref()?;
+        let act = |operator: &Param<Tensor<1>>, map: &[usize]| {
+            let n_heads = map.len();
+            let within = same_group(map, |_| 1.0, &operator.val().device());
+            let average = average(map, &operator.val().device());
+            let operator = operator.val().reshape([n_heads, n_heads]) * within;
+            let anneal = fusion.anneal.val().unsqueeze::<2>();
+            let averaged = average.matmul(operator.clone());
+            operator.clone() + (averaged - operator) * anneal
+        };
+        Some([act(&fusion.key_operator, &self.key_map), act(&fusion.value_operator, &self.value_map)])
+    }
+
+    /// `[1]` each: what is left to fuse of keys and values, `sum_i |E_i - mean of i's group|² / Z`. 0 means that the heads
+    /// of a group act as one.
+    pub fn scatter(&self) -> Option<[Tensor<1>; 2]> {
+        let fusion = self.fusion.as_ref()?;
+        let [keys, values] = self.operators()?;
+        let of = |projection: &Linear, operator: Tensor<2>, map: &[usize], at: usize| {
+            let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
+            let centre = average(map, &mixed.device()).matmul(mixed.clone());
+            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1)
+        };
+        Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
+    }
+
+    fn observe(&self) -> Vec<(&'static str, Tensor<1>)> {
+        let Some([keys, values]) = self.scatter() else { return Vec::new() };
+        vec![("key_scatter", keys.detach()), ("value_scatter", values.detach())]
+    }
+}
+
+/// `[n_heads, numbers of a head]`: the heads of a projection, the bias as one more input.
+fn heads_of(projection: &Linear, n_heads: usize) -> Tensor<2> {
+    let [inputs, outputs] = projection.weight.dims();
+    let width = outputs / n_heads;
+    let weight = projection.weight.val().transpose().reshape([n_heads, width * inputs]);
+    match &projection.bias {
+        Some(bias) => Tensor::cat(vec![weight, bias.val().reshape([n_heads, width])], 1),
+        None => weight,
+    }
+}
+
+/// `[heads, heads]`: `value(size of the group)` where two heads share a group, else 0.
+fn same_group(map: &[usize], value: impl Fn(usize) -> f32, device: &Device) -> Tensor<2> {
+    let size = |label: usize| map.iter().filter(|&&other| other == label).count();
+    let entry = |i: usize, j: usize| if map[i] == map[j] { value(size(map[i])) } else { 0.0 };
+    let n = map.len();
+    let entries: Vec<f32> = (0..n * n).map(|at| entry(at / n, at % n)).collect();
+    Tensor::from_data(TensorData::new(entries, [n, n]), device)
+}
+
+/// `[heads, heads]`: P, which averages over each group.
+fn average(map: &[usize], device: &Device) -> Tensor<2> {
+    same_group(map, |size| 1.0 / size as f32, device)
+}
+
+/// Every head mixed by `operator`: `[batch, heads, seq, width]`.
+fn mix(heads: Tensor<4>, operator: Tensor<2>) -> Tensor<4> {
+    let [batch, n_heads, seq, width] = heads.dims();
+    let operator = operator.unsqueeze::<3>().expand([batch, n_heads, n_heads]);
+    operator.matmul(heads.reshape([batch, n_heads, seq * width])).reshape([batch, n_heads, seq, width])
+}
+
+impl Mechanism for DecoupledHead {
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+        let (adapters, n_heads) = (call.adapters, self.key_map.len());
+        let counts = match &self.fusion {
+            Some(_) => [n_heads; 2],
+            None => self.maps().map(|map| map.iter().max().map_or(0, |last| last + 1)),
+        };
+        let q = split_heads(adapters.project("q_proj", &self.q_proj, hidden.clone()), n_heads);
+        let k = split_heads(adapters.project("k_proj", &self.k_proj, hidden.clone()), counts[0]);
+        let v = split_heads(adapters.project("v_proj", &self.v_proj, hidden), counts[1]);
+        let (k, v) = match self.operators() {
+            Some([keys, values]) => (mix(k, keys), mix(v, values)),
+            None => (k, v),
+        };
+        let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
+        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let (k, v) = match call.cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
+        };
+        let map = |map: &[usize]| if self.fusion.is_some() { HeadMap::Even } else { HeadMap::Each(map.to_vec()) };
+        let options = AttentionOptions {
+            mask: Some(call.mask),
+            query_offset,
+            bias: call.bias.cloned(),
+            keys: map(&self.key_map),
+            values: map(&self.value_map),
+            statistics: call.observe.measure(),
+            ..Default::default()
+        };
+        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
+        let seen = attended.statistics.map(|statistics| {
+            let mut seen = Observation::default();
+            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
+            seen.maps = statistics.weights;
+            for (name, value) in self.observe() {
+                seen.number(name, value);
+            }
+            seen
+        });
+        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
+        let penalty = self.scatter().map(|[keys, values]| (keys + values) / 2.0);
+        Attended { hidden, penalty, seen }
+    }
+}

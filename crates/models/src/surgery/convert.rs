@@ -1,0 +1,414 @@
+//! New models of trained ones: the same weights but for keys and values, whose heads are pooled, mixed or repeated.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use polyhead_attention::{Attention, AttentionConfig, DecoupledHeadConfig, SoftmaxConfig};
+
+use super::heads::{Cell, Heads, Pool};
+use super::search::search;
+use crate::weights::{Named, WeightsError, load, named};
+use crate::{Decoder, DecoderConfig, PerLayer};
+
+/// Why a model cannot be converted.
+#[derive(Debug, thiserror::Error)]
+pub enum SurgeryError {
+    /// A setting or the model does not allow it: what, the rule, the way out.
+    #[error("{0}")]
+    Refused(String),
+    /// The converted weights do not fit the converted model, which would be our mistake.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+}
+
+/// Which query heads share their heads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Grouping {
+    /// The same number of key and of value heads in all layers, each shared by neighbours.
+    Contiguous(usize),
+    /// The same number of key and of value heads in all layers, grouped by likeness.
+    Ward(usize),
+    /// This share of all key and value heads, given to layers by likeness.
+    Budget(f64),
+}
+
+/// Weights by name, on their way from one model to another.
+type Weights = BTreeMap<String, Named>;
+
+fn weights_of(model: &Decoder) -> Weights {
+    named(model).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect()
+}
+
+fn refused<T>(problem: String) -> Result<T, SurgeryError> {
+    Err(SurgeryError::Refused(problem))
+}
+
+fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights) -> Result<Decoder, SurgeryError> {
+    config.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
+    Ok(load(config.init(parent.vocab_size(), &parent.device()), weights)?)
+}
+
+/// The heads of a projection of a layer.
+fn take(weights: &Weights, layer: usize, projection: &str, n: usize) -> Heads {
+    let at = |part: &str| weights.get(&format!("layers.{layer}.attention.{projection}.{part}"));
+    Heads::of(at("weight").unwrap_or_else(|| unreachable!("every layer has a {projection}")), at("bias"), n)
+}
+
+fn put(weights: &mut Weights, layer: usize, projection: &str, heads: &Heads) {
+    let (weight, bias) = heads.projection();
+    for (part, tensor) in [("weight", Some(weight)), ("bias", bias)] {
+        if let Some(tensor) = tensor {
+            let name = format!("layers.{layer}.attention.{projection}.{part}");
+            weights.insert(name.clone(), Named { name, ..tensor });
+        }
+    }
+}
+
+/// The key heads or the value heads of a layer of softmax attention.
+///
+/// # Errors
+/// If the layer is of another kind.
+pub fn heads_of_layer(model: &Decoder, layer: usize, cell: Cell) -> Result<Heads, SurgeryError> {
+    let kv_heads = softmax_of(model, layer)?.kv_heads();
+    Ok(take(&weights_of(model), layer, cell.projection(), kv_heads))
+}
+
+fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
+    match model.config().mechanism(layer) {
+        AttentionConfig::Softmax(softmax) => Ok(softmax),
+        other => refused(format!("layer {layer} has {} attention; softmax attention can be converted", other.name())),
+    }
+}
+
+/// GQA of softmax attention: `kv_heads` key/value heads, each made of neighbours.
+///
+/// # Errors
+/// If the layers are of another kind, or their heads do not divide.
+pub fn group_queries(parent: &Decoder, kv_heads: usize, pool: Pool) -> Result<Decoder, SurgeryError> {
+    let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
+    let mut layers = Vec::new();
+    for layer in 0..config.n_layers {
+        let softmax = softmax_of(parent, layer)?;
+        let before = softmax.kv_heads();
+        if kv_heads == 0 || !before.is_multiple_of(kv_heads) {
+            return refused(format!(
+                "--kv-heads ({kv_heads}) must divide the {before} key/value heads of layer {layer}"
+            ));
+        }
+        for cell in [Cell::Keys, Cell::Values] {
+            let heads = take(&weights, layer, cell.projection(), before);
+            put(&mut weights, layer, cell.projection(), &heads.pooled(&contiguous(before, kv_heads), pool));
+        }
+        layers.push(AttentionConfig::Softmax(SoftmaxConfig { n_kv_heads: Some(kv_heads), ..softmax.clone() }));
+    }
+    config.attention = per_layer(layers);
+    finished(parent, config, weights)
+}
+
+fn contiguous(n: usize, groups: usize) -> Vec<usize> {
+    (0..n).map(|head| head / (n / groups)).collect()
+}
+
+/// One table where all layers are alike.
+fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfig> {
+    match layers.first() {
+        Some(first) if layers.iter().all(|layer| layer == first) => PerLayer::Same(first.clone()),
+        _ => PerLayer::Each(layers),
+    }
+}
+
+/// Key and value labels of every layer, for a parent with as many key/value heads as query heads.
+fn maps(parent: &Decoder, grouping: Grouping) -> Result<Vec<[Vec<usize>; 2]>, SurgeryError> {
+    let (config, weights) = (parent.config(), weights_of(parent));
+    let mut cells = Vec::new();
+    for layer in 0..config.n_layers {
+        let softmax = softmax_of(parent, layer)?;
+        let (heads, kv_heads) = (softmax.n_heads, softmax.kv_heads());
+        if heads != kv_heads {
+            return refused(format!(
+                "layer {layer} has {kv_heads} key/value heads for {heads} query heads; heads can be decoupled where every query \
+                 head still has its own"
+            ));
+        }
+        if softmax.qk_norm {
+            return refused(format!(
+                "layer {layer} normalises its keys (qk_norm): fused heads would not be what they were"
+            ));
+        }
+        cells.extend([Cell::Keys, Cell::Values].map(|cell| take(&weights, layer, cell.projection(), heads)));
+    }
+    let all: usize = cells.iter().map(Heads::len).sum();
+    let labels: Vec<Vec<usize>> = match grouping {
+        Grouping::Contiguous(n) | Grouping::Ward(n) => {
+            let mut labels = Vec::new();
+            for heads in &cells {
+                if n == 0
+                    || n > heads.len()
+                    || matches!(grouping, Grouping::Contiguous(_)) && !heads.len().is_multiple_of(n)
+                {
+                    return refused(format!("--kv-heads ({n}) must divide the {} heads of every layer", heads.len()));
+                }
+                labels.push(match grouping {
+                    Grouping::Ward(_) => {
+                        let merges = heads.agglomerate();
+                        super::heads::labels_after(heads.len(), &merges[..heads.len() - n])
+                    }
+                    _ => contiguous(heads.len(), n),
+                });
+            }
+            labels
+        }
+        Grouping::Budget(share) => {
+            let budget = (share * all as f64).round() as usize;
+            if !(share > 0.0 && share <= 1.0) || budget < cells.len() {
+                let least = cells.len() as f64 / all as f64;
+                return refused(format!("--kv-budget ({share}) must be {least:.4} (one head each) to 1"));
+            }
+            search(&cells, budget)
+        }
+    };
+    Ok(labels.chunks(2).map(|pair| [pair[0].clone(), pair[1].clone()]).collect())
+}
+
+fn decoupled_config(softmax: &SoftmaxConfig, maps: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
+    DecoupledHeadConfig {
+        n_heads: softmax.n_heads,
+        head_dim: softmax.head_dim,
+        key_map: maps[0].clone(),
+        value_map: maps[1].clone(),
+        qkv_bias: softmax.qkv_bias,
+        o_bias: softmax.o_bias,
+        fusing,
+    }
+}
+
+/// Decoupled heads of softmax attention, each pooled from a group.
+///
+/// # Errors
+/// If query heads share heads already, or the grouping does not fit.
+pub fn decouple(parent: &Decoder, grouping: Grouping, pool: Pool) -> Result<Decoder, SurgeryError> {
+    let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
+    let mut layers = Vec::new();
+    for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
+        let softmax = softmax_of(parent, layer)?;
+        for (cell, labels) in [Cell::Keys, Cell::Values].into_iter().zip(&maps) {
+            let heads = take(&weights, layer, cell.projection(), softmax.n_heads);
+            put(&mut weights, layer, cell.projection(), &heads.pooled(labels, pool));
+        }
+        layers.push(AttentionConfig::DecoupledHead(decoupled_config(softmax, &maps, false)));
+    }
+    config.attention = per_layer(layers);
+    finished(parent, config, weights)
+}
+
+/// The parent with operators that are the identity: the same function to the bit, ready to be fused.
+///
+/// # Errors
+/// As [`decouple`].
+pub fn begin_fusion(parent: &Decoder, grouping: Grouping) -> Result<Decoder, SurgeryError> {
+    let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
+    let mut layers = Vec::new();
+    for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
+        let softmax = softmax_of(parent, layer)?;
+        layers.push(AttentionConfig::DecoupledHead(decoupled_config(softmax, &maps, true)));
+        let Attention::Softmax(attention) = &parent.layers[layer].attention else { continue };
+        let energy = [&attention.k_proj, &attention.v_proj].map(polyhead_attention::energy);
+        let fusion = polyhead_attention::Fusion::identity(softmax.n_heads, Tensor::cat(energy.to_vec(), 0));
+        for tensor in named(&fusion) {
+            let name = format!("layers.{layer}.attention.fusion.{}", tensor.name);
+            weights.insert(name.clone(), Named { name, ..tensor });
+        }
+    }
+    config.attention = per_layer(layers);
+    finished(parent, config, weights)
+}
+
+/// The model with every group fused into one head by the mean of its operators' rows. Nothing changes where the scatter is
+/// 0.
+///
+/// # Errors
+/// If nothing is being fused.
+pub fn collapse(fused: &Decoder) -> Result<Decoder, SurgeryError> {
+    let (mut config, mut weights) = (fused.config().clone(), weights_of(fused));
+    let mut layers = Vec::new();
+    for (layer, block) in fused.layers.iter().enumerate() {
+        let (AttentionConfig::DecoupledHead(old), Attention::DecoupledHead(attention)) =
+            (config.mechanism(layer), &block.attention)
+        else {
+            return refused(format!(
+                "layer {layer} has {} attention: nothing is fused",
+                config.mechanism(layer).name()
+            ));
+        };
+        let Some(operators) = attention.operators() else {
+            return refused(format!("the heads of layer {layer} are fused already"));
+        };
+        for ((cell, labels), operator) in [Cell::Keys, Cell::Values].into_iter().zip(attention.maps()).zip(operators) {
+            let operator: Vec<f64> = operator.into_data().iter::<f64>().collect();
+            let heads = take(&weights, layer, cell.projection(), old.n_heads);
+            put(&mut weights, layer, cell.projection(), &heads.collapsed(labels, &operator));
+        }
+        weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
+        layers.push(AttentionConfig::DecoupledHead(DecoupledHeadConfig { fusing: false, ..old.clone() }));
+    }
+    config.attention = per_layer(layers);
+    finished(fused, config, weights)
+}
+
+/// The same function with a key and a value head for every query head: decoupled heads are repeated.
+///
+/// # Errors
+/// If a layer has other attention, or is still being fused.
+pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
+    let (mut config, mut weights) = (model.config().clone(), weights_of(model));
+    let mut layers = Vec::new();
+    for layer in 0..config.n_layers {
+        let decoupled = whole(&config, layer)?;
+        let maps = [&decoupled.key_map, &decoupled.value_map];
+        for ((cell, map), n) in [Cell::Keys, Cell::Values].into_iter().zip(maps).zip(decoupled.fused_heads()) {
+            let heads = take(&weights, layer, cell.projection(), n);
+            put(&mut weights, layer, cell.projection(), &heads.reordered(map));
+        }
+        layers.push(AttentionConfig::Softmax(softmax_config(decoupled, None)));
+    }
+    config.attention = per_layer(layers);
+    finished(model, config, weights)
+}
+
+fn softmax_config(decoupled: &DecoupledHeadConfig, n_kv_heads: Option<usize>) -> SoftmaxConfig {
+    let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
+    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm: false }
+}
+
+fn whole(config: &DecoderConfig, layer: usize) -> Result<&DecoupledHeadConfig, SurgeryError> {
+    match config.mechanism(layer) {
+        AttentionConfig::DecoupledHead(decoupled) if !decoupled.fusing => Ok(decoupled),
+        AttentionConfig::DecoupledHead(_) => refused(format!(
+            "the heads of layer {layer} are still being fused: collapse them with convert --to decoupled_head"
+        )),
+        other => refused(format!("layer {layer} has {} attention: there are no decoupled heads", other.name())),
+    }
+}
+
+/// The same function as standard GQA, its query heads reordered, where the maps of every layer are equal and their groups
+/// too; `None` where they are not.
+///
+/// # Errors
+/// As [`expanded`].
+pub fn standard_grouped(model: &Decoder) -> Result<Option<Decoder>, SurgeryError> {
+    let (mut config, mut weights) = (model.config().clone(), weights_of(model));
+    let mut layers = Vec::new();
+    for layer in 0..config.n_layers {
+        let decoupled = whole(&config, layer)?;
+        let (n_heads, map, [groups, _]) = (decoupled.n_heads, &decoupled.key_map, decoupled.fused_heads());
+        let equal = (0..groups).all(|group| map.iter().filter(|&&label| label == group).count() * groups == n_heads);
+        if *map != decoupled.value_map || !equal {
+            return Ok(None);
+        }
+        let mut order: Vec<usize> = (0..n_heads).collect();
+        order.sort_by_key(|&head| (map[head], head));
+        let queries = take(&weights, layer, "q_proj", n_heads);
+        put(&mut weights, layer, "q_proj", &queries.reordered(&order));
+        let name = format!("layers.{layer}.attention.o_proj.weight");
+        if let Some(tensor) = weights.get_mut(&name) {
+            let head = tensor.values.len() / n_heads;
+            tensor.values =
+                order.iter().flat_map(|&from| tensor.values[from * head..(from + 1) * head].to_vec()).collect();
+        }
+        layers.push(AttentionConfig::Softmax(softmax_config(decoupled, Some(groups))));
+    }
+    config.attention = per_layer(layers);
+    finished(model, config, weights).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::{Device, Int, Tolerance};
+    use polyhead_attention::{Mask, Observe};
+
+    use super::*;
+
+    /// Two layers of four heads with weights from a wave: the same in every run, and large enough to attend sharply.
+    fn parent() -> Decoder {
+        let attention = serde_json::json!({ "softmax": { "n_heads": 4, "qkv_bias": true } });
+        let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": attention });
+        let config: DecoderConfig = serde_json::from_value(config).unwrap();
+        let model = config.init(11, &Device::flex());
+        let wave = |tensor: Named| {
+            let seed = tensor.name.bytes().map(f32::from).sum::<f32>();
+            let values = (0..tensor.values.len()).map(|at| 0.5 * (at as f32 * 1.7 + seed).sin()).collect();
+            (tensor.name.clone(), Named { values, ..tensor })
+        };
+        load(model.clone(), named(&model).into_iter().map(wave).collect()).unwrap()
+    }
+
+    fn logits(model: &Decoder) -> Tensor<3> {
+        let tokens = Tensor::<2, Int>::from_ints([[1, 2, 3, 4, 5, 6, 7]], &model.device());
+        model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden)
+    }
+
+    fn same(a: &Decoder, b: &Decoder) {
+        logits(a).into_data().assert_approx_eq::<f32>(&logits(b).into_data(), Tolerance::absolute(2e-5));
+    }
+
+    #[test]
+    fn the_whole_budget_is_the_parent_and_neighbours_are_gqa() {
+        let parent = parent();
+        same(&decouple(&parent, Grouping::Budget(1.0), Pool::Mean).unwrap(), &parent);
+        let grouped = group_queries(&parent, 2, Pool::NormRestoring).unwrap();
+        let decoupled = decouple(&parent, Grouping::Contiguous(2), Pool::NormRestoring).unwrap();
+        same(&grouped, &decoupled);
+        same(&standard_grouped(&decoupled).unwrap().unwrap(), &grouped);
+        let difference: f32 = (logits(&grouped) - logits(&parent)).abs().max().into_scalar();
+        assert!(difference > 1e-2, "pooling must be visible");
+    }
+
+    #[test]
+    fn groups_that_are_no_neighbours_become_gqa_in_another_order() {
+        let parent = parent();
+        let grouped = decouple(&parent, Grouping::Contiguous(2), Pool::Mean).unwrap();
+        // Heads 0 and 3 share, 1 and 2 share: labels by hand.
+        let (mut config, weights) = (grouped.config().clone(), weights_of(&grouped));
+        let AttentionConfig::DecoupledHead(mut heads) = config.mechanism(0).clone() else { panic!() };
+        (heads.key_map, heads.value_map) = (vec![0, 1, 1, 0], vec![0, 1, 1, 0]);
+        config.attention = PerLayer::Same(AttentionConfig::DecoupledHead(heads));
+        let shuffled = load(config.init(11, &parent.device()), weights).unwrap();
+        same(&standard_grouped(&shuffled).unwrap().unwrap(), &shuffled);
+        same(&expanded(&shuffled).unwrap(), &shuffled);
+    }
+
+    #[test]
+    fn budgets_are_kept_and_maps_that_differ_are_no_gqa() {
+        let parent = parent();
+        let lean = decouple(&parent, Grouping::Budget(0.4), Pool::Mean).unwrap();
+        let heads = |layer| match lean.config().mechanism(layer) {
+            AttentionConfig::DecoupledHead(heads) => heads.fused_heads().iter().sum::<usize>(),
+            _ => 0,
+        };
+        assert_eq!(heads(0) + heads(1), 6);
+        assert!(standard_grouped(&lean).unwrap().is_none());
+        same(&expanded(&lean).unwrap(), &lean);
+        assert!(decouple(&lean, Grouping::Budget(0.4), Pool::Mean).is_err());
+    }
+
+    #[test]
+    fn fusion_begins_as_the_parent_and_collapses_without_a_change() {
+        let parent = parent();
+        let mut fusing = begin_fusion(&parent, Grouping::Budget(0.4)).unwrap();
+        logits(&fusing).into_data().assert_eq(&logits(&parent).into_data(), true);
+        for layer in &mut fusing.layers {
+            if let Attention::DecoupledHead(heads) = &mut layer.attention {
+                heads.set_anneal(1.0);
+                for cell in heads.scatter().unwrap() {
+                    assert!(cell.into_scalar::<f32>() < 1e-9);
+                }
+            }
+        }
+        let collapsed = collapse(&fusing).unwrap();
+        same(&collapsed, &fusing);
+        // What averaging operators that are the identity leaves is the mean of the heads.
+        same(&collapsed, &decouple(&parent, Grouping::Budget(0.4), Pool::Mean).unwrap());
+        assert!(collapse(&collapsed).is_err());
+    }
+}

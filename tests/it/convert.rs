@@ -1,0 +1,125 @@
+//! Trained models turned into leaner ones.
+
+use crate::world::{SMALL, World};
+
+const SOFTMAX: &str = "[model.decoder.attention.softmax]\nn_heads = 4\n";
+
+/// A trained run of softmax attention, `parent`, and the recipe's part behind the model.
+fn world() -> (World, String) {
+    let (before, rest) = SMALL.split_once("[model.decoder.attention").unwrap();
+    let rest = format!("[data.markov]{}", rest.split_once("[data.markov]").unwrap().1);
+    let world = World::new(&format!("{before}{SOFTMAX}{rest}"));
+    world.succeeds(&["train", "recipe.toml", "optimizer.adamw.lr=3e-2", "--out", "parent"]);
+    (world, rest)
+}
+
+/// The logits of a few tokens, as bytes.
+fn logits(world: &World, model: &str) -> Vec<f32> {
+    let file = format!("logits-{}.safetensors", model.replace('/', "-"));
+    world.succeeds(&["logits", model, "--tokens", "1,2,3,0,5,4,1", "--out", &file]);
+    let path = world.dir.path().join(file);
+    polyhead_models::weights::TensorFiles::open(&[path]).unwrap().values("logits").unwrap()
+}
+
+fn close(a: &[f32], b: &[f32]) {
+    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(a.len() == b.len() && worst < 1e-5, "off by {worst}");
+}
+
+/// A line of the printed table, as before and after.
+fn row(out: &str, name: &str) -> [f64; 2] {
+    let line = out.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {out}"));
+    let numbers: Vec<f64> =
+        line.split_whitespace().rev().take(2).map(|n| n.replace(',', "").parse().unwrap()).collect();
+    [numbers[1], numbers[0]]
+}
+
+#[test]
+fn fewer_key_and_value_heads() {
+    let (world, rest) = world();
+    for pool in ["mean", "first", "norm_restoring", "ward"] {
+        let out = format!("gqa-{pool}");
+        let args = ["convert", "parent", "--to", "grouped_query", "--kv-heads", "2", "--pool", pool, "--out", &out];
+        let (table, _) = world.succeeds(&args);
+        let [before, after] = row(&table, "KV bytes per token, measured");
+        assert_eq!(after, before / 2.0, "{table}");
+        assert_eq!(row(&table, "KV bytes per token, computed"), [before, after]);
+        world.succeeds(&["eval", &out]);
+    }
+    let (table, _) =
+        world.succeeds(&["convert", "parent", "--to", "grouped_query", "--kv-heads", "4", "--out", "same"]);
+    let [before, after] = row(&table, "loss");
+    assert_eq!(before, after, "{table}");
+    std::fs::write(world.dir.path().join("child.toml"), format!("[model]\npretrained = \"gqa-mean\"\n{rest}")).unwrap();
+    world.succeeds(&["train", "child.toml", "--out", "child"]);
+    world.succeeds(&["export", "child", "--to", "exported"]);
+    close(&logits(&world, "child"), &logits(&world, "exported"));
+    assert!(
+        world
+            .fails(2, &["convert", "parent", "--to", "grouped_query", "--kv-heads", "3", "--out", "x"])
+            .contains("must divide")
+    );
+    assert!(world.fails(2, &["convert", "parent", "--to", "grouped_query", "--out", "x"]).contains("--kv-heads"));
+    assert!(
+        world
+            .fails(2, &["convert", "parent", "--to", "decoupled_head", "--kv-budget", "0.1", "--out", "x"])
+            .contains("0.2500")
+    );
+    assert!(
+        world
+            .fails(2, &["convert", "gqa-mean", "--to", "decoupled_head", "--kv-budget", "0.5", "--out", "x"])
+            .contains("own")
+    );
+    assert!(!world.dir.path().join("x").exists());
+}
+
+#[test]
+fn decoupled_heads_are_written_expanded_and_fused() {
+    let (world, rest) = world();
+    let convert =
+        |from: &str, more: &[&str]| world.succeeds(&[&["convert", from, "--to", "decoupled_head"], more].concat()).0;
+    let table = convert("parent", &["--kv-budget", "0.4", "--out", "dha"]);
+    let [before, after] = row(&table, "KV bytes per token, measured");
+    assert_eq!(after, before * 6.0 / 16.0, "6 of 16 heads: {table}");
+    for file in ["keys_cka", "values_cosine", "keys_distance"] {
+        assert!(world.read(&format!("dha/similarity/{file}.png")).starts_with(b"\x89PNG"));
+    }
+    world.succeeds(&["export", "dha", "--to", "expanded", "--expanded"]);
+    close(&logits(&world, "dha"), &logits(&world, "expanded"));
+    world.succeeds(&["export", "dha", "--to", "native"]);
+    let config = String::from_utf8(world.read("native/config.json")).unwrap();
+    assert!(config.contains("dha_key_map"), "{config}");
+
+    // Fusion starts as the parent to the bit, and ends where every group acts as one head.
+    convert("parent", &["--kv-budget", "0.4", "--fusing", "--out", "fusing"]);
+    assert_eq!(logits(&world, "parent"), logits(&world, "fusing"));
+    let err = world.fails(1, &["convert", "fusing", "--to", "decoupled_head", "--out", "early"]);
+    assert!(err.contains("--scatter-limit"), "{err}");
+    let fuse = |pretrained: &str, mode: &str| {
+        format!("[model]\npretrained = \"{pretrained}\"\n[procedure.fusion]\nmode = \"{mode}\"\n{rest}")
+    };
+    std::fs::write(world.dir.path().join("fuse.toml"), fuse("fusing", "anneal")).unwrap();
+    world.succeeds(&["train", "fuse.toml", "--out", "fused"]);
+    let table = convert("fused", &["--out", "collapsed"]);
+    let [before, after] = row(&table, "loss");
+    assert!((before - after).abs() < 2e-4, "{table}");
+    close(&logits(&world, "fused"), &logits(&world, "collapsed"));
+
+    // Interrupted and resumed, the multipliers go on as they were.
+    std::fs::write(world.dir.path().join("bound.toml"), fuse("fusing", "lagrangian")).unwrap();
+    world.succeeds(&["train", "bound.toml", "--out", "whole"]);
+    world.succeeds(&["train", "bound.toml", "--out", "parts"]);
+    let last = |run: &str| format!("{run}/step-00000012");
+    std::fs::remove_dir_all(world.dir.path().join(last("parts"))).unwrap();
+    world.succeeds(&["train", "bound.toml", "--out", "parts"]);
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |run: &str| world.read(&format!("{}/{file}", last(run)));
+        assert_eq!(read("whole"), read("parts"), "{file}");
+    }
+    let progress = |run: &str| -> serde_json::Value {
+        serde_json::from_slice(&world.read(&format!("{}/state.json", last(run)))).unwrap()
+    };
+    assert_eq!(progress("whole")["procedure"], progress("parts")["procedure"]);
+    std::fs::write(world.dir.path().join("wrong.toml"), fuse("parent", "anneal")).unwrap();
+    assert!(world.fails(1, &["train", "wrong.toml", "--out", "wrong"]).contains("--fusing"));
+}
