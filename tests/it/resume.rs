@@ -50,6 +50,15 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
     assert!(err.contains("resume: from") && err.contains("step 7"), "{err}");
     let (a, b) = (fingerprint(&whole, "whole"), fingerprint(&whole, "parts"));
     assert!(a.0 == b.0 && a.1 == b.1, "weights or optimiser state differ");
+    let result =
+        |run: &str| serde_json::from_slice::<serde_json::Value>(&whole.read(&format!("{run}/result.json"))).unwrap();
+    let (a, b) = (result("whole"), result("parts"));
+    assert_eq!(a["validation"], b["validation"], "the result is that of the weights");
+    assert!(
+        a["validation"]["targets"] == 128 && a["tokens"] == 12 * 2 * 4 * 16 && a["parameters"].as_u64() > Some(100)
+    );
+    assert!(a["selection"]["targets"] == 64 && a["tokens_per_second"].as_f64() > Some(1.0), "{a:#}");
+    let a = fingerprint(&whole, "whole");
     assert_eq!(fingerprint(&world, "parts").0, a.0, "the same recipe gives the same weights");
 }
 

@@ -11,6 +11,7 @@ const ONE_OF: [&str; 5] =
     ["data", "tokenizer", "optimizer", "model.decoder.attention", "model.decoder.attention.*.lambda_init"];
 
 /// One source of keys.
+#[derive(Clone)]
 pub struct Layer {
     /// The file's name, or `command line`.
     pub name: String,
@@ -18,6 +19,8 @@ pub struct Layer {
     pub text: String,
     document: Document<String>,
     values: toml::Table,
+    /// Where in the document the values stand: not at the top for a [`part`](Layer::part).
+    prefix: Vec<String>,
 }
 
 /// Parses a file.
@@ -29,7 +32,7 @@ pub fn parse_layer(name: &str, text: &str) -> Result<Layer, Problem> {
     let document = document.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
     let values = text.parse::<toml::Table>();
     let values = values.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
-    Ok(Layer { name: name.to_owned(), text: text.to_owned(), document, values })
+    Ok(Layer { name: name.to_owned(), text: text.to_owned(), document, values, prefix: Vec::new() })
 }
 
 /// Parses `key=value` from the command line; a value that is no TOML is taken as text.
@@ -68,8 +71,31 @@ impl Layer {
         &self.values
     }
 
+    /// A table inside this layer as a layer of its own, whose keys stand where they stand. Empty where there is no such
+    /// table.
+    pub fn part(&self, prefix: &[&str]) -> Layer {
+        let mut table = Some(&self.values);
+        let mut item = None;
+        for part in prefix {
+            item = match part.parse::<usize>() {
+                Ok(at) => item.and_then(|list: &toml::Value| list.get(at)),
+                Err(_) => table.and_then(|table| table.get(*part)),
+            };
+            table = item.and_then(toml::Value::as_table);
+        }
+        let prefix = self.prefix.iter().cloned().chain(prefix.iter().map(|part| (*part).to_owned())).collect();
+        Layer { values: table.cloned().unwrap_or_default(), prefix, ..self.clone() }
+    }
+
     /// Where the longest known beginning of a path stands, and how many of its parts that is.
     pub fn find(&self, path: &[&str]) -> Option<(Range<usize>, usize)> {
+        let inside = self.prefix.len();
+        let path: Vec<&str> = self.prefix.iter().map(String::as_str).chain(path.iter().copied()).collect();
+        let (span, depth) = self.find_from_top(&path)?;
+        (depth > inside || inside == 0).then_some((span, depth.saturating_sub(inside)))
+    }
+
+    fn find_from_top(&self, path: &[&str]) -> Option<(Range<usize>, usize)> {
         let mut table: &dyn TableLike = self.document.as_table();
         let mut found = None;
         let mut depth = 0;

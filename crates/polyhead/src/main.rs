@@ -5,6 +5,7 @@ mod assemble;
 mod cli;
 mod commands;
 mod console;
+mod costs;
 #[cfg(feature = "tui")]
 mod dashboard;
 mod device;
@@ -12,7 +13,9 @@ mod layers;
 mod pretrained;
 mod recipe;
 mod report;
+mod result;
 mod schema;
+mod signals;
 
 use std::process::ExitCode;
 

@@ -128,7 +128,14 @@ impl Loaded {
 /// # Errors
 /// All problems of the first stage that has any: reading, unknown keys, types, rules.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
-    let layers = read_layers(path, overrides)?;
+    from_layers(read_layers(path, overrides)?)
+}
+
+/// What layers of keys mean together, later ones over earlier ones.
+///
+/// # Errors
+/// As for [`load`].
+pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
     let unknown = schema::unknown_keys(&layers);
     if !unknown.is_empty() {
         return Err(Problems(unknown));
@@ -158,14 +165,26 @@ pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
 /// Keys in which two recipes differ, apart from those that may change: `key: before -> now`.
 pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
     let may_change = |path: &str| MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}.")));
-    let mut all = differences_of(before, now);
-    all.retain(|line| !may_change(line.split(": ").next().unwrap_or_default()));
-    all
+    let mut all = all_differences(before, now);
+    all.retain(|(path, _)| !may_change(path));
+    in_lines(all)
 }
 
 /// Keys in which two tables differ: `key: before -> now`.
 pub fn differences_of(before: &impl Serialize, now: &impl Serialize) -> Vec<String> {
-    fn walk(path: &str, a: Option<&toml::Value>, b: Option<&toml::Value>, out: &mut Vec<String>) {
+    in_lines(all_differences(before, now))
+}
+
+fn in_lines(differences: Vec<Difference>) -> Vec<String> {
+    differences.into_iter().map(|(path, [before, now])| format!("{path}: {before} -> {now}")).collect()
+}
+
+/// A key with what two tables say.
+pub type Difference = (String, [String; 2]);
+
+/// Every key in which two tables differ, with both values as they are written.
+pub fn all_differences(before: &impl Serialize, now: &impl Serialize) -> Vec<Difference> {
+    fn walk(path: &str, a: Option<&toml::Value>, b: Option<&toml::Value>, out: &mut Vec<Difference>) {
         if a == b {
             return;
         }
@@ -178,7 +197,7 @@ pub fn differences_of(before: &impl Serialize, now: &impl Serialize) -> Vec<Stri
             return;
         }
         let show = |value: Option<&toml::Value>| value.map_or("(not set)".into(), ToString::to_string);
-        out.push(format!("{path}: {} -> {}", show(a), show(b)));
+        out.push((path.to_owned(), [show(a), show(b)]));
     }
     let mut out = Vec::new();
     let (before, now) = (toml::Value::try_from(before).ok(), toml::Value::try_from(now).ok());
@@ -199,16 +218,30 @@ pub fn read_file(path: &Path) -> Result<String, Problems> {
     })
 }
 
-fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
-    let read = |path: &Path| {
-        let text = read_file(path)?;
-        parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
-    };
-    let mut file = read(path)?;
+/// The file's layer.
+///
+/// # Errors
+/// If it cannot be read or is no TOML.
+pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
+    let text = read_file(path)?;
+    parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
+}
+
+/// The layers of a recipe: what it extends, the file, the overrides.
+///
+/// # Errors
+/// If a file cannot be read, is no TOML, or is no recipe.
+pub fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
+    let mut file = read_layer(path)?;
+    if file.values().contains_key("arm") {
+        let hint = "`polyhead compare` runs it, with --dry-run it shows its plan";
+        let problem = format!("{} is a comparison of several runs, not one recipe\n  hint: {hint}", path.display());
+        return Err(Problems::plain(problem));
+    }
     let mut layers = Vec::new();
     if let Some(base) = file.take_extends()? {
         let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
-        let mut base = read(&base_path)?;
+        let mut base = read_layer(&base_path)?;
         if base.take_extends()?.is_some() {
             let problem = format!("{} extends another recipe itself; one level is allowed", base_path.display());
             return Err(Problems::plain(problem));

@@ -67,6 +67,11 @@ impl Problem {
         Self { message, hint: None, place: Some(place) }
     }
 
+    /// Said about one of several.
+    pub fn about(self, who: &str) -> Self {
+        Self { message: format!("{who}: {}", self.message), ..self }
+    }
+
     /// With a way out.
     pub fn hint(self, hint: Option<String>) -> Self {
         Self { hint, ..self }

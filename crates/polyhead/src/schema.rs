@@ -51,15 +51,19 @@ pub fn recipe() -> Value {
 
 /// Keys of the layers that no type has, each with the nearest valid one.
 pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
-    let root = recipe();
+    unknown_keys_of(&recipe(), layers)
+}
+
+/// The same for files of another schema.
+pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
     let mut found = Vec::new();
     for layer in layers {
         let mut report = |path: &str, key: &str, valid: Vec<String>| {
             let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
             let problem = Problem::at(std::slice::from_ref(layer), path, format!("unknown key `{key}` in {table}"));
-            found.push(problem.hint(Some(suggestion(&root, key, &valid))));
+            found.push(problem.hint(Some(suggestion(root, key, &valid))));
         };
-        walk(&root, &[&root], layer.values(), "", &mut report);
+        walk(root, &[root], layer.values(), "", &mut report);
     }
     found
 }

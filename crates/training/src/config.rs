@@ -211,13 +211,16 @@ pub struct MetricsConfig {
     pub log_freq: u64,
     /// Write TensorBoard event files. Default: true.
     pub tensorboard: bool,
-    /// With each validation, observe attention: numbers per head, histograms of weights, maps. Default: true.
+    /// Observe attention on a held-out row: with each validation numbers per head and histograms of weights, and every
+    /// image_interval steps maps. Default: true.
     pub observe: bool,
+    /// Steps between two pictures of the attention maps in TensorBoard; 0 draws them at the end only. Default: 250.
+    pub image_interval: u64,
 }
 
 impl Default for MetricsConfig {
     fn default() -> Self {
-        Self { log_freq: 10, tensorboard: true, observe: true }
+        Self { log_freq: 10, tensorboard: true, observe: true, image_interval: 250 }
     }
 }
 

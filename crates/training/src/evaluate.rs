@@ -1,5 +1,7 @@
 //! The loss of a model over a set of batches.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use polyhead_models::{Batch, Decoder, Evaluated};
 
@@ -28,9 +30,17 @@ pub(crate) fn count(data: &dyn Batches, limit: u64) -> u64 {
 /// # Errors
 /// If the data cannot be read.
 pub fn evaluate(model: &Decoder, data: &dyn Batches, limit: u64) -> Result<Evaluated, TrainError> {
+    evaluate_range(model, data, 0..count(data, limit))
+}
+
+/// Sums over the batches at these positions.
+///
+/// # Errors
+/// If the data cannot be read.
+pub fn evaluate_range(model: &Decoder, data: &dyn Batches, positions: Range<u64>) -> Result<Evaluated, TrainError> {
     let model = model.valid();
     let mut sums = Evaluated::default();
-    for position in 0..count(data, limit) {
+    for position in positions {
         sums.add(model.evaluate(&data.batch(position)?));
     }
     Ok(sums)

@@ -11,13 +11,14 @@ use crate::checkpoint::{self, Best, read_best, write_best};
 use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig};
 use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
+use crate::observe::{self, Look};
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
 use crate::run_folder::{MetricsLog, RunLock};
 use crate::schedule;
 use crate::state::{self, Companions, Progress};
 use crate::tensorboard::EventWriter;
-use crate::{TrainError, curve, observe};
+use crate::{TrainError, curve};
 
 /// Everything that a run is made of.
 pub struct Job<'a> {
@@ -194,10 +195,6 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             let held_out = HeldOut { batches: job.held_out, count, seed: job.seed, observe: job.metrics.observe };
             let measured = procedure.measure(&model, held_out)?;
             write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
-            if let Some(events) = events.as_mut().filter(|_| job.metrics.observe) {
-                observe::write(events, &model, &job.held_out.batch(0)?, step)?;
-                events.flush()?;
-            }
             let loss = sums.mean_loss();
             is_best = loss.is_finite() && best.as_ref().is_none_or(|best| loss < best.validation_loss);
             if is_best {
@@ -205,6 +202,12 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             }
             view.validated(step, &sums);
             validation = Some(sums);
+        }
+        let look =
+            Look { numbers: due(job.validation.interval), maps: events.is_some() && due(job.metrics.image_interval) };
+        if job.metrics.observe && (look.numbers || look.maps) {
+            let batch = job.held_out.batch(0)?;
+            observe::write(look, (&mut metrics, events.as_mut()), (&model, &batch), step)?;
         }
 
         if due(job.checkpoint.interval) || is_best || job.stop.load(Ordering::SeqCst) != 0 {

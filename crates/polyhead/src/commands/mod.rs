@@ -1,8 +1,8 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 pub mod convert;
-mod inspect;
 mod long_context;
+mod look;
 mod plan;
 mod preview;
 mod train;
@@ -22,9 +22,9 @@ use crate::report::Failure;
 pub fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Train(args) => train::train(args),
-        Command::Ls => inspect::ls(),
-        Command::Cp { recipe, to } => inspect::cp(&recipe, &to),
-        Command::Cat(args) => inspect::cat(&load(&args)?),
+        Command::Ls => look::ls(),
+        Command::Cp { recipe, to } => look::cp(&recipe, &to),
+        Command::Cat(args) => look::cat(&load(&args)?),
         Command::Validate(args) => {
             load(&args)?;
             put!("{}: valid", args.recipe.display())
@@ -39,9 +39,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
         Command::Convert(args) => convert::convert(&args),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
-        Command::Doctor => inspect::doctor(),
+        Command::Doctor => look::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
-            inspect::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)
+            look::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();

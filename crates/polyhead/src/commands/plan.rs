@@ -9,6 +9,7 @@ use polyhead_training::{Parts, StepContext, available_memory_bytes, peak_memory_
 
 use crate::assemble::{self, Resolved, Source};
 use crate::console::{bytes, clock, put, talk, thousands};
+use crate::costs::{Costs, Totals};
 use crate::recipe::{Loaded, Recipe};
 use crate::report::Failure;
 
@@ -17,34 +18,13 @@ const PROBE: Duration = Duration::from_secs(3);
 /// Steps beyond these tell nothing new; chosen by us.
 const PROBE_STEPS: u64 = 20;
 
-/// What a recipe costs besides time.
-struct Costs {
-    parameters: u64,
-    flops_per_token: u64,
-    cached_bytes_per_token: u64,
-    tokens_per_step: u64,
-    tokens: u64,
-    /// What a forward pass keeps for its backward pass, roughly.
-    activation_bytes: u64,
-}
-
-impl Costs {
-    /// Weights, gradients and two moments, in f32.
-    fn state_bytes(&self) -> u64 {
-        16 * self.parameters
-    }
-
-    fn training_flops(&self) -> f64 {
-        3.0 * self.flops_per_token as f64 * self.tokens as f64
-    }
-}
-
 /// Prints what a recipe costs; with `probe`, trains a few steps to tell the time.
 pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     let resolved = assemble::resolve(loaded)?;
     let recipe = &resolved.recipe;
     let opened = resolved.data(&mut |_, _| {})?;
-    let costs = sizes(&resolved, &opened)?;
+    let costs = Costs::of(recipe, &resolved.decoder, opened.vocab_size);
+    sizes(&resolved, &opened, &costs)?;
     if !probe {
         return Ok(());
     }
@@ -57,34 +37,21 @@ pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     time(&resolved, opened, &costs)
 }
 
-fn sizes(resolved: &Resolved, opened: &Opened) -> Result<Costs, Failure> {
+fn sizes(resolved: &Resolved, opened: &Opened, all: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
-    let tokens_per_step = seq_len * (training.batch_size * training.gradient_accumulation_steps) as u64;
-    let mut all = Costs {
-        parameters: 0,
-        flops_per_token: 0,
-        cached_bytes_per_token: 0,
-        tokens_per_step,
-        tokens: tokens_per_step.saturating_mul(training.steps),
-        activation_bytes: activation_bytes(resolved),
-    };
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
     let numbers = |name: &str, values: [u64; 3]| line(name, values.map(thousands).each_ref().map(String::as_str));
     line("part", ["parameters", "FLOPs per token", "KV B per token"])?;
     for part in &resolved.decoder.parts(opened.vocab_size) {
-        // Under a causal mask a query sees (seq_len + 1) / 2 keys on average.
-        let flops = part.cost.flops_per_token + part.cost.flops_per_pair * (seq_len + 1) / 2;
-        let cached = 4 * part.cost.cached_numbers_per_token;
-        numbers(&part.name, [part.cost.parameters, flops, cached])?;
-        all.parameters += part.cost.parameters;
-        all.flops_per_token += flops;
-        all.cached_bytes_per_token += cached;
+        let Totals { parameters, flops_per_token, cached_bytes_per_token } = Totals::of(&part.cost, seq_len);
+        numbers(&part.name, [parameters, flops_per_token, cached_bytes_per_token])?;
     }
-    numbers("all", [all.parameters, all.flops_per_token, all.cached_bytes_per_token])?;
+    let Totals { parameters, flops_per_token, cached_bytes_per_token } = all.totals;
+    numbers("all", [parameters, flops_per_token, cached_bytes_per_token])?;
     put!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.")?;
     let (steps, tokens) = (thousands(training.steps), thousands(all.tokens));
-    put!("steps      {steps} of {} tokens: {tokens} in all", thousands(tokens_per_step))?;
+    put!("steps      {steps} of {} tokens: {tokens} in all", thousands(all.tokens_per_step))?;
     put!("data       {}", opened.description)?;
     let epoch = opened.train.batches_per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
     put!("           one epoch is {} steps", thousands(epoch))?;
@@ -92,15 +59,54 @@ fn sizes(resolved: &Resolved, opened: &Opened) -> Result<Costs, Failure> {
     let (state, activations) = (bytes(all.state_bytes()), bytes(all.activation_bytes));
     put!("memory     {state} for weights, gradients and optimiser; roughly {activations} for activations")?;
     let kept = checkpoints(recipe);
-    put!("disk       {} for {} checkpoints", bytes(all.parameters.saturating_mul(12 * kept)), thousands(kept))?;
-    Ok(all)
+    put!("disk       {} for {} checkpoints", bytes(parameters.saturating_mul(12 * kept)), thousands(kept))
 }
 
-/// Trains the real model on the real data for a few steps, and tells what all of them would take.
+/// Tells what all steps would take.
 fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let training = &recipe.training;
     talk!("probe: a few steps on {}, nothing is saved (--no-probe leaves them out)", training.device);
+    let measured = probe(resolved, opened)?;
+    let (seconds, in_all) = (measured.step.as_secs_f64().max(1e-9), times(measured.step, training.steps));
+    let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);
+    let gigaflops = 3.0 * costs.totals.flops_per_token as f64 * costs.tokens_per_step as f64 / seconds / 1e9;
+    if let Some(peak) = peak_memory_bytes().filter(|_| training.device != "cuda") {
+        put!("           {} at most in the probe, everything included", bytes(peak))?;
+    }
+    put!("speed      {speed} tokens per second, {gigaflops:.1} GFLOP per second")?;
+    put!(
+        "time       {} for the steps and {} for validation; saving comes on top (steps measured after a warm-up: {})",
+        clock(in_all),
+        clock(measured.validation),
+        measured.steps
+    )
+}
+
+/// What a short probe measured.
+pub struct Probed {
+    /// The median step.
+    pub step: Duration,
+    /// All validations of the run.
+    pub validation: Duration,
+    /// Steps measured.
+    pub steps: usize,
+}
+
+impl Probed {
+    /// What the whole run would take.
+    pub fn whole(&self, recipe: &Recipe) -> Duration {
+        times(self.step, recipe.training.steps).saturating_add(self.validation)
+    }
+}
+
+/// Trains the real model on the real data for a few steps; nothing is saved.
+///
+/// # Errors
+/// If the device is not there, or a step fails.
+pub fn probe(resolved: &Resolved, opened: Opened) -> Result<Probed, Failure> {
+    let recipe = &resolved.recipe;
+    let training = &recipe.training;
     let device = assemble::training_device(recipe)?;
     let mut model = resolved.first_model(opened.vocab_size, &device)?;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
@@ -137,28 +143,7 @@ fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failur
     let begun = Instant::now();
     evaluate(&model, &held_out, 1)?;
     let validation = times(begun.elapsed(), validation_batches(recipe, held_out.per_epoch()));
-
-    let (seconds, in_all) = (step.as_secs_f64().max(1e-9), times(step, training.steps));
-    let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);
-    let gigaflops = 3.0 * costs.flops_per_token as f64 * costs.tokens_per_step as f64 / seconds / 1e9;
-    if let Some(peak) = peak_memory_bytes().filter(|_| training.device != "cuda") {
-        put!("           {} at most in the probe, everything included", bytes(peak))?;
-    }
-    put!("speed      {speed} tokens per second, {gigaflops:.1} GFLOP per second")?;
-    put!(
-        "time       {} for the steps and {} for validation; saving comes on top (steps measured after a warm-up: {})",
-        clock(in_all),
-        clock(validation),
-        durations.len()
-    )
-}
-
-/// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
-/// 1024), which it meets within a tenth.
-fn activation_bytes(resolved: &Resolved) -> u64 {
-    let (training, decoder) = (&resolved.recipe.training, &resolved.decoder);
-    let numbers_per_token = decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward());
-    (4 * training.batch_size * training.seq_len).saturating_mul(numbers_per_token) as u64
+    Ok(Probed { step, validation, steps: durations.len() })
 }
 
 fn times(duration: Duration, count: u64) -> Duration {

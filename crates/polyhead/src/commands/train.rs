@@ -1,8 +1,6 @@
 //! `polyhead train`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
@@ -17,9 +15,11 @@ use super::trained::{plain_prompt, write_text};
 use crate::assemble::{self, Source};
 use crate::cli::TrainArgs;
 use crate::console::{Console, bytes, clock, talk, thousands};
+use crate::costs::Costs;
 use crate::pretrained::find_checkpoint;
 use crate::recipe::{self, Recipe};
 use crate::report::Failure;
+use crate::{result, signals};
 
 /// Trains what a recipe says.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
@@ -80,6 +80,12 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         None => 0,
     };
     let text = recipe::resolved(recipe)?;
+    let about = result::About {
+        id: result::id(&text, opened.text_hash.as_deref()),
+        data: opened.description.clone(),
+        costs: Costs::of(recipe, config, opened.vocab_size),
+        environment: result::Environment::here(&recipe.training.device),
+    };
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
     let mut companions = vec![
         ("recipe.toml".to_owned(), text.clone().into_bytes()),
@@ -89,7 +95,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
         companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
-    let stop = listen(args.tui)?;
+    let stop = signals::listen(args.tui)?;
     let training = recipe.training.clone();
     let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
@@ -128,6 +134,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         talk!("the same command goes on from there");
         return Err(Failure::Interrupted(signal));
     }
+    result::write(&run_dir, about, &outcome, &held_out, recipe.validation.batches)?;
     summarize(&args, recipe, &outcome, &run_dir, &opened.description, opened.floor);
     if let Some(tokenizer) = &opened.tokenizer {
         sample(recipe, &outcome.model, tokenizer)?;
@@ -203,20 +210,6 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
     }
 }
 
-/// The number of the first SIGINT or SIGTERM; a second one ends the process at once.
-#[cfg_attr(not(feature = "tui"), allow(unused_variables))] // what the dashboard needs
-fn listen(dashboard: bool) -> Result<Arc<AtomicUsize>, Failure> {
-    let (stop, armed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-    #[cfg(feature = "tui")]
-    if dashboard {
-        crate::dashboard::give_terminal_back(&armed)?;
-    }
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, armed.clone())?;
-        signal_hook::flag::register(signal, armed.clone())?;
-        signal_hook::flag::register_usize(signal, stop.clone(), signal as usize)?;
-    }
-    Ok(stop)
 }
 
 fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Path, data: &str, floor: Option<f64>) {
@@ -254,12 +247,12 @@ fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Pat
 }
 
 /// This program as it was called, so that what is suggested works when typed.
-fn program() -> String {
+pub fn program() -> String {
     std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
 }
 
 /// As it is typed into a shell.
-fn quoted(argument: &str) -> String {
+pub fn quoted(argument: &str) -> String {
     let plain = |sign: char| sign.is_ascii_alphanumeric() || "=._-/:,+".contains(sign);
     if argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) }
 }
