@@ -211,6 +211,11 @@ fn open_long_context(
     })
 }
 
+/// How many ids data has, known without reading it.
+pub fn vocab_size(data: &DataConfig, tokenizer: &Tokenizer) -> usize {
+    data.task(0).map_or_else(|| tokenizer.vocab_size(), |(task, _)| task.vocab_size())
+}
+
 /// The documents of a text source, and what they are in words.
 ///
 /// # Errors
@@ -260,7 +265,10 @@ mod tests {
         for (data, vocab_size, floor) in
             [("induction", 64, Some(0.0)), ("copy", 65, Some(0.0)), ("associative_recall", 129, Some(0.0))]
         {
-            let opened = opened(&format!(r#"{{"{data}":{{}}}}"#), 4).unwrap();
+            let config = format!(r#"{{"{data}":{{}}}}"#);
+            let opened = opened(&config, 4).unwrap();
+            let known = super::vocab_size(&serde_json::from_str(&config).unwrap(), &Tokenizer::bytes());
+            assert_eq!(known, vocab_size);
             assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
             assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));
             assert_ne!(opened.train.batch(0).unwrap(), opened.validation.batch(0).unwrap());

@@ -127,6 +127,11 @@ fn open_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
 }
 
 impl Resolved {
+    /// How many ids the data has, known without reading it.
+    pub fn vocab_size(&self) -> usize {
+        polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer)
+    }
+
     /// Opens the data.
     ///
     /// # Errors

@@ -88,6 +88,33 @@ Examples:
         #[arg(long)]
         table: bool,
     },
+    /// Train several arms with several seeds at the same budget, and tell which differ by more than chance.
+    ///
+    /// A comparison is a TOML file: a base recipe (`extends`), `[[arm]]` tables with what each changes, `seeds`, and what is
+    /// made equal (`match`). Every run is a process of its own; finished ones are kept, so that the same command goes on
+    /// where it stopped. The report (report.html, report.md) is written to --out.
+    #[command(after_help = "\
+Examples:
+  polyhead compare recipes/compare/attention-zoo.toml --dry-run
+  polyhead compare recipes/compare/attention-zoo.toml --jobs 2")]
+    Compare(CompareArgs),
+    /// Show two runs side by side: their recipes, where they ran, what they reached.
+    Diff {
+        /// The folders of two runs.
+        #[arg(num_args = 2, required = true, value_name = "RUN")]
+        runs: Vec<PathBuf>,
+    },
+    /// Show what the heads of a trained model look at, and how much each of them matters.
+    ///
+    /// A table of heads goes to standard output: entropy of their weights, weight on the first key, mean distance, and
+    /// importance (|gate x gradient|). Maps are written as PNG pictures and into one page, inspect.html.
+    #[command(after_help = "\
+Examples:
+  polyhead inspect checkpoints/quickstart --text \"Ownership is a set of rules\"
+  polyhead inspect checkpoints/quickstart --layers 0,3 --out heads")]
+    Inspect(InspectArgs),
+    /// Print the replication table: what others found and what we measured, from recipes/results.
+    Results,
     /// Validate a trained model on its held-out data, or ask it questions about long texts (--task).
     ///
     /// With --task, problems are generated: what is asked for stands somewhere in filler, at 1, 2, 4 and 8 times the length
@@ -209,6 +236,53 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(number) => Ok(number),
         Err(error) => Err(format!("{error}")),
     }
+}
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint or a run folder.
+    pub checkpoint: PathBuf,
+    /// The text to look at. Default: held-out rows of the data that the model learnt from.
+    #[arg(long)]
+    pub text: Option<String>,
+    /// Held-out rows that importance is averaged over.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
+    pub rows: u32,
+    /// Layers, counted from 0. Default: all.
+    #[arg(long, value_delimiter = ',')]
+    pub layers: Vec<usize>,
+    /// Heads of each layer, counted from 0. Default: all.
+    #[arg(long, value_delimiter = ',')]
+    pub heads: Vec<usize>,
+    /// Where maps and page are written. Default: a folder `inspect` beside the checkpoint.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::device::NAMES)]
+    pub device: Option<String>,
+}
+
+/// How to compare.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// The comparison, a TOML file with [[arm]] tables.
+    pub comparison: PathBuf,
+    /// Runs at a time; the cores are divided among them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Where runs and report are written. Default: checkpoints/compare/<name of the comparison>.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Show the plan: arms with their costs, and the time by a few steps of each. Nothing is written.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With --dry-run: only compute, do not train.
+    #[arg(long, requires = "dry_run")]
+    pub no_probe: bool,
+    /// Write the numbers to recipes/results too, for the replication table.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub record: bool,
 }
 
 /// How to generate.

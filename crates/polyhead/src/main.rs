@@ -4,12 +4,15 @@ mod allocator;
 mod assemble;
 mod cli;
 mod commands;
+mod compare;
 mod console;
 mod costs;
 #[cfg(feature = "tui")]
 mod dashboard;
 mod device;
+mod inspect;
 mod layers;
+mod page;
 mod pretrained;
 mod recipe;
 mod report;

@@ -21,7 +21,7 @@ mod shelf;
 mod verify;
 
 pub use best::{Best, read_best, write_best};
-pub use draft::Draft;
+pub use draft::{Draft, now_utc};
 pub use shelf::{Whole, clean_leftovers, discard_after, list, newest_good, prune};
 pub use verify::{read_file, verify};
 

@@ -1,6 +1,7 @@
 //! The verbs. Standard output is data, standard error is talk.
 
 pub mod convert;
+mod diff;
 mod long_context;
 mod look;
 mod plan;
@@ -8,10 +9,15 @@ mod preview;
 mod train;
 mod trained;
 
+pub use plan::probe;
+pub use train::{program, quoted};
+
 use std::path::Path;
 
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
+use crate::compare::{self, comparison, record};
 use crate::console::{print, put};
+use crate::inspect;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
 
@@ -26,13 +32,20 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Cp { recipe, to } => look::cp(&recipe, &to),
         Command::Cat(args) => look::cat(&load(&args)?),
         Command::Validate(args) => {
-            load(&args)?;
+            match comparison::is_one(&args.recipe) {
+                true if args.overrides.is_empty() => compare::validate(&args.recipe)?,
+                _ => drop(load(&args)?),
+            }
             put!("{}: valid", args.recipe.display())
         }
         Command::Plan { recipe, no_probe } => plan::plan(&load(&recipe)?, !no_probe),
         Command::Preview { recipe, rows, table } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
         }
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
+        Command::Compare(args) => compare::compare(&args),
+        Command::Results => print(format_args!("{}", record::replication_table()?)),
         Command::Eval(args) if !args.task.is_empty() => long_context::eval(&args),
         Command::Eval(args) => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
         Command::Generate(args) => trained::generate(&args),

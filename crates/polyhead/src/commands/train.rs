@@ -210,8 +210,6 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
     }
 }
 
-}
-
 fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Path, data: &str, floor: Option<f64>) {
     let progress = &outcome.progress;
     let time = Duration::from_micros(progress.microseconds);

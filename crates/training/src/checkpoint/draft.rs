@@ -98,7 +98,7 @@ impl Draft {
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
             step: self.step,
-            created: utc(SystemTime::now()),
+            created: now_utc(),
             polyhead_version: env!("CARGO_PKG_VERSION").to_string(),
             info,
             files,
@@ -154,6 +154,11 @@ fn entry_of(folder: &Path, name: &str) -> Result<FileEntry, CheckpointError> {
     file.sync_all().at("sync", &path)?;
     let (bytes, blake3) = verify::hash(&file).at("read", &path)?;
     Ok(FileEntry { name: name.to_string(), bytes, blake3 })
+}
+
+/// This moment in UTC: "2026-01-31T23:59:59Z".
+pub fn now_utc() -> String {
+    utc(SystemTime::now())
 }
 
 /// A moment as RFC 3339 writes it, in whole seconds.

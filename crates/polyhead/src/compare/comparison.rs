@@ -1,0 +1,253 @@
+//! The file that describes a comparison: a base recipe, what its arms change, and what is held equal.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::layers::Layer;
+use crate::recipe;
+use crate::report::{Problem, Problems, in_words};
+use crate::schema;
+
+/// A comparison. Its `extends` names the base recipe, as in a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Comparison {
+    /// What the report is called. Default: the file's name.
+    #[serde(default)]
+    pub title: Option<String>,
+    /// Every arm is trained once with each of them; those of one seed see the same data in the same order.
+    pub seeds: Vec<u64>,
+    /// The arm that the others are compared with. Default: the first.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// What is made equal to the base arm's. Default: "none".
+    #[serde(default, rename = "match")]
+    pub matched: Matched,
+    /// The key whose value is sought to make it equal. Default: "model.decoder.d_ff".
+    #[serde(default = "d_ff")]
+    pub solve: String,
+    /// By which share a matched arm may miss the target. Default: 0.01, chosen by us.
+    #[serde(default = "tolerance")]
+    pub tolerance: f64,
+    /// What the findings are about. Default: "validation_loss".
+    #[serde(default)]
+    pub metric: Quality,
+    /// Refuse arms that would see other data, in another order, or another number of tokens. Default: true.
+    #[serde(default = "yes")]
+    pub same_data: bool,
+    /// Keys with values to choose from: every arm is trained with each of them (all combinations), its best one is chosen on
+    /// the first half of the held-out batches and reported on the other half.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub sweep: toml::Table,
+    /// What all arms change of the base recipe.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// What is compared.
+    pub arm: Vec<Arm>,
+    /// What others found, and which arms show it; each is a row of the replication table.
+    #[serde(default)]
+    pub claim: Vec<Claim>,
+}
+
+fn d_ff() -> String {
+    "model.decoder.d_ff".into()
+}
+
+fn tolerance() -> f64 {
+    0.01
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// One of the things that are compared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Arm {
+    /// Its name in the report.
+    pub name: String,
+    /// What it changes of the base recipe.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// The key that is sought for this arm, where it is another one.
+    #[serde(default)]
+    pub solve: Option<String>,
+}
+
+/// What is made equal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Matched {
+    /// Nothing.
+    #[default]
+    None,
+    /// Weights of the model.
+    Parameters,
+    /// Operations of a forward pass per token.
+    Flops,
+    /// Bytes kept per token while decoding.
+    KvCache,
+}
+
+/// What findings are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Quality {
+    /// Nats per target on held-out data.
+    #[default]
+    ValidationLoss,
+    /// Bits per byte of held-out text.
+    BitsPerByte,
+    /// Share of held-out targets that were the first choice.
+    Accuracy,
+}
+
+/// A finding of others that a comparison tries again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    /// What they found.
+    pub claim: String,
+    /// Where: authors, year, arXiv id.
+    pub paper: String,
+    /// What their code does, where that matters.
+    #[serde(default)]
+    pub code: String,
+    /// The arms that show it; the first one is what the others are compared with.
+    pub arms: Vec<String>,
+    /// What is looked at. Default: the comparison's metric.
+    #[serde(default)]
+    pub metric: Option<Quality>,
+}
+
+/// A comparison with where its keys stand.
+pub struct Read {
+    /// What it says.
+    pub comparison: Comparison,
+    /// Its own layer.
+    pub layer: Layer,
+    /// The layers of the recipe that it extends.
+    pub base: Vec<Layer>,
+}
+
+/// Whether a file describes a comparison rather than a recipe.
+pub fn is_one(path: &Path) -> bool {
+    recipe::read_layer(path).is_ok_and(|layer| layer.values().contains_key("arm"))
+}
+
+/// Reads a comparison and checks what can be told without looking into its recipes.
+///
+/// # Errors
+/// All problems of the first stage that has any: reading, unknown keys, types, rules.
+pub fn read(path: &Path) -> Result<Read, Problems> {
+    let mut layer = recipe::read_layer(path)?;
+    if !layer.values().contains_key("arm") {
+        let problem = format!(
+            "{}: no comparison, for it has no [[arm]]\n  hint: `polyhead train` runs a recipe; recipes/compare holds comparisons",
+            path.display()
+        );
+        return Err(Problems::plain(problem));
+    }
+    let base = match layer.take_extends()? {
+        Some(base) => recipe::read_layers(&path.parent().unwrap_or(Path::new("")).join(base), &[])?,
+        None => Vec::new(),
+    };
+    let schema = schemars::schema_for!(Comparison).to_value();
+    let unknown = schema::unknown_keys_of(&schema, std::slice::from_ref(&layer));
+    if !unknown.is_empty() {
+        return Err(Problems(unknown));
+    }
+    let comparison: Comparison =
+        serde_path_to_error::deserialize(toml::Value::Table(layer.values().clone())).map_err(|error| {
+            let path = error.path().to_string();
+            let message = in_words(&error.into_inner().to_string());
+            Problems(vec![Problem::at(std::slice::from_ref(&layer), &path, message)])
+        })?;
+    let problems = rules(&comparison);
+    let problems: Vec<Problem> =
+        problems.into_iter().map(|(path, message)| Problem::at(std::slice::from_ref(&layer), &path, message)).collect();
+    if problems.is_empty() { Ok(Read { comparison, layer, base }) } else { Err(Problems(problems)) }
+}
+
+/// Rules about the comparison itself, each with the key it is about.
+fn rules(comparison: &Comparison) -> Vec<(String, String)> {
+    let Comparison { seeds, arm, tolerance, .. } = comparison;
+    let names: Vec<&str> = arm.iter().map(|arm| arm.name.as_str()).collect();
+    let known = |name: &str| names.contains(&name);
+    let listed = || names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+    let mut problems = Vec::new();
+    let mut rule = |holds: bool, key: String, message: String| {
+        if !holds {
+            problems.push((key, message));
+        }
+    };
+    rule(!seeds.is_empty(), "seeds".into(), "seeds is empty: give at least one, better three or more".into());
+    for (at, seed) in seeds.iter().enumerate() {
+        rule(!seeds[..at].contains(seed), "seeds".into(), format!("seeds: {seed} stands there twice"));
+    }
+    rule(arm.len() > 1, "arm".into(), format!("a comparison takes two arms or more; there is {}", arm.len()));
+    for (at, name) in names.iter().enumerate() {
+        let key = format!("arm.{at}.name");
+        rule(!names[..at].contains(name), key.clone(), format!("arm `{name}`: two arms have this name"));
+        rule(!folder_name(name).is_empty(), key, format!("arm `{name}`: its name must hold a letter or a digit"));
+    }
+    if let Some(base) = &comparison.base {
+        rule(known(base), "base".into(), format!("base: no arm is called \"{base}\"; there are {}", listed()));
+    }
+    rule(
+        (0.0..=1.0).contains(tolerance),
+        "tolerance".into(),
+        format!("tolerance ({tolerance}) must be 0 to 1, a share of the target"),
+    );
+    for (key, value) in leaves(&comparison.sweep) {
+        let some = value.as_array().is_some_and(|values| !values.is_empty());
+        rule(some, format!("sweep.{key}"), format!("sweep: {key} must be a list of values to choose from"));
+    }
+    for (at, claim) in comparison.claim.iter().enumerate() {
+        let key = format!("claim.{at}.arms");
+        rule(claim.arms.len() > 1, key.clone(), "claim: name two arms or more, the first is compared with".into());
+        for name in &claim.arms {
+            rule(known(name), key.clone(), format!("claim: no arm is called \"{name}\"; there are {}", listed()));
+        }
+    }
+    problems
+}
+
+impl Comparison {
+    /// All combinations of the values to choose from, each as `key = value` lines; one without lines where there is no
+    /// sweep.
+    pub fn choices(&self) -> Vec<Vec<String>> {
+        leaves(&self.sweep).into_iter().fold(vec![Vec::new()], |choices, (key, values)| {
+            let values = values.as_array().map(Vec::as_slice).unwrap_or_default();
+            let longer = |choice: &Vec<String>, value: &toml::Value| {
+                choice.iter().cloned().chain([format!("{key} = {value}")]).collect()
+            };
+            choices.iter().flat_map(|choice| values.iter().map(move |value| longer(choice, value))).collect()
+        })
+    }
+}
+
+/// The values in nested tables, with their dotted keys.
+fn leaves(table: &toml::Table) -> Vec<(String, &toml::Value)> {
+    table
+        .iter()
+        .flat_map(|(key, value)| match value {
+            toml::Value::Table(inner) => {
+                leaves(inner).into_iter().map(|(rest, value)| (format!("{key}.{rest}"), value)).collect()
+            }
+            value => vec![(key.clone(), value)],
+        })
+        .collect()
+}
+
+/// A name as part of a folder's name: lower-case letters, digits and single hyphens.
+pub fn folder_name(name: &str) -> String {
+    let plain: String = name.chars().map(|sign| if sign.is_alphanumeric() { sign } else { ' ' }).collect();
+    plain.to_lowercase().split_whitespace().collect::<Vec<_>>().join("-")
+}

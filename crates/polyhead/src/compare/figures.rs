@@ -1,0 +1,406 @@
+//! The figures of a report: SVG whose colours are the page's, so that they are legible on light and on dark ground.
+
+use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+/// Stands for the page's ink until the figure is done.
+const INK: RGBColor = RGBColor(1, 2, 3);
+/// Stands for faint lines.
+const FAINT: RGBColor = RGBColor(4, 5, 6);
+/// How many colours the page has for arms; further arms use them again, with other marks.
+pub const COLOURS: usize = 7;
+/// Between the lines of labels, in pixels.
+const LINE: i32 = 15;
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// Stands for the colour of an arm.
+fn colour(arm: usize) -> RGBColor {
+    RGBColor(7, 8, (arm % COLOURS) as u8)
+}
+
+/// One point of a curve: mean over seeds, and how far they spread.
+#[derive(Debug, Clone, Copy)]
+pub struct At {
+    /// Where it stands.
+    pub x: f64,
+    /// The mean.
+    pub y: f64,
+    /// Standard deviation over seeds; 0 for one seed.
+    pub spread: f64,
+}
+
+/// A curve of an arm.
+pub struct Curve {
+    /// Which arm.
+    pub arm: usize,
+    /// Its points, from left to right.
+    pub points: Vec<At>,
+}
+
+/// Curves with bands.
+pub struct Curves<'a> {
+    /// What the figure shows, for people who cannot see it.
+    pub title: &'a str,
+    /// Under the horizontal axis.
+    pub x: &'a str,
+    /// Beside the vertical axis; may be empty.
+    pub y: &'a str,
+    /// The curves.
+    pub curves: Vec<Curve>,
+    /// Whether the steep beginning (the first tenth) may be cut off.
+    pub cut: bool,
+    /// Width and height in pixels.
+    pub size: (u32, u32),
+}
+
+/// A row of a dot plot.
+pub struct Row {
+    /// Which arm.
+    pub arm: usize,
+    /// Its name.
+    pub name: String,
+    /// Every value.
+    pub values: Vec<f64>,
+    /// Their mean.
+    pub mean: f64,
+    /// Half the interval's width, where there is one.
+    pub margin: Option<f64>,
+}
+
+/// A named point.
+pub struct Dot {
+    /// Which arm.
+    pub arm: usize,
+    /// Its name.
+    pub name: String,
+    /// Where it stands.
+    pub at: At,
+}
+
+/// Draws curves with bands of one standard deviation. `None` where there is nothing to draw.
+///
+/// # Errors
+/// If drawing fails.
+pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
+    let points = || figure.curves.iter().flat_map(|curve| &curve.points);
+    let right = points().map(|at| at.x).fold(0.0, f64::max);
+    let counted = points().filter(|at| !figure.cut || at.x >= 0.1 * right);
+    let Some(range) = padded(counted.flat_map(|at| [at.y - at.spread, at.y + at.spread])) else { return Ok(None) };
+    let drawn = draw(figure.title, figure.size, |area| {
+        let format = decimals(range.1 - range.0);
+        let mut chart = ChartBuilder::on(area)
+            .margin(8)
+            .margin_right(18)
+            .x_label_area_size(42)
+            .y_label_area_size(if figure.y.is_empty() { 48 } else { 64 })
+            .build_cartesian_2d(0.0..right.max(1e-9), range.0..range.1)
+            .map_err(said)?;
+        mesh(&mut chart, figure.x, figure.y, &|x| short(*x, right), &|y| label(*y, format))?;
+        let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
+        for curve in &figure.curves {
+            let colour = colour(curve.arm);
+            let above = curve.points.iter().map(|at| pixel(at.x, at.y + at.spread));
+            let below = curve.points.iter().rev().map(|at| pixel(at.x, at.y - at.spread));
+            if curve.points.len() > 1 && curve.points.iter().any(|at| at.spread > 0.0) {
+                area.draw(&Polygon::new(above.chain(below).collect::<Vec<_>>(), colour.mix(0.16))).map_err(said)?;
+            }
+        }
+        for curve in &figure.curves {
+            let style = colour(curve.arm).stroke_width(2);
+            for pair in curve.points.windows(2) {
+                if let Some((from, to)) = inside(pair[0], pair[1], range.1) {
+                    let line = vec![pixel(from.0, from.1), pixel(to.0, to.1)];
+                    area.draw(&PathElement::new(line, style)).map_err(said)?;
+                }
+            }
+            for at in curve.points.iter().filter(|at| at.y <= range.1) {
+                mark(area, pixel(at.x, at.y), curve.arm)?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok(Some(drawn))
+}
+
+/// Draws a row per arm: every value, the mean, and its interval. `zero` draws a line there: no difference.
+///
+/// # Errors
+/// If drawing fails.
+pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option<String>, String> {
+    let ends = rows.iter().flat_map(|row| {
+        let margin = row.margin.unwrap_or(0.0);
+        row.values.iter().copied().chain([row.mean - margin, row.mean + margin])
+    });
+    let Some(range) = padded(ends.chain(zero.then_some(0.0))) else { return Ok(None) };
+    let names = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0) as u32;
+    let height = 70 + 44 * rows.len() as u32;
+    let drawn = draw(title, (560, height), |area| {
+        let format = decimals(range.1 - range.0);
+        let mut chart = ChartBuilder::on(area)
+            .margin(8)
+            .margin_right(24)
+            .x_label_area_size(42)
+            .y_label_area_size((8 * names).clamp(60, 230))
+            .build_cartesian_2d(range.0..range.1, 0.0..rows.len() as f64)
+            .map_err(said)?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(FAINT)
+            .axis_style(INK)
+            .x_labels(6)
+            .y_labels(0)
+            .x_desc(x)
+            .axis_desc_style(("sans-serif", 14, &INK))
+            .label_style(("sans-serif", 13, &INK))
+            .x_label_formatter(&|x| label(*x, format))
+            .draw()
+            .map_err(said)?;
+        if zero {
+            let ends = [0.0, rows.len() as f64].map(|y| chart.backend_coord(&(0.0, y)));
+            area.draw(&PathElement::new(ends.to_vec(), INK.stroke_width(2))).map_err(said)?;
+        }
+        for (at, row) in rows.iter().enumerate() {
+            let y = rows.len() as f64 - at as f64 - 0.5;
+            let pixel = |x: f64| chart.backend_coord(&(x, y));
+            let (left, colour) = (chart.backend_coord(&(range.0, y)), colour(row.arm));
+            text(area, &row.name, (left.0 - 8, left.1), HPos::Right)?;
+            if let Some(margin) = row.margin {
+                let ends = [row.mean - margin, row.mean + margin].map(pixel);
+                area.draw(&PathElement::new(ends.to_vec(), colour.stroke_width(3))).map_err(said)?;
+                for (x, y) in ends {
+                    let cap = vec![(x, y - 6), (x, y + 6)];
+                    area.draw(&PathElement::new(cap, colour.stroke_width(3))).map_err(said)?;
+                }
+            }
+            for &value in &row.values {
+                let (x, y) = pixel(value);
+                area.draw(&Circle::new((x, y + 12), 3, colour.stroke_width(1))).map_err(said)?;
+            }
+            mark(area, pixel(row.mean), row.arm)?;
+        }
+        Ok(())
+    })?;
+    Ok(Some(drawn))
+}
+
+/// Draws a named point per arm, with a bar of one standard deviation.
+///
+/// # Errors
+/// If drawing fails.
+pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<String>, String> {
+    let ys = dots.iter().flat_map(|dot| [dot.at.y - dot.at.spread, dot.at.y + dot.at.spread]);
+    let (Some(ys), Some(xs)) = (padded(ys), padded(dots.iter().map(|dot| dot.at.x))) else { return Ok(None) };
+    // Names stand to the right of their points.
+    let names = dots.iter().map(|dot| dot.name.chars().count()).max().unwrap_or(0) as f64;
+    let room = (7.5 * names / 470.0).min(0.5);
+    let xs = (xs.0, xs.0 + (xs.1 - xs.0) / (1.0 - room));
+    let drawn = draw(title, (560, 340), |area| {
+        let format = decimals(ys.1 - ys.0);
+        let mut chart = ChartBuilder::on(area)
+            .margin(8)
+            .x_label_area_size(42)
+            .y_label_area_size(64)
+            .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)
+            .map_err(said)?;
+        mesh(&mut chart, x, y, &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
+        let mut labels = Vec::new();
+        for dot in dots {
+            let ends =
+                [dot.at.y - dot.at.spread, dot.at.y + dot.at.spread].map(|y| chart.backend_coord(&(dot.at.x, y)));
+            area.draw(&PathElement::new(ends.to_vec(), colour(dot.arm).stroke_width(2))).map_err(said)?;
+            let place = chart.backend_coord(&(dot.at.x, dot.at.y));
+            mark(area, place, dot.arm)?;
+            labels.push((place, dot));
+        }
+        // From top to bottom, each name at least a line below the marks and names that it would meet.
+        labels.sort_by_key(|(place, _)| place.1);
+        let mut placed: Vec<(i32, i32, i32)> = labels.iter().map(|((x, y), _)| (x - 6, x + 6, *y)).collect();
+        for ((x, y), dot) in labels {
+            let (left, right) = (x + 10, x + 10 + (7.5 * dot.name.chars().count() as f64) as i32);
+            let meets =
+                |y: i32| placed.iter().filter(move |(l, r, at)| left < *r && *l < right && (y - at).abs() < LINE);
+            let mut free = y;
+            while let Some((_, _, at)) = meets(free).next() {
+                free = at + LINE;
+            }
+            placed.push((left, right, free));
+            if free != y {
+                area.draw(&PathElement::new(vec![(x, y), (left - 2, free)], FAINT)).map_err(said)?;
+            }
+            text(area, &dot.name, (left, free), HPos::Left)?;
+        }
+        Ok(())
+    })?;
+    Ok(Some(drawn))
+}
+
+/// The mark of an arm as a small figure, for the legend.
+pub fn legend_mark(arm: usize) -> Result<String, String> {
+    draw("", (26, 16), |area| {
+        area.draw(&PathElement::new(vec![(0, 8), (26, 8)], colour(arm).stroke_width(2))).map_err(said)?;
+        mark(area, (13, 8), arm)
+    })
+}
+
+fn said(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// Draws into an SVG, and puts the page's colours where ours stood for them.
+fn draw(title: &str, size: (u32, u32), fill: impl FnOnce(&Area<'_>) -> Result<(), String>) -> Result<String, String> {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        fill(&area)?;
+        area.present().map_err(said)?;
+    }
+    let hex = |colour: RGBColor| format!("#{:02X}{:02X}{:02X}", colour.0, colour.1, colour.2);
+    let mut svg = svg.replace(&hex(INK), "currentColor").replace(&hex(FAINT), "var(--faint)");
+    for arm in 0..COLOURS {
+        svg = svg.replace(&hex(colour(arm)), &format!("var(--arm-{arm})"));
+    }
+    let label = if title.is_empty() {
+        "aria-hidden=\"true\"".into()
+    } else {
+        format!("role=\"img\" aria-label=\"{}\"", crate::page::escape(title))
+    };
+    Ok(svg.replacen("<svg", &format!("<svg {label}"), 1))
+}
+
+fn mesh<X, Y>(
+    chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, Y>>,
+    x: &str,
+    y: &str,
+    x_label: &dyn Fn(&f64) -> String,
+    y_label: &dyn Fn(&f64) -> String,
+) -> Result<(), String>
+where
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let mut mesh = chart.configure_mesh();
+    mesh.light_line_style(TRANSPARENT)
+        .bold_line_style(FAINT)
+        .axis_style(INK)
+        .x_labels(6)
+        .y_labels(6)
+        .axis_desc_style(("sans-serif", 14, &INK))
+        .label_style(("sans-serif", 13, &INK))
+        .x_label_formatter(x_label)
+        .y_label_formatter(y_label)
+        .x_desc(x);
+    if !y.is_empty() {
+        mesh.y_desc(y);
+    }
+    mesh.draw().map_err(said)
+}
+
+/// Marks differ by shape too, for eyes that cannot tell the colours.
+fn mark(area: &Area<'_>, (x, y): (i32, i32), arm: usize) -> Result<(), String> {
+    let (fill, line) = (colour(arm).filled(), colour(arm).stroke_width(2));
+    match arm % 5 {
+        0 => area.draw(&Circle::new((x, y), 4, fill)),
+        1 => area.draw(&Polygon::new(vec![(x, y - 5), (x + 5, y + 4), (x - 5, y + 4)], fill)),
+        2 => area.draw(&Rectangle::new([(x - 4, y - 4), (x + 4, y + 4)], fill)),
+        3 => area
+            .draw(&PathElement::new(vec![(x - 4, y - 4), (x + 4, y + 4)], line))
+            .and_then(|()| area.draw(&PathElement::new(vec![(x - 4, y + 4), (x + 4, y - 4)], line))),
+        _ => area.draw(&Polygon::new(vec![(x, y - 6), (x + 6, y), (x, y + 6), (x - 6, y)], fill)),
+    }
+    .map_err(said)
+}
+
+fn text(area: &Area<'_>, words: &str, at: (i32, i32), side: HPos) -> Result<(), String> {
+    let style = ("sans-serif", 13, &INK).into_text_style(area).pos(Pos::new(side, VPos::Center));
+    area.draw(&Text::new(words.to_owned(), at, style)).map_err(said)
+}
+
+/// The part of a line that does not lie above `top`.
+fn inside(a: At, b: At, top: f64) -> Option<((f64, f64), (f64, f64))> {
+    let crossing = || {
+        let part = (top - a.y) / (b.y - a.y);
+        (a.x + part * (b.x - a.x), top)
+    };
+    match (a.y <= top, b.y <= top) {
+        (true, true) => Some(((a.x, a.y), (b.x, b.y))),
+        (true, false) => Some(((a.x, a.y), crossing())),
+        (false, true) => Some((crossing(), (b.x, b.y))),
+        (false, false) => None,
+    }
+}
+
+/// Smallest and largest value with a margin; `None` without a finite value.
+fn padded(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    let (low, high) = values
+        .filter(|value| value.is_finite())
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+    let margin = 0.07 * (high - low);
+    let margin = if margin > 0.0 { margin } else { 0.05 * high.abs().max(1e-6) };
+    (low <= high).then_some((low - margin, high + margin))
+}
+
+/// Decimals that tell six labels of a range apart.
+fn decimals(range: f64) -> usize {
+    (-(range / 6.0).log10().floor()).clamp(0.0, 6.0) as usize
+}
+
+/// A label with so many decimals; rounding leaves no negative zero.
+fn label(value: f64, decimals: usize) -> String {
+    let text = format!("{value:.decimals$}");
+    if text.trim_start_matches(['-', '0', '.']).is_empty() { text.replace('-', "") } else { text }
+}
+
+/// `1.5M`, in labels of a range of this width.
+fn short(value: f64, range: f64) -> String {
+    match range {
+        _ if value == 0.0 => "0".into(),
+        range if range >= 1e6 => format!("{}M", label(value / 1e6, decimals(range / 1e6))),
+        range if range >= 1e4 => format!("{}k", label(value / 1e3, decimals(range / 1e3))),
+        range => label(value, decimals(range)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn figures_hold_no_colour_of_their_own() {
+        let points = vec![At { x: 0.0, y: 3.0, spread: 0.1 }, At { x: 10.0, y: 1.0, spread: 0.2 }];
+        let figure = Curves {
+            title: "loss <over> tokens",
+            x: "tokens",
+            y: "loss",
+            curves: vec![Curve { arm: 0, points: points.clone() }, Curve { arm: 9, points }],
+            cut: true,
+            size: (560, 340),
+        };
+        let row = |name: &str| Row { arm: 1, name: name.into(), values: vec![1.0, 2.0], mean: 1.5, margin: Some(6.0) };
+        let dot = |arm| Dot { arm, name: "an arm".into(), at: At { x: 5.0, y: 1.0, spread: 0.0 } };
+        for svg in [
+            curves(&figure).unwrap().unwrap(),
+            dot_plot("dots", "loss", &[row("a"), row("b & c")], true).unwrap().unwrap(),
+            scatter("scatter", "bytes", "loss", &[dot(0), dot(1)]).unwrap().unwrap(),
+        ] {
+            assert!(svg.starts_with("<svg role=\"img\" aria-label=") && svg.contains("currentColor"), "{svg}");
+            assert!(svg.contains("var(--arm-") && !svg.contains("\"#"), "{svg}");
+        }
+        assert!(scatter("none", "x", "y", &[]).unwrap().is_none());
+    }
+
+    #[test]
+    fn numbers_are_as_long_as_they_need_to_be() {
+        assert_eq!((decimals(0.06), decimals(6.0), decimals(6000.0)), (2, 0, 0));
+        assert_eq!((label(-0.001, 2), label(-0.01, 2)), ("0.00".into(), "-0.01".into()));
+        assert_eq!(
+            (short(2e6, 3e6), short(12_345.0, 2e4), short(0.25, 0.3)),
+            ("2.0M".into(), "12k".into(), "0.25".into())
+        );
+    }
+}

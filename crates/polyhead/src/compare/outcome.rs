@@ -1,0 +1,442 @@
+//! What the runs of a comparison reached, put together per arm.
+
+use serde_json::Value;
+
+use crate::costs::Costs;
+use crate::recipe;
+use crate::report::Failure;
+use crate::result::{self, Environment, RunResult, Score};
+
+use super::comparison::{Comparison, Quality};
+use super::matching::Match;
+use super::plan::{ArmPlan, Plan};
+use super::runs::End;
+use super::statistics::Summary;
+
+/// What a comparison found.
+pub struct Outcome {
+    /// What the report is called.
+    pub title: String,
+    /// The name of the comparison's file, without ending.
+    pub name: String,
+    /// The comparison's file.
+    pub file: String,
+    /// The command that runs it again.
+    pub command: String,
+    /// What was asked for.
+    pub comparison: Comparison,
+    /// Which arm the others are compared with.
+    pub base: usize,
+    /// The arms, in their order.
+    pub arms: Vec<ArmOutcome>,
+}
+
+/// What an arm's runs reached.
+pub struct ArmOutcome {
+    /// Its name.
+    pub name: String,
+    /// The value of the sweep that was chosen; empty where there is no sweep.
+    pub choice: String,
+    /// The values of the sweep with what they reached on the selection half, over seeds.
+    pub considered: Vec<(String, Option<Summary>)>,
+    /// What was sought to make it as costly as the base arm.
+    pub matched: Option<Match>,
+    /// Its recipe, resolved, with the first seed.
+    pub recipe: String,
+    /// Tokens of a step.
+    pub tokens_per_step: u64,
+    /// Its runs, one a seed.
+    pub runs: Vec<RunOutcome>,
+    /// Failed runs of other values of the sweep: which, and why.
+    pub failed_elsewhere: Vec<(String, String)>,
+}
+
+/// How one run ended.
+pub struct RunOutcome {
+    /// Its seed.
+    pub seed: u64,
+    /// What it reached, or why it failed.
+    pub end: Result<RunResult, String>,
+    /// Its log.
+    pub history: Vec<Value>,
+}
+
+/// A number that every run has.
+pub struct Metric {
+    /// As files name it.
+    pub key: &'static str,
+    /// As people name it.
+    pub title: &'static str,
+    /// Its unit; empty where its name says it.
+    pub unit: &'static str,
+    /// Decimals to show.
+    pub decimals: usize,
+    /// What shown numbers are multiplied by, as 100 for percent.
+    pub factor: f64,
+    /// Reads it; told whether a sweep chose among settings, so that scores come from the other half.
+    pub of: fn(&RunResult, bool) -> Option<f64>,
+}
+
+/// All of them, as tables list them.
+pub const METRICS: [Metric; 9] = [
+    Metric {
+        key: "validation_loss",
+        title: "validation loss",
+        unit: "nats",
+        decimals: 4,
+        factor: 1.0,
+        of: |r, swept| Some(score(r, swept)?.loss),
+    },
+    Metric {
+        key: "bits_per_byte",
+        title: "bits per byte",
+        unit: "",
+        decimals: 4,
+        factor: 1.0,
+        of: |r, swept| score(r, swept)?.bits_per_byte,
+    },
+    Metric {
+        key: "accuracy",
+        title: "accuracy",
+        unit: "%",
+        decimals: 2,
+        factor: 100.0,
+        of: |r, swept| Some(score(r, swept)?.accuracy),
+    },
+    Metric {
+        key: "tokens_per_second",
+        title: "tokens/s",
+        unit: "",
+        decimals: 0,
+        factor: 1.0,
+        of: |r, _| Some(r.tokens_per_second),
+    },
+    Metric {
+        key: "median_step_seconds",
+        title: "median step",
+        unit: "ms",
+        decimals: 1,
+        factor: 1e3,
+        of: |r, _| r.median_step_seconds,
+    },
+    Metric {
+        key: "peak_memory_bytes",
+        title: "peak memory",
+        unit: "MiB",
+        decimals: 1,
+        factor: 1.0 / 1048576.0,
+        of: |r, _| Some(r.peak_memory_bytes? as f64),
+    },
+    Metric {
+        key: "kv_bytes_per_token",
+        title: "KV bytes per token",
+        unit: "",
+        decimals: 0,
+        factor: 1.0,
+        of: |r, _| Some(r.kv_bytes_per_token as f64),
+    },
+    Metric {
+        key: "parameters",
+        title: "parameters",
+        unit: "",
+        decimals: 0,
+        factor: 1.0,
+        of: |r, _| Some(r.parameters as f64),
+    },
+    Metric {
+        key: "flops_per_token",
+        title: "forward FLOPs per token",
+        unit: "",
+        decimals: 0,
+        factor: 1.0,
+        of: |r, _| Some(r.flops_per_token as f64),
+    },
+];
+
+fn score(result: &RunResult, swept: bool) -> Option<&Score> {
+    if swept { result.reporting.as_ref() } else { Some(&result.validation) }
+}
+
+impl Quality {
+    /// The number that this is.
+    pub fn metric(self) -> &'static Metric {
+        match self {
+            Self::ValidationLoss => &METRICS[0],
+            Self::BitsPerByte => &METRICS[1],
+            Self::Accuracy => &METRICS[2],
+        }
+    }
+
+    /// Whether a larger one is better.
+    pub fn grows(self) -> bool {
+        self == Self::Accuracy
+    }
+
+    fn of_score(self, score: &Score) -> Option<f64> {
+        match self {
+            Self::ValidationLoss => Some(score.loss),
+            Self::BitsPerByte => score.bits_per_byte,
+            Self::Accuracy => Some(score.accuracy),
+        }
+    }
+}
+
+impl Metric {
+    /// Its name with its unit, as heads of tables and axes have it.
+    pub fn label(&self) -> String {
+        if self.unit.is_empty() { self.title.into() } else { format!("{}, {}", self.title, self.unit) }
+    }
+
+    /// A value as tables show it.
+    pub fn shown(&self, value: f64) -> String {
+        let value = value * self.factor;
+        match self.decimals {
+            0 if value >= 0.0 => crate::console::thousands(value.round() as u64),
+            decimals => format!("{value:.decimals$}"),
+        }
+    }
+}
+
+impl Outcome {
+    /// Puts together how a plan's runs ended.
+    ///
+    /// # Errors
+    /// If a log cannot be read.
+    pub fn gather(plan: &Plan, ends: Vec<End>, command: &str) -> Result<Self, Failure> {
+        let mut by_arm: Vec<Vec<Vec<RunOutcome>>> =
+            plan.arms.iter().map(|arm| arm.choices.iter().map(|_| Vec::new()).collect()).collect();
+        for (run, end) in plan.runs.iter().zip(ends) {
+            let history = result::history(&run.folder)?;
+            let end = match end {
+                End::Finished(result) => Ok(*result),
+                End::Failed(problem) => Err(problem),
+            };
+            by_arm[run.arm][run.choice].push(RunOutcome { seed: run.seed, end, history });
+        }
+        let quality = plan.comparison.metric;
+        let arms = plan.arms.iter().zip(by_arm).map(|(arm, runs)| arm_outcome(arm, runs, quality));
+        Ok(Self {
+            title: plan.title(),
+            name: plan.name(),
+            file: plan.file.display().to_string(),
+            command: command.to_owned(),
+            comparison: plan.comparison.clone(),
+            base: plan.base,
+            arms: arms.collect::<Result<_, Failure>>()?,
+        })
+    }
+
+    /// Whether a sweep chose among settings.
+    pub fn swept(&self) -> bool {
+        !self.comparison.sweep.is_empty()
+    }
+
+    /// How many runs failed.
+    pub fn failed(&self) -> usize {
+        let failed =
+            |arm: &ArmOutcome| arm.runs.iter().filter(|run| run.end.is_err()).count() + arm.failed_elsewhere.len();
+        self.arms.iter().map(failed).sum()
+    }
+
+    /// A number of every finished run of an arm, with its seed.
+    pub fn values(&self, arm: usize, metric: &Metric) -> Vec<(u64, f64)> {
+        let runs = self.arms[arm].runs.iter();
+        runs.filter_map(|run| Some((run.seed, (metric.of)(run.end.as_ref().ok()?, self.swept())?))).collect()
+    }
+
+    /// Mean and spread over seeds.
+    pub fn summary(&self, arm: usize, metric: &Metric) -> Option<Summary> {
+        Summary::of(&self.values(arm, metric).into_iter().map(|(_, value)| value).collect::<Vec<_>>())
+    }
+
+    /// Arm minus other arm, seed by seed, over the seeds that both finished.
+    pub fn differences(&self, arm: usize, other: usize, metric: &Metric) -> Vec<(u64, f64)> {
+        let others = self.values(other, metric);
+        let pair = |(seed, value)| Some((seed, value - others.iter().find(|(other, _)| *other == seed)?.1));
+        self.values(arm, metric).into_iter().filter_map(pair).collect()
+    }
+
+    /// Mean and interval of [`differences`](Self::differences).
+    pub fn difference(&self, arm: usize, other: usize, metric: &Metric) -> Option<Summary> {
+        Summary::of(&self.differences(arm, other, metric).into_iter().map(|(_, value)| value).collect::<Vec<_>>())
+    }
+
+    /// The environments of the runs, each once.
+    pub fn environments(&self) -> Vec<&Environment> {
+        let mut found: Vec<&Environment> = Vec::new();
+        for result in self.results() {
+            if !found.contains(&&result.environment) {
+                found.push(&result.environment);
+            }
+        }
+        found
+    }
+
+    /// The results of all finished runs.
+    pub fn results(&self) -> impl Iterator<Item = &RunResult> {
+        self.arms.iter().flat_map(|arm| arm.runs.iter().filter_map(|run| run.end.as_ref().ok()))
+    }
+
+    /// What was found, in words.
+    pub fn finding(&self) -> String {
+        let metric = self.comparison.metric.metric();
+        let base = &self.arms[self.base].name;
+        let Some(reached) = self.summary(self.base, metric) else {
+            return format!("No run of the base arm, {base}, has finished: there is nothing to compare with.");
+        };
+        let shown = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
+        let (mut worse, mut better, mut equal, mut alone) = (vec![], vec![], vec![], vec![]);
+        for arm in (0..self.arms.len()).filter(|&arm| arm != self.base) {
+            let name = &self.arms[arm].name;
+            let Some(difference) = self.difference(arm, self.base, metric) else {
+                alone.push(format!("{name} (no run to compare)"));
+                continue;
+            };
+            let mean = shown(difference.mean);
+            match (difference.interval(), difference.beyond_chance()) {
+                (Some((low, high)), Some(beyond)) => {
+                    let words = format!("{name} ({mean}; {} to {}; n = {})", shown(low), shown(high), difference.n);
+                    match beyond {
+                        false => equal.push(words),
+                        true if (difference.mean > 0.0) == self.comparison.metric.grows() => better.push(words),
+                        true => worse.push(words),
+                    }
+                }
+                _ => alone.push(format!("{name} ({mean})")),
+            }
+        }
+        let mut words = format!(
+            "Against {base} ({} {}{}, n = {}): ",
+            metric.title,
+            metric.shown(reached.mean),
+            space_before(metric.unit),
+            reached.n
+        );
+        let mut parts = Vec::new();
+        for (list, what) in [
+            (better, "better beyond chance"),
+            (worse, "worse beyond chance"),
+            (equal, "no difference beyond chance"),
+            (alone, "one seed or none, which tells nothing about chance"),
+        ] {
+            if !list.is_empty() {
+                parts.push(format!("{what}: {}", list.join(", ")));
+            }
+        }
+        words.push_str(&parts.join("; "));
+        words.push('.');
+        words
+    }
+}
+
+fn space_before(unit: &str) -> String {
+    if unit.is_empty() { String::new() } else { format!(" {unit}") }
+}
+
+/// The runs of an arm, of the value of the sweep that did best on the selection half where all seeds finished.
+fn arm_outcome(arm: &ArmPlan, runs: Vec<Vec<RunOutcome>>, quality: Quality) -> Result<ArmOutcome, Failure> {
+    let selection = |runs: &[RunOutcome]| -> Option<Summary> {
+        let scores = runs.iter().map(|run| quality.of_score(run.end.as_ref().ok()?.selection.as_ref()?));
+        Summary::of(&scores.collect::<Option<Vec<f64>>>()?)
+    };
+    let considered: Vec<(String, Option<Summary>)> =
+        arm.choices.iter().zip(&runs).map(|(choice, runs)| (choice.words.clone(), selection(runs))).collect();
+    let worth = |mean: f64| if quality.grows() { -mean } else { mean };
+    let known =
+        considered.iter().enumerate().filter_map(|(at, (_, summary))| Some((at, worth(summary.as_ref()?.mean))));
+    let chosen = known.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(at, _)| at);
+    let (mut kept, mut failed_elsewhere) = (Vec::new(), Vec::new());
+    for (at, runs) in runs.into_iter().enumerate() {
+        if at == chosen {
+            kept = runs;
+            continue;
+        }
+        let words = &arm.choices[at].words;
+        let failed = runs.into_iter().filter_map(|run| Some((format!("{words}, seed {}", run.seed), run.end.err()?)));
+        failed_elsewhere.extend(failed);
+    }
+    let choice = &arm.choices[chosen];
+    Ok(ArmOutcome {
+        name: arm.name.clone(),
+        choice: choice.words.clone(),
+        considered: if arm.choices.len() > 1 { considered } else { Vec::new() },
+        matched: choice.matched.clone(),
+        recipe: recipe::resolved(&choice.run.recipe)?,
+        tokens_per_step: Costs::of(&choice.run.recipe, &choice.run.decoder, 1).tokens_per_step,
+        runs: kept,
+        failed_elsewhere,
+    })
+}
+
+/// A curve of a run: for each logged step the tokens and the seconds until then, and what `key` was.
+pub struct Point {
+    /// Tokens seen.
+    pub tokens: f64,
+    /// Seconds spent in steps.
+    pub seconds: f64,
+    /// The value.
+    pub value: f64,
+}
+
+/// The curve of a key of `metrics.jsonl`. Seconds add up from the logged speeds, so that pauses do not count.
+pub fn curve(history: &[Value], tokens_per_step: u64, value: impl Fn(&Value) -> Option<f64>) -> Vec<Point> {
+    let (mut seconds, mut before, mut points) = (0.0, 0.0, Vec::new());
+    for line in history {
+        let Some(step) = line["step"].as_f64() else { continue };
+        if let Some(speed) = line["tokens_per_second"].as_f64() {
+            seconds += (step - before) * tokens_per_step as f64 / speed.max(1e-9);
+            before = step;
+        }
+        if let Some(value) = value(line) {
+            points.push(Point { tokens: step * tokens_per_step as f64, seconds, value });
+        }
+    }
+    points
+}
+
+/// Names of what mechanisms told about themselves, over all layers: `entropy`, `lambda`, ...
+pub fn observed(history: &[Value]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for key in history.iter().filter_map(Value::as_object).flat_map(|line| line.keys()) {
+        let name = key.strip_prefix("attention/layer_").and_then(|rest| rest.split_once('/')).map(|(_, name)| name);
+        if let Some(name) = name.filter(|name| !names.iter().any(|known| known == name)) {
+            names.push(name.to_owned());
+        }
+    }
+    names
+}
+
+/// The mean over layers of an observation in a line of the log.
+pub fn mean_over_layers(line: &Value, name: &str) -> Option<f64> {
+    let of_name = |key: &str| {
+        key.strip_prefix("attention/layer_")
+            .and_then(|rest| rest.split_once('/'))
+            .is_some_and(|(_, found)| found == name)
+    };
+    let values: Vec<f64> =
+        line.as_object()?.iter().filter(|(key, _)| of_name(key)).filter_map(|(_, value)| value.as_f64()).collect();
+    Some(Summary::of(&values)?.mean)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn curves_add_up_time_and_average_layers() {
+        let history = [
+            json!({ "step": 1, "tokens_per_second": 100.0, "loss": 3.0 }),
+            json!({ "step": 5, "tokens_per_second": 200.0, "loss": 2.0 }),
+            json!({ "step": 5, "validation_loss": 2.5 }),
+            json!({ "step": 5, "attention/layer_00/entropy": 1.0, "attention/layer_01/entropy": 3.0 }),
+        ];
+        let points = curve(&history, 10, |line| line["validation_loss"].as_f64());
+        assert_eq!(points.len(), 1);
+        assert_eq!((points[0].tokens, points[0].value), (50.0, 2.5));
+        assert!((points[0].seconds - (0.1 + 0.2)).abs() < 1e-12);
+        assert_eq!(observed(&history), ["entropy"]);
+        assert_eq!(mean_over_layers(&history[3], "entropy"), Some(2.0));
+        assert_eq!(mean_over_layers(&history[0], "entropy"), None);
+    }
+}

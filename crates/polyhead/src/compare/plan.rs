@@ -1,0 +1,243 @@
+//! What a comparison will run: every arm with every seed (and every value of a sweep), as complete recipes.
+
+use std::path::{Path, PathBuf};
+
+use crate::assemble::{self, Resolved};
+use crate::costs::Totals;
+use crate::layers::{Layer, merge, parse_layer};
+use crate::recipe::{self, Recipe};
+use crate::report::{Failure, Problem, Problems};
+use crate::result;
+
+use super::comparison::{Comparison, Matched, Read, folder_name};
+use super::matching::{Match, other_data, solve};
+
+/// What a comparison will run.
+pub struct Plan {
+    /// What was asked for.
+    pub comparison: Comparison,
+    /// The file that asks for it.
+    pub file: PathBuf,
+    /// Where everything is written.
+    pub out: PathBuf,
+    /// The arms, in their order.
+    pub arms: Vec<ArmPlan>,
+    /// Which of them the others are compared with.
+    pub base: usize,
+    /// Every run, those of the first seed first, so that arms can be compared early.
+    pub runs: Vec<Run>,
+}
+
+/// An arm, ready to run.
+pub struct ArmPlan {
+    /// Its name.
+    pub name: String,
+    /// Its settings to choose from; one where there is no sweep.
+    pub choices: Vec<Choice>,
+}
+
+/// An arm with one of the values of a sweep.
+pub struct Choice {
+    /// The swept keys, as `key = value`; empty where there is no sweep.
+    pub words: String,
+    /// The whole run, with the first seed.
+    pub run: Resolved,
+    /// What it costs.
+    pub totals: Totals,
+    /// What was sought to make it as costly as the base arm.
+    pub matched: Option<Match>,
+    layers: Vec<Layer>,
+}
+
+/// One training.
+pub struct Run {
+    /// Which arm.
+    pub arm: usize,
+    /// Which of its choices.
+    pub choice: usize,
+    /// Which seed.
+    pub seed: u64,
+    /// Its identity: see [`result::id`].
+    pub id: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its recipe, resolved.
+    pub text: String,
+    /// Steps to take.
+    pub steps: u64,
+}
+
+/// An arm with one choice of a sweep: its layers, and what they say together.
+type Layered = (Vec<Layer>, Resolved);
+
+/// A hash of what a recipe learns from: see [`result::id`].
+pub type TextHash<'a> = dyn FnMut(&Resolved) -> Result<Option<String>, Failure> + 'a;
+
+/// Plans a comparison that was read from `file`, to be written to `out`. Nothing is trained.
+///
+/// # Errors
+/// All arms that cannot run, each by its name; or what is wrong with the data.
+pub fn plan(read: Read, (file, out): (&Path, &Path), text_hash: &mut TextHash<'_>) -> Result<Plan, Failure> {
+    let Read { comparison, layer, base: mut below } = read;
+    below.push(layer.part(&["recipe"]));
+    let base = comparison.base.as_ref().and_then(|name| comparison.arm.iter().position(|arm| arm.name == *name));
+    let base = base.unwrap_or(0);
+    let arms = load(&comparison, &layer, &below)?;
+
+    let cost = |run: &Resolved| totals(run, run.vocab_size());
+    let targets: Vec<u64> = arms[base].iter().map(|(_, run)| comparison.matched.of(&cost(run))).collect();
+
+    let (mut planned, mut problems) = (Vec::new(), Vec::new());
+    for (at, choices) in arms.iter().enumerate() {
+        let arm = &comparison.arm[at];
+        let mut refuse = |key: &str, message: String| {
+            let message = format!("arm `{}`: {message}", arm.name);
+            problems.push(Problem::at(std::slice::from_ref(&layer), &format!("arm.{at}.{key}"), message));
+        };
+        let words = comparison.choices();
+        let mut ready = Vec::new();
+        for ((layers, own), (words, target)) in choices.iter().zip(words.iter().zip(&targets)) {
+            if let Some(key) = other_data(&arms[base][0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
+                refuse(
+                    "recipe",
+                    format!(
+                        "{key} differs from the base arm's, and arms must learn the same from the same; same_data = false allows it"
+                    ),
+                );
+                break;
+            }
+            let key = arm.solve.as_ref().unwrap_or(&comparison.solve);
+            // What costs the same already is left as it is.
+            let seek = comparison.matched != Matched::None && comparison.matched.of(&cost(own)) != *target;
+            let matched = match seek.then(|| equal(&comparison, key, *target, layers, own.vocab_size())) {
+                None => None,
+                Some(Ok(found)) => Some(found),
+                Some(Err(message)) => {
+                    refuse("name", format!("match = \"{}\": {message}", name_of(comparison.matched)));
+                    break;
+                }
+            };
+            let mut layers = layers.clone();
+            if let Some(found) = &matched {
+                layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
+            }
+            let run = with_seed(&layers, comparison.seeds[0])?;
+            let totals = cost(&run);
+            ready.push(Choice { words: words.join(", "), run, totals, matched, layers });
+        }
+        planned.push(ArmPlan { name: arm.name.clone(), choices: ready });
+    }
+    if !problems.is_empty() {
+        return Err(Problems(problems).into());
+    }
+    let runs = runs(&comparison, &planned, out, text_hash)?;
+    Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, base, runs })
+}
+
+/// Every arm's layers with every choice of the sweep, each checked as a recipe.
+fn load(comparison: &Comparison, layer: &Layer, below: &[Layer]) -> Result<Vec<Vec<Layered>>, Failure> {
+    let (mut arms, mut problems) = (Vec::new(), Vec::new());
+    for (at, arm) in comparison.arm.iter().enumerate() {
+        let own = layer.part(&["arm", &at.to_string(), "recipe"]);
+        let key = arm.solve.as_ref().unwrap_or(&comparison.solve);
+        let parts: Vec<&str> = key.split('.').collect();
+        if comparison.matched != Matched::None && own.find(&parts).is_some_and(|(_, depth)| depth == parts.len()) {
+            let message = format!("arm `{}`: {key} is what match seeks: leave it out here, or match nothing", arm.name);
+            problems.push(Problem::at(std::slice::from_ref(&own), key, message));
+        }
+        let mut choices = Vec::new();
+        for choice in comparison.choices() {
+            let mut layers = below.to_vec();
+            layers.push(own.clone());
+            for words in &choice {
+                layers.push(line("sweep", words)?);
+            }
+            match resolve(layers.clone()) {
+                Ok(run) => choices.push((layers, run)),
+                Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
+                Err(Failure::Usage(found)) => {
+                    problems.extend(found.0.into_iter().map(|problem| problem.about(&format!("arm `{}`", arm.name))));
+                    break; // the other choices would say the same again
+                }
+                Err(other) => return Err(other),
+            }
+        }
+        arms.push(choices);
+    }
+    if problems.is_empty() { Ok(arms) } else { Err(Problems(problems).into()) }
+}
+
+fn line(name: &str, text: &str) -> Result<Layer, Problems> {
+    parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
+}
+
+fn with_seed(layers: &[Layer], seed: u64) -> Result<Resolved, Failure> {
+    let mut layers = layers.to_vec();
+    layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
+    resolve(layers)
+}
+
+fn resolve(layers: Vec<Layer>) -> Result<Resolved, Failure> {
+    assemble::resolve(&recipe::from_layers(layers)?)
+}
+
+fn totals(run: &Resolved, vocab_size: usize) -> Totals {
+    Totals::of_model(&run.decoder, vocab_size, run.recipe.training.seq_len as u64)
+}
+
+fn name_of(matched: Matched) -> String {
+    toml::Value::try_from(matched).ok().and_then(|name| name.as_str().map(Into::into)).unwrap_or_default()
+}
+
+/// The value of `key` that makes the arm as costly as the base arm.
+fn equal(
+    comparison: &Comparison,
+    key: &str,
+    target: u64,
+    layers: &[Layer],
+    vocab_size: usize,
+) -> Result<Match, String> {
+    let cost = |value: u64| {
+        let mut layers = layers.to_vec();
+        layers.push(parse_layer("match", &format!("{key} = {value}")).ok()?);
+        let recipe: Recipe = toml::Value::Table(merge(&layers)).try_into().ok()?;
+        let decoder = recipe.model.decoder?;
+        decoder.validate().ok()?;
+        Some(comparison.matched.of(&Totals::of_model(&decoder, vocab_size, recipe.training.seq_len as u64)))
+    };
+    solve(key, target, comparison.tolerance, &cost)
+}
+
+fn runs(
+    comparison: &Comparison,
+    arms: &[ArmPlan],
+    out: &Path,
+    text_hash: &mut TextHash<'_>,
+) -> Result<Vec<Run>, Failure> {
+    let mut runs = Vec::new();
+    for &seed in &comparison.seeds {
+        for (arm, planned) in arms.iter().enumerate() {
+            for (choice, chosen) in planned.choices.iter().enumerate() {
+                let resolved = with_seed(&chosen.layers, seed)?;
+                let text = recipe::resolved(&resolved.recipe)?;
+                let id = result::id(&text, text_hash(&resolved)?.as_deref());
+                let folder = format!("{}-seed-{seed}-{}", folder_name(&planned.name), &id[..8]);
+                let folder = out.join("runs").join(folder);
+                runs.push(Run { arm, choice, seed, id, folder, text, steps: resolved.recipe.training.steps });
+            }
+        }
+    }
+    Ok(runs)
+}
+
+impl Plan {
+    /// What the report is called.
+    pub fn title(&self) -> String {
+        self.comparison.title.clone().unwrap_or_else(|| self.name())
+    }
+
+    /// The name of its file, without ending.
+    pub fn name(&self) -> String {
+        self.file.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}

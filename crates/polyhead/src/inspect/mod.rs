@@ -1,0 +1,190 @@
+//! `polyhead inspect`: what the heads of a trained model look at, and how much each of them matters.
+
+mod heads;
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use burn::module::Module;
+use polyhead_data::Tokenizer;
+use polyhead_models::{Batch, IGNORE};
+use polyhead_training::picture::attention_grid;
+use polyhead_training::run_folder::atomic_write;
+
+use crate::assemble::{self, Trained};
+use crate::cli::InspectArgs;
+use crate::console::{put, talk};
+use crate::page::{escape, figure, page, table};
+use crate::report::{Failure, Problems};
+
+use heads::{Head, Layer};
+
+/// Writes maps and a page, and prints the table of heads.
+///
+/// # Errors
+/// If the model cannot be opened, or has no such layer or head.
+pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let rows = probe(args, &trained)?;
+    let device = trained.model.device().autodiff();
+    let model = trained.model.clone().fork(&device).train();
+    let layers = heads::look(&model, &rows);
+    let chosen = choose("--layers", &args.layers, layers.len())?;
+    let out = args.out.clone().unwrap_or_else(|| default_folder(&trained.path));
+    std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
+
+    let config = trained.model.config();
+    let title = format!("Heads of {}", trained.path.display());
+    let mut body = format!("<h1>{}</h1>\n<p class=\"finding\">{}</p>\n", escape(&title), escape(&summary(&layers)));
+    if let (Some(text), Some(tokenizer)) = (&args.text, &trained.tokenizer) {
+        let words = tokens_in_words(tokenizer, &rows[0]);
+        let _ = writeln!(
+            body,
+            "<p>{}</p><details><summary>Its {} tokens</summary><p>{words}</p></details>",
+            escape(text),
+            rows[0].seq
+        );
+    }
+    body.push_str("<div class=\"figures\">\n");
+    let mut table_rows = Vec::new();
+    for &at in &chosen {
+        let layer = &layers[at];
+        let heads = choose("--heads", &args.heads, layer.heads.len())?;
+        let name = config.mechanism(at).name();
+        for &head in &heads {
+            table_rows.push(cells(at, name, head, &layer.heads[head]));
+        }
+        if heads.is_empty() {
+            continue;
+        }
+        let maps: Vec<Vec<f32>> = heads.iter().map(|&head| layer.maps[head].clone()).collect();
+        let png = attention_grid(&maps, layer.length, layer.length).map_err(|error| Failure::Run(error.to_string()))?;
+        let file = out.join(format!("maps-layer-{at:02}.png"));
+        atomic_write(&file, &png.bytes)?;
+        let picture = format!(
+            "<img alt=\"attention maps of layer {at}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
+            png.width,
+            png.height,
+            STANDARD.encode(&png.bytes)
+        );
+        let numbers = layer.numbers.iter().map(|(name, values)| {
+            let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
+            format!("{}: {}", name.replace('_', " "), values.join(", "))
+        });
+        let list: Vec<String> = heads.iter().map(usize::to_string).collect();
+        let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));
+        body.push_str(&figure(&format!("Layer {at}: {name}"), &small, &picture));
+    }
+    body.push_str(
+        "</div>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; the brighter (or, where maps are \
+         subtracted, the bluer) the larger the weight, by its square root; orange is negative.</p>\n<h2>Heads</h2>\n",
+    );
+    body.push_str(&table(&HEAD.map(String::from), table_rows.clone()));
+    let _ = writeln!(
+        body,
+        "<p class=\"quiet\">Importance: |gate × gradient| of a gate of 1 on the head's output (Michel et al. 2019, arXiv \
+         1905.10650), mean over {} rows, in nats per target. Distance: tokens back, weighted by the size of weights.</p>",
+        rows.len()
+    );
+    atomic_write(&out.join("inspect.html"), page(&title, &body).as_bytes())?;
+
+    put!(
+        "{:>5}  {:<22} {:>4} {:>9} {:>10} {:>9} {:>11}",
+        HEAD[0],
+        HEAD[1],
+        HEAD[2],
+        HEAD[3],
+        HEAD[4],
+        HEAD[5],
+        HEAD[6]
+    )?;
+    for row in table_rows {
+        put!("{:>5}  {:<22} {:>4} {:>9} {:>10} {:>9} {:>11}", row[0], row[1], row[2], row[3], row[4], row[5], row[6])?;
+    }
+    talk!("\n{}", summary(&layers));
+    talk!("maps and page: {}", out.join("inspect.html").display());
+    Ok(())
+}
+
+const HEAD: [&str; 7] = ["layer", "mechanism", "head", "entropy", "first key", "distance", "importance"];
+
+fn cells(layer: usize, mechanism: &str, at: usize, head: &Head) -> Vec<String> {
+    let number = |value: Option<f32>| value.map_or("–".to_owned(), |value| format!("{value:.3}"));
+    let importance = head.importance.map_or("–".to_owned(), |value| format!("{value:.2e}"));
+    let [entropy, first_key, distance] = [head.entropy, head.first_key, Some(head.distance)].map(number);
+    vec![layer.to_string(), mechanism.to_owned(), at.to_string(), entropy, first_key, distance, importance]
+}
+
+/// Which heads matter, in words.
+fn summary(layers: &[Layer]) -> String {
+    let known = layers.iter().enumerate().flat_map(|(layer, seen)| {
+        seen.heads.iter().enumerate().filter_map(move |(head, of)| Some((layer, head, of.importance?)))
+    });
+    let mut known: Vec<(usize, usize, f32)> = known.collect();
+    known.sort_by(|a, b| b.2.total_cmp(&a.2));
+    match known.as_slice() {
+        [] => "No layer tells of its heads.".into(),
+        [(layer, head, _)] => format!("One head: layer {layer}, head {head}."),
+        [most, .., least] => {
+            let all: f32 = known.iter().map(|(_, _, importance)| importance).sum();
+            format!(
+                "Of {} heads, head {} of layer {} matters most ({:.0} % of all importance), head {} of layer {} least ({:.1} %).",
+                known.len(),
+                most.1,
+                most.0,
+                100.0 * most.2 / all.max(1e-30),
+                least.1,
+                least.0,
+                100.0 * least.2 / all.max(1e-30)
+            )
+        }
+    }
+}
+
+/// The rows to look at: the text that was given, or held-out data.
+fn probe(args: &InspectArgs, trained: &Trained) -> Result<Vec<Batch>, Failure> {
+    let Some(text) = &args.text else {
+        let batch = trained.data()?.validation.batch(0)?;
+        return Ok((0..batch.batch.min(args.rows as usize)).map(|row| batch.row(row)).collect());
+    };
+    let Some(tokenizer) = &trained.tokenizer else {
+        let problem = format!("--text: {} learnt generated data, not text; leave it out", trained.path.display());
+        return Err(Problems::plain(problem).into());
+    };
+    let tokens = tokenizer.encode(text)?;
+    if tokens.len() < 2 {
+        return Err(Problems::plain(format!("--text is {} tokens long: give two or more", tokens.len())).into());
+    }
+    if tokens.len() > trained.max_positions {
+        let problem =
+            format!("--text is {} tokens long, the model was made for {}", tokens.len(), trained.max_positions);
+        return Err(Problems::plain(problem).into());
+    }
+    let targets = tokens.iter().skip(1).map(|&token| i64::from(token)).chain([IGNORE]).collect();
+    Ok(vec![Batch { batch: 1, seq: tokens.len(), tokens, targets, ..Batch::default() }])
+}
+
+/// What was chosen of `count`, or all of them.
+fn choose(option: &str, chosen: &[usize], count: usize) -> Result<Vec<usize>, Failure> {
+    match chosen.iter().find(|&&at| at >= count) {
+        Some(at) => Err(Problems::plain(format!("{option}: {at} is not below {count}, how many there are")).into()),
+        None if chosen.is_empty() => Ok((0..count).collect()),
+        None => Ok(chosen.to_vec()),
+    }
+}
+
+fn tokens_in_words(tokenizer: &Tokenizer, row: &Batch) -> String {
+    let mut words = String::new();
+    for (at, &token) in row.tokens.iter().enumerate() {
+        let _ = write!(words, "{at}&nbsp;<code>{}</code> ", escape(&tokenizer.decode(&[token])));
+    }
+    words
+}
+
+/// Beside the checkpoints of a run, which stay as they are.
+fn default_folder(checkpoint: &Path) -> PathBuf {
+    let name = checkpoint.file_name().unwrap_or("model".as_ref());
+    checkpoint.parent().unwrap_or(Path::new(".")).join("inspect").join(name)
+}

@@ -1,0 +1,238 @@
+//! Comparisons: what runs, what is refused, what goes on, and what the reports say.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::world::{SMALL, World, project};
+
+/// Two arms, two seeds, a few steps.
+const TINY: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+match = "parameters"
+tolerance = 0.2
+
+[recipe]
+metrics.tensorboard = false
+training.gradient_accumulation_steps = 1
+
+[[arm]]
+name = "GQA <plain>"
+recipe.model.decoder.attention.softmax = { n_heads = 4, n_kv_heads = 2 }
+
+[[arm]]
+name = "DIFF"
+
+[[claim]]
+claim = "Noise can be cancelled"
+paper = "Nobody 2026"
+arms = ["GQA <plain>", "DIFF"]
+"#;
+
+fn world(comparison: &str) -> World {
+    let world = World::new(SMALL);
+    std::fs::write(world.dir.path().join("zoo.toml"), comparison).unwrap();
+    world
+}
+
+const COMPARE: [&str; 4] = ["compare", "zoo.toml", "--jobs", "2"];
+
+fn json(world: &World, path: &str) -> serde_json::Value {
+    serde_json::from_slice(&world.read(path)).unwrap()
+}
+
+/// The results of all runs, by folder.
+fn results(world: &World) -> Vec<(String, serde_json::Value)> {
+    let runs = world.dir.path().join("checkpoints/compare/zoo/runs");
+    let names = std::fs::read_dir(runs).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    let file = |name: &String| format!("checkpoints/compare/zoo/runs/{name}/result.json");
+    names.retain(|name| world.dir.path().join(file(name)).exists());
+    names.into_iter().map(|name| (name.clone(), json(world, &file(&name)))).collect()
+}
+
+#[test]
+fn a_comparison_runs_once_and_reports_every_number() {
+    let world = world(TINY);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run"]);
+    assert!(out.contains("runs       4") && out.contains("finished   0 of 4") && out.contains("time "), "{out}");
+    assert!(!world.dir.path().join("checkpoints").exists(), "a plan writes nothing");
+
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(err.contains("match    DIFF: model.decoder.d_ff = ") && err.contains("Against GQA <plain>"), "{err}");
+    let before = results(&world);
+    assert_eq!(before.len(), 4, "a folder a run");
+    let parameters = |arm: &str| before.iter().find(|run| run.0.starts_with(arm)).unwrap().1["parameters"].as_f64();
+    let (base, other) = (parameters("gqa-plain-").unwrap(), parameters("diff-").unwrap());
+    assert!((other - base).abs() / base < 0.02, "{base} and {other} were to be equal");
+
+    // The numbers of the report are those of the runs.
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    for (name, result) in &before {
+        let loss = format!("{:.4}", result["validation"]["loss"].as_f64().unwrap());
+        assert!(markdown.contains(&loss), "{name}: no {loss} in {markdown}");
+    }
+    let loss = |arm: &str, seed: &str| {
+        let run = before.iter().find(|run| run.0.starts_with(&format!("{arm}-seed-{seed}-"))).unwrap();
+        run.1["validation"]["loss"].as_f64().unwrap()
+    };
+    let difference = ["3", "4"].map(|seed| loss("diff", seed) - loss("gqa-plain", seed));
+    let mean = format!("| DIFF | {:+.4} |", (difference[0] + difference[1]) / 2.0);
+    assert!(markdown.contains(&mean), "no {mean} in {markdown}");
+
+    crate::pages::assert_whole(&world.dir.path().join("checkpoints/compare/zoo/report.html"));
+
+    // Nothing is trained again, and the report is the same.
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(err.contains("4 runs, 4 of them have finished before") && !err.contains("started"), "{err}");
+    assert_eq!(results(&world), before);
+    assert_eq!(world.read("checkpoints/compare/zoo/report.md"), markdown.into_bytes());
+
+    // Another recipe is another run.
+    std::fs::write(world.dir.path().join("zoo.toml"), TINY.replace("accumulation_steps = 1", "accumulation_steps = 2"))
+        .unwrap();
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    assert!(out.contains("finished   0 of 4"), "{out}");
+}
+
+#[test]
+fn wrong_arms_are_refused_by_name_before_anything_runs() {
+    for (change, with, words) in [
+        ("{ n_heads = 4,", "{ n_headz = 4,", "arm `GQA <plain>`: unknown key `n_headz`"),
+        ("{ n_heads = 4,", "{ n_heads = 3,", "arm `GQA <plain>`: n_heads (3) must divide d_model (16)"),
+        (
+            "tolerance = 0.2",
+            "solve = \"model.decoder.attention.grouped_differential.lambda_init.constant\"",
+            "arm `DIFF`",
+        ),
+        (
+            "match = \"parameters\"",
+            "match = \"kv_cache\"",
+            "arm `DIFF`: match = \"kv_cache\": model.decoder.d_ff does not change",
+        ),
+        ("name = \"DIFF\"", "name = \"DIFF\"\nrecipe.training.seq_len = 8", "arm `DIFF`: training.seq_len differs"),
+        (
+            "name = \"DIFF\"",
+            "name = \"DIFF\"\nrecipe.model.decoder.d_ff = 8",
+            "arm `DIFF`: model.decoder.d_ff is what match seeks",
+        ),
+        ("name = \"DIFF\"", "name = \"GQA <plain>\"", "two arms have this name"),
+        ("seeds = [3, 4]", "seeds = []", "seeds is empty"),
+        ("seeds = [3, 4]", "seedz = [3, 4]", "did you mean `seeds`?"),
+        ("seeds = [3, 4]", "seeds = [3, 4]\nsweep.optimizer.adamw.lr = 3", "must be a list"),
+        ("seeds = [3, 4]", "seeds = [3, 4]\nbase = \"MQA\"", "no arm is called \"MQA\""),
+    ] {
+        let world = world(&TINY.replace(change, with));
+        let err = world.fails(2, &COMPARE);
+        assert!(err.contains(words), "{with}: {err}");
+        assert!(!world.dir.path().join("checkpoints").exists(), "nothing runs: {with}");
+        assert!(world.fails(2, &["validate", "zoo.toml"]).contains(words));
+    }
+    let world = world(TINY);
+    assert!(world.fails(2, &["train", "zoo.toml"]).contains("`polyhead compare` runs it"));
+    assert!(world.fails(2, &["compare", "recipe.toml"]).contains("`polyhead train` runs a recipe"));
+}
+
+#[test]
+fn a_sweep_chooses_on_one_half_and_reports_the_other_and_failures_are_told() {
+    // A learning rate of 1000 breaks the loss: that choice fails, and is not silently left out.
+    let comparison = TINY.replace("tolerance = 0.2", "tolerance = 0.2\nsweep.optimizer.adamw.lr = [1e-3, 1e-5, 1e3]");
+    let world = world(&comparison);
+    let (code, err) = {
+        let output = world.run(&COMPARE);
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let failed = err.matches("FAILED").count();
+    match failed {
+        0 => assert_eq!(code, Some(0), "{err}"),
+        _ => assert!(code == Some(1) && markdown.matches("**FAILED").count() == failed, "{err}\n{markdown}"),
+    }
+    assert!(markdown.contains("chosen optimizer.adamw.lr = 0.001"), "{markdown}");
+    let chosen = results(&world).into_iter().filter(|(_, result)| {
+        let loss = format!("{:.4}", result["reporting"]["loss"].as_f64().unwrap());
+        markdown.contains(&format!("| {loss} |"))
+    });
+    assert_eq!(chosen.count(), 4, "what is reported is the half that did not choose: {markdown}");
+}
+
+#[test]
+#[cfg(unix)]
+fn killed_or_interrupted_it_goes_on_where_it_was() {
+    let steps = "steps = 12";
+    let run = |world: &World| world.command(&COMPARE).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let long = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
+    std::fs::write(long.dir.path().join("zoo.toml"), TINY).unwrap();
+    let logged = |world: &World| {
+        let runs = std::fs::read_dir(world.dir.path().join("checkpoints/compare/zoo/runs"));
+        let logs = runs.into_iter().flatten().map(|run| run.unwrap().path().join("metrics.jsonl"));
+        logs.map(|log| std::fs::metadata(log).map_or(0, |meta| meta.len())).sum::<u64>()
+    };
+    // SIGINT to it alone: its runs save, and it says how to go on.
+    for signal in ["-INT", "-KILL"] {
+        let mut child = run(&long);
+        let before = logged(&long);
+        while logged(&long) < before + 4000 {
+            std::thread::sleep(Duration::from_millis(10));
+            assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        }
+        std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        let code = child.wait().unwrap().code();
+        assert_eq!(code, (signal == "-INT").then_some(130));
+    }
+    let (_, err) = long.succeeds(&COMPARE);
+    let went_on = std::fs::read_dir(long.dir.path().join("checkpoints/compare/zoo/runs")).unwrap().filter(|run| {
+        let log = std::fs::read_to_string(run.as_ref().unwrap().path().join("log.txt")).unwrap();
+        log.contains("resume: from")
+    });
+    assert!(went_on.count() > 0, "a run goes on from its checkpoint: {err}");
+    let interrupted = results(&long);
+
+    // What was interrupted reached exactly what a comparison without interruption reaches.
+    let whole = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
+    std::fs::write(whole.dir.path().join("zoo.toml"), TINY).unwrap();
+    whole.succeeds(&COMPARE);
+    for ((name, a), (other, b)) in interrupted.iter().zip(&results(&whole)) {
+        assert_eq!((name, &a["validation"]), (other, &b["validation"]));
+    }
+}
+
+#[test]
+fn heads_are_told_and_two_runs_lie_side_by_side() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(60)).unwrap();
+    world.succeeds(&["train", "recipe.toml", "--out", "a"]);
+    world.succeeds(&["train", "recipe.toml", "--out", "b", "debug.seed=4", "optimizer.adamw.lr=3e-3"]);
+    let (out, _) = world.succeeds(&["diff", "a", "b"]);
+    let line = |name: &str| out.lines().find(|line| line.trim_start().starts_with(name)).unwrap().to_owned();
+    assert!(line("debug.seed").contains("0") && line("optimizer.adamw.lr").contains("0.003"), "{out}");
+    assert!(!out.contains("training.steps") && !line("version").contains("differs"), "{out}");
+    let losses =
+        ["a", "b"].map(|run| json(&world, &format!("{run}/result.json"))["validation"]["loss"].as_f64().unwrap());
+    assert!(line("validation.loss").contains(&format!("{:.6}", losses[1] - losses[0])), "{out}");
+    assert!(world.fails(2, &["diff", "a", "nowhere"]).contains("nowhere/recipe.toml"));
+
+    let inspect = ["inspect", "a", "--text", "the <cat> sat", "--out", "seen"];
+    let (out, _) = world.succeeds(&inspect);
+    // 2 layers of 2 signal heads, and a head line.
+    assert_eq!(out.lines().count(), 5, "{out}");
+    assert!(out.lines().nth(1).unwrap().split_whitespace().all(|cell| cell != "–"), "every number is there: {out}");
+    assert_eq!(&world.read("seen/maps-layer-01.png")[1..4], b"PNG");
+    let page = String::from_utf8(world.read("seen/inspect.html")).unwrap();
+    assert!(page.contains("the &lt;cat&gt; sat") && page.contains("lambda"), "{page}");
+    crate::pages::assert_whole(&world.dir.path().join("seen/inspect.html"));
+    let (out, _) = world.succeeds(&["inspect", "a", "--layers", "1", "--heads", "0", "--rows", "3"]);
+    assert!(out.lines().count() == 2 && world.dir.path().join("a/inspect/step-00000012/maps-layer-01.png").exists());
+    assert!(world.fails(2, &["inspect", "a", "--layers", "2"]).contains("--layers: 2 is not below 2"));
+    assert!(world.fails(2, &["inspect", "a", "--text", "t"]).contains("1 tokens long"));
+}
+
+#[test]
+fn the_replication_table_in_the_readme_is_the_recorded_numbers() {
+    let world = World::new(SMALL);
+    let table = world.succeeds(&["results"]).0;
+    let readme = std::fs::read_to_string(project().join("recipes/README.md")).unwrap();
+    assert!(readme.contains(&table), "paste the output of `polyhead results` into recipes/README.md");
+    assert!(!table.contains("not judged yet"), "a verdict is missing in recipes/results: {table}");
+}
