@@ -5,8 +5,8 @@ mod accumulation;
 #[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
 mod cli;
-mod convert;
 mod compare;
+mod convert;
 mod finetune;
 mod golden;
 mod golden_dha;
