@@ -10,6 +10,7 @@ mod golden;
 mod golden_hf;
 mod golden_moh;
 mod golden_optimizer;
+mod golden_send;
 mod layering;
 mod precision;
 mod pretrained;
