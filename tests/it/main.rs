@@ -12,6 +12,7 @@ mod golden_moh;
 mod golden_optimizer;
 mod golden_send;
 mod layering;
+mod neuron_dropout;
 mod precision;
 mod pretrained;
 mod resume;

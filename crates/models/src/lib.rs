@@ -18,7 +18,7 @@ pub mod weights;
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, NormKind, Part, Pass, Precision};
 pub use gate::{Gate, GateKind};
-pub use generate::{Sampling, generate};
+pub use generate::{Continuation, Sampling, continuations, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};

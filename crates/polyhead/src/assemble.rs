@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer};
+use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
 use polyhead_training::TrainError;
@@ -182,6 +182,7 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
         seed: recipe.debug.seed,
         packing: recipe.loader.packing,
         validation_fraction: recipe.validation.fraction,
+        tracking: recipe.procedure.tracking().map(|(fraction, texts)| Tracking { fraction, texts }),
         validation_samples: recipe.validation.batches.max(1) * recipe.training.batch_size as u64,
         cache_dir: PathBuf::from("datasets/cache"),
         project_root: project_root(),
@@ -248,7 +249,12 @@ pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, F
     let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
     let model = found.model(&device)?;
     let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
-    let model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
+        let state = polyhead_training::state::read_progress(&path)?.procedure;
+        let gate = recipe.procedure.gate_at_eval(&state, &model)?;
+        model = model.gated(gate);
+    }
     Ok(Trained { path, model, recipe, tokenizer, max_positions })
 }
 

@@ -15,6 +15,7 @@ pub mod evaluate;
 mod freeze;
 pub mod gradients;
 mod memory;
+pub mod neuron_dropout;
 mod observe;
 pub mod optimizer;
 pub mod picture;

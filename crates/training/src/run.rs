@@ -123,8 +123,14 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }
     };
-    let parts =
-        Parts { optimizer, training: &job.training, tracking: &job.tracking, batches_per_epoch: job.train.per_epoch() };
+    let decoder = model.config().clone();
+    let parts = Parts {
+        optimizer,
+        training: &job.training,
+        decoder: &decoder,
+        tracking: &job.tracking,
+        batches_per_epoch: job.train.per_epoch(),
+    };
     let mut procedure = job.procedure.build(parts, &progress.procedure)?;
     let resumed = job.resume.as_ref().map(|_| progress.step);
     if let Some(step) = resumed {

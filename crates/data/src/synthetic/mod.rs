@@ -49,14 +49,26 @@ pub enum Side {
     Train,
     /// This many samples.
     Validation(u64),
+    /// This many samples.
+    Tracking(u64),
 }
 
 impl Side {
+    /// The stream of the generator that sample `index` draws from. Streams never overlap: even ones for training, odd ones
+    /// for validation, those that neither reaches for tracking.
+    pub(crate) fn stream(self, index: u64) -> u64 {
+        match self {
+            Self::Train => 2 * index,
+            Self::Validation(_) => 2 * index + 1,
+            Self::Tracking(_) => 4 * EPOCH + index,
+        }
+    }
+
     /// Samples of an epoch.
     pub(crate) fn per_epoch(self) -> u64 {
         match self {
             Self::Train => EPOCH,
-            Self::Validation(count) => count,
+            Self::Validation(count) | Self::Tracking(count) => count,
         }
     }
 }
@@ -80,8 +92,7 @@ impl Samples for Generated {
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        // Streams of one generator never overlap: even ones for training, odd ones for validation.
-        rng.set_stream(2 * index + u64::from(self.side != Side::Train));
+        rng.set_stream(self.side.stream(index));
         Ok(self.task.row(&mut rng, self.seq_len))
     }
 }

@@ -107,7 +107,8 @@ fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failur
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training,
-        tracking: &[],
+        decoder: &resolved.decoder,
+        tracking: &opened.tracking,
         batches_per_epoch: train.per_epoch(),
     };
     let mut procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;

@@ -107,7 +107,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         seed: recipe.debug.seed,
         train: &train,
         held_out: &held_out,
-        tracking: Vec::new(),
+        tracking: opened.tracking,
         companions,
         recipe: text,
         stop: &stop,
