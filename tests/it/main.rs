@@ -11,6 +11,7 @@ mod golden_hf;
 mod golden_moh;
 mod golden_optimizer;
 mod golden_send;
+mod hallucination;
 mod layering;
 mod neuron_dropout;
 mod precision;

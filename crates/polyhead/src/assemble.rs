@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer, Tracking};
+use polyhead_data::synthetic::World;
+use polyhead_data::{DataConfig, Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
 use polyhead_training::TrainError;
@@ -188,6 +189,14 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
         project_root: project_root(),
     };
     Ok(polyhead_data::open(&recipe.data, tokenizer, &options, progress)?)
+}
+
+/// The world of facts that a recipe's model learns, if it does.
+pub fn world(recipe: &Recipe) -> Option<World> {
+    match &recipe.data {
+        DataConfig::Facts(config) => Some(config.world(recipe.debug.seed)),
+        _ => None,
+    }
 }
 
 /// The device of a recipe, for training.

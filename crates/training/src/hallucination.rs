@@ -65,25 +65,26 @@ pub fn ask(model: &Decoder, questions: &[Question], asking: &Asking) -> Vec<Judg
     let greedy = Sampling { temperature: 0.0, ..asking.sampling.clone() };
     let likeliest = continuations(model, &prompts, &greedy, Some(asking.end));
     let many: Vec<Vec<u32>> =
-        prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), asking.samples)).collect();
+        prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), asking.samples.max(1))).collect();
     let drawn = continuations(model, &many, &asking.sampling, Some(asking.end));
     let whole: Vec<Vec<u32>> =
         many.iter().zip(&drawn).map(|(prompt, answer)| [&prompt[..], &answer.tokens].concat()).collect();
     let rows = Texts::new(&whole).embeddings(model, asking.layer, Embedding::Last);
-    let judge = |((question, answer), (drawn, rows)): ((&Question, &Continuation), (&[Continuation], &[Vec<f64>]))| {
-        let rows = matrix(rows);
+    let samples = asking.samples.max(1);
+    let judge = |(index, question): (usize, &Question)| {
+        let (answer, own) = (&likeliest[index], index * samples..(index + 1) * samples);
+        let rows = matrix(&rows[own.clone()]);
         Judged {
             known: question.known,
             right: answer.ended && answer.tokens == question.answer,
             probability: answer.log_probability.exp(),
             entropy: answer.entropy,
-            consistency: consistency(drawn),
+            consistency: consistency(&drawn[own]),
             eigenscore: EigenScore::Inside.of(&rows),
             ees: asking.ees.of(&rows.transpose(), asking.sampling.seed),
         }
     };
-    let samples = asking.samples.max(1);
-    questions.iter().zip(&likeliest).zip(drawn.chunks(samples).zip(rows.chunks(samples))).map(judge).collect()
+    questions.iter().enumerate().map(judge).collect()
 }
 
 fn consistency(answers: &[Continuation]) -> f64 {

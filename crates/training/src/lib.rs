@@ -14,6 +14,7 @@ mod error;
 pub mod evaluate;
 mod freeze;
 pub mod gradients;
+pub mod hallucination;
 mod memory;
 pub mod neuron_dropout;
 mod observe;

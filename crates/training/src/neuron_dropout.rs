@@ -28,7 +28,7 @@ use crate::standard::{Standard, StandardConfig};
 
 pub use config::{Mode, NeuronDropoutConfig, Select, Unit};
 use state::State;
-pub use watch::Texts;
+pub use watch::{Texts, answer_embeddings};
 
 /// Training that drops sensitive indices.
 pub struct NeuronDropout {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use burn::module::Module;
 use polyhead_models::{Decoder, Evaluated};
 use serde_json::json;
 
@@ -47,6 +48,8 @@ pub struct Job<'a> {
     pub train: &'a dyn Batches,
     /// Batches to validate on.
     pub held_out: &'a dyn Batches,
+    /// Further numbers about the model, by name: measured before the first step and with each validation.
+    pub probe: Option<&'a Probe<'a>>,
     /// Token ids of texts that the procedure watches the model on; no part of `train`.
     pub tracking: Vec<Vec<u32>>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
@@ -56,6 +59,9 @@ pub struct Job<'a> {
     /// Not 0 once the run is to be saved and left: the number of the signal.
     pub stop: &'a AtomicUsize,
 }
+
+/// Measures a model, on a device without a tape.
+pub type Probe<'a> = dyn Fn(&Decoder) -> Vec<(String, f64)> + 'a;
 
 /// Somebody who watches: a progress bar, a dashboard. Nothing that is told here changes the run.
 pub trait View {
@@ -146,6 +152,15 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         events.text("recipe", 0, &format!("```toml\n{}\n```", job.recipe))?;
     }
 
+    if let Some(probe) = job.probe.filter(|_| resumed.is_none()) {
+        let mut line = json!({ "step": 0 });
+        for (name, value) in probe(&model.valid()) {
+            line[&name] = json!(value);
+            events.as_mut().map_or(Ok(()), |events| events.scalar(&name, 0, value as f32))?;
+        }
+        metrics.append(&line)?;
+    }
+
     let mut saved = job.resume.clone();
     let mut validation = None;
     let (mut tokens_since, mut micros_since) = (0u64, 0u64);
@@ -198,7 +213,8 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             let sums = evaluate(&model, job.held_out, job.validation.batches)?;
             let count = evaluate::count(job.held_out, job.validation.batches);
             let held_out = HeldOut { batches: job.held_out, count, seed: job.seed, observe: job.metrics.observe };
-            let measured = procedure.measure(&model, held_out)?;
+            let mut measured = procedure.measure(&model, held_out)?;
+            measured.extend(job.probe.map_or(Vec::new(), |probe| probe(&model.valid())));
             write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
             if let Some(events) = events.as_mut().filter(|_| job.metrics.observe) {
                 observe::write(events, &model, &job.held_out.batch(0)?, step)?;

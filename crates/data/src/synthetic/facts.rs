@@ -123,7 +123,7 @@ impl World {
         let FactsConfig { n_entities, n_relations, n_values, n_phrasings, .. } = self.config;
         let (entity, relation) = (index / n_relations, index % n_relations);
         let word = (n_entities + n_values + relation * n_phrasings + phrasing) as u32;
-        let [first, second] = if phrasing % 2 == 0 { [word, entity as u32] } else { [entity as u32, word] };
+        let [first, second] = if phrasing.is_multiple_of(2) { [word, entity as u32] } else { [entity as u32, word] };
         let [a, b] = self.facts[index].answer.map(|value| n_entities as u32 + value);
         [first, second, a, b, self.end()]
     }
@@ -167,7 +167,9 @@ mod tests {
 
     fn statements(world: &World, side: Side) -> BTreeSet<Vec<u32>> {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let rows = (0..400).flat_map(|_| world.row_of(&mut rng, 24, side).tokens.chunks(STATEMENT).map(<[u32]>::to_vec).collect::<Vec<_>>());
+        let rows = (0..400).flat_map(|_| {
+            world.row_of(&mut rng, 24, side).tokens.chunks(STATEMENT).map(<[u32]>::to_vec).collect::<Vec<_>>()
+        });
         rows.filter(|statement| statement.len() == STATEMENT).collect()
     }
 
@@ -184,11 +186,14 @@ mod tests {
         assert_eq!(prompts.len(), questions.len());
         for question in &questions {
             let found = (stated(question, &train), stated(question, &held_out));
-            assert_eq!(found, match question.known {
-                Known::Taught => (true, false),
-                Known::Paraphrased => (false, true),
-                Known::Untaught => (false, false),
-            });
+            assert_eq!(
+                found,
+                match question.known {
+                    Known::Taught => (true, false),
+                    Known::Paraphrased => (false, true),
+                    Known::Untaught => (false, false),
+                }
+            );
         }
         let untaught = questions.iter().filter(|question| question.known == Known::Untaught).count();
         assert!((2..16).contains(&untaught), "{untaught}");
@@ -200,13 +205,13 @@ mod tests {
         let row = world.row(&mut ChaCha8Rng::seed_from_u64(2), 13);
         let documents = row.documents.unwrap();
         assert_eq!((row.tokens.len(), row.targets.len(), documents.len()), (13, 13, 13));
-        for at in 0..13 {
+        for (at, document) in documents.into_iter().enumerate() {
             match at % STATEMENT {
                 0 | 4 => assert_eq!(row.targets[at], IGNORE),
                 _ if at + 1 < 13 => assert_eq!(row.targets[at], i64::from(row.tokens[at + 1])),
                 _ => {}
             }
-            assert_eq!(documents[at] as usize, at / STATEMENT);
+            assert_eq!(document as usize, at / STATEMENT);
         }
         assert_eq!(row.tokens[4], world.end());
     }

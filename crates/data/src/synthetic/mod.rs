@@ -5,6 +5,7 @@
 
 mod associative_recall;
 mod copy;
+mod facts;
 mod induction;
 mod markov;
 mod needles;
@@ -20,6 +21,7 @@ use crate::loader::{Sample, Samples};
 
 pub use associative_recall::AssociativeRecallConfig;
 pub use copy::CopyConfig;
+pub use facts::{FactsConfig, World};
 pub use induction::InductionConfig;
 pub use markov::{Markov, MarkovConfig};
 pub use needles::NeedlesConfig;
@@ -40,6 +42,12 @@ pub trait Task: Send + Sync {
 
     /// A row of `seq_len` tokens.
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample;
+
+    /// The same for one side of the split, where what the sides are made of differs.
+    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+        let _ = side;
+        self.row(rng, seq_len)
+    }
 }
 
 /// Which side of the split a set of samples is.
@@ -93,7 +101,7 @@ impl Samples for Generated {
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(self.side.stream(index));
-        Ok(self.task.row(&mut rng, self.seq_len))
+        Ok(self.task.row_of(&mut rng, self.seq_len, self.side))
     }
 }
 

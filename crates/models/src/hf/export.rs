@@ -54,7 +54,9 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
         AttentionConfig::Softmax(softmax) => softmax_config(model, softmax, options)?,
         AttentionConfig::GroupedDifferential(gda) => (Family::Motif, motif_config(model, gda, options)?),
         AttentionConfig::MixtureOfHead(_) => {
-            return unsupported("mixture_of_head: the format has no such model; model.safetensors of the checkpoint holds it");
+            return unsupported(
+                "mixture_of_head: the format has no such model; model.safetensors of the checkpoint holds it",
+            );
         }
     };
     let tensors = placed(named(model), config, family);

@@ -1,5 +1,6 @@
 //! The verbs. Standard output is data, standard error is talk.
 
+mod hallucination;
 mod inspect;
 mod long_context;
 mod plan;
@@ -12,7 +13,7 @@ use std::path::Path;
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
 use crate::console::{print, put};
 use crate::recipe::{self, Loaded};
-use crate::report::Failure;
+use crate::report::{Failure, Problems};
 
 /// Does what was asked.
 ///
@@ -32,8 +33,15 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Preview { recipe, rows, table } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
         }
-        Command::Eval(args) if !args.task.is_empty() => long_context::eval(&args),
-        Command::Eval(args) => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+        Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            [] => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+            ["eigenscore"] => hallucination::eigenscore(&args),
+            ["facts"] => hallucination::facts(&args),
+            ref tasks if tasks.contains(&"eigenscore") || tasks.contains(&"facts") => {
+                Err(Problems::plain("--task: eigenscore and facts are asked for alone".into()).into())
+            }
+            _ => long_context::eval(&args),
+        },
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to } => trained::export(&checkpoint, &to),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
