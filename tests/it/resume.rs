@@ -8,7 +8,7 @@ use crate::world::{SMALL, World};
 const RECIPE: &str = "recipe.toml";
 
 /// What must be equal: the weights, the optimiser's state, and every logged number that does not measure time.
-fn fingerprint(world: &World, run: &str) -> (Vec<u8>, Vec<u8>, Vec<String>) {
+pub fn fingerprint(world: &World, run: &str) -> (Vec<u8>, Vec<u8>, Vec<String>) {
     fingerprint_at(world, run, 12)
 }
 

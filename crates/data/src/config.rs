@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::chat::ChatConfig;
 use crate::long_context::LongContextConfig;
 use crate::synthetic::{
-    AssociativeRecallConfig, CopyConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task,
+    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task,
 };
 use crate::text::{JsonlConfig, TextConfig};
 
@@ -34,6 +34,8 @@ pub enum DataConfig {
     Induction(InductionConfig),
     /// Random tokens, a separator, the same tokens.
     Copy(CopyConfig),
+    /// A world of facts, some of which are never taught.
+    Facts(FactsConfig),
 }
 
 /// The Rust documentation has no settings.
@@ -60,6 +62,7 @@ impl DataConfig {
             Self::Needles(_) => "needles",
             Self::Induction(_) => "induction",
             Self::Copy(_) => "copy",
+            Self::Facts(_) => "facts",
         }
     }
 
@@ -86,6 +89,7 @@ impl DataConfig {
             Self::Needles(task) => task.validate(seq_len),
             Self::Induction(task) => task.validate(seq_len),
             Self::Copy(task) => task.validate(seq_len),
+            Self::Facts(facts) => facts.validate(seq_len),
         }
     }
 
@@ -102,6 +106,7 @@ impl DataConfig {
             Self::Needles(task) => Some((Box::new(task), Some(0.0))),
             Self::Induction(task) => Some((Box::new(task), Some(0.0))),
             Self::Copy(task) => Some((Box::new(task), Some(0.0))),
+            Self::Facts(facts) => Some((Box::new(facts.world(seed)), Some(0.0))),
         }
     }
 }

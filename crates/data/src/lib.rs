@@ -46,6 +46,8 @@ pub struct OpenOptions {
     pub packing: Packing,
     /// Share of a text kept for validation.
     pub validation_fraction: f64,
+    /// What is kept out of training to watch a model on it, where anybody does.
+    pub tracking: Option<Tracking>,
     /// Validation samples of a generated set.
     pub validation_samples: u64,
     /// Where token files are kept.
@@ -54,12 +56,23 @@ pub struct OpenOptions {
     pub project_root: PathBuf,
 }
 
+/// Texts that are neither learnt from nor validated on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tracking {
+    /// Share of a text.
+    pub fraction: f64,
+    /// How many texts at most, each of up to `seq_len` tokens.
+    pub texts: usize,
+}
+
 /// Data, ready to use.
 pub struct Opened {
     /// Batches to learn from, without end.
     pub train: Loader,
     /// Batches to validate on.
     pub validation: Loader,
+    /// Texts to watch a model on, as token ids; empty where nobody does.
+    pub tracking: Vec<Vec<u32>>,
     /// For text.
     pub tokenizer: Option<Tokenizer>,
     /// Ids that occur.
@@ -96,10 +109,24 @@ pub fn open(
         let vocab_size = task.vocab_size();
         let description = format!("generated: {} ({vocab_size} ids), new samples without end", data.name());
         let train = Generated { task, seq_len, seed, side: Side::Train };
-        let (task, _) = data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again"));
+        let again = || data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again")).0;
+        let texts = options.tracking.map_or(0, |tracking| tracking.texts as u64);
+        let tracked = Generated { task: again(), seq_len, seed, side: Side::Tracking(texts) };
+        let tracking =
+            (0..texts).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
+        let task = again();
         let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
         let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
-        return Ok(Opened { train, validation, tokenizer: None, vocab_size, description, text_hash: None, floor });
+        return Ok(Opened {
+            train,
+            validation,
+            tracking,
+            tokenizer: None,
+            vocab_size,
+            description,
+            text_hash: None,
+            floor,
+        });
     }
     if let DataConfig::Chat(config) = data {
         return open_chats(config, tokenizer, options);
@@ -109,13 +136,16 @@ pub fn open(
     }
     let (documents, source) = documents(data, &options.project_root)?;
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
-    let split = split(&file, options.validation_fraction)?;
+    let tracked_share = options.tracking.map_or(0.0, |tracking| tracking.fraction);
+    let split = split(&file, options.validation_fraction, tracked_share)?;
+    let tracking = options.tracking.map_or(Vec::new(), |tracking| file.texts(&split.tracking, seq_len, tracking.texts));
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
     let bytes = Some(tokenizer.token_bytes());
     Ok(Opened {
         train: loader(Arc::new(train), bytes.clone(), true),
         validation: loader(Arc::new(held_out), bytes, false),
+        tracking,
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
@@ -129,22 +159,35 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     let (chats, counts) = chat::read_chats(config, tokenizer, seq_len)?;
     let template = chat::chat_template(&config.template, tokenizer)?;
     let mut hash = blake3::Hasher::new();
-    let mut held_out = Vec::new();
+    let (mut held_out, mut tracked) = (Vec::new(), Vec::new());
+    let kept_out = validation_fraction + options.tracking.map_or(0.0, |tracking| tracking.fraction);
     for chat in &chats {
         let ids: Vec<u8> = chat.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
         hash.update(&(ids.len() as u64).to_le_bytes()).update(&ids);
         // Each by its own hash, so that more conversations move none to the other side.
         let own = blake3::hash(&ids);
         let first = u64::from_le_bytes(std::array::from_fn(|i| own.as_bytes()[i]));
-        held_out.push((first as f64) < validation_fraction * u64::MAX as f64);
+        let below = |share: f64| (first as f64) < share * u64::MAX as f64;
+        held_out.push(below(validation_fraction));
+        tracked.push(!below(validation_fraction) && below(kept_out));
     }
     if held_out.iter().all(|&out| out == held_out[0]) {
         held_out.fill(false);
         // Too few to choose from: the last one.
         *held_out.last_mut().expect("read_chats: at least one") = chats.len() > 1;
     }
-    let side = |out: bool| -> Vec<usize> { (0..chats.len()).filter(|&index| held_out[index] == out).collect() };
+    if options.tracking.is_some() && !tracked.contains(&true) {
+        // Again too few: the last of what would be learnt from.
+        let learnt: Vec<usize> = (0..chats.len()).filter(|&index| !held_out[index]).collect();
+        learnt.iter().skip(1).last().into_iter().for_each(|&index| tracked[index] = true);
+    }
+    let side = |out: bool| -> Vec<usize> {
+        (0..chats.len()).filter(|&index| held_out[index] == out && !tracked[index]).collect()
+    };
     let (train, validation) = (side(false), side(true));
+    let most = options.tracking.map_or(0, |tracking| tracking.texts);
+    let watched = (0..chats.len()).filter(|&index| tracked[index] && !held_out[index]).take(most);
+    let tracking = watched.map(|index| chats[index].tokens.iter().copied().take(seq_len).collect()).collect();
     if validation.is_empty() {
         return Err(DataError::Unusable("data.chat: one conversation cannot be both learnt and validated on".into()));
     }
@@ -178,6 +221,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     Ok(Opened {
         train: loader(train, true),
         validation: loader(validation, false),
+        tracking,
         vocab_size: tokenizer.vocab_size(),
         // Whoever uses the model has to write as it has learnt to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
@@ -196,6 +240,9 @@ fn open_long_context(
     let rows = |side| LongContext::new(config, tokenizer, seq_len, (seed, side));
     let (train, held_out) = (rows(Side::Train)?, rows(Side::Validation(validation_samples.max(1)))?);
     let template = train.template().to_owned();
+    let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
+    let tracked = rows(Side::Tracking(most))?;
+    let tracking = (0..most).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
     let loader = |rows| {
         Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, shuffle: false })
     };
@@ -203,6 +250,7 @@ fn open_long_context(
     Ok(Opened {
         train: loader(train),
         validation: loader(held_out),
+        tracking,
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone().with_chat_template(template)),
         description: format!("generated: questions about texts of up to {seq_len} tokens ({})", tasks.join(", ")),
@@ -252,6 +300,7 @@ mod tests {
             seed: 3,
             packing: Packing::Stream,
             validation_fraction: 0.1,
+            tracking: Some(Tracking { fraction: 0.1, texts: 3 }),
             validation_samples: 6,
             cache_dir: PathBuf::new(),
             project_root: PathBuf::new(),
@@ -272,6 +321,13 @@ mod tests {
             assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
             assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));
             assert_ne!(opened.train.batch(0).unwrap(), opened.validation.batch(0).unwrap());
+            let rows = |batch: polyhead_models::Batch| batch.tokens.chunks(32).map(<[u32]>::to_vec).collect::<Vec<_>>();
+            assert_eq!(opened.tracking.len(), 3);
+            for position in 0..2 {
+                let used =
+                    [rows(opened.train.batch(position).unwrap()), rows(opened.validation.batch(position).unwrap())];
+                assert!(used.concat().iter().all(|row| !opened.tracking.contains(row)));
+            }
         }
     }
 

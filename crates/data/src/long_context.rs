@@ -179,8 +179,7 @@ impl LongContext {
     }
 
     fn problem(&self, index: u64) -> Result<LongProblem, DataError> {
-        // Even streams for training, odd ones for validation.
-        let mut rng = generator(self.seed, 2 * index + u64::from(self.side != Side::Train));
+        let mut rng = generator(self.seed, self.side.stream(index));
         let task = self.config.tasks[(index % self.config.tasks.len() as u64) as usize];
         let depth = rng.random();
         let LongContextConfig { learn, questions, .. } = self.config;

@@ -123,6 +123,25 @@ impl TokenFile {
         self.starts.binary_search(&token).is_ok()
     }
 
+    /// The beginnings of pieces of the ranges, up to `seq_len` tokens each: one per document, or where documents are few
+    /// as many as follow each other; at most `most`, spread evenly.
+    pub fn texts(&self, ranges: &[Range<u64>], seq_len: usize, most: usize) -> Vec<Vec<u32>> {
+        let long = seq_len as u64;
+        let pieces: Vec<Range<u64>> = match ranges.len() >= most {
+            true => ranges.to_vec(),
+            false => ranges.iter().flat_map(|r| r.clone().step_by(seq_len).map(|at| at..r.end)).collect(),
+        };
+        let pieces: Vec<Range<u64>> = pieces.into_iter().filter(|piece| piece.end - piece.start > 1).collect();
+        let count = pieces.len().min(most);
+        let text = |index: usize| {
+            let piece = &pieces[index * pieces.len() / count];
+            let mut ids = Vec::new();
+            self.read(piece.start..piece.end.min(piece.start + long), &mut ids);
+            ids
+        };
+        (0..count).map(text).collect()
+    }
+
     /// Appends the ids of a range.
     pub fn read(&self, range: Range<u64>, into: &mut Vec<u32>) {
         let start = HEADER + self.starts.len() * ENTRY;
@@ -173,48 +192,63 @@ pub struct Split {
     pub train: Vec<Range<u64>>,
     /// Ranges of tokens kept back.
     pub validation: Vec<Range<u64>>,
+    /// Ranges of tokens that are neither learnt from nor validated on.
+    pub tracking: Vec<Range<u64>>,
     /// How the split was made, in words.
     pub description: String,
 }
 
 /// Keeps back about `fraction` of the documents, each by the hash of its own text, so that adding documents moves none.
-/// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file).
+/// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file). In the
+/// same way a share of `tracking` is kept out of both, taken from what would be learnt from.
 ///
 /// # Errors
-/// If `fraction` is not between 0 and 1, or either side would be empty.
-pub fn split(file: &TokenFile, fraction: f64) -> Result<Split, DataError> {
+/// If `fraction` is not between 0 and 1, or a side would be empty.
+pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, DataError> {
     if !(fraction > 0.0 && fraction < 1.0) {
         let problem = format!("validation.fraction ({fraction}) must be greater than 0 and less than 1");
         return Err(DataError::Unusable(problem));
     }
     let count = file.starts.len();
-    let (mut train, mut validation) = (Vec::new(), Vec::new());
+    let (mut train, mut validation, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
     let description = if count >= ENOUGH_DOCUMENTS {
-        let threshold = (fraction * u64::MAX as f64) as u64;
+        let [held_out, kept_out] = [fraction, fraction + tracking].map(|share| (share * u64::MAX as f64) as u64);
         for (range, &hash) in file.documents().zip(&file.hashes) {
-            if hash < threshold { validation.push(range) } else { train.push(range) }
+            let side = match hash {
+                _ if hash < held_out => &mut validation,
+                _ if hash < kept_out => &mut tracked,
+                _ => &mut train,
+            };
+            side.push(range);
         }
-        format!("{} documents for training, {} for validation", train.len(), validation.len())
+        let watched = if tracking > 0.0 { format!(", {} for tracking", tracked.len()) } else { String::new() };
+        format!("{} documents for training, {} for validation{watched}", train.len(), validation.len())
     } else {
         for range in file.documents() {
             // The token that ends the text is not counted, so that the cut is the one nanoGPT makes.
             let text = (range.end - range.start).saturating_sub(u64::from(file.ends));
-            let cut = range.start + ((text as f64) * (1.0 - fraction)).floor() as u64;
-            train.push(range.start..cut);
+            let at = |share: f64| range.start + ((text as f64) * (1.0 - share)).floor() as u64;
+            let (first, cut) = (at((fraction + tracking).min(1.0)), at(fraction));
+            train.push(range.start..first);
+            tracked.push(first..cut);
             validation.push(cut..range.end);
         }
-        let percent = fraction * 100.0;
-        format!("the last {percent:.0} % of each of the {count} documents is kept for validation")
+        let (percent, before) = (fraction * 100.0, tracking * 100.0);
+        let watched = if tracking > 0.0 { format!(", the {before:.0} % before for tracking") } else { String::new() };
+        format!("the last {percent:.0} % of each of the {count} documents is kept for validation{watched}")
     };
     let join = |ranges: Vec<Range<u64>>| ranges.into_iter().filter(|range| !range.is_empty()).collect::<Vec<_>>();
-    let (train, validation) = (join(train), join(validation));
-    for (side, ranges) in [("training", &train), ("validation", &validation)] {
-        if ranges.is_empty() {
+    let (train, validation, tracked) = (join(train), join(validation), join(tracked));
+    let tracking_is_due = tracking > 0.0;
+    for (side, ranges, due) in
+        [("training", &train, true), ("validation", &validation, true), ("tracking", &tracked, tracking_is_due)]
+    {
+        if ranges.is_empty() && due {
             let problem = format!("no text is left for {side}: {count} documents, validation.fraction = {fraction}");
             return Err(DataError::Unusable(problem));
         }
     }
-    Ok(Split { train, validation, description })
+    Ok(Split { train, validation, tracking: tracked, description })
 }
 
 #[cfg(test)]
@@ -260,7 +294,7 @@ mod tests {
         // 999 and 1009: the token that ends the text must not move the cut to the next token.
         for (length, cut) in [(1000, 900), (999, 899), (1009, 908)] {
             let text: String = (0..length).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
-            let split = split(&build(&documents([text]), dir.path()), 0.1).unwrap();
+            let split = split(&build(&documents([text]), dir.path()), 0.1, 0.0).unwrap();
             assert_eq!((split.train, split.validation), (vec![0..cut], vec![cut..length + 1]));
         }
     }
@@ -270,7 +304,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = build(&documents(["some text".into()]), dir.path());
         for fraction in [-0.5, 0.0, 1.0, 2.0, f64::NAN] {
-            let error = split(&file, fraction).unwrap_err().to_string();
+            let error = split(&file, fraction, 0.0).unwrap_err().to_string();
             assert!(error.contains("validation.fraction"), "{error}");
         }
     }
@@ -281,12 +315,29 @@ mod tests {
         let text = |i: usize| format!("document number {i}");
         let kept_back = |n: usize| {
             let file = build(&documents((0..n).map(text)), dir.path());
-            let split = split(&file, 0.3).unwrap();
+            let split = split(&file, 0.3, 0.0).unwrap();
             let index = |range: &Range<u64>| file.starts.binary_search(&range.start).unwrap();
             split.validation.iter().map(index).collect::<Vec<_>>()
         };
         let (few, many) = (kept_back(40), kept_back(80));
         assert_eq!(few, many.into_iter().filter(|&i| i < 40).collect::<Vec<_>>());
         assert!((5..20).contains(&few.len()), "{few:?}");
+    }
+
+    #[test]
+    fn what_is_tracked_is_on_no_other_side() {
+        let dir = tempfile::tempdir().unwrap();
+        for count in [3, 60] {
+            let texts = (0..count).map(|i| format!("{i} ").repeat(40));
+            let file = build(&documents(texts), dir.path());
+            let without = split(&file, 0.2, 0.0).unwrap();
+            let Split { train, validation, tracking, .. } = split(&file, 0.2, 0.2).unwrap();
+            assert_eq!(validation, without.validation, "tracking takes nothing from validation");
+            let mut all: Vec<u64> = [train, validation, tracking.clone()].concat().into_iter().flatten().collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..file.len()).collect::<Vec<_>>(), "every token once");
+            let texts = file.texts(&tracking, 7, 4);
+            assert!((2..=4).contains(&texts.len()) && texts.iter().all(|text| (2..=7).contains(&text.len())));
+        }
     }
 }

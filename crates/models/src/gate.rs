@@ -25,7 +25,7 @@ pub enum GateKind {
 
 impl Gate {
     /// `[batch, seq, d_model]`, gated.
-    pub(crate) fn pass(&self, hidden: Tensor<3>) -> Tensor<3> {
+    pub fn pass(&self, hidden: Tensor<3>) -> Tensor<3> {
         match &self.kind {
             GateKind::Keep(keep) => hidden * keep.clone().unsqueeze::<3>(),
             GateKind::Dropout(rate) => {

@@ -33,6 +33,88 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// What EigenScore samples with (arXiv 2402.03744), SenD's number of tokens (arXiv 2410.15460).
+    pub fn eigenscore() -> Self {
+        Self { max_new_tokens: 128, temperature: 0.5, top_k: 10, top_p: 0.99, seed: 0 }
+    }
+}
+
+/// What a model wrote after a prompt.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Continuation {
+    /// Its tokens, without the stop token.
+    pub tokens: Vec<u32>,
+    /// Whether the stop token came.
+    pub ended: bool,
+    /// Mean entropy in nats of the distributions that it was chosen from, before temperature and limits.
+    pub entropy: f64,
+    /// Logarithm of its probability (the stop token included), before temperature and limits.
+    pub log_probability: f64,
+}
+
+/// Continues prompts of equal length (not 0), many at a time, each until `stop` or `max_new_tokens`. The numbers that a
+/// row draws depend on the seed and the row's place only. Call it on `model.valid()`.
+///
+/// # Panics
+/// If the prompts differ in length.
+pub fn continuations(
+    model: &Decoder,
+    prompts: &[Vec<u32>],
+    sampling: &Sampling,
+    stop: Option<u32>,
+) -> Vec<Continuation> {
+    let length = prompts.first().map_or(0, Vec::len);
+    assert!(prompts.iter().all(|prompt| prompt.len() == length), "prompts of one call are equally long");
+    let of_chunk = |(chunk, prompts): (usize, &[Vec<u32>])| {
+        let rng = |row: usize| {
+            let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
+            rng.set_stream((chunk * ROWS + row) as u64);
+            rng
+        };
+        let mut rngs: Vec<ChaCha8Rng> = (0..prompts.len()).map(rng).collect();
+        let mut rows = vec![Continuation::default(); prompts.len()];
+        let (mut cache, mut next) = (Cache::new(model.layers.len()), prompts.concat());
+        while rows.iter().any(|row| row.open(sampling)) {
+            let logits = next_logits(model, &next, prompts.len(), &mut cache);
+            next.clear();
+            for ((row, rng), logits) in rows.iter_mut().zip(&mut rngs).zip(logits.chunks(model.vocab_size())) {
+                // A row that has ended goes on with the others, but nothing is kept of it.
+                next.push(if row.open(sampling) { row.extend(logits, sampling, rng, stop) } else { 0 });
+            }
+        }
+        rows
+    };
+    prompts.chunks(ROWS).enumerate().flat_map(of_chunk).collect()
+}
+
+/// Rows that are continued at a time; chosen by us.
+const ROWS: usize = 64;
+
+impl Continuation {
+    fn open(&self, sampling: &Sampling) -> bool {
+        !self.ended && self.tokens.len() < sampling.max_new_tokens
+    }
+
+    /// Chooses one more token, or ends.
+    fn extend(&mut self, logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng, stop: Option<u32>) -> u32 {
+        let token = choose(logits, sampling, rng);
+        let best = logits.iter().fold(f32::NEG_INFINITY, |best, &logit| best.max(logit));
+        let shifted = || logits.iter().map(|&logit| f64::from(logit - best));
+        let all: f64 = shifted().map(f64::exp).sum();
+        // H = ln Σ e^l - Σ p l
+        let entropy = all.ln() - shifted().map(|l| l.exp() / all * l).sum::<f64>();
+        let seen = self.tokens.len() as f64;
+        self.entropy = (self.entropy * seen + entropy) / (seen + 1.0);
+        self.log_probability += f64::from(logits[token as usize] - best) - all.ln();
+        self.ended = Some(token) == stop;
+        if !self.ended {
+            self.tokens.push(token);
+        }
+        token
+    }
+}
+
 /// Continues `prompt` (not empty), handing each new token to `on_token` as it comes; stops at `stop`, at
 /// `max_new_tokens`, or when `on_token` says so. Call it on `model.valid()`.
 ///
@@ -49,7 +131,7 @@ pub fn generate(
     let mut new = Vec::new();
     let mut next: Vec<u32> = prompt.to_vec();
     while new.len() < sampling.max_new_tokens {
-        let logits = next_logits(model, &next, &mut cache);
+        let logits = next_logits(model, &next, 1, &mut cache);
         let token = choose(&logits, sampling, &mut rng);
         if Some(token) == stop {
             break;
@@ -63,12 +145,13 @@ pub fn generate(
     new
 }
 
-/// `[vocab]`: the logits after `tokens`, which continue what is cached.
-fn next_logits(model: &Decoder, tokens: &[u32], cache: &mut Cache) -> Vec<f32> {
+/// `[rows, vocab]`: the logits after `tokens`, `[rows, new]`, which continue what is cached.
+fn next_logits(model: &Decoder, tokens: &[u32], rows: usize, cache: &mut Cache) -> Vec<f32> {
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &model.device());
+    let new = tokens.len() / rows;
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, new]), &model.device());
     let hidden = model.forward(ids, &Mask::causal(), Some(cache), Observe::Nothing).hidden;
-    let last = hidden.narrow(1, tokens.len() - 1, 1);
+    let last = hidden.narrow(1, new - 1, 1);
     model.logits(last).into_data().iter::<f32>().collect()
 }
 
@@ -103,7 +186,43 @@ fn choose(logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+
     use super::*;
+    use crate::DecoderConfig;
+
+    fn model() -> Decoder {
+        let config = r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 2}}}"#;
+        let device = Device::flex();
+        device.seed(5);
+        serde_json::from_str::<DecoderConfig>(config).unwrap().init(9, &device)
+    }
+
+    #[test]
+    fn many_rows_are_each_continued_as_one_alone() {
+        let (model, prompts) = (model(), [vec![1, 2, 3], vec![4, 0, 8], vec![7, 7, 2]]);
+        let greedy = Sampling { max_new_tokens: 12, temperature: 0.0, ..Sampling::default() };
+        let alone = |prompt: &Vec<u32>| generate(&model, prompt, &greedy, Some(5), |_| ControlFlow::Continue(()));
+        let together = continuations(&model, &prompts, &greedy, Some(5));
+        for (prompt, row) in prompts.iter().zip(&together) {
+            assert_eq!(row.tokens, alone(prompt));
+            assert_eq!(row.ended, row.tokens.len() < 12);
+        }
+    }
+
+    #[test]
+    fn what_is_drawn_depends_on_seed_and_place_only() {
+        let (model, prompts) = (model(), vec![vec![1, 2]; ROWS + 3]);
+        let sampling = Sampling { max_new_tokens: 6, temperature: 1.0, ..Sampling::default() };
+        let all = continuations(&model, &prompts, &sampling, None);
+        let tokens = |rows: &[Continuation]| rows.iter().map(|row| row.tokens.clone()).collect::<Vec<_>>();
+        assert_eq!(tokens(&continuations(&model, &prompts[..3], &sampling, None)), tokens(&all[..3]));
+        assert!(all.iter().any(|row| row.tokens != all[0].tokens));
+        // Small fresh weights: all 9 ids are about equally likely.
+        assert!(all.iter().all(|row| (row.entropy - 9f64.ln()).abs() < 0.1), "{}", all[0].entropy);
+        assert!(all.iter().all(|row| (row.log_probability + 6.0 * 9f64.ln()).abs() < 2.0), "{:?}", all[0]);
+    }
 
     fn draws(sampling: &Sampling) -> Vec<u32> {
         let mut rng = ChaCha8Rng::seed_from_u64(1);

@@ -14,6 +14,7 @@ pub mod hf;
 mod loss;
 mod per_layer;
 mod pooling;
+mod question;
 mod rope_scaling;
 pub mod surgery;
 #[cfg(test)]
@@ -29,12 +30,13 @@ pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
-pub use generate::{Sampling, generate};
+pub use generate::{Continuation, Sampling, continuations, generate};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
 pub use pooling::{
     GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,
     TrainablePoolingConfig,
 };
+pub use question::{Known, Question};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trained::{Parameter, parameters, train_only};

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::{Loader, OpenOptions, Opened, Tokenizer};
+use polyhead_data::synthetic::World;
+use polyhead_data::{DataConfig, Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
 use polyhead_training::TrainError;
@@ -187,11 +188,20 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
         seed: recipe.debug.seed,
         packing: recipe.loader.packing,
         validation_fraction: recipe.validation.fraction,
+        tracking: recipe.procedure.tracking().map(|(fraction, texts)| Tracking { fraction, texts }),
         validation_samples: recipe.validation.batches.max(1) * recipe.training.batch_size as u64,
         cache_dir: PathBuf::from("datasets/cache"),
         project_root: project_root(),
     };
     Ok(polyhead_data::open(&recipe.data, tokenizer, &options, progress)?)
+}
+
+/// The world of facts that a recipe's model learns, if it does.
+pub fn world(recipe: &Recipe) -> Option<World> {
+    match &recipe.data {
+        DataConfig::Facts(config) => Some(config.world(recipe.debug.seed)),
+        _ => None,
+    }
 }
 
 /// The device of a recipe, for training.
@@ -253,7 +263,12 @@ pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, F
     let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
     let model = found.model(&device)?;
     let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
-    let model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
+        let state = polyhead_training::state::read_progress(&path)?.procedure;
+        let gate = recipe.procedure.gate_at_eval(&state, &model)?;
+        model = model.gated(gate);
+    }
     Ok(Trained { path, model, recipe, tokenizer, max_positions })
 }
 

@@ -120,11 +120,17 @@ Examples:
     /// With --task, problems are generated: what is asked for stands somewhere in filler, at 1, 2, 4 and 8 times the length
     /// that the model was trained with. An answer counts if every token of it is the model's first choice. A table goes to
     /// standard error, the numbers as JSON to standard output.
+    ///
+    /// --task eigenscore tells how far the answers to each prompt of a file lie apart inside the model (EigenScore, EES).
+    /// --task facts asks a model that learnt [data.facts] everything: what it was taught, what it was taught in other words,
+    /// and what it cannot know.
     #[command(after_help = "\
 Examples:
   polyhead eval checkpoints/quickstart
   polyhead eval checkpoints/sft --task all --heatmap sft.svg
-  polyhead eval checkpoints/sft --task needles_multi,multi_hop --lengths 1,2,4 --samples 50")]
+  polyhead eval checkpoints/sft --task needles_multi,multi_hop --lengths 1,2,4 --samples 50
+  polyhead eval checkpoints/quickstart --task eigenscore --prompts questions.txt
+  polyhead eval checkpoints/facts --task facts")]
     Eval(EvalArgs),
     /// Let a trained model write.
     Generate(GenerateArgs),
@@ -213,9 +219,18 @@ pub struct EvalArgs {
     /// Tokens of length 1. Default: the length that the model was trained with.
     #[arg(long, requires = "task", value_parser = at_least_one)]
     pub unit: Option<usize>,
-    /// Problems for each task, length and fifth of the text.
+    /// Problems for each task, length and fifth of the text; answers to each prompt of eigenscore and facts.
     #[arg(long, default_value_t = 10, requires = "task", value_parser = at_least_one)]
     pub samples: usize,
+    /// Prompts of eigenscore, one a line.
+    #[arg(long, requires = "task")]
+    pub prompts: Option<PathBuf>,
+    /// Tokens of each answer of eigenscore at most.
+    #[arg(long, default_value_t = 128, requires = "task", value_parser = at_least_one)]
+    pub new_tokens: usize,
+    /// The layer whose output eigenscore and facts look at, from 0; negative ones count from the end.
+    #[arg(long, default_value_t = -2, allow_negative_numbers = true, requires = "task")]
+    pub layer: i64,
     /// Decides the problems.
     #[arg(long, default_value_t = 0, requires = "task")]
     pub seed: u64,
@@ -228,7 +243,8 @@ pub struct EvalArgs {
 }
 
 /// What `--task` takes.
-const TASKS: [&str; 5] = ["needles_multi", "variable_tracking", "common_words", "multi_hop", "all"];
+const TASKS: [&str; 7] =
+    ["needles_multi", "variable_tracking", "common_words", "multi_hop", "all", "eigenscore", "facts"];
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {

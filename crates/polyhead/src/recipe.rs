@@ -341,14 +341,14 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     if let Err((field, message)) = recipe.data.validate(training.seq_len) {
         problems.push((format!("data.{}.{field}", recipe.data.name()), message));
     }
+    if let Err((field, message)) = recipe.procedure.validate(decoder) {
+        problems.push((format!("procedure.{field}"), message));
+    }
     if let Err((field, message)) = recipe.freeze.validate(decoder.map_or(usize::MAX, |decoder| decoder.n_layers)) {
         problems.push((format!("freeze.{field}"), message));
     }
     if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
         problems.push((format!("lora.{field}"), message));
-    }
-    if let Err((field, message)) = recipe.procedure.validate() {
-        problems.push((format!("procedure.{field}"), message));
     }
     if problems.is_empty()
         && let Some(Err(error)) = decoder.map(DecoderConfig::validate)

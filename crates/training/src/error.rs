@@ -44,6 +44,9 @@ pub enum TrainError {
     /// The curve of the run could not be drawn.
     #[error("the curve of the run could not be drawn: {0}")]
     Curve(String),
+    /// A procedure's settings do not fit, or its state is not its own.
+    #[error("{0}")]
+    Procedure(String),
     /// What is to be frozen cannot be.
     #[error("{0}")]
     Freeze(String),

@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm of its
 //! [`build`](ProcedureConfig::build).
 
-use polyhead_models::{Batch, Decoder};
+use polyhead_models::{Batch, Decoder, DecoderConfig, Gate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +12,7 @@ use crate::bilevel::{Bilevel, BilevelConfig};
 use crate::config::TrainingConfig;
 use crate::evaluate::Batches;
 use crate::fusion::{Fusion, FusionConfig};
+use crate::neuron_dropout::{NeuronDropout, NeuronDropoutConfig};
 use crate::optimizer::Optimizer;
 use crate::picture::Png;
 use crate::standard::{Standard, StandardConfig};
@@ -26,6 +27,8 @@ pub enum ProcedureConfig {
     Bilevel(BilevelConfig),
     /// Decoupled-Head Attention: the heads of each group are led together (arXiv 2406.06567).
     Fusion(FusionConfig),
+    /// SenD: what moves most in a layer's output is dropped for a while.
+    NeuronDropout(Box<NeuronDropoutConfig>),
 }
 
 impl Default for ProcedureConfig {
@@ -35,29 +38,52 @@ impl Default for ProcedureConfig {
 }
 
 impl ProcedureConfig {
-    /// Checks the numbers.
+    /// Checks the numbers, against a model where it is known.
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), (String, String)> {
+    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), (String, String)> {
         match self {
             Self::Standard(_) => Ok(()),
             Self::Bilevel(config) => {
                 config.validate().map_err(|(field, problem)| (format!("bilevel.{field}"), problem))
             }
             Self::Fusion(config) => config.validate().map_err(|(field, problem)| (format!("fusion.{field}"), problem)),
+            Self::NeuronDropout(config) => {
+                config.validate(decoder).map_err(|(field, problem)| (format!("neuron_dropout.{field}"), problem))
+            }
         }
     }
 
     /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
     ///
     /// # Errors
-    /// If the state is not one of this procedure's.
+    /// If settings do not fit the model or the data, or the state is not one of this procedure's.
     pub fn build(&self, parts: Parts<'_>, state: &serde_json::Value) -> Result<Box<dyn Procedure>, TrainError> {
         match self {
             Self::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
             Self::Bilevel(config) => Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training))),
             Self::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
+            Self::NeuronDropout(config) => Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?)),
+        }
+    }
+
+    /// The share of the text, and the most texts, that are to be kept out of training to watch the model on.
+    pub fn tracking(&self) -> Option<(f64, usize)> {
+        match self {
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => None,
+            Self::NeuronDropout(config) => Some((config.tracking_fraction, config.tracking_texts)),
+        }
+    }
+
+    /// What stands between the layers of a trained model when it is used; `state` is its checkpoint's.
+    ///
+    /// # Errors
+    /// If the state is not one of this procedure's.
+    pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
+        match self {
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => Ok(None),
+            Self::NeuronDropout(config) => config.gate_at_eval(state, model),
         }
     }
 }
@@ -68,6 +94,8 @@ pub struct Parts<'a> {
     pub optimizer: Optimizer,
     /// The loop's settings.
     pub training: &'a TrainingConfig,
+    /// The model's settings.
+    pub decoder: &'a DecoderConfig,
     /// Token ids of texts that are kept out of training, for procedures that watch the model on some.
     pub tracking: &'a [Vec<u32>],
     /// Batches until everything has been learnt from once.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use burn::module::Module;
 use polyhead_models::{Decoder, Evaluated};
 use serde_json::json;
 
@@ -48,6 +49,8 @@ pub struct Job<'a> {
     pub train: &'a dyn Batches,
     /// Batches to validate on.
     pub held_out: &'a dyn Batches,
+    /// Further numbers about the model, by name: measured before the first step and with each validation.
+    pub probe: Option<&'a Probe<'a>>,
     /// Token ids of texts that the procedure watches the model on; no part of `train`.
     pub tracking: Vec<Vec<u32>>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
@@ -57,6 +60,9 @@ pub struct Job<'a> {
     /// Not 0 once the run is to be saved and left: the number of the signal.
     pub stop: &'a AtomicUsize,
 }
+
+/// Measures a model, on a device without a tape.
+pub type Probe<'a> = dyn Fn(&Decoder) -> Vec<(String, f64)> + 'a;
 
 /// Somebody who watches: a progress bar, a dashboard. Nothing that is told here changes the run.
 pub trait View {
@@ -124,8 +130,14 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }
     };
-    let parts =
-        Parts { optimizer, training: &job.training, tracking: &job.tracking, batches_per_epoch: job.train.per_epoch() };
+    let decoder = model.config().clone();
+    let parts = Parts {
+        optimizer,
+        training: &job.training,
+        decoder: &decoder,
+        tracking: &job.tracking,
+        batches_per_epoch: job.train.per_epoch(),
+    };
     let mut procedure = job.procedure.build(parts, &progress.procedure)?;
     let resumed = job.resume.as_ref().map(|_| progress.step);
     if let Some(step) = resumed {
@@ -139,6 +151,15 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
     };
     if let Some(events) = events.as_mut().filter(|_| resumed.is_none()) {
         events.text("recipe", 0, &format!("```toml\n{}\n```", job.recipe))?;
+    }
+
+    if let Some(probe) = job.probe.filter(|_| resumed.is_none()) {
+        let mut line = json!({ "step": 0 });
+        for (name, value) in probe(&model.valid()) {
+            line[&name] = json!(value);
+            events.as_mut().map_or(Ok(()), |events| events.scalar(&name, 0, value as f32))?;
+        }
+        metrics.append(&line)?;
     }
 
     let mut saved = job.resume.clone();
@@ -193,7 +214,8 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             let sums = evaluate(&model, job.held_out, job.validation.batches)?;
             let count = evaluate::count(job.held_out, job.validation.batches);
             let held_out = HeldOut { batches: job.held_out, count, seed: job.seed, observe: job.metrics.observe };
-            let measured = procedure.measure(&model, held_out)?;
+            let mut measured = procedure.measure(&model, held_out)?;
+            measured.extend(job.probe.map_or(Vec::new(), |probe| probe(&model.valid())));
             write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
             let loss = sums.mean_loss();
             is_best = loss.is_finite() && best.as_ref().is_none_or(|best| loss < best.validation_loss);

@@ -5,6 +5,7 @@
 
 mod associative_recall;
 mod copy;
+mod facts;
 mod induction;
 mod markov;
 mod needles;
@@ -20,6 +21,7 @@ use crate::loader::{Sample, Samples};
 
 pub use associative_recall::AssociativeRecallConfig;
 pub use copy::CopyConfig;
+pub use facts::{FactsConfig, World};
 pub use induction::InductionConfig;
 pub use markov::{Markov, MarkovConfig};
 pub use needles::NeedlesConfig;
@@ -40,6 +42,12 @@ pub trait Task: Send + Sync {
 
     /// A row of `seq_len` tokens.
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample;
+
+    /// The same for one side of the split, where what the sides are made of differs.
+    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+        let _ = side;
+        self.row(rng, seq_len)
+    }
 }
 
 /// Which side of the split a set of samples is.
@@ -49,14 +57,26 @@ pub enum Side {
     Train,
     /// This many samples.
     Validation(u64),
+    /// This many samples.
+    Tracking(u64),
 }
 
 impl Side {
+    /// The stream of the generator that sample `index` draws from. Streams never overlap: even ones for training, odd ones
+    /// for validation, those that neither reaches for tracking.
+    pub(crate) fn stream(self, index: u64) -> u64 {
+        match self {
+            Self::Train => 2 * index,
+            Self::Validation(_) => 2 * index + 1,
+            Self::Tracking(_) => 4 * EPOCH + index,
+        }
+    }
+
     /// Samples of an epoch.
     pub(crate) fn per_epoch(self) -> u64 {
         match self {
             Self::Train => EPOCH,
-            Self::Validation(count) => count,
+            Self::Validation(count) | Self::Tracking(count) => count,
         }
     }
 }
@@ -80,9 +100,8 @@ impl Samples for Generated {
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        // Streams of one generator never overlap: even ones for training, odd ones for validation.
-        rng.set_stream(2 * index + u64::from(self.side != Side::Train));
-        Ok(self.task.row(&mut rng, self.seq_len))
+        rng.set_stream(self.side.stream(index));
+        Ok(self.task.row_of(&mut rng, self.seq_len, self.side))
     }
 }
 

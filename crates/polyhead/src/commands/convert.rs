@@ -183,6 +183,7 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training: &recipe.training,
+        decoder: child.config(),
         tracking: &[],
         batches_per_epoch: 1,
     };

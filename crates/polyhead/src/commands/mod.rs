@@ -2,6 +2,7 @@
 
 pub mod convert;
 mod diff;
+mod hallucination;
 mod long_context;
 mod look;
 mod plan;
@@ -19,7 +20,7 @@ use crate::compare::{self, comparison, record};
 use crate::console::{print, put};
 use crate::inspect;
 use crate::recipe::{self, Loaded};
-use crate::report::Failure;
+use crate::report::{Failure, Problems};
 
 /// Does what was asked.
 ///
@@ -46,8 +47,15 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
         Command::Compare(args) => compare::compare(&args),
         Command::Results => print(format_args!("{}", record::replication_table()?)),
-        Command::Eval(args) if !args.task.is_empty() => long_context::eval(&args),
-        Command::Eval(args) => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+        Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            [] => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+            ["eigenscore"] => hallucination::eigenscore(&args),
+            ["facts"] => hallucination::facts(&args),
+            ref tasks if tasks.contains(&"eigenscore") || tasks.contains(&"facts") => {
+                Err(Problems::plain("--task: eigenscore and facts are asked for alone".into()).into())
+            }
+            _ => long_context::eval(&args),
+        },
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
         Command::Convert(args) => convert::convert(&args),

@@ -113,7 +113,8 @@ pub fn probe(resolved: &Resolved, opened: Opened) -> Result<Probed, Failure> {
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training,
-        tracking: &[],
+        decoder: &resolved.decoder,
+        tracking: &opened.tracking,
         batches_per_epoch: train.per_epoch(),
     };
     let mut procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;

@@ -7,10 +7,12 @@ use burn::module::Module;
 use polyhead_data::{DataConfig, Tokenizer};
 use polyhead_models::{Decoder, parameters};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
-use polyhead_training::run::{Job, Outcome, View, run};
+use polyhead_training::hallucination::{Summary, ask};
+use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::{peak_memory_bytes, state};
 
+use super::hallucination::asking;
 use super::trained::{plain_prompt, write_text};
 use crate::assemble::{self, Source};
 use crate::cli::TrainArgs;
@@ -99,6 +101,13 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let training = recipe.training.clone();
     let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
+    let asked = assemble::world(recipe).map(|world| (world.questions(), asking(&world, config.n_layers)));
+    let about_facts = asked.as_ref().map(|(questions, asking)| {
+        move |model: &Decoder| {
+            let numbers = Summary::of(&ask(model, questions, asking), asking.confident).numbers();
+            numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect()
+        }
+    });
     let job = Job {
         run_dir: run_dir.clone(),
         lock,
@@ -113,7 +122,8 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         seed: recipe.debug.seed,
         train: &train,
         held_out: &held_out,
-        tracking: Vec::new(),
+        probe: about_facts.as_ref().map(|probe| probe as &Probe<'_>),
+        tracking: opened.tracking,
         companions,
         recipe: text,
         stop: &stop,

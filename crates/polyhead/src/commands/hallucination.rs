@@ -1,0 +1,113 @@
+//! `polyhead eval --task eigenscore` and `--task facts`: what a model makes up.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use polyhead_data::synthetic::World;
+use polyhead_models::{Decoder, Sampling};
+use polyhead_training::ees::{EesConfig, EesMode};
+use polyhead_training::eigenscore::{EigenScore, matrix};
+use polyhead_training::hallucination::{Asking, Summary, ask};
+use polyhead_training::neuron_dropout::answer_embeddings;
+use polyhead_training::sensitivity::Rows;
+use serde_json::json;
+
+use super::trained::text_tokenizer;
+use crate::assemble;
+use crate::cli::EvalArgs;
+use crate::console::{harmless, put, talk};
+use crate::report::{Failure, Problems};
+
+/// Scores how far the answers to each line of a file lie apart.
+pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
+    let file = args.prompts.as_deref().ok_or_else(|| {
+        Problems::plain("--task eigenscore takes its prompts from a file, one a line: name it with --prompts".into())
+    })?;
+    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
+    let layer = layer_of(args, &trained.model)?;
+    let sampling = Sampling { max_new_tokens: args.new_tokens, seed: args.seed, ..Sampling::eigenscore() };
+    let mut prompts = Vec::new();
+    let mut sums = vec![0.0; SCORES.len()];
+    talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.new_tokens);
+    for prompt in lines(file)? {
+        let ids = tokenizer.encode(&prompt)?;
+        let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
+        let scores = SCORES.map(|(_, score)| score(&rows, args.seed));
+        scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);
+        let mut entry = json!({ "prompt": prompt });
+        SCORES.iter().zip(scores).for_each(|((name, _), score)| entry[*name] = json!(score));
+        talk!("{:>9.4}  {}", scores[0], harmless(&prompt));
+        prompts.push(entry);
+    }
+    let mut mean = json!({});
+    SCORES.iter().zip(sums).for_each(|((name, _), sum)| mean[*name] = json!(sum / prompts.len() as f64));
+    put!(
+        "{:#}",
+        json!({ "checkpoint": trained.path, "layer": layer, "samples": args.samples, "seed": args.seed,
+        "mean": mean, "prompts": prompts })
+    )
+}
+
+type Score = fn(&Rows, u64) -> f64;
+
+/// What is told of each prompt: names in the JSON, scores of `[answers][d_model]`.
+const SCORES: [(&str, Score); 5] = [
+    ("eigenscore", |rows, _| EigenScore::Inside.of(&matrix(rows))),
+    ("eigenscore_of_the_code", |rows, _| EigenScore::InsideCode.of(&matrix(rows))),
+    ("ees", |rows, seed| ees(EesMode::Shifted, rows, seed)),
+    ("ees_exact", |rows, seed| ees(EesMode::Exact, rows, seed)),
+    ("ees_official", |rows, seed| ees(EesMode::Official, rows, seed)),
+];
+
+fn ees(mode: EesMode, rows: &Rows, seed: u64) -> f64 {
+    EesConfig { mode, ..EesConfig::default() }.of(&matrix(rows).transpose(), seed)
+}
+
+fn lines(file: &Path) -> Result<Vec<String>, Failure> {
+    let text = std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?;
+    let lines: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(Into::into).collect();
+    match lines.is_empty() {
+        true => Err(Failure::Run(format!("{}: holds no prompt; write one a line", file.display()))),
+        false => Ok(lines),
+    }
+}
+
+/// The layer that `--layer` means, from 0.
+fn layer_of(args: &EvalArgs, model: &Decoder) -> Result<usize, Failure> {
+    let layers = model.layers.len() as i64;
+    let counted = if args.layer < 0 { layers + args.layer } else { args.layer };
+    match (0..layers).contains(&counted) {
+        true => Ok(counted as usize),
+        false => {
+            let problem = format!("--layer ({}) must be {} to {}", args.layer, -layers, layers - 1);
+            Err(Problems::plain(problem).into())
+        }
+    }
+}
+
+/// Asks a model all questions about the world of facts that it was trained on.
+pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
+    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let world = trained.recipe.as_ref().and_then(assemble::world).ok_or_else(|| {
+        let path = trained.path.display();
+        Failure::Run(format!("{path} did not learn generated facts: --task facts asks about those of [data.facts]"))
+    })?;
+    let mut asking = asking(&world, trained.model.layers.len());
+    asking.samples = args.samples;
+    asking.sampling.seed = args.seed;
+    asking.layer = layer_of(args, &trained.model)?;
+    let summary = Summary::of(&ask(&trained.model, &world.questions(), &asking), asking.confident);
+    let mut table = String::new();
+    for (name, value) in summary.numbers() {
+        // Writing to a string cannot fail.
+        let _ = writeln!(table, "{name:<28} {value:>8.4}");
+    }
+    talk!("{}", table.trim_end());
+    put!("{:#}", json!({ "checkpoint": trained.path, "samples": args.samples, "seed": args.seed, "facts": summary }))
+}
+
+/// How a world is asked about.
+pub fn asking(world: &World, n_layers: usize) -> Asking {
+    Asking::new(world.end(), n_layers)
+}

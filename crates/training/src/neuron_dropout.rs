@@ -1,0 +1,282 @@
+//! Training that drops sensitive indices: SenD (Mohammadzadeh et al., arXiv 2410.15460, algorithm 2).
+//!
+//! At the end of every interval the texts kept out of training are embedded by one layer, without any mask. Every
+//! `refresh` intervals the share `k` of that layer's output coordinates that moved most over the last `window`
+//! measurements ([`sensitivity`](crate::sensitivity)) is chosen, and set to 0 for every token of every step until the next
+//! choice; nothing is scaled up for it. Until the first choice nothing is dropped. Inside, a step is that of the standard
+//! procedure.
+//!
+//! The paper leaves open where exactly is dropped and how texts are pooled; here the output of the last but one layer and
+//! the mean of the texts' V. The published code does other things (see [`Mode::WeightsCompat`]).
+
+mod config;
+mod state;
+mod watch;
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, TensorData};
+use polyhead_models::{Batch, Decoder, Gate, GateKind};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::TrainError;
+use crate::optimizer::Optimizer;
+use crate::procedure::{HeldOut, Parts, Procedure, Shown, StepContext, StepReport};
+use crate::sensitivity::{Pool, Rows, as_published, column_variances, largest, matched, overlap, pooled, variance};
+use crate::standard::{Standard, StandardConfig};
+
+pub use config::{Mode, NeuronDropoutConfig, Select, Unit};
+use state::State;
+pub use watch::{Texts, answer_embeddings};
+
+/// Training that drops sensitive indices.
+pub struct NeuronDropout {
+    config: NeuronDropoutConfig,
+    standard: Standard,
+    texts: Texts,
+    layer: usize,
+    d_model: usize,
+    /// Steps or batches of an interval, after `config.unit`.
+    period: u64,
+    state: State,
+}
+
+impl NeuronDropout {
+    /// The procedure, with the state of an earlier sitting where there is one.
+    ///
+    /// # Errors
+    /// If settings do not fit the model or the data, or the state is not one of this procedure's.
+    pub fn new(config: NeuronDropoutConfig, parts: Parts<'_>, state: &serde_json::Value) -> Result<Self, TrainError> {
+        let wrong = |(field, problem): (&str, String)| {
+            TrainError::Procedure(format!("procedure.neuron_dropout.{field}: {problem}"))
+        };
+        config.validate(Some(parts.decoder)).map_err(wrong)?;
+        let period = config.period(parts.batches_per_epoch).map_err(wrong)?;
+        let texts = Texts::new(parts.tracking);
+        if texts.is_empty() {
+            return Err(wrong(("tracking_texts", "there is no text to track: the data keeps none out".into())));
+        }
+        let layer = config.layer_of(parts.decoder.n_layers);
+        let d_model = parts.decoder.d_model;
+        let state = State::read(state, d_model, texts.len())?;
+        let standard =
+            Standard::new(&StandardConfig { context_mask: config.context_mask }, parts.optimizer, parts.training);
+        Ok(Self { texts, config, standard, layer, d_model, period, state })
+    }
+
+    /// What stands between the layers now.
+    fn gate(&self, model: &Decoder) -> Option<Gate> {
+        gate(&self.config, self.layer, &self.state, model)
+    }
+
+    /// Whether an interval ends between two counts, of steps or of batches.
+    fn crossed(&self, from: u64, to: u64) -> bool {
+        from / self.period != to / self.period
+    }
+
+    /// Embeds the texts with the model as it is without a mask, and chooses anew where that is due.
+    fn watch(&mut self, model: &Decoder, context: &StepContext, report: &mut StepReport) -> Result<(), TrainError> {
+        let config = &self.config;
+        let rows = self.texts.embeddings(model, self.layer, config.embedding);
+        let ees = match config.ees_prompts {
+            0 => config.ees.of(&crate::eigenscore::matrix(&rows).transpose(), context.seed),
+            prompts => self.texts.sampled_ees(model, self.layer, prompts, config, context.seed),
+        };
+        let state = &mut self.state;
+        state.push(rows, config.window);
+        state.ees.push(ees);
+        let mean = state.ees.iter().sum::<f64>() / state.ees.len() as f64;
+        let changes = state.ees.windows(2).map(|pair| pair[1] - pair[0]);
+        let mut tell = |name: &str, value: f64| report.measured.push((format!("neuron_dropout/{name}"), value));
+        tell("ees", ees);
+        tell("ees_mean", mean);
+        tell("ees_std", variance(state.ees.iter().copied()).sqrt());
+        tell("ees_change_variance", variance(changes));
+        let loss = state.interval_loss();
+        if let (Some(epsilon), Some(delta)) = (config.epsilon, config.delta) {
+            state.finished = loss < epsilon && ees < delta;
+        }
+        report.log = true;
+        match state.measured.is_multiple_of(config.refresh) && state.window.len() == config.window {
+            true => self.choose(model, context, report),
+            false => Ok(()),
+        }
+    }
+
+    /// Chooses what is dropped until the next time, and tells what can be seen of the choice.
+    fn choose(&mut self, model: &Decoder, context: &StepContext, report: &mut StepReport) -> Result<(), TrainError> {
+        let before = self.gate(model);
+        let count = self.config.count(self.d_model);
+        let v = self.rank(|_| true);
+        let sensitive = largest(&v, count);
+        let [even, odd] = [0, 1].map(|half| largest(&self.rank(|text| text % 2 == half), count));
+        let latest = self.state.window.last().map_or(Vec::new(), column_variances);
+        let dropped = match self.config.select {
+            Select::Sensitive => sensitive.clone(),
+            Select::VarianceMatched => matched(&sensitive, &latest),
+            Select::Random => drawn(self.d_model, count, context.seed, self.state.dropped.len() as u64),
+            Select::Dropout | Select::None => Vec::new(),
+        };
+        let all: f64 = v.iter().sum();
+        let share = sensitive.iter().map(|&index| v[index]).sum::<f64>() / all.max(f64::MIN_POSITIVE);
+        let mut tell = |name: &str, value: f64| report.measured.push((format!("neuron_dropout/{name}"), value));
+        tell("v_mean", all / v.len() as f64);
+        tell("v_share_of_sensitive", share);
+        if self.texts.len() > 1 {
+            tell("overlap_of_halves", overlap(&even, &odd));
+        }
+        if let Some(previous) = &self.state.sensitive {
+            tell("overlap_with_previous", overlap(&sensitive, previous));
+        }
+        self.state.sensitive = Some(sensitive);
+        self.state.dropped.push(dropped);
+        let after = self.gate(model);
+        if self.config.mode == Mode::Activation {
+            let loss = |gate: Option<Gate>| self.texts.loss(&model.clone().gated(gate));
+            tell("loss_jump", loss(after) - loss(before));
+        }
+        let logarithms = v.iter().map(|v| v.max(1e-30).log10() as f32).collect();
+        report.shown.push(("neuron_dropout/log10_v".into(), Shown::Histogram(logarithms)));
+        let picture = watch::dropped_over_time(&self.state.dropped, self.d_model)?;
+        report.shown.push(("neuron_dropout/dropped".into(), Shown::Picture(picture)));
+        Ok(())
+    }
+
+    /// What indices are ranked by, over the texts that `of` picks.
+    fn rank(&self, of: impl Fn(usize) -> bool) -> Vec<f64> {
+        let pick =
+            |rows: &Rows| rows.iter().enumerate().filter(|(text, _)| of(*text)).map(|(_, row)| row.clone()).collect();
+        let window: Vec<Rows> = self.state.window.iter().map(pick).collect();
+        let window: Vec<&Rows> = window.iter().collect();
+        match (self.config.mode, self.config.pool) {
+            (Mode::WeightsCompat, _) => as_published(&window),
+            (Mode::Activation, Pool::MeanV) => pooled(&window, Pool::MeanV),
+            (Mode::Activation, Pool::VOfMean) => pooled(&window, Pool::VOfMean),
+        }
+    }
+
+    /// The counts before and after a step, and after the step before it: of steps, or of batches.
+    fn counts(&self, context: &StepContext, batches: u64) -> [u64; 3] {
+        match self.config.unit {
+            Unit::Steps => [context.step.saturating_sub(2), context.step - 1, context.step],
+            Unit::Epochs => [context.position.saturating_sub(batches), context.position, context.position + batches],
+        }
+    }
+}
+
+impl Procedure for NeuronDropout {
+    fn step(
+        &mut self,
+        mut model: Decoder,
+        batches: &[Batch],
+        context: &StepContext,
+    ) -> Result<(Decoder, StepReport), TrainError> {
+        let [earlier, from, to] = self.counts(context, batches.len() as u64);
+        if self.config.mode == Mode::WeightsCompat
+            && self.crossed(earlier, from)
+            && let Some(dropped) = self.state.dropped.last()
+        {
+            model = without_neurons(model, self.layer, dropped);
+        }
+        let gate = self.gate(&model);
+        let (mut model, mut report) = self.standard.step(model.gated(gate), batches, context)?;
+        self.state.add_loss(report.loss);
+        if self.crossed(from, to) {
+            self.watch(&model.clone().gated(None).valid(), context, &mut report)?;
+        }
+        let gate = if self.config.mask_at_eval { self.gate(&model) } else { None };
+        model = model.gated(gate);
+        Ok((model, report))
+    }
+
+    fn optimizer(&self) -> &Optimizer {
+        self.standard.optimizer()
+    }
+
+    fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
+        self.standard.measure(model, held_out)
+    }
+
+    fn state(&self) -> serde_json::Value {
+        self.state.write()
+    }
+
+    fn finished(&self) -> bool {
+        self.state.finished
+    }
+}
+
+impl NeuronDropoutConfig {
+    /// What stands between the layers when a trained model is used: its last mask, where that is asked for.
+    ///
+    /// # Errors
+    /// If the state is not one of this procedure's.
+    pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
+        if !self.mask_at_eval || state.is_null() {
+            return Ok(None);
+        }
+        let (d_model, n_layers) = (model.config().d_model, model.config().n_layers);
+        let state = State::read(state, d_model, 0)?;
+        Ok(gate(self, self.layer_of(n_layers), &state, model).filter(|gate| matches!(gate.kind, GateKind::Keep(_))))
+    }
+}
+
+fn gate(config: &NeuronDropoutConfig, layer: usize, state: &State, model: &Decoder) -> Option<Gate> {
+    let dropped = state.dropped.last().filter(|_| config.mode == Mode::Activation)?;
+    let kind = match config.select {
+        Select::None => return None,
+        Select::Dropout => GateKind::Dropout(config.k),
+        Select::Sensitive | Select::Random | Select::VarianceMatched => {
+            let d_model = model.config().d_model;
+            let mut keep = vec![1f32; d_model];
+            dropped.iter().for_each(|&index| keep[index] = 0.0);
+            GateKind::Keep(Tensor::from_data(TensorData::new(keep, [d_model]), &model.device().inner()))
+        }
+    };
+    Some(Gate { after_layer: layer, kind })
+}
+
+/// `count` of `n` indices, in random order: a function of the seed and of how often was drawn before.
+fn drawn(n: usize, count: usize, seed: u64, times: u64) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(times);
+    let mut all: Vec<usize> = (0..n).collect();
+    all.shuffle(&mut rng);
+    all.truncate(count);
+    all
+}
+
+/// The model with these neurons of a feed-forward layer set to 0, as the authors' scripts do: their columns of gate and up,
+/// their rows of down, and in models with biases those of up and, with the same indices, of down. Nothing keeps the
+/// optimiser from moving them again.
+fn without_neurons(mut model: Decoder, layer: usize, neurons: &[usize]) -> Decoder {
+    let mlp = &mut model.layers[layer].mlp;
+    let kept = |count: usize| {
+        let mut keep = vec![1f32; count];
+        neurons.iter().filter(|&&neuron| neuron < count).for_each(|&neuron| keep[neuron] = 0.0);
+        TensorData::new(keep, [count])
+    };
+    let [d_ff, d_model] = mlp.down_proj.weight.dims();
+    for linear in mlp.gate_proj.iter_mut().chain([&mut mlp.up_proj]) {
+        linear.weight = times(&linear.weight, kept(d_ff), [1, d_ff]);
+        linear.bias = linear.bias.as_ref().map(|bias| times(bias, kept(d_ff), [d_ff]));
+    }
+    let down = &mut mlp.down_proj;
+    down.weight = times(&down.weight, kept(d_ff), [d_ff, 1]);
+    down.bias = down.bias.as_ref().map(|bias| times(bias, kept(d_model), [d_model]));
+    model
+}
+
+/// A parameter multiplied by `keep`, reshaped to spread over it.
+fn times<const D: usize>(weight: &Param<Tensor<D>>, keep: TensorData, shape: [usize; D]) -> Param<Tensor<D>> {
+    weight.clone().map(|value| {
+        let (learnt, device) = (value.is_require_grad(), value.device());
+        let keep = Tensor::<1>::from_data(keep, &device.clone().inner()).reshape(shape);
+        // Through the host: a leaf of its own, on the device that the model trains on.
+        Tensor::from_data((value.inner() * keep).into_data(), &device).set_require_grad(learnt)
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,205 @@
+//! Settings.
+
+use polyhead_models::{ContextMask, DecoderConfig};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::ees::EesConfig;
+use crate::sensitivity::{Embedding, Pool};
+
+/// More batches than any epoch of a text has: generated data comes without end.
+const ENDLESS: u64 = 1 << 32;
+
+/// `[procedure.neuron_dropout]`: SenD. Defaults are the paper's unless they say otherwise.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NeuronDropoutConfig {
+    /// The layer whose output is watched and masked, from 0; negative ones count from the end. Default: -2, the last but one.
+    pub layer: i64,
+    /// Share of the layer's coordinates that is dropped. Default: 0.2 (the paper's for 1B parameters; 0.3 for 8B).
+    pub k: f64,
+    /// Measurements that V looks back over. Default: 3.
+    pub window: usize,
+    /// Length of an interval, at whose end is measured, in units. Default: 100 (chosen by us; the paper's is one epoch).
+    pub interval: u64,
+    /// "steps" (default, ours) or "epochs" (the paper's).
+    pub unit: Unit,
+    /// Intervals between two choices of what is dropped. Default: 3.
+    pub refresh: u64,
+    /// How a text becomes one vector: "mean_last" (default), "last", "second_last" (as published).
+    pub embedding: Embedding,
+    /// How texts are put together: "mean_v" (default, chosen by us) or "v_of_mean".
+    pub pool: Pool,
+    /// What is dropped: "sensitive" (default); for comparison "random" (as many, drawn anew at each choice),
+    /// "variance_matched" (others of nearly the same variance across texts), "dropout" (ordinary dropout at rate k in the
+    /// same place) or "none" (measure only).
+    pub select: Select,
+    /// "activation" (default): outputs are masked. "weights_compat": as the authors' code, which sets weights of
+    /// feed-forward neurons with these indices to 0 at the start of every interval.
+    pub mode: Mode,
+    /// Mask when validating, generating and evaluating too. Never when measuring. Default: false.
+    pub mask_at_eval: bool,
+    /// What tokens of a conversation see of their own turn of context, while training: "causal" (default) or
+    /// "bidirectional".
+    pub context_mask: ContextMask,
+    /// Share of the text kept out of training to be tracked. Default: 0.1, as published.
+    pub tracking_fraction: f64,
+    /// Texts that are tracked at most, each up to training.seq_len tokens. Default: 32 (chosen by us).
+    pub tracking_texts: usize,
+    /// With delta: the run ends early once the mean loss of an interval is below this and EES below delta. Default: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
+    /// See epsilon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta: Option<f64>,
+    /// How EES is computed with every measurement.
+    pub ees: EesConfig,
+    /// Tracked texts whose beginnings are continued to compute EES over the continuations; 0 (default) computes it over the
+    /// texts themselves, without sampling.
+    pub ees_prompts: usize,
+    /// Continuations of each. Default: 10, as published.
+    pub ees_samples: usize,
+    /// Tokens of each continuation. Default: 32 (published: 128).
+    pub ees_new_tokens: usize,
+}
+
+impl Default for NeuronDropoutConfig {
+    fn default() -> Self {
+        Self {
+            layer: -2,
+            k: 0.2,
+            window: 3,
+            interval: 100,
+            unit: Unit::Steps,
+            refresh: 3,
+            embedding: Embedding::MeanLast,
+            pool: Pool::MeanV,
+            select: Select::Sensitive,
+            mode: Mode::Activation,
+            mask_at_eval: false,
+            context_mask: ContextMask::Causal,
+            tracking_fraction: 0.1,
+            tracking_texts: 32,
+            epsilon: None,
+            delta: None,
+            ees: EesConfig::default(),
+            ees_prompts: 0,
+            ees_samples: 10,
+            ees_new_tokens: 32,
+        }
+    }
+}
+
+/// What intervals are counted in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unit {
+    /// Steps of the optimiser.
+    #[default]
+    Steps,
+    /// Passes through the training text.
+    Epochs,
+}
+
+/// What is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Select {
+    /// What moved most.
+    #[default]
+    Sensitive,
+    /// As many at random.
+    Random,
+    /// As many others of nearly the same variance across texts.
+    VarianceMatched,
+    /// Single numbers at the same rate (ordinary dropout).
+    Dropout,
+    /// Nothing.
+    None,
+}
+
+/// Where is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Coordinates of the layer's output.
+    #[default]
+    Activation,
+    /// Feed-forward neurons of the layer, by their weights, as the authors' code does: it takes an index into the output
+    /// for a number of a neuron, ranks across texts, and lets the optimiser move the weights again.
+    WeightsCompat,
+}
+
+impl NeuronDropoutConfig {
+    /// Checks the settings, against a model where it is known.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), (&'static str, String)> {
+        let rule =
+            |holds: bool, field: &'static str, problem: String| if holds { Ok(()) } else { Err((field, problem)) };
+        let Self { k, window, interval, refresh, tracking_fraction, tracking_texts, .. } = *self;
+        rule((0.0..=0.9).contains(&k), "k", format!("k ({k}) must be 0 to 0.9"))?;
+        rule((2..=1000).contains(&window), "window", format!("window ({window}) must be 2 to 1000"))?;
+        rule(interval >= 1, "interval", format!("interval ({interval}) must be at least 1"))?;
+        rule(refresh >= 1, "refresh", format!("refresh ({refresh}) must be at least 1"))?;
+        rule((1e-9..=0.5).contains(&tracking_fraction), "tracking_fraction", {
+            format!("tracking_fraction ({tracking_fraction}) must be above 0, up to 0.5")
+        })?;
+        rule((1..=100_000).contains(&tracking_texts), "tracking_texts", {
+            format!("tracking_texts ({tracking_texts}) must be 1 to 100000")
+        })?;
+        rule(self.epsilon.is_some() == self.delta.is_some(), "epsilon", {
+            "epsilon and delta belong together: give both or neither".into()
+        })?;
+        rule(self.ees_prompts <= tracking_texts, "ees_prompts", {
+            format!("ees_prompts ({}) must be at most tracking_texts ({tracking_texts})", self.ees_prompts)
+        })?;
+        rule((2..=1000).contains(&self.ees_samples), "ees_samples", {
+            format!("ees_samples ({}) must be 2 to 1000", self.ees_samples)
+        })?;
+        rule(self.ees_new_tokens >= 1, "ees_new_tokens", "ees_new_tokens (0) must be at least 1".into())?;
+        self.ees.validate().map_err(|(field, problem)| match field {
+            "terms" => ("ees.terms", problem),
+            "alpha" => ("ees.alpha", problem),
+            _ => ("ees.n_probes", problem),
+        })?;
+        let Some(decoder) = decoder else { return Ok(()) };
+        let (layers, layer) = (decoder.n_layers as i64, self.layer);
+        rule((-layers..layers).contains(&layer), "layer", {
+            format!("layer ({layer}) must be {} to {} for n_layers ({layers})", -layers, layers - 1)
+        })?;
+        let (d_model, d_ff) = (decoder.d_model, decoder.feed_forward());
+        rule(self.mode == Mode::Activation || d_ff >= d_model, "mode", {
+            format!("mode \"weights_compat\" takes indices below d_model ({d_model}) for neurons of d_ff ({d_ff})")
+        })?;
+        rule(self.mode == Mode::Activation || self.select != Select::Dropout, "select", {
+            "select \"dropout\" drops outputs, not weights: set mode = \"activation\"".into()
+        })
+    }
+
+    /// The layer, from 0.
+    pub fn layer_of(&self, n_layers: usize) -> usize {
+        let counted = if self.layer < 0 { n_layers as i64 + self.layer } else { self.layer };
+        counted.max(0) as usize
+    }
+
+    /// How many coordinates are dropped, rounded down as published.
+    pub fn count(&self, d_model: usize) -> usize {
+        (self.k * d_model as f64) as usize
+    }
+
+    /// Steps or batches of an interval.
+    ///
+    /// # Errors
+    /// If epochs are counted that never end.
+    pub(super) fn period(&self, batches_per_epoch: u64) -> Result<u64, (&'static str, String)> {
+        match self.unit {
+            Unit::Steps => Ok(self.interval),
+            Unit::Epochs if batches_per_epoch >= ENDLESS => {
+                Err(("unit", "unit \"epochs\": generated data has no epochs; set unit = \"steps\"".into()))
+            }
+            Unit::Epochs => Ok(self.interval.saturating_mul(batches_per_epoch.max(1))),
+        }
+    }
+}
