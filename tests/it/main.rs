@@ -16,6 +16,7 @@ mod golden_hilo;
 mod golden_moh;
 mod golden_optimizer;
 mod golden_pooling;
+mod growth;
 mod layering;
 mod pages;
 mod precision;
