@@ -7,14 +7,12 @@
 
 use std::collections::BTreeMap;
 
-use polyhead_attention::{
-    AttentionConfig, GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig,
-};
+use polyhead_attention::{AttentionConfig, GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
 
 use super::SurgeryError;
 use super::convert::{per_layer, refused};
-use crate::weights::{Named, load, named};
 use crate::Decoder;
+use crate::weights::{Named, load, named};
 
 /// What a decoder becomes.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,7 +85,10 @@ mod tests {
         let config: DecoderConfig = serde_json::from_value(config).unwrap();
         let fresh = config.init(11, &Device::flex());
         let louder = |tensor: Named| {
-            let wave = |(at, value): (usize, &f32)| value + 0.3 * ((at * 37 + tensor.values.len()) as f32).sin();
+            let wave = |(at, value): (usize, &f32)| match tensor.shape.len() {
+                2 => 0.3 * ((at * 37 + tensor.values.len()) as f32).sin(),
+                _ => value + 0.1 * (at as f32).sin(),
+            };
             let values = tensor.values.iter().enumerate().map(wave).collect();
             (tensor.name.clone(), Named { values, ..tensor })
         };
