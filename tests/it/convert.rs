@@ -123,3 +123,35 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     std::fs::write(world.dir.path().join("wrong.toml"), fuse("parent", "anneal")).unwrap();
     assert!(world.fails(1, &["train", "wrong.toml", "--out", "wrong"]).contains("--fusing"));
 }
+
+#[test]
+fn heads_that_rest() {
+    let (world, rest) = world();
+    let convert = |router: &str, shared: &str, top_k: &str, out: &str| {
+        let heads = ["--shared", shared, "--top-k", top_k, "--router", router, "--out", out];
+        world.succeeds(&[&["convert", "parent", "--to", "mixture_of_head"], &heads[..]].concat()).0
+    };
+    // Where all heads take part and count alike, nothing changes.
+    let table = convert("query_norm", "2", "2", "all");
+    assert!(row(&table, "KL divergence")[1].abs() < 1e-6, "{table}");
+    close(&logits(&world, "parent"), &logits(&world, "all"));
+    let table = convert("query_norm", "2", "1", "by-norm");
+    assert!(row(&table, "KL divergence")[1] > 1e-6, "{table}");
+    assert!(table.contains("the first 2 heads everywhere, 1 of the other 2 at each position"), "{table}");
+    let told: serde_json::Value = serde_json::from_slice(&world.read("by-norm/conversion.json")).unwrap();
+    assert_eq!(told["heads"][1], serde_json::json!({ "shared": [0, 1], "routed": [2, 3], "top_k": 1 }));
+    convert("learned", "2", "1", "by-router");
+    convert("learned", "2", "1", "again");
+    assert_eq!(logits(&world, "by-router"), logits(&world, "again"), "a fresh router follows from the seed");
+    for parent in ["by-norm", "by-router"] {
+        let child = format!("[model]\npretrained = \"{parent}\"\n{rest}");
+        std::fs::write(world.dir.path().join("child.toml"), child).unwrap();
+        world.succeeds(&["train", "child.toml", "--out", &format!("{parent}-child")]);
+        world.succeeds(&["eval", &format!("{parent}-child")]);
+    }
+    let fails = |args: &[&str]| {
+        world.fails(2, &[&["convert", "parent", "--to", "mixture_of_head", "--out", "x"], args].concat())
+    };
+    assert!(fails(&["--shared", "2"]).contains("--top-k"));
+    assert!(fails(&["--shared", "2", "--top-k", "3"]).contains("top_k (3)"));
+}

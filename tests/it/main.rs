@@ -17,6 +17,7 @@ mod golden_moh;
 mod golden_optimizer;
 mod golden_pooling;
 mod golden_send;
+mod growth;
 mod hallucination;
 mod layering;
 mod neuron_dropout;

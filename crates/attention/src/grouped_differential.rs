@@ -67,7 +67,7 @@ fn yes() -> bool {
 }
 
 /// The constant part of λ in each layer.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LambdaInit {
@@ -78,16 +78,22 @@ pub enum LambdaInit {
     Motif,
     /// The same number in every layer it is given for.
     Constant(f64),
+    /// A number for each layer, which a model that grew in depth keeps.
+    Each(Vec<f64>),
 }
 
 impl LambdaInit {
     /// λ_init of layer `layer`, counted from 0.
-    pub fn of_layer(self, layer: usize) -> f64 {
+    ///
+    /// # Panics
+    /// If a list is too short, which validation refuses.
+    pub fn of_layer(&self, layer: usize) -> f64 {
         let formula = |depth: f64| 0.8 - 0.6 * (-0.3 * depth).exp();
         match self {
             Self::Paper => formula(layer as f64),
             Self::Motif => formula(layer as f64 - 1.0),
-            Self::Constant(value) => value,
+            Self::Constant(value) => *value,
+            Self::Each(values) => values[layer],
         }
     }
 }
@@ -115,10 +121,19 @@ impl MechanismConfig for GroupedDifferentialConfig {
         require(noise.is_multiple_of(kv_heads / 2), "n_kv_heads", || {
             format!("n_kv_heads / 2 ({}) must divide n_noise_heads ({noise}): a group shares one pair", kv_heads / 2)
         })?;
-        match self.lambda_init {
-            LambdaInit::Constant(value) => require(value.is_finite() && value < 1.0, "lambda_init.constant", || {
-                format!("lambda_init.constant ({value}) must be a number below 1: heads are scaled by 1 - lambda_init")
-            }),
+        let below_one = |field: &str, value: f64| {
+            require(value.is_finite() && value < 1.0, field, || {
+                format!("{field} ({value}) must be a number below 1: heads are scaled by 1 - lambda_init")
+            })
+        };
+        match &self.lambda_init {
+            LambdaInit::Constant(value) => below_one("lambda_init.constant", *value),
+            LambdaInit::Each(values) => {
+                require(values.len() == dims.n_layers, "lambda_init.each", || {
+                    format!("lambda_init.each lists {} numbers for n_layers ({})", values.len(), dims.n_layers)
+                })?;
+                values.iter().try_for_each(|&value| below_one("lambda_init.each", value))
+            }
             LambdaInit::Paper | LambdaInit::Motif => Ok(()),
         }
     }

@@ -7,13 +7,16 @@ use polyhead_data::synthetic::World;
 use polyhead_data::{DataConfig, Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
-use polyhead_training::TrainError;
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
+use polyhead_training::optimizer::Optimizer;
+use polyhead_training::run_folder::atomic_write;
+use polyhead_training::state::{self, Companions, Progress};
+use polyhead_training::{Parts, ProcedureConfig, TrainError};
 
 use crate::device;
 use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
-use crate::recipe::{self, Loaded, Recipe};
+use crate::recipe::{self, Loaded, ModelConfig, Recipe};
 use crate::report::{Failure, Problems};
 
 /// A loader as the loop sees it.
@@ -237,6 +240,40 @@ pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>
             record["description"].as_str().unwrap_or("another")
         )
     }))
+}
+
+/// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives
+/// the checkpoint.
+///
+/// # Errors
+/// If the folder cannot be written.
+pub fn begin_run(
+    run_dir: &Path,
+    model: &Decoder,
+    recipe: Recipe,
+    mut companions: Companions,
+) -> Result<PathBuf, Failure> {
+    let decoder = Some(model.config().clone());
+    let recipe = Recipe {
+        model: ModelConfig { pretrained: None, decoder },
+        procedure: ProcedureConfig::default(),
+        lora: None,
+        ..recipe
+    };
+    let text = recipe::resolved(&recipe)?;
+    companions.push(("recipe.toml".into(), text.clone().into_bytes()));
+    let parts = Parts {
+        optimizer: Optimizer::new(recipe.optimizer.clone()),
+        training: &recipe.training,
+        decoder: model.config(),
+        tracking: &[],
+        batches_per_epoch: 1,
+    };
+    let procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;
+    std::fs::create_dir_all(run_dir).map_err(|error| Failure::file("create", run_dir, error))?;
+    let checkpoint = state::save(run_dir, model, &*procedure, &Progress::default(), &companions)?;
+    atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+    Ok(checkpoint)
 }
 
 /// A trained model with what belongs to it.

@@ -153,8 +153,18 @@ Examples:
 Examples:
   polyhead convert checkpoints/run --to grouped_query --kv-heads 2 --out checkpoints/gqa
   polyhead convert checkpoints/run --to decoupled_head --kv-budget 0.25 --out checkpoints/dha
+  polyhead convert checkpoints/run --to mixture_of_head --shared 8 --top-k 4 --out checkpoints/moh
   polyhead convert llama-folder --to grouped_query --kv-heads 4 --pool norm_restoring --text book.txt --out checkpoints/gqa")]
     Convert(crate::commands::convert::ConvertArgs),
+    /// Make a trained model larger without changing what it computes.
+    ///
+    /// Signal heads, channels and layers are repeated so that the logits stay, which is checked and told; noise that sums to
+    /// zero separates the replicas as soon as they are trained. The state of the optimiser is not kept.
+    #[command(after_help = "\
+Examples:
+  polyhead grow checkpoints/run --signal-heads x4 --out checkpoints/grown
+  polyhead grow checkpoints/run --width x2 --depth 8 --out checkpoints/grown")]
+    Grow(crate::commands::grow::GrowArgs),
     /// Write the logits of given tokens, for comparing with other software.
     Logits {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.

@@ -7,8 +7,14 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 5] =
-    ["data", "tokenizer", "optimizer", "model.decoder.attention", "model.decoder.attention.*.lambda_init"];
+const ONE_OF: [&str; 6] = [
+    "data",
+    "tokenizer",
+    "optimizer",
+    "model.decoder.attention",
+    "model.decoder.attention.*.lambda_init",
+    "model.decoder.attention.*.router",
+];
 
 /// One source of keys.
 #[derive(Clone)]

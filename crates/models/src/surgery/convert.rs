@@ -35,15 +35,15 @@ pub enum Grouping {
 /// Weights by name, on their way from one model to another.
 type Weights = BTreeMap<String, Named>;
 
-fn weights_of(model: &Decoder) -> Weights {
+pub(super) fn weights_of(model: &Decoder) -> Weights {
     named(model).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect()
 }
 
-fn refused<T>(problem: String) -> Result<T, SurgeryError> {
+pub(super) fn refused<T>(problem: String) -> Result<T, SurgeryError> {
     Err(SurgeryError::Refused(problem))
 }
 
-fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights) -> Result<Decoder, SurgeryError> {
+pub(super) fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights) -> Result<Decoder, SurgeryError> {
     config.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
     Ok(load(config.init(parent.vocab_size(), &parent.device()), weights)?)
 }
@@ -110,7 +110,7 @@ fn contiguous(n: usize, groups: usize) -> Vec<usize> {
 }
 
 /// One table where all layers are alike.
-fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfig> {
+pub(super) fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfig> {
     match layers.first() {
         Some(first) if layers.iter().all(|layer| layer == first) => PerLayer::Same(first.clone()),
         _ => PerLayer::Each(layers),

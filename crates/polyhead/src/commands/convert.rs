@@ -5,22 +5,21 @@
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
-use polyhead_attention::{Attention, Cache, Mask, Observe};
+use polyhead_attention::{
+    Attention, AttentionConfig, Cache, HeadSplit, LearnedRouterConfig, Mask, Observe, QueryNormConfig, RouterConfig,
+};
 use polyhead_data::{DataConfig, Loader, TextConfig, Tokenizer};
-use polyhead_models::surgery::{self, Cell, Grouping, Pool, SurgeryError};
+use polyhead_models::surgery::{self, Cell, Grouping, Pool, Routed, SurgeryError};
 use polyhead_models::{Decoder, Evaluated, ModelCosts};
-use polyhead_training::optimizer::Optimizer;
 use polyhead_training::picture::attention_grid;
 use polyhead_training::run_folder::atomic_write;
-use polyhead_training::state::{self, Progress};
 use polyhead_training::tensorboard::EventWriter;
-use polyhead_training::{Parts, ProcedureConfig};
 use serde_json::json;
 
 use super::must_not_exist;
 use crate::assemble::{self, Trained};
 use crate::console::{put, talk, thousands};
-use crate::recipe::{self, Recipe};
+use crate::recipe::Recipe;
 use crate::report::{Failure, Problems};
 
 /// What a model is turned into, and how.
@@ -49,6 +48,15 @@ pub struct ConvertArgs {
     /// decoupled_head of a model that was being fused: the largest scatter at which groups may become single heads.
     #[arg(long, default_value_t = 1e-3)]
     pub scatter_limit: f64,
+    /// mixture_of_head: heads that take part at every position, the first ones.
+    #[arg(long)]
+    pub shared: Option<usize>,
+    /// mixture_of_head: of the other heads, those that take part at each position.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// mixture_of_head: who chooses them.
+    #[arg(long, default_value = "query_norm")]
+    pub router: RouterName,
     /// Compare on this text instead of the data that the model's recipe names.
     #[arg(long)]
     pub text: Vec<String>,
@@ -65,6 +73,27 @@ pub enum Target {
     GroupedQuery,
     /// Numbers of their own of key heads and value heads in each layer; of a model being fused: its groups become heads.
     DecoupledHead,
+    /// The same heads, of which some rest at each position.
+    MixtureOfHead,
+}
+
+/// Who chooses the heads of a position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum RouterName {
+    /// The norms of the queries: no parameters, gates of 0 and 1.
+    QueryNorm,
+    /// Linear maps with fresh weights, which have to be trained.
+    Learned,
+}
+
+impl RouterName {
+    fn config(self) -> RouterConfig {
+        match self {
+            Self::QueryNorm => RouterConfig::QueryNorm(QueryNormConfig::default()),
+            Self::Learned => RouterConfig::Learned(LearnedRouterConfig::default()),
+        }
+    }
 }
 
 /// How several heads become one.
@@ -111,6 +140,12 @@ fn make(args: &ConvertArgs, parent: &Decoder) -> Result<Decoder, Failure> {
         (Target::GroupedQuery, pool) => {
             let kv_heads = args.kv_heads.ok_or_else(|| needs("--kv-heads N"))?;
             Ok(surgery::group_queries(parent, kv_heads, pool.pool())?)
+        }
+        (Target::MixtureOfHead, _) => {
+            let (Some(shared_heads), Some(top_k)) = (args.shared, args.top_k) else {
+                return Err(needs("--shared N and --top-k K"));
+            };
+            Ok(surgery::route_heads(parent, &Routed { shared_heads, top_k, router: args.router.config() })?)
         }
         (Target::DecoupledHead, pool) => {
             if let Some(scatter) = scatter(parent) {
@@ -160,6 +195,8 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
     let parent = assemble::open_trained(&args.checkpoint, None)?;
     let recipe = recipe_for(args, &parent)?;
+    // A fresh router's weights are a function of the recipe's seed.
+    parent.model.device().seed(recipe.debug.seed);
     let child = make(args, &parent.model)?;
     let bytes_tokenizer = Tokenizer::bytes();
     let opened = assemble::data(&recipe, parent.tokenizer.as_ref().unwrap_or(&bytes_tokenizer), &mut |_, _| {})?;
@@ -167,29 +204,12 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     let measured = compare(&parent.model, &child, &opened.validation, args.batches)?;
     print(&measured, [&parent.model, &child], opened.vocab_size)?;
 
-    let mut recipe = parent.recipe.clone().unwrap_or(recipe);
-    recipe.model = recipe::ModelConfig { pretrained: None, decoder: Some(child.config().clone()) };
-    recipe.procedure = ProcedureConfig::default();
-    recipe.lora = None;
-    std::fs::create_dir_all(&args.out).map_err(|error| Failure::file("create", &args.out, error))?;
-    let text = recipe::resolved(&recipe)?;
-    let mut companions = vec![
-        ("recipe.toml".to_owned(), text.clone().into_bytes()),
-        ("data.json".to_owned(), assemble::data_record(&opened)),
-    ];
+    let recipe = parent.recipe.clone().unwrap_or(recipe);
+    let mut companions = vec![("data.json".to_owned(), assemble::data_record(&opened))];
     if let Some(tokenizer) = &parent.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
     }
-    let parts = Parts {
-        optimizer: Optimizer::new(recipe.optimizer.clone()),
-        training: &recipe.training,
-        decoder: child.config(),
-        tracking: &[],
-        batches_per_epoch: 1,
-    };
-    let procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;
-    state::save(&args.out, &child, &*procedure, &Progress::default(), &companions)?;
-    atomic_write(&args.out.join("recipe.toml"), text.as_bytes())?;
+    assemble::begin_run(&args.out, &child, recipe, companions)?;
     report(&args.out, &parent.model, &child, &measured)?;
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());
     Ok(())
@@ -259,6 +279,10 @@ fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> Resul
     for (layer, [keys, values]) in allocation(models[1]).into_iter().enumerate() {
         put!("layer {layer:<3} key heads {keys:<3} value heads {values}")?;
     }
+    for (layer, split) in splits(models[1]).into_iter().enumerate() {
+        let HeadSplit { shared, routed, top_k } = split;
+        put!("layer {layer:<3} the first {shared} heads everywhere, {top_k} of the other {routed} at each position")?;
+    }
     Ok(())
 }
 
@@ -274,11 +298,27 @@ fn cached_bytes(model: &Decoder) -> u64 {
 fn allocation(model: &Decoder) -> Vec<[usize; 2]> {
     let config = model.config();
     let heads = |layer: usize| match config.mechanism(layer) {
-        polyhead_attention::AttentionConfig::Softmax(softmax) => Some([softmax.kv_heads(); 2]),
-        polyhead_attention::AttentionConfig::DecoupledHead(heads) => Some(heads.fused_heads()),
+        AttentionConfig::Softmax(softmax) => Some([softmax.kv_heads(); 2]),
+        AttentionConfig::DecoupledHead(heads) => Some(heads.fused_heads()),
         _ => None,
     };
     (0..config.n_layers).filter_map(heads).collect()
+}
+
+/// How the heads of each layer are divided, where some of them rest.
+fn splits(model: &Decoder) -> Vec<HeadSplit> {
+    let config = model.config();
+    let split = |layer: usize| match config.mechanism(layer) {
+        AttentionConfig::MixtureOfHead(heads) => Some(heads.split(layer)),
+        _ => None,
+    };
+    (0..config.n_layers).filter_map(split).collect()
+}
+
+/// Which of the parent's heads became shared ones and which are chosen; heads keep their order.
+fn head_map(split: HeadSplit) -> serde_json::Value {
+    let (shared, all) = (split.shared, split.heads());
+    json!({ "shared": (0..shared).collect::<Vec<_>>(), "routed": (shared..all).collect::<Vec<_>>(), "top_k": split.top_k })
 }
 
 /// conversion.json, and pictures of how alike the parent's heads are, as files and for TensorBoard.
@@ -287,7 +327,7 @@ fn report(out: &Path, parent: &Decoder, child: &Decoder, measured: &Measured) ->
     let summary = json!({
         "before": sums(&measured.before), "after": sums(&measured.after), "divergence": measured.divergence,
         "targets": measured.before.targets, "kv_bytes_per_token": [cached_bytes(parent), cached_bytes(child)],
-        "allocation": allocation(child),
+        "allocation": allocation(child), "heads": splits(child).into_iter().map(head_map).collect::<Vec<_>>(),
     });
     atomic_write(&out.join("conversion.json"), format!("{summary:#}\n").as_bytes())?;
     let layers = 0..parent.config().n_layers;

@@ -2,6 +2,7 @@
 
 pub mod convert;
 mod diff;
+pub mod grow;
 mod hallucination;
 mod long_context;
 mod look;
@@ -59,6 +60,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Generate(args) => trained::generate(&args),
         Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
         Command::Convert(args) => convert::convert(&args),
+        Command::Grow(args) => grow::grow(&args),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
         Command::Doctor => look::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {

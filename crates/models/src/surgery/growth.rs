@@ -1,0 +1,327 @@
+//! A larger model that computes the same function: signal heads of grouped differential attention, channels, layers.
+//!
+//! Growing signal heads alone, while noise heads stay and are shared by more of them, is group-differentiated growth (arXiv
+//! 2510.06949); channels are cloned as in HyperCloning (Samragh et al. 2024, arXiv 2409.12903); new layers are copies that
+//! add nothing yet (LLaMA-Pro: Wu et al. 2024, arXiv 2401.02415). The scaling of the output projection is ours: the paper's
+//! was not readable.
+//!
+//! Everything is one rule. Growing repeats units: signal heads, channels of the residual stream, units of feed-forward
+//! layers. Whatever *writes* them is repeated with them; whatever *reads* them (the rows of a projection) is repeated and
+//! divided by the number of replicas, so that the sum is what it was.
+//!
+//! Exact replicas would get the same gradients for ever. So noise is added to what reads them, with a sum of zero over the
+//! replicas of a unit: the function stays, and the gradients of the replicas differ from the first step on.
+//!
+//! λ_init follows the depth of a layer, and depth growth would change it: the grown model keeps every layer's number.
+
+use std::collections::BTreeMap;
+
+use polyhead_attention::{AttentionConfig, GroupedDifferentialConfig, LambdaInit, SoftmaxConfig};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::SurgeryError;
+use super::convert::refused;
+use crate::weights::{Named, load, named};
+use crate::{Decoder, DecoderConfig, PerLayer};
+
+/// What grows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Growth {
+    /// Signal heads become this many times as many; 1 leaves them.
+    pub signal_heads: usize,
+    /// Channels of the residual stream and units of feed-forward layers become this many times as many; 1 leaves them.
+    pub width: usize,
+    /// Layers afterwards; `None` leaves them.
+    pub depth: Option<usize>,
+    /// Standard deviation of the noise, in shares of the root mean square of the weights it is added to.
+    pub noise: f64,
+    /// Decides the noise.
+    pub seed: u64,
+}
+
+impl Growth {
+    /// 10 dB below the weights, HyperCloning's noisy variant.
+    pub const NOISE: f64 = 0.316;
+}
+
+impl Default for Growth {
+    fn default() -> Self {
+        Self { signal_heads: 1, width: 1, depth: None, noise: Self::NOISE, seed: 0 }
+    }
+}
+
+/// The grown model: the same logits but for rounding.
+///
+/// # Errors
+/// If nothing would grow, or the model has no such parts.
+pub fn grow(parent: &Decoder, growth: &Growth) -> Result<Decoder, SurgeryError> {
+    let config = grown_config(parent.config(), growth)?;
+    let sources = sources(parent.config().n_layers, config.n_layers);
+    let mut by_layer: BTreeMap<Option<usize>, Vec<Named>> = BTreeMap::new();
+    for tensor in named(parent) {
+        by_layer.entry(layer_of(&tensor.name)).or_default().push(tensor);
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(growth.seed);
+    let mut grown = BTreeMap::new();
+    let mut put = |name: String, tensor: &Named, rng: &mut ChaCha8Rng| {
+        let plan = Plan::of(&tensor.name, parent.config(), growth);
+        grown.insert(name.clone(), Named { name, ..plan.apply(tensor, growth.noise, rng) });
+    };
+    for tensor in by_layer.get(&None).into_iter().flatten() {
+        put(tensor.name.clone(), tensor, &mut rng);
+    }
+    for (layer, source) in sources.iter().enumerate() {
+        let old = format!("layers.{}.", source.layer());
+        for tensor in by_layer.get(&Some(source.layer())).into_iter().flatten() {
+            let name = tensor.name.replacen(&old, &format!("layers.{layer}."), 1);
+            let adds = tensor.name.contains(".o_proj.") || tensor.name.contains(".down_proj.");
+            match source {
+                Source::Copy(_) if adds => {
+                    let nothing = Named { values: vec![0.0; tensor.values.len()], ..tensor.clone() };
+                    put(name, &nothing, &mut rng);
+                }
+                _ => put(name, tensor, &mut rng),
+            }
+        }
+    }
+    Ok(load(config.init(parent.vocab_size(), &parent.device()), grown)?)
+}
+
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+}
+
+/// Where a layer of the grown model comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// It is this layer of the parent.
+    Kept(usize),
+    /// It is a copy of this one that adds nothing yet.
+    Copy(usize),
+}
+
+impl Source {
+    fn layer(self) -> usize {
+        match self {
+            Self::Kept(layer) | Self::Copy(layer) => layer,
+        }
+    }
+}
+
+/// New layers stand behind those that they copy, spread evenly over the depth.
+fn sources(before: usize, after: usize) -> Vec<Source> {
+    let new = after - before;
+    let mut sources = Vec::with_capacity(after);
+    for layer in 0..before {
+        sources.push(Source::Kept(layer));
+        let copies = (layer + 1) * new / before - layer * new / before;
+        sources.extend(std::iter::repeat_n(Source::Copy(layer), copies));
+    }
+    sources
+}
+
+fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderConfig, SurgeryError> {
+    let Growth { signal_heads, width, depth, noise, .. } = *growth;
+    let after = depth.unwrap_or(parent.n_layers);
+    if signal_heads == 0 || width == 0 || !(noise.is_finite() && noise >= 0.0) {
+        return refused(format!(
+            "signal heads (x{signal_heads}) and width (x{width}) grow by whole numbers from 1 on, noise ({noise}) is 0 or more"
+        ));
+    }
+    if after < parent.n_layers {
+        return refused(format!("depth ({after}) must be at least the model's n_layers ({})", parent.n_layers));
+    }
+    if signal_heads == 1 && width == 1 && after == parent.n_layers {
+        return refused("nothing grows: give signal heads, width or depth".into());
+    }
+    let sources = sources(parent.n_layers, after);
+    let layer = |source: &Source| {
+        let (layer, dims) = (source.layer(), parent.head_dim(source.layer()));
+        match parent.mechanism(layer) {
+            AttentionConfig::GroupedDifferential(old) => Ok(grown_differential(old, dims, signal_heads)),
+            AttentionConfig::Softmax(old) if signal_heads == 1 => {
+                Ok(AttentionConfig::Softmax(SoftmaxConfig { head_dim: Some(dims), ..old.clone() }))
+            }
+            AttentionConfig::Softmax(_) => refused(format!(
+                "layer {layer} has softmax attention, which has no signal heads; it grows in width and depth"
+            )),
+            other => refused(format!(
+                "layer {layer} has {} attention; grouped_differential and softmax can grow",
+                other.name()
+            )),
+        }
+    };
+    let attention = match &parent.attention {
+        PerLayer::Same(_) => PerLayer::Same(layer(&Source::Kept(0))?),
+        PerLayer::Each(_) => PerLayer::Each(sources.iter().map(layer).collect::<Result<_, _>>()?),
+    };
+    let mut grown = DecoderConfig {
+        d_model: parent.d_model * width,
+        d_ff: Some(parent.feed_forward() * width),
+        n_layers: after,
+        attention,
+        ..parent.clone()
+    };
+    if after > parent.n_layers {
+        keep_lambdas(&mut grown.attention, parent, &sources);
+    }
+    grown.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
+    Ok(grown)
+}
+
+fn grown_differential(old: &GroupedDifferentialConfig, head_dim: usize, factor: usize) -> AttentionConfig {
+    let signals = old.n_heads - old.n_noise_heads;
+    AttentionConfig::GroupedDifferential(GroupedDifferentialConfig {
+        n_heads: signals * factor + old.n_noise_heads,
+        n_kv_heads: Some(old.kv_heads()),
+        head_dim: Some(head_dim),
+        ..old.clone()
+    })
+}
+
+/// Writes down the λ_init of each layer, which would otherwise follow its new depth.
+fn keep_lambdas(attention: &mut PerLayer<AttentionConfig>, parent: &DecoderConfig, sources: &[Source]) {
+    let of = |source: &Source| match parent.mechanism(source.layer()) {
+        AttentionConfig::GroupedDifferential(old) => old.lambda_init.of_layer(source.layer()),
+        _ => 0.0,
+    };
+    match attention {
+        PerLayer::Same(AttentionConfig::GroupedDifferential(config)) => {
+            if !matches!(config.lambda_init, LambdaInit::Constant(_)) {
+                config.lambda_init = LambdaInit::Each(sources.iter().map(of).collect());
+            }
+        }
+        PerLayer::Each(list) => {
+            for (config, source) in list.iter_mut().zip(sources) {
+                if let AttentionConfig::GroupedDifferential(config) = config {
+                    config.lambda_init = LambdaInit::Constant(of(source));
+                }
+            }
+        }
+        PerLayer::Same(_) => {}
+    }
+}
+
+/// How a tensor grows: which row and column of the parent's each of its own comes from.
+struct Plan {
+    rows: Option<Vec<usize>>,
+    columns: Option<Vec<usize>>,
+    /// What all values are multiplied by, besides the division of rows that read replicas.
+    factor: f32,
+    /// Whether rows read what they stand for, so that those of replicas share the parent's.
+    reads: bool,
+}
+
+impl Plan {
+    fn of(name: &str, parent: &DecoderConfig, growth: &Growth) -> Self {
+        let channels = || Some(cloned(parent.d_model, growth.width));
+        let units = || Some(cloned(parent.feed_forward(), growth.width));
+        let last = |depth: usize| name.split('.').rev().nth(depth).unwrap_or_default();
+        let (module, kind) = (last(1), last(0));
+        let plan = |rows, columns, reads| Self { rows, columns, factor: 1.0, reads };
+        match (module, kind) {
+            ("embedding", _) => plan(None, channels(), false),
+            ("q_proj", "weight") => plan(channels(), signal_channels(name, parent, growth, 1, true), true),
+            ("q_proj", "bias") => plan(None, signal_channels(name, parent, growth, 1, true), false),
+            ("k_proj" | "v_proj" | "head", "weight") => plan(channels(), None, true),
+            ("o_proj", "weight") => plan(signal_channels(name, parent, growth, 2, false), channels(), true),
+            ("gate_proj" | "up_proj", "weight") => plan(channels(), units(), true),
+            ("down_proj", "weight") => plan(units(), channels(), true),
+            ("gate_proj" | "up_proj", "bias") => plan(None, units(), false),
+            ("attention_norm" | "mlp_norm", _) | ("o_proj" | "down_proj", "bias") => plan(None, channels(), false),
+            // A tied head reads all clones of the embedding and cannot be divided: what it reads is.
+            ("norm", _) if parent.tie_embeddings => {
+                Self { factor: 1.0 / growth.width as f32, ..plan(None, channels(), false) }
+            }
+            ("norm", _) => plan(None, channels(), false),
+            _ => plan(None, None, false),
+        }
+    }
+
+    fn apply(&self, tensor: &Named, noise: f64, rng: &mut ChaCha8Rng) -> Named {
+        let (old_rows, old_columns) = match tensor.shape[..] {
+            [rows, columns] => (rows, columns),
+            _ => (1, tensor.values.len()),
+        };
+        let all = |n: usize| (0..n).collect::<Vec<_>>();
+        let rows = self.rows.clone().unwrap_or_else(|| all(old_rows));
+        let columns = self.columns.clone().unwrap_or_else(|| all(old_columns));
+        let mut replicas = vec![0usize; old_rows];
+        rows.iter().for_each(|&source| replicas[source] += 1);
+        let share = |source: usize| if self.reads { self.factor / replicas[source] as f32 } else { self.factor };
+        let noise = match self.reads && rows.len() > old_rows {
+            true => zero_sum_noise(tensor, &rows, &replicas, noise, rng),
+            false => vec![0.0; rows.len() * old_columns],
+        };
+        let values = rows.iter().enumerate().flat_map(|(row, &source)| {
+            let (old, noise) = (&tensor.values[source * old_columns..], &noise[row * old_columns..]);
+            columns.iter().map(move |&column| old[column] * share(source) + noise[column])
+        });
+        let shape = if tensor.shape.len() == 2 { vec![rows.len(), columns.len()] } else { vec![columns.len()] };
+        Named { name: tensor.name.clone(), values: values.collect(), shape }
+    }
+}
+
+/// `n` units and their clones.
+fn cloned(n: usize, times: usize) -> Vec<usize> {
+    (0..n * times).map(|unit| unit % n).collect()
+}
+
+/// Where the channels of heads come from once signal heads have been repeated, each behind itself; `widths` head_dims a head,
+/// with the noise heads at the end of their groups or without them. `None` where no head is repeated.
+fn signal_channels(
+    name: &str,
+    parent: &DecoderConfig,
+    growth: &Growth,
+    widths: usize,
+    with_noise: bool,
+) -> Option<Vec<usize>> {
+    let layer = layer_of(name)?;
+    let AttentionConfig::GroupedDifferential(config) = parent.mechanism(layer) else { return None };
+    let width = widths * parent.head_dim(layer);
+    let ratio = config.n_heads / config.n_noise_heads - 1;
+    let stripe = if with_noise { ratio + 1 } else { ratio };
+    let heads = (0..config.n_noise_heads * stripe).flat_map(|head| {
+        let signal = head % stripe < ratio;
+        std::iter::repeat_n(head, if signal { growth.signal_heads } else { 1 })
+    });
+    Some(heads.flat_map(|head| head * width..(head + 1) * width).collect())
+}
+
+/// `[rows, old columns]`: normal numbers whose sum over the replicas of each of the parent's rows is zero.
+fn zero_sum_noise(tensor: &Named, rows: &[usize], replicas: &[usize], noise: f64, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    let (old_rows, columns) = (tensor.shape[0], tensor.shape[1]);
+    let square = tensor.values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+    let scale = noise * (square / tensor.values.len().max(1) as f64).sqrt();
+    let mut drawn: Vec<f64> = (0..rows.len() * columns)
+        .map(|at| {
+            if replicas[rows[at / columns]] > 1 {
+                scale * normal(rng) / replicas[rows[at / columns]] as f64
+            } else {
+                0.0
+            }
+        })
+        .collect();
+    let mut means = vec![0.0; old_rows * columns];
+    for (row, &source) in rows.iter().enumerate() {
+        for column in 0..columns {
+            means[source * columns + column] += drawn[row * columns + column] / replicas[source] as f64;
+        }
+    }
+    for (row, &source) in rows.iter().enumerate() {
+        for column in 0..columns {
+            drawn[row * columns + column] -= means[source * columns + column];
+        }
+    }
+    drawn.into_iter().map(|value| value as f32).collect()
+}
+
+/// Box-Muller.
+fn normal(rng: &mut ChaCha8Rng) -> f64 {
+    let (a, b): (f64, f64) = (rng.random(), rng.random());
+    (-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()
+}
+
+#[cfg(test)]
+mod tests;

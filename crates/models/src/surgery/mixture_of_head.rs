@@ -1,0 +1,135 @@
+//! Mixture-of-Head attention from a trained softmax decoder (arXiv 2410.11842, section 4.3): the same heads and weights, and
+//! a router that lets some of them rest.
+//!
+//! Heads keep their order and grouping: the first ones become the shared ones, as in the authors' LLaMA3. Routed by the norms
+//! of the queries, heads that take part count as they did, so that little changes where a head with a short query
+//! contributed little. A learned router begins with random weights and has to be trained.
+
+use std::collections::BTreeMap;
+
+use polyhead_attention::{AttentionConfig, GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
+
+use super::SurgeryError;
+use super::convert::{per_layer, refused};
+use crate::Decoder;
+use crate::weights::{Named, load, named};
+
+/// What a decoder becomes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routed {
+    /// Heads that take part at every position.
+    pub shared_heads: usize,
+    /// Of the others, those that take part at each position.
+    pub top_k: usize,
+    /// Who chooses.
+    pub router: RouterConfig,
+}
+
+/// The converted model. A learned router's weights come from the device's random numbers: seed it first.
+///
+/// # Errors
+/// If a layer is of another kind, or its heads do not allow it.
+pub fn route_heads(parent: &Decoder, routed: &Routed) -> Result<Decoder, SurgeryError> {
+    let mut config = parent.config().clone();
+    let layers = (0..config.n_layers)
+        .map(|layer| match config.mechanism(layer) {
+            AttentionConfig::Softmax(softmax) if softmax.qk_norm => refused(format!(
+                "layer {layer} normalises its queries (qk_norm): all of them are equally long, and mixture_of_head has no such norm"
+            )),
+            AttentionConfig::Softmax(softmax) => Ok(AttentionConfig::MixtureOfHead(routed.config(softmax))),
+            other => refused(format!(
+                "layer {layer} has {} attention; softmax attention can be converted to mixture_of_head",
+                other.name()
+            )),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    config.attention = per_layer(layers);
+    config.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
+    let fresh = config.init(parent.vocab_size(), &parent.device());
+    let by_name = |model: &Decoder| named(model).into_iter().map(|tensor| (tensor.name.clone(), tensor));
+    let mut weights: BTreeMap<String, Named> =
+        by_name(&fresh).filter(|(name, _)| name.contains(".attention.router.")).collect();
+    weights.extend(by_name(parent));
+    Ok(load(fresh, weights)?)
+}
+
+impl Routed {
+    fn config(&self, softmax: &SoftmaxConfig) -> MixtureOfHeadConfig {
+        let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *softmax;
+        MixtureOfHeadConfig {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            qkv_bias,
+            o_bias,
+            shared_heads: PerLayerCount::Same(self.shared_heads),
+            top_k: PerLayerCount::Same(self.top_k),
+            router: self.router,
+            penalty_norm: GateNorm::Code,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::{Device, Int, Tensor, Tolerance};
+    use polyhead_attention::{LearnedRouterConfig, Mask, Observe, QueryNormConfig};
+    use serde_json::json;
+
+    use super::*;
+    use crate::DecoderConfig;
+
+    fn parent(softmax: serde_json::Value) -> Decoder {
+        let config = json!({ "d_model": 16, "n_layers": 2, "d_ff": 24, "attention": { "softmax": softmax } });
+        let config: DecoderConfig = serde_json::from_value(config).unwrap();
+        let fresh = config.init(11, &Device::flex());
+        let louder = |tensor: Named| {
+            let wave = |(at, value): (usize, &f32)| value + 0.3 * ((at * 37 + tensor.values.len()) as f32).sin();
+            let values = tensor.values.iter().enumerate().map(wave).collect();
+            (tensor.name.clone(), Named { values, ..tensor })
+        };
+        load(fresh.clone(), named(&fresh).into_iter().map(louder).collect()).unwrap()
+    }
+
+    fn logits(model: &Decoder) -> Tensor<3> {
+        let tokens = Tensor::<2, Int>::from_ints([[1, 2, 3, 10, 5, 6, 7, 3]], &model.device());
+        model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden)
+    }
+
+    fn by_norm(shared_heads: usize, top_k: usize) -> Routed {
+        Routed { shared_heads, top_k, router: RouterConfig::QueryNorm(QueryNormConfig::default()) }
+    }
+
+    #[test]
+    fn where_all_heads_take_part_nothing_changes() {
+        let parent = parent(json!({ "n_heads": 4, "n_kv_heads": 2, "qkv_bias": true, "o_bias": true }));
+        let same = route_heads(&parent, &by_norm(2, 2)).unwrap();
+        logits(&same).into_data().assert_approx_eq::<f32>(&logits(&parent).into_data(), Tolerance::absolute(1e-5));
+        let fewer = route_heads(&parent, &by_norm(2, 1)).unwrap();
+        let difference: f32 = (logits(&fewer) - logits(&parent)).abs().max().into_scalar();
+        assert!(difference > 1e-3, "a head rests at every position: {difference}");
+    }
+
+    #[test]
+    fn a_learned_router_is_new_and_all_else_is_the_parents() {
+        let parent = parent(json!({ "n_heads": 4 }));
+        let router = RouterConfig::Learned(LearnedRouterConfig::default());
+        let routed = route_heads(&parent, &Routed { shared_heads: 2, top_k: 1, router }).unwrap();
+        let (old, new) = (named(&parent), named(&routed));
+        let kept = |tensor: &&Named| !tensor.name.contains(".router.");
+        assert_eq!(new.iter().filter(kept).count(), old.len());
+        assert_eq!(new.len(), old.len() + 2 * 3);
+        for tensor in new.iter().filter(kept) {
+            assert!(old.contains(tensor), "{}", tensor.name);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_routed_is_refused() {
+        let problem = |softmax, routed: Routed| route_heads(&parent(softmax), &routed).unwrap_err().to_string();
+        assert!(problem(json!({ "n_heads": 4, "qk_norm": true }), by_norm(2, 1)).contains("qk_norm"));
+        assert!(problem(json!({ "n_heads": 4 }), by_norm(2, 3)).contains("top_k (3)"));
+        assert!(problem(json!({ "n_heads": 4 }), by_norm(3, 1)).contains("query_norm"));
+    }
+}

@@ -1,0 +1,103 @@
+//! `polyhead grow`: a larger model that computes the same, written as a checkpoint to train further.
+
+use std::path::PathBuf;
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor, TensorData};
+use clap::Args;
+use polyhead_attention::{Mask, Observe};
+use polyhead_models::Decoder;
+use polyhead_models::surgery::{self, Growth};
+use polyhead_training::checkpoint::read_file;
+use polyhead_training::state::Companions;
+
+use super::must_not_exist;
+use crate::assemble;
+use crate::console::{put, talk, thousands};
+use crate::report::{Failure, Problems};
+
+/// What grows.
+#[derive(Debug, Args)]
+pub struct GrowArgs {
+    /// A checkpoint or a run folder.
+    pub checkpoint: PathBuf,
+    /// The run folder to write: `model.pretrained`, train, eval, generate and export take it.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Make the signal heads of grouped differential attention this many times as many.
+    #[arg(long, value_name = "xN", default_value = "x1", value_parser = times)]
+    pub signal_heads: usize,
+    /// Make channels and units of feed-forward layers this many times as many; heads stay.
+    #[arg(long, value_name = "xN", default_value = "x1", value_parser = times)]
+    pub width: usize,
+    /// Layers afterwards.
+    #[arg(long)]
+    pub depth: Option<usize>,
+    /// Noise that separates replicas, in shares of the weights it is added to; it sums to zero over them.
+    #[arg(long, default_value_t = Growth::NOISE)]
+    pub noise: f64,
+    /// Decides the noise.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `x4` or `4`.
+fn times(text: &str) -> Result<usize, String> {
+    text.strip_prefix('x').unwrap_or(text).parse().map_err(|_| "a factor such as x2 is expected".into())
+}
+
+/// What grown logits may differ by.
+const UNCHANGED: f32 = 1e-4;
+/// Tokens that logits are compared over, at most.
+const COMPARED: usize = 256;
+
+/// Writes the grown model, if it computes what its parent does.
+pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
+    must_not_exist(&args.out)?;
+    let parent = assemble::open_trained(&args.checkpoint, None)?;
+    let Some(recipe) = &parent.recipe else {
+        let problem = format!(
+            "{}: only a checkpoint of ours can grow, because its recipe goes on; a run with model.pretrained = {:?}, \
+             training.steps = 1 and optimizer.adamw.lr = 0 makes one",
+            args.checkpoint.display(),
+            args.checkpoint
+        );
+        return Err(Problems::plain(problem).into());
+    };
+    let GrowArgs { signal_heads, width, depth, noise, seed, .. } = *args;
+    let growth = Growth { signal_heads, width, depth, noise, seed };
+    let grown = surgery::grow(&parent.model, &growth)?;
+    for (name, model) in [("parent", &parent.model), ("grown", &grown)] {
+        let (config, parameters) = (model.config(), thousands(model.num_params() as u64));
+        talk!("{name}: {parameters} parameters, {} layers of {} channels", config.n_layers, config.d_model);
+    }
+    let compared = COMPARED.min(recipe.training.seq_len);
+    let difference = largest_difference(&parent.model, &grown, compared);
+    talk!("logits: they differ by at most {difference:.1e} over {compared} tokens (allowed: {UNCHANGED:.0e})");
+    // Not a number is no agreement.
+    if difference.is_nan() || difference > UNCHANGED {
+        let problem =
+            "the grown model computes something else; nothing was written\n  hint: less --noise costs fewer digits";
+        return Err(Failure::Run(problem.into()));
+    }
+    let mut companions = Companions::new();
+    for name in ["data.json", "tokenizer.json", "tokenizer_config.json"] {
+        if parent.path.join(name).exists() {
+            companions.push((name.into(), read_file(&parent.path, name)?));
+        }
+    }
+    let checkpoint = assemble::begin_run(&args.out, &grown, recipe.clone(), companions)?;
+    talk!("the optimiser starts afresh: its state belonged to the parent's weights");
+    talk!("next: model.pretrained = {:?} in a recipe, or train {}", args.out, args.out.join("recipe.toml").display());
+    put!("{}", checkpoint.display())
+}
+
+/// Over one row of tokens.
+fn largest_difference(a: &Decoder, b: &Decoder, tokens: usize) -> f32 {
+    let ids: Vec<i32> = (0..tokens).map(|at| (at * 7919 % a.vocab_size()) as i32).collect();
+    let logits = |model: &Decoder| {
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids.clone(), [1, tokens]), &model.device());
+        model.logits(model.forward(ids, &Mask::causal(), None, Observe::Nothing).hidden)
+    };
+    (logits(a) - logits(b)).abs().max().into_scalar()
+}
