@@ -85,7 +85,10 @@ mod tests {
         let config: DecoderConfig = serde_json::from_value(config).unwrap();
         let fresh = config.init(11, &Device::flex());
         let louder = |tensor: Named| {
-            let wave = |(at, value): (usize, &f32)| value + 0.3 * ((at * 37 + tensor.values.len()) as f32).sin();
+            let wave = |(at, value): (usize, &f32)| match tensor.shape.len() {
+                2 => 0.3 * ((at * 37 + tensor.values.len()) as f32).sin(),
+                _ => value + 0.1 * (at as f32).sin(),
+            };
             let values = tensor.values.iter().enumerate().map(wave).collect();
             (tensor.name.clone(), Named { values, ..tensor })
         };
