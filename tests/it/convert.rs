@@ -149,6 +149,8 @@ fn heads_that_rest() {
         world.succeeds(&["train", "child.toml", "--out", &format!("{parent}-child")]);
         world.succeeds(&["eval", &format!("{parent}-child")]);
     }
+    world.succeeds(&["inspect", "by-norm", "--out", "seen"]);
+    assert!(world.read("seen/gates-layer-01.png").starts_with(b"\x89PNG"), "which heads the tokens chose");
     let fails = |args: &[&str]| {
         world.fails(2, &[&["convert", "parent", "--to", "mixture_of_head", "--out", "x"], args].concat())
     };

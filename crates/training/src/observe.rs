@@ -7,7 +7,7 @@ use polyhead_models::{Batch, Decoder, weights};
 use serde_json::json;
 
 use crate::TrainError;
-use crate::picture::attention_grid;
+use crate::picture::{attention_grid, head_gates};
 use crate::run_folder::MetricsLog;
 use crate::tensorboard::EventWriter;
 
@@ -53,6 +53,11 @@ pub(crate) fn write(
             let maps: Vec<Vec<f32>> = all.chunks(queries * keys).map(<[f32]>::to_vec).collect();
             let png = attention_grid(&maps, queries, keys)?;
             events.image_png(&format!("{tag}/maps"), step, png.width, png.height, &png.bytes)?;
+        }
+        if let (Some(gates), Some(events)) = (seen.gates, events.as_deref_mut()) {
+            let [heads, tokens] = gates.dims();
+            let png = head_gates(&gates.into_data().iter::<f32>().collect::<Vec<f32>>(), heads, tokens)?;
+            events.image_png(&format!("{tag}/gates"), step, png.width, png.height, &png.bytes)?;
         }
     }
     if look.numbers {

@@ -99,6 +99,19 @@ pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> 
     canvas.encode(&VIRIDIS)
 }
 
+/// Which heads took part at which tokens: one row per head, one column per token, brighter where the head counted more.
+///
+/// # Shapes
+/// - gates: `[heads, tokens]` row-major, what the outputs of heads were multiplied by; 0 where they were not computed
+///
+/// # Errors
+/// If there are none, or not as many as stated.
+pub fn head_gates(gates: &[f32], heads: usize, tokens: usize) -> Result<Png, PictureError> {
+    let largest = gates.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
+    let scale = (2048 / tokens.max(1)).clamp(1, 8) as u32;
+    heat_map(gates, heads, tokens, &Options { range: Some((0.0, largest)), scale })
+}
+
 /// Draws one attention map `[rows, cols]` per head, tiled row by row in a grid as square as can be.
 ///
 /// All share one scale of colours, from 0 to the largest weight: viridis, or where a mechanism has

@@ -22,6 +22,8 @@ pub struct Layer {
     pub maps: Vec<Vec<f32>>,
     /// Queries (and keys) of the maps.
     pub length: usize,
+    /// `[heads * queries]`: what each head's output was multiplied by on the first row, where heads are chosen.
+    pub gates: Option<Vec<f32>>,
 }
 
 /// A head. Numbers that its mechanism does not tell are not there.
@@ -50,6 +52,7 @@ pub fn look(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
             let all: Vec<f32> = maps.into_data().iter::<f32>().collect();
             all.chunks(length * length).map(<[f32]>::to_vec).collect()
         });
+        let gates = seen.gates.map(|gates| gates.into_data().iter::<f32>().collect());
         let mut numbers: Vec<(String, Vec<f32>)> =
             seen.numbers.into_iter().map(|(name, numbers)| (name, values(numbers))).collect();
         let mut take = |name: &str| {
@@ -64,7 +67,7 @@ pub fn look(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
             distance: distance(&maps[head], length),
             importance: own.as_ref().and_then(|of| of.get(head).copied()),
         };
-        layers.push(Layer { heads: (0..maps.len()).map(head).collect(), numbers, length, maps });
+        layers.push(Layer { heads: (0..maps.len()).map(head).collect(), numbers, length, maps, gates });
     }
     layers
 }

@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use burn::module::Module;
 use polyhead_data::Tokenizer;
 use polyhead_models::{Batch, IGNORE};
-use polyhead_training::picture::attention_grid;
+use polyhead_training::picture::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::assemble::{self, Trained};
@@ -20,6 +20,16 @@ use crate::page::{escape, figure, page, table};
 use crate::report::{Failure, Problems};
 
 use heads::{Head, Layer};
+
+/// A picture inside a page.
+fn embedded(png: &Png, about: &str) -> String {
+    format!(
+        "<img alt=\"{about}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
+        png.width,
+        png.height,
+        STANDARD.encode(&png.bytes)
+    )
+}
 
 /// Writes maps and a page, and prints the table of heads.
 ///
@@ -63,12 +73,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let png = attention_grid(&maps, layer.length, layer.length).map_err(|error| Failure::Run(error.to_string()))?;
         let file = out.join(format!("maps-layer-{at:02}.png"));
         atomic_write(&file, &png.bytes)?;
-        let picture = format!(
-            "<img alt=\"attention maps of layer {at}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
-            png.width,
-            png.height,
-            STANDARD.encode(&png.bytes)
-        );
+        let picture = embedded(&png, &format!("attention maps of layer {at}"));
         let numbers = layer.numbers.iter().map(|(name, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
             format!("{}: {}", name.replace('_', " "), values.join(", "))
@@ -76,6 +81,15 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let list: Vec<String> = heads.iter().map(usize::to_string).collect();
         let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));
         body.push_str(&figure(&format!("Layer {at}: {name}"), &small, &picture));
+        if let Some(gates) = &layer.gates {
+            let png =
+                head_gates(gates, layer.heads.len(), layer.length).map_err(|error| Failure::Run(error.to_string()))?;
+            atomic_write(&out.join(format!("gates-layer-{at:02}.png")), &png.bytes)?;
+            let picture = embedded(&png, &format!("which heads the tokens chose in layer {at}"));
+            let small =
+                "one row per head, one column per token: the brighter, the more the head counts; dark where it rests";
+            body.push_str(&figure(&format!("Layer {at}: the heads that tokens chose"), small, &picture));
+        }
     }
     body.push_str(
         "</div>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; the brighter (or, where maps are \
