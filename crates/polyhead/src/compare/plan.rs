@@ -73,21 +73,19 @@ type Layered = (Vec<Layer>, Resolved);
 /// A hash of what a recipe learns from: see [`result::id`].
 pub type TextHash<'a> = dyn FnMut(&Resolved) -> Result<Option<String>, Failure> + 'a;
 
-/// Whether an arm starts from a folder of weights that is not there yet: then nothing can be counted, and each arm is checked
-/// as a recipe only.
-///
-/// # Errors
-/// What is wrong with the recipes of the arms.
-pub fn waits_for_weights(read: &Read) -> Result<bool, Failure> {
+/// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet: then nothing can be
+/// counted.
+pub fn waits_for_weights(read: &Read) -> bool {
     let mut waits = false;
     for at in 0..read.comparison.arm.len() {
         let mut layers = read.base.clone();
         layers.push(read.layer.part(&["recipe"]));
         layers.push(read.layer.part(&["arm", &at.to_string(), "recipe"]));
-        let pretrained = recipe::from_layers(layers)?.recipe.model.pretrained;
-        waits |= pretrained.is_some_and(|folder| !folder.exists());
+        // What is wrong with an arm is told by `plan`, which names it.
+        let Ok(loaded) = recipe::from_layers(layers) else { return false };
+        waits |= loaded.recipe.model.pretrained.is_some_and(|folder| !folder.exists());
     }
-    Ok(waits)
+    waits
 }
 
 /// Plans a comparison that was read from `file`, to be written to `out`. Nothing is trained.
