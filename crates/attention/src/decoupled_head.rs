@@ -305,9 +305,7 @@ impl Mechanism for DecoupledHead {
         };
         let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(|statistics| {
-            let mut seen = Observation::default();
-            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
-            seen.maps = statistics.weights;
+            let mut seen = Observation::of(statistics);
             for (name, value) in self.observe() {
                 seen.number(name, value);
             }

@@ -269,9 +269,7 @@ impl Mechanism for MixtureOfHead {
         };
         let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim], zero where a head rests
         let seen = attended.statistics.map(|statistics| {
-            let mut seen = Observation::default();
-            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
-            seen.maps = statistics.weights;
+            let mut seen = Observation::of(statistics);
             routing.observe(self.split, &mut seen);
             seen
         });

@@ -1,7 +1,7 @@
 //! What a mechanism can tell about a call, measured only when asked, and never changing its output.
 
 use burn::tensor::Tensor;
-use polyhead_kernels::Measure;
+use polyhead_kernels::{Measure, Statistics};
 
 /// What to measure during a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,6 +39,13 @@ pub struct Observation {
 }
 
 impl Observation {
+    /// What a single kernel call tells about a layer.
+    pub(crate) fn of(statistics: Statistics) -> Self {
+        let mut seen = Self { maps: statistics.weights, ..Self::default() };
+        seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
+        seen
+    }
+
     /// Adds the statistics of a kernel call: entropy (nats), weight on the first key, largest score, each `[heads]`.
     pub(crate) fn add(&mut self, prefix: &str, statistics: [Tensor<1>; 3]) {
         for (name, values) in ["entropy", "first_token_mass", "largest_score"].into_iter().zip(statistics) {

@@ -175,12 +175,7 @@ impl Mechanism for Softmax {
             ..Default::default()
         };
         let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
-        let seen = attended.statistics.map(|statistics| {
-            let mut seen = Observation::default();
-            seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
-            seen.maps = statistics.weights;
-            seen
-        });
+        let seen = attended.statistics.map(Observation::of);
         let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
         Attended { hidden, penalty: None, seen }
     }

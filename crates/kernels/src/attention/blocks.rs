@@ -15,11 +15,12 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{
     Autodiff, Backend, Dispatch, Flex, Scalar, TensorMetadata, backend_extension, get_or_init_device_settings,
 };
-use burn::tensor::{Bool, DType, FloatDType, Int, Shape, Slice, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Int, Shape, Slice, Tensor, TensorData};
 
 use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Measure, Statistics, plain};
 use crate::Mask;
 use crate::mask::Visible;
+use crate::precision::cast;
 
 /// Scores of a block at most: 256 MiB in f32. Chosen by us: few launches, little memory beside a model's.
 const SCORES: usize = 1 << 26;
@@ -341,10 +342,6 @@ fn gather_shared<B: Backend>(left: FloatTensor<B>, right: FloatTensor<B>, of: &F
 /// The sum over the dimensions in which `shape` has size 1.
 fn reduce_to<B: Backend>(x: FloatTensor<B>, shape: Shape) -> FloatTensor<B> {
     (0..4).filter(|&axis| shape[axis] == 1).fold(x, |x, axis| B::float_sum_dim(x, axis))
-}
-
-fn cast<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
-    if x.dtype() == dtype { x } else { B::float_cast(x, FloatDType::from(dtype)) }
 }
 
 fn number(value: f64) -> Scalar {

@@ -13,6 +13,7 @@ use burn::backend::{
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, Tensor};
 
 use super::{CrossEntropy, Targets};
+use crate::precision::cast;
 
 /// Logits of a chunk at most: 256 MiB in f32. Chosen by us.
 const LOGITS: usize = 1 << 26;
@@ -166,10 +167,6 @@ fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, with_grads: bool) -> Made
     let head_grad = head_grad.filter(|_| with_grads);
     let grads = head_grad.map(|head_grad| [B::float_cat(hidden_grads, 0), head_grad]);
     Made { sum: B::float_sum(losses.clone()), losses, correct: B::float_cat(correct, 0), grads }
-}
-
-fn cast<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
-    if x.dtype() == dtype { x } else { B::float_cast(x, FloatDType::from(dtype)) }
 }
 
 #[cfg(test)]
