@@ -198,6 +198,115 @@ fn killed_or_interrupted_it_goes_on_where_it_was() {
     }
 }
 
+/// A parent for every seed, and a wider model made of it.
+const PREPARED: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+
+[[prepare]]
+name = "parent"
+train = "recipe.toml"
+recipe.training.steps = 4
+
+[[prepare]]
+name = "wide"
+from = "parent"
+grow = "--width x2"
+
+[[arm]]
+name = "as it was"
+recipe.model.pretrained = "{parent}"
+
+[[arm]]
+name = "grown"
+recipe.model.pretrained = "{wide}"
+"#;
+
+#[test]
+fn arms_start_from_what_is_made_once_for_every_seed() {
+    let prepared = world(PREPARED);
+    let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
+    assert!(
+        out.contains("4 models, 0 of them finished") && out.contains("grow checkpoints/compare/zoo/prepared"),
+        "{out}"
+    );
+    prepared.succeeds(&["validate", "zoo.toml"]);
+    assert!(!prepared.dir.path().join("checkpoints").exists(), "a plan writes nothing");
+
+    let (_, err) = prepared.succeeds(&COMPARE);
+    assert!(err.contains("finished  wide, seed 4") && err.contains("Against as it was"), "{err}");
+    let parents = |name: &str| json(&prepared, &format!("checkpoints/compare/zoo/prepared/{name}/prepared.json"));
+    let folders = std::fs::read_dir(prepared.dir.path().join("checkpoints/compare/zoo/prepared")).unwrap();
+    let names = folders.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names: Vec<String> = names.filter(|name| !name.ends_with(".log")).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+    let all = results(&prepared);
+    assert_eq!(all.len(), 4);
+    for (name, _) in &all {
+        // Each run starts from the model of its own seed.
+        let recipe =
+            String::from_utf8(prepared.read(&format!("checkpoints/compare/zoo/runs/{name}/recipe.toml"))).unwrap();
+        let seed = name.split("-seed-").nth(1).unwrap().split('-').next().unwrap();
+        let from = names.iter().find(|made| recipe.contains(&format!("prepared/{made}\""))).unwrap();
+        assert!(from.contains(&format!("-seed-{seed}-")) && parents(from)["command"].is_string(), "{name} from {from}");
+        assert_eq!(from.starts_with("wide"), name.starts_with("grown"));
+    }
+    let markdown = String::from_utf8(prepared.read("checkpoints/compare/zoo/report.md")).unwrap();
+    assert!(markdown.contains("Made before, for every seed anew (here seed 3): polyhead train"), "{markdown}");
+    assert!(markdown.contains("| tokens until the last loss of the base arm |"), "{markdown}");
+
+    // Nothing is made twice; what has changed is made anew, and with it what was made of it.
+    let (_, err) = prepared.succeeds(&COMPARE);
+    assert!(!err.contains("started"), "{err}");
+    std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace("steps = 4", "steps = 5")).unwrap();
+    let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
+    assert!(out.contains("4 models, 0 of them finished"), "{out}");
+
+    for (change, with, words) in [
+        ("\"{wide}\"", "\"{broad}\"", "arm `grown`: no preparation is called \"broad\""),
+        ("from = \"parent\"", "from = \"wide\"", "prepare `wide`: from must name an earlier preparation"),
+        ("--width x2", "--girth x2", "prepare `wide`: unexpected argument '--girth'"),
+        ("train = \"recipe.toml\"", "grow = \"\"", "prepare `parent`: recipe changes what is trained"),
+        ("grow = \"--width x2\"", "", "prepare `wide`: give exactly one of train, convert and grow"),
+        ("steps = 4", "stepz = 4", "unknown key"),
+    ] {
+        std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace(change, with)).unwrap();
+        let err = prepared.fails(2, &["compare", "zoo.toml", "--dry-run"]);
+        assert!(err.contains(words), "{with}: {err}");
+        assert!(prepared.fails(2, &["validate", "zoo.toml"]).contains(words));
+    }
+
+    // A preparation that fails is told with the end of its log.
+    let fails = PREPARED.replace("--width x2", "--signal-heads x0");
+    std::fs::write(prepared.dir.path().join("zoo.toml"), fails).unwrap();
+    let output = prepared.run(&COMPARE);
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && err.contains("prepare `wide`, seed "), "{err}");
+}
+
+#[test]
+fn trained_runs_are_put_to_the_comparisons_tasks() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |name: &str, text: &str| std::fs::write(world.dir.path().join(name), text).unwrap();
+    write("book.txt", &"the cat sat on the mat. ".repeat(60));
+    write("prompts.txt", "the cat\nthe mat\n");
+    let tasks = "evaluate = [\"--task eigenscore --prompts prompts.txt --samples 2 --new-tokens 4\"]\nseeds =";
+    write("zoo.toml", &TINY.replace("seeds =", tasks));
+    let (_, err) = world.succeeds(&COMPARE);
+    assert_eq!(err.matches("evaluated ").count(), 4, "{err}");
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let row = markdown.lines().find(|line| line.starts_with("| eigenscore/ees |")).unwrap();
+    assert_eq!(row.matches('±').count(), 2, "a mean over two seeds for each arm: {row}");
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(!err.contains("evaluated "), "nothing is asked twice: {err}");
+
+    write("zoo.toml", &TINY.replace("seeds =", "evaluate = [\"--tusk facts\"]\nseeds ="));
+    assert!(world.fails(2, &["validate", "zoo.toml"]).contains("evaluate: unexpected argument '--tusk'"));
+    write("zoo.toml", &TINY.replace("seeds =", "evaluate = [\"--task facts\"]\nseeds ="));
+    let err = world.fails(1, &COMPARE);
+    assert!(err.contains(": eval --task facts: ") && err.contains("did not learn generated facts"), "{err}");
+}
+
 #[test]
 fn heads_are_told_and_two_runs_lie_side_by_side() {
     let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));

@@ -7,10 +7,12 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 6] = [
+const ONE_OF: [&str; 8] = [
     "data",
     "tokenizer",
+    "procedure",
     "optimizer",
+    "model.decoder.rope_scaling",
     "model.decoder.attention",
     "model.decoder.attention.*.lambda_init",
     "model.decoder.attention.*.router",
@@ -170,7 +172,10 @@ mod tests {
         let base = parse_layer("a", "[data.rust_docs]\n[training]\nsteps = 1\nseq_len = 2").unwrap();
         let over = parse_override("data.text.paths=[\"x\"]").unwrap();
         let steps = parse_override("training.steps=5").unwrap();
-        let merged = merge(&[base, over, steps]);
+        let [bilevel, standard] =
+            ["procedure.bilevel.rank=4", "procedure.standard={}"].map(|text| parse_override(text).unwrap());
+        let merged = merge(&[base, over, steps, bilevel, standard]);
+        assert_eq!(merged["procedure"].as_table().unwrap().keys().collect::<Vec<_>>(), ["standard"]);
         assert!(merged["data"].get("rust_docs").is_none() && merged["data"].get("text").is_some());
         assert_eq!(merged["training"]["steps"].as_integer(), Some(5));
         assert_eq!(merged["training"]["seq_len"].as_integer(), Some(2));

@@ -3,7 +3,7 @@
 //!
 //! Paper and code of INSIDE, and two functions in the code of SenD, normalise differently; all four are here.
 
-use nalgebra::{DMatrix, SymmetricEigen};
+use nalgebra::DMatrix;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +58,7 @@ impl EigenScore {
 
 /// The eigenvalues of a symmetric matrix without negative ones, descending. What rounding makes negative counts as 0.
 pub(crate) fn eigenvalues(matrix: DMatrix<f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = SymmetricEigen::new(matrix).eigenvalues.iter().map(|&value| value.max(0.0)).collect();
+    let mut values: Vec<f64> = matrix.symmetric_eigenvalues().iter().map(|&value| value.max(0.0)).collect();
     values.sort_by(|a, b| b.total_cmp(a));
     values
 }

@@ -1,10 +1,12 @@
 //! The file that describes a comparison: a base recipe, what its arms change, and what is held equal.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::Parser;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::cli::Cli;
 use crate::layers::Layer;
 use crate::recipe;
 use crate::report::{Problem, Problems, in_words};
@@ -42,6 +44,14 @@ pub struct Comparison {
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub sweep: toml::Table,
+    /// What is made once for every seed before the arms run: models that arms start from with
+    /// `model.pretrained = "{name}"`.
+    #[serde(default)]
+    pub prepare: Vec<Preparation>,
+    /// Tasks that every trained run is put to, as flags of `polyhead eval`: "--task needles_multi --lengths 1,2,4,8". The
+    /// report shows them as `needles_multi/4x` and so on.
+    #[serde(default)]
+    pub evaluate: Vec<String>,
     /// What all arms change of the base recipe.
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
@@ -63,6 +73,30 @@ fn tolerance() -> f64 {
 
 fn yes() -> bool {
     true
+}
+
+/// A model that arms start from, trained or made of an earlier one. Exactly one of `train`, `convert` and `grow` is given.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Preparation {
+    /// Its name, as arms and later preparations write it.
+    pub name: String,
+    /// The earlier preparation that it is made of; `train` may do without.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// Train this recipe, which is found as `extends` is; the seed is the arms'.
+    #[serde(default)]
+    pub train: Option<PathBuf>,
+    /// What to change of the recipe that is trained.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// Flags of `polyhead convert`: "--to grouped_query --kv-heads 2".
+    #[serde(default)]
+    pub convert: Option<String>,
+    /// Flags of `polyhead grow`: "--signal-heads x4".
+    #[serde(default)]
+    pub grow: Option<String>,
 }
 
 /// One of the things that are compared.
@@ -121,9 +155,20 @@ pub struct Claim {
     pub code: String,
     /// The arms that show it; the first one is what the others are compared with.
     pub arms: Vec<String>,
-    /// What is looked at. Default: the comparison's metric.
+    /// What is looked at: "validation_loss", "bits_per_byte", "accuracy", or a further number of the report by its name,
+    /// such as "facts/ees". Default: the comparison's metric.
     #[serde(default)]
-    pub metric: Option<Quality>,
+    pub metric: Option<Looked>,
+}
+
+/// What a claim is about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Looked {
+    /// A score.
+    Quality(Quality),
+    /// The last value of what runs logged under this name.
+    Logged(String),
 }
 
 /// A comparison with where its keys stand.
@@ -205,6 +250,40 @@ fn rules(comparison: &Comparison) -> Vec<(String, String)> {
         "tolerance".into(),
         format!("tolerance ({tolerance}) must be 0 to 1, a share of the target"),
     );
+    for flags in &comparison.evaluate {
+        let words = ["polyhead", "eval", "run"].into_iter().chain(flags.split_whitespace());
+        let problem = Cli::try_parse_from(words).err().map(|error| first_line(&error));
+        rule(problem.is_none(), "evaluate".into(), format!("evaluate: {}", problem.unwrap_or_default()));
+    }
+    for (at, preparation) in comparison.prepare.iter().enumerate() {
+        let Preparation { name, from, train, convert, grow, recipe } = preparation;
+        let (key, earlier) = (format!("prepare.{at}.name"), &comparison.prepare[..at]);
+        rule(
+            !folder_name(name).is_empty() && earlier.iter().all(|other| folder_name(&other.name) != folder_name(name)),
+            key.clone(),
+            format!("prepare `{name}`: a name must hold a letter or a digit, and differ from the others"),
+        );
+        let given = [train.is_some(), convert.is_some(), grow.is_some()].into_iter().filter(|given| *given).count();
+        rule(given == 1, key.clone(), format!("prepare `{name}`: give exactly one of train, convert and grow"));
+        rule(
+            train.is_some() || recipe.is_empty(),
+            format!("prepare.{at}.recipe"),
+            format!("prepare `{name}`: recipe changes what is trained, and nothing is"),
+        );
+        rule(
+            from.as_ref().map_or(train.is_some(), |from| earlier.iter().any(|other| other.name == *from)),
+            if from.is_some() { format!("prepare.{at}.from") } else { key },
+            format!("prepare `{name}`: from must name an earlier preparation, which it is made of"),
+        );
+    }
+    for (at, arm) in arm.iter().enumerate() {
+        let named = arm.recipe.get("model").and_then(|model| model.get("pretrained")?.as_str()).and_then(in_braces);
+        rule(
+            named.is_none_or(|name| comparison.prepare.iter().any(|made| made.name == name)),
+            format!("arm.{at}.recipe.model.pretrained"),
+            format!("arm `{}`: no preparation is called \"{}\"", arm.name, named.unwrap_or_default()),
+        );
+    }
     for (key, value) in leaves(&comparison.sweep) {
         let some = value.as_array().is_some_and(|values| !values.is_empty());
         rule(some, format!("sweep.{key}"), format!("sweep: {key} must be a list of values to choose from"));
@@ -244,6 +323,16 @@ fn leaves(table: &toml::Table) -> Vec<(String, &toml::Value)> {
             value => vec![(key.clone(), value)],
         })
         .collect()
+}
+
+/// What is wrong with flags, in a line.
+pub fn first_line(error: &clap::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().replace("error: ", "")
+}
+
+/// The name in `{name}`.
+pub fn in_braces(text: &str) -> Option<&str> {
+    text.strip_prefix('{')?.strip_suffix('}')
 }
 
 /// A name as part of a folder's name: lower-case letters, digits and single hyphens.

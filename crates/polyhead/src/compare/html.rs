@@ -1,14 +1,15 @@
 //! `report.html`: the report as one file that needs nothing else, neither network nor scripts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use crate::page::{escape, figure, page, table};
 use crate::report::Failure;
 
 use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
+use super::further;
 use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics, spread};
-use super::outcome::{METRICS, Metric, Outcome, Point, curve, mean_over_layers, observed};
+use super::outcome::{METRICS, Metric, Outcome, Point, curve};
 use super::statistics::Summary;
 
 /// The report.
@@ -35,6 +36,9 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
     let rows = difference_rows(outcome, metric).into_iter().map(|row| row.to_vec()).collect();
     let base = &outcome.arms[outcome.base].name;
     let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(base), metric.label(), table(&head, rows));
+    let more = table(&further::head(outcome), further::rows(outcome));
+    let _ =
+        write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
     let runs = table(&run_head(), run_rows(outcome));
     let _ = write!(
         body,
@@ -110,7 +114,7 @@ fn figures(outcome: &Outcome) -> Result<String, String> {
             let at = At { x: x.mean * other.factor, y: y.mean * metric.factor, spread };
             Some(Dot { arm, name: outcome.arms[arm].name.clone(), at })
         });
-        let title = format!("{} against {}", capital(metric.title), other.title);
+        let title = format!("{} against {}", capital(&metric.title), other.title);
         let svg = scatter(&title, &other.label(), &metric.label(), &dots.collect::<Vec<_>>())?;
         add(&title, "mean over seeds; bar: one standard deviation", svg);
     }
@@ -151,39 +155,41 @@ fn mean_curve(runs: impl Iterator<Item = Vec<Point>>, x: fn(&Point) -> f64) -> V
     by_tokens.into_values().filter_map(mean).collect()
 }
 
-/// What mechanisms told about themselves, a small figure each.
+/// What runs logged besides, a small figure each: what mechanisms tell about themselves, then the rest.
 fn observations(outcome: &Outcome) -> Result<String, String> {
-    let mut names: Vec<String> = Vec::new();
-    for run in outcome.arms.iter().flat_map(|arm| &arm.runs) {
-        for name in observed(&run.history) {
-            if !names.contains(&name) {
-                names.push(name);
+    let logs = outcome.arms.iter().flat_map(|arm| &arm.runs).map(|run| &run.history);
+    let names: BTreeSet<String> = logs.flat_map(|history| further::names(history)).collect();
+    let (mechanisms, others): (Vec<_>, Vec<_>) =
+        names.into_iter().partition(|name| name.starts_with(further::MECHANISM));
+    let mut out = String::new();
+    for (names, heading, small) in [
+        (mechanisms, "What the mechanisms do", "Observed on a held-out row; means over heads, layers and seeds."),
+        (others, "What else was logged", "Means over seeds."),
+    ] {
+        if names.is_empty() {
+            continue;
+        }
+        let _ = writeln!(
+            out,
+            "<h2>{heading}</h2>\n<p class=\"quiet\">{small} Horizontal: tokens.</p>\n<div class=\"figures small\">"
+        );
+        for name in names {
+            let mut found = Vec::new();
+            for (arm, runs) in outcome.arms.iter().enumerate() {
+                let of_run = |history: &[_]| curve(history, runs.tokens_per_step, |line| further::value(line, &name));
+                let points = mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), tokens);
+                if !points.is_empty() {
+                    found.push(Curve { arm, points });
+                }
+            }
+            let title = capital(&name.trim_start_matches(further::MECHANISM).replace('_', " "));
+            let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, size: (340, 220) };
+            if let Some(svg) = curves(&plot)? {
+                out.push_str(&figure(&title, "", &svg));
             }
         }
+        out.push_str("</div>\n");
     }
-    if names.is_empty() {
-        return Ok(String::new());
-    }
-    let mut out = String::from(
-        "<h2>What the mechanisms do</h2>\n<p class=\"quiet\">Observed on a held-out row with each validation; means over \
-         heads, layers and seeds. Horizontal: tokens.</p>\n<div class=\"figures small\">\n",
-    );
-    for name in names {
-        let mut found = Vec::new();
-        for (arm, runs) in outcome.arms.iter().enumerate() {
-            let of_run = |history: &[_]| curve(history, runs.tokens_per_step, |line| mean_over_layers(line, &name));
-            let points = mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), tokens);
-            if !points.is_empty() {
-                found.push(Curve { arm, points });
-            }
-        }
-        let title = capital(&name.replace('_', " "));
-        let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, size: (340, 220) };
-        if let Some(svg) = curves(&plot)? {
-            out.push_str(&figure(&title, "", &svg));
-        }
-    }
-    out.push_str("</div>\n");
     Ok(out)
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::further;
 use super::outcome::{METRICS, Metric, Outcome};
 use super::statistics::Summary;
 
@@ -18,6 +19,12 @@ pub fn report(outcome: &Outcome) -> String {
     out.push_str("| arm | mean | 95 % interval | n | seed by seed |\n|---|---|---|---|---|\n");
     for row in difference_rows(outcome, metric) {
         let _ = writeln!(out, "| {} |", row.join(" | "));
+    }
+    out.push_str("\n## Further numbers\n\n");
+    let head = further::head(outcome);
+    out.push_str(&format!("{}|{}\n", row(&head), "---|".repeat(head.len())));
+    for cells in further::rows(outcome) {
+        out.push_str(&row(&cells));
     }
     out.push_str("\n## Every run\n\n");
     out.push_str(&row(&run_head()));
@@ -131,6 +138,13 @@ pub fn notes(outcome: &Outcome) -> Vec<String> {
     }
     if comparison.same_data {
         notes.push("Runs of one seed see the same data in the same order.".into());
+    }
+    if !outcome.prepared.is_empty() {
+        notes.push(format!(
+            "Made before, for every seed anew (here seed {}): {}.",
+            comparison.seeds[0],
+            outcome.prepared.join("; ")
+        ));
     }
     let matched = comparison.matched;
     let found: Vec<String> = outcome

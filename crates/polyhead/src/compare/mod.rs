@@ -1,23 +1,27 @@
 //! `polyhead compare`: is one mechanism better than another at the same budget, and by more than chance?
 //!
-//! In order: the file says what is compared (`comparison.rs`), every arm gets a recipe of the same cost (`matching.rs`,
-//! `plan.rs`), every run is a process of its own (`runs.rs`, `progress.rs`), what they reached is put together
-//! (`outcome.rs`, `statistics.rs`) and written for people (`markdown.rs`, `html.rs`, `figures.rs`) and for the
-//! replication table (`record.rs`).
+//! In order: the file says what is compared (`comparison.rs`), what arms start from is made (`prepare.rs`), every arm gets a
+//! recipe of the same cost (`matching.rs`, `plan.rs`), every run is a process of its own (`runs.rs`, `progress.rs`) and so is
+//! every task that it is put to (`evaluate.rs`), what they reached is put together (`outcome.rs`, `further.rs`,
+//! `statistics.rs`) and written for people (`markdown.rs`, `html.rs`, `figures.rs`) and for the replication table
+//! (`record.rs`).
 
 pub mod comparison;
+mod evaluate;
 mod figures;
+mod further;
 mod html;
 mod markdown;
 mod matching;
 mod outcome;
 mod plan;
+mod prepare;
 mod progress;
 pub mod record;
 mod runs;
 pub mod statistics;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,6 +38,7 @@ use crate::signals;
 
 use outcome::Outcome;
 use plan::Plan;
+use prepare::Prepared;
 use runs::Share;
 
 /// Runs a comparison and writes its report.
@@ -44,23 +49,37 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let out = args.out.clone().unwrap_or_else(|| default_folder(&args.comparison));
     let mut known = BTreeMap::new();
     let read = comparison::read(&args.comparison)?;
-    let plan = plan::plan(read, (&args.comparison, &out), &mut |recipe| text_hash(recipe, &mut known))?;
+    let places = (args.comparison.as_path(), out.as_path());
+    let prepared = Prepared::plan(&read, places)?;
     let share = Share::of(args.jobs as usize);
+    let mut plan = |read| plan::plan(read, &prepared, places, &mut |recipe| text_hash(recipe, &mut known));
+    // What is wrong is told before anything is written, as far as it can be known then.
+    let planned = match prepared.counts() {
+        (_, 0) => Ok(plan(read)?),
+        _ => Err(read),
+    };
     if args.dry_run {
-        return show(&plan, share, !args.no_probe);
+        return match &planned {
+            Ok(plan) => show(plan, share, !args.no_probe),
+            Err(_) => show_preparations(&prepared),
+        };
     }
-    told_matches(&plan);
+    let again = again(places, share);
+    let interrupted = |failure: &Failure| {
+        if matches!(failure, Failure::Interrupted(_)) {
+            talk!("\nstopped; every run has saved. This goes on from there:\n  {again}");
+        }
+    };
     let _lock = RunLock::acquire(&out)?;
     let stop = signals::listen(false)?;
+    prepared.make(share, &stop).inspect_err(interrupted)?;
+    let plan = planned.or_else(plan)?;
+    told_matches(&plan);
     let mut progress = progress::Progress::new(&plan);
     let ended = runs::run_all(&plan, share, &stop, &mut progress);
     drop(progress);
-    let ends = ended.inspect_err(|failure| {
-        if matches!(failure, Failure::Interrupted(_)) {
-            talk!("\nstopped; every run has saved. This goes on from there:\n  {}", again(&plan, share));
-        }
-    })?;
-    let outcome = Outcome::gather(&plan, ends, &again(&plan, share))?;
+    let mut outcome = Outcome::gather(&plan, ended.inspect_err(interrupted)?, prepared.commands(), &again)?;
+    evaluate::evaluate(&mut outcome, share, &stop).inspect_err(interrupted)?;
     atomic_write(&out.join("report.md"), markdown::report(&outcome).as_bytes())?;
     atomic_write(&out.join("report.html"), html::report(&outcome)?.as_bytes())?;
     talk!("\n{}", outcome.finding());
@@ -83,10 +102,12 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
 /// If an arm cannot run.
 pub fn validate(path: &Path) -> Result<(), Failure> {
     let read = comparison::read(path)?;
-    if plan::waits_for_weights(&read) {
+    let out = default_folder(path);
+    let prepared = Prepared::plan(&read, (path, &out))?;
+    if plan::waits_for_weights(&read, &prepared) {
         return Ok(());
     }
-    plan::plan(read, (path, &default_folder(path)), &mut |_| Ok(None)).map(|_| ())
+    plan::plan(read, &prepared, (path, &out), &mut |_| Ok(None)).map(|_| ())
 }
 
 /// A hash of the text that a recipe learns from; each text is read once.
@@ -109,38 +130,56 @@ fn default_folder(comparison: &Path) -> PathBuf {
 }
 
 /// The command that runs a comparison again.
-fn again(plan: &Plan, share: Share) -> String {
-    let mut words = vec![program(), "compare".into(), quoted(&plan.file.display().to_string())];
+fn again((file, out): (&Path, &Path), share: Share) -> String {
+    let mut words = vec![program(), "compare".into(), quoted(&file.display().to_string())];
     words.push(format!("--jobs {}", share.jobs));
-    if plan.out != default_folder(&plan.file) {
-        words.push(format!("--out {}", quoted(&plan.out.display().to_string())));
+    if out != default_folder(file) {
+        words.push(format!("--out {}", quoted(&out.display().to_string())));
     }
     words.join(" ")
 }
 
 fn told_matches(plan: &Plan) {
-    for arm in &plan.arms {
-        for choice in &arm.choices {
-            if let Some(found) = &choice.matched {
-                let (what, deviation) = (plan.comparison.matched.words(), 100.0 * found.deviation());
-                talk!(
-                    "match    {}: {} = {} gives {} {what}, the target is {} ({deviation:+.2} %)",
-                    arm.name,
-                    found.key,
-                    found.value,
-                    thousands(found.found),
-                    thousands(found.target)
-                );
-            }
+    let mut told = BTreeSet::new();
+    for (arm, choice) in plan.arms.iter().flat_map(|arm| arm.choices.iter().map(move |choice| (arm, choice))) {
+        let Some(found) = &choice.matched else { continue };
+        let (what, deviation) = (plan.comparison.matched.words(), 100.0 * found.deviation());
+        let line = format!(
+            "match    {}: {} = {} gives {} {what}, the target is {} ({deviation:+.2} %)",
+            arm.name,
+            found.key,
+            found.value,
+            thousands(found.found),
+            thousands(found.target)
+        );
+        // Once for all values of a sweep that change nothing about it.
+        if told.insert(line.clone()) {
+            talk!("{line}");
         }
     }
 }
 
+/// Prints what would be made before the arms, of which nothing can be told before that.
+fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
+    let (all, waiting) = prepared.counts();
+    put!("prepare    {all} models, {} of them finished; for the first seed:", all - waiting)?;
+    for command in prepared.commands() {
+        put!("           {command}")?;
+    }
+    put!("arms       start from these, and can be counted once they are there")
+}
+
 /// Prints what would run.
 fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
+    let named = |arm: &plan::ArmPlan, choice: &plan::Choice| match choice.words.is_empty() {
+        true => arm.name.clone(),
+        false => format!("{}, {}", arm.name, choice.words),
+    };
+    let names = plan.arms.iter().flat_map(|arm| arm.choices.iter().map(|choice| named(arm, choice).chars().count()));
+    let width = names.max().unwrap_or(0).max(28);
     let line = |name: &str, cells: [&str; 5]| {
         let [a, b, c, d, e] = cells;
-        put!("{name:<28} {a:>12} {b:>10} {c:>14} {d:>14} {e:>12}")
+        put!("{name:<width$} {a:>12} {b:>10} {c:>14} {d:>14} {e:>12}")
     };
     line("arm", ["parameters", "off", "FLOPs/token", "KV B/token", "one run"])?;
     let mut whole = Duration::ZERO;
@@ -152,10 +191,8 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
                 false => None,
             };
             whole += time.unwrap_or_default() * plan.comparison.seeds.len() as u32;
-            let name =
-                if choice.words.is_empty() { arm.name.clone() } else { format!("{}, {}", arm.name, choice.words) };
             line(
-                &name,
+                &named(arm, choice),
                 [
                     &thousands(choice.totals.parameters),
                     &deviation.unwrap_or_default(),

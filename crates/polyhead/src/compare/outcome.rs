@@ -1,5 +1,9 @@
 //! What the runs of a comparison reached, put together per arm.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use serde_json::Value;
 
 use crate::costs::Costs;
@@ -7,7 +11,7 @@ use crate::recipe;
 use crate::report::Failure;
 use crate::result::{self, Environment, RunResult, Score};
 
-use super::comparison::{Comparison, Quality};
+use super::comparison::{Comparison, Looked, Quality};
 use super::matching::Match;
 use super::plan::{ArmPlan, Plan};
 use super::runs::End;
@@ -23,6 +27,8 @@ pub struct Outcome {
     pub file: String,
     /// The command that runs it again.
     pub command: String,
+    /// What was made before the arms, for the first seed, as commands.
+    pub prepared: Vec<String>,
     /// What was asked for.
     pub comparison: Comparison,
     /// Which arm the others are compared with.
@@ -55,18 +61,23 @@ pub struct ArmOutcome {
 pub struct RunOutcome {
     /// Its seed.
     pub seed: u64,
+    /// Where it lies.
+    pub folder: PathBuf,
     /// What it reached, or why it failed.
     pub end: Result<RunResult, String>,
     /// Its log.
     pub history: Vec<Value>,
+    /// What the comparison's tasks told, by name.
+    pub evaluated: BTreeMap<String, f64>,
 }
 
 /// A number that every run has.
+#[derive(Debug, Clone)]
 pub struct Metric {
     /// As files name it.
-    pub key: &'static str,
+    pub key: Cow<'static, str>,
     /// As people name it.
-    pub title: &'static str,
+    pub title: Cow<'static, str>,
     /// Its unit; empty where its name says it.
     pub unit: &'static str,
     /// Decimals to show.
@@ -80,72 +91,72 @@ pub struct Metric {
 /// All of them, as tables list them.
 pub const METRICS: [Metric; 9] = [
     Metric {
-        key: "validation_loss",
-        title: "validation loss",
+        key: Cow::Borrowed("validation_loss"),
+        title: Cow::Borrowed("validation loss"),
         unit: "nats",
         decimals: 4,
         factor: 1.0,
         of: |r, swept| Some(score(r, swept)?.loss),
     },
     Metric {
-        key: "bits_per_byte",
-        title: "bits per byte",
+        key: Cow::Borrowed("bits_per_byte"),
+        title: Cow::Borrowed("bits per byte"),
         unit: "",
         decimals: 4,
         factor: 1.0,
         of: |r, swept| score(r, swept)?.bits_per_byte,
     },
     Metric {
-        key: "accuracy",
-        title: "accuracy",
+        key: Cow::Borrowed("accuracy"),
+        title: Cow::Borrowed("accuracy"),
         unit: "%",
         decimals: 2,
         factor: 100.0,
         of: |r, swept| Some(score(r, swept)?.accuracy),
     },
     Metric {
-        key: "tokens_per_second",
-        title: "tokens/s",
+        key: Cow::Borrowed("tokens_per_second"),
+        title: Cow::Borrowed("tokens/s"),
         unit: "",
         decimals: 0,
         factor: 1.0,
         of: |r, _| Some(r.tokens_per_second),
     },
     Metric {
-        key: "median_step_seconds",
-        title: "median step",
+        key: Cow::Borrowed("median_step_seconds"),
+        title: Cow::Borrowed("median step"),
         unit: "ms",
         decimals: 1,
         factor: 1e3,
         of: |r, _| r.median_step_seconds,
     },
     Metric {
-        key: "peak_memory_bytes",
-        title: "peak memory",
+        key: Cow::Borrowed("peak_memory_bytes"),
+        title: Cow::Borrowed("peak memory"),
         unit: "MiB",
         decimals: 1,
         factor: 1.0 / 1048576.0,
         of: |r, _| Some(r.peak_memory_bytes? as f64),
     },
     Metric {
-        key: "kv_bytes_per_token",
-        title: "KV bytes per token",
+        key: Cow::Borrowed("kv_bytes_per_token"),
+        title: Cow::Borrowed("KV bytes per token"),
         unit: "",
         decimals: 0,
         factor: 1.0,
         of: |r, _| Some(r.kv_bytes_per_token as f64),
     },
     Metric {
-        key: "parameters",
-        title: "parameters",
+        key: Cow::Borrowed("parameters"),
+        title: Cow::Borrowed("parameters"),
         unit: "",
         decimals: 0,
         factor: 1.0,
         of: |r, _| Some(r.parameters as f64),
     },
     Metric {
-        key: "flops_per_token",
-        title: "forward FLOPs per token",
+        key: Cow::Borrowed("flops_per_token"),
+        title: Cow::Borrowed("forward FLOPs per token"),
         unit: "",
         decimals: 0,
         factor: 1.0,
@@ -158,7 +169,7 @@ fn score(result: &RunResult, swept: bool) -> Option<&Score> {
 }
 
 impl Quality {
-    /// The number that this is.
+    /// The number that it is.
     pub fn metric(self) -> &'static Metric {
         match self {
             Self::ValidationLoss => &METRICS[0],
@@ -181,10 +192,28 @@ impl Quality {
     }
 }
 
+impl Looked {
+    /// The number that it is.
+    pub fn metric(&self) -> Metric {
+        match self {
+            Self::Quality(quality) => quality.metric().clone(),
+            Self::Logged(name) => {
+                METRICS.iter().find(|metric| metric.key == *name).cloned().unwrap_or_else(|| Metric::logged(name))
+            }
+        }
+    }
+}
+
 impl Metric {
+    /// A number that logs hold under this name; runs tell it by their logs only.
+    pub fn logged(name: &str) -> Self {
+        let name = || Cow::Owned(name.to_owned());
+        Self { key: name(), title: name(), unit: "", decimals: 4, factor: 1.0, of: |_, _| None }
+    }
+
     /// Its name with its unit, as heads of tables and axes have it.
     pub fn label(&self) -> String {
-        if self.unit.is_empty() { self.title.into() } else { format!("{}, {}", self.title, self.unit) }
+        if self.unit.is_empty() { self.title.to_string() } else { format!("{}, {}", self.title, self.unit) }
     }
 
     /// A value as tables show it.
@@ -192,6 +221,7 @@ impl Metric {
         let value = value * self.factor;
         match self.decimals {
             0 if value >= 0.0 => crate::console::thousands(value.round() as u64),
+            _ if value >= 1e4 => crate::console::thousands(value.round() as u64),
             decimals => format!("{value:.decimals$}"),
         }
     }
@@ -202,7 +232,7 @@ impl Outcome {
     ///
     /// # Errors
     /// If a log cannot be read.
-    pub fn gather(plan: &Plan, ends: Vec<End>, command: &str) -> Result<Self, Failure> {
+    pub fn gather(plan: &Plan, ends: Vec<End>, prepared: Vec<String>, command: &str) -> Result<Self, Failure> {
         let mut by_arm: Vec<Vec<Vec<RunOutcome>>> =
             plan.arms.iter().map(|arm| arm.choices.iter().map(|_| Vec::new()).collect()).collect();
         for (run, end) in plan.runs.iter().zip(ends) {
@@ -211,7 +241,13 @@ impl Outcome {
                 End::Finished(result) => Ok(*result),
                 End::Failed(problem) => Err(problem),
             };
-            by_arm[run.arm][run.choice].push(RunOutcome { seed: run.seed, end, history });
+            by_arm[run.arm][run.choice].push(RunOutcome {
+                seed: run.seed,
+                folder: run.folder.clone(),
+                end,
+                history,
+                evaluated: BTreeMap::new(),
+            });
         }
         let quality = plan.comparison.metric;
         let arms = plan.arms.iter().zip(by_arm).map(|(arm, runs)| arm_outcome(arm, runs, quality));
@@ -220,6 +256,7 @@ impl Outcome {
             name: plan.name(),
             file: plan.file.display().to_string(),
             command: command.to_owned(),
+            prepared,
             comparison: plan.comparison.clone(),
             base: plan.base,
             arms: arms.collect::<Result<_, Failure>>()?,
@@ -394,49 +431,21 @@ pub fn curve(history: &[Value], tokens_per_step: u64, value: impl Fn(&Value) -> 
     points
 }
 
-/// Names of what mechanisms told about themselves, over all layers: `entropy`, `lambda`, ...
-pub fn observed(history: &[Value]) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    for key in history.iter().filter_map(Value::as_object).flat_map(|line| line.keys()) {
-        let name = key.strip_prefix("attention/layer_").and_then(|rest| rest.split_once('/')).map(|(_, name)| name);
-        if let Some(name) = name.filter(|name| !names.iter().any(|known| known == name)) {
-            names.push(name.to_owned());
-        }
-    }
-    names
-}
-
-/// The mean over layers of an observation in a line of the log.
-pub fn mean_over_layers(line: &Value, name: &str) -> Option<f64> {
-    let of_name = |key: &str| {
-        key.strip_prefix("attention/layer_")
-            .and_then(|rest| rest.split_once('/'))
-            .is_some_and(|(_, found)| found == name)
-    };
-    let values: Vec<f64> =
-        line.as_object()?.iter().filter(|(key, _)| of_name(key)).filter_map(|(_, value)| value.as_f64()).collect();
-    Some(Summary::of(&values)?.mean)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
 
     #[test]
-    fn curves_add_up_time_and_average_layers() {
+    fn curves_add_up_time() {
         let history = [
             json!({ "step": 1, "tokens_per_second": 100.0, "loss": 3.0 }),
             json!({ "step": 5, "tokens_per_second": 200.0, "loss": 2.0 }),
             json!({ "step": 5, "validation_loss": 2.5 }),
-            json!({ "step": 5, "attention/layer_00/entropy": 1.0, "attention/layer_01/entropy": 3.0 }),
         ];
         let points = curve(&history, 10, |line| line["validation_loss"].as_f64());
         assert_eq!(points.len(), 1);
         assert_eq!((points[0].tokens, points[0].value), (50.0, 2.5));
         assert!((points[0].seconds - (0.1 + 0.2)).abs() < 1e-12);
-        assert_eq!(observed(&history), ["entropy"]);
-        assert_eq!(mean_over_layers(&history[3], "entropy"), Some(2.0));
-        assert_eq!(mean_over_layers(&history[0], "entropy"), None);
     }
 }

@@ -11,6 +11,7 @@ use crate::result;
 
 use super::comparison::{Comparison, Matched, Read, folder_name};
 use super::matching::{Match, other_data, solve};
+use super::prepare::Prepared;
 
 /// What a comparison will run.
 pub struct Plan {
@@ -75,29 +76,36 @@ pub type TextHash<'a> = dyn FnMut(&Resolved) -> Result<Option<String>, Failure> 
 
 /// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet: then nothing can be
 /// counted.
-pub fn waits_for_weights(read: &Read) -> bool {
+pub fn waits_for_weights(read: &Read, prepared: &Prepared) -> bool {
     let mut waits = false;
     for at in 0..read.comparison.arm.len() {
         let mut layers = read.base.clone();
         layers.push(read.layer.part(&["recipe"]));
         layers.push(read.layer.part(&["arm", &at.to_string(), "recipe"]));
         // What is wrong with an arm is told by `plan`, which names it.
-        let Ok(loaded) = recipe::from_layers(layers) else { return false };
+        let layers = prepared.filled(layers, read.comparison.seeds[0]);
+        let Ok(loaded) = layers.and_then(recipe::from_layers) else { return false };
         waits |= loaded.recipe.model.pretrained.is_some_and(|folder| !folder.exists());
     }
     waits
 }
 
-/// Plans a comparison that was read from `file`, to be written to `out`. Nothing is trained.
+/// Plans a comparison that was read from `file`, to be written to `out`, and for which everything is prepared. Nothing is
+/// trained.
 ///
 /// # Errors
 /// All arms that cannot run, each by its name; or what is wrong with the data.
-pub fn plan(read: Read, (file, out): (&Path, &Path), text_hash: &mut TextHash<'_>) -> Result<Plan, Failure> {
+pub fn plan(
+    read: Read,
+    prepared: &Prepared,
+    (file, out): (&Path, &Path),
+    text_hash: &mut TextHash<'_>,
+) -> Result<Plan, Failure> {
     let Read { comparison, layer, base: mut below } = read;
     below.push(layer.part(&["recipe"]));
     let base = comparison.base.as_ref().and_then(|name| comparison.arm.iter().position(|arm| arm.name == *name));
     let base = base.unwrap_or(0);
-    let arms = load(&comparison, &layer, &below)?;
+    let arms = load(&comparison, &layer, &below, prepared)?;
 
     let cost = |run: &Resolved| totals(run, run.vocab_size());
     let targets: Vec<u64> = arms[base].iter().map(|(_, run)| comparison.matched.of(&cost(run))).collect();
@@ -136,7 +144,7 @@ pub fn plan(read: Read, (file, out): (&Path, &Path), text_hash: &mut TextHash<'_
             if let Some(found) = &matched {
                 layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
             }
-            let run = with_seed(&layers, comparison.seeds[0])?;
+            let run = with_seed(&layers, comparison.seeds[0], prepared)?;
             let totals = cost(&run);
             ready.push(Choice { words: words.join(", "), run, totals, matched, layers });
         }
@@ -145,12 +153,17 @@ pub fn plan(read: Read, (file, out): (&Path, &Path), text_hash: &mut TextHash<'_
     if !problems.is_empty() {
         return Err(Problems(problems).into());
     }
-    let runs = runs(&comparison, &planned, out, text_hash)?;
+    let runs = runs(&comparison, &planned, (prepared, out), text_hash)?;
     Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, base, runs })
 }
 
 /// Every arm's layers with every choice of the sweep, each checked as a recipe.
-fn load(comparison: &Comparison, layer: &Layer, below: &[Layer]) -> Result<Vec<Vec<Layered>>, Failure> {
+fn load(
+    comparison: &Comparison,
+    layer: &Layer,
+    below: &[Layer],
+    prepared: &Prepared,
+) -> Result<Vec<Vec<Layered>>, Failure> {
     let (mut arms, mut problems) = (Vec::new(), Vec::new());
     for (at, arm) in comparison.arm.iter().enumerate() {
         let own = layer.part(&["arm", &at.to_string(), "recipe"]);
@@ -167,7 +180,7 @@ fn load(comparison: &Comparison, layer: &Layer, below: &[Layer]) -> Result<Vec<V
             for words in &choice {
                 layers.push(line("sweep", words)?);
             }
-            match resolve(layers.clone()) {
+            match with_seed(&layers, comparison.seeds[0], prepared) {
                 Ok(run) => choices.push((layers, run)),
                 Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
                 Err(Failure::Usage(found)) => {
@@ -186,13 +199,9 @@ fn line(name: &str, text: &str) -> Result<Layer, Problems> {
     parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
 }
 
-fn with_seed(layers: &[Layer], seed: u64) -> Result<Resolved, Failure> {
-    let mut layers = layers.to_vec();
+fn with_seed(layers: &[Layer], seed: u64, prepared: &Prepared) -> Result<Resolved, Failure> {
+    let mut layers = prepared.filled(layers.to_vec(), seed)?;
     layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
-    resolve(layers)
-}
-
-fn resolve(layers: Vec<Layer>) -> Result<Resolved, Failure> {
     assemble::resolve(&recipe::from_layers(layers)?)
 }
 
@@ -226,14 +235,14 @@ fn equal(
 fn runs(
     comparison: &Comparison,
     arms: &[ArmPlan],
-    out: &Path,
+    (prepared, out): (&Prepared, &Path),
     text_hash: &mut TextHash<'_>,
 ) -> Result<Vec<Run>, Failure> {
     let mut runs = Vec::new();
     for &seed in &comparison.seeds {
         for (arm, planned) in arms.iter().enumerate() {
             for (choice, chosen) in planned.choices.iter().enumerate() {
-                let resolved = with_seed(&chosen.layers, seed)?;
+                let resolved = with_seed(&chosen.layers, seed, prepared)?;
                 let text = recipe::resolved(&resolved.recipe)?;
                 let id = result::id(&text, text_hash(&resolved)?.as_deref());
                 let folder = format!("{}-seed-{seed}-{}", folder_name(&planned.name), &id[..8]);

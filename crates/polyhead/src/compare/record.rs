@@ -16,7 +16,8 @@ use crate::console::{talk, thousands};
 use crate::report::Failure;
 use crate::result::Environment;
 
-use super::comparison::Quality;
+use super::comparison::Looked;
+use super::further::further;
 use super::outcome::{METRICS, Outcome};
 use super::statistics::Summary;
 
@@ -68,7 +69,7 @@ pub struct RecordedClaim {
     /// The arms that show it; the first one is what the others are compared with.
     pub arms: Vec<String>,
     /// What is looked at.
-    pub metric: Quality,
+    pub metric: Looked,
     /// What the numbers say, in a person's words.
     pub verdict: String,
 }
@@ -84,7 +85,7 @@ pub fn write(outcome: &Outcome) -> Result<PathBuf, Failure> {
     for claim in &mut record.claims {
         let old = before.as_ref().and_then(|before| {
             let same = before.claims.iter().find(|old| old.claim == claim.claim && old.arms == claim.arms)?;
-            let numbers = |record: &[RecordedArm]| qualities(record, &claim.arms);
+            let numbers = |record: &[RecordedArm]| judged(record, claim);
             (numbers(&before.arms) == numbers(&record.arms)).then(|| same.verdict.clone())
         });
         claim.verdict = old.unwrap_or_default();
@@ -105,12 +106,14 @@ fn folder() -> PathBuf {
 fn record(outcome: &Outcome) -> Result<Record, Failure> {
     let first =
         outcome.results().next().ok_or_else(|| Failure::Run("no run has finished: nothing to record".into()))?;
+    let more = further(outcome);
     let arms = outcome.arms.iter().enumerate().map(|(at, arm)| {
-        let values = METRICS.iter().filter_map(|metric| {
-            let found = outcome.values(at, metric);
+        let every = METRICS.iter().map(|metric| (&metric.key, outcome.values(at, metric)));
+        let more = more.iter().map(|further| (&further.metric.key, further.values[at].clone()));
+        let values = every.chain(more).filter_map(|(key, found)| {
             let of_seed = |seed: &u64| found.iter().find(|(other, _)| other == seed).map(|(_, value)| *value);
             let list = outcome.comparison.seeds.iter().map(of_seed).collect();
-            (!found.is_empty()).then(|| (metric.key.to_owned(), list))
+            (!found.is_empty()).then(|| (key.to_string(), list))
         });
         RecordedArm { name: arm.name.clone(), choice: arm.choice.clone(), values: values.collect() }
     });
@@ -119,7 +122,7 @@ fn record(outcome: &Outcome) -> Result<Record, Failure> {
         paper: claim.paper.clone(),
         code: claim.code.clone(),
         arms: claim.arms.clone(),
-        metric: claim.metric.unwrap_or(outcome.comparison.metric),
+        metric: claim.metric.clone().unwrap_or(Looked::Quality(outcome.comparison.metric)),
         verdict: String::new(),
     });
     Ok(Record {
@@ -134,13 +137,15 @@ fn record(outcome: &Outcome) -> Result<Record, Failure> {
     })
 }
 
-/// What a verdict is about: the scores of these arms.
-fn qualities(arms: &[RecordedArm], names: &[String]) -> Vec<Option<Vec<Vec<Option<f64>>>>> {
+/// What a verdict is about: the scores of its arms, and the number that it looks at.
+fn judged(arms: &[RecordedArm], claim: &RecordedClaim) -> Vec<Option<Vec<Vec<Option<f64>>>>> {
+    let looked = claim.metric.metric();
+    let keys = || METRICS[..3].iter().map(|metric| &*metric.key).chain([&*looked.key]);
     let of = |name: &String| {
         let arm = arms.iter().find(|arm| arm.name == *name)?;
-        Some(METRICS[..3].iter().filter_map(|metric| arm.values.get(metric.key).cloned()).collect())
+        Some(keys().filter_map(|key| arm.values.get(key).cloned()).collect())
     };
-    names.iter().map(of).collect()
+    claim.arms.iter().map(of).collect()
 }
 
 fn read(path: &Path) -> Result<Record, Failure> {
@@ -179,7 +184,7 @@ fn row(record: &Record, claim: &RecordedClaim) -> Result<String, String> {
         let arm = record.arms.iter().find(|arm| arm.name == *name);
         let arm =
             arm.ok_or_else(|| format!("the claim \"{}\" names the arm \"{name}\", which is not there", claim.claim))?;
-        arm.values.get(metric.key).ok_or_else(|| format!("the arm \"{name}\" has no {}", metric.key))
+        arm.values.get(&*metric.key).ok_or_else(|| format!("the arm \"{name}\" has no {}", metric.key))
     };
     let signed = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
     let (mut measured, mut differences) = (Vec::new(), Vec::new());

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use super::plan::{Plan, Run};
 use super::progress::Progress;
 
 /// Between two looks at the children; chosen by us.
-const LOOK: Duration = Duration::from_millis(100);
+pub const LOOK: Duration = Duration::from_millis(100);
 /// How long runs of an earlier call may take to save and leave; chosen by us.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Last lines of a failed run's log that are told.
@@ -90,7 +91,7 @@ pub fn run_all(plan: &Plan, share: Share, stop: &AtomicUsize, progress: &mut Pro
                     }
                     None if stop.load(Ordering::SeqCst) != 0 => {} // saved and left
                     None => {
-                        let problem = format!("{status}\n{}", end_of_log(run));
+                        let problem = format!("{status}\n{}", end_of_log(&log_of(run)));
                         progress.failed(at, &problem);
                         ends[at] = Some(End::Failed(problem));
                     }
@@ -130,27 +131,36 @@ fn wait_until_free(run: &Run) -> Result<(), Failure> {
 fn start(run: &Run, threads: usize) -> Result<Child, Failure> {
     let recipe = run.folder.join("recipe.toml");
     atomic_write(&recipe, run.text.as_bytes())?;
-    let path = run.folder.join("log.txt");
-    let log = File::options().create(true).append(true).open(&path);
-    let log = log.map_err(|error| Failure::file("open", &path, error))?;
+    let [recipe, folder] = [&recipe, &run.folder].map(|path| path.display().to_string());
+    spawn(&["train".into(), recipe, "--out".into(), folder], &log_of(run), None, threads)
+}
+
+fn log_of(run: &Run) -> PathBuf {
+    run.folder.join("log.txt")
+}
+
+/// Starts this program with other arguments and so many threads; what it says goes to a log, what it puts out to `output` or
+/// there too.
+pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, threads: usize) -> Result<Child, Failure> {
+    let file = File::options().create(true).append(true).open(log);
+    let file = file.map_err(|error| Failure::file("open", log, error))?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("train").arg(&recipe).arg("--out").arg(&run.folder);
-    command.env("RAYON_NUM_THREADS", threads.to_string());
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.args(arguments).env("RAYON_NUM_THREADS", threads.to_string());
+    command.stdin(Stdio::null()).stdout(output.map_or_else(|| file.try_clone(), Ok)?).stderr(file);
     children::bind(&mut command);
     Ok(command.spawn()?)
 }
 
-fn end_of_log(run: &Run) -> String {
-    let path = run.folder.join("log.txt");
-    let log = std::fs::read_to_string(&path).unwrap_or_default();
+/// The last lines of a log, and where it lies.
+pub fn end_of_log(path: &Path) -> String {
+    let log = std::fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     format!("{} ends with:\n{}", path.display(), lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"))
 }
 
 /// Children that hear of signals from us alone, and that do not outlive us.
 #[cfg(unix)]
-mod children {
+pub mod children {
     use std::os::unix::process::CommandExt;
     use std::process::{Child, Command};
 
@@ -182,7 +192,7 @@ mod children {
 }
 
 #[cfg(not(unix))]
-mod children {
+pub mod children {
     use std::process::{Child, Command};
 
     /// Elsewhere Ctrl-C reaches every process of the console.
