@@ -28,6 +28,7 @@ fn golden_gda() {
             head_dim: Some(size(config, "head_dim")),
             lambda_init: LambdaInit::Constant(config["lambda_init"].as_f64().unwrap()),
             subln: true,
+            subln_init: 1.0,
         })
     });
 }
