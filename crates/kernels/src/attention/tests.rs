@@ -215,6 +215,13 @@ fn tiles_agree_for_maps_wide_values_cached_keys_and_scales() {
 }
 
 #[test]
+fn heads_that_nobody_reads_have_gradients_of_zero() {
+    let keys = HeadMap::Each(vec![0, 0, 3, 0]);
+    let values = HeadMap::Each(vec![1, 1, 1, 1]);
+    compare(&case(2, 4, 4, 70, 12), &AttentionOptions { keys, values, ..Default::default() });
+}
+
+#[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let (q, k, v) = (leaf(1, 2, 700, 16), leaf(1, 1, 700, 16), leaf(1, 1, 700, 16));
     let run = |threads: usize| {

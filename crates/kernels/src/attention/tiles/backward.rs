@@ -26,8 +26,8 @@ pub(super) fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f
     let chunks = TASKS.div_ceil(batch * n_families).min(keys.div_ceil(CHUNK)).max(1);
     let chunk = keys.div_ceil(chunks);
     let mut q_grad = room(chunks * batch * queries * heads * width);
-    let mut k_grad = room(batch * keys * key_heads * width);
-    let mut v_grad = room(batch * keys * value_heads * value_width);
+    let mut k_grad = room_of_heads(batch * keys * width, key_heads, &plan.key_of);
+    let mut v_grad = room_of_heads(batch * keys * value_width, value_heads, &plan.value_of);
     let deltas = deltas(output, output_grad, plan);
     let grads = Grads { q: Shared::new(&mut q_grad), k: Shared::new(&mut k_grad), v: Shared::new(&mut v_grad) };
     (0..batch * n_families * chunks).into_par_iter().for_each_init(
@@ -59,6 +59,12 @@ pub(super) fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f
         cpu::tensor_by_position(k_grad, k.shape),
         cpu::tensor_by_position(v_grad, v.shape),
     ]
+}
+
+/// Room for the gradients of `heads` heads, each of `len` values: those that no query head reads get nothing written to them.
+fn room_of_heads(len: usize, heads: usize, read: &[usize]) -> Vec<f32> {
+    let all_read = (0..heads).all(|head| read.contains(&head));
+    if all_read { room(len * heads) } else { vec![0.0; len * heads] }
 }
 
 /// `[batch, heads, queries]`: the product of each output with its gradient, which the softmax's backward subtracts.
