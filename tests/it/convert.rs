@@ -81,8 +81,8 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     let table = convert("parent", &["--kv-budget", "0.4", "--out", "dha"]);
     let [before, after] = row(&table, "KV bytes per token, measured");
     assert_eq!(after, before * 6.0 / 16.0, "6 of 16 heads: {table}");
-    for file in ["keys_cka", "values_cosine", "keys_distance"] {
-        assert!(world.read(&format!("dha/similarity/{file}.png")).starts_with(b"\x89PNG"));
+    for file in ["similarity/keys_cka", "similarity/values_cosine", "similarity/keys_distance", "allocation/heads"] {
+        assert!(world.read(&format!("dha/{file}.png")).starts_with(b"\x89PNG"));
     }
     world.succeeds(&["export", "dha", "--to", "expanded", "--expanded"]);
     close(&logits(&world, "dha"), &logits(&world, "expanded"));
@@ -105,21 +105,50 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     assert!((before - after).abs() < 2e-4, "{table}");
     close(&logits(&world, "fused"), &logits(&world, "collapsed"));
 
-    // Interrupted and resumed, the multipliers go on as they were.
+    // Interrupted and resumed, operators and multipliers go on as they were.
     std::fs::write(world.dir.path().join("bound.toml"), fuse("fusing", "lagrangian")).unwrap();
-    world.succeeds(&["train", "bound.toml", "--out", "whole"]);
-    world.succeeds(&["train", "bound.toml", "--out", "parts"]);
     let last = |run: &str| format!("{run}/step-00000012");
-    std::fs::remove_dir_all(world.dir.path().join(last("parts"))).unwrap();
-    world.succeeds(&["train", "bound.toml", "--out", "parts"]);
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let read = |run: &str| world.read(&format!("{}/{file}", last(run)));
-        assert_eq!(read("whole"), read("parts"), "{file}");
+    for (recipe, whole, parts) in [("fuse.toml", "fused", "fused-parts"), ("bound.toml", "whole", "parts")] {
+        world.succeeds(&["train", recipe, "--out", whole]);
+        world.succeeds(&["train", recipe, "--out", parts]);
+        std::fs::remove_dir_all(world.dir.path().join(last(parts))).unwrap();
+        world.succeeds(&["train", recipe, "--out", parts]);
+        for file in ["model.safetensors", "optimizer.safetensors"] {
+            let read = |run: &str| world.read(&format!("{}/{file}", last(run)));
+            assert_eq!(read(whole), read(parts), "{file}");
+        }
     }
     let progress = |run: &str| -> serde_json::Value {
         serde_json::from_slice(&world.read(&format!("{}/state.json", last(run)))).unwrap()
     };
     assert_eq!(progress("whole")["procedure"], progress("parts")["procedure"]);
+
+    // What was left to fuse shares the budget anew, among the heads that fusion started from.
+    let dynamic = ["--search", "dynamic", "--kv-budget"];
+    convert("whole", &[&dynamic[..], &["0.5", "--fusing", "--out", "again"]].concat());
+    assert_eq!(
+        logits(&world, "parent"),
+        logits(&world, "again"),
+        "the parent's weights, and operators that are the identity"
+    );
+    let table = convert("whole", &[&dynamic[..], &["0.5", "--out", "by-need"]].concat());
+    let [before, after] = row(&table, "KV bytes per token, measured");
+    assert_eq!(after, before / 2.0, "{table}");
+    convert("whole", &[&dynamic[..], &["1.0", "--out", "all"]].concat());
+    close(&logits(&world, "parent"), &logits(&world, "all"));
+    let wrong = |from: &str, more: &[&str]| {
+        let args = ["convert", from, "--to", "decoupled_head", "--search", "dynamic", "--out", "x"];
+        world.run(&[&args[..], more].concat())
+    };
+    let words = |output: std::process::Output| String::from_utf8(output.stderr).unwrap();
+    for from in ["parent", "fused", "collapsed"] {
+        let err = words(wrong(from, &[]));
+        assert!(err.contains("lagrangian"), "{from}: {err}");
+    }
+    std::fs::rename(world.dir.path().join("fusing"), world.dir.path().join("moved")).unwrap();
+    assert!(words(wrong("whole", &[])).contains("--original"));
+    assert!(words(wrong("whole", &["--original", "fused"])).contains("begun to fuse"));
+    convert("whole", &["--search", "dynamic", "--original", "moved", "--out", "found"]);
     std::fs::write(world.dir.path().join("wrong.toml"), fuse("parent", "anneal")).unwrap();
     assert!(world.fails(1, &["train", "wrong.toml", "--out", "wrong"]).contains("--fusing"));
 }
@@ -156,4 +185,50 @@ fn heads_that_rest() {
     };
     assert!(fails(&["--shared", "2"]).contains("--top-k"));
     assert!(fails(&["--shared", "2", "--top-k", "3"]).contains("top_k (3)"));
+}
+
+#[test]
+fn groups_as_large_as_their_keys_call_for() {
+    let (world, rest) = world();
+    let convert = |from: &str, more: &[&str]| world.succeeds(&[&["convert", from, "--to"], more].concat()).0;
+    let table = convert("parent", &["key_driven", "--kv-heads", "2", "--out", "driven"]);
+    let [before, after] = row(&table, "KV bytes per token, measured");
+    assert_eq!(after, before / 2.0, "{table}");
+    assert!(table.contains("layer 1   query heads of its key/value heads: "), "{table}");
+    assert!(world.read("driven/allocation/heads.png").starts_with(b"\x89PNG"));
+    convert("parent", &["key_driven", "--kv-heads", "2", "--allocation", "proportion", "--out", "in-proportion"]);
+    let recipe = String::from_utf8(world.read("in-proportion/recipe.toml")).unwrap();
+    assert!(recipe.contains("query_heads = ["), "{recipe}");
+
+    // Two norms leave one head unread: it goes.
+    let table = convert("driven", &["decoupled_head", "--out", "lean"]);
+    assert_eq!(row(&table, "KV bytes per token, measured"), [before / 2.0, before / 4.0], "{table}");
+    close(&logits(&world, "driven"), &logits(&world, "lean"));
+    std::fs::write(world.dir.path().join("child.toml"), format!("[model]\npretrained = \"driven\"\n{rest}")).unwrap();
+    world.succeeds(&["train", "child.toml", "--out", "child"]);
+    for more in [&["--to", "native"][..], &["--to", "expanded", "--expanded"]] {
+        world.succeeds(&[&["export", "child"], more].concat());
+        close(&logits(&world, "child"), &logits(&world, more[1]));
+    }
+    let attention = "model.decoder.attention.key_driven={n_heads = 4, n_kv_heads = 2, allocation = {per_call = {}}}";
+    let err = world.fails(2, &["validate", "recipe.toml", attention]);
+    assert!(err.contains("keys that come later") && err.contains("--to key_driven"), "{err}");
+}
+
+#[test]
+fn a_folder_in_hugging_faces_format_is_compared_on_a_text() {
+    let (before, rest) = SMALL.split_once("[model.decoder.attention").unwrap();
+    let rest = rest.split_once("[data.markov]\nstates = 6").unwrap().1;
+    let world = World::new(&format!("{before}{SOFTMAX}[data.text]\npaths = [\"book.txt\"]\n{rest}"));
+    std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(90)).unwrap();
+    world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    world.succeeds(&["export", "run", "--to", "folder"]);
+    let convert = ["convert", "folder", "--to", "grouped_query", "--kv-heads", "2", "--out", "lean"];
+    assert!(world.fails(2, &convert).contains("--text"));
+    assert!(!world.dir.path().join("lean").exists());
+    let (table, err) = world.succeeds(&[&convert[..], &["--text", "book.txt"]].concat());
+    let [before, after] = row(&table, "loss");
+    assert!(before > 0.0 && after > 0.0 && err.contains("1 text file"), "{table}{err}");
+    world.succeeds(&["generate", "lean", "--max-new-tokens", "3"]);
+    world.succeeds(&["eval", "lean"]);
 }

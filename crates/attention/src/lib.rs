@@ -16,6 +16,7 @@ mod decoupled_head;
 mod gaussian_adaptive;
 mod grouped_differential;
 mod hilo;
+pub mod key_driven;
 #[cfg(test)]
 mod laws;
 mod mixture_of_head;
@@ -39,6 +40,7 @@ pub use gaussian_adaptive::{
 };
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
 pub use hilo::{HiLo, HiLoConfig};
+pub use key_driven::{KeyDriven, KeyDrivenConfig};
 pub use mixture_of_head::{
     Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
     QueryNormConfig, RouterConfig, Routing, StraightThrough,
@@ -65,6 +67,14 @@ pub trait MechanismConfig: Sized {
     /// # Errors
     /// Names the field, its value and the rule it breaks.
     fn validate(&self, dims: &Dims) -> Result<(), ConfigError>;
+
+    /// Refuses what looks at positions that the mask hides, which a decoder cannot use. Most mechanisms never do.
+    ///
+    /// # Errors
+    /// Names the field and the way out.
+    fn check_causal(&self) -> Result<(), ConfigError> {
+        Ok(())
+    }
 
     /// A layer with fresh weights. Cannot fail after [`validate`](Self::validate).
     fn init(&self, dims: &Dims, device: &Device) -> Self::Layer;
@@ -139,6 +149,14 @@ macro_rules! mechanisms {
                 match self { $(Self::$Layer(config) => config.validate(dims).map_err(|e| e.within(self.name())),)+ }
             }
 
+            /// See [`MechanismConfig::check_causal`].
+            ///
+            /// # Errors
+            /// Names the field and the way out.
+            pub fn check_causal(&self) -> Result<(), ConfigError> {
+                match self { $(Self::$Layer(config) => config.check_causal().map_err(|e| e.within(self.name())),)+ }
+            }
+
             /// See [`MechanismConfig::init`].
             pub fn init(&self, dims: &Dims, device: &Device) -> Attention {
                 match self { $(Self::$Layer(config) => Attention::$Layer(config.init(dims, device)),)+ }
@@ -182,4 +200,6 @@ mechanisms! {
     mixture_of_head => MixtureOfHead, MixtureOfHeadConfig;
     /// Decoupled-Head Attention: each layer has its own key heads and value heads, shared by maps of their own.
     decoupled_head => DecoupledHead, DecoupledHeadConfig;
+    /// Key-driven grouping: groups of query heads as large as the norms of their keys say.
+    key_driven => KeyDriven, KeyDrivenConfig;
 }

@@ -177,7 +177,9 @@ impl DecoderConfig {
                 PerLayer::Same(_) => "attention".to_owned(),
                 PerLayer::Each(_) => format!("attention.{layer}"),
             };
-            self.mechanism(layer).validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
+            let mechanism = self.mechanism(layer);
+            mechanism.validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
+            mechanism.check_causal().map_err(|e| e.within(&table))?;
             let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
             if !(fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2)) && self.rope {
                 let problem = format!(
@@ -296,7 +298,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    fn forward(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
+    pub(crate) fn forward(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
         match &self.bias {
             Some(bias) => layer_norm(hidden, self.weight.val(), bias.val(), eps),
             None => rms_norm(hidden, self.weight.val(), eps),

@@ -40,6 +40,9 @@ pub enum Command {
     ///
     /// The run is written to --out (default: checkpoints/<name of the recipe>): checkpoints, metrics.jsonl, TensorBoard
     /// files. The same command goes on where the run stopped; Ctrl-C saves first, a second Ctrl-C leaves at once.
+    ///
+    /// A recipe with [[stage]] tables is run stage after stage, each from the weights of the one before, into 1-<name>,
+    /// 2-<name>, ... there.
     Train(TrainArgs),
     /// List the recipes at hand.
     Ls,
@@ -153,6 +156,8 @@ Examples:
 Examples:
   polyhead convert checkpoints/run --to grouped_query --kv-heads 2 --out checkpoints/gqa
   polyhead convert checkpoints/run --to decoupled_head --kv-budget 0.25 --out checkpoints/dha
+  polyhead convert checkpoints/lagrangian --to decoupled_head --search dynamic --fusing --out checkpoints/again
+  polyhead convert checkpoints/run --to key_driven --kv-heads 4 --out checkpoints/driven
   polyhead convert checkpoints/run --to mixture_of_head --shared 8 --top-k 4 --out checkpoints/moh
   polyhead convert llama-folder --to grouped_query --kv-heads 4 --pool norm_restoring --text book.txt --out checkpoints/gqa")]
     Convert(crate::commands::convert::ConvertArgs),

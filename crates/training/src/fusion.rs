@@ -9,7 +9,7 @@
 use burn::module::Module;
 use polyhead_attention::Attention;
 use polyhead_models::ContextMask;
-use polyhead_models::{Batch, Decoder, Pass};
+use polyhead_models::{Batch, Decoder, Pass, surgery};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -166,12 +166,8 @@ impl Fusion {
 
 /// The mean over cells of what is left to fuse.
 fn scatter(model: &Decoder) -> Option<f64> {
-    let cells = model.layers.iter().filter_map(|layer| match &layer.attention {
-        Attention::DecoupledHead(heads) => heads.scatter(),
-        _ => None,
-    });
-    let cells: Vec<f64> = cells.flatten().map(|cell| f64::from(cell.into_scalar::<f32>())).collect();
-    (!cells.is_empty()).then(|| cells.iter().sum::<f64>() / cells.len() as f64)
+    let cells = surgery::scatter(model)?;
+    Some(cells.iter().sum::<f64>() / cells.len() as f64)
 }
 
 fn set_anneal(model: &mut Decoder, share: f64) {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::import::transpose;
 use super::names::{Family, Layout};
-use crate::surgery::{SurgeryError, standard_grouped};
+use crate::surgery::{SurgeryError, decouple_key_driven, standard_grouped};
 use crate::weights::{Named, WeightsError, named, to_safetensors};
 use crate::{Decoder, DecoderConfig, MlpKind, NormKind, PerLayer, RopeScaling};
 
@@ -46,8 +46,11 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
         return unsupported("model.decoder.rope = false: the formats that can be written all rotate positions");
     }
     let first = config.mechanism(0);
+    let refused = |error: SurgeryError| ExportError::Unsupported(error.to_string());
+    if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::KeyDriven(_))) {
+        return export(&decouple_key_driven(model).map_err(refused)?, options);
+    }
     if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::DecoupledHead(_))) {
-        let refused = |error: SurgeryError| ExportError::Unsupported(error.to_string());
         if let Some(grouped) = standard_grouped(model).map_err(refused)? {
             return export(&grouped, options);
         }
@@ -66,7 +69,7 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
                 "mixture_of_head: the format has no such model; model.safetensors of the checkpoint holds it",
             );
         }
-        AttentionConfig::DecoupledHead(_) => unreachable!("written above"),
+        AttentionConfig::DecoupledHead(_) | AttentionConfig::KeyDriven(_) => unreachable!("written above"),
     };
     files(model, family, json, options)
 }

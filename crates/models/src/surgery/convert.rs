@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
-use polyhead_attention::{Attention, AttentionConfig, DecoupledHeadConfig, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, SoftmaxConfig};
 
-use super::heads::{Cell, Heads, Pool};
+use super::heads::{Cell, Heads, Pool, labels_after};
+use super::key_driven::decouple_key_driven;
 use super::search::search;
 use crate::weights::{Named, WeightsError, load, named};
 use crate::{Decoder, DecoderConfig, PerLayer};
@@ -22,7 +22,7 @@ pub enum SurgeryError {
 }
 
 /// Which query heads share their heads.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Grouping {
     /// The same number of key and of value heads in all layers, each shared by neighbours.
     Contiguous(usize),
@@ -30,6 +30,9 @@ pub enum Grouping {
     Ward(usize),
     /// This share of all key and value heads, given to layers by likeness.
     Budget(f64),
+    /// These numbers of heads for the keys and the values of each layer, grouped by likeness: (layer 0, keys), (layer 0,
+    /// values), (layer 1, keys), ...
+    Each(Vec<usize>),
 }
 
 /// Weights by name, on their way from one model to another.
@@ -49,12 +52,12 @@ pub(super) fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights
 }
 
 /// The heads of a projection of a layer.
-fn take(weights: &Weights, layer: usize, projection: &str, n: usize) -> Heads {
+pub(super) fn take(weights: &Weights, layer: usize, projection: &str, n: usize) -> Heads {
     let at = |part: &str| weights.get(&format!("layers.{layer}.attention.{projection}.{part}"));
     Heads::of(at("weight").unwrap_or_else(|| unreachable!("every layer has a {projection}")), at("bias"), n)
 }
 
-fn put(weights: &mut Weights, layer: usize, projection: &str, heads: &Heads) {
+pub(super) fn put(weights: &mut Weights, layer: usize, projection: &str, heads: &Heads) {
     let (weight, bias) = heads.projection();
     for (part, tensor) in [("weight", Some(weight)), ("bias", bias)] {
         if let Some(tensor) = tensor {
@@ -73,7 +76,7 @@ pub fn heads_of_layer(model: &Decoder, layer: usize, cell: Cell) -> Result<Heads
     Ok(take(&weights_of(model), layer, cell.projection(), kv_heads))
 }
 
-fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
+pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
     match model.config().mechanism(layer) {
         AttentionConfig::Softmax(softmax) => Ok(softmax),
         other => refused(format!("layer {layer} has {} attention; softmax attention can be converted", other.name())),
@@ -118,7 +121,7 @@ pub(super) fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfi
 }
 
 /// Key and value labels of every layer, for a parent with as many key/value heads as query heads.
-fn maps(parent: &Decoder, grouping: Grouping) -> Result<Vec<[Vec<usize>; 2]>, SurgeryError> {
+pub(super) fn maps(parent: &Decoder, grouping: &Grouping) -> Result<Vec<[Vec<usize>; 2]>, SurgeryError> {
     let (config, weights) = (parent.config(), weights_of(parent));
     let mut cells = Vec::new();
     for layer in 0..config.n_layers {
@@ -137,40 +140,46 @@ fn maps(parent: &Decoder, grouping: Grouping) -> Result<Vec<[Vec<usize>; 2]>, Su
         }
         cells.extend([Cell::Keys, Cell::Values].map(|cell| take(&weights, layer, cell.projection(), heads)));
     }
-    let all: usize = cells.iter().map(Heads::len).sum();
-    let labels: Vec<Vec<usize>> = match grouping {
-        Grouping::Contiguous(n) | Grouping::Ward(n) => {
-            let mut labels = Vec::new();
-            for heads in &cells {
-                if n == 0
-                    || n > heads.len()
-                    || matches!(grouping, Grouping::Contiguous(_)) && !heads.len().is_multiple_of(n)
-                {
-                    return refused(format!("--kv-heads ({n}) must divide the {} heads of every layer", heads.len()));
-                }
-                labels.push(match grouping {
-                    Grouping::Ward(_) => {
-                        let merges = heads.agglomerate();
-                        super::heads::labels_after(heads.len(), &merges[..heads.len() - n])
-                    }
-                    _ => contiguous(heads.len(), n),
-                });
-            }
-            labels
-        }
-        Grouping::Budget(share) => {
-            let budget = (share * all as f64).round() as usize;
-            if !(share > 0.0 && share <= 1.0) || budget < cells.len() {
-                let least = cells.len() as f64 / all as f64;
-                return refused(format!("--kv-budget ({share}) must be {least:.4} (one head each) to 1"));
-            }
-            search(&cells, budget)
-        }
-    };
+    let labels = labels(&cells, grouping)?;
     Ok(labels.chunks(2).map(|pair| [pair[0].clone(), pair[1].clone()]).collect())
 }
 
-fn decoupled_config(softmax: &SoftmaxConfig, maps: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
+/// For each cell, which of its heads become one.
+fn labels(cells: &[Heads], grouping: &Grouping) -> Result<Vec<Vec<usize>>, SurgeryError> {
+    let alike = |(heads, n): (&Heads, usize)| labels_after(heads.len(), &heads.agglomerate()[..heads.len() - n]);
+    match grouping {
+        Grouping::Contiguous(n) => match cells.iter().find(|heads| *n == 0 || !heads.len().is_multiple_of(*n)) {
+            Some(heads) => refused(format!("--kv-heads ({n}) must divide the {} heads of every layer", heads.len())),
+            None => Ok(cells.iter().map(|heads| contiguous(heads.len(), *n)).collect()),
+        },
+        Grouping::Ward(n) => labels(cells, &Grouping::Each(vec![*n; cells.len()])),
+        Grouping::Budget(share) => Ok(search(cells, budget(cells, *share)?)),
+        Grouping::Each(counts) => match cells.iter().zip(counts).find(|(heads, n)| !(1..=heads.len()).contains(*n)) {
+            Some((heads, n)) => refused(format!("--kv-heads ({n}) must be 1 to {}, the heads of a layer", heads.len())),
+            None => Ok(cells.iter().zip(counts.iter().copied()).map(alike).collect()),
+        },
+    }
+}
+
+/// How many heads a share of all is.
+fn budget(cells: &[Heads], share: f64) -> Result<usize, SurgeryError> {
+    heads_of_budget(share, cells.len(), cells.iter().map(Heads::len).sum())
+}
+
+/// How many of `all` heads a share of them is, where each of `cells` keeps one at least.
+///
+/// # Errors
+/// If the share is too small or no share.
+pub fn heads_of_budget(share: f64, cells: usize, all: usize) -> Result<usize, SurgeryError> {
+    let heads = (share * all as f64).round() as usize;
+    if !(share > 0.0 && share <= 1.0) || heads < cells {
+        let least = cells as f64 / all as f64;
+        return refused(format!("--kv-budget ({share}) must be {least:.4} (one head each) to 1"));
+    }
+    Ok(heads)
+}
+
+pub(super) fn decoupled_config(softmax: &SoftmaxConfig, maps: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
     DecoupledHeadConfig {
         n_heads: softmax.n_heads,
         head_dim: softmax.head_dim,
@@ -186,7 +195,7 @@ fn decoupled_config(softmax: &SoftmaxConfig, maps: &[Vec<usize>; 2], fusing: boo
 ///
 /// # Errors
 /// If query heads share heads already, or the grouping does not fit.
-pub fn decouple(parent: &Decoder, grouping: Grouping, pool: Pool) -> Result<Decoder, SurgeryError> {
+pub fn decouple(parent: &Decoder, grouping: &Grouping, pool: Pool) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
     let mut layers = Vec::new();
     for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
@@ -201,65 +210,17 @@ pub fn decouple(parent: &Decoder, grouping: Grouping, pool: Pool) -> Result<Deco
     finished(parent, config, weights)
 }
 
-/// The parent with operators that are the identity: the same function to the bit, ready to be fused.
-///
-/// # Errors
-/// As [`decouple`].
-pub fn begin_fusion(parent: &Decoder, grouping: Grouping) -> Result<Decoder, SurgeryError> {
-    let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
-    let mut layers = Vec::new();
-    for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
-        let softmax = softmax_of(parent, layer)?;
-        layers.push(AttentionConfig::DecoupledHead(decoupled_config(softmax, &maps, true)));
-        let Attention::Softmax(attention) = &parent.layers[layer].attention else { continue };
-        let energy = [&attention.k_proj, &attention.v_proj].map(polyhead_attention::energy);
-        let fusion = polyhead_attention::Fusion::identity(softmax.n_heads, Tensor::cat(energy.to_vec(), 0));
-        for tensor in named(&fusion) {
-            let name = format!("layers.{layer}.attention.fusion.{}", tensor.name);
-            weights.insert(name.clone(), Named { name, ..tensor });
-        }
-    }
-    config.attention = per_layer(layers);
-    finished(parent, config, weights)
-}
-
-/// The model with every group fused into one head by the mean of its operators' rows. Nothing changes where the scatter is
-/// 0.
-///
-/// # Errors
-/// If nothing is being fused.
-pub fn collapse(fused: &Decoder) -> Result<Decoder, SurgeryError> {
-    let (mut config, mut weights) = (fused.config().clone(), weights_of(fused));
-    let mut layers = Vec::new();
-    for (layer, block) in fused.layers.iter().enumerate() {
-        let (AttentionConfig::DecoupledHead(old), Attention::DecoupledHead(attention)) =
-            (config.mechanism(layer), &block.attention)
-        else {
-            return refused(format!(
-                "layer {layer} has {} attention: nothing is fused",
-                config.mechanism(layer).name()
-            ));
-        };
-        let Some(operators) = attention.operators() else {
-            return refused(format!("the heads of layer {layer} are fused already"));
-        };
-        for ((cell, labels), operator) in [Cell::Keys, Cell::Values].into_iter().zip(attention.maps()).zip(operators) {
-            let operator: Vec<f64> = operator.into_data().iter::<f64>().collect();
-            let heads = take(&weights, layer, cell.projection(), old.n_heads);
-            put(&mut weights, layer, cell.projection(), &heads.collapsed(labels, &operator));
-        }
-        weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
-        layers.push(AttentionConfig::DecoupledHead(DecoupledHeadConfig { fusing: false, ..old.clone() }));
-    }
-    config.attention = per_layer(layers);
-    finished(fused, config, weights)
-}
-
-/// The same function with a key and a value head for every query head: decoupled heads are repeated.
+/// The same function with a key and a value head for every query head: decoupled heads, and those of frozen groups, are
+/// repeated.
 ///
 /// # Errors
 /// If a layer has other attention, or is still being fused.
 pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
+    if (0..model.config().n_layers)
+        .any(|layer| matches!(model.config().mechanism(layer), AttentionConfig::KeyDriven(_)))
+    {
+        return expanded(&decouple_key_driven(model)?);
+    }
     let (mut config, mut weights) = (model.config().clone(), weights_of(model));
     let mut layers = Vec::new();
     for layer in 0..config.n_layers {
@@ -275,7 +236,7 @@ pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
     finished(model, config, weights)
 }
 
-fn softmax_config(decoupled: &DecoupledHeadConfig, n_kv_heads: Option<usize>) -> SoftmaxConfig {
+pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig, n_kv_heads: Option<usize>) -> SoftmaxConfig {
     let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
     SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm: false }
 }
@@ -322,15 +283,15 @@ pub fn standard_grouped(model: &Decoder) -> Result<Option<Decoder>, SurgeryError
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
-    use burn::tensor::{Device, Int, Tolerance};
+    use burn::tensor::{Device, Int, Tensor, Tolerance};
     use polyhead_attention::{Mask, Observe};
 
     use super::*;
 
     /// Two layers of four heads with weights from a wave: the same in every run, and large enough to attend sharply.
-    fn parent() -> Decoder {
+    pub fn parent() -> Decoder {
         let attention = serde_json::json!({ "softmax": { "n_heads": 4, "qkv_bias": true } });
         let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": attention });
         let config: DecoderConfig = serde_json::from_value(config).unwrap();
@@ -343,21 +304,21 @@ mod tests {
         load(model.clone(), named(&model).into_iter().map(wave).collect()).unwrap()
     }
 
-    fn logits(model: &Decoder) -> Tensor<3> {
+    pub fn logits(model: &Decoder) -> Tensor<3> {
         let tokens = Tensor::<2, Int>::from_ints([[1, 2, 3, 4, 5, 6, 7]], &model.device());
         model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden)
     }
 
-    fn same(a: &Decoder, b: &Decoder) {
+    pub fn same(a: &Decoder, b: &Decoder) {
         logits(a).into_data().assert_approx_eq::<f32>(&logits(b).into_data(), Tolerance::absolute(2e-5));
     }
 
     #[test]
     fn the_whole_budget_is_the_parent_and_neighbours_are_gqa() {
         let parent = parent();
-        same(&decouple(&parent, Grouping::Budget(1.0), Pool::Mean).unwrap(), &parent);
+        same(&decouple(&parent, &Grouping::Budget(1.0), Pool::Mean).unwrap(), &parent);
         let grouped = group_queries(&parent, 2, Pool::NormRestoring).unwrap();
-        let decoupled = decouple(&parent, Grouping::Contiguous(2), Pool::NormRestoring).unwrap();
+        let decoupled = decouple(&parent, &Grouping::Contiguous(2), Pool::NormRestoring).unwrap();
         same(&grouped, &decoupled);
         same(&standard_grouped(&decoupled).unwrap().unwrap(), &grouped);
         let difference: f32 = (logits(&grouped) - logits(&parent)).abs().max().into_scalar();
@@ -367,7 +328,7 @@ mod tests {
     #[test]
     fn groups_that_are_no_neighbours_become_gqa_in_another_order() {
         let parent = parent();
-        let grouped = decouple(&parent, Grouping::Contiguous(2), Pool::Mean).unwrap();
+        let grouped = decouple(&parent, &Grouping::Contiguous(2), Pool::Mean).unwrap();
         // Heads 0 and 3 share, 1 and 2 share: labels by hand.
         let (mut config, weights) = (grouped.config().clone(), weights_of(&grouped));
         let AttentionConfig::DecoupledHead(mut heads) = config.mechanism(0).clone() else { panic!() };
@@ -381,7 +342,7 @@ mod tests {
     #[test]
     fn budgets_are_kept_and_maps_that_differ_are_no_gqa() {
         let parent = parent();
-        let lean = decouple(&parent, Grouping::Budget(0.4), Pool::Mean).unwrap();
+        let lean = decouple(&parent, &Grouping::Budget(0.4), Pool::Mean).unwrap();
         let heads = |layer| match lean.config().mechanism(layer) {
             AttentionConfig::DecoupledHead(heads) => heads.fused_heads().iter().sum::<usize>(),
             _ => 0,
@@ -389,26 +350,6 @@ mod tests {
         assert_eq!(heads(0) + heads(1), 6);
         assert!(standard_grouped(&lean).unwrap().is_none());
         same(&expanded(&lean).unwrap(), &lean);
-        assert!(decouple(&lean, Grouping::Budget(0.4), Pool::Mean).is_err());
-    }
-
-    #[test]
-    fn fusion_begins_as_the_parent_and_collapses_without_a_change() {
-        let parent = parent();
-        let mut fusing = begin_fusion(&parent, Grouping::Budget(0.4)).unwrap();
-        logits(&fusing).into_data().assert_eq(&logits(&parent).into_data(), true);
-        for layer in &mut fusing.layers {
-            if let Attention::DecoupledHead(heads) = &mut layer.attention {
-                heads.set_anneal(1.0);
-                for cell in heads.scatter().unwrap() {
-                    assert!(cell.into_scalar::<f32>() < 1e-9);
-                }
-            }
-        }
-        let collapsed = collapse(&fusing).unwrap();
-        same(&collapsed, &fusing);
-        // What averaging operators that are the identity leaves is the mean of the heads.
-        same(&collapsed, &decouple(&parent, Grouping::Budget(0.4), Pool::Mean).unwrap());
-        assert!(collapse(&collapsed).is_err());
+        assert!(decouple(&lean, &Grouping::Budget(0.4), Pool::Mean).is_err());
     }
 }

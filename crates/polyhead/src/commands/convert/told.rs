@@ -1,0 +1,236 @@
+//! What a conversion did: numbers on standard output and in `conversion.json`, pictures as files and for TensorBoard.
+
+use std::path::Path;
+
+use polyhead_attention::key_driven::AllocationConfig;
+use polyhead_attention::{AttentionConfig, Cache, HeadSplit, Mask, Observe};
+use polyhead_models::surgery::{self, Cell, Heads};
+use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
+use polyhead_training::picture::{Options, PictureError, Png, attention_grid, heat_map};
+use polyhead_training::run_folder::atomic_write;
+use polyhead_training::tensorboard::EventWriter;
+use serde_json::json;
+
+use super::Conversion;
+use crate::console::{put, thousands};
+use crate::report::Failure;
+
+/// What held-out data says of a model and of what became of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Measured {
+    /// Of the model.
+    pub before: Evaluated,
+    /// Of what became of it.
+    pub after: Evaluated,
+    /// Nats per target: how far its predictions are from the model's.
+    pub divergence: f64,
+}
+
+impl Measured {
+    /// Measures a model and what became of it.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    pub fn on(
+        [before, after]: [&Decoder; 2],
+        batches: impl Iterator<Item = Result<Batch, Failure>>,
+    ) -> Result<Self, Failure> {
+        let mut measured = Self { before: Evaluated::default(), after: Evaluated::default(), divergence: 0.0 };
+        for batch in batches {
+            let batch = batch?;
+            measured.before.add(before.evaluate(&batch));
+            measured.after.add(after.evaluate(&batch));
+            measured.divergence += before.divergence(after, &batch);
+        }
+        measured.divergence /= measured.before.targets.max(1) as f64;
+        Ok(measured)
+    }
+}
+
+/// Prints a table: before, after, and how heads are shared in each layer.
+pub fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> Result<(), Failure> {
+    let line = |name: &str, [before, after]: [String; 2]| put!("{name:<32} {before:>16} {after:>16}");
+    let sums = [measured.before, measured.after];
+    let cost = |of: fn(&ModelCosts) -> u64| {
+        models.map(|model| thousands(of(&model.config().costs(vocab_size.max(model.vocab_size())))))
+    };
+    line("", ["before".into(), "after".into()])?;
+    line("parameters", cost(|costs| costs.parameters))?;
+    line("KV bytes per token, computed", cost(|costs| 4 * costs.cached_numbers_per_token))?;
+    line("KV bytes per token, measured", models.map(|model| thousands(cached_bytes(model))))?;
+    line("loss", sums.map(|sums| format!("{:.4}", sums.mean_loss())))?;
+    line("perplexity", sums.map(|sums| format!("{:.3}", sums.mean_loss().exp())))?;
+    line("KL divergence from before, nats", ["0".into(), format!("{:.4e}", measured.divergence)])?;
+    for (layer, shared) in sharing(models[1]).into_iter().enumerate() {
+        match shared {
+            Sharing::Decoupled([keys, values]) => put!("layer {layer:<3} key heads {keys:<3} value heads {values}")?,
+            Sharing::KeyDriven(counts) => {
+                let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+                put!("layer {layer:<3} query heads of its key/value heads: {}", counts.join(" "))?;
+            }
+            Sharing::Resting(HeadSplit { shared, routed, top_k }) => {
+                put!(
+                    "layer {layer:<3} the first {shared} heads everywhere, {top_k} of the other {routed} at each position"
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes in f32 that decoding keeps per token, counted in a cache.
+pub fn cached_bytes(model: &Decoder) -> u64 {
+    let tokens = model.tokens(&Batch { batch: 1, seq: 1, tokens: vec![0], ..Default::default() });
+    let mut cache = Cache::new(model.layers.len());
+    model.forward(tokens, &Mask::causal(), Some(&mut cache), Observe::Nothing);
+    cache.layers.iter().map(|layer| 4 * layer.numbers_per_token() as u64).sum()
+}
+
+/// How a layer's heads are shared.
+enum Sharing {
+    /// Key heads and value heads.
+    Decoupled([usize; 2]),
+    /// Query heads of each key/value head.
+    KeyDriven(Vec<usize>),
+    /// Heads that are always there, and those that are chosen.
+    Resting(HeadSplit),
+}
+
+/// How the heads of each layer are shared, where they are what was converted.
+fn sharing(model: &Decoder) -> Vec<Sharing> {
+    let config = model.config();
+    let of = |layer: usize| match config.mechanism(layer) {
+        AttentionConfig::Softmax(softmax) => Some(Sharing::Decoupled([softmax.kv_heads(); 2])),
+        AttentionConfig::DecoupledHead(heads) => Some(Sharing::Decoupled(heads.fused_heads())),
+        AttentionConfig::MixtureOfHead(heads) => Some(Sharing::Resting(heads.split(layer))),
+        AttentionConfig::KeyDriven(heads) => match &heads.allocation {
+            AllocationConfig::Fixed(fixed) => Some(Sharing::KeyDriven(fixed.query_heads.clone())),
+            _ => None,
+        },
+        _ => None,
+    };
+    (0..config.n_layers).filter_map(of).collect()
+}
+
+/// Which of the parent's heads became shared ones and which are chosen; heads keep their order.
+fn head_map(split: HeadSplit) -> serde_json::Value {
+    let (shared, all) = (split.shared, split.heads());
+    json!({ "shared": (0..shared).collect::<Vec<_>>(), "routed": (shared..all).collect::<Vec<_>>(), "top_k": split.top_k })
+}
+
+/// Writes `conversion.json`.
+pub fn summarize(
+    out: &Path,
+    conversion: &Conversion,
+    [parent, child]: [&Decoder; 2],
+    measured: &Measured,
+) -> Result<(), Failure> {
+    let sums = |sums: &Evaluated| json!({ "loss": sums.mean_loss(), "bits_per_byte": sums.bits_per_byte() });
+    let (mut allocation, mut heads) = (Vec::new(), Vec::new());
+    for shared in sharing(child) {
+        match shared {
+            Sharing::Decoupled(counts) => allocation.push(counts.to_vec()),
+            Sharing::KeyDriven(counts) => allocation.push(counts),
+            Sharing::Resting(split) => heads.push(head_map(split)),
+        }
+    }
+    let summary = json!({
+        "conversion": conversion,
+        "before": sums(&measured.before), "after": sums(&measured.after), "divergence": measured.divergence,
+        "targets": measured.before.targets, "kv_bytes_per_token": [cached_bytes(parent), cached_bytes(child)],
+        "allocation": allocation, "heads": heads,
+    });
+    Ok(atomic_write(&out.join("conversion.json"), format!("{summary:#}\n").as_bytes())?)
+}
+
+/// Pictures of how alike the parent's heads are and of what each layer was given.
+pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
+    let mut album = Album { out, events: None };
+    for (cell, name) in [(Cell::Keys, "keys"), (Cell::Values, "values")] {
+        let layers = 0..parent.config().n_layers;
+        let heads: Result<Vec<Heads>, _> = layers.map(|layer| surgery::heads_of_layer(parent, layer, cell)).collect();
+        let Ok(heads) = heads else { break }; // not softmax attention: there is nothing to show
+        let n = heads.first().map_or(0, Heads::len);
+        if heads.iter().any(|layer| layer.len() != n) {
+            break;
+        }
+        for (measure, of) in MEASURES {
+            let map = |heads: &Heads| of(heads).into_iter().map(|value| value as f32).collect();
+            let maps: Vec<Vec<f32>> = heads.iter().map(map).collect();
+            album.add("similarity", &format!("{name}_{measure}"), attention_grid(&maps, n, n))?;
+        }
+    }
+    let columns: Vec<Vec<usize>> = sharing(child)
+        .into_iter()
+        .filter_map(|shared| match shared {
+            Sharing::Decoupled(counts) => Some(counts.to_vec()),
+            Sharing::KeyDriven(counts) => Some(counts),
+            Sharing::Resting(_) => None,
+        })
+        .collect();
+    let rows = columns.first().map_or(0, Vec::len);
+    if rows > 0 && columns.iter().all(|column| column.len() == rows) {
+        let values: Vec<f32> = (0..rows).flat_map(|row| columns.iter().map(move |column| column[row] as f32)).collect();
+        let most = values.iter().copied().fold(1.0, f32::max);
+        let options = Options { scale: CELL, range: Some((0.0, most)) };
+        album.add("allocation", "heads", heat_map(&values, rows, columns.len(), &options))?;
+        for (row, values) in values.chunks(columns.len()).enumerate() {
+            album.curve(&format!("allocation/{}", row_name(child, row)), values)?;
+        }
+    }
+    Ok(())
+}
+
+/// Pixels of a number in the picture of the allocation; chosen by us.
+const CELL: u32 = 24;
+
+type Measure = fn(&Heads) -> Vec<f64>;
+/// How alike two heads are.
+const MEASURES: [(&str, Measure); 3] = [("cka", Heads::cka), ("cosine", Heads::cosine), ("distance", Heads::distance)];
+
+fn row_name(child: &Decoder, row: usize) -> String {
+    match (child.config().mechanism(0), row) {
+        (AttentionConfig::KeyDriven(_), head) => format!("query_heads_of_{head}"),
+        (_, 0) => "key_heads".into(),
+        _ => "value_heads".into(),
+    }
+}
+
+/// Pictures in a run folder, as files and for TensorBoard.
+struct Album<'a> {
+    out: &'a Path,
+    events: Option<EventWriter>,
+}
+
+impl Album<'_> {
+    fn add(&mut self, folder: &str, name: &str, png: Result<Png, PictureError>) -> Result<(), Failure> {
+        let png = png.map_err(failed)?;
+        let path = self.out.join(folder);
+        std::fs::create_dir_all(&path).map_err(|error| Failure::file("create", &path, error))?;
+        atomic_write(&path.join(format!("{name}.png")), &png.bytes)?;
+        let events = self.events()?;
+        let tag = format!("{folder}/{name}");
+        events.image_png(&tag, 0, png.width, png.height, &png.bytes).and_then(|()| events.flush()).map_err(failed)
+    }
+
+    /// A number per layer.
+    fn curve(&mut self, tag: &str, values: &[f32]) -> Result<(), Failure> {
+        let events = self.events()?;
+        for (layer, value) in values.iter().enumerate() {
+            events.scalar(tag, layer as u64, *value).map_err(failed)?;
+        }
+        events.flush().map_err(failed)
+    }
+
+    fn events(&mut self) -> Result<&mut EventWriter, Failure> {
+        let events = match self.events.take() {
+            Some(events) => events,
+            None => EventWriter::create(self.out, None).map_err(failed)?,
+        };
+        Ok(self.events.insert(events))
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Failure {
+    Failure::Run(error.to_string())
+}
