@@ -12,7 +12,8 @@ pub fn fingerprint(world: &World, run: &str) -> (Vec<u8>, Vec<u8>, Vec<String>) 
     fingerprint_at(world, run, 12)
 }
 
-fn fingerprint_at(world: &World, run: &str, step: u64) -> (Vec<u8>, Vec<u8>, Vec<String>) {
+/// The same after another step than SMALL's last.
+pub fn fingerprint_at(world: &World, run: &str, step: u64) -> (Vec<u8>, Vec<u8>, Vec<String>) {
     let last = format!("{run}/step-{step:08}");
     let lines = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
     let timeless = |line: &str| {

@@ -7,7 +7,7 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 8] = [
+const ONE_OF: [&str; 9] = [
     "data",
     "tokenizer",
     "procedure",
@@ -16,6 +16,7 @@ const ONE_OF: [&str; 8] = [
     "model.decoder.attention",
     "model.decoder.attention.*.lambda_init",
     "model.decoder.attention.*.router",
+    "model.decoder.attention.*.allocation",
 ];
 
 /// One source of keys.
@@ -72,6 +73,13 @@ impl Layer {
                 Err(Problems(vec![Problem::in_text(&self.name, &self.text, span, message)]))
             }
         }
+    }
+
+    /// Takes a key out, as a layer of its own, if it is there.
+    pub fn take(&mut self, key: &str) -> Option<Layer> {
+        let value = self.values.remove(key)?;
+        let values = toml::Table::from_iter([(key.to_owned(), value)]);
+        Some(Layer { values, ..self.clone() })
     }
 
     /// The values, without places.

@@ -19,6 +19,7 @@ mod report;
 mod result;
 mod schema;
 mod signals;
+mod stages;
 
 use std::process::ExitCode;
 

@@ -13,6 +13,7 @@ use crate::assemble::add_lora;
 use crate::console::talk;
 use crate::recipe::Recipe;
 use crate::report::{Failure, Problems};
+use crate::stages;
 
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
@@ -106,11 +107,15 @@ impl Pretrained {
     }
 }
 
-/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run.
+/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run; of a run in stages, that
+/// of the last stage that has finished.
 ///
 /// # Errors
 /// If there is none, or the named one is damaged.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
+    if let Some(stage) = stages::last_finished(path)? {
+        return find_checkpoint(&stage);
+    }
     if path.join("manifest.json").exists() {
         verify(path)?;
         return Ok(path.to_owned());

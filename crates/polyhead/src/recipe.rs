@@ -232,27 +232,43 @@ pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
 /// # Errors
 /// If a file cannot be read, is no TOML, or is no recipe.
 pub fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
-    let mut file = read_layer(path)?;
-    if file.values().contains_key("arm") {
-        let hint = "`polyhead compare` runs it, with --dry-run it shows its plan";
-        let problem = format!("{} is a comparison of several runs, not one recipe\n  hint: {hint}", path.display());
-        return Err(Problems::plain(problem));
-    }
-    let mut layers = Vec::new();
-    if let Some(base) = file.take_extends()? {
-        let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
-        let mut base = read_layer(&base_path)?;
-        if base.take_extends()?.is_some() {
-            let problem = format!("{} extends another recipe itself; one level is allowed", base_path.display());
+    let file = read_layer(path)?;
+    for (key, what, hint) in [
+        ("arm", "a comparison of several runs", "`polyhead compare` runs it, with --dry-run it shows its plan"),
+        ("stage", "a run in stages", "train, plan, validate and cat take it"),
+    ] {
+        if file.values().contains_key(key) {
+            let problem = format!("{} is {what}, not one recipe\n  hint: {hint}", path.display());
             return Err(Problems::plain(problem));
         }
-        layers.push(base);
     }
-    layers.push(file);
-    for text in overrides {
-        layers.push(crate::layers::parse_override(text).map_err(|problem| Problems(vec![problem]))?);
-    }
+    let mut layers = with_base(path, file)?;
+    layers.extend(override_layers(overrides)?);
     Ok(layers)
+}
+
+/// A file's layer, and below it that of the recipe that it extends.
+///
+/// # Errors
+/// If that cannot be read, is no TOML, or extends another one itself.
+pub fn with_base(path: &Path, mut file: Layer) -> Result<Vec<Layer>, Problems> {
+    let Some(base) = file.take_extends()? else { return Ok(vec![file]) };
+    let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
+    let mut base = read_layer(&base_path)?;
+    if base.take_extends()?.is_some() {
+        let problem = format!("{} extends another recipe itself; one level is allowed", base_path.display());
+        return Err(Problems::plain(problem));
+    }
+    Ok(vec![base, file])
+}
+
+/// `key=value` from the command line, a layer each.
+///
+/// # Errors
+/// If one is no override.
+pub fn override_layers(overrides: &[String]) -> Result<Vec<Layer>, Problems> {
+    let parse = |text: &String| crate::layers::parse_override(text).map_err(|problem| Problems(vec![problem]));
+    overrides.iter().map(parse).collect()
 }
 
 /// Every rule about values, with the key it is about.

@@ -8,6 +8,7 @@ mod long_context;
 mod look;
 mod plan;
 mod preview;
+mod stages;
 mod train;
 mod trained;
 
@@ -22,6 +23,7 @@ use crate::console::{print, put};
 use crate::inspect;
 use crate::recipe::{self, Loaded};
 use crate::report::{Failure, Problems};
+use crate::stages::Staged;
 
 /// Does what was asked.
 ///
@@ -32,15 +34,22 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Train(args) => train::train(args),
         Command::Ls => look::ls(),
         Command::Cp { recipe, to } => look::cp(&recipe, &to),
-        Command::Cat(args) => look::cat(&load(&args)?),
+        Command::Cat(args) => match staged(&args)? {
+            Some(staged) => stages::cat(&args.recipe, &staged),
+            None => look::cat(&load(&args)?),
+        },
         Command::Validate(args) => {
-            match comparison::is_one(&args.recipe) {
-                true if args.overrides.is_empty() => compare::validate(&args.recipe)?,
+            match (comparison::is_one(&args.recipe), staged(&args)?) {
+                (true, _) if args.overrides.is_empty() => compare::validate(&args.recipe)?,
+                (_, Some(staged)) => stages::validate(&args.recipe, &staged)?,
                 _ => drop(load(&args)?),
             }
             put!("{}: valid", args.recipe.display())
         }
-        Command::Plan { recipe, no_probe } => plan::plan(&load(&recipe)?, !no_probe),
+        Command::Plan { recipe, no_probe } => match staged(&recipe)? {
+            Some(staged) => stages::plan(&recipe.recipe, &staged, !no_probe),
+            None => plan::plan(&load(&recipe)?, !no_probe),
+        },
         Command::Preview { recipe, rows, table } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
         }
@@ -79,6 +88,10 @@ pub fn run(command: Command) -> Result<(), Failure> {
 
 fn load(args: &RecipeArgs) -> Result<Loaded, Failure> {
     Ok(recipe::load(&args.recipe, &args.overrides)?)
+}
+
+fn staged(args: &RecipeArgs) -> Result<Option<Staged>, Failure> {
+    Ok(crate::stages::read(&args.recipe, &args.overrides)?)
 }
 
 /// Refuses to write over what is there.

@@ -1,10 +1,12 @@
 //! `polyhead train`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use polyhead_data::{DataConfig, Tokenizer};
+use polyhead_data::{DataConfig, Opened, Tokenizer};
 use polyhead_models::{Decoder, parameters};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::hallucination::{Summary, ask};
@@ -19,28 +21,74 @@ use crate::cli::TrainArgs;
 use crate::console::{Console, bytes, clock, talk, thousands};
 use crate::costs::Costs;
 use crate::pretrained::find_checkpoint;
-use crate::recipe::{self, Recipe};
+use crate::recipe::{self, Loaded, Recipe};
 use crate::report::Failure;
 use crate::{result, signals};
 
-/// Trains what a recipe says.
+/// Trains what a recipe says, or one after the other the stages of one that has stages.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
     if args.tui {
         check_dashboard()?;
     }
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
+    if let Some(staged) = crate::stages::read(&args.recipe.recipe, &overrides)? {
+        return super::stages::train(&args, &staged);
+    }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
-    let device = assemble::training_device(&loaded.recipe)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
-    let lock = RunLock::acquire(&run_dir)?;
-    for left in clean_leftovers(&run_dir)? {
+    let sitting = Sitting { loaded: &loaded, run_dir: &run_dir, resume: &args.resume, stop: None, tui: args.tui };
+    let trained = sit(sitting)?;
+    summarize(&args, &trained, &run_dir);
+    if let Some(tokenizer) = &trained.tokenizer {
+        sample(&trained.recipe, &trained.outcome.model, tokenizer)?;
+    }
+    Ok(())
+}
+
+/// What is done until a run is at its end, or is told to stop.
+pub struct Sitting<'a> {
+    /// What to train.
+    pub loaded: &'a Loaded,
+    /// Where the run is written.
+    pub run_dir: &'a Path,
+    /// As `--resume`.
+    pub resume: &'a str,
+    /// Not 0 once the run is to be saved and left; `None` where nobody listens for signals yet.
+    pub stop: Option<Arc<AtomicUsize>>,
+    /// Whether a dashboard is shown.
+    pub tui: bool,
+}
+
+/// A run that has come to its end.
+pub struct Finished {
+    /// What was trained.
+    pub recipe: Recipe,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was learnt from, in words.
+    data: String,
+    /// The best possible loss, where the data tells.
+    floor: Option<f64>,
+    /// How the model reads text.
+    tokenizer: Option<Tokenizer>,
+}
+
+/// Trains what a recipe says, from where the run stands.
+///
+/// # Errors
+/// If something is missing or wrong, or a signal came; what was saved before stays whole.
+pub fn sit(sitting: Sitting<'_>) -> Result<Finished, Failure> {
+    let Sitting { loaded, run_dir, resume, stop, tui } = sitting;
+    let device = assemble::training_device(&loaded.recipe)?;
+    let lock = RunLock::acquire(run_dir)?;
+    for left in clean_leftovers(run_dir)? {
         talk!("cleaned up after an interrupted save: {}", left.display());
     }
-    let resume = choose_checkpoint(&args.resume, &run_dir)?;
+    let resume = choose_checkpoint(resume, run_dir)?;
     let resolved = match &resume {
-        Some(checkpoint) => assemble::resume(&loaded, checkpoint)?,
-        None => assemble::resolve(&loaded)?,
+        Some(checkpoint) => assemble::resume(loaded, checkpoint)?,
+        None => assemble::resolve(loaded)?,
     };
     let (recipe, config) = (&resolved.recipe, &resolved.decoder);
 
@@ -72,7 +120,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         Some(checkpoint) => {
             let step = state::read_progress(checkpoint)?.step;
             talk!("resume: from {} (step {step})", checkpoint.display());
-            let given_up = list(&run_dir)?.into_iter().filter(|(later, _)| *later > step);
+            let given_up = list(run_dir)?.into_iter().filter(|(later, _)| *later > step);
             let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
             if !given_up.is_empty() {
                 talk!("resume: what came after that step is given up: {}", given_up.join(", "));
@@ -97,7 +145,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
         companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
-    let stop = signals::listen(args.tui)?;
+    let stop = stop.map_or_else(|| signals::listen(tui), Ok)?;
     let training = recipe.training.clone();
     let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
@@ -109,7 +157,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         }
     });
     let job = Job {
-        run_dir: run_dir.clone(),
+        run_dir: run_dir.to_owned(),
         lock,
         resume,
         training,
@@ -129,7 +177,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         stop: &stop,
     };
     #[cfg(feature = "tui")]
-    let dashboard = args.tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
+    let dashboard = tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
     #[cfg(not(feature = "tui"))]
     let dashboard: Option<Console> = None;
     let mut view: Box<dyn View> = match dashboard {
@@ -144,12 +192,9 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         talk!("the same command goes on from there");
         return Err(Failure::Interrupted(signal));
     }
-    result::write(&run_dir, about, &outcome, &held_out, recipe.validation.batches)?;
-    summarize(&args, recipe, &outcome, &run_dir, &opened.description, opened.floor);
-    if let Some(tokenizer) = &opened.tokenizer {
-        sample(recipe, &outcome.model, tokenizer)?;
-    }
-    Ok(())
+    result::write(run_dir, about, &outcome, &held_out, recipe.validation.batches)?;
+    let Opened { description: data, floor, tokenizer, .. } = opened;
+    Ok(Finished { recipe: resolved.recipe, outcome, data, floor, tokenizer })
 }
 
 #[cfg(feature = "tui")]
@@ -164,7 +209,8 @@ fn check_dashboard() -> Result<(), Failure> {
     Err(crate::report::Problems::plain(problem.into()).into())
 }
 
-fn default_folder(recipe: &Path) -> PathBuf {
+/// Where a recipe's run is written if nothing else is said.
+pub fn default_folder(recipe: &Path) -> PathBuf {
     Path::new("checkpoints").join(recipe.file_stem().unwrap_or("run".as_ref()))
 }
 
@@ -220,7 +266,8 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
     }
 }
 
-fn summarize(args: &TrainArgs, recipe: &Recipe, outcome: &Outcome, run_dir: &Path, data: &str, floor: Option<f64>) {
+fn summarize(args: &TrainArgs, trained: &Finished, run_dir: &Path) {
+    let Finished { recipe, outcome, data, floor, .. } = trained;
     let progress = &outcome.progress;
     let time = Duration::from_micros(progress.microseconds);
     talk!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));

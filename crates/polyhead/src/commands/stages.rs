@@ -1,0 +1,265 @@
+//! A recipe in stages: run one after the other, or planned.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use burn::module::Module;
+use polyhead_training::checkpoint::newest_good;
+use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::state;
+
+use super::convert::{self, Measured, cached_bytes};
+use super::plan;
+use super::train::{self, Sitting};
+use crate::assemble::{self, Trained};
+use crate::cli::TrainArgs;
+use crate::console::{put, talk, thousands};
+use crate::pretrained::recipe_of;
+use crate::recipe::Loaded;
+use crate::report::{Failure, Problems};
+use crate::stages::{self, Stage, StageRecord, Staged};
+use crate::{result, signals};
+
+/// Runs what has not finished yet, each stage from the weights of the one before.
+///
+/// # Errors
+/// If a stage fails, has changed since it was run, or a signal came; what was saved before stays whole.
+pub fn train(args: &TrainArgs, staged: &Staged) -> Result<(), Failure> {
+    let out = args.out.clone().unwrap_or_else(|| train::default_folder(&args.recipe.recipe));
+    let begun = (0..staged.stages.len()).any(|at| staged.folder(&out, at).exists());
+    match args.resume.as_str() {
+        "auto" => {}
+        "never" if !begun => {}
+        "never" => {
+            let problem =
+                format!("{} holds a run already; --resume never would lose it: name another folder", out.display());
+            return Err(Failure::Run(problem));
+        }
+        _ => return Err(Problems::plain("--resume takes auto or never for a run in stages".into()).into()),
+    }
+    let _lock = RunLock::acquire(&out)?;
+    let stop = signals::listen(args.tui)?;
+    // Everything is checked before the first step is taken.
+    for at in 0..staged.stages.len() {
+        staged.load(at, staged.before(&out, at).as_deref())?;
+    }
+    let mut records: Vec<StageRecord> = stages::read_records(&out)?;
+    for (at, stage) in staged.stages.iter().enumerate() {
+        let (folder, from) = (staged.folder(&out, at), staged.before(&out, at));
+        let loaded = staged.load(at, from.as_deref())?;
+        let next = staged.stages.get(at + 1).map(|_| staged.folder(&out, at + 1));
+        let finished = match &stage.convert {
+            Some(_) => converted(stage, &folder)?,
+            None => trained(stage, &loaded, &folder, next.is_some_and(|next| next.exists()))?,
+        };
+        let what = if stage.convert.is_some() { "conversion" } else { "training" };
+        let state = if finished { "finished before" } else { what };
+        talk!("\nstage {} of {}, {}: {state}, in {}", at + 1, staged.stages.len(), stage.name, folder.display());
+        if !finished {
+            records.truncate(at);
+        }
+        if records.get(at).is_none() {
+            let fresh = loaded.recipe.model.pretrained.is_none();
+            let measured = run(args, stage, loaded, &folder, finished, &stop)?;
+            records.push(record(stage, &folder, (measured, fresh))?);
+            let text = serde_json::to_string_pretty(&records).map_err(|error| Failure::Run(error.to_string()))?;
+            atomic_write(&out.join(stages::RECORD), text.as_bytes())?;
+        }
+        match stop.load(Ordering::SeqCst) {
+            0 => {}
+            signal => return Err(Failure::Interrupted(signal)),
+        }
+    }
+    let last = staged.folder(&out, staged.stages.len() - 1).join(result::FILE);
+    if last.exists() {
+        atomic_write(&out.join(result::FILE), &std::fs::read(&last)?)?;
+    }
+    tell(&records);
+    talk!(
+        "\nlies in  {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
+        out.display(),
+        train::program()
+    );
+    Ok(())
+}
+
+/// Does a stage, unless it is only to be measured; gives what held-out data says of its model and of the one it started from.
+fn run(
+    args: &TrainArgs,
+    stage: &Stage,
+    loaded: Loaded,
+    folder: &Path,
+    finished: bool,
+    stop: &Arc<AtomicUsize>,
+) -> Result<Measured, Failure> {
+    let from = loaded.recipe.model.pretrained.clone();
+    if let (Some(conversion), Some(from), false) = (&stage.convert, &from, finished) {
+        // What is there was left by a conversion that did not come to its end.
+        if folder.exists() {
+            std::fs::remove_dir_all(folder).map_err(|error| Failure::file("remove", folder, error))?;
+        }
+        let parent = assemble::open_trained(from, None)?;
+        return convert::perform(conversion, &parent, loaded.recipe, (folder, convert::BATCHES));
+    }
+    if !finished {
+        train::sit(Sitting {
+            loaded: &loaded,
+            run_dir: folder,
+            resume: "auto",
+            stop: Some(stop.clone()),
+            tui: args.tui,
+        })?;
+    }
+    let after = assemble::open_trained(folder, None)?;
+    let before = from.map(|from| assemble::open_trained(&from, None)).transpose()?;
+    let before = before.as_ref().unwrap_or(&after);
+    let opened = after.data()?;
+    Measured::on([&before.model, &after.model], convert::first_batches(&opened.validation, convert::BATCHES))
+}
+
+/// `fresh`: there was no model before.
+fn record(stage: &Stage, folder: &Path, (measured, fresh): (Measured, bool)) -> Result<StageRecord, Failure> {
+    let Trained { model, .. } = assemble::open_trained(folder, None)?;
+    Ok(StageRecord {
+        name: stage.name.clone(),
+        folder: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        steps: result::read(folder)?.map(|result| result.steps),
+        parameters: model.num_params() as u64,
+        kv_bytes_per_token: cached_bytes(&model),
+        loss_before: (!fresh).then(|| measured.before.mean_loss()),
+        loss: measured.after.mean_loss(),
+        divergence: (!fresh).then_some(measured.divergence),
+    })
+}
+
+/// Whether a stage of training has come to its end as what the recipe says now.
+fn trained(stage: &Stage, loaded: &Loaded, folder: &Path, left_behind: bool) -> Result<bool, Failure> {
+    let Some(result) = result::read(folder)? else { return Ok(false) };
+    let (Some((checkpoint, _)), _) = newest_good(folder)? else { return Ok(false) };
+    assemble::resume(loaded, &checkpoint)?;
+    let (before, now) = (recipe_of(&checkpoint)?.training.steps, loaded.recipe.training.steps);
+    if before != now && left_behind {
+        return Err(Problems::plain(format!(
+            "stage `{}` had training.steps = {before}, now {now}, and the stage after it has begun from there: put it back, or \
+             start another run with --out",
+            stage.name
+        ))
+        .into());
+    }
+    Ok(before == now && state::read_progress(&checkpoint)?.step == result.steps)
+}
+
+/// Whether a conversion has come to its end as what the recipe says now.
+fn converted(stage: &Stage, folder: &Path) -> Result<bool, Failure> {
+    let path = folder.join("conversion.json");
+    if !path.exists() || newest_good(folder)?.0.is_none() {
+        return Ok(false);
+    }
+    let text = std::fs::read(&path).map_err(|error| Failure::file("read", &path, error))?;
+    let told: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
+    let now = serde_json::to_value(&stage.convert).map_err(|error| Failure::Run(error.to_string()))?;
+    match told["conversion"] == now {
+        true => Ok(true),
+        false => Err(Problems::plain(format!(
+            "stage `{}` was another conversion when it was run:\n  {} -> {now}\n  hint: put it back, or start another run with --out",
+            stage.name, told["conversion"]
+        ))
+        .into()),
+    }
+}
+
+/// What each stage did, as a table.
+fn tell(records: &[StageRecord]) {
+    let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
+    talk!(
+        "\n{:<20} {:>8} {:>14} {:>10} {:>12} {:>12} {:>12} {:>12}",
+        "stage",
+        "steps",
+        "parameters",
+        "KV bytes",
+        "loss before",
+        "loss",
+        "perplexity",
+        "KL, nats"
+    );
+    for record in records {
+        talk!(
+            "{:<20} {:>8} {:>14} {:>10} {:>12} {:>12} {:>12} {:>12}",
+            record.name,
+            record.steps.map_or("-".into(), thousands),
+            thousands(record.parameters),
+            thousands(record.kv_bytes_per_token),
+            number(record.loss_before, 4),
+            number(Some(record.loss), 4),
+            number(Some(record.loss.exp()), 3),
+            number(record.divergence, 4)
+        );
+    }
+}
+
+/// Checks every stage.
+///
+/// # Errors
+/// If one is no valid recipe, or no possible conversion.
+pub fn validate(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
+    each(recipe, staged, |_, _| Ok(()))
+}
+
+/// Prints every stage with every default filled in.
+///
+/// # Errors
+/// As [`validate`].
+pub fn cat(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
+    each(recipe, staged, |at, loaded| {
+        let stage = &staged.stages[at];
+        put!("# stage {} of {}: {}", at + 1, staged.stages.len(), stage.name)?;
+        match &stage.convert {
+            Some(conversion) => {
+                let text = toml::to_string_pretty(conversion).map_err(|error| Failure::Run(error.to_string()))?;
+                put!("# a conversion:\n{text}")
+            }
+            None => super::look::cat(&loaded),
+        }
+    })
+}
+
+/// Prints what each stage costs, as far as that is known before the stages before it have run.
+///
+/// # Errors
+/// As [`validate`]; or if the data cannot be read.
+pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> {
+    each(recipe, staged, |at, loaded| {
+        let stage = &staged.stages[at];
+        put!("{}stage {} of {}: {}", if at > 0 { "\n" } else { "" }, at + 1, staged.stages.len(), stage.name)?;
+        let training = &loaded.recipe.training;
+        let tokens = training.seq_len * training.batch_size * training.gradient_accumulation_steps;
+        let waits = loaded.recipe.model.pretrained.as_ref().is_some_and(|from| !from.exists());
+        match &stage.convert {
+            Some(conversion) => {
+                let text = toml::Value::try_from(conversion).map_err(|error| Failure::Run(error.to_string()))?;
+                put!("conversion {text}")
+            }
+            None if waits => {
+                let steps = thousands(training.steps);
+                put!(
+                    "steps      {steps} of {} tokens: {} in all",
+                    thousands(tokens as u64),
+                    thousands(training.steps * tokens as u64)
+                )?;
+                put!("model      known once the stages before it have run")
+            }
+            None => plan::plan(&loaded, probe),
+        }
+    })
+}
+
+fn each(
+    recipe: &Path,
+    staged: &Staged,
+    mut what: impl FnMut(usize, Loaded) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let out = train::default_folder(recipe);
+    (0..staged.stages.len()).try_for_each(|at| what(at, staged.load(at, staged.before(&out, at).as_deref())?))
+}
