@@ -42,7 +42,8 @@ impl Measured {
             measured.after.add(after.evaluate(&batch));
             measured.divergence += before.divergence(after, &batch);
         }
-        measured.divergence /= measured.before.targets.max(1) as f64;
+        // Where predictions are the same, rounding may leave it just below 0.
+        measured.divergence = (measured.divergence / measured.before.targets.max(1) as f64).max(0.0);
         Ok(measured)
     }
 }
