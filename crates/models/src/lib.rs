@@ -1,16 +1,19 @@
 //! Models built from attention mechanisms: what they compute, what they learn from, and their weights as files.
 //!
-//! [`Decoder`] is the pre-norm language model; [`Batch`] what it is given, [`loss`](Decoder::loss) what it is told,
+//! [`Decoder`] is the pre-norm language model, [`Learner`] what any model is to the loop; [`Batch`] what a decoder is given,
+//! [`Examples`] what a classifier is, [`loss`](Decoder::loss) what it is told,
 //! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
 
 pub mod adapters;
 mod batch;
 mod contrastive;
 mod decoder;
+mod examples;
 mod gate;
 mod gaussian_adaptive_transformer;
 mod generate;
 pub mod hf;
+mod learner;
 mod loss;
 mod per_layer;
 mod pooling;
@@ -25,12 +28,14 @@ pub mod weights;
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};
+pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
 pub use generate::{Continuation, Sampling, continuations, generate};
+pub use learner::{Learner, Lesson, Matrix, Sums};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
 pub use pooling::{

@@ -3,13 +3,12 @@
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
-use crate::Decoder;
 use crate::weights::Path;
 
 /// The model in which only the parameters are learnt whose names `learnt` accepts; a parameter that is not learnt already
 /// stays so. What is not learnt requires no gradient: no backward pass computes one, no optimiser moves it, and it counts
 /// in no norm.
-pub fn train_only(model: Decoder, learnt: impl Fn(&str) -> bool) -> Decoder {
+pub fn train_only<M: Module>(model: M, learnt: impl Fn(&str) -> bool) -> M {
     struct Choose<F>(Path, F);
     impl<F: Fn(&str) -> bool> ModuleMapper for Choose<F> {
         fn enter_module(&mut self, name: &str, container: &str) {
@@ -37,7 +36,7 @@ pub struct Parameter {
 }
 
 /// All parameters of a model, in the order of its fields.
-pub fn parameters(model: &Decoder) -> Vec<Parameter> {
+pub fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     struct Collect(Path, Vec<Parameter>);
     impl ModuleVisitor for Collect {
         fn enter_module(&mut self, name: &str, container: &str) {

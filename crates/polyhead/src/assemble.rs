@@ -12,7 +12,7 @@ use polyhead_training::evaluate::Batches;
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::atomic_write;
 use polyhead_training::state::{self, Companions, Progress};
-use polyhead_training::{Parts, ProcedureConfig, TrainError};
+use polyhead_training::{Parts, ProcedureConfig, TrainError, Trainee};
 
 use crate::device;
 use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
@@ -265,11 +265,11 @@ pub fn begin_run(
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training: &recipe.training,
-        decoder: model.config(),
+        model,
         tracking: &[],
         batches_per_epoch: 1,
     };
-    let procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;
+    let procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
     std::fs::create_dir_all(run_dir).map_err(|error| Failure::file("create", run_dir, error))?;
     let checkpoint = state::save(run_dir, model, &*procedure, &Progress::default(), &companions)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;

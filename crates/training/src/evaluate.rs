@@ -2,25 +2,24 @@
 
 use std::ops::Range;
 
-use burn::module::Module;
-use polyhead_models::{Batch, Decoder, Evaluated};
+use polyhead_models::{Batch, Learner, Sums};
 
 use crate::TrainError;
 
 /// Where batches come from: a pure function of their position.
-pub trait Batches {
+pub trait Batches<B = Batch> {
     /// Batch number `position`.
     ///
     /// # Errors
     /// If the data cannot be read.
-    fn batch(&self, position: u64) -> Result<Batch, TrainError>;
+    fn batch(&self, position: u64) -> Result<B, TrainError>;
 
     /// Batches until everything has been seen once.
     fn per_epoch(&self) -> u64;
 }
 
 /// How many batches an evaluation takes of those that there are: `limit`, or all for 0.
-pub(crate) fn count(data: &dyn Batches, limit: u64) -> u64 {
+pub(crate) fn count<B>(data: &dyn Batches<B>, limit: u64) -> u64 {
     let all = data.per_epoch().max(1);
     if limit == 0 { all } else { limit.min(all) }
 }
@@ -29,7 +28,7 @@ pub(crate) fn count(data: &dyn Batches, limit: u64) -> u64 {
 ///
 /// # Errors
 /// If the data cannot be read.
-pub fn evaluate(model: &Decoder, data: &dyn Batches, limit: u64) -> Result<Evaluated, TrainError> {
+pub fn evaluate<M: Learner>(model: &M, data: &dyn Batches<M::Batch>, limit: u64) -> Result<M::Sums, TrainError> {
     evaluate_range(model, data, 0..count(data, limit))
 }
 
@@ -37,11 +36,15 @@ pub fn evaluate(model: &Decoder, data: &dyn Batches, limit: u64) -> Result<Evalu
 ///
 /// # Errors
 /// If the data cannot be read.
-pub fn evaluate_range(model: &Decoder, data: &dyn Batches, positions: Range<u64>) -> Result<Evaluated, TrainError> {
+pub fn evaluate_range<M: Learner>(
+    model: &M,
+    data: &dyn Batches<M::Batch>,
+    positions: Range<u64>,
+) -> Result<M::Sums, TrainError> {
     let model = model.valid();
-    let mut sums = Evaluated::default();
+    let mut sums = M::Sums::default();
     for position in positions {
-        sums.add(model.evaluate(&data.batch(position)?));
+        sums.add(model.sums(&data.batch(position)?));
     }
     Ok(sums)
 }

@@ -1,7 +1,7 @@
 //! Which parameters a run trains: all but those that are frozen.
 
 use glob::Pattern;
-use polyhead_models::{Decoder, parameters, train_only};
+use polyhead_models::{Learner, parameters, train_only};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -41,11 +41,11 @@ impl FreezeConfig {
     ///
     /// # Errors
     /// If a pattern means no parameter, or nothing is left to train.
-    pub fn apply(&self, model: Decoder) -> Result<Decoder, TrainError> {
+    pub fn apply<M: Learner>(&self, model: M) -> Result<M, TrainError> {
         if *self == Self::default() {
             return Ok(model);
         }
-        self.validate(model.layers.len()).map_err(|(_, problem)| TrainError::Freeze(problem))?;
+        self.validate(model.n_layers()).map_err(|(_, problem)| TrainError::Freeze(problem))?;
         let all = parameters(&model);
         let mut patterns = Vec::new();
         for text in &self.parameters {
@@ -79,7 +79,7 @@ mod tests {
     use burn::tensor::Device;
     use polyhead_attention::Observe;
     use polyhead_models::weights::named;
-    use polyhead_models::{Batch, DecoderConfig};
+    use polyhead_models::{Batch, Decoder, DecoderConfig};
 
     use super::*;
     use crate::gradients::{Sum, global_norm};

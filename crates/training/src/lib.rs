@@ -35,5 +35,5 @@ pub use bilevel::BilevelConfig;
 pub use error::TrainError;
 pub use freeze::FreezeConfig;
 pub use memory::{available_memory_bytes, peak_memory_bytes};
-pub use procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
+pub use procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport, Trainee};
 pub use standard::{Standard, StandardConfig};

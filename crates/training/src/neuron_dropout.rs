@@ -51,14 +51,14 @@ impl NeuronDropout {
         let wrong = |(field, problem): (&str, String)| {
             TrainError::Procedure(format!("procedure.neuron_dropout.{field}: {problem}"))
         };
-        config.validate(Some(parts.decoder)).map_err(wrong)?;
+        let decoder = parts.model.config();
+        config.validate(Some(decoder)).map_err(wrong)?;
         let period = config.period(parts.batches_per_epoch).map_err(wrong)?;
         let texts = Texts::new(parts.tracking);
         if texts.is_empty() {
             return Err(wrong(("tracking_texts", "there is no text to track: the data keeps none out".into())));
         }
-        let layer = config.layer_of(parts.decoder.n_layers);
-        let d_model = parts.decoder.d_model;
+        let (layer, d_model) = (config.layer_of(decoder.n_layers), decoder.d_model);
         let state = State::read(state, d_model, texts.len())?;
         let standard =
             Standard::new(&StandardConfig { context_mask: config.context_mask }, parts.optimizer, parts.training);
@@ -191,7 +191,7 @@ impl Procedure for NeuronDropout {
     }
 
     fn optimizer(&self) -> &Optimizer {
-        self.standard.optimizer()
+        Procedure::<Decoder>::optimizer(&self.standard)
     }
 
     fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {

@@ -1,9 +1,8 @@
-//! What is looked at while training: attention on one row of text, and the spread of the weights.
+//! What is looked at while training: attention on one row of a batch, and the spread of the weights.
 
-use burn::module::Module;
 use burn::tensor::Tensor;
-use polyhead_attention::{Mask, Observe};
-use polyhead_models::{Batch, Decoder, weights};
+use polyhead_attention::Observe;
+use polyhead_models::{Learner, weights};
 use serde_json::json;
 
 use crate::TrainError;
@@ -22,19 +21,17 @@ pub(crate) struct Look {
 
 /// Looks at `model` on the first row of `batch`. Numbers go to both logs, as their mean over heads; how they are spread
 /// over heads, the maps and the histograms go to TensorBoard.
-pub(crate) fn write(
+pub(crate) fn write<M: Learner>(
     look: Look,
     (metrics, mut events): (&mut MetricsLog, Option<&mut EventWriter>),
-    (model, batch): (&Decoder, &Batch),
+    (model, batch): (&M, &M::Batch),
     step: u64,
 ) -> Result<(), TrainError> {
     let model = model.valid();
-    let row = batch.row(0);
     let observe = if look.maps { Observe::Maps } else { Observe::Numbers };
-    let forward = model.forward(model.tokens(&row), &Mask::causal(), None, observe);
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
     let mut line = json!({ "step": step });
-    for (layer, seen) in forward.seen.into_iter().enumerate() {
+    for (layer, seen) in model.look(batch, observe).into_iter().enumerate() {
         let tag = format!("attention/layer_{layer:02}");
         for (name, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
             let numbers = values(numbers);

@@ -5,6 +5,8 @@
 //! that meet in white: ColorBrewer's blues and oranges (Brewer, 2003, Apache 2.0), which are told apart
 //! without colour vision too. The same values give the same bytes.
 
+use polyhead_models::Matrix;
+
 /// An encoded picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Png {
@@ -97,6 +99,17 @@ pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> 
     let mut canvas = Canvas::new(cols as u64 * u64::from(options.scale), rows as u64 * u64::from(options.scale))?;
     canvas.draw(values, cols, options.scale as usize, (0, 0), |value| entry(value, range));
     canvas.encode(&VIRIDIS)
+}
+
+/// A matrix with the darkest colour for 0, its cells as large as is comfortable to look at.
+///
+/// # Errors
+/// If it has no cells, or not as many as stated.
+pub fn matrix(matrix: &Matrix) -> Result<Png, PictureError> {
+    let Matrix { rows, cols, values } = matrix;
+    let largest = values.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
+    let scale = (MAX_SIDE / rows.max(cols).max(&1)).clamp(1, 32) as u32;
+    heat_map(values, *rows, *cols, &Options { range: Some((0.0, largest)), scale })
 }
 
 /// Which heads took part at which tokens: one row per head, one column per token, brighter where the head counted more.

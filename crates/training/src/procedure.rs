@@ -1,15 +1,16 @@
 //! The seam between the loop and what one step does.
 //!
-//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm of its
-//! [`build`](ProcedureConfig::build).
+//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
+//! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Batch, Decoder, DecoderConfig, Gate};
+use polyhead_models::{ContextMask, Decoder, DecoderConfig, Gate, Learner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::bilevel::{Bilevel, BilevelConfig};
 use crate::config::TrainingConfig;
+use crate::engagement;
 use crate::evaluate::Batches;
 use crate::fusion::{Fusion, FusionConfig};
 use crate::neuron_dropout::{NeuronDropout, NeuronDropoutConfig};
@@ -55,16 +56,13 @@ impl ProcedureConfig {
         }
     }
 
-    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
-    ///
-    /// # Errors
-    /// If settings do not fit the model or the data, or the state is not one of this procedure's.
-    pub fn build(&self, parts: Parts<'_>, state: &serde_json::Value) -> Result<Box<dyn Procedure>, TrainError> {
+    /// The name of its table.
+    pub fn name(&self) -> &'static str {
         match self {
-            Self::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
-            Self::Bilevel(config) => Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training))),
-            Self::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
-            Self::NeuronDropout(config) => Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?)),
+            Self::Standard(_) => "standard",
+            Self::Bilevel(_) => "bilevel",
+            Self::Fusion(_) => "fusion",
+            Self::NeuronDropout(_) => "neuron_dropout",
         }
     }
 
@@ -88,14 +86,70 @@ impl ProcedureConfig {
     }
 }
 
+/// A model that there are procedures for.
+pub trait Trainee: Learner {
+    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
+    ///
+    /// # Errors
+    /// If there is no such procedure for this kind of model, settings do not fit it or the data, or the state is not one of
+    /// this procedure's.
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_, Self>,
+        state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure<Self>>, TrainError>;
+
+    /// What plain training measures of attention with each validation, under names that begin with `prefix`.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    fn engagement(
+        &self,
+        prefix: &str,
+        held_out: HeldOut<'_, Self>,
+        context: ContextMask,
+    ) -> Result<Vec<(String, f64)>, TrainError> {
+        let _ = (prefix, held_out, context);
+        Ok(Vec::new())
+    }
+}
+
+impl Trainee for Decoder {
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_>,
+        state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure>, TrainError> {
+        match config {
+            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            ProcedureConfig::Bilevel(config) => {
+                Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training)))
+            }
+            ProcedureConfig::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
+            ProcedureConfig::NeuronDropout(config) => {
+                Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?))
+            }
+        }
+    }
+
+    fn engagement(
+        &self,
+        prefix: &str,
+        held_out: HeldOut<'_>,
+        context: ContextMask,
+    ) -> Result<Vec<(String, f64)>, TrainError> {
+        engagement::of_first_batch(prefix, self, held_out, context, &[])
+    }
+}
+
 /// What a procedure is made of.
-pub struct Parts<'a> {
+pub struct Parts<'a, M = Decoder> {
     /// Fresh, or with the state of an earlier sitting.
     pub optimizer: Optimizer,
     /// The loop's settings.
     pub training: &'a TrainingConfig,
-    /// The model's settings.
-    pub decoder: &'a DecoderConfig,
+    /// The model before the next step.
+    pub model: &'a M,
     /// Token ids of texts that are kept out of training, for procedures that watch the model on some.
     pub tracking: &'a [Vec<u32>],
     /// Batches until everything has been learnt from once.
@@ -103,17 +157,12 @@ pub struct Parts<'a> {
 }
 
 /// One step of training: forward, backward, update.
-pub trait Procedure {
+pub trait Procedure<M: Learner = Decoder> {
     /// The model after a step over `batches` (one per forward pass).
     ///
     /// # Errors
     /// If the loss or a gradient is not finite and the run is to stop; nothing has been updated then.
-    fn step(
-        &mut self,
-        model: Decoder,
-        batches: &[Batch],
-        context: &StepContext,
-    ) -> Result<(Decoder, StepReport), TrainError>;
+    fn step(&mut self, model: M, batches: &[M::Batch], context: &StepContext) -> Result<(M, StepReport), TrainError>;
 
     /// The optimiser, whose state goes into checkpoints.
     fn optimizer(&self) -> &Optimizer;
@@ -127,7 +176,7 @@ pub trait Procedure {
     ///
     /// # Errors
     /// If the data cannot be read, or the model does not fit the procedure.
-    fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
+    fn measure(&self, model: &M, held_out: HeldOut<'_, M>) -> Result<Vec<(String, f64)>, TrainError> {
         let _ = (model, held_out);
         Ok(Vec::new())
     }
@@ -139,10 +188,9 @@ pub trait Procedure {
 }
 
 /// What a procedure may measure with.
-#[derive(Clone, Copy)]
-pub struct HeldOut<'a> {
+pub struct HeldOut<'a, M: Learner = Decoder> {
     /// The batches.
-    pub batches: &'a dyn Batches,
+    pub batches: &'a dyn Batches<M::Batch>,
     /// How many of them were validated on, from the first on.
     pub count: u64,
     /// The run's seed.
@@ -150,6 +198,15 @@ pub struct HeldOut<'a> {
     /// Whether attention is looked at too.
     pub observe: bool,
 }
+
+// Derived, these would ask the model to be `Copy`.
+impl<M: Learner> Clone for HeldOut<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Learner> Copy for HeldOut<'_, M> {}
 
 /// What a procedure is told about a step.
 #[derive(Debug, Clone, Copy)]

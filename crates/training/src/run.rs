@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use burn::module::Module;
-use polyhead_models::{Decoder, Evaluated};
+use polyhead_models::{Decoder, Evaluated, Learner, Lesson, Sums};
 use serde_json::json;
 
 use crate::checkpoint::{self, Best, read_best, write_best};
@@ -14,7 +13,8 @@ use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::observe::{self, Look};
 use crate::optimizer::Optimizer;
-use crate::procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport};
+use crate::picture::matrix;
+use crate::procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport, Trainee};
 use crate::run_folder::{MetricsLog, RunLock};
 use crate::schedule;
 use crate::state::{self, Companions, Progress};
@@ -22,7 +22,7 @@ use crate::tensorboard::EventWriter;
 use crate::{TrainError, curve};
 
 /// Everything that a run is made of.
-pub struct Job<'a> {
+pub struct Job<'a, M: Learner = Decoder> {
     /// Where the run is written; the caller holds its lock.
     pub run_dir: PathBuf,
     /// Proof that nobody else writes there.
@@ -46,11 +46,11 @@ pub struct Job<'a> {
     /// Decides the device's random numbers, step by step.
     pub seed: u64,
     /// Batches to learn from.
-    pub train: &'a dyn Batches,
+    pub train: &'a dyn Batches<M::Batch>,
     /// Batches to validate on.
-    pub held_out: &'a dyn Batches,
+    pub held_out: &'a dyn Batches<M::Batch>,
     /// Further numbers about the model, by name: measured before the first step and with each validation.
-    pub probe: Option<&'a Probe<'a>>,
+    pub probe: Option<&'a Probe<'a, M>>,
     /// Token ids of texts that the procedure watches the model on; no part of `train`.
     pub tracking: Vec<Vec<u32>>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
@@ -62,7 +62,7 @@ pub struct Job<'a> {
 }
 
 /// Measures a model, on a device without a tape.
-pub type Probe<'a> = dyn Fn(&Decoder) -> Vec<(String, f64)> + 'a;
+pub type Probe<'a, M = Decoder> = dyn Fn(&M) -> Vec<(String, f64)> + 'a;
 
 /// Somebody who watches: a progress bar, a dashboard. Nothing that is told here changes the run.
 pub trait View {
@@ -87,7 +87,7 @@ pub struct Logged {
     pub grad_norm: f64,
     /// The learning rate.
     pub lr: f64,
-    /// Input tokens per second since the last logged step; time spent validating and saving does not count.
+    /// Input tokens (for classifiers: examples) per second since the last logged step; time spent validating and saving does not count.
     pub tokens_per_second: f64,
     /// Largest resident set, in bytes.
     pub memory: Option<u64>,
@@ -99,13 +99,13 @@ pub struct Logged {
 
 /// How a run ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct Outcome<M: Learner = Decoder> {
     /// The trained model.
-    pub model: Decoder,
+    pub model: M,
     /// Counters at the end.
     pub progress: Progress,
     /// The last validation, if there was one in this sitting.
-    pub validation: Option<Evaluated>,
+    pub validation: Option<M::Sums>,
     /// The best checkpoint by validation loss.
     pub best: Option<Best>,
     /// The last checkpoint.
@@ -118,7 +118,7 @@ pub struct Outcome {
 ///
 /// # Errors
 /// See [`TrainError`]; what was saved before stays whole.
-pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outcome, TrainError> {
+pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Result<Outcome<M>, TrainError> {
     let device = model.device();
     let steps = job.training.steps;
     let (mut progress, optimizer) = match &job.resume {
@@ -130,15 +130,14 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }
     };
-    let decoder = model.config().clone();
     let parts = Parts {
         optimizer,
         training: &job.training,
-        decoder: &decoder,
+        model: &model,
         tracking: &job.tracking,
         batches_per_epoch: job.train.per_epoch(),
     };
-    let mut procedure = job.procedure.build(parts, &progress.procedure)?;
+    let mut procedure = M::procedure(&job.procedure, parts, &progress.procedure)?;
     let resumed = job.resume.as_ref().map(|_| progress.step);
     if let Some(step) = resumed {
         checkpoint::discard_after(&job.run_dir, step)?;
@@ -178,7 +177,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
         model = new;
 
         let micros = started.elapsed().as_micros() as u64;
-        tokens_since += batches.iter().map(|batch| batch.tokens.len() as u64).sum::<u64>();
+        tokens_since += batches.iter().map(Lesson::inputs).sum::<u64>();
         micros_since += micros;
         progress.step = step;
         progress.position += accumulation;
@@ -189,7 +188,7 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
 
         let last = step == steps || procedure.finished();
         let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
-        let bytes: u64 = batches.iter().map(|batch| batch.target_bytes).sum();
+        let bytes: u64 = batches.iter().map(Lesson::target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
         let mut logged = Logged {
             step,
@@ -217,12 +216,13 @@ pub fn run(mut model: Decoder, job: Job<'_>, view: &mut dyn View) -> Result<Outc
             let mut measured = procedure.measure(&model, held_out)?;
             measured.extend(job.probe.map_or(Vec::new(), |probe| probe(&model.valid())));
             write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
-            let loss = sums.mean_loss();
+            let told = sums.evaluated();
+            let loss = told.mean_loss();
             is_best = loss.is_finite() && best.as_ref().is_none_or(|best| loss < best.validation_loss);
             if is_best {
                 best = Some(Best { step, validation_loss: loss });
             }
-            view.validated(step, &sums);
+            view.validated(step, &told);
             validation = Some(sums);
         }
         let look =
@@ -259,10 +259,10 @@ fn seed_of_step(seed: u64, step: u64) -> u64 {
 }
 
 /// Logs first, so that nothing up to the saved step can be missing; then the checkpoint; then what may go.
-fn save(
-    job: &Job<'_>,
-    model: &Decoder,
-    procedure: &dyn Procedure,
+fn save<M: Learner>(
+    job: &Job<'_, M>,
+    model: &M,
+    procedure: &dyn Procedure<M>,
     progress: &Progress,
     metrics: &mut MetricsLog,
     events: Option<&mut EventWriter>,
@@ -333,15 +333,18 @@ fn write_validation(
     metrics: &mut MetricsLog,
     events: Option<&mut EventWriter>,
     step: u64,
-    sums: &Evaluated,
+    sums: &impl Sums,
     measured: &[(String, f64)],
 ) -> Result<(), TrainError> {
-    let (loss, bits, accuracy) = (sums.mean_loss(), sums.bits_per_byte(), sums.accuracy());
+    let told = sums.evaluated();
+    let (loss, bits, accuracy) = (told.mean_loss(), told.bits_per_byte(), told.accuracy());
     let mut line = json!({
         "step": step, "validation_loss": loss, "validation_loss_bits": loss.to_bits(),
-        "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": sums.targets,
+        "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": told.targets,
     });
-    for (name, value) in measured {
+    let numbers = sums.numbers();
+    let all = || numbers.iter().copied().chain(measured.iter().map(|(name, value)| (name.as_str(), *value)));
+    for (name, value) in all() {
         line[name] = json!(value);
     }
     metrics.append(&line)?;
@@ -351,8 +354,12 @@ fn write_validation(
     if let Some(bits) = bits {
         events.scalar("loss/validation_bits_per_byte", step, bits as f32)?;
     }
-    for (name, value) in measured {
-        events.scalar(name, step, *value as f32)?;
+    for (name, value) in all() {
+        events.scalar(name, step, value as f32)?;
+    }
+    for (name, shown) in sums.matrices() {
+        let png = matrix(&shown)?;
+        events.image_png(name, step, png.width, png.height, &png.bytes)?;
     }
     Ok(events.flush()?)
 }

@@ -1,14 +1,13 @@
 //! The standard loop body: mean cross-entropy over the targets of a step, clipped by the global norm, one update.
 
-use polyhead_models::{Batch, ContextMask, Decoder, Pass};
+use polyhead_models::ContextMask;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::config::TrainingConfig;
-use crate::engagement;
 use crate::optimizer::Optimizer;
-use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
+use crate::procedure::{HeldOut, Procedure, StepContext, StepReport, Trainee};
 use crate::update::{Step, Updater};
 
 /// Settings of plain training.
@@ -34,26 +33,21 @@ impl Standard {
     }
 }
 
-impl Procedure for Standard {
-    fn step(
-        &mut self,
-        model: Decoder,
-        batches: &[Batch],
-        context: &StepContext,
-    ) -> Result<(Decoder, StepReport), TrainError> {
+impl<M: Trainee> Procedure<M> for Standard {
+    fn step(&mut self, model: M, batches: &[M::Batch], context: &StepContext) -> Result<(M, StepReport), TrainError> {
         let mut step = Step::over(batches);
         for batch in batches {
-            let loss = model.loss_of_pass(batch, Pass::new(&batch.mask(self.context_mask)));
+            let loss = model.loss_under(batch, self.context_mask);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);
             step.add(objective.backward(), &model);
         }
         self.updater.finish(model, step, context)
     }
 
-    fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
-        let mut measured = engagement::of_first_batch("plain", model, held_out, ContextMask::Causal, &[])?;
+    fn measure(&self, model: &M, held_out: HeldOut<'_, M>) -> Result<Vec<(String, f64)>, TrainError> {
+        let mut measured = model.engagement("plain", held_out, ContextMask::Causal)?;
         if self.context_mask == ContextMask::Bidirectional {
-            measured.extend(engagement::of_first_batch("masked", model, held_out, self.context_mask, &[])?);
+            measured.extend(model.engagement("masked", held_out, self.context_mask)?);
         }
         Ok(measured)
     }

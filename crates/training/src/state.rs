@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::module::Module;
 use burn::tensor::Device;
-use polyhead_models::Decoder;
+use polyhead_models::Learner;
 use polyhead_models::weights::{from_safetensors, load, named, to_safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -41,10 +42,10 @@ pub type Companions = Vec<(String, Vec<u8>)>;
 ///
 /// # Errors
 /// If a file cannot be written; nothing half-written remains.
-pub fn save(
+pub fn save<M: Learner>(
     run_dir: &Path,
-    model: &Decoder,
-    procedure: &dyn Procedure,
+    model: &M,
+    procedure: &dyn Procedure<M>,
     progress: &Progress,
     companions: &Companions,
 ) -> Result<PathBuf, TrainError> {
@@ -76,7 +77,7 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
 ///
 /// # Errors
 /// If the file is missing or altered, or does not fit the model.
-pub fn read_model(checkpoint: &Path, model: Decoder) -> Result<Decoder, TrainError> {
+pub fn read_model<M: Module>(checkpoint: &Path, model: M) -> Result<M, TrainError> {
     Ok(load(model, from_safetensors(&read_file(checkpoint, "model.safetensors")?)?)?)
 }
 

@@ -1,7 +1,8 @@
 //! What the forward passes of a step add up to, and the update that ends it: shared by all procedures.
 
+use burn::module::Module;
 use burn::tensor::{Gradients, Tensor};
-use polyhead_models::{Batch, Decoder, Loss};
+use polyhead_models::{Decoder, Learner, Lesson, Loss};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, TrainingConfig};
@@ -10,22 +11,22 @@ use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{StepContext, StepReport};
 
 /// The losses and gradients of a step so far.
-pub(crate) struct Step {
+pub(crate) struct Step<M = Decoder> {
     /// Targets of the whole step.
     targets: u64,
     loss_sum: f64,
     penalty_sum: Option<f64>,
-    grads: Sum<Decoder>,
+    grads: Sum<M>,
     /// The square of the norm of gradients that count when clipping and belong to no parameter.
     pub(crate) square_beside: f64,
     /// What the procedure measured.
     pub(crate) measured: Vec<(String, f64)>,
 }
 
-impl Step {
+impl<M: Learner> Step<M> {
     /// A step over these batches.
-    pub(crate) fn over(batches: &[Batch]) -> Self {
-        let targets = batches.iter().map(Batch::target_tokens).sum();
+    pub(crate) fn over(batches: &[M::Batch]) -> Self {
+        let targets = batches.iter().map(Lesson::targets).sum();
         Self {
             targets,
             loss_sum: 0.0,
@@ -38,12 +39,12 @@ impl Step {
 
     /// `[1]`: a batch's part in the mean over the step's targets. Weighted by targets, so that how rows are divided over
     /// forward passes changes nothing.
-    pub(crate) fn objective(&mut self, loss: Loss, batch: &Batch, penalty_weight: f64) -> Tensor<1> {
+    pub(crate) fn objective(&mut self, loss: Loss, batch: &M::Batch, penalty_weight: f64) -> Tensor<1> {
         self.loss_sum += f64::from(loss.cross_entropy.clone().into_scalar::<f32>());
         let all = self.targets.max(1) as f64;
         let mut objective = loss.cross_entropy / all;
         if let Some(penalty) = loss.penalty {
-            let share = batch.target_tokens() as f64 / all;
+            let share = batch.targets() as f64 / all;
             *self.penalty_sum.get_or_insert(0.0) += share * f64::from(penalty.clone().into_scalar::<f32>());
             objective = objective + penalty * (share * penalty_weight);
         }
@@ -51,7 +52,7 @@ impl Step {
     }
 
     /// Adds the gradients of a backward pass.
-    pub(crate) fn add(&mut self, grads: Gradients, model: &Decoder) {
+    pub(crate) fn add(&mut self, grads: Gradients, model: &M) {
         self.grads.add(grads, model);
     }
 
@@ -79,12 +80,12 @@ impl Updater {
     }
 
     /// Ends a step: clipped by the global norm, one update; none if something is not finite.
-    pub(crate) fn finish(
+    pub(crate) fn finish<M: Module>(
         &mut self,
-        model: Decoder,
-        step: Step,
+        model: M,
+        step: Step<M>,
         context: &StepContext,
-    ) -> Result<(Decoder, StepReport), TrainError> {
+    ) -> Result<(M, StepReport), TrainError> {
         let mut grads = step.grads.finish();
         let grad_norm = global_norm(&grads, &model);
         let loss = step.loss_sum / step.targets.max(1) as f64;

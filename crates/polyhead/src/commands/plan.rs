@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use polyhead_data::Opened;
+use polyhead_models::Decoder;
 use polyhead_training::evaluate::{Batches, evaluate};
 use polyhead_training::optimizer::Optimizer;
-use polyhead_training::{Parts, StepContext, available_memory_bytes, peak_memory_bytes, schedule};
+use polyhead_training::{Parts, StepContext, Trainee, available_memory_bytes, peak_memory_bytes, schedule};
 
 use crate::assemble::{self, Resolved, Source};
 use crate::console::{bytes, clock, put, talk, thousands};
@@ -113,11 +114,11 @@ pub fn probe(resolved: &Resolved, opened: Opened) -> Result<Probed, Failure> {
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training,
-        decoder: &resolved.decoder,
+        model: &model,
         tracking: &opened.tracking,
         batches_per_epoch: train.per_epoch(),
     };
-    let mut procedure = recipe.procedure.build(parts, &serde_json::Value::Null)?;
+    let mut procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
     let accumulation = training.gradient_accumulation_steps as u64;
     let (started, mut durations) = (Instant::now(), Vec::new());
     // The first step is the warm-up: it allocates what the others use again.

@@ -44,16 +44,16 @@ struct Run {
 impl Run {
     fn new(config: NeuronDropoutConfig) -> Self {
         let training: TrainingConfig = serde_json::from_str(r#"{"steps": 99, "seq_len": 7, "batch_size": 2}"#).unwrap();
-        let (decoder, tracking) = (decoder(), tracking());
+        let (model, tracking) = (model(), tracking());
         let parts = Parts {
             optimizer: Optimizer::new(OptimizerConfig::default()),
             training: &training,
-            decoder: &decoder,
+            model: &model,
             tracking: &tracking,
             batches_per_epoch: 3,
         };
         let procedure = NeuronDropout::new(config, parts, &serde_json::Value::Null).unwrap();
-        Self { procedure, model: model(), reports: Vec::new() }
+        Self { procedure, model, reports: Vec::new() }
     }
 
     fn steps(mut self, count: u64) -> Self {

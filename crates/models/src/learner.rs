@@ -1,0 +1,124 @@
+//! What the loop asks of a model, whatever it learns: a loss to minimise, sums to judge it by, something to look at.
+
+use burn::module::Module;
+use burn::tensor::Device;
+use polyhead_attention::{Mask, Observation, Observe};
+
+use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass};
+
+/// A model that can be trained.
+pub trait Learner: Module + 'static {
+    /// What it learns from at once.
+    type Batch: Lesson;
+    /// What its evaluation adds up.
+    type Sums: Sums;
+
+    /// The device of the weights.
+    fn device(&self) -> Device;
+
+    /// Layers.
+    fn n_layers(&self) -> usize;
+
+    /// The loss of a batch, differentiable. `context` is for models whose batches are conversations: what tokens of a
+    /// context see of their own turn.
+    fn loss_under(&self, batch: &Self::Batch, context: ContextMask) -> Loss;
+
+    /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
+    fn sums(&self, batch: &Self::Batch) -> Self::Sums;
+
+    /// What each layer sees of the first row of a batch; empty where layers cannot be looked into.
+    fn look(&self, batch: &Self::Batch, observe: Observe) -> Vec<Observation>;
+}
+
+/// What a model learns from at once.
+pub trait Lesson {
+    /// How much the model reads, in what its speed is counted in: tokens, or examples.
+    fn inputs(&self) -> u64;
+
+    /// How many answers are asked for.
+    fn targets(&self) -> u64;
+
+    /// Bytes of text that the answers stand for; 0 where the data is no text.
+    fn target_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// What an evaluation adds up over its batches.
+pub trait Sums: Clone + std::fmt::Debug + Default {
+    /// Adds another batch.
+    fn add(&mut self, other: Self);
+
+    /// What every model is judged by.
+    fn evaluated(&self) -> Evaluated;
+
+    /// Further numbers, by their names in the logs.
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
+
+    /// Matrices that are better seen than read, by their names in TensorBoard.
+    fn matrices(&self) -> Vec<(&'static str, Matrix)> {
+        Vec::new()
+    }
+}
+
+/// Numbers in rows and columns.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Matrix {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// `[rows, cols]`, row by row.
+    pub values: Vec<f32>,
+}
+
+impl Lesson for Batch {
+    fn inputs(&self) -> u64 {
+        self.tokens.len() as u64
+    }
+
+    fn targets(&self) -> u64 {
+        self.target_tokens()
+    }
+
+    fn target_bytes(&self) -> u64 {
+        self.target_bytes
+    }
+}
+
+impl Sums for Evaluated {
+    fn add(&mut self, other: Self) {
+        Evaluated::add(self, other);
+    }
+
+    fn evaluated(&self) -> Evaluated {
+        *self
+    }
+}
+
+impl Learner for Decoder {
+    type Batch = Batch;
+    type Sums = Evaluated;
+
+    fn device(&self) -> Device {
+        self.device()
+    }
+
+    fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn loss_under(&self, batch: &Batch, context: ContextMask) -> Loss {
+        self.loss_of_pass(batch, Pass::new(&batch.mask(context)))
+    }
+
+    fn sums(&self, batch: &Batch) -> Evaluated {
+        self.evaluate(batch)
+    }
+
+    fn look(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {
+        self.forward(self.tokens(&batch.row(0)), &Mask::causal(), None, observe).seen
+    }
+}
