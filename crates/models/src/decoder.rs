@@ -94,6 +94,16 @@ pub enum NormKind {
     Layer,
 }
 
+impl NormKind {
+    /// Vectors of a norm.
+    pub(crate) fn vectors(self) -> u64 {
+        match self {
+            Self::Rms => 1,
+            Self::Layer => 2,
+        }
+    }
+}
+
 /// The kind of a decoder's feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -103,6 +113,16 @@ pub enum MlpKind {
     Swiglu,
     /// `down(gelu(up(x)))` with biases.
     Gelu,
+}
+
+impl MlpKind {
+    /// Weights of a layer's matrices, and of its biases.
+    pub(crate) fn parameters(self, d_model: u64, d_ff: u64) -> [u64; 2] {
+        match self {
+            Self::Swiglu => [3 * d_model * d_ff, 0],
+            Self::Gelu => [2 * d_model * d_ff, d_model + d_ff],
+        }
+    }
 }
 
 /// A part of a model with what it costs, for `plan`.
@@ -196,22 +216,13 @@ impl DecoderConfig {
     /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and seed the device.
     pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
         let (d_model, d_ff) = (self.d_model, self.feed_forward());
-        let residual = INIT_STD / (2.0 * self.n_layers as f64).sqrt();
-        let norm = || Norm {
-            weight: Param::from_tensor(Tensor::ones([d_model], device)),
-            bias: (self.norm == NormKind::Layer).then(|| Param::from_tensor(Tensor::zeros([d_model], device))),
-        };
-        let biases = self.mlp == MlpKind::Gelu;
+        let norm = || Norm::init(self.norm, d_model, device);
         let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
         let layer = |index| Block {
             attention_norm: norm(),
             attention: self.mechanism(index).init(&self.dims(index), device),
             mlp_norm: norm(),
-            mlp: Mlp {
-                gate_proj: (self.mlp == MlpKind::Swiglu).then(|| linear(d_model, d_ff, false, INIT_STD, device)),
-                up_proj: linear(d_model, d_ff, biases, INIT_STD, device),
-                down_proj: linear(d_ff, d_model, biases, residual, device),
-            },
+            mlp: Mlp::init(self.mlp, [d_model, d_ff], self.n_layers, device),
         };
         Decoder {
             embedding: Embedding { weight: Param::from_tensor(embedding) },
@@ -244,17 +255,10 @@ impl DecoderConfig {
             }
         }
         let layers = self.n_layers as u64;
-        let (matrices, biases) = match self.mlp {
-            MlpKind::Swiglu => (3 * d_model * d_ff, 0),
-            MlpKind::Gelu => (2 * d_model * d_ff, d_model + d_ff),
-        };
-        let vectors = match self.norm {
-            NormKind::Rms => 1,
-            NormKind::Layer => 2,
-        };
+        let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
         let cost = plain(layers * (matrices + biases), 2 * layers * matrices);
         parts.push(Part { name: "feed-forward".into(), cost });
-        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * vectors * d_model, 0) });
+        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * self.norm.vectors() * d_model, 0) });
         let head = if self.tie_embeddings { 0 } else { vocab * d_model };
         parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
         parts
@@ -298,6 +302,13 @@ pub struct Norm {
 }
 
 impl Norm {
+    pub(crate) fn init(kind: NormKind, d_model: usize, device: &Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::ones([d_model], device)),
+            bias: (kind == NormKind::Layer).then(|| Param::from_tensor(Tensor::zeros([d_model], device))),
+        }
+    }
+
     pub(crate) fn forward(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
         match &self.bias {
             Some(bias) => layer_norm(hidden, self.weight.val(), bias.val(), eps),
@@ -318,7 +329,18 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
+    pub(crate) fn init(kind: MlpKind, [d_model, d_ff]: [usize; 2], n_layers: usize, device: &Device) -> Self {
+        let biases = kind == MlpKind::Gelu;
+        // What writes into the residual stream begins smaller, as the output projections of attention do.
+        let residual = INIT_STD / (2.0 * n_layers as f64).sqrt();
+        Self {
+            gate_proj: (kind == MlpKind::Swiglu).then(|| linear(d_model, d_ff, false, INIT_STD, device)),
+            up_proj: linear(d_model, d_ff, biases, INIT_STD, device),
+            down_proj: linear(d_ff, d_model, biases, residual, device),
+        }
+    }
+
+    pub(crate) fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
         let Self { gate_proj, up_proj, down_proj } = self;
         let touched = adapters.touch(&["gate_proj", "up_proj", "down_proj"]);
         let up = |x| adapters.project("up_proj", up_proj, x);

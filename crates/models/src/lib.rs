@@ -1,11 +1,12 @@
 //! Models built from attention mechanisms: what they compute, what they learn from, and their weights as files.
 //!
-//! [`Decoder`] is the pre-norm language model, [`Learner`] what any model is to the loop; [`Batch`] what a decoder is given,
-//! [`Examples`] what a classifier is, [`loss`](Decoder::loss) what it is told,
+//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Learner`] what both are to
+//! the loop; [`Batch`] and [`Examples`] are what they are given, [`loss`](Decoder::loss) what it is told,
 //! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
 
 pub mod adapters;
 mod batch;
+mod classifier;
 mod contrastive;
 mod decoder;
 mod examples;
@@ -26,6 +27,10 @@ mod trained;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
+pub use classifier::{
+    Bin, Body, ClassScore, ClassSums, ClassWeights, Classifier, ClassifierConfig, Encoder, EncoderBlock, InputLayer,
+    LossConfig, Mixer, MixerConfig, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
+};
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};
 pub use examples::{Examples, InputShape, Inputs};

@@ -26,6 +26,15 @@ impl<T> PerLayer<T> {
             Self::Each(settings) => settings.get(layer),
         }
     }
+
+    /// The same for something made of each setting.
+    pub fn map<U>(self, make: impl FnMut(T) -> U) -> PerLayer<U> {
+        let mut make = make;
+        match self {
+            Self::Same(setting) => PerLayer::Same(make(setting)),
+            Self::Each(settings) => PerLayer::Each(settings.into_iter().map(make).collect()),
+        }
+    }
 }
 
 impl<T: Serialize> Serialize for PerLayer<T> {

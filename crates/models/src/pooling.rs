@@ -53,6 +53,15 @@ impl PoolingConfig {
         }
     }
 
+    /// Weights of the pooling of a model with `n_layers` layers.
+    pub fn parameters(&self, d_model: usize, n_layers: usize) -> u64 {
+        match self {
+            Self::Mean | Self::ClassToken | Self::LastToken => 0,
+            Self::Ggem(config) => config.n_groups as u64,
+            Self::Mltp(config) => config.parameters(d_model, n_layers),
+        }
+    }
+
     /// The pooling of a model with `n_layers` layers. Cannot fail after [`validate`](Self::validate).
     pub fn init(&self, d_model: usize, n_layers: usize, device: &Device) -> Pooling {
         match self {

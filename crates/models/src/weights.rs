@@ -74,6 +74,12 @@ impl Path {
     }
 }
 
+/// The layer that a parameter of this name belongs to, from 0; `None` for those of no layer.
+pub fn layer_of(name: &str) -> Option<usize> {
+    let inside = name.strip_prefix("body.").unwrap_or(name); // of a classifier
+    inside.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+}
+
 /// All parameters of a module, in the order of its fields.
 pub fn named<M: Module>(module: &M) -> Vec<Named> {
     struct Collect(Path, Vec<Named>);

@@ -99,6 +99,14 @@ impl TrainablePoolingConfig {
         Ok(())
     }
 
+    pub(super) fn parameters(&self, d_model: usize, n_layers: usize) -> u64 {
+        let inner = self.n_heads * self.head_dim.unwrap_or(d_model / self.n_heads);
+        let rows = self.n_latents + if self.input.of_each_layer() { n_layers } else { 0 };
+        let (norms, attention) = (6 * d_model, 4 * d_model * inner);
+        let mlp = 12 * d_model * d_model + 9 * d_model;
+        (rows * d_model + norms + attention + mlp) as u64
+    }
+
     pub(super) fn init(&self, d_model: usize, n_layers: usize, device: &Device) -> TrainablePooling {
         let inner = self.n_heads * self.head_dim.unwrap_or(d_model / self.n_heads);
         let normal = |rows: usize, std: f64| {

@@ -1,0 +1,293 @@
+//! The bidirectional transformer with a class at its end.
+//!
+//! ```text
+//! input -> linear or embedding (, class token in front), + learned positions
+//!   ->  layers: x + mixer(norm(x)), x + mlp(norm(x))  ->  norm  ->  pooling  ->  linear to classes
+//! ```
+//! Nothing is causal and nothing rotates. With `pooling = "class_token"` a learned token stands in front; other poolings have
+//! none. Trainable pooling over all layers reads each of them behind the last norm. Left out of ViT: dropout, and the hidden
+//! layer of its head while it is pretrained.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
+use polyhead_attention::{
+    Adapters, Attention, Call, Cost, HiLo, HiLoConfig, INIT_STD, Mask, Observation, Observe, linear,
+};
+
+use super::config::{Blueprint, Source};
+use super::{MixerConfig, Scored};
+use crate::decoder::{Mlp, Norm, Part};
+use crate::{Inputs, Pooling};
+
+/// A bidirectional transformer with a class at its end.
+#[derive(Module, Debug)]
+pub struct Encoder {
+    /// From the input to the residual stream.
+    pub input: InputLayer,
+    /// `[1, d_model]`: the token in front; `None` without.
+    pub class_token: Option<Param<Tensor<2>>>,
+    /// `[positions, d_model]`: learned positions, that of the class token first.
+    pub positions: Param<Tensor<2>>,
+    /// Layers, first to last.
+    pub layers: Vec<EncoderBlock>,
+    /// Before the pooling.
+    pub norm: Norm,
+    /// From positions to one vector.
+    pub pooling: Pooling,
+    /// `[d_model, classes]`
+    pub head: Linear,
+    #[module(skip)]
+    blueprint: Blueprint,
+}
+
+/// From the input to the residual stream.
+#[derive(Module, Debug)]
+pub enum InputLayer {
+    /// Of patches: `[channels * side², d_model]`.
+    Projection(Linear),
+    /// Of tokens: `[vocab, d_model]`.
+    Embedding(Param<Tensor<2>>),
+}
+
+/// One layer.
+#[derive(Module, Debug)]
+pub struct EncoderBlock {
+    /// Before the mixer.
+    pub attention_norm: Norm,
+    /// What mixes the positions.
+    pub attention: Mixer,
+    /// Before the feed-forward layer.
+    pub mlp_norm: Norm,
+    /// The feed-forward layer.
+    pub mlp: Mlp,
+}
+
+/// What mixes the positions.
+// A model has a handful of layers: boxing would buy nothing.
+#[allow(clippy::large_enum_variant)]
+#[derive(Module, Debug)]
+pub enum Mixer {
+    /// See [`MixerConfig::Mechanism`].
+    Mechanism(Attention),
+    /// See [`MixerConfig::HiLo`].
+    HiLo(HiLo),
+}
+
+impl Blueprint {
+    /// Fresh weights.
+    pub(super) fn init(self, n_classes: usize, device: &Device) -> Encoder {
+        let (d_model, class_token) = (self.d_model, self.has_class_token());
+        let normal = |rows: usize| {
+            Param::from_tensor(Tensor::random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device))
+        };
+        let input = match self.source {
+            Source::Patches { channels, side, .. } => {
+                InputLayer::Projection(linear(channels * side * side, d_model, true, INIT_STD, device))
+            }
+            Source::Tokens { vocab_size, .. } => InputLayer::Embedding(normal(vocab_size)),
+        };
+        let layer = |index| EncoderBlock {
+            attention_norm: Norm::init(self.norm, d_model, device),
+            attention: match self.mixer(index) {
+                MixerConfig::Mechanism(config) => Mixer::Mechanism(config.init(&self.dims(index), device)),
+                MixerConfig::HiLo(config) => Mixer::HiLo(config.init(d_model, device)),
+            },
+            mlp_norm: Norm::init(self.norm, d_model, device),
+            mlp: Mlp::init(self.mlp, [d_model, self.d_ff], self.n_layers, device),
+        };
+        Encoder {
+            input,
+            class_token: class_token.then(|| normal(1)),
+            positions: normal(self.source.positions() + usize::from(class_token)),
+            layers: (0..self.n_layers).map(layer).collect(),
+            norm: Norm::init(self.norm, d_model, device),
+            pooling: self.pooling.init(d_model, self.n_layers, device),
+            head: linear(d_model, n_classes, true, INIT_STD, device),
+            blueprint: self,
+        }
+    }
+
+    /// Costs by part, operations per example.
+    pub(super) fn parts(&self, n_classes: usize) -> Vec<Part> {
+        let (d_model, d_ff, layers) = (self.d_model as u64, self.d_ff as u64, self.n_layers as u64);
+        let front = u64::from(self.has_class_token());
+        let positions = self.source.positions() as u64 + front;
+        let part = |name: &str, parameters: u64, flops_per_token: u64| Part {
+            name: name.into(),
+            cost: Cost { parameters, flops_per_token, ..Cost::default() },
+        };
+        let mut parts = vec![match self.source {
+            Source::Patches { channels, side, .. } => {
+                let width = (channels * side * side) as u64;
+                part("patches", (width + 1) * d_model, 2 * (positions - front) * width * d_model)
+            }
+            Source::Tokens { vocab_size, .. } => part("embedding", vocab_size as u64 * d_model, 0),
+        }];
+        parts.push(part("positions", (positions + front) * d_model, 0));
+        for layer in 0..self.n_layers {
+            let (parameters, flops) = match self.mixer(layer) {
+                MixerConfig::Mechanism(mechanism) => {
+                    let cost = mechanism.cost(&self.dims(layer));
+                    let pairs = positions * positions;
+                    (cost.parameters, positions * cost.flops_per_token + pairs * cost.flops_per_pair)
+                }
+                MixerConfig::HiLo(hilo) => {
+                    (hilo_parameters(hilo, d_model), 2 * hilo.multiply_adds(self.d_model, positions as usize))
+                }
+            };
+            let name = format!("attention: {}", self.mixer(layer).name());
+            match parts.iter_mut().find(|part| part.name == name) {
+                Some(Part { cost, .. }) => {
+                    cost.parameters += parameters;
+                    cost.flops_per_token += flops;
+                }
+                None => parts.push(part(&name, parameters, flops)),
+            }
+        }
+        let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
+        parts.push(part("feed-forward", layers * (matrices + biases), 2 * positions * layers * matrices));
+        parts.push(part("norms", (2 * layers + 1) * self.norm.vectors() * d_model, 0));
+        parts.push(part("pooling", self.pooling.parameters(self.d_model, self.n_layers), 0));
+        parts.push(part("head", (d_model + 1) * n_classes as u64, 2 * d_model * n_classes as u64));
+        parts
+    }
+
+    pub(super) fn kept_numbers(&self) -> usize {
+        self.source.positions() * self.n_layers * (10 * self.d_model + 4 * self.d_ff)
+    }
+}
+
+/// Weights of a HiLo layer.
+fn hilo_parameters(hilo: &HiLoConfig, d_model: u64) -> u64 {
+    let low = hilo.lofi_heads() as u64 * (d_model / hilo.n_heads as u64);
+    let part = |width: u64| {
+        let biases = if hilo.qkv_bias { 3 * width } else { 0 };
+        3 * d_model * width + width * width + width + biases
+    };
+    [low, d_model - low].into_iter().filter(|width| *width > 0).map(part).sum()
+}
+
+/// What a batch is, on the device.
+struct Batched {
+    /// `[batch, positions, d_model]`: what the first layer reads.
+    hidden: Tensor<3>,
+    /// `[batch, positions]`, true for padding; `None` where there is none.
+    padding: Option<Tensor<2, Bool>>,
+    /// The same, as mechanisms are told.
+    mask: Mask,
+}
+
+impl Encoder {
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        self.positions.val().device()
+    }
+
+    /// Scores of the classes.
+    ///
+    /// # Panics
+    /// If the inputs are of another kind or size than the model was made for.
+    pub fn forward(&self, inputs: &Inputs, observe: Observe) -> Scored {
+        let Batched { mut hidden, padding, mask } = self.embed(inputs);
+        let eps = self.blueprint.norm_eps;
+        let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
+        for layer in &self.layers {
+            let normed = layer.attention_norm.forward(hidden.clone(), eps);
+            hidden = hidden
+                + match (&layer.attention, self.blueprint.source) {
+                    (Mixer::Mechanism(mechanism), _) => {
+                        let adapters = Adapters::default();
+                        let call = Call { rope: None, mask: &mask, bias: None, cache: None, observe, adapters };
+                        let attended = mechanism.forward(normed, call);
+                        penalties.extend(attended.penalty);
+                        seen.extend(attended.seen);
+                        attended.hidden
+                    }
+                    (Mixer::HiLo(hilo), Source::Patches { grid, .. }) => {
+                        // There is nothing to see in it, but layers are counted.
+                        seen.extend((observe != Observe::Nothing).then(Observation::default));
+                        hilo.forward(normed, grid, None)
+                    }
+                    (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
+                };
+            let normed = layer.mlp_norm.forward(hidden.clone(), eps);
+            hidden = hidden + layer.mlp.forward(normed, Adapters::default());
+            outputs.push(hidden.clone());
+        }
+        let first = if matches!(self.pooling, Pooling::Mltp(_)) { 0 } else { outputs.len() - 1 };
+        let normed: Vec<Tensor<3>> = outputs.drain(first..).map(|output| self.norm.forward(output, eps)).collect();
+        let pooled = self.pooling.forward(&normed, padding.as_ref());
+        let bias = self.head.bias.as_ref().map(Param::val);
+        let logits = polyhead_kernels::linear(pooled, self.head.weight.val(), bias);
+        Scored { logits, penalties, seen }
+    }
+
+    fn embed(&self, inputs: &Inputs) -> Batched {
+        let device = self.device();
+        let front = usize::from(self.class_token.is_some());
+        let (embedded, lengths) = match (inputs, &self.input, self.blueprint.source) {
+            (Inputs::Images { pixels, channels, height, width }, InputLayer::Projection(layer), source) => {
+                let Source::Patches { side, grid, .. } = source else { unreachable!("a projection is of patches") };
+                assert_eq!([height / side, width / side], grid, "pictures have another size than the model's");
+                let count = pixels.len() / (channels * height * width);
+                let pixels = TensorData::new(pixels.clone(), [count, *channels, *height, *width]);
+                let patches = patches(Tensor::from_data(pixels, &device), side);
+                let bias = layer.bias.as_ref().map(Param::val);
+                (polyhead_kernels::linear(patches, layer.weight.val(), bias), None)
+            }
+            (Inputs::Tokens { tokens, lengths, seq_len }, InputLayer::Embedding(table), _) => {
+                let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
+                let count = ids.len();
+                let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), &device);
+                let rows = table.val().select(0, ids).reshape([lengths.len(), *seq_len, self.blueprint.d_model]);
+                let lengths: Vec<usize> = lengths.iter().map(|&length| length as usize + front).collect();
+                (rows, Some(lengths))
+            }
+            (_, layer, _) => panic!("the model reads through {layer:?}"),
+        };
+        let [batch, _, d_model] = embedded.dims();
+        let token = self.class_token.as_ref().map(|token| token.val().unsqueeze::<3>().expand([batch, 1, d_model]));
+        let all = Tensor::cat(token.into_iter().chain([embedded]).collect(), 1);
+        let count = all.dims()[1];
+        let hidden = all + self.positions.val().narrow(0, 0, count).unsqueeze::<3>();
+        let lengths = lengths.filter(|lengths| lengths.iter().any(|&length| length < count));
+        let mask = lengths.as_ref().map_or_else(Mask::none, |lengths| Mask::none().with_lengths(lengths));
+        let padding = lengths.map(|lengths| behind(&lengths, count, &device));
+        Batched { hidden, padding, mask }
+    }
+}
+
+/// `[batch, channels, height, width]` to `[batch, patches, channels * side²]`, patches row by row.
+fn patches(pictures: Tensor<4>, side: usize) -> Tensor<3> {
+    let [batch, channels, height, width] = pictures.dims();
+    let (rows, columns) = (height / side, width / side);
+    let cut = pictures.reshape([batch, channels, rows, side, columns, side]);
+    cut.permute([0, 2, 4, 1, 3, 5]).reshape([batch, rows * columns, channels * side * side])
+}
+
+/// `[batch, positions]`: true behind each length.
+fn behind(lengths: &[usize], count: usize, device: &Device) -> Tensor<2, Bool> {
+    let hidden: Vec<i32> =
+        lengths.iter().flat_map(|&length| (0..count).map(move |position| i32::from(position >= length))).collect();
+    Tensor::<2, Int>::from_data(TensorData::new(hidden, [lengths.len(), count]), device).equal_elem(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_are_cut_row_by_row() {
+        let device = Device::flex();
+        // Every pixel holds the number of its patch.
+        let map = Tensor::<1, Int>::arange(0..24, &device).float().reshape([1, 1, 4, 1, 6, 1]);
+        let pictures = map.expand([2, 3, 4, 2, 6, 2]).reshape([2, 3, 8, 12]);
+        let want = Tensor::<1, Int>::arange(0..24, &device).float().reshape([1, 24, 1]).expand([2, 24, 12]);
+        patches(pictures, 2).into_data().assert_eq(&want.into_data(), true);
+        // And inside of a patch: channel, then row, then column.
+        let one = Tensor::<1, Int>::arange(0..12, &device).float();
+        let inside = patches(one.clone().reshape([1, 3, 2, 2]), 2);
+        inside.into_data().assert_eq(&one.reshape([1, 1, 12]).into_data(), true);
+    }
+}

@@ -1,0 +1,193 @@
+//! What an evaluation of a classifier adds up: loss, confusions, how far its confidence can be trusted.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Evaluated, Matrix, Sums};
+
+/// Bins of confidence, as in Guo et al. (2017, arXiv 1706.04599).
+const BINS: usize = 15;
+
+/// The sums over evaluated examples.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ClassSums {
+    loss: f64,
+    n_classes: usize,
+    /// `[truth, answer]` row-major.
+    confusion: Vec<u64>,
+    bins: [Bin; BINS],
+}
+
+/// The examples whose first choice was given about the same probability.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Bin {
+    /// Examples.
+    pub count: u64,
+    /// The sum of the probabilities.
+    pub confidence: f64,
+    /// Examples whose first choice was right.
+    pub correct: u64,
+}
+
+/// How well one class is told.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ClassScore {
+    /// Examples of the class.
+    pub examples: u64,
+    /// Share of the answers with this class that were right; 0 where there were none.
+    pub precision: f64,
+    /// Share of the examples of the class that were told.
+    pub recall: f64,
+    /// The harmonic mean of both.
+    pub f1: f64,
+}
+
+impl ClassSums {
+    /// The sums of a batch: `logits` are `[batch, classes]`. Everything beyond a score is computed in f64, example by example,
+    /// so that it does not matter how batches are cut. Of equal scores the first class wins.
+    pub fn of(logits: &[f32], labels: &[u32]) -> Self {
+        let n_classes = logits.len() / labels.len().max(1);
+        let mut sums = Self { n_classes, confusion: vec![0; n_classes * n_classes], ..Self::default() };
+        for (row, &label) in logits.chunks_exact(n_classes.max(1)).zip(labels) {
+            let (mut first, mut largest) = (0, f64::NEG_INFINITY);
+            for (class, &score) in row.iter().enumerate() {
+                if f64::from(score) > largest {
+                    (first, largest) = (class, f64::from(score));
+                }
+            }
+            let rest: f64 = row.iter().map(|&score| (f64::from(score) - largest).exp()).sum();
+            sums.loss += largest + rest.ln() - f64::from(row[label as usize]);
+            sums.confusion[label as usize * n_classes + first] += 1;
+            let confidence = 1.0 / rest;
+            let bin = &mut sums.bins[((confidence * BINS as f64).ceil() as usize).clamp(1, BINS) - 1];
+            bin.count += 1;
+            bin.confidence += confidence;
+            bin.correct += u64::from(first == label as usize);
+        }
+        sums
+    }
+
+    /// Examples.
+    pub fn examples(&self) -> u64 {
+        self.confusion.iter().sum()
+    }
+
+    /// `[truth, answer]` row-major.
+    pub fn confusion(&self) -> &[u64] {
+        &self.confusion
+    }
+
+    /// Class by class.
+    pub fn classes(&self) -> Vec<ClassScore> {
+        let n = self.n_classes;
+        let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 };
+        let class = |class: usize| {
+            let right = self.confusion[class * n + class];
+            let examples: u64 = self.confusion[class * n..(class + 1) * n].iter().sum();
+            let answers: u64 = (0..n).map(|truth| self.confusion[truth * n + class]).sum();
+            let f1 = share(2 * right, examples + answers);
+            ClassScore { examples, precision: share(right, answers), recall: share(right, examples), f1 }
+        };
+        (0..n).map(class).collect()
+    }
+
+    /// The mean F1 over the classes that occur, or are answered with.
+    pub fn macro_f1(&self) -> f64 {
+        let mut counted = self.classes();
+        counted.retain(|class| class.examples > 0 || class.precision > 0.0);
+        counted.iter().map(|class| class.f1).sum::<f64>() / counted.len().max(1) as f64
+    }
+
+    /// The least share of a class that was told, over the classes that occur.
+    pub fn worst_recall(&self) -> f64 {
+        let classes = self.classes().into_iter().filter(|class| class.examples > 0);
+        classes.map(|class| class.recall).reduce(f64::min).unwrap_or(0.0)
+    }
+
+    /// Expected calibration error: how far confidence and accuracy lie apart, on average over 15 bins of confidence.
+    pub fn calibration_error(&self) -> f64 {
+        let gaps = self.bins.iter().map(|bin| (bin.confidence - bin.correct as f64).abs());
+        gaps.sum::<f64>() / self.examples().max(1) as f64
+    }
+}
+
+impl Sums for ClassSums {
+    fn add(&mut self, other: Self) {
+        if self.n_classes == 0 {
+            *self = other;
+            return;
+        }
+        assert!(other.n_classes == self.n_classes || other.n_classes == 0, "sums of two kinds of data");
+        self.loss += other.loss;
+        self.confusion.iter_mut().zip(other.confusion).for_each(|(sum, more)| *sum += more);
+        for (sum, more) in self.bins.iter_mut().zip(other.bins) {
+            sum.count += more.count;
+            sum.confidence += more.confidence;
+            sum.correct += more.correct;
+        }
+    }
+
+    fn evaluated(&self) -> Evaluated {
+        let correct = (0..self.n_classes).map(|class| self.confusion[class * self.n_classes + class]).sum();
+        Evaluated { loss: self.loss, correct, targets: self.examples(), bytes: 0 }
+    }
+
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("macro_f1/validation", self.macro_f1()),
+            ("worst_recall/validation", self.worst_recall()),
+            ("calibration_error/validation", self.calibration_error()),
+        ]
+    }
+
+    /// Rows are the truth, each divided by its examples; columns what was answered.
+    fn matrices(&self) -> Vec<(&'static str, Matrix)> {
+        let n = self.n_classes;
+        let rows = self.confusion.chunks(n.max(1)).flat_map(|row| {
+            let examples = row.iter().sum::<u64>().max(1) as f32;
+            row.iter().map(move |&count| count as f32 / examples)
+        });
+        vec![("confusion/validation", Matrix { rows: n, cols: n, values: rows.collect() })]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Worked by hand: three classes, six examples, one tie that the first class wins.
+    const LOGITS: [f32; 18] = [9., 0., 0., 0., 9., 0., 9., 0., 0., 0., 9., 0., 0., 0., 9., 1., 1., 0.];
+    const LABELS: [u32; 6] = [0, 1, 1, 1, 2, 2];
+
+    #[test]
+    fn numbers_are_those_worked_by_hand() {
+        let sums = ClassSums::of(&LOGITS, &LABELS);
+        assert_eq!(sums.confusion(), [1, 0, 0, 1, 2, 0, 1, 0, 1]);
+        assert_eq!((sums.evaluated().correct, sums.evaluated().targets), (4, 6));
+        let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-9, "{got} against {want}");
+        let classes = sums.classes();
+        near(classes[0].precision, 1.0 / 3.0);
+        near(classes[0].f1, 0.5);
+        near(classes[1].recall, 2.0 / 3.0);
+        near(classes[1].f1, 0.8);
+        near(classes[2].f1, 2.0 / 3.0);
+        near(sums.macro_f1(), (0.5 + 0.8 + 2.0 / 3.0) / 3.0);
+        near(sums.worst_recall(), 0.5);
+        let (sure, unsure) = (1.0 / (1.0 + 2.0 * (-9f64).exp()), 1.0 / (2.0 + (-1f64).exp()));
+        near(sums.calibration_error(), ((5.0 * sure - 4.0).abs() + unsure) / 6.0);
+        let right = -(sure.ln());
+        near(sums.evaluated().loss, 4.0 * right + (9.0 + right) + (1.0 - unsure.ln()));
+    }
+
+    #[test]
+    fn batches_may_be_cut_anywhere() {
+        let mut parts = ClassSums::default();
+        parts.add(ClassSums::of(&LOGITS[..6], &LABELS[..2]));
+        parts.add(ClassSums::of(&LOGITS[6..], &LABELS[2..]));
+        let whole = ClassSums::of(&LOGITS, &LABELS);
+        assert_eq!(parts.confusion(), whole.confusion());
+        assert!((parts.evaluated().loss - whole.evaluated().loss).abs() < 1e-12);
+        assert!((parts.calibration_error() - whole.calibration_error()).abs() < 1e-12);
+        let matrices = parts.matrices();
+        assert_eq!((matrices[0].1.rows, matrices[0].1.values[3]), (3, 1.0 / 3.0));
+    }
+}

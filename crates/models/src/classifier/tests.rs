@@ -1,0 +1,147 @@
+#![allow(clippy::unwrap_used)]
+use burn::tensor::Tolerance;
+
+use super::*;
+use crate::testing::reach_every_parameter;
+
+const PICTURES: InputShape = InputShape::Images { channels: 2, height: 8, width: 12 };
+const TEXTS: InputShape = InputShape::Tokens { vocab_size: 11, seq_len: 7 };
+const SOFTMAX: &str = r#"{"softmax": {"n_heads": 2, "qkv_bias": true}}"#;
+const DIFFERENTIAL: &str = r#"{"grouped_differential": {"n_heads": 4, "n_noise_heads": 2}}"#;
+const HILO: &str = r#"{"hilo": {"n_heads": 4, "alpha": 0.5}}"#;
+const MEAN: &str = r#""mean""#;
+const MLTP: &str = r#"{"mltp": {"n_heads": 2, "n_latents": 3}}"#;
+
+fn config(input: InputShape, attention: &str, pooling: &str) -> ClassifierConfig {
+    let (name, more) = match input {
+        InputShape::Images { .. } => ("vision_transformer", r#""patch_size": 2, "#),
+        _ => ("text_encoder", ""),
+    };
+    let json = format!(
+        r#"{{"{name}": {{{more}"d_model": 8, "n_layers": 2, "attention": {attention}, "pooling": {pooling}}}}}"#
+    );
+    serde_json::from_str(&json).unwrap()
+}
+
+fn model(input: InputShape, attention: &str, pooling: &str) -> Classifier {
+    let config = config(input, attention, pooling);
+    config.validate(Some(input)).unwrap();
+    let device = Device::flex().autodiff();
+    device.seed(3);
+    config.init(Sizes { input, n_classes: 3 }, &device)
+}
+
+fn batch(input: InputShape, count: usize) -> Examples {
+    let inputs = match input {
+        InputShape::Images { channels, height, width } => {
+            let pixels = (0..count * channels * height * width).map(|i| (i as f32 * 0.7).sin()).collect();
+            Inputs::Images { pixels, channels, height, width }
+        }
+        InputShape::Tokens { vocab_size, seq_len } => {
+            let tokens = (0..count * seq_len).map(|i| (i * i % vocab_size) as u32).collect();
+            Inputs::Tokens { tokens, lengths: vec![seq_len as u32; count], seq_len }
+        }
+        InputShape::Features { .. } => unreachable!(),
+    };
+    Examples { inputs, labels: (0..count as u32).map(|i| i % 3).collect() }
+}
+
+/// Fresh weights are small: what differs is made visible.
+fn scores(model: &Classifier, inputs: &Inputs) -> Tensor<2> {
+    model.forward(inputs, Observe::Nothing).logits * 1e3
+}
+
+fn largest(x: Tensor<2>) -> f32 {
+    x.abs().max().into_scalar()
+}
+
+#[test]
+fn gradients_reach_every_parameter_and_all_are_counted() {
+    for (input, attention, pooling) in [
+        (PICTURES, SOFTMAX, r#""class_token""#),
+        (PICTURES, HILO, r#"{"ggem": {"n_groups": 4}}"#),
+        (PICTURES, DIFFERENTIAL, MLTP),
+        (TEXTS, SOFTMAX, r#""last_token""#),
+        (TEXTS, DIFFERENTIAL, r#"{"mltp": {"n_heads": 2, "input": "tokens_of_last_layer"}}"#),
+    ] {
+        let model = model(input, attention, pooling);
+        let loss = model.loss_under(&batch(input, 3), ContextMask::Causal).cross_entropy;
+        reach_every_parameter(&model, &loss.backward());
+        let counted: u64 = model.config().parts(model.sizes()).iter().map(|part| part.cost.parameters).sum();
+        assert_eq!(counted, model.num_params() as u64, "{attention} {pooling}");
+    }
+}
+
+#[test]
+fn padding_leaves_no_trace_and_rows_are_independent() {
+    let poolings = [MEAN, r#""last_token""#, r#""class_token""#, r#"{"ggem": {}}"#, MLTP];
+    for (attention, pooling) in [SOFTMAX, DIFFERENTIAL].into_iter().flat_map(|a| poolings.map(|pooling| (a, pooling))) {
+        let model = model(TEXTS, attention, pooling);
+        let Inputs::Tokens { tokens, seq_len, .. } = batch(TEXTS, 3).inputs else { unreachable!() };
+        let padded = Inputs::Tokens { tokens: tokens.clone(), lengths: vec![4, 7, 2], seq_len };
+        let out = scores(&model, &padded);
+        for (row, length) in [4, 7, 2].into_iter().enumerate() {
+            let own = tokens[row * seq_len..row * seq_len + length].to_vec();
+            let alone = Inputs::Tokens { tokens: own, lengths: vec![length as u32], seq_len: length };
+            let alone = scores(&model, &alone).into_data();
+            out.clone().narrow(0, row, 1).into_data().assert_approx_eq::<f32>(&alone, Tolerance::absolute(1e-3));
+        }
+        let whole = Inputs::Tokens { tokens, lengths: vec![7; 3], seq_len };
+        assert!(largest(out - scores(&model, &whole)) > 1e-2, "{attention} {pooling}");
+    }
+}
+
+#[test]
+fn everybody_sees_everybody_and_positions_are_known() {
+    // The class token stands first: it sees the last position, so nothing is causal.
+    let model = model(TEXTS, SOFTMAX, r#""class_token""#);
+    let of =
+        |tokens: [u32; 7]| scores(&model, &Inputs::Tokens { tokens: tokens.to_vec(), lengths: vec![7], seq_len: 7 });
+    let own = of([1, 2, 3, 4, 5, 6, 7]);
+    assert!(largest(own.clone() - of([1, 2, 3, 4, 5, 6, 8])) > 1e-3);
+    assert!(largest(own - of([7, 6, 5, 4, 3, 2, 1])) > 1e-3, "order matters");
+}
+
+#[test]
+fn layers_can_be_looked_into() {
+    let hilo_then_softmax = format!("[{HILO}, {SOFTMAX}]");
+    let model = model(PICTURES, &hilo_then_softmax, MEAN);
+    let seen = model.valid().look(&batch(PICTURES, 2), Observe::Maps);
+    assert!(seen.len() == 2 && seen[0].maps.is_none());
+    assert_eq!(seen[1].maps.as_ref().unwrap().dims(), [2, 24, 24]);
+    assert!(model.valid().look(&batch(PICTURES, 2), Observe::Nothing).is_empty());
+}
+
+#[test]
+fn what_a_recipe_says_comes_back() {
+    for attention in [SOFTMAX, HILO, &format!("[{HILO}, {DIFFERENTIAL}]")] {
+        let config = config(PICTURES, attention, MEAN);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<ClassifierConfig>(&text).unwrap(), config);
+    }
+    let refused = |attention: &str| {
+        let json = format!(
+            r#"{{"vision_transformer": {{"patch_size": 2, "d_model": 8, "n_layers": 1, "attention": {attention}}}}}"#
+        );
+        serde_json::from_str::<ClassifierConfig>(&json).unwrap_err().to_string()
+    };
+    assert!(refused(r#"{"hilo": {"n_heads": 4, "windows": 3}}"#).contains("windows"));
+    assert!(refused(r#"{"softmax": {"n_head": 4}}"#).contains("n_head"));
+    assert!(refused(r#"{"hilos": {}}"#).contains("hilos"));
+    assert!(refused(r#"{"hilo": {"n_heads": 4}, "softmax": {"n_heads": 4}}"#).contains("choose one"));
+}
+
+#[test]
+fn mistakes_are_told_by_name() {
+    let field = |config: ClassifierConfig, input| config.validate(Some(input)).unwrap_err().field;
+    assert_eq!(field(config(PICTURES, HILO, r#""class_token""#), PICTURES), "vision_transformer.pooling");
+    let odd = InputShape::Images { channels: 1, height: 8, width: 9 };
+    assert_eq!(field(config(PICTURES, SOFTMAX, MEAN), odd), "vision_transformer.patch_size");
+    assert_eq!(field(config(PICTURES, SOFTMAX, MEAN), TEXTS), "vision_transformer");
+    assert_eq!(field(config(TEXTS, SOFTMAX, MEAN), PICTURES), "text_encoder");
+    assert_eq!(field(config(TEXTS, &format!("[{SOFTMAX}]"), MEAN), TEXTS), "text_encoder.attention");
+    let list = format!(r#"[{SOFTMAX}, {{"softmax": {{"n_heads": 3}}}}]"#);
+    assert_eq!(field(config(PICTURES, &list, MEAN), PICTURES), "vision_transformer.attention.1.softmax.n_heads");
+    let ggem = config(TEXTS, SOFTMAX, r#"{"ggem": {"n_groups": 3}}"#);
+    assert_eq!(field(ggem, TEXTS), "text_encoder.pooling.ggem.n_groups");
+}
