@@ -1,9 +1,14 @@
 //! `[data]`: one of its tables.
 
+use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::chat::ChatConfig;
+use crate::examples::{
+    ChirpsConfig, CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, LabelledTextConfig, ShapesConfig,
+    WavFolderConfig,
+};
 use crate::long_context::LongContextConfig;
 use crate::synthetic::{
     AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, Task,
@@ -36,6 +41,22 @@ pub enum DataConfig {
     Copy(CopyConfig),
     /// A world of facts, some of which are never taught.
     Facts(FactsConfig),
+    /// For classifiers: generated pictures of a shape among clutter.
+    Shapes(ShapesConfig),
+    /// For classifiers: generated sounds in noise.
+    Chirps(ChirpsConfig),
+    /// For classifiers: pictures in IDX files, as MNIST's.
+    Idx(IdxConfig),
+    /// For classifiers: CIFAR's binary files.
+    Cifar(CifarConfig),
+    /// For classifiers: pictures as rows of a table.
+    CsvImages(CsvImagesConfig),
+    /// For classifiers: PNG and JPEG files, a folder for each class.
+    ImageFolder(ImageFolderConfig),
+    /// For classifiers: WAV files, a folder for each class.
+    WavFolder(WavFolderConfig),
+    /// For classifiers: texts with their classes, one a line of JSON.
+    LabelledText(LabelledTextConfig),
 }
 
 /// The Rust documentation has no settings.
@@ -46,7 +67,54 @@ pub struct RustDocsConfig {}
 impl DataConfig {
     /// Whether it is text, which needs a tokenizer.
     pub fn is_text(&self) -> bool {
-        matches!(self, Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_) | Self::Chat(_) | Self::LongContext(_))
+        matches!(
+            self,
+            Self::RustDocs(_)
+                | Self::Text(_)
+                | Self::Jsonl(_)
+                | Self::Chat(_)
+                | Self::LongContext(_)
+                | Self::LabelledText(_)
+        )
+    }
+
+    /// Whether it is examples with a class each, for classifiers.
+    pub fn is_labelled(&self) -> bool {
+        matches!(
+            self,
+            Self::Shapes(_)
+                | Self::Chirps(_)
+                | Self::Idx(_)
+                | Self::Cifar(_)
+                | Self::CsvImages(_)
+                | Self::ImageFolder(_)
+                | Self::WavFolder(_)
+                | Self::LabelledText(_)
+        )
+    }
+
+    /// Whether its examples are made, not read from files.
+    pub fn is_generated(&self) -> bool {
+        matches!(self, Self::Shapes(_) | Self::Chirps(_)) || !self.is_text() && !self.is_labelled()
+    }
+
+    /// Whether it is pictures, or sounds as pictures.
+    pub fn shows_pictures(&self) -> bool {
+        self.is_labelled() && !matches!(self, Self::LabelledText(_))
+    }
+
+    /// The shape of its examples, where the recipe alone tells it.
+    pub fn shape(&self) -> Option<InputShape> {
+        let images = |channels, [height, width]: [usize; 2]| Some(InputShape::Images { channels, height, width });
+        match self {
+            Self::Shapes(config) => images(1, [config.size; 2]),
+            Self::Chirps(config) => images(1, config.log_mel.size()),
+            Self::WavFolder(config) => images(1, config.log_mel.size()),
+            Self::Cifar(_) => images(3, [32; 2]),
+            Self::CsvImages(config) => images(1, config.size),
+            Self::ImageFolder(config) => images(config.channels, config.size),
+            _ => None,
+        }
     }
 
     /// The name of its table.
@@ -63,6 +131,14 @@ impl DataConfig {
             Self::Induction(_) => "induction",
             Self::Copy(_) => "copy",
             Self::Facts(_) => "facts",
+            Self::Shapes(_) => "shapes",
+            Self::Chirps(_) => "chirps",
+            Self::Idx(_) => "idx",
+            Self::Cifar(_) => "cifar",
+            Self::CsvImages(_) => "csv_images",
+            Self::ImageFolder(_) => "image_folder",
+            Self::WavFolder(_) => "wav_folder",
+            Self::LabelledText(_) => "labelled_text",
         }
     }
 
@@ -90,13 +166,23 @@ impl DataConfig {
             Self::Induction(task) => task.validate(seq_len),
             Self::Copy(task) => task.validate(seq_len),
             Self::Facts(facts) => facts.validate(seq_len),
+            Self::Shapes(config) => config.validate(),
+            Self::Chirps(config) => config.validate(),
+            Self::Idx(config) => config.validate(),
+            Self::Cifar(config) => config.validate(),
+            Self::CsvImages(config) => config.validate(),
+            Self::ImageFolder(config) => config.validate(),
+            Self::WavFolder(config) => config.validate(),
+            Self::LabelledText(config) => config.validate(),
         }
     }
 
     /// The generator of a set that is no text, and the best possible loss where it is known.
     pub(crate) fn task(&self, seed: u64) -> Option<(Box<dyn Task>, Option<f64>)> {
+        if self.is_text() || self.is_labelled() {
+            return None;
+        }
         match self.clone() {
-            Self::RustDocs(_) | Self::Text(_) | Self::Jsonl(_) | Self::Chat(_) | Self::LongContext(_) => None,
             Self::Markov(config) => {
                 let chain = config.chain(seed);
                 let floor = chain.floor();
@@ -107,6 +193,7 @@ impl DataConfig {
             Self::Induction(task) => Some((Box::new(task), Some(0.0))),
             Self::Copy(task) => Some((Box::new(task), Some(0.0))),
             Self::Facts(facts) => Some((Box::new(facts.world(seed)), Some(0.0))),
+            _ => None,
         }
     }
 }

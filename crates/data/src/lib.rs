@@ -1,12 +1,13 @@
-//! Text and generated tasks, to batches.
+//! Text, generated tasks and labelled examples, to batches.
 //!
 //! [`open`] turns `[data]` and `[tokenizer]` of a recipe into two [`Loader`]s. On the way: documents (`text.rs`,
 //! `rust_docs.rs`), token ids in a memory-mapped file (`tokens.rs`), rows (`pack.rs`) or generated rows (`synthetic/`),
-//! batches by position (`loader.rs`).
+//! batches by position (`loader.rs`). For classifiers, [`open_labelled`] gives two [`ExampleLoader`]s (`examples.rs`).
 
 pub mod chat;
 mod config;
 mod error;
+mod examples;
 mod html;
 mod loader;
 pub mod long_context;
@@ -23,6 +24,11 @@ use std::sync::Arc;
 
 pub use config::{DataConfig, RustDocsConfig};
 pub use error::DataError;
+pub use examples::{
+    AugmentConfig, ChirpsConfig, CifarConfig, CifarLabels, Content, CsvImagesConfig, Example, ExampleLoader,
+    ExampleSet, IdxConfig, ImageFolderConfig, Labelled, LabelledTextConfig, LogMelConfig, ShapesConfig,
+    WavFolderConfig, open_labelled,
+};
 pub use loader::{FromDataset, Loader, LoaderOptions, Sample, Samples};
 pub use pack::{Packing, Windows};
 pub use text::{JsonlConfig, TextConfig, TextDocument, Texts};
@@ -133,6 +139,10 @@ pub fn open(
     }
     if let DataConfig::LongContext(config) = data {
         return open_long_context(config, tokenizer, options);
+    }
+    if data.is_labelled() {
+        let problem = format!("data.{} is examples with classes, for model.classifier", data.name());
+        return Err(DataError::Unusable(problem));
     }
     let (documents, source) = documents(data, &options.project_root)?;
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;

@@ -58,6 +58,14 @@ pub struct LoaderOptions {
     pub shuffle: bool,
 }
 
+impl LoaderOptions {
+    /// Epoch and index of a sample, from its number since the start, of a set of `n`.
+    pub(crate) fn place(&self, n: u64, number: u64) -> (u64, u64) {
+        let (epoch, index) = (number / n, number % n);
+        (epoch, if self.shuffle { permute(n, mix(self.seed, epoch), index) } else { index })
+    }
+}
+
 /// Batches by position.
 #[derive(Clone)]
 pub struct Loader {
@@ -126,9 +134,7 @@ impl Loader {
     }
 
     fn sample(&self, number: u64) -> Result<Sample, DataError> {
-        let n = self.samples.per_epoch();
-        let (epoch, index) = (number / n, number % n);
-        let index = if self.options.shuffle { permute(n, mix(self.options.seed, epoch), index) } else { index };
+        let (epoch, index) = self.options.place(self.samples.per_epoch(), number);
         self.samples.sample(epoch, index)
     }
 }

@@ -27,7 +27,7 @@ pub use markov::{Markov, MarkovConfig};
 pub use needles::NeedlesConfig;
 
 /// Samples of an endless set that count as one epoch.
-const EPOCH: u64 = 1 << 40;
+pub(crate) const EPOCH: u64 = 1 << 40;
 
 /// Ids of one kind; far more than any task needs, and far below what ids and lengths are counted in.
 const MOST_IDS: usize = 1 << 20;
@@ -72,6 +72,13 @@ impl Side {
         }
     }
 
+    /// What sample `index` draws from.
+    pub(crate) fn rng(self, seed: u64, index: u64) -> ChaCha8Rng {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(self.stream(index));
+        rng
+    }
+
     /// Samples of an epoch.
     pub(crate) fn per_epoch(self) -> u64 {
         match self {
@@ -99,9 +106,7 @@ impl Samples for Generated {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(self.side.stream(index));
-        Ok(self.task.row_of(&mut rng, self.seq_len, self.side))
+        Ok(self.task.row_of(&mut self.side.rng(self.seed, index), self.seq_len, self.side))
     }
 }
 

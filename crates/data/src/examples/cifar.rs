@@ -1,0 +1,90 @@
+//! CIFAR's binary files (Krizhevsky 2009): rows of labels and 3 x 32 x 32 bytes.
+
+use polyhead_models::InputShape;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Found;
+use super::idx::unpacked;
+use super::pictures::Pictures;
+use crate::DataError;
+use crate::synthetic::Problem;
+use crate::text::expand;
+
+const PIXELS: usize = 3 * 32 * 32;
+
+/// `[data.cifar]`: CIFAR's binary version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CifarConfig {
+    /// Files, folders and patterns, such as "cifar-10-batches-bin/data_batch_*.bin".
+    pub paths: Vec<String>,
+    /// Files to validate on, such as "cifar-10-batches-bin/test_batch.bin". Default: a share of the others,
+    /// validation.fraction.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation_paths: Vec<String>,
+    /// Which labels stand in front of a picture: "cifar10" (default), or of CIFAR-100 "coarse" or "fine".
+    #[serde(default)]
+    pub labels: CifarLabels,
+}
+
+/// Which labels stand in front of a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CifarLabels {
+    /// One of 10 classes.
+    #[default]
+    Cifar10,
+    /// Two, of which the first is taken: 20 classes.
+    Coarse,
+    /// Two, of which the second is taken: 100 classes.
+    Fine,
+}
+
+impl CifarConfig {
+    /// Checks the settings without touching a file.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self) -> Result<(), Problem> {
+        match self.paths.is_empty() {
+            true => Err(("paths", "paths is empty: name at least one file, folder or pattern".into())),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn read(&self) -> Result<Found, DataError> {
+        let held_out =
+            (!self.validation_paths.is_empty()).then(|| self.pictures(&self.validation_paths)).transpose()?;
+        Ok(Found { learnt: self.pictures(&self.paths)?, held_out })
+    }
+
+    fn pictures(&self, paths: &[String]) -> Result<Pictures, DataError> {
+        let (in_front, taken, n_classes) = match self.labels {
+            CifarLabels::Cifar10 => (1, 0, 10),
+            CifarLabels::Coarse => (2, 0, 20),
+            CifarLabels::Fine => (2, 1, 100),
+        };
+        let (mut pixels, mut labels) = (Vec::new(), Vec::new());
+        for path in expand(paths, &["bin"])?.into_keys() {
+            let bytes = unpacked(&path)?;
+            let unfit = |problem: String| Err(DataError::Unusable(format!("{}: {problem}", path.display())));
+            let row = in_front + PIXELS;
+            if bytes.is_empty() || !bytes.len().is_multiple_of(row) {
+                return unfit(format!("{} bytes are no rows of {row}: is data.cifar.labels right?", bytes.len()));
+            }
+            for row in bytes.chunks_exact(row) {
+                if row[taken] >= n_classes {
+                    return unfit(format!(
+                        "label {} is not below {n_classes}: is data.cifar.labels right?",
+                        row[taken]
+                    ));
+                }
+                labels.push(u32::from(row[taken]));
+                pixels.extend_from_slice(&row[in_front..]);
+            }
+        }
+        let classes = (0..n_classes).map(|class| class.to_string()).collect();
+        Ok(Pictures { shape: InputShape::Images { channels: 3, height: 32, width: 32 }, pixels, labels, classes })
+    }
+}
