@@ -4,6 +4,7 @@
 mod accumulation;
 #[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
+mod classify;
 mod cli;
 mod compare;
 mod convert;

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::synthetic::World;
-use polyhead_data::{DataConfig, Loader, OpenOptions, Opened, Tokenizer, Tracking};
+use polyhead_data::{DataConfig, Labelled, Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{Batch, Decoder, DecoderConfig, train_only};
+use polyhead_models::{Batch, Classifier, ClassifierConfig, Decoder, train_only};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
 use polyhead_training::optimizer::Optimizer;
@@ -14,6 +14,8 @@ use polyhead_training::run_folder::atomic_write;
 use polyhead_training::state::{self, Companions, Progress};
 use polyhead_training::{Parts, ProcedureConfig, TrainError, Trainee};
 
+use crate::classifier::sizes;
+use crate::costs::Known;
 use crate::device;
 use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
 use crate::recipe::{self, Loaded, ModelConfig, Recipe};
@@ -32,6 +34,68 @@ impl Batches for Source {
     }
 }
 
+/// The data of a recipe, opened.
+pub enum Data {
+    /// For decoders.
+    Tokens(Box<Opened>),
+    /// For classifiers.
+    Examples(Box<Labelled>),
+}
+
+impl Data {
+    /// What it is, in words.
+    pub fn description(&self) -> &str {
+        match self {
+            Self::Tokens(opened) => &opened.description,
+            Self::Examples(labelled) => &labelled.description,
+        }
+    }
+
+    /// What it tells about the size of a model.
+    pub fn known(&self) -> Known {
+        match self {
+            Self::Tokens(opened) => Known::Ids(opened.vocab_size),
+            Self::Examples(labelled) => Known::Examples(sizes(labelled)),
+        }
+    }
+
+    /// For files: a hash of what was read.
+    pub fn text_hash(&self) -> Option<&str> {
+        match self {
+            Self::Tokens(opened) => opened.text_hash.as_deref(),
+            Self::Examples(labelled) => labelled.text_hash.as_deref(),
+        }
+    }
+
+    /// Batches until everything has been learnt from once.
+    pub fn batches_per_epoch(&self) -> u64 {
+        match self {
+            Self::Tokens(opened) => opened.train.batches_per_epoch(),
+            Self::Examples(labelled) => labelled.train.batches_per_epoch(),
+        }
+    }
+
+    /// What `data.json` of a checkpoint says about what was learnt from.
+    pub fn record(&self) -> Vec<u8> {
+        match self {
+            Self::Tokens(opened) => data_record(opened),
+            Self::Examples(labelled) => {
+                let Labelled { description, text_hash, classes, .. } = &**labelled;
+                let record = serde_json::json!({
+                    "description": description, "text_hash": text_hash, "input": labelled.train.shape(), "classes": classes,
+                });
+                format!("{record:#}\n").into_bytes()
+            }
+        }
+    }
+}
+
+/// The same for tokens.
+pub fn data_record(opened: &Opened) -> Vec<u8> {
+    let record = serde_json::json!({ "description": opened.description, "text_hash": opened.text_hash });
+    format!("{record:#}\n").into_bytes()
+}
+
 /// The project's folder: where we stand if it looks like it, else where the binary was built.
 pub fn project_root() -> PathBuf {
     let here = PathBuf::from(".");
@@ -44,10 +108,8 @@ pub fn project_root() -> PathBuf {
 
 /// A recipe as it is run: everything about its model is at hand.
 pub struct Resolved {
-    /// The recipe, `model.decoder` and `tokenizer` filled in.
+    /// The recipe, `model.decoder` (or `model.classifier`) and `tokenizer` filled in.
     pub recipe: Recipe,
-    /// `recipe.model.decoder`.
-    pub decoder: DecoderConfig,
     tokenizer: Tokenizer,
     /// Where the first weights come from; `None` makes fresh ones.
     pretrained: Option<Pretrained>,
@@ -60,10 +122,8 @@ pub struct Resolved {
 pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
     let mut recipe = loaded.recipe.clone();
     let Some(path) = &recipe.model.pretrained else {
-        let decoder =
-            recipe.model.decoder.clone().ok_or_else(|| loaded.problem("model", "model.decoder is missing"))?;
         let tokenizer = open_tokenizer(&recipe)?;
-        return Ok(Resolved { recipe, decoder, tokenizer, pretrained: None });
+        return Ok(Resolved { recipe, tokenizer, pretrained: None });
     };
     let found = Pretrained::open(path)?;
     if let Some(stated) = recipe.model.decoder.replace(found.decoder.clone())
@@ -93,7 +153,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
         (None, None) => Tokenizer::bytes(),
     };
     recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
-    Ok(Resolved { recipe, decoder: found.decoder.clone(), tokenizer, pretrained: Some(found) })
+    Ok(Resolved { recipe, tokenizer, pretrained: Some(found) })
 }
 
 /// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
@@ -108,7 +168,7 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
         recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
     }
     let changed = recipe::differences(&before, &recipe);
-    let Some(decoder) = recipe.model.decoder.clone().filter(|_| changed.is_empty()) else {
+    if !changed.is_empty() {
         let problem = format!(
             "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
              --out, or put them back. {} may change",
@@ -117,9 +177,9 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
             recipe::MAY_CHANGE.join(", ")
         );
         return Err(Problems::plain(problem).into());
-    };
+    }
     let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
-    Ok(Resolved { recipe, decoder, tokenizer, pretrained: None })
+    Ok(Resolved { recipe, tokenizer, pretrained: None })
 }
 
 /// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.
@@ -131,12 +191,57 @@ fn open_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
 }
 
 impl Resolved {
-    /// How many ids the data has, known without reading it.
-    pub fn vocab_size(&self) -> usize {
-        polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer)
+    /// What the data tells about the size of the model: of tokens without reading them.
+    ///
+    /// # Errors
+    /// If examples are missing or malformed.
+    pub fn known(&self) -> Result<Known, Failure> {
+        match &self.recipe.model.classifier {
+            None => Ok(Known::Ids(polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer))),
+            Some(_) => Ok(Known::Examples(sizes(&self.labelled()?))),
+        }
     }
 
     /// Opens the data.
+    ///
+    /// # Errors
+    /// If it is missing or malformed, or does not fit the model.
+    pub fn open(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Data, Failure> {
+        match &self.recipe.model.classifier {
+            None => Ok(Data::Tokens(Box::new(self.data(progress)?))),
+            Some(_) => Ok(Data::Examples(Box::new(self.labelled()?))),
+        }
+    }
+
+    /// Opens the examples that a classifier learns.
+    ///
+    /// # Errors
+    /// If they are missing or malformed, or do not fit the model.
+    pub fn labelled(&self) -> Result<Labelled, Failure> {
+        let labelled = labelled(&self.recipe, &self.tokenizer)?;
+        let checked = self.classifier()?.validate(Some(labelled.train.shape()));
+        checked.map_err(|error| Problems::plain(format!("model.classifier.{error}")))?;
+        let checked = self.recipe.loss.validate(Some(labelled.classes.len()));
+        checked.map_err(|(field, problem)| Problems::plain(format!("loss.{field}: {problem}")))?;
+        Ok(labelled)
+    }
+
+    fn classifier(&self) -> Result<&ClassifierConfig, Failure> {
+        let missing = || Problems::plain("model.classifier is missing".into());
+        Ok(self.recipe.model.classifier.as_ref().ok_or_else(missing)?)
+    }
+
+    /// The classifier before the first step; what the recipe freezes does not learn.
+    ///
+    /// # Errors
+    /// If what is to be frozen does not exist.
+    pub fn first_classifier(&self, labelled: &Labelled, device: &Device) -> Result<Classifier, Failure> {
+        device.seed(self.recipe.debug.seed);
+        let model = self.classifier()?.init(sizes(labelled), device);
+        Ok(self.recipe.freeze.apply(model.with_objective(self.recipe.loss.objective(&labelled.counts)))?)
+    }
+
+    /// Opens the data that a decoder learns.
     ///
     /// # Errors
     /// If it is missing or malformed, or has ids that the model does not know.
@@ -161,7 +266,10 @@ impl Resolved {
         device.seed(self.recipe.debug.seed);
         let model = match &self.pretrained {
             Some(found) => found.model(device)?,
-            None => self.decoder.init(vocab_size, device),
+            None => {
+                let decoder = self.recipe.model.decoder.as_ref();
+                decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?.init(vocab_size, device)
+            }
         };
         let model = model.with_precision(self.recipe.training.precision);
         let model = match &self.recipe.lora {
@@ -185,7 +293,19 @@ pub fn add_lora(model: Decoder, config: &LoraConfig, seed: u64) -> Result<Decode
 /// # Errors
 /// If it is missing or malformed.
 pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
-    let options = OpenOptions {
+    Ok(polyhead_data::open(&recipe.data, tokenizer, &options(recipe), progress)?)
+}
+
+/// Opens the examples of a recipe.
+///
+/// # Errors
+/// If they are missing or malformed.
+pub fn labelled(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Labelled, Failure> {
+    Ok(polyhead_data::open_labelled(&recipe.data, tokenizer, &recipe.augmentation, &options(recipe))?)
+}
+
+fn options(recipe: &Recipe) -> OpenOptions {
+    OpenOptions {
         seq_len: recipe.training.seq_len,
         batch_size: recipe.training.batch_size,
         seed: recipe.debug.seed,
@@ -195,8 +315,7 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
         validation_samples: recipe.validation.batches.max(1) * recipe.training.batch_size as u64,
         cache_dir: PathBuf::from("datasets/cache"),
         project_root: project_root(),
-    };
-    Ok(polyhead_data::open(&recipe.data, tokenizer, &options, progress)?)
+    }
 }
 
 /// The world of facts that a recipe's model learns, if it does.
@@ -215,24 +334,16 @@ pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
     Ok(device::open(&recipe.training.device).map_err(Failure::Run)?.autodiff())
 }
 
-/// What `data.json` of a checkpoint says about what was learnt from.
-pub fn data_record(opened: &Opened) -> Vec<u8> {
-    let record = serde_json::json!({ "description": opened.description, "text_hash": opened.text_hash });
-    format!("{record:#}\n").into_bytes()
-}
-
 /// How the text is another one than a checkpoint learnt from, if it is: its files may have changed since.
 ///
 /// # Errors
 /// If the checkpoint's record is damaged. One without a record is taken at its word.
-pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>, Failure> {
-    const RECORD: &str = "data.json";
+pub fn changed_text(checkpoint: &Path, text_hash: Option<&str>) -> Result<Option<String>, Failure> {
     if !checkpoint.join(RECORD).exists() {
         return Ok(None);
     }
-    let record: serde_json::Value = serde_json::from_slice(&read_file(checkpoint, RECORD)?)
-        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))?;
-    let same = record["text_hash"].as_str() == opened.text_hash.as_deref();
+    let record = record(checkpoint)?;
+    let same = record["text_hash"].as_str() == text_hash;
     Ok((!same).then(|| {
         format!(
             "the text is not the one that {} learnt from, which was {}",
@@ -240,6 +351,18 @@ pub fn changed_text(checkpoint: &Path, opened: &Opened) -> Result<Option<String>
             record["description"].as_str().unwrap_or("another")
         )
     }))
+}
+
+/// What a checkpoint says about what was learnt from.
+pub const RECORD: &str = "data.json";
+
+/// What it says.
+///
+/// # Errors
+/// If it is missing or damaged.
+pub fn record(checkpoint: &Path) -> Result<serde_json::Value, Failure> {
+    serde_json::from_slice(&read_file(checkpoint, RECORD)?)
+        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))
 }
 
 /// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives
@@ -255,7 +378,7 @@ pub fn begin_run(
 ) -> Result<PathBuf, Failure> {
     let decoder = Some(model.config().clone());
     let recipe = Recipe {
-        model: ModelConfig { pretrained: None, decoder },
+        model: ModelConfig { pretrained: None, decoder, classifier: None },
         procedure: ProcedureConfig::default(),
         lora: None,
         ..recipe

@@ -69,7 +69,10 @@ pub enum Command {
         #[arg(long)]
         no_probe: bool,
     },
-    /// Show the tokens that a model would see, and which of them it learns to predict.
+    /// Show the tokens that a model would see, and which of them it learns to predict; of pictures, a sheet.
+    ///
+    /// Pictures and sounds are written to --out as one PNG file, as the model would see them, augmented; their classes go to
+    /// standard output, row by row.
     ///
     /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.
     /// Elsewhere, with NO_COLOR=1 or with --table, each position is a line: its number, its document, the token, and what
@@ -90,6 +93,9 @@ Examples:
         /// One line per position, on a terminal too.
         #[arg(long)]
         table: bool,
+        /// Where pictures are written, 8 a row.
+        #[arg(long, default_value = "preview.png")]
+        out: PathBuf,
     },
     /// Train several arms with several seeds at the same budget, and tell which differ by more than chance.
     ///

@@ -40,11 +40,12 @@ pub struct Console {
     bar: Option<ProgressBar>,
     steps: u64,
     tokens_per_step: u64,
+    speed: &'static str,
 }
 
 impl Console {
-    /// A view of a run of `steps` steps that starts behind step `start`.
-    pub fn new(start: u64, steps: u64, tokens_per_step: u64) -> Self {
+    /// A view of a run of `steps` steps that starts behind step `start`, whose steps read so many of a unit.
+    pub fn new(start: u64, steps: u64, (tokens_per_step, unit): (u64, &str)) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}");
@@ -52,7 +53,8 @@ impl Console {
             bar.set_position(start);
             bar
         });
-        Self { bar, steps, tokens_per_step }
+        let speed = if unit == "token" { "tps" } else { "examples/s" };
+        Self { bar, steps, tokens_per_step, speed }
     }
 
     fn say(&self, line: &str) {
@@ -110,7 +112,7 @@ impl View for Console {
         if self.bar.is_none() {
             parts.extend(logged.memory.map(|memory| format!("memory: {}", bytes(memory))));
         }
-        parts.push(format!("tps: {}", thousands(logged.tokens_per_second as u64)));
+        parts.push(format!("{}: {}", self.speed, thousands(logged.tokens_per_second as u64)));
         parts.push(format!("eta: {}", self.eta(logged)));
         if logged.skipped {
             parts.push("SKIPPED: not finite".into());

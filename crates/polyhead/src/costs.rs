@@ -1,15 +1,34 @@
 //! What a recipe costs besides time, computed from its settings.
 
 use polyhead_attention::Cost;
-use polyhead_models::DecoderConfig;
+use polyhead_models::{DecoderConfig, Part, Sizes};
 
 use crate::recipe::Recipe;
+
+/// What the data tells about the size of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// Ids that occur.
+    Ids(usize),
+    /// Inputs and classes.
+    Examples(Sizes),
+}
+
+impl Known {
+    /// What is counted while training: what a model reads one of.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Ids(_) => "token",
+            Self::Examples(_) => "example",
+        }
+    }
+}
 
 /// What a recipe costs besides time.
 pub struct Costs {
     /// Of the whole model.
     pub totals: Totals,
-    /// Tokens of a step.
+    /// Tokens (for classifiers: examples) of a step.
     pub tokens_per_step: u64,
     /// Tokens of the run.
     pub tokens: u64,
@@ -22,10 +41,19 @@ pub struct Costs {
 pub struct Totals {
     /// Weights.
     pub parameters: u64,
-    /// Operations of a forward pass per token, at the recipe's seq_len.
+    /// Operations of a forward pass per token, at the recipe's seq_len; for classifiers per example.
     pub flops_per_token: u64,
     /// Bytes kept per token while decoding, in f32.
     pub cached_bytes_per_token: u64,
+}
+
+/// The parts of the model that a recipe describes; none where the data does not fit it.
+pub fn parts(recipe: &Recipe, known: Known) -> Vec<Part> {
+    match (&recipe.model.decoder, &recipe.model.classifier, known) {
+        (_, Some(classifier), Known::Examples(sizes)) => classifier.parts(sizes),
+        (Some(decoder), None, Known::Ids(vocab_size)) => decoder.parts(vocab_size),
+        _ => Vec::new(),
+    }
 }
 
 impl Totals {
@@ -38,10 +66,10 @@ impl Totals {
         }
     }
 
-    /// Of a whole model.
-    pub fn of_model(decoder: &DecoderConfig, vocab_size: usize, seq_len: u64) -> Self {
-        let parts = decoder.parts(vocab_size);
-        let parts = parts.iter().map(|part| Self::of(&part.cost, seq_len));
+    /// Of the whole model of a recipe.
+    pub fn of_recipe(recipe: &Recipe, known: Known) -> Self {
+        let parts = parts(recipe, known);
+        let parts = parts.iter().map(|part| Self::of(&part.cost, recipe.training.seq_len as u64));
         parts.fold(Self::default(), |sum, part| Self {
             parameters: sum.parameters + part.parameters,
             flops_per_token: sum.flops_per_token + part.flops_per_token,
@@ -51,15 +79,14 @@ impl Totals {
 }
 
 impl Costs {
-    /// Of a recipe whose data has so many ids.
-    pub fn of(recipe: &Recipe, decoder: &DecoderConfig, vocab_size: usize) -> Self {
-        let training = &recipe.training;
-        let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
+    /// Of a recipe whose model is filled in.
+    pub fn of(recipe: &Recipe, known: Known) -> Self {
+        let tokens_per_step = tokens_per_step(recipe);
         Self {
-            totals: Totals::of_model(decoder, vocab_size, training.seq_len as u64),
+            totals: Totals::of_recipe(recipe, known),
             tokens_per_step,
-            tokens: tokens_per_step.saturating_mul(training.steps),
-            activation_bytes: activation_bytes(recipe, decoder),
+            tokens: tokens_per_step.saturating_mul(recipe.training.steps),
+            activation_bytes: activation_bytes(recipe, known),
         }
     }
 
@@ -74,10 +101,25 @@ impl Costs {
     }
 }
 
-/// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
-/// 1024), which it meets within a tenth.
-fn activation_bytes(recipe: &Recipe, decoder: &DecoderConfig) -> u64 {
+/// Tokens (for classifiers: examples) of a step.
+pub fn tokens_per_step(recipe: &Recipe) -> u64 {
     let training = &recipe.training;
-    let numbers_per_token = decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward());
-    (4 * training.batch_size * training.seq_len).saturating_mul(numbers_per_token) as u64
+    let row = if recipe.model.classifier.is_some() { 1 } else { training.seq_len };
+    (row * training.batch_size * training.gradient_accumulation_steps) as u64
+}
+
+/// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
+/// 1024), which it meets within a tenth; taken over for classifiers.
+fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
+    let training = &recipe.training;
+    let numbers_per_row = match (&recipe.model.decoder, &recipe.model.classifier, known) {
+        (_, Some(classifier), Known::Examples(sizes)) => classifier.kept_numbers(sizes),
+        (Some(decoder), None, _) => training.seq_len.saturating_mul(numbers_per_token(decoder)),
+        _ => 0,
+    };
+    (4 * training.batch_size).saturating_mul(numbers_per_row) as u64
+}
+
+fn numbers_per_token(decoder: &DecoderConfig) -> usize {
+    decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward())
 }

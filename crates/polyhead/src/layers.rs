@@ -7,7 +7,7 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 9] = [
+const ONE_OF: [&str; 12] = [
     "data",
     "tokenizer",
     "procedure",
@@ -17,6 +17,9 @@ const ONE_OF: [&str; 9] = [
     "model.decoder.attention.*.lambda_init",
     "model.decoder.attention.*.router",
     "model.decoder.attention.*.allocation",
+    "model.classifier",
+    "model.classifier.*.attention",
+    "model.classifier.*.pooling",
 ];
 
 /// One source of keys.
@@ -150,6 +153,9 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     // setting of trained weights has to hear that they do not fit, not to get fresh ones.
     if path == "model" && over.contains_key("pretrained") {
         base.remove("decoder");
+    }
+    if path == "model" && over.contains_key("classifier") {
+        base.retain(|key, _| key == "classifier");
     }
     for (key, value) in over {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };

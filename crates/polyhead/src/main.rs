@@ -2,6 +2,7 @@
 
 mod allocator;
 mod assemble;
+mod classifier;
 mod cli;
 mod commands;
 mod compare;

@@ -47,6 +47,11 @@ impl Pretrained {
         }
         let path = find_checkpoint(path)?;
         let recipe = recipe_of(&path)?;
+        if recipe.model.classifier.is_some() {
+            let hint = "`polyhead eval` tells how well it does";
+            let problem = format!("{} is a classifier, and this is for decoders\n  hint: {hint}", path.display());
+            return Err(Problems::plain(problem).into());
+        }
         let Some(decoder) = recipe.model.decoder.clone() else {
             return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
         };

@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use polyhead_data::{DataConfig, Packing, TokenizerConfig};
+use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{DecoderConfig, Sampling};
+use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, LossConfig, Precision, Sampling};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
@@ -33,8 +33,14 @@ pub struct Recipe {
     /// How tokens become rows.
     #[serde(default)]
     pub loader: LoaderConfig,
+    /// What is changed about pictures while a classifier learns from them. Default: nothing.
+    #[serde(default, skip_serializing_if = "AugmentConfig::is_nothing")]
+    pub augmentation: AugmentConfig,
     /// How long, on how much at once.
     pub training: TrainingConfig,
+    /// What a classifier's scores are trained by. Default: cross-entropy.
+    #[serde(default, skip_serializing_if = "LossConfig::is_plain")]
+    pub loss: LossConfig,
     /// What a step does. Default: standard.
     #[serde(default)]
     pub procedure: ProcedureConfig,
@@ -78,6 +84,17 @@ pub struct ModelConfig {
     /// A decoder language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<DecoderConfig>,
+    /// A classifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classifier: Option<ClassifierConfig>,
+}
+
+impl ModelConfig {
+    /// Layers, where they are known.
+    fn n_layers(&self) -> Option<usize> {
+        let classifier = self.classifier.as_ref().map(|classifier| classifier.layers().len());
+        classifier.or(self.decoder.as_ref().map(|decoder| decoder.n_layers))
+    }
 }
 
 /// `[loader]`: how tokens become rows.
@@ -282,15 +299,31 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
     let decoder = model.decoder.as_ref();
     rule(
-        model.pretrained.is_some() || decoder.is_some(),
+        model.pretrained.is_some() || decoder.is_some() || model.classifier.is_some(),
         "model",
-        "model is empty: describe a fresh one in model.decoder, or name a folder with trained weights in model.pretrained"
+        "model is empty: describe a fresh one in model.decoder or model.classifier, or name a folder with trained weights \
+         in model.pretrained"
             .into(),
+    );
+    let labelled = recipe.data.is_labelled();
+    rule(
+        labelled == model.classifier.is_some(),
+        "data",
+        match labelled {
+            true => format!("data.{} is examples with classes, which model.classifier learns", recipe.data.name()),
+            false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
+        },
+    );
+    let reads_tokens = !labelled || recipe.data.is_text();
+    rule(
+        reads_tokens || training.seq_len == 0,
+        "training.seq_len",
+        format!("training.seq_len ({}) has no meaning for data.{}: leave it out", training.seq_len, recipe.data.name()),
     );
     let at_least_one = |key: &str, value: u64| (value >= 1, format!("{key} ({value}) must be at least 1"));
     for (key, value) in [
         ("training.steps", training.steps),
-        ("training.seq_len", training.seq_len as u64),
+        ("training.seq_len", if reads_tokens { training.seq_len as u64 } else { 1 }),
         ("training.batch_size", training.batch_size as u64),
         ("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64),
         ("metrics.log_freq", recipe.metrics.log_freq),
@@ -360,16 +393,65 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     if let Err((field, message)) = recipe.procedure.validate(decoder) {
         problems.push((format!("procedure.{field}"), message));
     }
-    if let Err((field, message)) = recipe.freeze.validate(decoder.map_or(usize::MAX, |decoder| decoder.n_layers)) {
+    if let Err((field, message)) = recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX)) {
         problems.push((format!("freeze.{field}"), message));
     }
     if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
         problems.push((format!("lora.{field}"), message));
     }
+    if let Some(classifier) = &model.classifier {
+        problems.extend(validate_classifier(recipe, classifier));
+    } else if recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing() {
+        let key = if recipe.augmentation.is_nothing() { "loss" } else { "augmentation" };
+        problems.push((key.into(), format!("{key} is for model.classifier: leave it out")));
+    }
     if problems.is_empty()
         && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
     {
         problems.push((format!("model.decoder.{}", error.field), error.problem));
+    }
+    problems
+}
+
+/// The rules of recipes for classifiers.
+fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut refuse = |holds: bool, key: &str, message: &str| {
+        if !holds {
+            problems.push((key.to_owned(), format!("{key} {message}")));
+        }
+    };
+    let Recipe { model, procedure, .. } = recipe;
+    refuse(model.decoder.is_none(), "model.decoder", "cannot stand beside model.classifier: choose one");
+    refuse(model.pretrained.is_none(), "model.pretrained", "is for decoders: a classifier starts afresh");
+    refuse(recipe.lora.is_none(), "lora", "is for decoders");
+    let key = format!("procedure.{}", procedure.name());
+    match procedure {
+        ProcedureConfig::Standard(standard) => {
+            let causal = standard.context_mask == ContextMask::Causal;
+            refuse(
+                causal,
+                "procedure.standard.context_mask",
+                "is about conversations, which a classifier does not learn",
+            );
+        }
+        _ => refuse(false, &key, "is for decoders; a classifier is trained by procedure.standard"),
+    }
+    refuse(recipe.training.precision == Precision::F32, "training.precision", "must be \"f32\" for a classifier");
+    refuse(
+        recipe.augmentation.is_nothing() || recipe.data.shows_pictures(),
+        "augmentation",
+        "changes pictures, which this data has none of",
+    );
+    if let Err((field, message)) = recipe.augmentation.validate() {
+        problems.push((format!("augmentation.{field}"), message));
+    }
+    if let Err((field, message)) = recipe.loss.validate(None) {
+        problems.push((format!("loss.{field}"), message));
+    }
+    let shape = recipe.data.shape().filter(|_| problems.is_empty());
+    if let Err(error) = classifier.validate(shape) {
+        problems.push((format!("model.classifier.{}", error.field), error.problem));
     }
     problems
 }

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use polyhead_models::Evaluated;
+use polyhead_models::{ClassScore, ClassSums, Learner, Sums};
 use polyhead_training::evaluate::{Batches, evaluate_range};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
@@ -12,7 +12,6 @@ use polyhead_training::run_folder::atomic_write;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::assemble::Source;
 use crate::costs::Costs;
 use crate::report::Failure;
 
@@ -30,6 +29,9 @@ pub struct RunResult {
     pub steps: u64,
     /// Steps left out because something was not finite.
     pub skipped: u64,
+    /// What a model reads one of: "token", or for classifiers "example"; everything "per token" is per example then.
+    #[serde(default = "token")]
+    pub unit: String,
     /// Input tokens.
     pub tokens: u64,
     /// Targets learnt from.
@@ -46,6 +48,9 @@ pub struct RunResult {
     pub selection: Option<Score>,
     /// The same on the other half, for telling how good the chosen one is.
     pub reporting: Option<Score>,
+    /// For classifiers: how well each class is told, on all held-out batches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<ClassTable>,
     /// Time spent in steps, over all sittings; without validation and saving.
     pub seconds: f64,
     /// Input tokens per second of that time.
@@ -69,6 +74,49 @@ pub struct Score {
     pub accuracy: f64,
     /// Targets.
     pub targets: u64,
+    /// For classifiers: the mean F1 over the classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub macro_f1: Option<f64>,
+    /// For classifiers: the least share of a class that was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst_recall: Option<f64>,
+    /// For classifiers: how far confidence and accuracy lie apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration_error: Option<f64>,
+}
+
+fn token() -> String {
+    "token".into()
+}
+
+/// How well each class is told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClassTable {
+    /// Each class's name and numbers.
+    pub scores: Vec<NamedScore>,
+    /// `[truth][answer]`: how many.
+    pub confusion: Vec<Vec<u64>>,
+}
+
+/// A class.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NamedScore {
+    /// Its name.
+    pub name: String,
+    /// How well it is told.
+    #[serde(flatten)]
+    pub score: ClassScore,
+}
+
+impl ClassTable {
+    /// Of an evaluation.
+    pub fn of(sums: &ClassSums, names: &[String]) -> Self {
+        let named = |(name, score): (&String, ClassScore)| NamedScore { name: name.clone(), score };
+        Self {
+            scores: names.iter().zip(sums.classes()).map(named).collect(),
+            confusion: sums.confusion().chunks(names.len().max(1)).map(<[u64]>::to_vec).collect(),
+        }
+    }
 }
 
 /// Where a run ran.
@@ -113,6 +161,8 @@ pub struct About {
     pub id: String,
     /// What is learnt from, in words.
     pub data: String,
+    /// What is counted: see [`RunResult::unit`].
+    pub unit: &'static str,
     /// What it costs.
     pub costs: Costs,
     /// Where it runs.
@@ -132,14 +182,20 @@ pub fn id(recipe: &str, text_hash: Option<&str>) -> String {
 ///
 /// # Errors
 /// If the data cannot be read or the file cannot be written.
-pub fn write(run_dir: &Path, about: About, outcome: &Outcome, held_out: &Source, batches: u64) -> Result<(), Failure> {
+pub fn write<M: Learner>(
+    run_dir: &Path,
+    about: About,
+    outcome: &Outcome<M>,
+    (held_out, batches): (&dyn Batches<M::Batch>, u64),
+    classes: &dyn Fn(&M::Sums) -> Option<ClassTable>,
+) -> Result<(), Failure> {
     let all = held_out.per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
-    let [mut validation, first, second] = [Evaluated::default(); 3];
-    let mut halves = [first, second];
+    let mut validation = M::Sums::default();
+    let mut halves = [M::Sums::default(), M::Sums::default()];
     for (half, range) in halves.iter_mut().zip([0..count / 2, count / 2..count]) {
         *half = evaluate_range(&outcome.model, held_out, range)?;
-        validation.add(*half);
+        validation.add(half.clone());
     }
     let [selection, reporting] = halves.map(|half| (count > 1).then(|| Score::of(&half)));
     let history = history(run_dir)?;
@@ -152,6 +208,7 @@ pub fn write(run_dir: &Path, about: About, outcome: &Outcome, held_out: &Source,
         data: about.data,
         steps: progress.step,
         skipped: progress.skipped,
+        unit: about.unit.into(),
         tokens,
         targets: progress.targets,
         parameters: totals.parameters,
@@ -160,6 +217,7 @@ pub fn write(run_dir: &Path, about: About, outcome: &Outcome, held_out: &Source,
         validation: Score::of(&validation),
         selection,
         reporting,
+        classes: classes(&validation),
         seconds,
         tokens_per_second: tokens as f64 / seconds.max(1e-9),
         median_step_seconds: median_step(&history, tokens_per_step),
@@ -171,9 +229,19 @@ pub fn write(run_dir: &Path, about: About, outcome: &Outcome, held_out: &Source,
 }
 
 impl Score {
-    fn of(sums: &Evaluated) -> Self {
-        let (loss, accuracy) = (sums.mean_loss(), sums.accuracy());
-        Self { loss, bits_per_byte: sums.bits_per_byte(), accuracy, targets: sums.targets }
+    /// Of an evaluation.
+    pub fn of(sums: &impl Sums) -> Self {
+        let (told, numbers) = (sums.evaluated(), sums.numbers());
+        let number = |name: &str| numbers.iter().find(|(tag, _)| tag.starts_with(name)).map(|(_, value)| *value);
+        Self {
+            loss: told.mean_loss(),
+            bits_per_byte: told.bits_per_byte(),
+            accuracy: told.accuracy(),
+            targets: told.targets,
+            macro_f1: number("macro_f1/"),
+            worst_recall: number("worst_recall/"),
+            calibration_error: number("calibration_error/"),
+        }
     }
 }
 

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct TrainingConfig {
     /// Optimiser steps.
     pub steps: u64,
-    /// Tokens per row.
+    /// Tokens per row; for texts with classes, tokens of a text at most. Pictures and features have none.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seq_len: usize,
     /// Rows per forward pass.
     pub batch_size: usize,
@@ -37,6 +38,10 @@ pub struct TrainingConfig {
 
 fn one() -> usize {
     1
+}
+
+fn is_zero(value: &usize) -> bool {
+    *value == 0
 }
 
 fn max_norm() -> f64 {

@@ -1,6 +1,7 @@
 //! Which parameters a run trains: all but those that are frozen.
 
 use glob::Pattern;
+use polyhead_models::weights::layer_of;
 use polyhead_models::{Learner, parameters, train_only};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -59,8 +60,8 @@ impl FreezeConfig {
             patterns.push(pattern);
         }
         let frozen = |name: &str| {
-            let layer = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-            layer.is_some_and(|layer| layer < self.layers) || patterns.iter().any(|pattern| pattern.matches(name))
+            layer_of(name).is_some_and(|layer| layer < self.layers)
+                || patterns.iter().any(|pattern| pattern.matches(name))
         };
         let left: Vec<&str> =
             all.iter().filter(|one| one.learnt && !frozen(&one.name)).map(|one| one.name.as_str()).collect();

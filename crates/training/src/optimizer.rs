@@ -11,7 +11,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AdamwStep, adamw};
-use polyhead_models::weights::{Named, Path, WeightsError};
+use polyhead_models::weights::{Named, Path, WeightsError, layer_of};
 
 use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 
@@ -180,7 +180,7 @@ impl Step<'_> {
         let update = Update { lr: self.update.lr * rate, ..self.update };
         match self.optimizer.config.clone() {
             OptimizerConfig::Adamw(config) => self.optimizer.adamw(path, value, grad, &config, update),
-            OptimizerConfig::Muon(muon) if D == 2 && path.starts_with("layers.") => {
+            OptimizerConfig::Muon(muon) if D == 2 && layer_of(&path).is_some() => {
                 let flat: [usize; 2] = [value.dims()[0], value.dims()[1]];
                 let shape = value.dims();
                 let (value, grad) = (value.reshape(flat), grad.reshape(flat));

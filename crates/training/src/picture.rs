@@ -325,5 +325,9 @@ fn palette(colours: &[[u8; 3]]) -> Vec<u8> {
     palette
 }
 
+mod sheet;
+
+pub use sheet::{Sheet, sheet};
+
 #[cfg(test)]
 mod tests;

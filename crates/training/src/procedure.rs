@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{ContextMask, Decoder, DecoderConfig, Gate, Learner};
+use polyhead_models::{Classifier, ContextMask, Decoder, DecoderConfig, Gate, Learner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +139,22 @@ impl Trainee for Decoder {
         context: ContextMask,
     ) -> Result<Vec<(String, f64)>, TrainError> {
         engagement::of_first_batch(prefix, self, held_out, context, &[])
+    }
+}
+
+impl Trainee for Classifier {
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_, Self>,
+        _state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
+        match config {
+            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            other => Err(TrainError::Setting(format!(
+                "procedure.{} is for decoders; a classifier has standard",
+                other.name()
+            ))),
+        }
     }
 }
 

@@ -50,8 +50,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
             Some(staged) => stages::plan(&recipe.recipe, &staged, !no_probe),
             None => plan::plan(&load(&recipe)?, !no_probe),
         },
-        Command::Preview { recipe, rows, table } => {
-            preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table })
+        Command::Preview { recipe, rows, table, out } => {
+            preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table, out })
         }
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),

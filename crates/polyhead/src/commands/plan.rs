@@ -2,15 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use polyhead_data::Opened;
-use polyhead_models::Decoder;
 use polyhead_training::evaluate::{Batches, evaluate};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::{Parts, StepContext, Trainee, available_memory_bytes, peak_memory_bytes, schedule};
 
-use crate::assemble::{self, Resolved, Source};
+use crate::assemble::{self, Data, Resolved, Source};
+use crate::classifier::ExampleSource;
 use crate::console::{bytes, clock, put, talk, thousands};
-use crate::costs::{Costs, Totals};
+use crate::costs::{self, Costs, Totals};
 use crate::recipe::{Loaded, Recipe};
 use crate::report::Failure;
 
@@ -23,9 +22,9 @@ const PROBE_STEPS: u64 = 20;
 pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     let resolved = assemble::resolve(loaded)?;
     let recipe = &resolved.recipe;
-    let opened = resolved.data(&mut |_, _| {})?;
-    let costs = Costs::of(recipe, &resolved.decoder, opened.vocab_size);
-    sizes(&resolved, &opened, &costs)?;
+    let data = resolved.open(&mut |_, _| {})?;
+    let costs = Costs::of(recipe, data.known());
+    sizes(&resolved, &data, &costs)?;
     if !probe {
         return Ok(());
     }
@@ -35,26 +34,31 @@ pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     {
         return put!("time       not measured: only {} of memory are available here", bytes(available));
     }
-    time(&resolved, opened, &costs)
+    time(&resolved, data, &costs)
 }
 
-fn sizes(resolved: &Resolved, opened: &Opened, all: &Costs) -> Result<(), Failure> {
+fn sizes(resolved: &Resolved, data: &Data, all: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
+    let unit = data.known().unit();
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
     let numbers = |name: &str, values: [u64; 3]| line(name, values.map(thousands).each_ref().map(String::as_str));
-    line("part", ["parameters", "FLOPs per token", "KV B per token"])?;
-    for part in &resolved.decoder.parts(opened.vocab_size) {
+    line(
+        "part",
+        ["parameters", &format!("FLOPs per {unit}"), if unit == "token" { "KV B per token" } else { "KV B" }],
+    )?;
+    for part in &costs::parts(recipe, data.known()) {
         let Totals { parameters, flops_per_token, cached_bytes_per_token } = Totals::of(&part.cost, seq_len);
         numbers(&part.name, [parameters, flops_per_token, cached_bytes_per_token])?;
     }
     let Totals { parameters, flops_per_token, cached_bytes_per_token } = all.totals;
     numbers("all", [parameters, flops_per_token, cached_bytes_per_token])?;
-    put!("\nFLOPs are of a forward pass at seq_len {seq_len}; training takes about three times as many.")?;
+    let length = if unit == "token" { format!(" at seq_len {seq_len}") } else { String::new() };
+    put!("\nFLOPs are of a forward pass{length}; training takes about three times as many.")?;
     let (steps, tokens) = (thousands(training.steps), thousands(all.tokens));
-    put!("steps      {steps} of {} tokens: {tokens} in all", thousands(all.tokens_per_step))?;
-    put!("data       {}", opened.description)?;
-    let epoch = opened.train.batches_per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
+    put!("steps      {steps} of {} {unit}s: {tokens} in all", thousands(all.tokens_per_step))?;
+    put!("data       {}", data.description())?;
+    let epoch = data.batches_per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
     put!("           one epoch is {} steps", thousands(epoch))?;
     put!("compute    {:.2e} FLOPs", all.training_flops())?;
     let (state, activations) = (bytes(all.state_bytes()), bytes(all.activation_bytes));
@@ -64,18 +68,19 @@ fn sizes(resolved: &Resolved, opened: &Opened, all: &Costs) -> Result<(), Failur
 }
 
 /// Tells what all steps would take.
-fn time(resolved: &Resolved, opened: Opened, costs: &Costs) -> Result<(), Failure> {
+fn time(resolved: &Resolved, data: Data, costs: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let training = &recipe.training;
     talk!("probe: a few steps on {}, nothing is saved (--no-probe leaves them out)", training.device);
-    let measured = probe(resolved, opened)?;
+    let unit = data.known().unit();
+    let measured = probe(resolved, data)?;
     let (seconds, in_all) = (measured.step.as_secs_f64().max(1e-9), times(measured.step, training.steps));
     let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);
     let gigaflops = 3.0 * costs.totals.flops_per_token as f64 * costs.tokens_per_step as f64 / seconds / 1e9;
     if let Some(peak) = peak_memory_bytes().filter(|_| training.device != "cuda") {
         put!("           {} at most in the probe, everything included", bytes(peak))?;
     }
-    put!("speed      {speed} tokens per second, {gigaflops:.1} GFLOP per second")?;
+    put!("speed      {speed} {unit}s per second, {gigaflops:.1} GFLOP per second")?;
     put!(
         "time       {} for the steps and {} for validation; saving comes on top (steps measured after a warm-up: {})",
         clock(in_all),
@@ -105,20 +110,38 @@ impl Probed {
 ///
 /// # Errors
 /// If the device is not there, or a step fails.
-pub fn probe(resolved: &Resolved, opened: Opened) -> Result<Probed, Failure> {
+pub fn probe(resolved: &Resolved, data: Data) -> Result<Probed, Failure> {
     let recipe = &resolved.recipe;
-    let training = &recipe.training;
     let device = assemble::training_device(recipe)?;
-    let mut model = resolved.first_model(opened.vocab_size, &device)?;
-    let (train, held_out) = (Source(opened.train), Source(opened.validation));
+    match data {
+        Data::Tokens(opened) => {
+            let model = resolved.first_model(opened.vocab_size, &device)?;
+            let (train, held_out) = (Source(opened.train), Source(opened.validation));
+            steps_of(recipe, model, [&train, &held_out], &opened.tracking)
+        }
+        Data::Examples(labelled) => {
+            let model = resolved.first_classifier(&labelled, &device)?;
+            let (train, held_out) = (ExampleSource(labelled.train), ExampleSource(labelled.validation));
+            steps_of(recipe, model, [&train, &held_out], &[])
+        }
+    }
+}
+
+fn steps_of<M: Trainee>(
+    recipe: &Recipe,
+    mut model: M,
+    [train, held_out]: [&dyn Batches<M::Batch>; 2],
+    tracking: &[Vec<u32>],
+) -> Result<Probed, Failure> {
+    let training = &recipe.training;
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training,
         model: &model,
-        tracking: &opened.tracking,
+        tracking,
         batches_per_epoch: train.per_epoch(),
     };
-    let mut procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
+    let mut procedure = M::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
     let accumulation = training.gradient_accumulation_steps as u64;
     let (started, mut durations) = (Instant::now(), Vec::new());
     // The first step is the warm-up: it allocates what the others use again.
@@ -143,7 +166,7 @@ pub fn probe(resolved: &Resolved, opened: Opened) -> Result<Probed, Failure> {
     durations.sort_unstable();
     let step = durations[durations.len() / 2];
     let begun = Instant::now();
-    evaluate(&model, &held_out, 1)?;
+    evaluate(&model, held_out, 1)?;
     let validation = times(begun.elapsed(), validation_batches(recipe, held_out.per_epoch()));
     Ok(Probed { step, validation, steps: durations.len() })
 }

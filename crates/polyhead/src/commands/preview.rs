@@ -1,13 +1,17 @@
-//! `polyhead preview`: the tokens that a model would see, and which of them it learns to predict.
+//! `polyhead preview`: the tokens that a model would see, and which of them it learns to predict; of examples with classes a
+//! sheet of pictures.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{DataConfig, StreamDecoder, Tokenizer};
-use polyhead_models::{IGNORE, Role};
+use polyhead_data::{DataConfig, Labelled, StreamDecoder, Tokenizer};
+use polyhead_models::{Examples, IGNORE, Inputs, Role};
+use polyhead_training::picture::{Sheet, sheet};
+use polyhead_training::run_folder::atomic_write;
 
-use crate::assemble;
+use crate::assemble::{self, Data};
 use crate::console::{harmless, put, talk};
 use crate::recipe::Loaded;
 use crate::report::Failure;
@@ -21,12 +25,14 @@ const ANSWER: Style = AnsiColor::Green.on_default().dimmed();
 const HEADING: Style = Style::new().bold();
 
 /// Some rows of the first batches.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct PreviewOptions {
     /// How many.
     pub rows: usize,
     /// One line per position, even on a terminal.
     pub table: bool,
+    /// Where a sheet of pictures is written.
+    pub out: PathBuf,
 }
 
 struct Row<'a> {
@@ -59,7 +65,10 @@ impl Shade {
 
 /// Shows rows: as coloured text where colours can be shown, as a table everywhere else.
 pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> {
-    let opened = assemble::resolve(loaded)?.data(&mut |_, _| {})?;
+    let opened = match assemble::resolve(loaded)?.open(&mut |_, _| {})? {
+        Data::Tokens(opened) => opened,
+        Data::Examples(labelled) => return examples(&labelled, options),
+    };
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
     let coloured = !options.table && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;
@@ -95,6 +104,60 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
             }
         }
     }
+    Ok(())
+}
+
+/// Pictures of a row of a sheet.
+const ACROSS: usize = 8;
+
+/// Lists examples with their classes; where they can be seen, as a sheet of pictures.
+fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure> {
+    talk!("data: {}", labelled.description);
+    let count = match labelled.tokenizer {
+        Some(_) => options.rows,
+        None => options.rows * ACROSS,
+    };
+    let mut all: Vec<Examples> = Vec::new();
+    for position in 0.. {
+        let batch = labelled.train.batch(position)?;
+        all.extend((0..batch.len()).map(|index| batch.row(index)));
+        if all.len() >= count {
+            break;
+        }
+    }
+    all.truncate(count);
+    let class = |example: &Examples| labelled.classes[example.labels[0] as usize].as_str();
+    let (mut images, mut size) = (Vec::new(), [0; 3]);
+    for example in &all {
+        match &example.inputs {
+            Inputs::Images { pixels, channels, height, width } => {
+                images.push(pixels.as_slice());
+                size = [*channels, *height, *width];
+            }
+            Inputs::Features { values, layers, dim } => {
+                images.push(values.as_slice());
+                size = [1, *layers, *dim];
+            }
+            Inputs::Tokens { tokens, lengths, .. } => {
+                let ids = &tokens[..lengths[0] as usize];
+                let text = labelled.tokenizer.as_ref().map_or(String::new(), |tokenizer| {
+                    let mut stream = StreamDecoder::new(tokenizer);
+                    ids.iter().filter_map(|&id| stream.push(id)).collect()
+                });
+                put!("{}\t{}", class(example), harmless(&text).replace('\n', " "))?;
+            }
+        }
+    }
+    if images.is_empty() {
+        return Ok(());
+    }
+    for (row, examples) in all.chunks(ACROSS).enumerate() {
+        put!("row {row}: {}", examples.iter().map(class).collect::<Vec<_>>().join(", "))?;
+    }
+    let [channels, height, width] = size;
+    let png = sheet(&images, Sheet { channels, height, width, across: ACROSS });
+    atomic_write(&options.out, &png.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
+    talk!("wrote {} pictures to {}", images.len(), options.out.display());
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use super::train::{self, Sitting};
 use crate::assemble::{self, Trained};
 use crate::cli::TrainArgs;
 use crate::console::{put, talk, thousands};
+use crate::costs::tokens_per_step;
 use crate::pretrained::recipe_of;
 use crate::recipe::Loaded;
 use crate::report::{Failure, Problems};
@@ -109,6 +110,7 @@ fn run(
             resume: "auto",
             stop: Some(stop.clone()),
             tui: args.tui,
+            asked: None,
         })?;
     }
     let after = assemble::open_trained(folder, None)?;
@@ -234,7 +236,7 @@ pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> 
         let stage = &staged.stages[at];
         put!("{}stage {} of {}: {}", if at > 0 { "\n" } else { "" }, at + 1, staged.stages.len(), stage.name)?;
         let training = &loaded.recipe.training;
-        let tokens = training.seq_len * training.batch_size * training.gradient_accumulation_steps;
+        let tokens = tokens_per_step(&loaded.recipe);
         let waits = loaded.recipe.model.pretrained.as_ref().is_some_and(|from| !from.exists());
         match &stage.convert {
             Some(conversion) => {
@@ -245,8 +247,8 @@ pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> 
                 let steps = thousands(training.steps);
                 put!(
                     "steps      {steps} of {} tokens: {} in all",
-                    thousands(tokens as u64),
-                    thousands(training.steps * tokens as u64)
+                    thousands(tokens),
+                    thousands(training.steps * tokens)
                 )?;
                 put!("model      known once the stages before it have run")
             }

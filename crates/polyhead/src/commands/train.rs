@@ -6,23 +6,27 @@ use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use polyhead_data::{DataConfig, Opened, Tokenizer};
-use polyhead_models::{Decoder, parameters};
+use burn::tensor::Device;
+use polyhead_data::{DataConfig, Tokenizer};
+use polyhead_models::{Decoder, Learner, Sums, parameters};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
+use polyhead_training::evaluate::Batches;
 use polyhead_training::hallucination::{Summary, ask};
 use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
-use polyhead_training::{peak_memory_bytes, state};
+use polyhead_training::{Trainee, peak_memory_bytes, state};
 
 use super::hallucination::asking;
 use super::trained::{plain_prompt, write_text};
-use crate::assemble::{self, Source};
-use crate::cli::TrainArgs;
+use crate::assemble::{self, Data, Resolved, Source};
+use crate::classifier::ExampleSource;
+use crate::cli::{RecipeArgs, TrainArgs};
 use crate::console::{Console, bytes, clock, talk, thousands};
-use crate::costs::Costs;
+use crate::costs::{Costs, Known, tokens_per_step};
 use crate::pretrained::find_checkpoint;
 use crate::recipe::{self, Loaded, Recipe};
 use crate::report::Failure;
+use crate::result::ClassTable;
 use crate::{result, signals};
 
 /// Trains what a recipe says, or one after the other the stages of one that has stages.
@@ -37,13 +41,14 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
-    let sitting = Sitting { loaded: &loaded, run_dir: &run_dir, resume: &args.resume, stop: None, tui: args.tui };
-    let trained = sit(sitting)?;
-    summarize(&args, &trained, &run_dir);
-    if let Some(tokenizer) = &trained.tokenizer {
-        sample(&trained.recipe, &trained.outcome.model, tokenizer)?;
-    }
-    Ok(())
+    sit(Sitting {
+        loaded: &loaded,
+        run_dir: &run_dir,
+        resume: &args.resume,
+        stop: None,
+        tui: args.tui,
+        asked: Some(&args.recipe),
+    })
 }
 
 /// What is done until a run is at its end, or is told to stop.
@@ -58,143 +63,240 @@ pub struct Sitting<'a> {
     pub stop: Option<Arc<AtomicUsize>>,
     /// Whether a dashboard is shown.
     pub tui: bool,
-}
-
-/// A run that has come to its end.
-pub struct Finished {
-    /// What was trained.
-    pub recipe: Recipe,
-    /// How it ended.
-    pub outcome: Outcome,
-    /// What was learnt from, in words.
-    data: String,
-    /// The best possible loss, where the data tells.
-    floor: Option<f64>,
-    /// How the model reads text.
-    tokenizer: Option<Tokenizer>,
+    /// What was typed, where the run is all that was asked for: its end is told then, with what to type next.
+    pub asked: Option<&'a RecipeArgs>,
 }
 
 /// Trains what a recipe says, from where the run stands.
 ///
 /// # Errors
 /// If something is missing or wrong, or a signal came; what was saved before stays whole.
-pub fn sit(sitting: Sitting<'_>) -> Result<Finished, Failure> {
-    let Sitting { loaded, run_dir, resume, stop, tui } = sitting;
+pub fn sit(sitting: Sitting<'_>) -> Result<(), Failure> {
+    let Sitting { loaded, run_dir, .. } = sitting;
     let device = assemble::training_device(&loaded.recipe)?;
     let lock = RunLock::acquire(run_dir)?;
     for left in clean_leftovers(run_dir)? {
         talk!("cleaned up after an interrupted save: {}", left.display());
     }
-    let resume = choose_checkpoint(resume, run_dir)?;
+    let resume = choose_checkpoint(sitting.resume, run_dir)?;
     let resolved = match &resume {
         Some(checkpoint) => assemble::resume(loaded, checkpoint)?,
         None => assemble::resolve(loaded)?,
     };
-    let (recipe, config) = (&resolved.recipe, &resolved.decoder);
-
-    let started = Instant::now();
-    let opened = resolved.data(&mut tokenizing())?;
-    talk!("data: {} ({:.1} s)", opened.description, started.elapsed().as_secs_f64());
-    if let Some(checkpoint) = &resume
-        && let Some(problem) = assemble::changed_text(checkpoint, &opened)?
-    {
-        let hint = "put it back, or start another run with --out";
-        return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
+    let task = Task { sitting, resume, resolved };
+    match task.resolved.recipe.model.classifier.is_some() {
+        true => train_classifier(&task, lock, &device),
+        false => train_decoder(&task, lock, &device),
     }
-    let model = resolved.first_model(opened.vocab_size, &device)?;
-    let mechanism = (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect::<Vec<_>>();
-    let count = thousands(model.num_params() as u64);
-    let mut distinct = mechanism.clone();
-    distinct.dedup();
-    let learning: usize = parameters(&model).iter().filter(|one| one.learnt).map(|one| one.numbers).sum();
-    let frozen = match model.num_params() - learning {
-        0 => String::new(),
-        frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
-    };
-    talk!("model: {count} parameters{frozen}, {} layers, attention: {}", config.n_layers, distinct.join(", "));
-    if let Some(path) = recipe.model.pretrained.as_ref().filter(|_| resume.is_none()) {
-        talk!("starts from the weights of {}", path.display());
-    }
+}
 
-    let start = match &resume {
-        Some(checkpoint) => {
-            let step = state::read_progress(checkpoint)?.step;
-            talk!("resume: from {} (step {step})", checkpoint.display());
-            let given_up = list(run_dir)?.into_iter().filter(|(later, _)| *later > step);
-            let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
-            if !given_up.is_empty() {
-                talk!("resume: what came after that step is given up: {}", given_up.join(", "));
-            }
-            step
+/// A sitting whose beginning is known.
+struct Task<'a> {
+    sitting: Sitting<'a>,
+    /// The checkpoint to go on from.
+    resume: Option<PathBuf>,
+    resolved: Resolved,
+}
+
+/// What is trained on what, whatever kind of model it is.
+struct Material<'a, M: Trainee> {
+    model: M,
+    /// What mixes positions, layer by layer.
+    layers: Vec<&'static str>,
+    train: &'a dyn Batches<M::Batch>,
+    held_out: &'a dyn Batches<M::Batch>,
+    facts: &'a Facts,
+    tokenizer: Option<&'a Tokenizer>,
+    tracking: Vec<Vec<u32>>,
+    probe: Option<&'a Probe<'a, M>>,
+    classes: &'a dyn Fn(&M::Sums) -> Option<ClassTable>,
+}
+
+/// What is known about the data once it is open.
+struct Facts {
+    description: String,
+    text_hash: Option<String>,
+    known: Known,
+    /// `data.json`
+    record: Vec<u8>,
+}
+
+impl Facts {
+    fn of(data: &Data) -> Self {
+        Self {
+            description: data.description().to_owned(),
+            text_hash: data.text_hash().map(Into::into),
+            known: data.known(),
+            record: data.record(),
         }
-        None => 0,
-    };
-    let text = recipe::resolved(recipe)?;
-    let about = result::About {
-        id: result::id(&text, opened.text_hash.as_deref()),
-        data: opened.description.clone(),
-        costs: Costs::of(recipe, config, opened.vocab_size),
-        environment: result::Environment::here(&recipe.training.device),
-    };
-    atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
-    let mut companions = vec![
-        ("recipe.toml".to_owned(), text.clone().into_bytes()),
-        ("data.json".to_owned(), assemble::data_record(&opened)),
-    ];
-    if let Some(tokenizer) = &opened.tokenizer {
-        companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
-        companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
-    let stop = stop.map_or_else(|| signals::listen(tui), Ok)?;
-    let training = recipe.training.clone();
-    let tokens_per_step = (training.seq_len * training.batch_size * training.gradient_accumulation_steps) as u64;
-    let (train, held_out) = (Source(opened.train), Source(opened.validation));
-    let asked = assemble::world(recipe).map(|world| (world.questions(), asking(&world, config.n_layers)));
+}
+
+fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
+    let resolved = &task.resolved;
+    let (data, facts) = task.open()?;
+    let Data::Tokens(opened) = data else { unreachable!("a decoder reads tokens") };
+    let model = resolved.first_model(opened.vocab_size, device)?;
+    let config = model.config().clone();
+    let asked = assemble::world(&resolved.recipe).map(|world| (world.questions(), asking(&world, config.n_layers)));
     let about_facts = asked.as_ref().map(|(questions, asking)| {
         move |model: &Decoder| {
             let numbers = Summary::of(&ask(model, questions, asking), asking.confident).numbers();
             numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect()
         }
     });
-    let job = Job {
-        run_dir: run_dir.to_owned(),
+    let (train, held_out) = (Source(opened.train), Source(opened.validation));
+    let outcome = task.learn(
         lock,
-        resume,
-        training,
-        procedure: recipe.procedure.clone(),
-        optimizer: recipe.optimizer.clone(),
-        lr_scheduler: recipe.lr_scheduler.clone(),
-        validation: recipe.validation.clone(),
-        checkpoint: recipe.checkpoint.clone(),
-        metrics: recipe.metrics.clone(),
-        seed: recipe.debug.seed,
-        train: &train,
-        held_out: &held_out,
-        probe: about_facts.as_ref().map(|probe| probe as &Probe<'_>),
-        tracking: opened.tracking,
-        companions,
-        recipe: text,
-        stop: &stop,
-    };
-    #[cfg(feature = "tui")]
-    let dashboard = tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
-    #[cfg(not(feature = "tui"))]
-    let dashboard: Option<Console> = None;
-    let mut view: Box<dyn View> = match dashboard {
-        Some(dashboard) => Box::new(dashboard),
-        None => Box::new(Console::new(start, recipe.training.steps, tokens_per_step)),
-    };
-    let outcome = run(model, job, view.as_mut())?;
-    drop(view);
-
-    if let Some(signal) = outcome.interrupted {
-        talk!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
-        talk!("the same command goes on from there");
-        return Err(Failure::Interrupted(signal));
+        Material {
+            model,
+            layers: (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect(),
+            train: &train,
+            held_out: &held_out,
+            facts: &facts,
+            tokenizer: opened.tokenizer.as_ref(),
+            tracking: opened.tracking,
+            probe: about_facts.as_ref().map(|probe| probe as &Probe<'_>),
+            classes: &|_| None,
+        },
+    )?;
+    summarize(task, &outcome, &facts.description, opened.floor);
+    if let Some(tokenizer) = opened.tokenizer.as_ref().filter(|_| task.sitting.asked.is_some()) {
+        sample(&resolved.recipe, &outcome.model, tokenizer)?;
     }
-    result::write(run_dir, about, &outcome, &held_out, recipe.validation.batches)?;
-    let Opened { description: data, floor, tokenizer, .. } = opened;
-    Ok(Finished { recipe: resolved.recipe, outcome, data, floor, tokenizer })
+    Ok(())
+}
+
+fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
+    let (data, facts) = task.open()?;
+    let Data::Examples(labelled) = data else { unreachable!("a classifier learns examples") };
+    let model = task.resolved.first_classifier(&labelled, device)?;
+    let layers = model.config().layers();
+    let (train, held_out) = (ExampleSource(labelled.train), ExampleSource(labelled.validation));
+    let outcome = task.learn(
+        lock,
+        Material {
+            model,
+            layers,
+            train: &train,
+            held_out: &held_out,
+            facts: &facts,
+            tokenizer: labelled.tokenizer.as_ref(),
+            tracking: Vec::new(),
+            probe: None,
+            classes: &|sums| Some(ClassTable::of(sums, &labelled.classes)),
+        },
+    )?;
+    summarize(task, &outcome, &facts.description, None);
+    Ok(())
+}
+
+impl Task<'_> {
+    /// Opens the data, which must be what a run that goes on has learnt from.
+    fn open(&self) -> Result<(Data, Facts), Failure> {
+        let started = Instant::now();
+        let data = self.resolved.open(&mut tokenizing())?;
+        talk!("data: {} ({:.1} s)", data.description(), started.elapsed().as_secs_f64());
+        if let Some(checkpoint) = &self.resume
+            && let Some(problem) = assemble::changed_text(checkpoint, data.text_hash())?
+        {
+            let hint = "put it back, or start another run with --out";
+            return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
+        }
+        let facts = Facts::of(&data);
+        Ok((data, facts))
+    }
+
+    /// Trains to the end and writes what was reached.
+    fn learn<M: Trainee>(&self, lock: RunLock, material: Material<'_, M>) -> Result<Outcome<M>, Failure> {
+        let Material { model, layers, train, held_out, facts, tokenizer, tracking, probe, classes } = material;
+        let (recipe, Sitting { run_dir, stop, tui, .. }) = (&self.resolved.recipe, &self.sitting);
+        self.tell_model(&model, layers);
+        let start = self.tell_start()?;
+        let text = recipe::resolved(recipe)?;
+        let about = result::About {
+            id: result::id(&text, facts.text_hash.as_deref()),
+            data: facts.description.clone(),
+            unit: facts.known.unit(),
+            costs: Costs::of(recipe, facts.known),
+            environment: result::Environment::here(&recipe.training.device),
+        };
+        atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+        let mut companions =
+            vec![("recipe.toml".to_owned(), text.clone().into_bytes()), ("data.json".to_owned(), facts.record.clone())];
+        if let Some(tokenizer) = tokenizer {
+            companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
+            companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
+        }
+        let stop = stop.clone().map_or_else(|| signals::listen(*tui), Ok)?;
+        let job = Job {
+            run_dir: run_dir.to_path_buf(),
+            lock,
+            resume: self.resume.clone(),
+            training: recipe.training.clone(),
+            procedure: recipe.procedure.clone(),
+            optimizer: recipe.optimizer.clone(),
+            lr_scheduler: recipe.lr_scheduler.clone(),
+            validation: recipe.validation.clone(),
+            checkpoint: recipe.checkpoint.clone(),
+            metrics: recipe.metrics.clone(),
+            seed: recipe.debug.seed,
+            train,
+            held_out,
+            probe,
+            tracking,
+            companions,
+            recipe: text,
+            stop: &stop,
+        };
+        #[cfg(feature = "tui")]
+        let dashboard = tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
+        #[cfg(not(feature = "tui"))]
+        let dashboard: Option<Console> = None;
+        let pace = (tokens_per_step(recipe), about.unit);
+        let mut view: Box<dyn View> = match dashboard {
+            Some(dashboard) => Box::new(dashboard),
+            None => Box::new(Console::new(start, recipe.training.steps, pace)),
+        };
+        let outcome = run(model, job, view.as_mut())?;
+        drop(view);
+
+        if let Some(signal) = outcome.interrupted {
+            talk!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
+            talk!("the same command goes on from there");
+            return Err(Failure::Interrupted(signal));
+        }
+        result::write(run_dir, about, &outcome, (held_out, recipe.validation.batches), classes)?;
+        Ok(outcome)
+    }
+
+    fn tell_model(&self, model: &impl Learner, mut layers: Vec<&'static str>) {
+        let (all, n_layers) = (model.num_params(), layers.len());
+        layers.dedup();
+        let learning: usize = parameters(model).iter().filter(|one| one.learnt).map(|one| one.numbers).sum();
+        let frozen = match all - learning {
+            0 => String::new(),
+            frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
+        };
+        let count = thousands(all as u64);
+        talk!("model: {count} parameters{frozen}, {n_layers} layers, attention: {}", layers.join(", "));
+        if let Some(path) = self.resolved.recipe.model.pretrained.as_ref().filter(|_| self.resume.is_none()) {
+            talk!("starts from the weights of {}", path.display());
+        }
+    }
+
+    /// The step that the run goes on behind; 0 where it begins.
+    fn tell_start(&self) -> Result<u64, Failure> {
+        let Some(checkpoint) = &self.resume else { return Ok(0) };
+        let step = state::read_progress(checkpoint)?.step;
+        talk!("resume: from {} (step {step})", checkpoint.display());
+        let given_up = list(self.sitting.run_dir)?.into_iter().filter(|(later, _)| *later > step);
+        let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
+        if !given_up.is_empty() {
+            talk!("resume: what came after that step is given up: {}", given_up.join(", "));
+        }
+        Ok(step)
+    }
 }
 
 #[cfg(feature = "tui")]
@@ -266,17 +368,27 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
     }
 }
 
-fn summarize(args: &TrainArgs, trained: &Finished, run_dir: &Path) {
-    let Finished { recipe, outcome, data, floor, .. } = trained;
+fn summarize<M: Learner>(task: &Task<'_>, outcome: &Outcome<M>, data: &str, floor: Option<f64>) {
+    let Sitting { run_dir, asked: Some(asked), .. } = task.sitting else { return };
+    let recipe = &task.resolved.recipe;
     let progress = &outcome.progress;
     let time = Duration::from_micros(progress.microseconds);
     talk!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));
     talk!("on       {data}");
-    if let Some(sums) = outcome.validation {
+    if let Some(validation) = &outcome.validation {
+        let sums = validation.evaluated();
         let bits = sums.bits_per_byte().map_or(String::new(), |bits| format!(", {bits:.3} bits per byte"));
         let accuracy = 100.0 * sums.accuracy();
         let floor = floor.map_or(String::new(), |floor| format!(", best possible loss {floor:.4}"));
         talk!("reached  validation loss {:.4}{bits}, accuracy {accuracy:.1} %{floor}", sums.mean_loss());
+        let further = validation.numbers().into_iter().map(|(tag, value)| {
+            let name = tag.split('/').next().unwrap_or_default().replace('_', " ");
+            format!("{name} {value:.3}")
+        });
+        let further: Vec<String> = further.collect();
+        if !further.is_empty() {
+            talk!("         {}", further.join(", "));
+        }
     }
     if let Some(memory) = peak_memory_bytes() {
         talk!("memory   {} at most", bytes(memory));
@@ -290,15 +402,15 @@ fn summarize(args: &TrainArgs, trained: &Finished, run_dir: &Path) {
     if matches!(recipe.data, DataConfig::Chat(_) | DataConfig::LongContext(_)) {
         talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
         talk!("         {polyhead} eval {run} --task all");
-    } else if recipe.data.is_text() {
+    } else if recipe.data.is_text() && !recipe.data.is_labelled() {
         talk!("next     {polyhead} generate {run} --prompt \"...\"");
     } else {
         talk!("next     {polyhead} eval {run}");
     }
     let steps = format!("training.steps={}", 2 * progress.step);
-    let same = args.recipe.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
+    let same = asked.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
     let same = same.map(|text| quoted(text)).collect::<Vec<_>>().join(" ");
-    talk!("         {polyhead} train {} {same} --out {run}   # go on", args.recipe.recipe.display());
+    talk!("         {polyhead} train {} {same} --out {run}   # go on", asked.recipe.display());
 }
 
 /// This program as it was called, so that what is suggested works when typed.

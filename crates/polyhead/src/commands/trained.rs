@@ -12,21 +12,27 @@ use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{Decoder, Evaluated, Sampling};
+use polyhead_models::{ClassScore, Decoder, Evaluated, Sampling};
+use polyhead_training::evaluate::evaluate;
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use crate::assemble;
+use crate::classifier::{ExampleSource, TrainedClassifier, open_classifier};
 use crate::cli::GenerateArgs;
 use crate::console::{harmless, print, put, talk};
 use crate::report::Failure;
+use crate::result::{ClassTable, NamedScore, Score};
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
+    if let Some(classifier) = open_classifier(checkpoint, device)? {
+        return eval_classifier(&classifier, batches);
+    }
     let trained = assemble::open_trained(checkpoint, device)?;
     let opened = trained.data()?;
     talk!("data: {}", opened.description);
-    if let Some(problem) = assemble::changed_text(&trained.path, &opened)? {
+    if let Some(problem) = assemble::changed_text(&trained.path, opened.text_hash.as_deref())? {
         talk!("warning: {problem}: some of what is held out now may have been learnt");
     }
     let all = opened.validation.batches_per_epoch().max(1);
@@ -39,6 +45,33 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
         "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
+    put!("{result:#}")
+}
+
+/// The same for a classifier, with how well each class is told.
+fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Failure> {
+    let labelled = trained.data()?;
+    talk!("data: {}", labelled.description);
+    if let Some(problem) = assemble::changed_text(&trained.path, labelled.text_hash.as_deref())? {
+        talk!("warning: {problem}: some of what is held out now may have been learnt");
+    }
+    let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), batches)?;
+    let table = ClassTable::of(&sums, &labelled.classes);
+    let line = |name: &str, cells: [String; 4]| {
+        let [examples, precision, recall, f1] = cells;
+        talk!("{name:<24} {examples:>9} {precision:>10} {recall:>8} {f1:>8}");
+    };
+    line("class", ["examples", "precision", "recall", "f1"].map(Into::into));
+    for NamedScore { name, score } in &table.scores {
+        let ClassScore { examples, precision, recall, f1 } = *score;
+        let shares = [precision, recall, f1].map(|share| format!("{share:.3}"));
+        let [precision, recall, f1] = shares;
+        line(name, [examples.to_string(), precision, recall, f1]);
+    }
+    let mut result = serde_json::json!({ "checkpoint": trained.path, "examples": sums.examples() });
+    for (part, value) in [("score", serde_json::to_value(Score::of(&sums))), ("classes", serde_json::to_value(table))] {
+        result[part] = value.map_err(|error| Failure::Run(error.to_string()))?;
+    }
     put!("{result:#}")
 }
 

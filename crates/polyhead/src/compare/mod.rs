@@ -31,7 +31,7 @@ use crate::assemble::Resolved;
 use crate::cli::CompareArgs;
 use crate::commands::{probe, program, quoted};
 use crate::console::{clock, put, talk, thousands};
-use crate::costs::Costs;
+use crate::costs::tokens_per_step;
 use crate::recipe::Recipe;
 use crate::report::Failure;
 use crate::signals;
@@ -104,7 +104,7 @@ pub fn validate(path: &Path) -> Result<(), Failure> {
     let read = comparison::read(path)?;
     let out = default_folder(path);
     let prepared = Prepared::plan(&read, (path, &out))?;
-    if plan::waits_for_weights(&read, &prepared) {
+    if plan::waits_for_files(&read, &prepared) {
         return Ok(());
     }
     plan::plan(read, &prepared, (path, &out), &mut |_| Ok(None)).map(|_| ())
@@ -113,14 +113,14 @@ pub fn validate(path: &Path) -> Result<(), Failure> {
 /// A hash of the text that a recipe learns from; each text is read once.
 fn text_hash(run: &Resolved, known: &mut BTreeMap<String, Option<String>>) -> Result<Option<String>, Failure> {
     let Recipe { data, tokenizer, training, .. } = &run.recipe;
-    if !data.is_text() {
+    if !data.is_text() && !data.is_labelled() {
         return Ok(None);
     }
     let key = format!("{data:?} {tokenizer:?} {}", training.seq_len);
     if let Some(hash) = known.get(&key) {
         return Ok(hash.clone());
     }
-    let hash = run.data(&mut |_, _| {})?.text_hash;
+    let hash = run.open(&mut |_, _| {})?.text_hash().map(Into::into);
     known.insert(key, hash.clone());
     Ok(hash)
 }
@@ -187,7 +187,7 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
         for choice in &arm.choices {
             let deviation = choice.matched.as_ref().map(|found| format!("{:+.2} %", 100.0 * found.deviation()));
             let time = match measure {
-                true => Some(probe(&choice.run, choice.run.data(&mut |_, _| {})?)?.whole(&choice.run.recipe)),
+                true => Some(probe(&choice.run, choice.run.open(&mut |_, _| {})?)?.whole(&choice.run.recipe)),
                 false => None,
             };
             whole += time.unwrap_or_default() * plan.comparison.seeds.len() as u32;
@@ -206,11 +206,12 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
     put!("")?;
     told_matches(plan);
     let first = &plan.arms[plan.base].choices[0].run;
-    let tokens = Costs::of(&first.recipe, &first.decoder, first.vocab_size()).tokens;
+    let (tokens, unit) =
+        (tokens_per_step(&first.recipe).saturating_mul(first.recipe.training.steps), first.known()?.unit());
     let Share { jobs, threads } = share;
     let (runs, seeds) = (plan.runs.len(), plan.comparison.seeds.len());
     put!("runs       {runs}: {} arms, {seeds} seeds; {jobs} at a time, {threads} threads each", plan.arms.len())?;
-    put!("tokens     {} a run, {} in all", thousands(tokens), thousands(tokens * runs as u64))?;
+    put!("{:<10} {} a run, {} in all", format!("{unit}s"), thousands(tokens), thousands(tokens * runs as u64))?;
     put!("folder     {}", plan.out.display())?;
     let mut finished = 0;
     for run in &plan.runs {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::costs::Costs;
+use crate::costs::tokens_per_step;
 use crate::recipe;
 use crate::report::Failure;
 use crate::result::{self, Environment, RunResult, Score};
@@ -399,7 +399,7 @@ fn arm_outcome(arm: &ArmPlan, runs: Vec<Vec<RunOutcome>>, quality: Quality) -> R
         considered: if arm.choices.len() > 1 { considered } else { Vec::new() },
         matched: choice.matched.clone(),
         recipe: recipe::resolved(&choice.run.recipe)?,
-        tokens_per_step: Costs::of(&choice.run.recipe, &choice.run.decoder, 1).tokens_per_step,
+        tokens_per_step: tokens_per_step(&choice.run.recipe),
         runs: kept,
         failed_elsewhere,
     })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::assemble::{self, Resolved};
-use crate::costs::Totals;
+use crate::costs::{Known, Totals};
 use crate::layers::{Layer, merge, parse_layer};
 use crate::recipe::{self, Recipe};
 use crate::report::{Failure, Problem, Problems};
@@ -74,9 +74,9 @@ type Layered = (Vec<Layer>, Resolved);
 /// A hash of what a recipe learns from: see [`result::id`].
 pub type TextHash<'a> = dyn FnMut(&Resolved) -> Result<Option<String>, Failure> + 'a;
 
-/// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet: then nothing can be
-/// counted.
-pub fn waits_for_weights(read: &Read, prepared: &Prepared) -> bool {
+/// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet, or learns classes from
+/// files, which tell the size of the model: then nothing can be counted.
+pub fn waits_for_files(read: &Read, prepared: &Prepared) -> bool {
     let mut waits = false;
     for at in 0..read.comparison.arm.len() {
         let mut layers = read.base.clone();
@@ -85,7 +85,9 @@ pub fn waits_for_weights(read: &Read, prepared: &Prepared) -> bool {
         // What is wrong with an arm is told by `plan`, which names it.
         let layers = prepared.filled(layers, read.comparison.seeds[0]);
         let Ok(loaded) = layers.and_then(recipe::from_layers) else { return false };
-        waits |= loaded.recipe.model.pretrained.is_some_and(|folder| !folder.exists());
+        let Recipe { data, model, .. } = &loaded.recipe;
+        waits |= data.is_labelled() && !data.is_generated();
+        waits |= model.pretrained.as_ref().is_some_and(|folder| !folder.exists());
     }
     waits
 }
@@ -107,8 +109,9 @@ pub fn plan(
     let base = base.unwrap_or(0);
     let arms = load(&comparison, &layer, &below, prepared)?;
 
-    let cost = |run: &Resolved| totals(run, run.vocab_size());
-    let targets: Vec<u64> = arms[base].iter().map(|(_, run)| comparison.matched.of(&cost(run))).collect();
+    let totals = |run: &Resolved| Ok::<_, Failure>(Totals::of_recipe(&run.recipe, run.known()?));
+    let targets: Vec<u64> =
+        arms[base].iter().map(|(_, run)| Ok(comparison.matched.of(&totals(run)?))).collect::<Result<_, Failure>>()?;
 
     let (mut planned, mut problems) = (Vec::new(), Vec::new());
     for (at, choices) in arms.iter().enumerate() {
@@ -129,10 +132,10 @@ pub fn plan(
                 );
                 break;
             }
-            let key = arm.solve.as_ref().unwrap_or(&comparison.solve);
+            let (key, known) = (arm.solve.as_ref().unwrap_or(&comparison.solve), own.known()?);
             // What costs the same already is left as it is.
-            let seek = comparison.matched != Matched::None && comparison.matched.of(&cost(own)) != *target;
-            let matched = match seek.then(|| equal(&comparison, key, *target, layers, own.vocab_size())) {
+            let seek = comparison.matched != Matched::None && comparison.matched.of(&totals(own)?) != *target;
+            let matched = match seek.then(|| equal(&comparison, key, *target, layers, known)) {
                 None => None,
                 Some(Ok(found)) => Some(found),
                 Some(Err(message)) => {
@@ -145,7 +148,7 @@ pub fn plan(
                 layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
             }
             let run = with_seed(&layers, comparison.seeds[0], prepared)?;
-            let totals = cost(&run);
+            let totals = totals(&run)?;
             ready.push(Choice { words: words.join(", "), run, totals, matched, layers });
         }
         planned.push(ArmPlan { name: arm.name.clone(), choices: ready });
@@ -205,29 +208,22 @@ fn with_seed(layers: &[Layer], seed: u64, prepared: &Prepared) -> Result<Resolve
     assemble::resolve(&recipe::from_layers(layers)?)
 }
 
-fn totals(run: &Resolved, vocab_size: usize) -> Totals {
-    Totals::of_model(&run.decoder, vocab_size, run.recipe.training.seq_len as u64)
-}
-
 fn name_of(matched: Matched) -> String {
     toml::Value::try_from(matched).ok().and_then(|name| name.as_str().map(Into::into)).unwrap_or_default()
 }
 
 /// The value of `key` that makes the arm as costly as the base arm.
-fn equal(
-    comparison: &Comparison,
-    key: &str,
-    target: u64,
-    layers: &[Layer],
-    vocab_size: usize,
-) -> Result<Match, String> {
+fn equal(comparison: &Comparison, key: &str, target: u64, layers: &[Layer], known: Known) -> Result<Match, String> {
     let cost = |value: u64| {
         let mut layers = layers.to_vec();
         layers.push(parse_layer("match", &format!("{key} = {value}")).ok()?);
         let recipe: Recipe = toml::Value::Table(merge(&layers)).try_into().ok()?;
-        let decoder = recipe.model.decoder?;
-        decoder.validate().ok()?;
-        Some(comparison.matched.of(&Totals::of_model(&decoder, vocab_size, recipe.training.seq_len as u64)))
+        match (&recipe.model.decoder, &recipe.model.classifier, known) {
+            (_, Some(classifier), Known::Examples(sizes)) => classifier.validate(Some(sizes.input)).ok()?,
+            (Some(decoder), None, Known::Ids(_)) => decoder.validate().ok()?,
+            _ => return None,
+        }
+        Some(comparison.matched.of(&Totals::of_recipe(&recipe, known)))
     };
     solve(key, target, comparison.tolerance, &cost)
 }

@@ -1,0 +1,217 @@
+//! Classifiers, from recipe to result.
+
+use serde_json::Value;
+
+use crate::resume::fingerprint;
+use crate::world::{SMALL, World};
+
+/// Three large shapes, without clutter.
+const SHAPES: &str = r#"
+[model.classifier.vision_transformer]
+patch_size = 4
+d_model = 32
+n_layers = 1
+[model.classifier.vision_transformer.attention.softmax]
+n_heads = 4
+[data.shapes]
+size = 16
+n_classes = 3
+radius = 0.5
+turn = 0
+clutter = 0
+noise = 0.1
+[training]
+steps = 60
+batch_size = 24
+[optimizer.adamw]
+lr = 5e-3
+[metrics]
+log_freq = 5
+[validation]
+interval = 30
+batches = 4
+[checkpoint]
+interval = 30
+"#;
+
+const RECIPE: &str = "recipe.toml";
+const ATTENTION: &str = "model.classifier.vision_transformer.attention";
+const POOLING: &str = "model.classifier.vision_transformer.pooling";
+
+fn json(world: &World, path: &str) -> Value {
+    serde_json::from_slice(&world.read(path)).unwrap()
+}
+
+#[test]
+fn a_vision_transformer_learns_shapes_and_everything_about_it_is_told() {
+    let world = World::new(SHAPES);
+    let (out, _) = world.succeeds(&["plan", RECIPE]);
+    assert!(out.contains("FLOPs per example") && out.contains("examples per second"), "{out}");
+    let (out, err) = world.succeeds(&["preview", RECIPE, "--rows", "1", "augmentation.flip=true"]);
+    assert!(out.contains("disc, square, triangle, disc") && err.contains("preview.png"), "{out}{err}");
+    assert!(world.read("preview.png").starts_with(b"\x89PNG"));
+
+    let (_, err) = world.succeeds(&["train", RECIPE, "--out", "run"]);
+    for part in ["1 layers, attention: softmax", "examples/s", "macro f1", "calibration error", "eval run"] {
+        assert!(err.contains(part), "no {part} in: {err}");
+    }
+    let result = json(&world, "run/result.json");
+    let accuracy = result["validation"]["accuracy"].as_f64().unwrap();
+    assert!(accuracy > 0.75, "chance is a third: {accuracy}");
+    assert!(result["validation"]["macro_f1"].as_f64() > Some(0.7) && result["unit"] == "example", "{result:#}");
+    assert_eq!(result["tokens"], 60 * 24);
+    assert_eq!(result["validation"]["targets"], 96);
+    let (scores, confusion) = (&result["classes"]["scores"], &result["classes"]["confusion"]);
+    assert!(scores[2]["name"] == "triangle" && scores[2]["examples"] == 32, "{scores}");
+    let sum: u64 =
+        confusion.as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap()).map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(sum, 96);
+    let log = String::from_utf8(world.read("run/metrics.jsonl")).unwrap();
+    assert!(log.contains("calibration_error/validation") && log.contains("attention/layer_00/entropy"), "{log}");
+    let events = std::fs::read_dir(world.dir.path().join("run")).unwrap().map(|entry| entry.unwrap().path());
+    let events =
+        events.filter(|path| path.to_string_lossy().contains("tfevents")).map(|path| std::fs::read(path).unwrap());
+    assert!(events.into_iter().any(|bytes| bytes.windows(20).any(|part| part == b"confusion/validation")));
+
+    let (out, err) = world.succeeds(&["eval", "run"]);
+    let told: Value = serde_json::from_str(&out).unwrap();
+    // The weights that were trained; sums of losses differ in their last bits, being added in another order.
+    assert_eq!(told["classes"], result["classes"]);
+    assert_eq!(told["score"]["macro_f1"], result["validation"]["macro_f1"]);
+    assert!(err.contains("precision") && err.contains("triangle"), "{err}");
+}
+
+#[test]
+fn a_run_in_two_parts_equals_a_run_in_one() {
+    let world = World::new(SHAPES);
+    let train = |run: &str, more: &[&str]| {
+        let settings = [
+            "train",
+            RECIPE,
+            "--out",
+            run,
+            "training.batch_size=8",
+            "training.gradient_accumulation_steps=2",
+            "augmentation={crop = 2, flip = true, noise = 0.1}",
+            "loss={label_smoothing = 0.1, focal_gamma = 1, worst_class = 1}",
+            "lr_scheduler.decay=constant",
+            "checkpoint.interval=4",
+            "metrics.log_freq=1",
+        ];
+        world.succeeds(&[&settings[..], more].concat())
+    };
+    let pooling = format!("{POOLING}={{ggem = {{n_groups = 4}}}}");
+    train("whole", &["training.steps=12", &pooling]);
+    train("parts", &["training.steps=7", "validation.interval=100", &pooling]);
+    let (_, err) = train("parts", &["training.steps=12", &pooling]);
+    assert!(err.contains("resume: from") && err.contains("step 7"), "{err}");
+    let (a, b) = (fingerprint(&world, "whole"), fingerprint(&world, "parts"));
+    assert!(a.0 == b.0 && a.1 == b.1, "weights or optimiser state differ");
+    assert_eq!(json(&world, "whole/result.json")["validation"], json(&world, "parts/result.json")["validation"]);
+}
+
+#[test]
+fn every_mechanism_and_pooling_drops_in() {
+    let world = World::new(SHAPES);
+    for (run, attention, pooling) in [
+        ("hilo", "hilo={n_heads = 4, alpha = 0.5}", "\"mean\""),
+        ("grouped", "grouped_differential={n_heads = 4, n_noise_heads = 2}", "{ggem = {n_groups = 1}}"),
+        ("routed", "mixture_of_head={n_heads = 4, shared_heads = 2, top_k = 1}", "\"class_token\""),
+        ("pooled", "softmax={n_heads = 2}", "{mltp = {n_heads = 2, n_latents = 4}}"),
+    ] {
+        let attention = format!("{ATTENTION}.{attention}");
+        let pooling = format!("{POOLING}={pooling}");
+        let (_, err) = world.succeeds(&[
+            "train",
+            RECIPE,
+            "--out",
+            run,
+            "training.steps=2",
+            &attention,
+            &pooling,
+            "optimizer.muon.lr=1e-3",
+        ]);
+        assert!(err.contains("accuracy"), "{err}");
+        world.succeeds(&["eval", run]);
+    }
+}
+
+#[test]
+fn a_text_encoder_learns_what_a_text_is_about() {
+    let recipe = r#"
+[model.classifier.text_encoder]
+d_model = 24
+n_layers = 1
+[model.classifier.text_encoder.attention.softmax]
+n_heads = 4
+[data.labelled_text]
+paths = ["texts.jsonl"]
+[training]
+steps = 80
+seq_len = 32
+batch_size = 16
+[loss]
+class_weights = "balanced"
+[optimizer.adamw]
+lr = 3e-3
+[validation]
+batches = 0
+fraction = 0.2
+"#;
+    let world = World::new(recipe);
+    let words = ["the cat", "a dog", "my old horse", "some bird"];
+    let row = |i: usize| {
+        let (sound, label) = [("is glad", "good"), ("is sad", "bad")][i % 2];
+        format!("{{\"text\": \"{} {sound} today\", \"label\": \"{label}\"}}\n", words[i / 2 % 4].repeat(1 + i % 3))
+    };
+    std::fs::write(world.dir.path().join("texts.jsonl"), (0..120).map(row).collect::<String>()).unwrap();
+    let (out, _) = world.succeeds(&["preview", RECIPE]);
+    assert!(out.contains("\tthe cat") || out.contains("today"), "{out}");
+    world.succeeds(&["train", RECIPE, "--out", "run"]);
+    let result = json(&world, "run/result.json");
+    assert!(result["validation"]["accuracy"].as_f64() > Some(0.9), "{result:#}");
+    assert_eq!(result["classes"]["scores"][0]["name"], "bad");
+    let (out, _) = world.succeeds(&["eval", "run"]);
+    assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["classes"], result["classes"]);
+    // Other texts are another run.
+    std::fs::write(world.dir.path().join("texts.jsonl"), (0..60).map(row).collect::<String>()).unwrap();
+    let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.steps=90"]);
+    assert!(err.contains("is not the one that"), "{err}");
+}
+
+#[test]
+fn what_makes_no_sense_for_classifiers_is_refused() {
+    let world = World::new(SHAPES);
+    world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=1"]);
+    std::fs::write(world.dir.path().join("decoder.toml"), SMALL).unwrap();
+    for (code, arguments, words) in [
+        (2, "generate run", "is a classifier"),
+        (2, "export run --to x", "is a classifier"),
+        (2, "inspect run", "is a classifier"),
+        (2, "logits run --tokens 1 --out x", "is a classifier"),
+        (2, "convert run --to grouped_query --kv-heads 1 --out x", "is a classifier"),
+        (2, "grow run --signal-heads x2 --out x", "is a classifier"),
+        (2, "eval run --task all", "is a classifier"),
+        (2, "validate decoder.toml data.shapes.size=16", "model.classifier learns"),
+        (2, "validate decoder.toml loss.focal_gamma=1", "loss is for model.classifier"),
+        (2, "validate recipe.toml data.markov.states=6", "no classes"),
+        (2, "validate recipe.toml training.seq_len=16", "training.seq_len (16) has no meaning"),
+        (2, "validate recipe.toml lora.rank=2", "lora is for decoders"),
+        (2, "validate recipe.toml procedure.bilevel.rank=2", "procedure.bilevel is for decoders"),
+        (2, "validate recipe.toml data.shapes.size=18", "patch_size (4) must divide the pictures, 18 x 18"),
+        (2, "validate recipe.toml data.shapes.noise=-1", "noise (-1)"),
+        (2, "validate recipe.toml augmentation.crop=5000", "crop (5000)"),
+        (2, "validate recipe.toml loss.label_smoothing=2", "label_smoothing (2)"),
+        (2, "train recipe.toml --out x loss.class_weights.listed=[1]", "lists 1 numbers for 3 classes"),
+        (
+            2,
+            "validate recipe.toml model.classifier.vision_transformer.attention.hilo.windows=3",
+            "unknown key `windows`",
+        ),
+        (2, "validate recipe.toml model.classifier.vision_transformer.attention.softmax.n_heads=5", "n_heads (5)"),
+        (1, "train recipe.toml --out x data.idx.images=a data.idx.labels=b", "a: No such file"),
+    ] {
+        let err = world.fails(code, &arguments.split(' ').collect::<Vec<_>>());
+        assert!(err.contains(words), "{arguments}: {err}");
+    }
+}
