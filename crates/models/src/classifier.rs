@@ -175,6 +175,12 @@ impl Learner for Classifier {
         }
     }
 
+    fn before_step(&mut self, batch: &Examples, step: u64) {
+        match &mut self.body {
+            Body::Encoder(encoder) => encoder.regroup(&batch.inputs, step),
+        }
+    }
+
     fn loss_under(&self, batch: &Examples, _context: ContextMask) -> Loss {
         let scored = self.forward(&batch.inputs, Observe::Nothing);
         let layers = scored.penalties.len();

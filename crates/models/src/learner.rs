@@ -19,6 +19,12 @@ pub trait Learner: Module + 'static {
     /// Layers.
     fn n_layers(&self) -> usize;
 
+    /// Moves on what follows the course of training without being learnt, before the step `step` (from 0) that begins with
+    /// `batch`. Most models have nothing of the kind.
+    fn before_step(&mut self, batch: &Self::Batch, step: u64) {
+        let _ = (batch, step);
+    }
+
     /// The loss of a batch, differentiable. `context` is for models whose batches are conversations: what tokens of a
     /// context see of their own turn.
     fn loss_under(&self, batch: &Self::Batch, context: ContextMask) -> Loss;

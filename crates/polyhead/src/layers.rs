@@ -7,7 +7,7 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 12] = [
+const ONE_OF: [&str; 15] = [
     "data",
     "tokenizer",
     "procedure",
@@ -19,6 +19,9 @@ const ONE_OF: [&str; 12] = [
     "model.decoder.attention.*.allocation",
     "model.classifier",
     "model.classifier.*.attention",
+    "model.classifier.*.attention.*.lambda_init",
+    "model.classifier.*.attention.*.router",
+    "model.classifier.*.attention.*.allocation",
     "model.classifier.*.pooling",
 ];
 

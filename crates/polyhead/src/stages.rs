@@ -127,6 +127,11 @@ impl Staged {
         let about = |problem: Problem| problem.about(&format!("stage `{name}`"));
         let loaded =
             recipe::from_layers(layers).map_err(|problems| Problems(problems.0.into_iter().map(about).collect()))?;
+        if loaded.recipe.model.classifier.is_some() {
+            let message =
+                format!("stage `{name}`: stages hand over decoders; train a classifier in a recipe of its own");
+            return Err(loaded.problem("model.classifier", message).into());
+        }
         if self.stages[at].convert.is_some() && loaded.recipe.model.pretrained.is_none() {
             let message =
                 format!("stage `{name}` converts, and there is nothing yet: name weights in model.pretrained");

@@ -34,7 +34,15 @@ impl Standard {
 }
 
 impl<M: Trainee> Procedure<M> for Standard {
-    fn step(&mut self, model: M, batches: &[M::Batch], context: &StepContext) -> Result<(M, StepReport), TrainError> {
+    fn step(
+        &mut self,
+        mut model: M,
+        batches: &[M::Batch],
+        context: &StepContext,
+    ) -> Result<(M, StepReport), TrainError> {
+        if let Some(first) = batches.first() {
+            model.before_step(first, context.step - 1);
+        }
         let mut step = Step::over(batches);
         for batch in batches {
             let loss = model.loss_under(batch, self.context_mask);

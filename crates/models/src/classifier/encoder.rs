@@ -12,7 +12,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapters, Attention, Call, Cost, HiLo, HiLoConfig, INIT_STD, Mask, Observation, Observe, linear,
+    Adapters, Attended, Attention, Call, Cost, HiLo, HiLoConfig, INIT_STD, Mask, Observation, Observe, linear,
 };
 
 use super::config::{Blueprint, Source};
@@ -193,26 +193,10 @@ impl Encoder {
         let eps = self.blueprint.norm_eps;
         let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for layer in &self.layers {
-            let normed = layer.attention_norm.forward(hidden.clone(), eps);
-            hidden = hidden
-                + match (&layer.attention, self.blueprint.source) {
-                    (Mixer::Mechanism(mechanism), _) => {
-                        let adapters = Adapters::default();
-                        let call = Call { rope: None, mask: &mask, bias: None, cache: None, observe, adapters };
-                        let attended = mechanism.forward(normed, call);
-                        penalties.extend(attended.penalty);
-                        seen.extend(attended.seen);
-                        attended.hidden
-                    }
-                    (Mixer::HiLo(hilo), Source::Patches { grid, .. }) => {
-                        // There is nothing to see in it, but layers are counted.
-                        seen.extend((observe != Observe::Nothing).then(Observation::default));
-                        hilo.forward(normed, grid, None)
-                    }
-                    (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
-                };
-            let normed = layer.mlp_norm.forward(hidden.clone(), eps);
-            hidden = hidden + layer.mlp.forward(normed, Adapters::default());
+            let attended = self.through(layer, hidden, &mask, observe);
+            hidden = attended.hidden;
+            penalties.extend(attended.penalty);
+            seen.extend(attended.seen);
             outputs.push(hidden.clone());
         }
         let first = if matches!(self.pooling, Pooling::Mltp(_)) { 0 } else { outputs.len() - 1 };
@@ -221,6 +205,47 @@ impl Encoder {
         let bias = self.head.bias.as_ref().map(Param::val);
         let logits = polyhead_kernels::linear(pooled, self.head.weight.val(), bias);
         Scored { logits, penalties, seen }
+    }
+
+    /// What a layer makes of the residual stream, `[batch, positions, d_model]`.
+    fn through(&self, layer: &EncoderBlock, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
+        let eps = self.blueprint.norm_eps;
+        let normed = layer.attention_norm.forward(hidden.clone(), eps);
+        let attended = match (&layer.attention, self.blueprint.source) {
+            (Mixer::Mechanism(mechanism), _) => {
+                let adapters = Adapters::default();
+                mechanism.forward(normed, Call { rope: None, mask, bias: None, cache: None, observe, adapters })
+            }
+            (Mixer::HiLo(hilo), Source::Patches { grid, .. }) => {
+                // There is nothing to see in it, but layers are counted.
+                let seen = (observe != Observe::Nothing).then(Observation::default);
+                Attended { hidden: hilo.forward(normed, grid, None), penalty: None, seen }
+            }
+            (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
+        };
+        let hidden = hidden + attended.hidden;
+        let normed = layer.mlp_norm.forward(hidden.clone(), eps);
+        let hidden = hidden + layer.mlp.forward(normed, Adapters::default());
+        Attended { hidden, ..attended }
+    }
+
+    /// Before the step `step` of training, from 0: moves on the allocations of key-driven layers whose time has come, each by
+    /// what it reads once those before it have moved.
+    pub(super) fn regroup(&mut self, inputs: &Inputs, step: u64) {
+        let due = |layer: &EncoderBlock| match &layer.attention {
+            Mixer::Mechanism(Attention::KeyDriven(heads)) => heads.regroups_at(step),
+            _ => false,
+        };
+        let Some(last) = self.layers.iter().rposition(due) else { return };
+        let Batched { mut hidden, mask, .. } = self.embed(inputs);
+        for index in 0..=last {
+            let layer = &mut self.layers[index];
+            if let Mixer::Mechanism(Attention::KeyDriven(heads)) = &mut layer.attention {
+                let read = layer.attention_norm.forward(hidden.clone(), self.blueprint.norm_eps);
+                heads.regroup(read, &mask, step);
+            }
+            hidden = self.through(&self.layers[index], hidden, &mask, Observe::Nothing).hidden;
+        }
     }
 
     fn embed(&self, inputs: &Inputs) -> Batched {

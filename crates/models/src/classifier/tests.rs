@@ -3,6 +3,7 @@ use burn::tensor::Tolerance;
 
 use super::*;
 use crate::testing::reach_every_parameter;
+use crate::weights;
 
 const PICTURES: InputShape = InputShape::Images { channels: 2, height: 8, width: 12 };
 const TEXTS: InputShape = InputShape::Tokens { vocab_size: 11, seq_len: 7 };
@@ -144,4 +145,28 @@ fn mistakes_are_told_by_name() {
     assert_eq!(field(config(PICTURES, &list, MEAN), PICTURES), "vision_transformer.attention.1.softmax.n_heads");
     let ggem = config(TEXTS, SOFTMAX, r#"{"ggem": {"n_groups": 3}}"#);
     assert_eq!(field(ggem, TEXTS), "text_encoder.pooling.ggem.n_groups");
+}
+
+/// DGQA: what the layers remember of their keys moves on before steps that are due, and nothing else does.
+#[test]
+fn key_driven_layers_remember_in_the_course_of_training() {
+    let evolving = r#"{"key_driven": {"n_heads": 4, "n_kv_heads": 2, "allocation": {"evolving": {"window": 2}}}}"#;
+    for input in [PICTURES, TEXTS] {
+        let mut model = model(input, evolving, MEAN);
+        let batch = batch(input, 3);
+        let before = weights::named(&model);
+        model.before_step(&batch, 1);
+        assert_eq!(weights::named(&model), before, "step 1 is not due");
+        model.before_step(&batch, 2);
+        let mut moved = 0;
+        for (old, new) in before.iter().zip(weights::named(&model)) {
+            if new.name.ends_with("memory.magnitudes") {
+                assert!(new.values.iter().all(|&magnitude| magnitude > 0.0), "{new:?}");
+                moved += 1;
+            } else if !new.name.ends_with("memory.query_heads") {
+                assert_eq!(*old, new);
+            }
+        }
+        assert_eq!(moved, 2, "both layers");
+    }
 }
