@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::ConfigError;
 use crate::config::require;
 
-pub use importance::{GateMean, importance_factor, importance_of_layers};
+pub use importance::{GateMean, Importance};
 pub use normalised::{MixtureGate, MixtureGateConfig, ProductGate, ProductGateConfig, WidthInit};
 pub use paper::{PaperGate, PaperGateConfig};
 
@@ -108,6 +108,41 @@ impl GaussianAdaptiveConfig {
         self.gates.iter().enumerate().try_for_each(check)
     }
 
+    /// Checks a stack that works on `[batch, tokens, d_model]` where only the channels are left: in a causal model later tokens
+    /// would decide about earlier ones, and texts that differ in length have no fixed number of tokens to divide among heads.
+    /// `because` is that reason, in words.
+    ///
+    /// # Errors
+    /// Names the field, its value and the rule.
+    pub fn validate_channels(&self, d_model: usize, because: &str) -> Result<(), ConfigError> {
+        const TOKENS: usize = 1;
+        for (index, gate) in self.gates.iter().enumerate() {
+            let (form, axis) = match gate {
+                GaussianGateConfig::Paper(_) => ("paper", Some(TOKENS)),
+                GaussianGateConfig::Product(config) => ("product", normalised::resolve(config.axis, 2)),
+                GaussianGateConfig::Mixture(config) => ("mixture", normalised::resolve(config.axis, 2)),
+            };
+            require(axis != Some(TOKENS), &format!("gates[{index}].{form}"), || {
+                format!(
+                    "{form} runs along the tokens here, and {because}: take product or mixture with axis = -1, along the \
+                     channels"
+                )
+            })?;
+        }
+        // How many tokens there are decides nothing along the channels.
+        self.validate(&[TOKENS, d_model])
+    }
+
+    /// Weights of a stack for inputs `[batch, sizes..]`.
+    pub fn parameters(&self, sizes: &[usize]) -> u64 {
+        let of_gate = |gate: &GaussianGateConfig| match gate {
+            GaussianGateConfig::Paper(config) => 2 * config.n_heads * sizes[1..].iter().product::<usize>(),
+            GaussianGateConfig::Product(config) => 2 * config.n_heads * config.n_gaussians,
+            GaussianGateConfig::Mixture(config) => 3 * config.n_heads * config.n_gaussians,
+        };
+        self.gates.iter().map(|gate| of_gate(gate) as u64).sum()
+    }
+
     /// A fresh stack for inputs `[batch, sizes..]`. Cannot fail after [`validate`](Self::validate).
     pub fn init(&self, sizes: &[usize], device: &Device) -> GaussianAdaptive {
         let gates = self.gates.iter().map(|gate| gate.init(sizes, device)).collect();
@@ -158,6 +193,15 @@ impl GaussianAdaptive {
             if self.residual { x + gated.features } else { gated.features }
         });
         (features, weights)
+    }
+}
+
+impl GaussianAdaptive {
+    /// What all gates together multiplied every element by, from the weights that [`forward`](Self::forward) gives; `None`
+    /// without a gate.
+    pub fn factor<const D: usize>(&self, weights: Vec<Tensor<D>>) -> Option<Tensor<D>> {
+        let of_gate = |weights: Tensor<D>| if self.residual { weights + 1.0 } else { weights };
+        weights.into_iter().map(of_gate).reduce(|a, b| a * b)
     }
 }
 

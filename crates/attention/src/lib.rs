@@ -34,9 +34,8 @@ pub use cache::{Cache, LayerCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
 pub use gaussian_adaptive::{
-    GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, MixtureGate,
-    MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit, importance_factor,
-    importance_of_layers,
+    GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, Importance,
+    MixtureGate, MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit,
 };
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
 pub use hilo::{HiLo, HiLoConfig};

@@ -11,11 +11,14 @@ mod objective;
 mod sums;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{ConfigError, Observation, Observe};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::gaussian_adaptive_transformer::{
+    FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
+};
 use crate::{ContextMask, Examples, InputShape, Inputs, Learner, Loss, Part};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
@@ -23,8 +26,6 @@ pub use encoder::{Encoder, EncoderBlock, InputLayer, Mixer};
 pub use mixing::MixerConfig;
 pub use objective::{ClassWeights, LossConfig, Objective};
 pub use sums::{Bin, ClassScore, ClassSums};
-
-use config::Blueprint;
 
 /// `[model.classifier]`: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -34,6 +35,8 @@ pub enum ClassifierConfig {
     VisionTransformer(VisionTransformerConfig),
     /// Texts as tokens that see each other both ways.
     TextEncoder(TextEncoderConfig),
+    /// Features of all layers of a frozen model, through a Gaussian adaptive gate.
+    GaussianAdaptiveTransformer(GaussianAdaptiveTransformerConfig),
 }
 
 /// What the data tells a classifier.
@@ -51,6 +54,7 @@ impl ClassifierConfig {
         match self {
             Self::VisionTransformer(_) => "vision_transformer",
             Self::TextEncoder(_) => "text_encoder",
+            Self::GaussianAdaptiveTransformer(_) => "gaussian_adaptive_transformer",
         }
     }
 
@@ -62,6 +66,14 @@ impl ClassifierConfig {
         let checked = match self {
             Self::VisionTransformer(config) => config.validate(input),
             Self::TextEncoder(config) => config.validate(input),
+            Self::GaussianAdaptiveTransformer(config) => match input {
+                Some(InputShape::Features { layers, dim }) => config.validate(feature_sizes(layers, dim, 1)),
+                Some(other) => {
+                    let problem = format!("{} reads features, and the data is {}", self.name(), other.kind());
+                    Err(ConfigError::new("", problem))
+                }
+                None => Ok(()),
+            },
         };
         checked.map_err(|error| match error.field.is_empty() {
             true => ConfigError::new(self.name(), error.problem),
@@ -71,13 +83,25 @@ impl ClassifierConfig {
 
     /// A classifier with fresh weights. Call [`validate`](Self::validate) with the same shape first, and seed the device.
     pub fn init(&self, sizes: Sizes, device: &Device) -> Classifier {
-        let body = Body::Encoder(self.blueprint(sizes.input).init(sizes.n_classes, device));
+        let body = match self {
+            Self::VisionTransformer(config) => {
+                Body::Encoder(config.blueprint(sizes.input).init(sizes.n_classes, device))
+            }
+            Self::TextEncoder(config) => Body::Encoder(config.blueprint(sizes.input).init(sizes.n_classes, device)),
+            Self::GaussianAdaptiveTransformer(config) => {
+                Body::GaussianAdaptiveTransformer(config.init(features_of(sizes), device))
+            }
+        };
         Classifier { body, config: self.clone(), sizes, objective: Objective::default() }
     }
 
     /// Parameters and costs by part; operations are those of a whole example.
     pub fn parts(&self, sizes: Sizes) -> Vec<Part> {
-        self.blueprint(sizes.input).parts(sizes.n_classes)
+        match self {
+            Self::VisionTransformer(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
+            Self::TextEncoder(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
+            Self::GaussianAdaptiveTransformer(config) => config.parts(features_of(sizes)),
+        }
     }
 
     /// What mixes the positions, layer by layer.
@@ -85,20 +109,28 @@ impl ClassifierConfig {
         match self {
             Self::VisionTransformer(config) => config.mixers(),
             Self::TextEncoder(config) => config.mixers(),
+            Self::GaussianAdaptiveTransformer(config) => vec![config.mixer_name()],
         }
     }
 
     /// Numbers that a layer keeps of an example for its backward pass, roughly, as for decoders.
     pub fn kept_numbers(&self, sizes: Sizes) -> usize {
-        self.blueprint(sizes.input).kept_numbers()
-    }
-
-    fn blueprint(&self, input: InputShape) -> Blueprint {
         match self {
-            Self::VisionTransformer(config) => config.blueprint(input),
-            Self::TextEncoder(config) => config.blueprint(input),
+            Self::VisionTransformer(config) => config.blueprint(sizes.input).kept_numbers(),
+            Self::TextEncoder(config) => config.blueprint(sizes.input).kept_numbers(),
+            Self::GaussianAdaptiveTransformer(config) => config.kept_numbers(features_of(sizes)),
         }
     }
+}
+
+fn feature_sizes(n_layers: usize, d_model: usize, n_classes: usize) -> FeatureSizes {
+    FeatureSizes { n_layers, d_model, n_classes }
+}
+
+/// What the data tells a body that reads features.
+fn features_of(sizes: Sizes) -> FeatureSizes {
+    let InputShape::Features { layers, dim } = sizes.input else { panic!("validate: features") };
+    feature_sizes(layers, dim, sizes.n_classes)
 }
 
 /// A classifier.
@@ -115,10 +147,14 @@ pub struct Classifier {
 }
 
 /// What turns inputs into scores of the classes.
+// A model has one: boxing would buy nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Module, Debug)]
 pub enum Body {
     /// A bidirectional transformer: of pictures, of texts.
     Encoder(Encoder),
+    /// Convolutions over gated features.
+    GaussianAdaptiveTransformer(GaussianAdaptiveTransformer),
 }
 
 /// What a body gives back.
@@ -130,6 +166,8 @@ pub struct Scored {
     pub penalties: Vec<Tensor<1>>,
     /// One per layer, if asked for.
     pub seen: Vec<Observation>,
+    /// `[batch, layers, dim]`: what features were multiplied by, where a gate did so.
+    pub factor: Option<Tensor<3>>,
 }
 
 impl Classifier {
@@ -155,6 +193,14 @@ impl Classifier {
     pub fn forward(&self, inputs: &Inputs, observe: Observe) -> Scored {
         match &self.body {
             Body::Encoder(encoder) => encoder.forward(inputs, observe),
+            Body::GaussianAdaptiveTransformer(body) => {
+                let Inputs::Features { values, layers, dim } = inputs else { panic!("the model reads features") };
+                let shape = [values.len() / (layers * dim), *layers, *dim];
+                let classified =
+                    body.forward(Tensor::from_data(TensorData::new(values.clone(), shape), &self.device()));
+                let (penalties, seen) = (Vec::new(), Vec::new());
+                Scored { logits: classified.logits, penalties, seen, factor: classified.factor }
+            }
         }
     }
 }
@@ -166,12 +212,15 @@ impl Learner for Classifier {
     fn device(&self) -> Device {
         match &self.body {
             Body::Encoder(encoder) => encoder.device(),
+            Body::GaussianAdaptiveTransformer(body) => body.head.weight.val().device(),
         }
     }
 
     fn n_layers(&self) -> usize {
         match &self.body {
             Body::Encoder(encoder) => encoder.layers.len(),
+            // Its layers are those of the model whose features it reads.
+            Body::GaussianAdaptiveTransformer(_) => 0,
         }
     }
 
@@ -189,8 +238,12 @@ impl Learner for Classifier {
     }
 
     fn sums(&self, batch: &Examples) -> ClassSums {
-        let logits = self.forward(&batch.inputs, Observe::Nothing).logits;
-        ClassSums::of(&logits.into_data().iter::<f32>().collect::<Vec<f32>>(), &batch.labels)
+        let Scored { logits, factor, .. } = self.forward(&batch.inputs, Observe::Nothing);
+        let sums = ClassSums::of(&logits.into_data().iter::<f32>().collect::<Vec<f32>>(), &batch.labels);
+        match factor {
+            Some(factor) => sums.with_gates(factor),
+            None => sums,
+        }
     }
 
     fn look(&self, batch: &Examples, observe: Observe) -> Vec<Observation> {

@@ -11,8 +11,8 @@ use burn::nn::Linear;
 use burn::tensor::activation::gelu;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, INIT_STD, Mask, Observation,
-    Observe, Rope, RopeLayout, frequencies, linear,
+    Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, GaussianAdaptive,
+    GaussianAdaptiveConfig, INIT_STD, Mask, Observation, Observe, Rope, RopeLayout, frequencies, linear,
 };
 use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
@@ -65,6 +65,9 @@ pub struct DecoderConfig {
     pub tie_embeddings: bool,
     /// The attention mechanism: one table for all layers, or a list with one per layer.
     pub attention: PerLayer<AttentionConfig>,
+    /// Gaussian adaptive gates on what attention writes in every layer; along the channels, axis = -1. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_gate: Option<GaussianAdaptiveConfig>,
 }
 
 fn yes() -> bool {
@@ -182,6 +185,10 @@ impl DecoderConfig {
         if let Some(scaling) = &self.rope_scaling {
             scaling.validate().map_err(|error| error.within("rope_scaling"))?;
         }
+        if let Some(gate) = &self.attention_gate {
+            gate.validate_channels(self.d_model, "a causal model must not look ahead")
+                .map_err(|error| error.within("attention_gate"))?;
+        }
         if let PerLayer::Each(list) = &self.attention
             && list.len() != self.n_layers
         {
@@ -221,6 +228,7 @@ impl DecoderConfig {
         let layer = |index| Block {
             attention_norm: norm(),
             attention: self.mechanism(index).init(&self.dims(index), device),
+            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&[1, d_model], device)),
             mlp_norm: norm(),
             mlp: Mlp::init(self.mlp, [d_model, d_ff], self.n_layers, device),
         };
@@ -259,6 +267,10 @@ impl DecoderConfig {
         let cost = plain(layers * (matrices + biases), 2 * layers * matrices);
         parts.push(Part { name: "feed-forward".into(), cost });
         parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * self.norm.vectors() * d_model, 0) });
+        if let Some(gate) = &self.attention_gate {
+            let parameters = layers * gate.parameters(&[1, self.d_model]);
+            parts.push(Part { name: "attention gates".into(), cost: plain(parameters, 0) });
+        }
         let head = if self.tie_embeddings { 0 } else { vocab * d_model };
         parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
         parts
@@ -362,6 +374,8 @@ pub struct Block {
     pub attention_norm: Norm,
     /// The mechanism
     pub attention: Attention,
+    /// On what the mechanism writes; `None` without
+    pub attention_gate: Option<GaussianAdaptive>,
     /// Before the feed-forward layer
     pub mlp_norm: Norm,
     /// The feed-forward layer
@@ -525,7 +539,12 @@ impl Decoder {
             let attended = layer.attention.forward(in_type(normed, inner), call);
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
-            let mixed = hidden.clone() + in_type(attended.hidden, DType::F32);
+            let written = in_type(attended.hidden, DType::F32);
+            let written = match &layer.attention_gate {
+                Some(gate) => gate.forward(written, None).0,
+                None => written,
+            };
+            let mixed = hidden.clone() + written;
             let read = if self.config.parallel_residual { hidden } else { mixed.clone() };
             let normed = layer.mlp_norm.forward(read, eps);
             hidden = mixed + in_type(layer.mlp.forward(in_type(normed, inner), adapters), DType::F32);
@@ -570,3 +589,6 @@ impl Decoder {
         ropes
     }
 }
+
+#[cfg(test)]
+mod gated;

@@ -10,18 +10,26 @@
 //! which the paper leaves out, and attention between layers. The paper's own baseline calls PyTorch's attention with the axes
 //! the wrong way round, so that it attends *between the samples of the batch*, without a residual; that is here under its
 //! true name, next to attention between layers with and without a residual. (PyTorch's attention has biases everywhere: `qkv_bias` and
-//! `o_bias` of `softmax`.)
+//! `o_bias` of `softmax`.) The paper's combination of gate and grouped-query attention stands in `gqdaam.rs`.
+//!
+//! `layers` trains on some layers only: the paper's ablation takes those of high and of low
+//! [importance](polyhead_attention::Importance).
+
+mod costs;
+mod gqdaam;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Distribution, Tensor, activation, module};
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation, module};
 use polyhead_attention::{
     Adapters, Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask,
     Observe,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use gqdaam::{Gqdaam, GqdaamConfig};
 
 /// Side of the convolutions' kernels.
 const KERNEL: usize = 3;
@@ -36,10 +44,13 @@ pub struct GaussianAdaptiveTransformerConfig {
     /// Channels between the convolutions. Default: 512, the paper's.
     #[serde(default = "d_conv")]
     pub d_conv: usize,
-    /// Height and width that a layer's features are laid out in. Default: the most square, 32 x 32 for 1024 and 64 x 80 for 5120,
-    /// as in the paper.
+    /// Height and width that a layer's features, as the mixer leaves them, are laid out in. Default: the most square, 32 x 32
+    /// for 1024 and 64 x 80 for 5120, as in the paper.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grid: Option<[usize; 2]>,
+    /// The layers that are read, counted from 0. Default: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Vec<usize>>,
 }
 
 fn d_conv() -> usize {
@@ -57,6 +68,8 @@ pub enum FeatureMixerConfig {
     GaussianAdaptive(GaussianAdaptiveConfig),
     /// Attention between layers, or between samples.
     Attention(FeatureAttentionConfig),
+    /// The paper's GQDAAM: a gate, then grouped-query attention between layers.
+    Gqdaam(GqdaamConfig),
 }
 
 /// Attention over features.
@@ -100,12 +113,26 @@ pub struct FeatureSizes {
 }
 
 impl GaussianAdaptiveTransformerConfig {
+    /// Channels of a layer behind the mixer.
+    fn width(&self, d_model: usize) -> usize {
+        match &self.mixer {
+            FeatureMixerConfig::Gqdaam(config) => config.d_attention,
+            _ => d_model,
+        }
+    }
+
     /// Height and width with the default filled in.
-    pub fn grid(&self, d_model: usize) -> [usize; 2] {
+    fn grid(&self, d_model: usize) -> [usize; 2] {
+        let width = self.width(d_model);
         self.grid.unwrap_or_else(|| {
-            let height = (1..=d_model.isqrt()).rev().find(|side| d_model.is_multiple_of(*side)).unwrap_or(1);
-            [height, d_model / height.max(1)]
+            let height = (1..=width.isqrt()).rev().find(|side| width.is_multiple_of(*side)).unwrap_or(1);
+            [height, width / height]
         })
+    }
+
+    /// How many layers are read.
+    fn n_layers(&self, sizes: FeatureSizes) -> usize {
+        self.layers.as_ref().map_or(sizes.n_layers, Vec::len)
     }
 
     /// Checks everything that a user can get wrong.
@@ -113,31 +140,61 @@ impl GaussianAdaptiveTransformerConfig {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self, sizes: FeatureSizes) -> Result<(), ConfigError> {
-        let FeatureSizes { n_layers, d_model, .. } = sizes;
+        let d_model = sizes.d_model;
         if self.d_conv == 0 {
             return Err(ConfigError::new("d_conv", "d_conv (0) must be at least 1"));
         }
-        let [height, width] = self.grid(d_model);
-        if height * width != d_model {
+        self.check_layers(sizes.n_layers)?;
+        let read = [self.n_layers(sizes), d_model];
+        match &self.mixer {
+            FeatureMixerConfig::Identity => {}
+            FeatureMixerConfig::GaussianAdaptive(gate) => {
+                gate.validate(&read).map_err(|error| error.within("mixer.gaussian_adaptive"))?;
+            }
+            FeatureMixerConfig::Attention(FeatureAttentionConfig { mechanism, .. }) => {
+                mechanism.validate(&dims(d_model)).map_err(|error| error.within("mixer.attention.mechanism"))?;
+            }
+            FeatureMixerConfig::Gqdaam(config) => {
+                config.validate(&read).map_err(|error| error.within("mixer.gqdaam"))?;
+            }
+        }
+        let ([height, width], behind) = (self.grid(d_model), self.width(d_model));
+        if height.checked_mul(width) != Some(behind) {
             let problem =
-                format!("grid ([{height}, {width}]) must hold the features of a layer ({d_model}), or be left out");
+                format!("grid ([{height}, {width}]) must hold the features of a layer ({behind}), or be left out");
             return Err(ConfigError::new("grid", problem));
         }
+        Ok(())
+    }
+
+    fn check_layers(&self, n_layers: usize) -> Result<(), ConfigError> {
+        let Some(layers) = &self.layers else { return Ok(()) };
+        let problem = match layers.iter().enumerate().find(|(at, layer)| layers[..*at].contains(layer)) {
+            _ if layers.is_empty() => "layers is empty: name at least one, or leave it out for all".to_owned(),
+            Some((_, twice)) => format!("layers names {twice} twice"),
+            None => match layers.iter().find(|layer| **layer >= n_layers) {
+                Some(layer) => format!("layers names {layer}, but there are {n_layers}, counted from 0"),
+                None => return Ok(()),
+            },
+        };
+        Err(ConfigError::new("layers", problem))
+    }
+
+    /// What is done to the features, as a recipe names it.
+    pub fn mixer_name(&self) -> &'static str {
         match &self.mixer {
-            FeatureMixerConfig::Identity => Ok(()),
-            FeatureMixerConfig::GaussianAdaptive(gate) => {
-                gate.validate(&[n_layers, d_model]).map_err(|error| error.within("mixer.gaussian_adaptive"))
-            }
-            FeatureMixerConfig::Attention(attention) => {
-                attention.mechanism.validate(&dims(d_model)).map_err(|error| error.within("mixer.attention.mechanism"))
-            }
+            FeatureMixerConfig::Identity => "identity",
+            FeatureMixerConfig::GaussianAdaptive(_) => "gaussian_adaptive",
+            FeatureMixerConfig::Attention(_) => "attention",
+            FeatureMixerConfig::Gqdaam(_) => "gqdaam",
         }
     }
 
     /// A classifier with fresh weights. Cannot fail after [`validate`](Self::validate).
     pub fn init(&self, sizes: FeatureSizes, device: &Device) -> GaussianAdaptiveTransformer {
-        let FeatureSizes { n_layers, d_model, n_classes } = sizes;
-        let flat = n_layers * d_model;
+        let FeatureSizes { d_model, n_classes, .. } = sizes;
+        let n_layers = self.n_layers(sizes);
+        let flat = n_layers * self.width(d_model);
         GaussianAdaptiveTransformer {
             mixer: match &self.mixer {
                 FeatureMixerConfig::Identity => None,
@@ -149,6 +206,9 @@ impl GaussianAdaptiveTransformerConfig {
                     let (residual, between) = (*residual, *between);
                     Some(FeatureMixer::Attention(FeatureAttention { attention, residual, between }))
                 }
+                FeatureMixerConfig::Gqdaam(config) => {
+                    Some(FeatureMixer::Gqdaam(config.init(&[n_layers, d_model], device)))
+                }
             },
             conv1: Convolution::init(n_layers, self.d_conv, device),
             conv2: Convolution::init(self.d_conv, n_layers, device),
@@ -157,6 +217,7 @@ impl GaussianAdaptiveTransformerConfig {
                 bias: Some(Param::from_tensor(uniform([n_classes], (flat as f64).powf(-0.5), device))),
             },
             grid: self.grid(d_model),
+            layers: self.layers.clone(),
         }
     }
 }
@@ -175,9 +236,11 @@ pub struct GaussianAdaptiveTransformer {
     pub conv1: Convolution,
     /// And back.
     pub conv2: Convolution,
-    /// `[layers * d_model, classes]`
+    /// `[layers * channels behind the mixer, classes]`
     pub head: Linear,
     grid: [usize; 2],
+    #[module(skip)]
+    layers: Option<Vec<usize>>,
 }
 
 /// What is done to the features.
@@ -189,6 +252,8 @@ pub enum FeatureMixer {
     GaussianAdaptive(GaussianAdaptive),
     /// See [`FeatureMixerConfig::Attention`].
     Attention(FeatureAttention),
+    /// See [`FeatureMixerConfig::Gqdaam`].
+    Gqdaam(Gqdaam),
 }
 
 /// Attention over features.
@@ -215,30 +280,46 @@ pub struct Convolution {
 pub struct Classified {
     /// `[batch, classes]`
     pub logits: Tensor<2>,
-    /// `[batch, layers, d_model]` per gate: what the features were multiplied by; empty without gates. For the
-    /// [importance](polyhead_attention::importance_factor) of layers and features.
+    /// `[batch, layers, d_model]` per gate: what the features of the layers that are read were multiplied by; empty without
+    /// gates.
     pub gates: Vec<Tensor<3>>,
+    /// `[batch, layers, d_model]`: what all gates together multiplied the features by; `None` without gates.
+    pub factor: Option<Tensor<3>>,
 }
 
 impl GaussianAdaptiveTransformer {
     /// Scores of the classes for features `[batch, layers, d_model]`.
     pub fn forward(&self, features: Tensor<3>) -> Classified {
-        let [batch, n_layers, d_model] = features.dims();
         let (mixed, gates) = self.mix(features);
-        let [height, width] = self.grid;
+        let factor = match &self.mixer {
+            Some(FeatureMixer::GaussianAdaptive(stack)) => stack.factor(gates.clone()),
+            Some(FeatureMixer::Gqdaam(mixer)) => mixer.gate.factor(gates.clone()),
+            Some(FeatureMixer::Attention(_)) | None => None,
+        };
+        let ([batch, n_layers, channels], [height, width]) = (mixed.dims(), self.grid);
         let picture = mixed.reshape([batch, n_layers, height, width]);
         let hidden = activation::relu(self.conv1.forward(picture));
-        let flat = activation::relu(self.conv2.forward(hidden)).reshape([batch, n_layers * d_model]);
+        let flat = activation::relu(self.conv2.forward(hidden)).reshape([batch, n_layers * channels]);
         let bias = self.head.bias.as_ref().map(Param::val);
-        Classified { logits: polyhead_kernels::linear(flat, self.head.weight.val(), bias), gates }
+        Classified { logits: polyhead_kernels::linear(flat, self.head.weight.val(), bias), gates, factor }
     }
 
     /// The features behind the mixer, and the gates.
     pub fn mix(&self, features: Tensor<3>) -> (Tensor<3>, Vec<Tensor<3>>) {
+        let features = match &self.layers {
+            None => features,
+            Some(layers) => {
+                let layers: Vec<i32> = layers.iter().map(|layer| *layer as i32).collect();
+                let count = layers.len();
+                let chosen = Tensor::<1, Int>::from_data(TensorData::new(layers, [count]), &features.device());
+                features.select(1, chosen)
+            }
+        };
         match &self.mixer {
             None => (features, Vec::new()),
             Some(FeatureMixer::GaussianAdaptive(gates)) => gates.forward(features, None),
             Some(FeatureMixer::Attention(attention)) => (attention.forward(features), Vec::new()),
+            Some(FeatureMixer::Gqdaam(mixer)) => mixer.forward(features),
         }
     }
 }
@@ -287,84 +368,4 @@ fn uniform<const D: usize>(shape: [usize; D], bound: f64, device: &Device) -> Te
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::testing::reach_every_parameter;
-
-    const SIZES: FeatureSizes = FeatureSizes { n_layers: 9, d_model: 12, n_classes: 4 };
-
-    fn model(mixer: &str) -> GaussianAdaptiveTransformer {
-        let json = format!(r#"{{"d_conv": 5, "mixer": {mixer}}}"#);
-        let config: GaussianAdaptiveTransformerConfig = serde_json::from_str(&json).unwrap();
-        config.validate(SIZES).unwrap();
-        config.init(SIZES, &Device::flex().autodiff())
-    }
-
-    fn features(batch: usize) -> Tensor<3> {
-        Tensor::random([batch, 9, 12], Distribution::Normal(0.0, 1.0), &Device::flex().autodiff())
-    }
-
-    fn attention(settings: &str) -> String {
-        format!(r#"{{"attention": {{"mechanism": {{"softmax": {{"n_heads": 3}}}}{settings}}}}}"#)
-    }
-
-    const GATE: &str = r#"{"gaussian_adaptive": {"gates": [{"paper": {"n_heads": 3}}]}}"#;
-
-    #[test]
-    fn gradients_reach_every_parameter_of_every_arm() {
-        let block = r#"{"gaussian_adaptive": {"residual": true, "gates": [
-            {"product": {"n_heads": 3, "n_gaussians": 2}}, {"mixture": {"axis": 2, "n_heads": 4, "n_gaussians": 2}}]}}"#;
-        let (plain, across) = (attention(""), attention(r#", "residual": false, "between": "samples""#));
-        for (mixer, gates) in [("\"identity\"", 0), (GATE, 1), (block, 2), (&plain, 0), (&across, 0)] {
-            let model = model(mixer);
-            let out = model.forward(features(4));
-            assert_eq!((out.logits.dims(), out.gates.len()), ([4, 4], gates));
-            let cotangent = out.logits.random_like(Distribution::Normal(0.0, 1.0)).detach();
-            let reached = reach_every_parameter(&model, &(out.logits * cotangent).sum().backward());
-            assert!(reached >= 6, "{mixer}");
-        }
-    }
-
-    #[test]
-    fn only_the_published_baseline_lets_samples_see_each_other() {
-        let felt = |mixer: &str| {
-            let (model, x) = (model(mixer), features(3));
-            let other = Tensor::cat(vec![x.clone().narrow(0, 0, 1), features(2)], 0);
-            let [a, b] = [x, other].map(|x| model.mix(x).0.narrow(0, 0, 1));
-            (a - b).abs().max().into_scalar::<f32>() > 1e-7
-        };
-        assert!(!felt("\"identity\"") && !felt(GATE) && !felt(&attention("")));
-        assert!(felt(&attention(r#", "residual": false, "between": "samples""#)));
-    }
-
-    #[test]
-    fn parameters_are_as_many_as_in_the_paper() {
-        // Speech: 24 layers of 1024; the scripts count 336,412 with 8 heads and 322,076 with 1, and 4 classes.
-        let sizes = FeatureSizes { n_layers: 24, d_model: 1024, n_classes: 4 };
-        let count = |heads: usize| {
-            let mixer =
-                format!(r#"{{"mixer": {{"gaussian_adaptive": {{"gates": [{{"paper": {{"n_heads": {heads}}}}}]}}}}}}"#);
-            let config: GaussianAdaptiveTransformerConfig = serde_json::from_str(&mixer).unwrap();
-            config.validate(sizes).unwrap();
-            assert_eq!(config.grid(1024), [32, 32]);
-            assert_eq!(config.grid(5120), [64, 80]);
-            config.init(sizes, &Device::flex()).num_params()
-        };
-        assert_eq!((count(8), count(1)), (336_412, 322_076));
-    }
-
-    #[test]
-    fn mistakes_are_told_by_name() {
-        let field = |json: &str| {
-            let config: GaussianAdaptiveTransformerConfig = serde_json::from_str(json).unwrap();
-            config.validate(SIZES).unwrap_err().field
-        };
-        assert_eq!(field(r#"{"d_conv": 0}"#), "d_conv");
-        assert_eq!(field(r#"{"grid": [3, 3]}"#), "grid");
-        let gate = r#"{"mixer": {"gaussian_adaptive": {"gates": [{"paper": {"n_heads": 4}}]}}}"#;
-        assert_eq!(field(gate), "mixer.gaussian_adaptive.gates[0].paper.n_heads");
-        let mechanism = r#"{"mixer": {"attention": {"mechanism": {"softmax": {"n_heads": 5}}}}}"#;
-        assert_eq!(field(mechanism), "mixer.attention.mechanism.softmax.n_heads");
-    }
-}
+mod tests;

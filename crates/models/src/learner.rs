@@ -63,6 +63,11 @@ pub trait Sums: Clone + std::fmt::Debug + Default {
         Vec::new()
     }
 
+    /// Numbers of each layer, by their names in the logs.
+    fn of_layers(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
+
     /// Matrices that are better seen than read, by their names in TensorBoard.
     fn matrices(&self) -> Vec<(&'static str, Matrix)> {
         Vec::new()

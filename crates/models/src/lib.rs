@@ -9,16 +9,19 @@ mod batch;
 mod classifier;
 mod contrastive;
 mod decoder;
+mod embedder;
 mod examples;
 mod gate;
 mod gaussian_adaptive_transformer;
 mod generate;
 pub mod hf;
+mod layer_features;
 mod learner;
 mod loss;
 mod per_layer;
 mod pooling;
 mod question;
+mod retrieval;
 mod rope_scaling;
 pub mod surgery;
 #[cfg(test)]
@@ -33,13 +36,15 @@ pub use classifier::{
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};
+pub use embedder::{EmbedSums, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
-    FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
+    FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
 };
 pub use generate::{Continuation, Sampling, continuations, generate};
+pub use layer_features::TokenPooling;
 pub use learner::{Learner, Lesson, Matrix, Sums};
 pub use loss::{Evaluated, Loss};
 pub use per_layer::PerLayer;
@@ -48,5 +53,6 @@ pub use pooling::{
     TrainablePoolingConfig,
 };
 pub use question::{Known, Question};
+pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trained::{Parameter, parameters, train_only};

@@ -21,8 +21,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use generalized_mean::{GeneralizedMean, GeneralizedMeanConfig};
-pub(crate) use trainable::unit;
 pub use trainable::{PoolInput, TrainablePooling, TrainablePoolingConfig};
+pub(crate) use trainable::{default_linear, unit};
 
 /// How tokens become one vector: in a recipe, a name or a table.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -113,7 +113,7 @@ impl Pooling {
 }
 
 /// The mean of what is no padding: `[batch, tokens, d_model]` to `[batch, d_model]`.
-fn mean_of_tokens(tokens: Tensor<3>, hidden: Option<&Tensor<2, Bool>>) -> Tensor<2> {
+pub(crate) fn mean_of_tokens(tokens: Tensor<3>, hidden: Option<&Tensor<2, Bool>>) -> Tensor<2> {
     let Some(hidden) = hidden else { return tokens.mean_dim(1).squeeze_dim(1) };
     let dims = tokens.dims();
     let kept = tokens.mask_fill(hidden.clone().unsqueeze_dim::<3>(2).expand(dims), 0.0);
@@ -126,7 +126,7 @@ fn count(hidden: &Tensor<2, Bool>) -> Tensor<2> {
 }
 
 /// The last token that is no padding: `[batch, tokens, d_model]` to `[batch, d_model]`.
-fn last_token(tokens: Tensor<3>, hidden: Option<&Tensor<2, Bool>>) -> Tensor<2> {
+pub(crate) fn last_token(tokens: Tensor<3>, hidden: Option<&Tensor<2, Bool>>) -> Tensor<2> {
     let [batch, count, d_model] = tokens.dims();
     let Some(hidden) = hidden else { return tokens.narrow(1, count - 1, 1).squeeze_dim(1) };
     let positions = Tensor::<1, Int>::arange(0..count as i64, &tokens.device()).unsqueeze::<2>().expand([batch, count]);

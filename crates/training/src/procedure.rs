@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Classifier, ContextMask, Decoder, DecoderConfig, Gate, Learner};
+use polyhead_models::{Classifier, ContextMask, Decoder, DecoderConfig, Embedder, Gate, Learner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -148,12 +148,27 @@ impl Trainee for Classifier {
         parts: Parts<'_, Self>,
         _state: &serde_json::Value,
     ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
-        match config {
-            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
-            other => Err(TrainError::Setting(format!(
-                "procedure.{} is for decoders; a classifier has standard",
-                other.name()
-            ))),
+        standard(config, parts)
+    }
+}
+
+impl Trainee for Embedder {
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_, Self>,
+        _state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
+        standard(config, parts)
+    }
+}
+
+/// Plain training, and nothing else.
+fn standard<M: Trainee>(config: &ProcedureConfig, parts: Parts<'_, M>) -> Result<Box<dyn Procedure<M>>, TrainError> {
+    match config {
+        ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+        other => {
+            let problem = format!("procedure.{} is for decoders; other models are trained by standard", other.name());
+            Err(TrainError::Setting(problem))
         }
     }
 }

@@ -342,8 +342,9 @@ fn write_validation(
         "step": step, "validation_loss": loss, "validation_loss_bits": loss.to_bits(),
         "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": told.targets,
     });
-    let numbers = sums.numbers();
-    let all = || numbers.iter().copied().chain(measured.iter().map(|(name, value)| (name.as_str(), *value)));
+    let (numbers, of_layers) = (sums.numbers(), sums.of_layers());
+    let named = || of_layers.iter().chain(measured).map(|(name, value)| (name.as_str(), *value));
+    let all = || numbers.iter().copied().chain(named());
     for (name, value) in all() {
         line[name] = json!(value);
     }

@@ -1,4 +1,4 @@
-//! The Importance Factor of the paper: which rows (layers of an encoder) and features a gate lets through. The published code
+//! The Importance Factor of the paper: which rows (layers of an encoder) and features gates let through. The published code
 //! does not contain it.
 //!
 //! ```text
@@ -9,45 +9,70 @@
 use burn::tensor::Tensor;
 
 /// The mean of gates over samples, added up batch by batch.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct GateMean {
-    sum: Option<Tensor<2>>,
-    samples: usize,
+    /// `[rows, features]`; in f64, so that it does not matter how batches are cut.
+    sum: Vec<f64>,
+    features: usize,
+    samples: u64,
 }
 
 impl GateMean {
     /// Adds the gates of a batch, `[batch, rows, features]`.
+    ///
+    /// # Panics
+    /// If they are of another shape than those before.
     pub fn add(&mut self, gates: Tensor<3>) {
-        let batch = gates.dims()[0];
-        let sum = gates.detach().sum_dim(0).squeeze_dim::<2>(0);
-        self.sum = Some(match self.sum.take() {
-            Some(before) => before + sum,
-            None => sum,
-        });
-        self.samples += batch;
+        let [batch, rows, features] = gates.dims();
+        let mut sum = vec![0.0; rows * features];
+        let values = gates.into_data();
+        values.iter::<f64>().enumerate().for_each(|(at, value)| sum[at % (rows * features)] += value);
+        self.merge(Self { sum, features, samples: batch as u64 });
     }
 
-    /// `[rows, features]`: the mean, DA; `None` before the first sample.
-    pub fn mean(&self) -> Option<Tensor<2>> {
-        self.sum.clone().map(|sum| sum / self.samples as f64)
+    /// Adds what was added to another one.
+    ///
+    /// # Panics
+    /// If that is of another shape.
+    pub fn merge(&mut self, other: Self) {
+        if self.samples == 0 {
+            *self = other;
+        } else if other.samples > 0 {
+            assert_eq!((self.sum.len(), self.features), (other.sum.len(), other.features), "gates of two shapes");
+            self.sum.iter_mut().zip(other.sum).for_each(|(sum, more)| *sum += more);
+            self.samples += other.samples;
+        }
+    }
+
+    /// The Importance Factor; `None` before the first sample.
+    pub fn importance(&self) -> Option<Importance> {
+        if self.samples == 0 {
+            return None;
+        }
+        let mean: Vec<f64> = self.sum.iter().map(|sum| sum / self.samples as f64).collect();
+        let least = mean.iter().copied().fold(f64::INFINITY, f64::min);
+        let range = mean.iter().copied().fold(f64::NEG_INFINITY, f64::max) - least;
+        // Where all gates are alike nothing is more important: zeros.
+        let factor = |mean: f64| if range > 0.0 { ((mean - least) / range) as f32 } else { 0.0 };
+        Some(Importance { factor: mean.into_iter().map(factor).collect(), features: self.features })
     }
 }
 
-/// `[rows, features]`: the mean gates, stretched to 0..1 over the whole map; zeros where all are the same.
-pub fn importance_factor(mean_gates: Tensor<2>) -> Tensor<2> {
-    let dims = mean_gates.dims();
-    let least = mean_gates.clone().min().reshape([1, 1]);
-    let above = mean_gates - least;
-    let range = above.clone().max().reshape([1, 1]).expand(dims);
-    let flat = range.clone().equal_elem(0.0);
-    above / range.mask_fill(flat, 1.0)
+/// The Importance Factor of rows and features.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Importance {
+    /// `[rows, features]` row-major: 0 to 1 over the whole map.
+    pub factor: Vec<f32>,
+    /// Features of a row.
+    pub features: usize,
 }
 
-/// `[rows]`: each row's share of the whole importance, as the paper's figures of layers seem to show it; zeros where there is
-/// none.
-pub fn importance_of_layers(importance: Tensor<2>) -> Tensor<1> {
-    let rows = importance.sum_dim(1).squeeze_dim::<1>(1);
-    let total = rows.clone().sum();
-    let none = total.clone().equal_elem(0.0);
-    rows / total.mask_fill(none, 1.0)
+impl Importance {
+    /// `[rows]`: each row's share of the whole importance, as the paper's figures of layers seem to show it; zeros where there
+    /// is none.
+    pub fn shares(&self) -> Vec<f32> {
+        let rows: Vec<f32> = self.factor.chunks(self.features).map(|row| row.iter().sum()).collect();
+        let total: f32 = rows.iter().sum();
+        rows.into_iter().map(|row| if total > 0.0 { row / total } else { 0.0 }).collect()
+    }
 }

@@ -100,7 +100,7 @@ fn one_gaussian() -> usize {
 }
 
 /// An axis counted from the first, among the batch and `behind` axes.
-fn resolve(axis: i64, behind: usize) -> Option<usize> {
+pub(super) fn resolve(axis: i64, behind: usize) -> Option<usize> {
     let count = behind as i64 + 1;
     let axis = if axis < 0 { axis + count } else { axis };
     (1..count).contains(&axis).then_some(axis as usize)

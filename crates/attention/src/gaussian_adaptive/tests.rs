@@ -25,7 +25,7 @@ fn gates() -> Vec<GaussianGate> {
     [
         r#"{"paper": {"n_heads": 4}}"#,
         r#"{"product": {"n_heads": 4, "n_gaussians": 3, "c_init": {"constant": 2.0}}}"#,
-        r#"{"mixture": {"n_heads": 4, "n_gaussians": 3}}"#,
+        r#"{"mixture": {"n_heads": 4, "n_gaussians": 3, "c_init": {"constant": 2.0}}}"#,
     ]
     .map(|json| config(json).init(&SIZES, &device()).map(&mut Spread))
     .into()
@@ -254,18 +254,69 @@ fn mistakes_are_told_by_name() {
 }
 
 #[test]
+fn along_the_tokens_is_refused_where_only_channels_are_left() {
+    let stack = |gate: &str| -> GaussianAdaptiveConfig {
+        serde_json::from_str(&format!(r#"{{"gates": [{gate}]}}"#)).expect("parses")
+    };
+    let field = |gate: &str| stack(gate).validate_channels(12, "no").expect_err("refused").field;
+    assert_eq!(field(r#"{"paper": {"n_heads": 2}}"#), "gates[0].paper");
+    assert_eq!(field(r#"{"product": {"n_heads": 2}}"#), "gates[0].product");
+    assert_eq!(field(r#"{"mixture": {"n_heads": 2, "n_gaussians": 2, "axis": -2}}"#), "gates[0].mixture");
+    assert_eq!(field(r#"{"product": {"n_heads": 7, "axis": -1}}"#), "gates[0].product.n_heads");
+    let channels =
+        stack(r#"{"product": {"n_heads": 3, "axis": -1}}, {"mixture": {"n_heads": 2, "n_gaussians": 2, "axis": 2}}"#);
+    channels.validate_channels(12, "no").expect("valid");
+    // A token's output depends on its own channels alone.
+    let gates = channels.init(&[1, 12], &device());
+    let x: Tensor<3> = Tensor::random([2, 5, 12], Distribution::Normal(0.0, 1.0), &device());
+    let one = gates.forward(x.clone().narrow(1, 3, 1), None).0;
+    close(gates.forward(x, None).0.narrow(1, 3, 1), one);
+}
+
+#[test]
+fn parameters_are_counted_and_the_factor_is_what_the_stack_multiplies_by() {
+    for residual in [false, true] {
+        let json = format!(
+            r#"{{"residual": {residual}, "gates": [{{"paper": {{"n_heads": 4}}}},
+            {{"product": {{"n_heads": 4, "n_gaussians": 3}}}}, {{"mixture": {{"n_heads": 2, "n_gaussians": 2}}}}]}}"#
+        );
+        let config: GaussianAdaptiveConfig = serde_json::from_str(&json).expect("parses");
+        let stack = config.init(&SIZES, &device());
+        assert_eq!(config.parameters(&SIZES), stack.num_params() as u64);
+        let x = input();
+        let (features, weights) = stack.forward(x.clone(), None);
+        close(x * stack.factor(weights).expect("gates"), features);
+    }
+    let none = GaussianAdaptive { gates: Vec::new(), residual: false };
+    assert!(none.factor::<3>(Vec::new()).is_none());
+}
+
+#[test]
 fn importance_is_the_stretched_mean_of_the_gates() {
     let gates = |values: [f32; 6]| Tensor::from_data(TensorData::new(values.to_vec(), [1, 3, 2]), &Device::flex());
+    let close = |got: &[f32], want: &[f32]| assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?}");
+    let batches = [[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.4, 0.2, 0.4, 0.6, 0.8, 0.6]];
     let mut mean = GateMean::default();
-    assert!(mean.mean().is_none());
-    mean.add(gates([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]));
-    mean.add(gates([0.4, 0.2, 0.4, 0.6, 0.8, 0.6]));
-    let factor = importance_factor(mean.mean().expect("two samples"));
-    let close =
-        |got: Vec<f32>, want: &[f32]| assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?}");
-    close(numbers(factor.clone()), &[0.0, 0.0, 1.0 / 3.0, 2.0 / 3.0, 1.0, 1.0]);
-    close(numbers(importance_of_layers(factor)), &[0.0, 1.0 / 3.0, 2.0 / 3.0]);
-    let flat = importance_factor(Tensor::full([3, 2], 0.7, &Device::flex()));
-    close(numbers(flat.clone()), &[0.0; 6]);
-    close(numbers(importance_of_layers(flat)), &[0.0; 3]);
+    assert!(mean.importance().is_none());
+    batches.iter().for_each(|batch| mean.add(gates(*batch)));
+    let importance = mean.importance().expect("two samples");
+    close(&importance.factor, &[0.0, 0.0, 1.0 / 3.0, 2.0 / 3.0, 1.0, 1.0]);
+    close(&importance.shares(), &[0.0, 1.0 / 3.0, 2.0 / 3.0]);
+
+    let mut whole = GateMean::default();
+    whole.add(Tensor::cat(batches.map(gates).to_vec(), 0));
+    assert_eq!(whole, mean, "however batches are cut");
+    let mut merged = GateMean::default();
+    for batch in batches {
+        let mut one = GateMean::default();
+        one.add(gates(batch));
+        merged.merge(one);
+    }
+    merged.merge(GateMean::default());
+    assert_eq!(merged, mean);
+
+    let mut flat = GateMean::default();
+    flat.add(Tensor::full([2, 3, 2], 0.7, &Device::flex()));
+    let flat = flat.importance().expect("samples");
+    assert_eq!((flat.factor.clone(), flat.shares()), (vec![0.0; 6], vec![0.0; 3]));
 }

@@ -1,6 +1,6 @@
 //! Settings of the bidirectional transformers, and what both come down to.
 
-use polyhead_attention::{AttentionConfig, ConfigError, Dims};
+use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +33,10 @@ pub struct VisionTransformerConfig {
     /// What mixes the patches, both ways: one table for all layers, or a list with one per layer. Any mechanism of decoders,
     /// or hilo.
     pub attention: PerLayer<MixerConfig>,
+    /// Gaussian adaptive gates on what attention writes in every layer: axis 1 is the patches (behind a class token), 2 the
+    /// channels. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_gate: Option<GaussianAdaptiveConfig>,
     /// How patches become one vector: "mean", "class_token", "last_token", or a table, ggem or mltp. Default: "mean".
     #[serde(default = "mean")]
     pub pooling: PoolingConfig,
@@ -61,6 +65,9 @@ pub struct TextEncoderConfig {
     pub mlp: MlpKind,
     /// The attention mechanism, both ways: one table for all layers, or a list with one per layer.
     pub attention: PerLayer<AttentionConfig>,
+    /// Gaussian adaptive gates on what attention writes in every layer; along the channels, axis = -1. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_gate: Option<GaussianAdaptiveConfig>,
     /// How tokens become one vector: "mean", "class_token", "last_token", or a table, ggem or mltp. Default: "mean".
     #[serde(default = "mean")]
     pub pooling: PoolingConfig,
@@ -112,10 +119,16 @@ pub(super) struct Blueprint {
     pub norm_eps: f64,
     pub mlp: MlpKind,
     pub attention: PerLayer<MixerConfig>,
+    pub attention_gate: Option<GaussianAdaptiveConfig>,
     pub pooling: PoolingConfig,
 }
 
 impl Blueprint {
+    /// Positions and channels, as gates on what attention writes are told.
+    pub(super) fn gated(&self) -> [usize; 2] {
+        [self.source.positions() + usize::from(self.has_class_token()), self.d_model]
+    }
+
     pub(super) fn dims(&self, layer: usize) -> Dims {
         Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: false, norm_eps: self.norm_eps }
     }
@@ -172,6 +185,10 @@ impl VisionTransformerConfig {
                     let problem = format!("patch_size ({side}) must divide the pictures, {height} x {width} pixels");
                     return Err(ConfigError::new("patch_size", problem));
                 }
+                if let Some(gate) = &self.attention_gate {
+                    let sizes = self.blueprint(InputShape::Images { channels: 1, height, width }).gated();
+                    gate.validate(&sizes).map_err(|error| error.within("attention_gate"))?;
+                }
             }
             Some(other) => {
                 let problem = format!("vision_transformer reads images, and the data is {}", other.kind());
@@ -199,6 +216,7 @@ impl VisionTransformerConfig {
             norm_eps: self.norm_eps,
             mlp: self.mlp,
             attention: self.attention.clone(),
+            attention_gate: self.attention_gate.clone(),
             pooling: self.pooling.clone(),
         }
     }
@@ -209,6 +227,10 @@ impl TextEncoderConfig {
         if let Some(other) = input.filter(|input| !matches!(input, InputShape::Tokens { .. })) {
             let problem = format!("text_encoder reads text, and the data is {}", other.kind());
             return Err(ConfigError::new("", problem));
+        }
+        if let Some(gate) = &self.attention_gate {
+            let checked = gate.validate_channels(self.d_model, "texts differ in length");
+            checked.map_err(|error| error.within("attention_gate"))?;
         }
         self.blueprint(InputShape::Tokens { vocab_size: 1, seq_len: 1 }).validate()
     }
@@ -228,6 +250,7 @@ impl TextEncoderConfig {
             norm_eps: self.norm_eps,
             mlp: self.mlp,
             attention: self.attention.clone().map(MixerConfig::Mechanism),
+            attention_gate: self.attention_gate.clone(),
             pooling: self.pooling.clone(),
         }
     }

@@ -12,7 +12,8 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapters, Attended, Attention, Call, Cost, HiLo, HiLoConfig, INIT_STD, Mask, Observation, Observe, linear,
+    Adapters, Attended, Attention, Call, Cost, GaussianAdaptive, HiLo, HiLoConfig, INIT_STD, Mask, Observation,
+    Observe, linear,
 };
 
 use super::config::{Blueprint, Source};
@@ -57,6 +58,8 @@ pub struct EncoderBlock {
     pub attention_norm: Norm,
     /// What mixes the positions.
     pub attention: Mixer,
+    /// On what the mixer writes; `None` without.
+    pub attention_gate: Option<GaussianAdaptive>,
     /// Before the feed-forward layer.
     pub mlp_norm: Norm,
     /// The feed-forward layer.
@@ -93,6 +96,7 @@ impl Blueprint {
                 MixerConfig::Mechanism(config) => Mixer::Mechanism(config.init(&self.dims(index), device)),
                 MixerConfig::HiLo(config) => Mixer::HiLo(config.init(d_model, device)),
             },
+            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&self.gated(), device)),
             mlp_norm: Norm::init(self.norm, d_model, device),
             mlp: Mlp::init(self.mlp, [d_model, self.d_ff], self.n_layers, device),
         };
@@ -147,6 +151,9 @@ impl Blueprint {
         }
         let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
         parts.push(part("feed-forward", layers * (matrices + biases), 2 * positions * layers * matrices));
+        if let Some(gate) = &self.attention_gate {
+            parts.push(part("attention gates", layers * gate.parameters(&self.gated()), 0));
+        }
         parts.push(part("norms", (2 * layers + 1) * self.norm.vectors() * d_model, 0));
         parts.push(part("pooling", self.pooling.parameters(self.d_model, self.n_layers), 0));
         parts.push(part("head", (d_model + 1) * n_classes as u64, 2 * d_model * n_classes as u64));
@@ -204,7 +211,7 @@ impl Encoder {
         let pooled = self.pooling.forward(&normed, padding.as_ref());
         let bias = self.head.bias.as_ref().map(Param::val);
         let logits = polyhead_kernels::linear(pooled, self.head.weight.val(), bias);
-        Scored { logits, penalties, seen }
+        Scored { logits, penalties, seen, factor: None }
     }
 
     /// What a layer makes of the residual stream, `[batch, positions, d_model]`.
@@ -223,7 +230,11 @@ impl Encoder {
             }
             (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
         };
-        let hidden = hidden + attended.hidden;
+        let written = match &layer.attention_gate {
+            Some(gate) => gate.forward(attended.hidden, None).0,
+            None => attended.hidden,
+        };
+        let hidden = hidden + written;
         let normed = layer.mlp_norm.forward(hidden.clone(), eps);
         let hidden = hidden + layer.mlp.forward(normed, Adapters::default());
         Attended { hidden, ..attended }

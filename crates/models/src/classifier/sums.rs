@@ -1,5 +1,7 @@
 //! What an evaluation of a classifier adds up: loss, confusions, how far its confidence can be trusted.
 
+use burn::tensor::Tensor;
+use polyhead_attention::{GateMean, Importance};
 use serde::{Deserialize, Serialize};
 
 use crate::{Evaluated, Matrix, Sums};
@@ -15,6 +17,8 @@ pub struct ClassSums {
     /// `[truth, answer]` row-major.
     confusion: Vec<u64>,
     bins: [Bin; BINS],
+    /// What features were multiplied by, where a gate did so.
+    gates: GateMean,
 }
 
 /// The examples whose first choice was given about the same probability.
@@ -64,6 +68,17 @@ impl ClassSums {
             bin.correct += u64::from(first == label as usize);
         }
         sums
+    }
+
+    /// The same with what a gate multiplied the features of the batch by, `[batch, layers, dim]`.
+    pub fn with_gates(mut self, factor: Tensor<3>) -> Self {
+        self.gates.add(factor);
+        self
+    }
+
+    /// Which layers and features the gate let through; `None` where there is no gate.
+    pub fn importance(&self) -> Option<Importance> {
+        self.gates.importance()
     }
 
     /// Examples.
@@ -124,6 +139,7 @@ impl Sums for ClassSums {
             sum.confidence += more.confidence;
             sum.correct += more.correct;
         }
+        self.gates.merge(other.gates);
     }
 
     fn evaluated(&self) -> Evaluated {
@@ -139,14 +155,26 @@ impl Sums for ClassSums {
         ]
     }
 
-    /// Rows are the truth, each divided by its examples; columns what was answered.
+    fn of_layers(&self) -> Vec<(String, f64)> {
+        let shares = self.importance().map_or(Vec::new(), |importance| importance.shares());
+        let name = |layer: usize| format!("importance/layer_{layer:02}");
+        shares.into_iter().enumerate().map(|(layer, share)| (name(layer), f64::from(share))).collect()
+    }
+
+    /// Confusions: rows are the truth, each divided by its examples; columns what was answered. Importance: rows are layers,
+    /// columns their features.
     fn matrices(&self) -> Vec<(&'static str, Matrix)> {
         let n = self.n_classes;
         let rows = self.confusion.chunks(n.max(1)).flat_map(|row| {
             let examples = row.iter().sum::<u64>().max(1) as f32;
             row.iter().map(move |&count| count as f32 / examples)
         });
-        vec![("confusion/validation", Matrix { rows: n, cols: n, values: rows.collect() })]
+        let confusion = ("confusion/validation", Matrix { rows: n, cols: n, values: rows.collect() });
+        let importance = self.importance().map(|importance| {
+            let (values, cols) = (importance.factor, importance.features);
+            ("importance/factor", Matrix { rows: values.len() / cols, cols, values })
+        });
+        std::iter::once(confusion).chain(importance).collect()
     }
 }
 

@@ -170,3 +170,35 @@ fn key_driven_layers_remember_in_the_course_of_training() {
         assert_eq!(moved, 2, "both layers");
     }
 }
+
+#[test]
+fn gates_stand_inside_the_layers_of_both_kinds() {
+    let gated = |input: InputShape, gate: &str| -> ClassifierConfig {
+        let mut config = serde_json::to_value(config(input, SOFTMAX, MEAN)).unwrap();
+        let body = config.as_object_mut().unwrap().values_mut().next().unwrap();
+        body["attention_gate"] = serde_json::from_str(&format!(r#"{{"residual": true, "gates": [{gate}]}}"#)).unwrap();
+        serde_json::from_value(config).unwrap()
+    };
+    let channels = r#"{"product": {"axis": -1, "n_heads": 2, "n_gaussians": 2}}"#;
+    let patches = r#"{"paper": {"n_heads": 3}}, {"mixture": {"n_heads": 2, "n_gaussians": 2}}"#;
+    let device = Device::flex().autodiff();
+    for (input, gate) in [(PICTURES, channels), (PICTURES, patches), (TEXTS, channels)] {
+        let config = gated(input, gate);
+        config.validate(Some(input)).unwrap();
+        device.seed(3);
+        let sizes = Sizes { input, n_classes: 3 };
+        let gated = config.init(sizes, &device);
+        assert_eq!(config.parts(sizes).iter().map(|part| part.cost.parameters).sum::<u64>(), gated.num_params() as u64);
+        let loss = gated.loss_under(&batch(input, 4), ContextMask::Causal).cross_entropy;
+        reach_every_parameter(&gated, &loss.backward());
+        let plain = model(input, SOFTMAX, MEAN);
+        let inputs = batch(input, 2).inputs;
+        assert!(largest(scores(&gated, &inputs) - scores(&plain, &inputs)) > 1e-3, "the gates do something");
+    }
+    let refused = gated(TEXTS, patches).validate(Some(TEXTS)).unwrap_err();
+    assert!(
+        refused.field == "text_encoder.attention_gate.gates[0].paper" && refused.problem.contains("differ in length")
+    );
+    let too_many = gated(PICTURES, r#"{"paper": {"n_heads": 9}}"#).validate(Some(PICTURES)).unwrap_err();
+    assert_eq!(too_many.field, "vision_transformer.attention_gate.gates[0].paper.n_heads");
+}

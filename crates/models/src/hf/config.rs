@@ -105,6 +105,7 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         parallel_residual: neox && config.use_parallel_residual.unwrap_or(true),
         tie_embeddings: config.tie_word_embeddings.unwrap_or(false),
         attention: PerLayer::Same(AttentionConfig::Softmax(softmax)),
+        attention_gate: None,
     };
     decoder.validate().map_err(|error| error.to_string())?;
     Ok(Described { family, decoder, vocab_size: config.vocab_size, max_positions: config.max_position_embeddings })

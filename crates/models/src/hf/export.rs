@@ -45,6 +45,9 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     if !config.rope {
         return unsupported("model.decoder.rope = false: the formats that can be written all rotate positions");
     }
+    if config.attention_gate.is_some() {
+        return unsupported("model.decoder.attention_gate: no format that can be written knows such gates");
+    }
     let first = config.mechanism(0);
     let refused = |error: SurgeryError| ExportError::Unsupported(error.to_string());
     if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::KeyDriven(_))) {

@@ -132,7 +132,7 @@ impl TrainablePoolingConfig {
 }
 
 /// Weights and biases from U(-1/√d_input, 1/√d_input), as PyTorch's linear layers begin and the code leaves them.
-fn default_linear(d_input: usize, d_output: usize, bias: bool, device: &Device) -> Linear {
+pub(crate) fn default_linear(d_input: usize, d_output: usize, bias: bool, device: &Device) -> Linear {
     let bound = (d_input as f64).powf(-0.5);
     let uniform = Distribution::Uniform(-bound, bound);
     Linear {

@@ -135,6 +135,13 @@ fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderConfig
     if signal_heads == 1 && width == 1 && after == parent.n_layers {
         return refused("nothing grows: give signal heads, width or depth".into());
     }
+    if parent.attention_gate.is_some() {
+        return refused(
+            "a model with attention_gate cannot grow: its gates take statistics over channels that would be there \
+                        twice"
+                .into(),
+        );
+    }
     let sources = sources(parent.n_layers, after);
     let layer = |source: &Source| {
         let (layer, dims) = (source.layer(), parent.head_dim(source.layer()));
