@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::chat::ChatConfig;
 use crate::examples::{
-    ChirpsConfig, CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, LabelledTextConfig, ShapesConfig,
-    WavFolderConfig,
+    ChirpsConfig, CifarConfig, CsvImagesConfig, FeaturePairsConfig, FeaturesConfig, IdxConfig, ImageFolderConfig,
+    LabelledTextConfig, LayerFeaturesConfig, ShapesConfig, WavFolderConfig,
 };
 use crate::long_context::LongContextConfig;
 use crate::synthetic::{
@@ -57,6 +57,12 @@ pub enum DataConfig {
     WavFolder(WavFolderConfig),
     /// For classifiers: texts with their classes, one a line of JSON.
     LabelledText(LabelledTextConfig),
+    /// For classifiers: features of all layers of a frozen model, in files.
+    Features(FeaturesConfig),
+    /// For classifiers: generated features of layers, with impulses and drift.
+    LayerFeatures(LayerFeaturesConfig),
+    /// For embedders: features of texts that belong together, in files.
+    FeaturePairs(FeaturePairsConfig),
 }
 
 /// The Rust documentation has no settings.
@@ -90,17 +96,25 @@ impl DataConfig {
                 | Self::ImageFolder(_)
                 | Self::WavFolder(_)
                 | Self::LabelledText(_)
+                | Self::Features(_)
+                | Self::LayerFeatures(_)
         )
+    }
+
+    /// Whether it is pairs that belong together, for embedders.
+    pub fn is_pairs(&self) -> bool {
+        matches!(self, Self::FeaturePairs(_))
     }
 
     /// Whether its examples are made, not read from files.
     pub fn is_generated(&self) -> bool {
-        matches!(self, Self::Shapes(_) | Self::Chirps(_)) || !self.is_text() && !self.is_labelled()
+        matches!(self, Self::Shapes(_) | Self::Chirps(_) | Self::LayerFeatures(_))
+            || !self.is_text() && !self.is_labelled() && !self.is_pairs()
     }
 
     /// Whether it is pictures, or sounds as pictures.
     pub fn shows_pictures(&self) -> bool {
-        self.is_labelled() && !matches!(self, Self::LabelledText(_))
+        self.is_labelled() && !matches!(self, Self::LabelledText(_) | Self::Features(_) | Self::LayerFeatures(_))
     }
 
     /// The shape of its examples, where the recipe alone tells it.
@@ -113,6 +127,7 @@ impl DataConfig {
             Self::Cifar(_) => images(3, [32; 2]),
             Self::CsvImages(config) => images(1, config.size),
             Self::ImageFolder(config) => images(config.channels, config.size),
+            Self::LayerFeatures(config) => Some(InputShape::Features { layers: config.n_layers, dim: config.dim }),
             _ => None,
         }
     }
@@ -139,6 +154,9 @@ impl DataConfig {
             Self::ImageFolder(_) => "image_folder",
             Self::WavFolder(_) => "wav_folder",
             Self::LabelledText(_) => "labelled_text",
+            Self::Features(_) => "features",
+            Self::LayerFeatures(_) => "layer_features",
+            Self::FeaturePairs(_) => "feature_pairs",
         }
     }
 
@@ -174,6 +192,9 @@ impl DataConfig {
             Self::ImageFolder(config) => config.validate(),
             Self::WavFolder(config) => config.validate(),
             Self::LabelledText(config) => config.validate(),
+            Self::Features(config) => config.validate(),
+            Self::LayerFeatures(config) => config.validate(),
+            Self::FeaturePairs(config) => config.validate(),
         }
     }
 

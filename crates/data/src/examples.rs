@@ -7,10 +7,13 @@ mod augment;
 mod chirps;
 mod cifar;
 mod csv_images;
+mod feature_pairs;
+mod features;
 mod fourier;
 mod idx;
 mod image_folder;
 mod labelled_text;
+mod layer_features;
 mod log_mel;
 mod pictures;
 mod shapes;
@@ -28,9 +31,12 @@ pub use augment::AugmentConfig;
 pub use chirps::ChirpsConfig;
 pub use cifar::{CifarConfig, CifarLabels};
 pub use csv_images::CsvImagesConfig;
+pub use feature_pairs::{FeaturePairsConfig, PairLoader, Paired, open_pairs, read_features};
+pub use features::{FeaturesConfig, NewFeatures, NewPairs};
 pub use idx::IdxConfig;
 pub use image_folder::ImageFolderConfig;
 pub use labelled_text::LabelledTextConfig;
+pub use layer_features::LayerFeaturesConfig;
 pub use log_mel::LogMelConfig;
 pub use shapes::ShapesConfig;
 pub use wav_folder::WavFolderConfig;
@@ -94,22 +100,15 @@ impl ExampleLoader {
         self.set.per_epoch().div_ceil(self.options.batch_size.max(1) as u64)
     }
 
-    /// Batch number `position` since the start. Shuffled epochs follow each other without a seam; where examples come as they
-    /// are, the last batch of an epoch is as short as what is left, so that none counts twice.
+    /// Batch number `position` since the start; where examples come as they are, the last one of an epoch is as short as what is
+    /// left.
     ///
     /// # Errors
     /// If an example cannot be read.
     pub fn batch(&self, position: u64) -> Result<Examples, DataError> {
-        let (rows, n) = (self.options.batch_size as u64, self.set.per_epoch());
-        let numbers = match self.options.shuffle {
-            true => position * rows..(position + 1) * rows,
-            false => {
-                let first = position % self.batches_per_epoch() * rows;
-                first..(first + rows).min(n)
-            }
-        };
+        let n = self.set.per_epoch();
         let mut all = Vec::new();
-        for number in numbers {
+        for number in self.options.rows(n, position) {
             let (epoch, index) = self.options.place(n, number);
             let mut example = self.set.example(index)?;
             if let (Some(augment), Content::Numbers(pixels), shape @ InputShape::Images { .. }) =
@@ -232,6 +231,8 @@ pub fn open_labelled(
         DataConfig::ImageFolder(config) => of_pictures(config.read()?, "image files", augment, options),
         DataConfig::WavFolder(config) => wav_folder::open(config, augment, options),
         DataConfig::LabelledText(config) => labelled_text::open(config, tokenizer, options),
+        DataConfig::Features(config) => features::open(config, options),
+        DataConfig::LayerFeatures(config) => Ok(layer_features::open(config, options)),
         other => {
             Err(DataError::Unusable(format!("data.{} has no classes: a classifier cannot learn it", other.name())))
         }

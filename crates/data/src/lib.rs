@@ -2,7 +2,8 @@
 //!
 //! [`open`] turns `[data]` and `[tokenizer]` of a recipe into two [`Loader`]s. On the way: documents (`text.rs`,
 //! `rust_docs.rs`), token ids in a memory-mapped file (`tokens.rs`), rows (`pack.rs`) or generated rows (`synthetic/`),
-//! batches by position (`loader.rs`). For classifiers, [`open_labelled`] gives two [`ExampleLoader`]s (`examples.rs`).
+//! batches by position (`loader.rs`). For classifiers, [`open_labelled`] gives two [`ExampleLoader`]s (`examples.rs`); for
+//! embedders, [`open_pairs`] two [`PairLoader`]s.
 
 pub mod chat;
 mod config;
@@ -26,12 +27,15 @@ pub use config::{DataConfig, RustDocsConfig};
 pub use error::DataError;
 pub use examples::{
     AugmentConfig, ChirpsConfig, CifarConfig, CifarLabels, Content, CsvImagesConfig, Example, ExampleLoader,
-    ExampleSet, IdxConfig, ImageFolderConfig, Labelled, LabelledTextConfig, LogMelConfig, ShapesConfig,
-    WavFolderConfig, open_labelled,
+    ExampleSet, FeaturePairsConfig, FeaturesConfig, IdxConfig, ImageFolderConfig, Labelled, LabelledTextConfig,
+    LayerFeaturesConfig, LogMelConfig, NewFeatures, NewPairs, PairLoader, Paired, ShapesConfig, WavFolderConfig,
+    open_labelled, open_pairs, read_features,
 };
 pub use loader::{FromDataset, Loader, LoaderOptions, Sample, Samples};
 pub use pack::{Packing, Windows};
-pub use text::{JsonlConfig, TextConfig, TextDocument, Texts};
+pub use text::{
+    JsonlConfig, LabelledText, PairedText, TextConfig, TextDocument, Texts, class_names, read_labelled, read_pairs,
+};
 pub use tokenizer::{BytesTokenizer, HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 pub use tokens::{Split, TokenFile, split};
 
@@ -142,6 +146,10 @@ pub fn open(
     }
     if data.is_labelled() {
         let problem = format!("data.{} is examples with classes, for model.classifier", data.name());
+        return Err(DataError::Unusable(problem));
+    }
+    if data.is_pairs() {
+        let problem = format!("data.{} is pairs that belong together, for model.embedder", data.name());
         return Err(DataError::Unusable(problem));
     }
     let (documents, source) = documents(data, &options.project_root)?;

@@ -59,6 +59,17 @@ pub struct LoaderOptions {
 }
 
 impl LoaderOptions {
+    /// The numbers since the start of the rows of batch `position`, of a set of `n`. Shuffled epochs follow each other without a
+    /// seam; where rows come as they are, the last batch of an epoch is as short as what is left, so that none counts twice.
+    pub(crate) fn rows(&self, n: u64, position: u64) -> std::ops::Range<u64> {
+        let rows = self.batch_size.max(1) as u64;
+        if self.shuffle {
+            return position * rows..(position + 1) * rows;
+        }
+        let first = position % n.div_ceil(rows).max(1) * rows;
+        first..(first + rows).min(n)
+    }
+
     /// Epoch and index of a sample, from its number since the start, of a set of `n`.
     pub(crate) fn place(&self, n: u64, number: u64) -> (u64, u64) {
         let (epoch, index) = (number / n, number % n);

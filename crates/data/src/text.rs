@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use burn_dataset::Dataset;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::DataError;
 use crate::error::At;
@@ -88,30 +89,125 @@ pub fn read_text(config: &TextConfig) -> Result<Vec<TextDocument>, DataError> {
 /// If a pattern matches nothing, or a line is no object with the field.
 pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> {
     let mut documents = Vec::new();
-    for (path, _) in expand(&config.paths, &["jsonl", "ndjson"])? {
+    for_each_row(&config.paths, |name, row| {
+        let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
+        documents.push(TextDocument { name, text: text.to_owned() });
+        Ok(())
+    })?;
+    Ok(documents)
+}
+
+/// A text with what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelledText {
+    /// Where it comes from.
+    pub name: String,
+    /// The text.
+    pub text: String,
+    /// The name of its class; a number as it is written.
+    pub label: String,
+}
+
+/// Reads JSON lines that hold a text and a label, in fields of these names.
+///
+/// # Errors
+/// If a pattern matches nothing, or a line lacks one of them.
+pub fn read_labelled(paths: &[String], [text, label]: [&str; 2]) -> Result<Vec<LabelledText>, DataError> {
+    let mut texts = Vec::new();
+    for_each_row(paths, |name, row| {
+        let text =
+            text_of(row, text).map_err(|problem| format!("{problem}; text_field names another field"))?.to_owned();
+        let label = match row.get(label) {
+            Some(Value::String(label)) => label.clone(),
+            Some(Value::Number(label)) if label.is_i64() || label.is_u64() => label.to_string(),
+            _ => {
+                return Err(format!(
+                    "no label in field \"{label}\" ({}): text or a whole number is expected; label_field names another field",
+                    found(row, label)
+                ));
+            }
+        };
+        texts.push(LabelledText { name, text, label });
+        Ok(())
+    })?;
+    Ok(texts)
+}
+
+/// Texts that belong together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairedText {
+    /// Where they come from.
+    pub name: String,
+    /// A query, a document that belongs to it, and perhaps one that does not.
+    pub parts: Vec<String>,
+}
+
+/// Reads JSON lines that hold a query, a document that belongs to it and, all or none of them, one that does not, in fields of
+/// these names.
+///
+/// # Errors
+/// If a pattern matches nothing, or a line lacks what the others have.
+pub fn read_pairs(paths: &[String], [query, positive, negative]: [&str; 3]) -> Result<Vec<PairedText>, DataError> {
+    let mut pairs: Vec<PairedText> = Vec::new();
+    for_each_row(paths, |name, row| {
+        let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
+        if row.get(negative).is_some() {
+            parts.push(text_of(row, negative)?.to_owned());
+        }
+        match pairs.first() {
+            Some(first) if first.parts.len() != parts.len() => {
+                Err(format!("field \"{negative}\" is there in some rows only: give it in all or in none"))
+            }
+            _ => {
+                pairs.push(PairedText { name, parts });
+                Ok(())
+            }
+        }
+    })?;
+    Ok(pairs)
+}
+
+/// The names of all classes that occur: numbers by their size, then the others by their letters.
+pub fn class_names(texts: &[LabelledText]) -> Vec<String> {
+    let mut names: Vec<String> = texts.iter().map(|text| text.label.clone()).collect();
+    names.sort_by_key(|name| (name.parse::<i64>().map_or((1, 0), |number| (0, number)), name.clone()));
+    names.dedup();
+    names
+}
+
+/// The text in a field of a row.
+fn text_of<'a>(row: &'a Value, field: &str) -> Result<&'a str, String> {
+    row.get(field)
+        .and_then(Value::as_str)
+        .ok_or_else(|| format!("no text in field \"{field}\" ({})", found(row, field)))
+}
+
+/// What stands where something else was expected.
+fn found(row: &Value, field: &str) -> String {
+    match (row.get(field), row.as_object()) {
+        (Some(other), _) => format!("it holds {other}"),
+        (None, Some(row)) => format!("the row has {}", row.keys().cloned().collect::<Vec<_>>().join(", ")),
+        (None, None) => "the row is no object".into(),
+    }
+}
+
+/// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place.
+fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result<(), String>) -> Result<(), DataError> {
+    for (path, _) in expand(paths, &["jsonl", "ndjson"])? {
         let Ok(content) = String::from_utf8(std::fs::read(&path).at(&path)?) else {
             return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
         };
         for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
-            let value: serde_json::Value = serde_json::from_str(line).map_err(|error| {
+            let value: Value = serde_json::from_str(line).map_err(|error| {
                 // Its own "line 1" would contradict ours.
                 let (problem, column) = (error.to_string(), error.column());
                 row(format!("column {column}: no JSON: {}", problem.split(" at line ").next().unwrap_or_default()))
             })?;
-            let field = &config.field;
-            let text = value.get(field).and_then(|text| text.as_str()).ok_or_else(|| {
-                let has = match (value.get(field), value.as_object()) {
-                    (Some(other), _) => format!("it holds {other}"),
-                    (None, Some(row)) => format!("the row has {}", row.keys().cloned().collect::<Vec<_>>().join(", ")),
-                    (None, None) => "the row is no object".into(),
-                };
-                row(format!("no text in field \"{field}\" ({has}); set data.jsonl.field"))
-            })?;
-            documents.push(TextDocument { name: format!("{}:{}", path.display(), index + 1), text: text.to_owned() });
+            take(format!("{}:{}", path.display(), index + 1), &value).map_err(row)?;
         }
     }
-    Ok(documents)
+    Ok(())
 }
 
 /// Files that patterns mean, sorted, each once, with whether it was named itself (not only found in a folder).
@@ -220,5 +316,39 @@ mod tests {
         let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
         let error = read_jsonl(&config).unwrap_err().to_string();
         assert!(error.contains("rows.jsonl:3") && error.contains("body"), "{error}");
+    }
+
+    #[test]
+    fn pairs_have_a_wrong_document_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let read = |rows: &str| {
+            std::fs::write(&path, rows).unwrap();
+            read_pairs(&[path.display().to_string()], ["query", "positive", "negative"])
+        };
+        let two = "{\"query\": \"q\", \"positive\": \"p\"}";
+        let three = "{\"query\": \"q\", \"positive\": \"p\", \"negative\": \"n\"}";
+        assert_eq!(read(two).unwrap()[0].parts, ["q", "p"]);
+        assert_eq!(read(three).unwrap()[0].parts, ["q", "p", "n"]);
+        let error = read(&format!("{three}\n{two}")).unwrap_err().to_string();
+        assert!(error.contains("pairs.jsonl:2") && error.contains("all or in none"), "{error}");
+        assert!(read("{\"query\": \"q\"}").unwrap_err().to_string().contains("no text in field \"positive\""));
+    }
+
+    #[test]
+    fn labels_are_text_or_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let read = |rows: &str| {
+            std::fs::write(&path, rows).unwrap();
+            read_labelled(&[path.display().to_string()], ["text", "class"])
+        };
+        let rows = read("{\"text\": \"one\", \"class\": \"a\"}\n{\"text\": \"two\", \"class\": 3}\n").unwrap();
+        let found: Vec<[&str; 2]> = rows.iter().map(|row| [row.text.as_str(), row.label.as_str()]).collect();
+        assert_eq!(found, [["one", "a"], ["two", "3"]]);
+        for row in ["{\"text\": \"one\"}", "{\"text\": \"one\", \"class\": null}"] {
+            let error = read(row).unwrap_err().to_string();
+            assert!(error.contains("rows.jsonl:1: no label in field \"class\""), "{error}");
+        }
     }
 }

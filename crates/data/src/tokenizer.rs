@@ -202,10 +202,22 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        self.encode_with(text, false)
+    }
+
+    /// Token ids of a text between the special tokens that the tokenizer puts around one, as Hugging Face's models expect it.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        self.encode_with(text, true)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, DataError> {
         match &self.inner {
             None => Ok(text.bytes().map(u32::from).collect()),
             Some(inner) => {
-                let encoded = inner.encode_fast(text, false);
+                let encoded = inner.encode_fast(text, special);
                 let encoded = encoded.map_err(|e| DataError::Unusable(format!("the tokenizer failed: {e}")))?;
                 Ok(encoded.get_ids().to_vec())
             }

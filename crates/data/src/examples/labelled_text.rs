@@ -1,6 +1,5 @@
 //! Texts with their classes, one a line of JSON.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use polyhead_models::InputShape;
@@ -8,9 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, ExampleSet, Labelled, divide, loader};
-use crate::error::At;
 use crate::synthetic::Problem;
-use crate::text::expand;
+use crate::text::{LabelledText, class_names, read_labelled};
 use crate::{DataError, OpenOptions, Tokenizer};
 
 /// `[data.labelled_text]`: texts with their classes, one a line of JSON. Texts longer than training.seq_len are cut.
@@ -50,33 +48,8 @@ impl LabelledTextConfig {
         }
     }
 
-    /// Texts with the names of their classes.
-    fn rows(&self, paths: &[String]) -> Result<Vec<(String, String)>, DataError> {
-        let mut rows = Vec::new();
-        for (path, _) in expand(paths, &["jsonl", "ndjson"])? {
-            let content = String::from_utf8(std::fs::read(&path).at(&path)?)
-                .map_err(|_| DataError::Unusable(format!("{} is no UTF-8 text", path.display())))?;
-            for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-                let wrong = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
-                let row: serde_json::Value =
-                    serde_json::from_str(line).map_err(|error| wrong(format!("no JSON: {error}")))?;
-                let text = row[&self.text_field].as_str().ok_or_else(|| {
-                    wrong(format!("no text in field \"{}\"; set data.labelled_text.text_field", self.text_field))
-                })?;
-                let label = match &row[&self.label_field] {
-                    serde_json::Value::String(label) => label.clone(),
-                    serde_json::Value::Number(label) if label.is_i64() || label.is_u64() => label.to_string(),
-                    _ => {
-                        let (field, rule) = (&self.label_field, "a class is text or a whole number");
-                        return Err(wrong(format!(
-                            "no class in field \"{field}\" ({rule}); set data.labelled_text.label_field"
-                        )));
-                    }
-                };
-                rows.push((text.to_owned(), label));
-            }
-        }
-        Ok(rows)
+    fn rows(&self, paths: &[String]) -> Result<Vec<LabelledText>, DataError> {
+        read_labelled(paths, [&self.text_field, &self.label_field])
     }
 }
 
@@ -111,14 +84,14 @@ pub(super) fn open(
         true => Vec::new(),
         false => config.rows(&config.validation_paths)?,
     };
-    let classes = sorted(rows.iter().map(|(_, label)| label.clone()).collect());
+    let classes = class_names(&rows);
     if classes.len() < 2 {
         let problem = format!("data.labelled_text: the texts have {} class: two are needed", classes.len());
         return Err(DataError::Unusable(problem));
     }
     let (learnt, seq_len) = (rows.len(), options.seq_len);
     let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
-    for (text, label) in rows.into_iter().chain(held_out) {
+    for LabelledText { text, label, .. } in rows.into_iter().chain(held_out) {
         for part in [&text, &label] {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
@@ -158,11 +131,4 @@ pub(super) fn open(
         description,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })
-}
-
-/// Each name once; numbers by their size, and before text.
-fn sorted(names: BTreeSet<String>) -> Vec<String> {
-    let mut names: Vec<String> = names.into_iter().collect();
-    names.sort_by_key(|name| (name.parse::<i64>().map_or((1, 0), |number| (0, number)), name.clone()));
-    names
 }

@@ -1,0 +1,188 @@
+//! Features of texts that belong together, for embedders: a query, a document that answers it, and perhaps one that does not.
+//!
+//! A safetensors file holds `features` `[n, parts, layers, dim]`, parts 2 or 3, as `polyhead features --pairs` writes it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use polyhead_models::Pairs;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::divide;
+use super::features::{Array, tensors};
+use crate::loader::LoaderOptions;
+use crate::synthetic::Problem;
+use crate::{DataError, OpenOptions};
+
+/// `[data.feature_pairs]`: features of texts that belong together, for model.embedder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FeaturePairsConfig {
+    /// Safetensors files with the tensor "features" [n, 2 or 3, layers, dim]: queries, documents that belong to them, and
+    /// documents that do not. `polyhead features --pairs` writes them.
+    pub paths: Vec<PathBuf>,
+    /// Files to validate on. Default: a share of the others' rows, validation.fraction.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation_paths: Vec<PathBuf>,
+}
+
+impl FeaturePairsConfig {
+    /// Checks the settings without touching a file.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self) -> Result<(), Problem> {
+        match self.paths.is_empty() {
+            true => Err(("paths", "paths is empty: name at least one file".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The features of one file.
+struct File {
+    features: Array,
+    /// `[parts, layers, dim]`
+    shape: [usize; 3],
+}
+
+impl File {
+    fn open(path: &Path) -> Result<Self, DataError> {
+        let ([features], _) = tensors(path, ["features"])?;
+        match features.shape[..] {
+            [rows, parts @ 2..=3, layers, dim] if rows > 0 && layers > 0 && dim > 0 => {
+                Ok(Self { shape: [parts, layers, dim], features })
+            }
+            ref other => Err(DataError::Unusable(format!(
+                "{} is {other:?}: pairs are [n, 2 or 3, layers, numbers], as `polyhead features --pairs` writes them",
+                features.name
+            ))),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.features.shape[0]
+    }
+
+    fn row(&self, index: usize) -> Result<Vec<f32>, DataError> {
+        let size = self.shape.iter().product::<usize>();
+        self.features.floats(index * size..(index + 1) * size)
+    }
+}
+
+/// Batches of pairs by position.
+#[derive(Clone)]
+pub struct PairLoader {
+    files: Arc<Vec<File>>,
+    /// File and row.
+    places: Vec<(usize, usize)>,
+    options: LoaderOptions,
+}
+
+impl PairLoader {
+    /// Batches until every pair has come once.
+    pub fn batches_per_epoch(&self) -> u64 {
+        (self.places.len() as u64).div_ceil(self.options.batch_size.max(1) as u64)
+    }
+
+    /// `[parts, layers, dim]`
+    pub fn shape(&self) -> [usize; 3] {
+        self.files[0].shape
+    }
+
+    /// Batch number `position` since the start; where pairs come as they are, the last batch of an epoch is as short as what is
+    /// left.
+    ///
+    /// # Errors
+    /// None in files that were accepted when they were opened.
+    pub fn batch(&self, position: u64) -> Result<Pairs, DataError> {
+        let n = self.places.len() as u64;
+        let [parts, layers, dim] = self.shape();
+        let mut values = Vec::new();
+        for number in self.options.rows(n, position) {
+            let (file, row) = self.places[self.options.place(n, number).1 as usize];
+            values.extend(self.files[file].row(row)?);
+        }
+        Ok(Pairs { values, parts, layers, dim })
+    }
+}
+
+/// Pairs, ready to use.
+pub struct Paired {
+    /// Batches to learn from, without end.
+    pub train: PairLoader,
+    /// Batches to validate on.
+    pub validation: PairLoader,
+    /// What the data is, in words.
+    pub description: String,
+    /// A hash of what was read.
+    pub text_hash: String,
+}
+
+/// Opens pairs and reads them once.
+///
+/// # Errors
+/// If a file is missing, broken or of the wrong shape, files do not fit together, a number is not finite, or there are too few
+/// pairs to divide.
+pub fn open_pairs(config: &FeaturePairsConfig, options: &OpenOptions) -> Result<Paired, DataError> {
+    let open = |paths: &[PathBuf]| paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>, _>>();
+    let mut files = open(&config.paths)?;
+    let learnt: usize = files.iter().map(File::rows).sum();
+    files.extend(open(&config.validation_paths)?);
+    let mut hash = blake3::Hasher::new();
+    for file in &files {
+        if file.shape != files[0].shape {
+            return Err(DataError::Unusable(format!(
+                "{} holds {:?} a row, {} {:?}: files of one set agree",
+                file.features.name, file.shape, files[0].features.name, files[0].shape
+            )));
+        }
+        for row in 0..file.rows() {
+            let values = file.row(row)?;
+            if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+                return Err(DataError::Unusable(format!("{}: row {row} holds {value}", file.features.name)));
+            }
+            for value in values {
+                hash.update(&value.to_le_bytes());
+            }
+        }
+    }
+    let places: Vec<(usize, usize)> =
+        files.iter().enumerate().flat_map(|(at, file)| (0..file.rows()).map(move |row| (at, row))).collect();
+    let [train, validation] = match places.len() > learnt {
+        true => [places[..learnt].to_vec(), places[learnt..].to_vec()],
+        false => divide(learnt, options.validation_fraction)?
+            .map(|side| side.into_iter().map(|index| places[index as usize]).collect()),
+    };
+    let [parts, layers, dim] = files[0].shape;
+    let description = format!(
+        "features of {layers} layers of {dim} numbers: {} {} for training, {} for validation",
+        train.len(),
+        if parts == 3 { "pairs with a wrong document each" } else { "pairs" },
+        validation.len()
+    );
+    let files = Arc::new(files);
+    let loader = |places, shuffle| PairLoader {
+        files: files.clone(),
+        places,
+        options: LoaderOptions { batch_size: options.batch_size, seed: options.seed, shuffle },
+    };
+    Ok(Paired {
+        train: loader(train, true),
+        validation: loader(validation, false),
+        description,
+        text_hash: hash.finalize().to_hex().to_string(),
+    })
+}
+
+/// The features `[n, layers, dim]` of a file that `polyhead features` wrote, with or without pairs: of pairs the parts follow
+/// each other.
+///
+/// # Errors
+/// If the file cannot be read or holds none.
+pub fn read_features(path: &Path) -> Result<(Vec<f32>, Vec<usize>), DataError> {
+    let ([features], _) = tensors(path, ["features"])?;
+    let count = features.shape.iter().product();
+    Ok((features.floats(0..count)?, features.shape))
+}
