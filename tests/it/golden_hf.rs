@@ -6,13 +6,15 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use polyhead_attention::{Cache, Mask, Observe};
 use polyhead_models::hf::{ExportOptions, Folder, export};
 use polyhead_models::weights::named;
-use polyhead_models::{Decoder, weights::TensorFiles};
+use polyhead_models::{Decoder, TokenPooling, weights::TensorFiles};
 
 use crate::golden::{compare, values};
 use crate::world::{SMALL, World, project};
 
 /// Of logits in f32, absolute.
 const LOGITS: f32 = 1e-5;
+/// Of hidden states in f32, relative to the largest number.
+const STATES: f32 = 1e-5;
 
 fn folders() -> Vec<PathBuf> {
     let root = project().join("tests/golden/hf");
@@ -152,4 +154,23 @@ fn commands_take_such_folders_and_runs_start_from_them() {
     let err =
         world.fails(2, &["train", "recipe.toml", &pretrained, "data={text={paths=[\"recipe.toml\"]}}", "--out", "x"]);
     assert!(err.contains("has no tokenizer, and the recipe names none"), "{err}");
+}
+
+#[test]
+fn golden_features() {
+    let file = TensorFiles::open(&[project().join("tests/golden/features/pooled.safetensors")]).unwrap();
+    let folders = folders().into_iter().filter(|folder| folder.to_string_lossy().ends_with("_v5"));
+    let mut checked = 0;
+    for folder in folders {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let model = Folder::open(&folder).unwrap().load(&Device::flex()).unwrap();
+        let texts: Vec<Vec<u32>> =
+            expected(&folder).0.chunks(19).map(|text| text.iter().map(|&id| id as u32).collect()).collect();
+        for (how, pooling) in [("mean", TokenPooling::Mean), ("last", TokenPooling::Last)] {
+            let want = file.values(&format!("{name}.{how}")).unwrap();
+            compare(&name, how, &want, &values(model.layer_features(&texts, pooling)), STATES, true);
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 14);
 }

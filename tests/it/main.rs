@@ -8,6 +8,7 @@ mod classify;
 mod cli;
 mod compare;
 mod convert;
+mod features;
 mod finetune;
 mod golden;
 mod golden_dha;

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::synthetic::World;
-use polyhead_data::{DataConfig, Labelled, Loader, OpenOptions, Opened, Tokenizer, Tracking};
+use polyhead_data::{DataConfig, Labelled, Loader, OpenOptions, Opened, Paired, Tokenizer, Tracking};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{Batch, Classifier, ClassifierConfig, Decoder, train_only};
+use polyhead_models::{Batch, Classifier, ClassifierConfig, Decoder, Embedder, EmbedderConfig, train_only};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
 use polyhead_training::optimizer::Optimizer;
@@ -17,6 +17,7 @@ use polyhead_training::{Parts, ProcedureConfig, TrainError, Trainee};
 use crate::classifier::sizes;
 use crate::costs::Known;
 use crate::device;
+use crate::embedder::{layers_and_dim, paired};
 use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
 use crate::recipe::{self, Loaded, ModelConfig, Recipe};
 use crate::report::{Failure, Problems};
@@ -40,6 +41,8 @@ pub enum Data {
     Tokens(Box<Opened>),
     /// For classifiers.
     Examples(Box<Labelled>),
+    /// For embedders.
+    Pairs(Box<Paired>),
 }
 
 impl Data {
@@ -48,6 +51,7 @@ impl Data {
         match self {
             Self::Tokens(opened) => &opened.description,
             Self::Examples(labelled) => &labelled.description,
+            Self::Pairs(paired) => &paired.description,
         }
     }
 
@@ -56,6 +60,7 @@ impl Data {
         match self {
             Self::Tokens(opened) => Known::Ids(opened.vocab_size),
             Self::Examples(labelled) => Known::Examples(sizes(labelled)),
+            Self::Pairs(paired) => Known::Pairs(layers_and_dim(paired)),
         }
     }
 
@@ -64,6 +69,7 @@ impl Data {
         match self {
             Self::Tokens(opened) => opened.text_hash.as_deref(),
             Self::Examples(labelled) => labelled.text_hash.as_deref(),
+            Self::Pairs(paired) => Some(&paired.text_hash),
         }
     }
 
@@ -72,6 +78,7 @@ impl Data {
         match self {
             Self::Tokens(opened) => opened.train.batches_per_epoch(),
             Self::Examples(labelled) => labelled.train.batches_per_epoch(),
+            Self::Pairs(paired) => paired.train.batches_per_epoch(),
         }
     }
 
@@ -83,6 +90,13 @@ impl Data {
                 let Labelled { description, text_hash, classes, .. } = &**labelled;
                 let record = serde_json::json!({
                     "description": description, "text_hash": text_hash, "input": labelled.train.shape(), "classes": classes,
+                });
+                format!("{record:#}\n").into_bytes()
+            }
+            Self::Pairs(paired) => {
+                let Paired { description, text_hash, .. } = &**paired;
+                let record = serde_json::json!({
+                    "description": description, "text_hash": text_hash, "input": layers_and_dim(paired),
                 });
                 format!("{record:#}\n").into_bytes()
             }
@@ -196,6 +210,9 @@ impl Resolved {
     /// # Errors
     /// If examples are missing or malformed.
     pub fn known(&self) -> Result<Known, Failure> {
+        if self.recipe.model.embedder.is_some() {
+            return Ok(Known::Pairs(layers_and_dim(&self.paired()?)));
+        }
         match &self.recipe.model.classifier {
             None => Ok(Known::Ids(polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer))),
             Some(_) => Ok(Known::Examples(sizes(&self.labelled()?))),
@@ -207,10 +224,40 @@ impl Resolved {
     /// # Errors
     /// If it is missing or malformed, or does not fit the model.
     pub fn open(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Data, Failure> {
+        if self.recipe.model.embedder.is_some() {
+            return Ok(Data::Pairs(Box::new(self.paired()?)));
+        }
         match &self.recipe.model.classifier {
             None => Ok(Data::Tokens(Box::new(self.data(progress)?))),
             Some(_) => Ok(Data::Examples(Box::new(self.labelled()?))),
         }
+    }
+
+    /// Opens the pairs that an embedder learns.
+    ///
+    /// # Errors
+    /// If they are missing or malformed, or do not fit the model.
+    pub fn paired(&self) -> Result<Paired, Failure> {
+        let paired = paired(&self.recipe)?;
+        let [_, dim] = layers_and_dim(&paired);
+        let checked = self.embedder()?.validate(Some(dim));
+        checked.map_err(|error| Problems::plain(format!("model.embedder.{error}")))?;
+        Ok(paired)
+    }
+
+    fn embedder(&self) -> Result<&EmbedderConfig, Failure> {
+        let missing = || Problems::plain("model.embedder is missing".into());
+        Ok(self.recipe.model.embedder.as_ref().ok_or_else(missing)?)
+    }
+
+    /// The embedder before the first step; what the recipe freezes does not learn.
+    ///
+    /// # Errors
+    /// If what is to be frozen does not exist.
+    pub fn first_embedder(&self, paired: &Paired, device: &Device) -> Result<Embedder, Failure> {
+        device.seed(self.recipe.debug.seed);
+        let [layers, dim] = layers_and_dim(paired);
+        Ok(self.recipe.freeze.apply(self.embedder()?.init(layers, dim, device))?)
     }
 
     /// Opens the examples that a classifier learns.
@@ -304,7 +351,8 @@ pub fn labelled(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Labelled, Fail
     Ok(polyhead_data::open_labelled(&recipe.data, tokenizer, &recipe.augmentation, &options(recipe))?)
 }
 
-fn options(recipe: &Recipe) -> OpenOptions {
+/// Everything about data besides what it is.
+pub fn options(recipe: &Recipe) -> OpenOptions {
     OpenOptions {
         seq_len: recipe.training.seq_len,
         batch_size: recipe.training.batch_size,
@@ -378,7 +426,7 @@ pub fn begin_run(
 ) -> Result<PathBuf, Failure> {
     let decoder = Some(model.config().clone());
     let recipe = Recipe {
-        model: ModelConfig { pretrained: None, decoder, classifier: None },
+        model: ModelConfig { pretrained: None, decoder, classifier: None, embedder: None },
         procedure: ProcedureConfig::default(),
         lora: None,
         ..recipe

@@ -117,6 +117,9 @@ Examples:
     ///
     /// A table of heads goes to standard output: entropy of their weights, weight on the first key, mean distance, and
     /// importance (|gate x gradient|). Maps are written as PNG pictures and into one page, inspect.html.
+    ///
+    /// Of a classifier with a Gaussian adaptive gate, the importance of the layers whose features it reads, over all held-out
+    /// examples.
     #[command(after_help = "\
 Examples:
   polyhead inspect checkpoints/quickstart --text \"Ownership is a set of rules\"
@@ -176,6 +179,27 @@ Examples:
   polyhead grow checkpoints/run --signal-heads x4 --out checkpoints/grown
   polyhead grow checkpoints/run --width x2 --depth 8 --out checkpoints/grown")]
     Grow(crate::commands::grow::GrowArgs),
+    /// Write what every layer of a decoder makes of labelled texts, for a classifier to learn from.
+    ///
+    /// The texts go through the model as it is; the residual stream behind each layer is pooled over their tokens. The file
+    /// holds `features` [texts, layers, d_model], `labels` [texts] and the names of the classes; [data.features] of a recipe
+    /// reads it.
+    #[command(after_help = "\
+Examples:
+  polyhead features checkpoints/quickstart --data reviews.jsonl --out reviews.safetensors
+  polyhead features llama-folder --data train.jsonl --label-field topic --pool last --out train.safetensors
+  polyhead train recipes/classify/features.toml data.features.paths='[\"reviews.safetensors\"]'")]
+    Features(crate::commands::features::FeaturesArgs),
+    /// Make one vector of each text, with an embedder that was trained on pairs, and measure how well queries find their documents.
+    ///
+    /// Reads what `polyhead features` made of the texts. Of pairs, recall among the first 1, 5 and 10 and the mean reciprocal
+    /// rank are printed as JSON: for the embedder, and for the plain features of each layer.
+    #[command(after_help = "\
+Examples:
+  polyhead features checkpoints/quickstart --pairs --data pairs.jsonl --out pairs.safetensors
+  polyhead train recipes/embed/mltp.toml data.feature_pairs.paths='[\"pairs.safetensors\"]'
+  polyhead embed checkpoints/mltp --features new.safetensors --out embeddings.safetensors")]
+    Embed(crate::commands::embed::EmbedArgs),
     /// Write the logits of given tokens, for comparing with other software.
     Logits {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.
@@ -267,7 +291,7 @@ pub struct EvalArgs {
 const TASKS: [&str; 7] =
     ["needles_multi", "variable_tracking", "common_words", "multi_hop", "all", "eigenscore", "facts"];
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("must be at least 1".into()),
         Ok(number) => Ok(number),

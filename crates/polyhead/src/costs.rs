@@ -12,6 +12,8 @@ pub enum Known {
     Ids(usize),
     /// Inputs and classes.
     Examples(Sizes),
+    /// Layers of the features, and numbers of each.
+    Pairs([usize; 2]),
 }
 
 impl Known {
@@ -20,6 +22,7 @@ impl Known {
         match self {
             Self::Ids(_) => "token",
             Self::Examples(_) => "example",
+            Self::Pairs(_) => "text",
         }
     }
 }
@@ -49,6 +52,9 @@ pub struct Totals {
 
 /// The parts of the model that a recipe describes; none where the data does not fit it.
 pub fn parts(recipe: &Recipe, known: Known) -> Vec<Part> {
+    if let (Some(embedder), Known::Pairs([layers, dim])) = (&recipe.model.embedder, known) {
+        return embedder.parts(layers, dim);
+    }
     match (&recipe.model.decoder, &recipe.model.classifier, known) {
         (_, Some(classifier), Known::Examples(sizes)) => classifier.parts(sizes),
         (Some(decoder), None, Known::Ids(vocab_size)) => decoder.parts(vocab_size),
@@ -104,7 +110,7 @@ impl Costs {
 /// Tokens (for classifiers: examples) of a step.
 pub fn tokens_per_step(recipe: &Recipe) -> u64 {
     let training = &recipe.training;
-    let row = if recipe.model.classifier.is_some() { 1 } else { training.seq_len };
+    let row = if recipe.model.classifier.is_some() || recipe.model.embedder.is_some() { 1 } else { training.seq_len };
     (row * training.batch_size * training.gradient_accumulation_steps) as u64
 }
 

@@ -23,6 +23,9 @@ const ONE_OF: [&str; 15] = [
     "model.classifier.*.attention.*.router",
     "model.classifier.*.attention.*.allocation",
     "model.classifier.*.pooling",
+    "model.classifier.*.mixer",
+    "model.embedder.pooling",
+    "model.classifier.*.mixer.attention.mechanism",
 ];
 
 /// One source of keys.
@@ -157,8 +160,10 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     if path == "model" && over.contains_key("pretrained") {
         base.remove("decoder");
     }
-    if path == "model" && over.contains_key("classifier") {
-        base.retain(|key, _| key == "classifier");
+    for kind in ["classifier", "embedder"] {
+        if path == "model" && over.contains_key(kind) {
+            base.retain(|key, _| key == kind);
+        }
     }
     for (key, value) in over {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };

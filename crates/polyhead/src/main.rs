@@ -11,6 +11,7 @@ mod costs;
 #[cfg(feature = "tui")]
 mod dashboard;
 mod device;
+mod embedder;
 mod inspect;
 mod layers;
 mod page;

@@ -52,6 +52,10 @@ impl Pretrained {
             let problem = format!("{} is a classifier, and this is for decoders\n  hint: {hint}", path.display());
             return Err(Problems::plain(problem).into());
         }
+        if recipe.model.embedder.is_some() {
+            let problem = format!("{} is an embedder; `polyhead embed` and eval take it", path.display());
+            return Err(Problems::plain(problem).into());
+        }
         let Some(decoder) = recipe.model.decoder.clone() else {
             return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
         };

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, LossConfig, Precision, Sampling};
+use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision, Sampling};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
@@ -87,6 +87,9 @@ pub struct ModelConfig {
     /// A classifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classifier: Option<ClassifierConfig>,
+    /// An embedder of texts, over the features of a decoder that stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedder: Option<EmbedderConfig>,
 }
 
 impl ModelConfig {
@@ -299,9 +302,9 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
     let decoder = model.decoder.as_ref();
     rule(
-        model.pretrained.is_some() || decoder.is_some() || model.classifier.is_some(),
+        model.pretrained.is_some() || decoder.is_some() || model.classifier.is_some() || model.embedder.is_some(),
         "model",
-        "model is empty: describe a fresh one in model.decoder or model.classifier, or name a folder with trained weights \
+        "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with trained weights \
          in model.pretrained"
             .into(),
     );
@@ -314,7 +317,16 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
             false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
         },
     );
-    let reads_tokens = !labelled || recipe.data.is_text();
+    let pairs = recipe.data.is_pairs();
+    rule(
+        pairs == model.embedder.is_some(),
+        "data",
+        match pairs {
+            true => format!("data.{} is pairs that belong together, which model.embedder learns", recipe.data.name()),
+            false => format!("data.{} has no pairs for model.embedder to learn", recipe.data.name()),
+        },
+    );
+    let reads_tokens = !(labelled || pairs) || recipe.data.is_text();
     rule(
         reads_tokens || training.seq_len == 0,
         "training.seq_len",
@@ -399,6 +411,9 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
         problems.push((format!("lora.{field}"), message));
     }
+    if let Some(embedder) = &model.embedder {
+        problems.extend(validate_embedder(recipe, embedder));
+    }
     if let Some(classifier) = &model.classifier {
         problems.extend(validate_classifier(recipe, classifier));
     } else if recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing() {
@@ -411,6 +426,35 @@ fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         problems.push((format!("model.decoder.{}", error.field), error.problem));
     }
     problems
+}
+
+/// The rules of recipes for embedders, as far as they can be told without the features.
+fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String, String)> {
+    let Recipe { model, procedure, training, .. } = recipe;
+    let alone = model.decoder.is_none() && model.classifier.is_none() && model.pretrained.is_none();
+    let rules = [
+        (
+            alone,
+            "model",
+            "model.embedder stands alone: it reads the features of another model, made by `polyhead features`",
+        ),
+        (recipe.lora.is_none(), "lora", "lora is for decoders"),
+        (
+            *procedure == ProcedureConfig::default(),
+            "procedure",
+            "procedure: an embedder is trained by procedure.standard, as it is",
+        ),
+        (
+            training.precision == Precision::F32,
+            "training.precision",
+            "training.precision must be \"f32\" for an embedder",
+        ),
+    ];
+    let broken =
+        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, key, words)| (key.to_owned(), words.to_owned()));
+    let settings =
+        embedder.validate(None).err().map(|error| (format!("model.embedder.{}", error.field), error.problem));
+    broken.chain(settings).collect()
 }
 
 /// The rules of recipes for classifiers.

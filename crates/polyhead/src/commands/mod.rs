@@ -2,6 +2,8 @@
 
 pub mod convert;
 mod diff;
+pub mod embed;
+pub mod features;
 pub mod grow;
 mod hallucination;
 mod long_context;
@@ -70,6 +72,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
         Command::Convert(args) => convert::convert(&args),
         Command::Grow(args) => grow::grow(&args),
+        Command::Features(args) => features::features(&args),
+        Command::Embed(args) => embed::embed(&args),
         Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
         Command::Doctor => look::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {

@@ -10,6 +10,7 @@ use crate::assemble::{self, Data, Resolved, Source};
 use crate::classifier::ExampleSource;
 use crate::console::{bytes, clock, put, talk, thousands};
 use crate::costs::{self, Costs, Totals};
+use crate::embedder::PairSource;
 use crate::recipe::{Loaded, Recipe};
 use crate::report::Failure;
 
@@ -122,6 +123,11 @@ pub fn probe(resolved: &Resolved, data: Data) -> Result<Probed, Failure> {
         Data::Examples(labelled) => {
             let model = resolved.first_classifier(&labelled, &device)?;
             let (train, held_out) = (ExampleSource(labelled.train), ExampleSource(labelled.validation));
+            steps_of(recipe, model, [&train, &held_out], &[])
+        }
+        Data::Pairs(paired) => {
+            let model = resolved.first_embedder(&paired, &device)?;
+            let (train, held_out) = (PairSource(paired.train), PairSource(paired.validation));
             steps_of(recipe, model, [&train, &held_out], &[])
         }
     }

@@ -68,6 +68,10 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     let opened = match assemble::resolve(loaded)?.open(&mut |_, _| {})? {
         Data::Tokens(opened) => opened,
         Data::Examples(labelled) => return examples(&labelled, options),
+        Data::Pairs(paired) => {
+            let problem = format!("{}: there is nothing of them to see", paired.description);
+            return Err(Failure::Run(problem));
+        }
     };
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);

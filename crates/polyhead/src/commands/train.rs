@@ -23,6 +23,7 @@ use crate::classifier::ExampleSource;
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::console::{Console, bytes, clock, talk, thousands};
 use crate::costs::{Costs, Known, tokens_per_step};
+use crate::embedder::PairSource;
 use crate::pretrained::find_checkpoint;
 use crate::recipe::{self, Loaded, Recipe};
 use crate::report::Failure;
@@ -84,9 +85,11 @@ pub fn sit(sitting: Sitting<'_>) -> Result<(), Failure> {
         None => assemble::resolve(loaded)?,
     };
     let task = Task { sitting, resume, resolved };
-    match task.resolved.recipe.model.classifier.is_some() {
-        true => train_classifier(&task, lock, &device),
-        false => train_decoder(&task, lock, &device),
+    let model = &task.resolved.recipe.model;
+    match (model.classifier.is_some(), model.embedder.is_some()) {
+        (true, _) => train_classifier(&task, lock, &device),
+        (_, true) => train_embedder(&task, lock, &device),
+        (false, false) => train_decoder(&task, lock, &device),
     }
 }
 
@@ -185,6 +188,29 @@ fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(
             tracking: Vec::new(),
             probe: None,
             classes: &|sums| Some(ClassTable::of(sums, &labelled.classes)),
+        },
+    )?;
+    summarize(task, &outcome, &facts.description, None);
+    Ok(())
+}
+
+fn train_embedder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
+    let (data, facts) = task.open()?;
+    let Data::Pairs(paired) = data else { unreachable!("an embedder learns pairs") };
+    let model = task.resolved.first_embedder(&paired, device)?;
+    let (train, held_out) = (PairSource(paired.train), PairSource(paired.validation));
+    let outcome = task.learn(
+        lock,
+        Material {
+            model,
+            layers: vec!["mltp"],
+            train: &train,
+            held_out: &held_out,
+            facts: &facts,
+            tokenizer: None,
+            tracking: Vec::new(),
+            probe: None,
+            classes: &|_| None,
         },
     )?;
     summarize(task, &outcome, &facts.description, None);

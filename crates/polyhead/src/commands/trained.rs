@@ -12,7 +12,7 @@ use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{ClassScore, Decoder, Evaluated, Sampling};
+use polyhead_models::{ClassScore, Decoder, Evaluated, Sampling, Sums};
 use polyhead_training::evaluate::evaluate;
 use polyhead_training::run_folder::atomic_write;
 
@@ -21,11 +21,15 @@ use crate::assemble;
 use crate::classifier::{ExampleSource, TrainedClassifier, open_classifier};
 use crate::cli::GenerateArgs;
 use crate::console::{harmless, print, put, talk};
+use crate::embedder::{PairSource, TrainedEmbedder, open_embedder, paired};
 use crate::report::Failure;
 use crate::result::{ClassTable, NamedScore, Score};
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
+    if let Some(embedder) = open_embedder(checkpoint, device)? {
+        return eval_embedder(&embedder, batches);
+    }
     if let Some(classifier) = open_classifier(checkpoint, device)? {
         return eval_classifier(&classifier, batches);
     }
@@ -45,6 +49,21 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
         "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
+    put!("{result:#}")
+}
+
+/// The same for an embedder: how well queries find their documents.
+fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure> {
+    let paired = paired(&trained.recipe)?;
+    talk!("data: {}", paired.description);
+    if let Some(problem) = assemble::changed_text(&trained.path, Some(&paired.text_hash))? {
+        talk!("warning: {problem}: some of what is held out now may have been learnt");
+    }
+    let sums = evaluate(&trained.model, &PairSource(paired.validation), batches)?;
+    let mut result = serde_json::json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
+    for (name, value) in sums.retrieval().numbers() {
+        result[name] = serde_json::json!(value);
+    }
     put!("{result:#}")
 }
 

@@ -1,6 +1,8 @@
-//! `polyhead inspect`: what the heads of a trained model look at, and how much each of them matters.
+//! `polyhead inspect`: what the heads of a trained model look at, and how much each of them matters; of classifiers which
+//! layers and features their gate lets through.
 
 mod heads;
+mod importance;
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use polyhead_training::picture::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::assemble::{self, Trained};
+use crate::classifier::open_classifier;
 use crate::cli::InspectArgs;
 use crate::console::{put, talk};
 use crate::page::{escape, figure, page, table};
@@ -36,6 +39,9 @@ fn embedded(png: &Png, about: &str) -> String {
 /// # Errors
 /// If the model cannot be opened, or has no such layer or head.
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+    if let Some(classifier) = open_classifier(&args.checkpoint, args.device.as_deref())? {
+        return importance::inspect(args, &classifier);
+    }
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let rows = probe(args, &trained)?;
     let device = trained.model.device().autodiff();

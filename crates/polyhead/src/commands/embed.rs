@@ -1,0 +1,105 @@
+//! `polyhead embed`: one vector for each text, and how well queries find their documents by them.
+
+use std::path::PathBuf;
+
+use burn::tensor::{Tensor, TensorData};
+use clap::Args;
+use polyhead_data::read_features;
+use polyhead_models::weights::{Named, to_safetensors};
+use polyhead_models::{Learner, Retrieval};
+use polyhead_training::run_folder::atomic_write;
+use serde_json::{Value, json};
+
+use super::must_not_exist;
+use crate::cli::at_least_one;
+use crate::console::{put, talk};
+use crate::embedder::open_embedder;
+use crate::report::{Failure, Problems};
+
+/// What is embedded by what.
+#[derive(Debug, Args)]
+pub struct EmbedArgs {
+    /// A run of model.embedder, or a checkpoint of one.
+    pub checkpoint: PathBuf,
+    /// What `polyhead features` made of texts, from the model whose features the embedder learnt; with --pairs, retrieval is
+    /// measured.
+    #[arg(long)]
+    pub features: PathBuf,
+    /// The safetensors file to write: `embeddings` [n, dim], of pairs [n, parts, dim]. Default: none, only measured.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Texts at a time.
+    #[arg(long, default_value_t = 256, value_parser = at_least_one)]
+    pub batch_size: usize,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::device::NAMES)]
+    pub device: Option<String>,
+}
+
+/// Embeds features, writes the embeddings and prints what they find.
+pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
+    args.out.as_deref().map_or(Ok(()), must_not_exist)?;
+    let Some(trained) = open_embedder(&args.checkpoint, args.device.as_deref())? else {
+        let problem = format!("{}: a run of model.embedder is needed", args.checkpoint.display());
+        return Err(Problems::plain(problem).into());
+    };
+    let (values, shape) = read_features(&args.features)?;
+    let (n, parts, layers, dim) = match shape[..] {
+        [n, layers, dim] => (n, 1, layers, dim),
+        [n, parts, layers, dim] => (n, parts, layers, dim),
+        _ => {
+            let problem = format!("{}: {shape:?} are no features of texts", args.features.display());
+            return Err(Problems::plain(problem).into());
+        }
+    };
+    if [layers, dim] != trained.input {
+        let problem = format!(
+            "{} holds features of {layers} layers of {dim} numbers; {} learnt {} of {}",
+            args.features.display(),
+            trained.path.display(),
+            trained.input[0],
+            trained.input[1]
+        );
+        return Err(Problems::plain(problem).into());
+    }
+    let device = trained.model.device();
+    let mut embeddings = Vec::with_capacity(n * parts * dim);
+    for chunk in values.chunks(args.batch_size * layers * dim) {
+        let data = TensorData::new(chunk.to_vec(), [chunk.len() / (layers * dim), layers, dim]);
+        embeddings.extend(trained.model.embed(Tensor::from_data(data, &device)).into_data().iter::<f32>());
+    }
+    if parts > 1 {
+        let measured = |embeddings: &[f32]| retrieval(embeddings, parts, dim);
+        let plain: Vec<Value> = (0..layers)
+            .map(|layer| {
+                let rows = values.chunks(layers * dim).map(|row| &row[layer * dim..(layer + 1) * dim]);
+                measured(&rows.flat_map(unit).collect::<Vec<f32>>())
+            })
+            .collect();
+        let result = json!({
+            "checkpoint": trained.path, "pairs": n, "embedder": measured(&embeddings), "layers": plain,
+        });
+        put!("{result:#}")?;
+    }
+    let Some(out) = &args.out else { return Ok(()) };
+    let shape = if parts == 1 { vec![n, dim] } else { vec![n, parts, dim] };
+    let named = Named { name: "embeddings".into(), shape, values: embeddings };
+    atomic_write(out, &to_safetensors(&[named], &[])?)?;
+    talk!("wrote {} embeddings of {dim} numbers to {}", n * parts, out.display());
+    Ok(())
+}
+
+/// How well queries find their documents among all documents, those that belong to none included.
+fn retrieval(embeddings: &[f32], parts: usize, dim: usize) -> Value {
+    let part =
+        |part: usize| embeddings.chunks(parts * dim).flat_map(move |row| row[part * dim..(part + 1) * dim].to_vec());
+    let documents: Vec<f32> = (1..parts).flat_map(part).collect();
+    let numbers = Retrieval::of(&part(0).collect::<Vec<f32>>(), &documents, dim).numbers();
+    Value::Object(numbers.into_iter().map(|(name, value)| (name, json!(value))).collect())
+}
+
+/// The same direction with length 1.
+fn unit(row: &[f32]) -> Vec<f32> {
+    let length = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+    row.iter().map(|x| x / length).collect()
+}
