@@ -227,6 +227,7 @@ impl Learner for Classifier {
     fn before_step(&mut self, batch: &Examples, step: u64) {
         match &mut self.body {
             Body::Encoder(encoder) => encoder.regroup(&batch.inputs, step),
+            Body::GaussianAdaptiveTransformer(_) => {}
         }
     }
 

@@ -7,7 +7,7 @@ use toml_edit::{Document, Item, TableLike};
 use crate::report::{Problem, Problems};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 15] = [
+const ONE_OF: [&str; 18] = [
     "data",
     "tokenizer",
     "procedure",
