@@ -1,7 +1,7 @@
 //! What every mechanism must obey, whatever it computes. The table in `lib.rs` runs [`hold`] for each of them.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
+use burn::tensor::{Device, Tensor, TensorData, Tolerance};
 
 use crate::{
     Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout,
@@ -45,7 +45,7 @@ impl World {
     }
 
     fn input(&self, batch: usize, seq: usize) -> Tensor<3> {
-        Tensor::random([batch, seq, Dims::example().d_model], Distribution::Normal(0.0, 1.0), &self.device)
+        draw([batch, seq, Dims::example().d_model], [0.0, 1.0], &self.device)
     }
 
     fn run(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut LayerCache>, observe: Observe) -> Attended {
@@ -67,10 +67,26 @@ impl World {
 /// Adds noise to every parameter.
 pub(crate) struct Spread;
 
+/// Normal numbers of this mean and deviation, the same whenever a test runs: a test has a thread of its own, while the
+/// random numbers of a backend belong to the process (splitmix64, Steele et al. 2014; Box and Muller 1958).
+pub(crate) fn draw<const D: usize>(shape: [usize; D], [mean, deviation]: [f32; 2], device: &Device) -> Tensor<D> {
+    thread_local!(static STATE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) });
+    let uniform = || {
+        STATE.set(STATE.get().wrapping_add(0x9e37_79b9_7f4a_7c15));
+        let mut bits = STATE.get();
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((bits ^ (bits >> 31)) >> 40) as f32 / (1 << 24) as f32
+    };
+    let normal = || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos();
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| mean + deviation * normal()).collect();
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
 impl ModuleMapper for Spread {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|value| {
-            let noise = value.random_like(Distribution::Normal(0.0, 0.3));
+            let noise = draw(value.dims(), [0.0, 0.3], &value.device());
             (value + noise).detach().require_grad()
         })
     }
@@ -173,7 +189,7 @@ impl ModuleVisitor for Gradients<'_> {
 fn gradients_reach_every_parameter(world: &World) {
     let x = world.input(2, 7);
     let out = world.causal(x);
-    let cotangent = out.random_like(Distribution::Normal(0.0, 1.0)).detach();
+    let cotangent = draw(out.dims(), [0.0, 1.0], &out.device());
     let grads = (out * cotangent).sum().backward();
     assert!(reach_every_parameter(&world.layer, &grads) >= 4);
 }
@@ -201,7 +217,7 @@ pub(crate) fn agree_with_differences<const D: usize>(
 
 /// The slope by the gradient, and by differences; `None` where the output jumps nearby.
 fn differences_at_a_point<const D: usize>(x: Tensor<D>, output: &impl Fn(Tensor<D>) -> Tensor<D>) -> Option<[f32; 2]> {
-    let random = || x.random_like(Distribution::Normal(0.0, 1.0)).detach();
+    let random = || draw(x.dims(), [0.0, 1.0], &x.device());
     let (direction, cotangent) = (random(), random());
     let x = x.detach().require_grad();
     let value = |x: Tensor<D>| (output(x) * cotangent.clone()).sum();
@@ -285,7 +301,7 @@ fn adapters_add_to_every_projection(world: &World) {
     let rope = world.rope(0..6);
     for (name, weight) in found.0 {
         let [d_input, d_output] = weight.dims();
-        let random = |shape: [usize; 2]| Tensor::random(shape, Distribution::Normal(0.0, 0.5), &world.device);
+        let random = |shape: [usize; 2]| draw(shape, [0.0, 0.5], &world.device);
         let (a, b): (Tensor<2>, Tensor<2>) = (random([d_input, 2]), random([2, d_output]));
         let folded = weight + a.clone().matmul(b.clone()) * 0.5;
         let layer = world.layer.clone().map(&mut Replace(&name, folded, Vec::new()));

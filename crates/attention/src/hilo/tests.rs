@@ -1,7 +1,7 @@
-use burn::tensor::{Distribution, Int, Tolerance};
+use burn::tensor::{Int, Tolerance};
 
 use super::*;
-use crate::laws::{Spread, agree_with_differences, reach_every_parameter};
+use crate::laws::{Spread, agree_with_differences, draw, reach_every_parameter};
 use crate::{Call, Dims, Mechanism, MechanismConfig, Observe, SoftmaxConfig};
 
 const D_MODEL: usize = 12;
@@ -19,7 +19,7 @@ fn layer(window: usize, alpha: f64) -> HiLo {
 }
 
 fn input(batch: usize, tokens: usize) -> Tensor<3> {
-    Tensor::random([batch, tokens, D_MODEL], Distribution::Normal(0.0, 1.0), &device())
+    draw([batch, tokens, D_MODEL], [0.0, 1.0], &device())
 }
 
 fn close(got: Tensor<3>, want: Tensor<3>) {
@@ -116,7 +116,7 @@ fn gradients_reach_every_parameter_and_agree_with_differences() {
     for (alpha, grid) in [(0.5, [2, 4]), (0.5, [3, 3]), (0.0, [2, 2]), (1.0, [3, 2])] {
         let (hilo, tokens) = (layer(2, alpha), grid[0] * grid[1]);
         let out = hilo.forward(input(2, tokens), grid, None);
-        let cotangent = out.random_like(Distribution::Normal(0.0, 1.0)).detach();
+        let cotangent = draw(out.dims(), [0.0, 1.0], &device());
         assert!(reach_every_parameter(&hilo, &(out * cotangent).sum().backward()) >= 4);
         agree_with_differences(|| input(1, tokens), |x| hilo.forward(x, grid, None));
     }

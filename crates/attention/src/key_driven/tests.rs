@@ -3,7 +3,7 @@ use burn::module::Module;
 use burn::tensor::Tolerance;
 
 use super::*;
-use crate::laws::Spread;
+use crate::laws::{Spread, draw};
 use crate::{Attention, Observe};
 
 const DIMS: Dims = Dims { d_model: 24, n_layers: 4, layer: 1, rope: false, norm_eps: 1e-5 };
@@ -21,7 +21,7 @@ fn layer(allocation: AllocationConfig) -> KeyDriven {
 }
 
 fn input(batch: usize, seq: usize, device: &Device) -> Tensor<3> {
-    Tensor::random([batch, seq, 24], Distribution::Normal(0.0, 1.0), device)
+    draw([batch, seq, 24], [0.0, 1.0], device)
 }
 
 fn call<'a>(mask: &'a Mask) -> Call<'a> {
@@ -132,8 +132,8 @@ fn noise_leaves_rows_without_a_mean_and_passes_gradients() {
     let grads = out.square().sum().backward();
     assert!(x.grad(&grads).unwrap().into_data().iter::<f32>().all(|grad| grad.is_finite() && grad != 0.0));
 
-    let heads = Tensor::<4>::random([2, 6, 5, 4], Distribution::Normal(1.0, 1.0), &device);
-    let uniform = Tensor::<2>::random([6, 20], Distribution::Uniform(0.0, 1.0), &device);
+    let heads = draw([2, 6, 5, 4], [1.0, 1.0], &device);
+    let uniform = draw([6, 20], [0.5, 0.15], &device);
     let means = perturbed(heads, &[1, 4, 1], uniform).reshape([2, 6, 20]).mean_dim(2);
     assert!(means.abs().max().into_scalar::<f32>() < 1e-6);
     let flat = perturbed(Tensor::ones([1, 1, 1, 1], &device), &[1], Tensor::ones([1, 1], &device));

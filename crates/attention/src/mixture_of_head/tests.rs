@@ -1,9 +1,10 @@
 //! What mixture-of-head attention must do besides the laws.
 
 use burn::module::Param;
-use burn::tensor::{Distribution, Tolerance};
+use burn::tensor::Tolerance;
 
 use super::*;
+use crate::laws::draw;
 use crate::{Mask, Observe, Rope, RopeLayout};
 
 const SEQ: usize = 11;
@@ -36,7 +37,7 @@ fn query_norm(straight_through: StraightThrough) -> RouterConfig {
 fn layer(config: &MixtureOfHeadConfig, device: &Device) -> MixtureOfHead {
     let mut layer = config.init(&dims(), device);
     let mut spread = |projection: &mut Linear| {
-        projection.weight = Param::from_tensor(projection.weight.val().random_like(Distribution::Normal(0.0, 0.4)));
+        projection.weight = Param::from_tensor(draw(projection.weight.dims(), [0.0, 0.4], device));
     };
     [&mut layer.q_proj, &mut layer.k_proj, &mut layer.v_proj, &mut layer.o_proj].into_iter().for_each(&mut spread);
     layer
@@ -49,7 +50,7 @@ fn layer(config: &MixtureOfHeadConfig, device: &Device) -> MixtureOfHead {
 }
 
 fn input(device: &Device) -> Tensor<3> {
-    Tensor::random([2, SEQ, 24], Distribution::Normal(0.0, 1.0), device)
+    draw([2, SEQ, 24], [0.0, 1.0], device)
 }
 
 fn run(layer: &impl Mechanism, x: &Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
@@ -138,7 +139,6 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
         let layer = layer(&config(1, 2, router), &device);
         let x = input(&device).require_grad();
         let cotangent = input(&device);
-        let numbers = |tensor: Option<Tensor<3>>| tensor.expect("gradient").into_data();
         let got = run(&layer, &x, &Mask::causal(), Observe::Nothing).hidden;
         let (_, routing) = layer.route(x.clone(), None, Adapters::default());
         let rope = Rope::new(0..SEQ, 4, 100.0, RopeLayout::RotateHalf, &device);
@@ -150,8 +150,11 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
         let gated = heads.reshape([2, SEQ, 6, 4]) * routing.gates.unsqueeze_dim::<4>(3);
         let want = polyhead_kernels::linear(gated.reshape([2, SEQ, 24]), layer.o_proj.weight.val(), None);
         close(got.clone(), want.clone());
-        let slope = |out: Tensor<3>| numbers(x.grad(&(out * cotangent.clone()).sum().backward()));
-        slope(got).assert_approx_eq::<f32>(&slope(want), Tolerance::absolute(ROUNDING));
+        // Sums of many products: what rounding does to them is as large as their largest.
+        let slope = |out: Tensor<3>| x.grad(&(out * cotangent.clone()).sum().backward()).expect("gradient");
+        let (got, want) = (slope(got), slope(want));
+        let largest: f32 = want.clone().abs().max().into_scalar();
+        close(got / largest, want / largest);
     }
 }
 
