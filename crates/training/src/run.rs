@@ -51,6 +51,8 @@ pub struct Job<'a, M: Learner = Decoder> {
     pub held_out: &'a dyn Batches<M::Batch>,
     /// Further numbers about the model, by name: measured before the first step and with each validation.
     pub probe: Option<&'a Probe<'a, M>>,
+    /// Validate before the first step too: what a model that was trained elsewhere starts from.
+    pub validate_first: bool,
     /// Token ids of texts that the procedure watches the model on; no part of `train`.
     pub tracking: Vec<Vec<u32>>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
@@ -152,13 +154,15 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
         events.text("recipe", 0, &format!("```toml\n{}\n```", job.recipe))?;
     }
 
-    if let Some(probe) = job.probe.filter(|_| resumed.is_none()) {
-        let mut line = json!({ "step": 0 });
-        for (name, value) in probe(&model.valid()) {
-            line[&name] = json!(value);
-            events.as_mut().map_or(Ok(()), |events| events.scalar(&name, 0, value as f32))?;
+    if resumed.is_none() {
+        let probed = job.probe.map_or(Vec::new(), |probe| probe(&model.valid()));
+        if job.validate_first {
+            let sums = evaluate(&model, job.held_out, job.validation.batches)?;
+            write_validation(&mut metrics, events.as_mut(), 0, &sums, &probed)?;
+            view.validated(0, &sums.evaluated());
+        } else if !probed.is_empty() {
+            write_numbers(&mut metrics, events.as_mut(), (json!({ "step": 0 }), 0), &probed)?;
         }
-        metrics.append(&line)?;
     }
 
     let mut saved = job.resume.clone();
@@ -258,6 +262,24 @@ fn seed_of_step(seed: u64, step: u64) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|i| bytes[i]))
 }
 
+/// Adds numbers to a line of the log, and to the events.
+fn write_numbers(
+    metrics: &mut MetricsLog,
+    events: Option<&mut EventWriter>,
+    (mut line, step): (serde_json::Value, u64),
+    numbers: &[(String, f64)],
+) -> Result<(), TrainError> {
+    for (name, value) in numbers {
+        line[name] = json!(value);
+    }
+    metrics.append(&line)?;
+    let Some(events) = events else { return Ok(()) };
+    for (name, value) in numbers {
+        events.scalar(name, step, *value as f32)?;
+    }
+    Ok(events.flush()?)
+}
+
 /// Logs first, so that nothing up to the saved step can be missing; then the checkpoint; then what may go.
 fn save<M: Learner>(
     job: &Job<'_, M>,
@@ -331,32 +353,27 @@ fn write_step(
 
 fn write_validation(
     metrics: &mut MetricsLog,
-    events: Option<&mut EventWriter>,
+    mut events: Option<&mut EventWriter>,
     step: u64,
     sums: &impl Sums,
     measured: &[(String, f64)],
 ) -> Result<(), TrainError> {
     let told = sums.evaluated();
     let (loss, bits, accuracy) = (told.mean_loss(), told.bits_per_byte(), told.accuracy());
-    let mut line = json!({
+    let line = json!({
         "step": step, "validation_loss": loss, "validation_loss_bits": loss.to_bits(),
         "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": told.targets,
     });
-    let (numbers, of_layers) = (sums.numbers(), sums.of_layers());
-    let named = || of_layers.iter().chain(measured).map(|(name, value)| (name.as_str(), *value));
-    let all = || numbers.iter().copied().chain(named());
-    for (name, value) in all() {
-        line[name] = json!(value);
-    }
-    metrics.append(&line)?;
+    let mut numbers: Vec<(String, f64)> =
+        sums.numbers().iter().map(|(name, value)| (name.to_string(), *value)).collect();
+    numbers.extend(sums.of_layers());
+    numbers.extend_from_slice(measured);
+    write_numbers(metrics, events.as_deref_mut(), (line, step), &numbers)?;
     let Some(events) = events else { return Ok(()) };
     events.scalar("loss/validation", step, loss as f32)?;
     events.scalar("accuracy/validation", step, accuracy as f32)?;
     if let Some(bits) = bits {
         events.scalar("loss/validation_bits_per_byte", step, bits as f32)?;
-    }
-    for (name, value) in all() {
-        events.scalar(name, step, value as f32)?;
     }
     for (name, shown) in sums.matrices() {
         let png = matrix(&shown)?;

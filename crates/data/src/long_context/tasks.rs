@@ -13,13 +13,15 @@ use super::words::{CODES, LETTERS, PEOPLE, PLACES, THINGS, filler};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LongTask {
-    /// The code of one of eight things (RULER: needles with several keys).
+    /// The code of one of eight things, answered by the sentence that tells it (RULER: needles with several keys, where the
+    /// answer begins with the key too).
     NeedlesMulti,
     /// All variables that hold a value, given through a chain of three, beside another chain (RULER: variable tracking).
     VariableTracking,
     /// The two words that occur most often in a list, in alphabetical order (RULER: common words extraction).
     CommonWords,
-    /// Where a thing is that somebody took before going there, beside others' ways (BABILong: two supporting facts).
+    /// Where a thing is that somebody took before going there, beside others' ways, answered by both sentences (BABILong: two
+    /// supporting facts).
     MultiHop,
 }
 
@@ -122,8 +124,8 @@ fn needles(rng: &mut ChaCha8Rng) -> Facts {
         others: (1..8).map(|index| vec![sentence(index)]).collect(),
         questions: things
             .iter()
-            .zip(&codes)
-            .map(|(thing, code)| ask(format!("What is the code of the {thing}?"), code))
+            .enumerate()
+            .map(|(index, thing)| ask(format!("What is the code of the {thing}?"), &sentence(index)))
             .collect(),
         filler: Filler::Sentences,
     }
@@ -171,8 +173,8 @@ fn hops(rng: &mut ChaCha8Rng) -> Facts {
         others: (1..4).map(took).collect(),
         questions: things
             .iter()
-            .zip(&places)
-            .map(|(thing, place)| ask(format!("Where is the {thing}?"), place))
+            .enumerate()
+            .map(|(index, thing)| ask(format!("Where is the {thing}?"), &took(index).join(" ")))
             .collect(),
         filler: Filler::Sentences,
     }

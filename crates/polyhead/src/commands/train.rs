@@ -270,6 +270,7 @@ impl Task<'_> {
             train,
             held_out,
             probe,
+            validate_first: recipe.model.pretrained.is_some(),
             tracking,
             companions,
             recipe: text,

@@ -12,6 +12,8 @@ use crate::recipe;
 use crate::report::{Problem, Problems, in_words};
 use crate::schema;
 
+use super::settings::{Place, multiplied};
+
 /// A comparison. Its `extends` names the base recipe, as in a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -56,6 +58,9 @@ pub struct Comparison {
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub recipe: toml::Table,
+    /// A dial that every arm is trained at: each is compared with the base arm at the same setting.
+    #[serde(default)]
+    pub setting: Vec<Setting>,
     /// What is compared.
     pub arm: Vec<Arm>,
     /// What others found, and which arms show it; each is a row of the replication table.
@@ -99,6 +104,18 @@ pub struct Preparation {
     pub grow: Option<String>,
 }
 
+/// A setting of the dial.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    /// Its name; arms are reported as `ARM; SETTING`.
+    pub name: String,
+    /// What it changes of the base recipe, before an arm does.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+}
+
 /// One of the things that are compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -112,6 +129,9 @@ pub struct Arm {
     /// The key that is sought for this arm, where it is another one.
     #[serde(default)]
     pub solve: Option<String>,
+    /// Where it stands in the file.
+    #[serde(skip)]
+    pub place: Place,
 }
 
 /// What is made equal.
@@ -155,6 +175,9 @@ pub struct Claim {
     pub code: String,
     /// The arms that show it; the first one is what the others are compared with.
     pub arms: Vec<String>,
+    /// The setting that it is about. Default: each, a row for every one.
+    #[serde(default)]
+    pub setting: Option<String>,
     /// What is looked at: "validation_loss", "bits_per_byte", "accuracy", or a further number of the report by its name,
     /// such as "facts/ees". Default: the comparison's metric.
     #[serde(default)]
@@ -173,7 +196,7 @@ pub enum Looked {
 
 /// A comparison with where its keys stand.
 pub struct Read {
-    /// What it says.
+    /// What it says, every arm at every setting.
     pub comparison: Comparison,
     /// Its own layer.
     pub layer: Layer,
@@ -217,7 +240,10 @@ pub fn read(path: &Path) -> Result<Read, Problems> {
     let problems = rules(&comparison);
     let problems: Vec<Problem> =
         problems.into_iter().map(|(path, message)| Problem::at(std::slice::from_ref(&layer), &path, message)).collect();
-    if problems.is_empty() { Ok(Read { comparison, layer, base }) } else { Err(Problems(problems)) }
+    if !problems.is_empty() {
+        return Err(Problems(problems));
+    }
+    Ok(Read { comparison: multiplied(comparison), layer, base })
 }
 
 /// Rules about the comparison itself, each with the key it is about.
@@ -241,6 +267,17 @@ fn rules(comparison: &Comparison) -> Vec<(String, String)> {
         let key = format!("arm.{at}.name");
         rule(!names[..at].contains(name), key.clone(), format!("arm `{name}`: two arms have this name"));
         rule(!folder_name(name).is_empty(), key, format!("arm `{name}`: its name must hold a letter or a digit"));
+    }
+    let settings: Vec<String> = comparison.setting.iter().map(|setting| folder_name(&setting.name)).collect();
+    for (at, name) in settings.iter().enumerate() {
+        rule(
+            !name.is_empty() && !settings[..at].contains(name),
+            format!("setting.{at}.name"),
+            format!(
+                "setting `{}`: a name must hold a letter or a digit, and differ from the others",
+                comparison.setting[at].name
+            ),
+        );
     }
     if let Some(base) = &comparison.base {
         rule(known(base), "base".into(), format!("base: no arm is called \"{base}\"; there are {}", listed()));
@@ -294,8 +331,22 @@ fn rules(comparison: &Comparison) -> Vec<(String, String)> {
         for name in &claim.arms {
             rule(known(name), key.clone(), format!("claim: no arm is called \"{name}\"; there are {}", listed()));
         }
+        let setting = claim.setting.as_ref();
+        rule(
+            setting.is_none_or(|name| comparison.setting.iter().any(|setting| setting.name == *name)),
+            format!("claim.{at}.setting"),
+            format!("claim: no setting is called \"{}\"", setting.map_or("", String::as_str)),
+        );
     }
     problems
+}
+
+impl Arm {
+    /// What its setting changes of the base recipe, and what it changes itself.
+    pub fn layers(&self, layer: &Layer) -> Vec<Layer> {
+        let setting = self.place.setting.map(|at| layer.part(&["setting", &at.to_string(), "recipe"]));
+        setting.into_iter().chain([layer.part(&["arm", &self.place.arm.to_string(), "recipe"])]).collect()
+    }
 }
 
 impl Comparison {

@@ -52,6 +52,8 @@ pub struct Curves<'a> {
     pub curves: Vec<Curve>,
     /// Whether the steep beginning (the first tenth) may be cut off.
     pub cut: bool,
+    /// What stands at 0, 1, 2 and so on along the horizontal axis, instead of numbers.
+    pub names: &'a [&'a str],
     /// Width and height in pixels.
     pub size: (u32, u32),
 }
@@ -98,7 +100,12 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
             .y_label_area_size(if figure.y.is_empty() { 48 } else { 64 })
             .build_cartesian_2d(0.0..right.max(1e-9), range.0..range.1)
             .map_err(said)?;
-        mesh(&mut chart, figure.x, figure.y, &|x| short(*x, right), &|y| label(*y, format))?;
+        let name = |x: &f64| match figure.names.get(x.round() as usize) {
+            Some(name) if (x - x.round()).abs() < 1e-6 => (*name).to_owned(),
+            Some(_) => String::new(),
+            None => short(*x, right),
+        };
+        mesh(&mut chart, figure.x, figure.y, &name, &|y| label(*y, format))?;
         let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
         for curve in &figure.curves {
             let colour = colour(curve.arm);
@@ -379,6 +386,7 @@ mod tests {
             y: "loss",
             curves: vec![Curve { arm: 0, points: points.clone() }, Curve { arm: 9, points }],
             cut: true,
+            names: &[],
             size: (560, 340),
         };
         let row = |name: &str| Row { arm: 1, name: name.into(), values: vec![1.0, 2.0], mean: 1.5, margin: Some(6.0) };

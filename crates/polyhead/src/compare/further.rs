@@ -42,7 +42,7 @@ pub struct Further {
 /// Everything further that some run has.
 pub fn further(outcome: &Outcome) -> Vec<Further> {
     let caught_up = Further {
-        metric: Metric::logged("tokens until the last loss of the base arm"),
+        metric: Metric::logged(&outcome.in_units("tokens until the last loss of the base arm")),
         values: (0..outcome.arms.len()).map(|arm| catching_up(outcome, arm)).collect(),
     };
     let last: Vec<Vec<(u64, BTreeMap<String, f64>)>> = outcome
@@ -105,7 +105,7 @@ fn catching_up(outcome: &Outcome, arm: usize) -> Vec<(u64, f64)> {
         Some(curve(&run.history, of.tokens_per_step, |line| line["validation_loss"].as_f64()))
     };
     let of_seed = |&seed: &u64| {
-        let goal = validations(outcome.base, seed)?.last()?.value;
+        let goal = validations(outcome.comparison.base_of(arm), seed)?.last()?.value;
         let reached = validations(arm, seed)?.into_iter().find(|point| point.value <= goal)?;
         Some((seed, reached.tokens))
     };

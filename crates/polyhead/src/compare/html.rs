@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::ops::Range;
+
+use serde_json::Value;
 
 use crate::page::{escape, figure, page, table};
 use crate::report::Failure;
@@ -9,7 +12,7 @@ use crate::report::Failure;
 use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
 use super::further;
 use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics, spread};
-use super::outcome::{METRICS, Metric, Outcome, Point, curve};
+use super::outcome::{Metric, Outcome, Point, curve};
 use super::statistics::Summary;
 
 /// The report.
@@ -17,8 +20,10 @@ use super::statistics::Summary;
 /// # Errors
 /// If a figure cannot be drawn.
 pub fn report(outcome: &Outcome) -> Result<String, Failure> {
-    let mut body =
-        format!("<h1>{}</h1>\n<p class=\"finding\">{}</p>\n", escape(&outcome.title), escape(&outcome.finding()));
+    let mut body = format!("<h1>{}</h1>\n", escape(&outcome.title));
+    for sentence in outcome.finding().lines() {
+        let _ = writeln!(body, "<p class=\"finding\">{}</p>", escape(sentence));
+    }
     for problem in failures(outcome) {
         let _ = writeln!(body, "<p class=\"failed\">{}</p>", escape(&problem));
     }
@@ -34,12 +39,12 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
     let metric = outcome.comparison.metric.metric();
     let head = ["arm", "mean difference", "95 % interval", "n", "seed by seed"].map(String::from);
     let rows = difference_rows(outcome, metric).into_iter().map(|row| row.to_vec()).collect();
-    let base = &outcome.arms[outcome.base].name;
-    let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(base), metric.label(), table(&head, rows));
+    let base = outcome.comparison.base_in_words();
+    let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(&base), metric.label(), table(&head, rows));
     let more = table(&further::head(outcome), further::rows(outcome));
     let _ =
         write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
-    let runs = table(&run_head(), run_rows(outcome));
+    let runs = table(&run_head(outcome), run_rows(outcome));
     let _ = write!(
         body,
         "<h2>Every run</h2>\n<details><summary>All {} runs</summary>{runs}</details>\n",
@@ -58,31 +63,69 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
 }
 
 fn figures(outcome: &Outcome) -> Result<String, String> {
-    let metric = outcome.comparison.metric.metric();
+    let groups = outcome.comparison.groups();
     let mut out = String::from("<ul class=\"legend\">\n");
-    for (at, arm) in outcome.arms.iter().enumerate() {
-        let _ = writeln!(out, "<li>{}{}</li>", legend_mark(at)?, escape(&arm.name));
+    for arm in groups.first().into_iter().flat_map(|(_, group)| group.clone()) {
+        let _ = writeln!(out, "<li>{}{}</li>", legend_mark(arm)?, escape(outcome.comparison.plain_name(arm)));
     }
-    out.push_str("</ul>\n<div class=\"figures\">\n");
+    out.push_str("</ul>\n");
+    out.push_str(&over_settings(outcome)?);
+    for (setting, group) in groups {
+        if let Some(setting) = setting {
+            let _ = writeln!(out, "<h2>{}</h2>", escape(&capital(setting)));
+        }
+        out.push_str(&figures_of(outcome, group)?);
+    }
+    Ok(out)
+}
+
+/// The metric at every setting, a line for each arm.
+fn over_settings(outcome: &Outcome) -> Result<String, String> {
+    let metric = outcome.comparison.metric.metric();
+    let groups = outcome.comparison.groups();
+    let names: Vec<&str> = groups.iter().filter_map(|(name, _)| *name).collect();
+    if names.len() < 2 {
+        return Ok(String::new());
+    }
+    let curve = |arm: usize| {
+        let at = |(at, (_, group)): (usize, &(Option<&str>, Range<usize>))| {
+            let summary = outcome.summary(group.start + arm, metric)?;
+            let spread = summary.deviation.unwrap_or(0.0) * metric.factor;
+            Some(At { x: at as f64, y: summary.mean * metric.factor, spread })
+        };
+        Curve { arm, points: groups.iter().enumerate().filter_map(at).collect() }
+    };
+    let title = format!("{} at every setting", capital(&metric.title));
+    let found = (0..groups[0].1.len()).map(curve).collect();
+    let (y, size) = (metric.label(), (860, 400));
+    let plot = Curves { title: &title, x: "", y: &y, curves: found, cut: false, names: &names, size };
+    let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &svg));
+    Ok(format!("<div class=\"figures\">{}</div>\n", svg.unwrap_or_default()))
+}
+
+/// The figures of the arms of a setting.
+fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> {
+    let metric = outcome.comparison.metric.metric();
+    let mut out = String::from("<div class=\"figures\">\n");
     let mut add = |title: &str, small: &str, svg: Option<String>| {
         if let Some(svg) = svg {
             out.push_str(&figure(title, small, &svg));
         }
     };
 
-    let base = &outcome.arms[outcome.base].name;
-    let differences = (0..outcome.arms.len()).filter(|&arm| arm != outcome.base).filter_map(|arm| {
-        let summary = outcome.difference(arm, outcome.base, metric)?;
-        Some(row(outcome, arm, metric, summary, outcome.differences(arm, outcome.base, metric)))
+    let differences = outcome.pairs(group.clone()).filter_map(|(arm, base)| {
+        let summary = outcome.difference(arm, base, metric)?;
+        Some(row(outcome, arm, metric, summary, outcome.differences(arm, base, metric)))
     });
     let differences: Vec<Row> = differences.collect();
-    let title = format!("Difference to {base}, {}", metric.label());
+    let title = format!("Difference to {}, {}", outcome.comparison.base_in_words(), metric.label());
     let better =
         if outcome.comparison.metric.grows() { "right of the line is better" } else { "left of the line is better" };
     let small = format!("filled: mean; rings: seeds; bar: 95 % interval; {better}");
     add(&title, &small, dot_plot(&title, &metric.label(), &differences, true)?);
 
-    let rows = (0..outcome.arms.len())
+    let rows = group
+        .clone()
         .filter_map(|arm| Some(row(outcome, arm, metric, outcome.summary(arm, metric)?, outcome.values(arm, metric))));
     let title = format!("At the end: {}", metric.label());
     let small = "filled: mean; rings: seeds; bar: 95 % interval of the mean";
@@ -92,41 +135,60 @@ fn figures(outcome: &Outcome) -> Result<String, String> {
     let logged = ("validation_loss", "validation loss, nats");
     let second = (metric.key == "accuracy").then_some(("validation_accuracy", "validation accuracy"));
     for (key, y) in second.into_iter().chain([logged]) {
-        for (x, over) in [("tokens", tokens as fn(&Point) -> f64), ("seconds of training", seconds)] {
-            let mut found = Vec::new();
-            for (arm, runs) in outcome.arms.iter().enumerate() {
-                let of_run = |history: &[_]| curve(history, runs.tokens_per_step, |line| line[key].as_f64());
-                let points = mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), over);
-                found.push(Curve { arm, points });
-            }
+        let units = outcome.in_units("tokens");
+        for (x, over) in [(units.as_str(), tokens as fn(&Point) -> f64), ("seconds of training", seconds)] {
+            let found = curves_of(outcome, group.clone(), over, |line| line[key].as_f64());
             let title = format!("{} over {x}", capital(y.split(',').next().unwrap_or(y)));
             let cut = key == "validation_loss";
-            let figure = Curves { title: &title, x, y, curves: found, cut, size: (560, 340) };
+            let figure = Curves { title: &title, x, y, curves: found, cut, names: &[], size: (560, 340) };
             add(&title, "mean over seeds; band: one standard deviation", curves(&figure)?);
         }
     }
 
     for x in ["kv_bytes_per_token", "tokens_per_second"] {
-        let Some(other) = METRICS.iter().find(|metric| metric.key == x) else { continue };
-        let dots = (0..outcome.arms.len()).filter_map(|arm| {
-            let (x, y) = (outcome.summary(arm, other)?, outcome.summary(arm, metric)?);
+        let Some(other) = outcome.metrics().into_iter().find(|metric| metric.key == x) else { continue };
+        let dots = group.clone().filter_map(|arm| {
+            let (x, y) = (outcome.summary(arm, &other)?, outcome.summary(arm, metric)?);
             let spread = y.deviation.unwrap_or(0.0) * metric.factor;
             let at = At { x: x.mean * other.factor, y: y.mean * metric.factor, spread };
-            Some(Dot { arm, name: outcome.arms[arm].name.clone(), at })
+            Some(Dot { arm: colour_of(outcome, arm), name: outcome.comparison.plain_name(arm).to_owned(), at })
         });
         let title = format!("{} against {}", capital(&metric.title), other.title);
         let svg = scatter(&title, &other.label(), &metric.label(), &dots.collect::<Vec<_>>())?;
         add(&title, "mean over seeds; bar: one standard deviation", svg);
     }
     out.push_str("</div>\n");
-    out.push_str(&observations(outcome)?);
+    out.push_str(&observations(outcome, group)?);
     Ok(out)
+}
+
+/// An arm has the same colour at every setting.
+fn colour_of(outcome: &Outcome, arm: usize) -> usize {
+    outcome.comparison.arm[arm].place.arm
+}
+
+/// A curve of the means over seeds for every arm that logged something.
+fn curves_of(
+    outcome: &Outcome,
+    group: Range<usize>,
+    over: fn(&Point) -> f64,
+    value: impl Fn(&Value) -> Option<f64> + Copy,
+) -> Vec<Curve> {
+    let of_arm = |arm: usize| {
+        let runs = &outcome.arms[arm];
+        let of_run = |history: &[Value]| curve(history, runs.tokens_per_step, value);
+        Curve {
+            arm: colour_of(outcome, arm),
+            points: mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), over),
+        }
+    };
+    group.map(of_arm).filter(|curve| !curve.points.is_empty()).collect()
 }
 
 fn row(outcome: &Outcome, arm: usize, metric: &Metric, summary: Summary, values: Vec<(u64, f64)>) -> Row {
     Row {
-        arm,
-        name: outcome.arms[arm].name.clone(),
+        arm: colour_of(outcome, arm),
+        name: outcome.comparison.plain_name(arm).to_owned(),
         values: values.into_iter().map(|(_, value)| value * metric.factor).collect(),
         mean: summary.mean * metric.factor,
         margin: summary.margin.map(|margin| margin * metric.factor),
@@ -156,12 +218,12 @@ fn mean_curve(runs: impl Iterator<Item = Vec<Point>>, x: fn(&Point) -> f64) -> V
 }
 
 /// What runs logged besides, a small figure each: what mechanisms tell about themselves, then the rest.
-fn observations(outcome: &Outcome) -> Result<String, String> {
-    let logs = outcome.arms.iter().flat_map(|arm| &arm.runs).map(|run| &run.history);
+fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String> {
+    let logs = outcome.arms[group.clone()].iter().flat_map(|arm| &arm.runs).map(|run| &run.history);
     let names: BTreeSet<String> = logs.flat_map(|history| further::names(history)).collect();
     let (mechanisms, others): (Vec<_>, Vec<_>) =
         names.into_iter().partition(|name| name.starts_with(further::MECHANISM));
-    let mut out = String::new();
+    let (mut out, units) = (String::new(), outcome.in_units("tokens"));
     for (names, heading, small) in [
         (mechanisms, "What the mechanisms do", "Observed on a held-out row; means over heads, layers and seeds."),
         (others, "What else was logged", "Means over seeds."),
@@ -171,19 +233,12 @@ fn observations(outcome: &Outcome) -> Result<String, String> {
         }
         let _ = writeln!(
             out,
-            "<h2>{heading}</h2>\n<p class=\"quiet\">{small} Horizontal: tokens.</p>\n<div class=\"figures small\">"
+            "<h2>{heading}</h2>\n<p class=\"quiet\">{small} Horizontal: {units}.</p>\n<div class=\"figures small\">"
         );
         for name in names {
-            let mut found = Vec::new();
-            for (arm, runs) in outcome.arms.iter().enumerate() {
-                let of_run = |history: &[_]| curve(history, runs.tokens_per_step, |line| further::value(line, &name));
-                let points = mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), tokens);
-                if !points.is_empty() {
-                    found.push(Curve { arm, points });
-                }
-            }
+            let found = curves_of(outcome, group.clone(), tokens, |line| further::value(line, &name));
             let title = capital(&name.trim_start_matches(further::MECHANISM).replace('_', " "));
-            let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, size: (340, 220) };
+            let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, names: &[], size: (340, 220) };
             if let Some(svg) = curves(&plot)? {
                 out.push_str(&figure(&title, "", &svg));
             }

@@ -14,7 +14,7 @@ pub fn report(outcome: &Outcome) -> String {
     }
     out.push_str(&table(outcome));
     let metric = outcome.comparison.metric.metric();
-    let base = &outcome.arms[outcome.base].name;
+    let base = outcome.comparison.base_in_words();
     let _ = writeln!(out, "\n## Differences to {base}, {}\n", metric.label());
     out.push_str("| arm | mean | 95 % interval | n | seed by seed |\n|---|---|---|---|---|\n");
     for row in difference_rows(outcome, metric) {
@@ -27,8 +27,8 @@ pub fn report(outcome: &Outcome) -> String {
         out.push_str(&row(&cells));
     }
     out.push_str("\n## Every run\n\n");
-    out.push_str(&row(&run_head()));
-    out.push_str(&format!("|{}\n", "---|".repeat(run_head().len())));
+    out.push_str(&row(&run_head(outcome)));
+    out.push_str(&format!("|{}\n", "---|".repeat(run_head(outcome).len())));
     for cells in run_rows(outcome) {
         out.push_str(&row(&cells));
     }
@@ -65,9 +65,9 @@ fn table(outcome: &Outcome) -> String {
 }
 
 /// The numbers that some run has.
-pub fn shown_metrics(outcome: &Outcome) -> Vec<&'static Metric> {
-    let has = |metric: &&Metric| (0..outcome.arms.len()).any(|arm| !outcome.values(arm, metric).is_empty());
-    METRICS.iter().filter(has).collect()
+pub fn shown_metrics(outcome: &Outcome) -> Vec<Metric> {
+    let has = |metric: &Metric| (0..outcome.arms.len()).any(|arm| !outcome.values(arm, metric).is_empty());
+    outcome.metrics().into_iter().filter(has).collect()
 }
 
 /// `mean ± standard deviation`, without the latter where all values are the same number or there is one only.
@@ -85,14 +85,14 @@ pub fn spread(summary: Option<Summary>, metric: &Metric) -> String {
 pub fn difference_rows(outcome: &Outcome, metric: &Metric) -> Vec<[String; 5]> {
     let signed = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
     let mut rows = Vec::new();
-    for arm in (0..outcome.arms.len()).filter(|&arm| arm != outcome.base) {
+    for (arm, base) in outcome.pairs(0..outcome.arms.len()) {
         let name = outcome.arms[arm].name.clone();
-        let Some(difference) = outcome.difference(arm, outcome.base, metric) else {
+        let Some(difference) = outcome.difference(arm, base, metric) else {
             rows.push([name, "–".into(), "–".into(), "0".into(), "no pair of finished runs".into()]);
             continue;
         };
         let interval = difference.interval().map(|(low, high)| format!("{} to {}", signed(low), signed(high)));
-        let single = outcome.differences(arm, outcome.base, metric);
+        let single = outcome.differences(arm, base, metric);
         let single = single.iter().map(|(seed, value)| format!("{} (seed {seed})", signed(*value)));
         let single = single.collect::<Vec<_>>().join(", ");
         let interval = interval.unwrap_or_else(|| "none from one seed".into());
@@ -102,8 +102,8 @@ pub fn difference_rows(outcome: &Outcome, metric: &Metric) -> Vec<[String; 5]> {
 }
 
 /// The head of the table of all runs.
-pub fn run_head() -> Vec<String> {
-    ["arm".to_owned(), "seed".to_owned()].into_iter().chain(METRICS[..6].iter().map(Metric::label)).collect()
+pub fn run_head(outcome: &Outcome) -> Vec<String> {
+    ["arm".to_owned(), "seed".to_owned()].into_iter().chain(outcome.metrics()[..6].iter().map(Metric::label)).collect()
 }
 
 /// Every run with its numbers; a failed one with why.
@@ -118,7 +118,7 @@ pub fn run_rows(outcome: &Outcome) -> Vec<Vec<String>> {
                 })),
                 Err(problem) => {
                     cells.push(format!("FAILED: {}", problem.lines().last().unwrap_or_default()));
-                    cells.resize(run_head().len(), String::new());
+                    cells.resize(run_head(outcome).len(), String::new());
                 }
             }
             rows.push(cells);
@@ -133,8 +133,8 @@ pub fn notes(outcome: &Outcome) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some(result) = outcome.results().next() {
         let steps = crate::console::thousands(result.steps);
-        let tokens = crate::console::thousands(result.tokens);
-        notes.push(format!("Data: {}. Every run takes {steps} steps, {tokens} tokens.", result.data));
+        let tokens = outcome.in_units(&format!("{} tokens", crate::console::thousands(result.tokens)));
+        notes.push(format!("Data: {}. Every run takes {steps} steps, {tokens}.", result.data));
     }
     if comparison.same_data {
         notes.push("Runs of one seed see the same data in the same order.".into());
@@ -156,7 +156,7 @@ pub fn notes(outcome: &Outcome) -> Vec<String> {
         })
         .collect();
     if !found.is_empty() {
-        let base = &outcome.arms[outcome.base].name;
+        let base = comparison.base_in_words();
         notes.push(format!(
             "Equal {}: the arms were made to cost what {base} costs. {}.",
             matched.words(),

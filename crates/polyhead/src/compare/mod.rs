@@ -1,6 +1,6 @@
 //! `polyhead compare`: is one mechanism better than another at the same budget, and by more than chance?
 //!
-//! In order: the file says what is compared (`comparison.rs`), what arms start from is made (`prepare.rs`), every arm gets a
+//! In order: the file says what is compared (`comparison.rs`, `settings.rs`), what arms start from is made (`prepare.rs`), every arm gets a
 //! recipe of the same cost (`matching.rs`, `plan.rs`), every run is a process of its own (`runs.rs`, `progress.rs`) and so is
 //! every task that it is put to (`evaluate.rs`), what they reached is put together (`outcome.rs`, `further.rs`,
 //! `statistics.rs`) and written for people (`markdown.rs`, `html.rs`, `figures.rs`) and for the replication table
@@ -19,6 +19,7 @@ mod prepare;
 mod progress;
 pub mod record;
 mod runs;
+mod settings;
 pub mod statistics;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -181,7 +182,9 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
         let [a, b, c, d, e] = cells;
         put!("{name:<width$} {a:>12} {b:>10} {c:>14} {d:>14} {e:>12}")
     };
-    line("arm", ["parameters", "off", "FLOPs/token", "KV B/token", "one run"])?;
+    let first = &plan.arms[plan.comparison.base_of(0)].choices[0].run;
+    let unit = first.known()?.unit();
+    line("arm", ["parameters", "off", &format!("FLOPs/{unit}"), &format!("KV B/{unit}"), "one run"])?;
     let mut whole = Duration::ZERO;
     for arm in &plan.arms {
         for choice in &arm.choices {
@@ -205,9 +208,7 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
     }
     put!("")?;
     told_matches(plan);
-    let first = &plan.arms[plan.base].choices[0].run;
-    let (tokens, unit) =
-        (tokens_per_step(&first.recipe).saturating_mul(first.recipe.training.steps), first.known()?.unit());
+    let tokens = tokens_per_step(&first.recipe).saturating_mul(first.recipe.training.steps);
     let Share { jobs, threads } = share;
     let (runs, seeds) = (plan.runs.len(), plan.comparison.seeds.len());
     put!("runs       {runs}: {} arms, {seeds} seeds; {jobs} at a time, {threads} threads each", plan.arms.len())?;

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -31,8 +32,6 @@ pub struct Outcome {
     pub prepared: Vec<String>,
     /// What was asked for.
     pub comparison: Comparison,
-    /// Which arm the others are compared with.
-    pub base: usize,
     /// The arms, in their order.
     pub arms: Vec<ArmOutcome>,
 }
@@ -67,7 +66,7 @@ pub struct RunOutcome {
     pub end: Result<RunResult, String>,
     /// Its log.
     pub history: Vec<Value>,
-    /// What the comparison's tasks told, by name.
+    /// What the comparison's tasks told, and the conversion that made what it starts from, by name.
     pub evaluated: BTreeMap<String, f64>,
 }
 
@@ -246,7 +245,7 @@ impl Outcome {
                 folder: run.folder.clone(),
                 end,
                 history,
-                evaluated: BTreeMap::new(),
+                evaluated: conversion(&run.text),
             });
         }
         let quality = plan.comparison.metric;
@@ -258,7 +257,6 @@ impl Outcome {
             command: command.to_owned(),
             prepared,
             comparison: plan.comparison.clone(),
-            base: plan.base,
             arms: arms.collect::<Result<_, Failure>>()?,
         })
     }
@@ -314,18 +312,41 @@ impl Outcome {
         self.arms.iter().flat_map(|arm| arm.runs.iter().filter_map(|run| run.end.as_ref().ok()))
     }
 
-    /// What was found, in words.
+    /// Arms of a group that are compared, each with what it is compared with.
+    pub fn pairs(&self, group: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+        group.map(|arm| (arm, self.comparison.base_of(arm))).filter(|(arm, base)| arm != base)
+    }
+
+    /// Words about tokens, in the unit that the runs count: classifiers learn from examples.
+    pub fn in_units(&self, words: &str) -> String {
+        let unit = self.results().next().map_or("token", |result| result.unit.as_str());
+        words.replace("token", unit)
+    }
+
+    /// The numbers that every run has, as this comparison calls them.
+    pub fn metrics(&self) -> Vec<Metric> {
+        let named = |metric: &Metric| Metric { title: Cow::Owned(self.in_units(&metric.title)), ..metric.clone() };
+        METRICS.iter().map(named).collect()
+    }
+
+    /// What was found, in words; a sentence for each setting.
     pub fn finding(&self) -> String {
+        let groups = self.comparison.groups();
+        groups.into_iter().map(|(_, group)| self.finding_of(group)).collect::<Vec<_>>().join("\n")
+    }
+
+    fn finding_of(&self, group: Range<usize>) -> String {
         let metric = self.comparison.metric.metric();
-        let base = &self.arms[self.base].name;
-        let Some(reached) = self.summary(self.base, metric) else {
+        let first = self.comparison.base_of(group.start);
+        let base = &self.arms[first].name;
+        let Some(reached) = self.summary(first, metric) else {
             return format!("No run of the base arm, {base}, has finished: there is nothing to compare with.");
         };
         let shown = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
         let (mut worse, mut better, mut equal, mut alone) = (vec![], vec![], vec![], vec![]);
-        for arm in (0..self.arms.len()).filter(|&arm| arm != self.base) {
-            let name = &self.arms[arm].name;
-            let Some(difference) = self.difference(arm, self.base, metric) else {
+        for (arm, base) in self.pairs(group) {
+            let name = self.comparison.plain_name(arm);
+            let Some(difference) = self.difference(arm, base, metric) else {
                 alone.push(format!("{name} (no run to compare)"));
                 continue;
             };
@@ -364,6 +385,27 @@ impl Outcome {
         words.push('.');
         words
     }
+}
+
+/// What `conversion.json` says of the model that a run starts from, if a conversion made it.
+fn conversion(recipe: &str) -> BTreeMap<String, f64> {
+    let folder = recipe.parse::<toml::Table>().ok().and_then(|recipe| {
+        let folder = recipe.get("model")?.get("pretrained")?.as_str()?;
+        Some(PathBuf::from(folder))
+    });
+    let read =
+        || -> Option<Value> { serde_json::from_slice(&std::fs::read(folder?.join("conversion.json")).ok()?).ok() };
+    let told = read().unwrap_or_default();
+    let (before, after) = (told["before"]["loss"].as_f64(), told["after"]["loss"].as_f64());
+    let jump = before.zip(after).map(|(before, after)| after - before);
+    let numbers = [
+        ("loss_before", before),
+        ("loss_after", after),
+        ("jump", jump),
+        ("divergence", told["divergence"].as_f64()),
+        ("scatter", told["scatter"].as_f64()),
+    ];
+    numbers.into_iter().filter_map(|(name, value)| Some((format!("conversion/{name}"), value?))).collect()
 }
 
 fn space_before(unit: &str) -> String {

@@ -23,8 +23,6 @@ pub struct Plan {
     pub out: PathBuf,
     /// The arms, in their order.
     pub arms: Vec<ArmPlan>,
-    /// Which of them the others are compared with.
-    pub base: usize,
     /// Every run, those of the first seed first, so that arms can be compared early.
     pub runs: Vec<Run>,
 }
@@ -74,19 +72,19 @@ type Layered = (Vec<Layer>, Resolved);
 /// A hash of what a recipe learns from: see [`result::id`].
 pub type TextHash<'a> = dyn FnMut(&Resolved) -> Result<Option<String>, Failure> + 'a;
 
-/// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet, or learns classes from
-/// files, which tell the size of the model: then nothing can be counted.
+/// Whether all arms are recipes, and one of them starts from a folder of weights that is not there yet, or learns classes or
+/// pairs from files, which tell the size of the model: then nothing can be counted.
 pub fn waits_for_files(read: &Read, prepared: &Prepared) -> bool {
     let mut waits = false;
-    for at in 0..read.comparison.arm.len() {
+    for arm in &read.comparison.arm {
         let mut layers = read.base.clone();
         layers.push(read.layer.part(&["recipe"]));
-        layers.push(read.layer.part(&["arm", &at.to_string(), "recipe"]));
+        layers.extend(arm.layers(&read.layer));
         // What is wrong with an arm is told by `plan`, which names it.
         let layers = prepared.filled(layers, read.comparison.seeds[0]);
         let Ok(loaded) = layers.and_then(recipe::from_layers) else { return false };
         let Recipe { data, model, .. } = &loaded.recipe;
-        waits |= data.is_labelled() && !data.is_generated();
+        waits |= (data.is_labelled() || data.is_pairs()) && !data.is_generated();
         waits |= model.pretrained.as_ref().is_some_and(|folder| !folder.exists());
     }
     waits
@@ -105,25 +103,21 @@ pub fn plan(
 ) -> Result<Plan, Failure> {
     let Read { comparison, layer, base: mut below } = read;
     below.push(layer.part(&["recipe"]));
-    let base = comparison.base.as_ref().and_then(|name| comparison.arm.iter().position(|arm| arm.name == *name));
-    let base = base.unwrap_or(0);
     let arms = load(&comparison, &layer, &below, prepared)?;
 
     let totals = |run: &Resolved| Ok::<_, Failure>(Totals::of_recipe(&run.recipe, run.known()?));
-    let targets: Vec<u64> =
-        arms[base].iter().map(|(_, run)| Ok(comparison.matched.of(&totals(run)?))).collect::<Result<_, Failure>>()?;
-
     let (mut planned, mut problems) = (Vec::new(), Vec::new());
     for (at, choices) in arms.iter().enumerate() {
-        let arm = &comparison.arm[at];
+        let (arm, base) = (&comparison.arm[at], &arms[comparison.base_of(at)]);
         let mut refuse = |key: &str, message: String| {
             let message = format!("arm `{}`: {message}", arm.name);
-            problems.push(Problem::at(std::slice::from_ref(&layer), &format!("arm.{at}.{key}"), message));
+            problems.push(Problem::at(std::slice::from_ref(&layer), &format!("arm.{}.{key}", arm.place.arm), message));
         };
         let words = comparison.choices();
         let mut ready = Vec::new();
-        for ((layers, own), (words, target)) in choices.iter().zip(words.iter().zip(&targets)) {
-            if let Some(key) = other_data(&arms[base][0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
+        for ((layers, own), (words, (_, to))) in choices.iter().zip(words.iter().zip(base)) {
+            let target = comparison.matched.of(&totals(to)?);
+            if let Some(key) = other_data(&base[0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
                 refuse(
                     "recipe",
                     format!(
@@ -134,8 +128,8 @@ pub fn plan(
             }
             let (key, known) = (arm.solve.as_ref().unwrap_or(&comparison.solve), own.known()?);
             // What costs the same already is left as it is.
-            let seek = comparison.matched != Matched::None && comparison.matched.of(&totals(own)?) != *target;
-            let matched = match seek.then(|| equal(&comparison, key, *target, layers, known)) {
+            let seek = comparison.matched != Matched::None && comparison.matched.of(&totals(own)?) != target;
+            let matched = match seek.then(|| equal(&comparison, key, target, layers, known)) {
                 None => None,
                 Some(Ok(found)) => Some(found),
                 Some(Err(message)) => {
@@ -157,7 +151,7 @@ pub fn plan(
         return Err(Problems(problems).into());
     }
     let runs = runs(&comparison, &planned, (prepared, out), text_hash)?;
-    Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, base, runs })
+    Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, runs })
 }
 
 /// Every arm's layers with every choice of the sweep, each checked as a recipe.
@@ -168,18 +162,19 @@ fn load(
     prepared: &Prepared,
 ) -> Result<Vec<Vec<Layered>>, Failure> {
     let (mut arms, mut problems) = (Vec::new(), Vec::new());
-    for (at, arm) in comparison.arm.iter().enumerate() {
-        let own = layer.part(&["arm", &at.to_string(), "recipe"]);
+    for arm in &comparison.arm {
+        let own = arm.layers(layer);
         let key = arm.solve.as_ref().unwrap_or(&comparison.solve);
         let parts: Vec<&str> = key.split('.').collect();
-        if comparison.matched != Matched::None && own.find(&parts).is_some_and(|(_, depth)| depth == parts.len()) {
+        let sets = |layer: &Layer| layer.find(&parts).is_some_and(|(_, depth)| depth == parts.len());
+        if comparison.matched != Matched::None && own.iter().any(sets) {
             let message = format!("arm `{}`: {key} is what match seeks: leave it out here, or match nothing", arm.name);
-            problems.push(Problem::at(std::slice::from_ref(&own), key, message));
+            problems.push(Problem::at(&own, key, message));
         }
         let mut choices = Vec::new();
         for choice in comparison.choices() {
             let mut layers = below.to_vec();
-            layers.push(own.clone());
+            layers.extend(own.clone());
             for words in &choice {
                 layers.push(line("sweep", words)?);
             }

@@ -135,9 +135,12 @@ pub fn summarize(
             Sharing::Resting(split) => heads.push(head_map(split)),
         }
     }
+    // Of a parent whose heads were led together: how far they still are apart.
+    let scatter = surgery::scatter(parent).map(|cells| cells.iter().sum::<f64>() / cells.len() as f64);
     let summary = json!({
         "conversion": conversion,
         "before": sums(&measured.before), "after": sums(&measured.after), "divergence": measured.divergence,
+        "scatter": scatter,
         "targets": measured.before.targets, "kv_bytes_per_token": [cached_bytes(parent), cached_bytes(child)],
         "allocation": allocation, "heads": heads,
     });
