@@ -27,9 +27,10 @@ pub use tasks::LongTask;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LongContextConfig {
-    /// What is asked; in turns. Default: all of needles_multi, variable_tracking, common_words, multi_hop.
+    /// What is asked; in turns. Default: all of key_value, needles_multi, variable_tracking, common_words,
+    /// multi_hop.
     pub tasks: Vec<LongTask>,
-    /// Questions about each text, in turns, where the task knows as many. Default: 1.
+    /// Questions about each text, in turns, where the task knows as many and there is room. Default: 1.
     pub questions: usize,
     /// The chat template, as in data.chat. Default: "plain".
     pub template: String,
@@ -84,11 +85,16 @@ impl Problems<'_> {
         let probe: String = (0..16).map(|index| facts.filler.piece(index, rng) + " ").collect();
         let per_piece = (self.tokenizer.encode(&probe)?.len() as f64 / 16.0).max(1.0);
         let mut count = (length as f64 / per_piece * 1.1) as usize;
+        let mut questions = self.questions.clamp(1, facts.questions.len());
         loop {
-            let problem = self.tokens(&facts, &place(&facts, count, depth, &mut rng.clone()))?;
+            let problem = self.tokens(&facts, questions, &place(&facts, count, depth, &mut rng.clone()))?;
             let over = problem.tokens.tokens.len().saturating_sub(length);
             if over == 0 && count >= facts.filler.least() {
                 return Ok(problem);
+            }
+            if count <= facts.filler.least() && questions > 1 {
+                questions -= 1;
+                continue;
             }
             if count <= facts.filler.least() {
                 return Err(DataError::Unusable(format!(
@@ -102,8 +108,8 @@ impl Problems<'_> {
         }
     }
 
-    fn tokens(&self, facts: &Facts, text: &str) -> Result<LongProblem, DataError> {
-        let mut turns: Vec<[String; 2]> = facts.questions.iter().take(self.questions.max(1)).cloned().collect();
+    fn tokens(&self, facts: &Facts, questions: usize, text: &str) -> Result<LongProblem, DataError> {
+        let mut turns: Vec<[String; 2]> = facts.questions.iter().take(questions).cloned().collect();
         turns[0][0] = format!("{text} {}", turns[0][0]);
         let turn = |[question, answer]: &[String; 2]| {
             [json!({ "role": "user", "content": question }), json!({ "role": "assistant", "content": answer })]
@@ -274,6 +280,11 @@ mod tests {
             let between =
                 |text: &str, a: &str, b: &str| text.split_once(a).unwrap().1.split_once(b).unwrap().0.to_owned();
 
+            let [text, answer] = problem(LongTask::KeyValue);
+            let key = text.rsplit(' ').next().unwrap().strip_suffix('?').unwrap();
+            assert!(answer.starts_with(&format!("{key} ")));
+            near(&text, &answer);
+
             let [text, answer] = problem(LongTask::NeedlesMulti);
             let thing = between(&text, "What is the code of the ", "?");
             assert!(answer.starts_with(&format!("The code of the {thing} is ")));
@@ -319,6 +330,7 @@ mod tests {
         let one = make_with(1, LongTask::MultiHop, 1500, 0.5, 3);
         let four = make_with(9, LongTask::MultiHop, 1500, 0.5, 3);
         assert_eq!((one.text.len(), four.text.len()), (1, 4));
+        assert_eq!(make_with(9, LongTask::MultiHop, 420, 0.5, 3).text.len(), 2, "as many as there is room for");
         let learnt = |problem: &LongProblem| problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
         assert_eq!(learnt(&four), four.text.iter().map(|[_, answer]| answer.len() + 3).sum::<usize>());
         for [question, answer] in &four.text[1..] {
@@ -341,6 +353,6 @@ mod tests {
         assert_eq!(Tokenizer::bytes().decode(&asked), format!(" {}\n", train.problem(1).unwrap().text[0][1]));
         assert_eq!([row.tokens.len(), row.targets.len()], [600; 2]);
         let small = LongContext::new(&LongContextConfig::default(), &Tokenizer::bytes(), 100, (1, Side::Train));
-        assert!(small.err().unwrap().to_string().contains("needles_multi has"));
+        assert!(small.err().unwrap().to_string().contains("key_value has"));
     }
 }

@@ -288,8 +288,8 @@ pub struct EvalArgs {
 }
 
 /// What `--task` takes.
-const TASKS: [&str; 7] =
-    ["needles_multi", "variable_tracking", "common_words", "multi_hop", "all", "eigenscore", "facts"];
+const TASKS: [&str; 8] =
+    ["key_value", "needles_multi", "variable_tracking", "common_words", "multi_hop", "all", "eigenscore", "facts"];
 
 pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {

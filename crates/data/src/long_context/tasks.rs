@@ -13,6 +13,9 @@ use super::words::{CODES, LETTERS, PEOPLE, PLACES, THINGS, filler};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LongTask {
+    /// The value that follows one of eight keys, "lamp red." (in the manner of Liu et al. 2023, arXiv 2307.03172): the easiest,
+    /// for the next word is all that has to be found.
+    KeyValue,
     /// The code of one of eight things, answered by the sentence that tells it (RULER: needles with several keys, where the
     /// answer begins with the key too).
     NeedlesMulti,
@@ -27,11 +30,13 @@ pub enum LongTask {
 
 impl LongTask {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::NeedlesMulti, Self::VariableTracking, Self::CommonWords, Self::MultiHop];
+    pub const ALL: [Self; 5] =
+        [Self::KeyValue, Self::NeedlesMulti, Self::VariableTracking, Self::CommonWords, Self::MultiHop];
 
     /// Its name in recipes and on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::KeyValue => "key_value",
             Self::NeedlesMulti => "needles_multi",
             Self::VariableTracking => "variable_tracking",
             Self::CommonWords => "common_words",
@@ -47,6 +52,7 @@ impl LongTask {
     /// What belongs to a problem whatever its length.
     pub(super) fn facts(self, rng: &mut ChaCha8Rng) -> Facts {
         match self {
+            Self::KeyValue => pairs(rng),
             Self::NeedlesMulti => needles(rng),
             Self::VariableTracking => variables(rng),
             Self::CommonWords => words(rng),
@@ -116,17 +122,25 @@ fn ask(question: String, answer: &str) -> [String; 2] {
     [question, answer.to_owned()]
 }
 
+fn pairs(rng: &mut ChaCha8Rng) -> Facts {
+    eight(rng, |thing, code| (format!("{thing} {code}."), format!("{thing}?")))
+}
+
 fn needles(rng: &mut ChaCha8Rng) -> Facts {
+    eight(rng, |thing, code| {
+        (format!("The code of the {thing} is {code}."), format!("What is the code of the {thing}?"))
+    })
+}
+
+/// Eight things with a code each: the sentence that tells it, and the question that the sentence answers.
+fn eight(rng: &mut ChaCha8Rng, say: fn(&str, &str) -> (String, String)) -> Facts {
     let (things, codes) = (some(&THINGS, 8, rng), some(&CODES, 8, rng));
-    let sentence = |index: usize| format!("The code of the {} is {}.", things[index], codes[index]);
+    let (sentences, questions): (Vec<String>, Vec<String>) =
+        things.iter().zip(&codes).map(|(thing, code)| say(thing, code)).unzip();
     Facts {
-        asked: vec![sentence(0)],
-        others: (1..8).map(|index| vec![sentence(index)]).collect(),
-        questions: things
-            .iter()
-            .enumerate()
-            .map(|(index, thing)| ask(format!("What is the code of the {thing}?"), &sentence(index)))
-            .collect(),
+        asked: vec![sentences[0].clone()],
+        others: sentences[1..].iter().map(|sentence| vec![sentence.clone()]).collect(),
+        questions: questions.into_iter().zip(&sentences).map(|(question, answer)| ask(question, answer)).collect(),
         filler: Filler::Sentences,
     }
 }

@@ -95,7 +95,8 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
         let format = decimals(range.1 - range.0);
         let mut chart = ChartBuilder::on(area)
             .margin(8)
-            .margin_right(18)
+            // Half of the last name stands there.
+            .margin_right(if figure.names.is_empty() { 18 } else { 64 })
             .x_label_area_size(42)
             .y_label_area_size(if figure.y.is_empty() { 48 } else { 64 })
             .build_cartesian_2d(0.0..right.max(1e-9), range.0..range.1)
