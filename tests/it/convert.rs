@@ -100,6 +100,13 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     };
     std::fs::write(world.dir.path().join("fuse.toml"), fuse("fusing", "anneal")).unwrap();
     world.succeeds(&["train", "fuse.toml", "--out", "fused"]);
+    // Before its first step a run that starts from weights is validated: here it is the parent still.
+    let losses = |run: &str| -> Vec<(u64, u64)> {
+        let log = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter_map(|line| Some((line["step"].as_u64()?, line["validation_loss_bits"].as_u64()?))).collect()
+    };
+    assert_eq!((losses("fused")[0].0, losses("fused")[0].1), (0, losses("parent").last().unwrap().1));
     let table = convert("fused", &["--out", "collapsed"]);
     let [before, after] = row(&table, "loss");
     assert!((before - after).abs() < 2e-4, "{table}");

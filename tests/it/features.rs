@@ -256,12 +256,15 @@ fn an_embedder_learns_which_texts_belong_together() {
     let told: Value = serde_json::from_str(&world.succeeds(&["eval", "run"]).0).unwrap();
     assert!(told["recall_at_5"].as_f64() > Some(0.4), "chance is a quarter: {told}");
 
-    // Comparisons know its runs by the texts they learnt from.
+    // Comparisons know its runs by the texts they learnt from; each arm is trained at every setting.
     let arms = "extends = \"embedder.toml\"\nseeds = [0]\nmetric = \"accuracy\"\nrecipe.training.steps = 2\n\
+                [[setting]]\nname = \"slow\"\nrecipe.optimizer.adamw.lr = 1e-3\n[[setting]]\nname = \"fast\"\n\
                 [[arm]]\nname = \"few\"\n[[arm]]\nname = \"many\"\nrecipe.model.embedder.pooling.mltp.n_latents = 8\n";
     write("arms.toml", arms);
     let (_, err) = world.succeeds(&["compare", "arms.toml", "--out", "arms"]);
-    assert!(err.contains("Against few (accuracy"), "{err}");
+    assert!(err.contains("Against few; slow (accuracy") && err.contains("Against few; fast (accuracy"), "{err}");
+    let page = String::from_utf8(world.read("arms/report.html")).unwrap();
+    assert!(page.contains("Accuracy at every setting") && page.contains(">fast</text>"), "{page}");
 
     // In two parts it is the same.
     train("whole", &["training.steps=12"]);
