@@ -164,12 +164,6 @@ impl Fusion {
     }
 }
 
-/// The mean over cells of what is left to fuse.
-fn scatter(model: &Decoder) -> Option<f64> {
-    let cells = surgery::scatter(model)?;
-    Some(cells.iter().sum::<f64>() / cells.len() as f64)
-}
-
 fn set_anneal(model: &mut Decoder, share: f64) {
     for layer in &mut model.layers {
         if let Attention::DecoupledHead(heads) = &mut layer.attention {
@@ -187,7 +181,7 @@ impl Procedure for Fusion {
     ) -> Result<(Decoder, StepReport), TrainError> {
         let before = context.step - 1;
         set_anneal(&mut model, self.anneal(before));
-        let left = scatter(&model.valid()).ok_or_else(|| {
+        let left = surgery::mean_scatter(&model.valid()).ok_or_else(|| {
             TrainError::Setting("[procedure.fusion]: no layer has heads to fuse; make such a model with `polyhead convert CKPT --to decoupled_head --kv-budget 0.25 --fusing --out DIR` and name it in model.pretrained".into())
         })?;
         let start = *self.multipliers.scatter_at_start.get_or_insert(left);

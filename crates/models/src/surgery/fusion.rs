@@ -22,6 +22,12 @@ pub fn scatter(model: &Decoder) -> Option<Vec<f64>> {
     (!cells.is_empty()).then_some(cells)
 }
 
+/// The mean of [`scatter`] over all cells.
+pub fn mean_scatter(model: &Decoder) -> Option<f64> {
+    let cells = scatter(model)?;
+    Some(cells.iter().sum::<f64>() / cells.len() as f64)
+}
+
 /// The parent with operators that are the identity: the same function to the bit, ready to be fused.
 ///
 /// # Errors

@@ -233,7 +233,7 @@ impl Conversion {
         let config = parent.model.config();
         let (original, grouping) = match (self.search, surgery::scatter(&parent.model)) {
             (Search::Dynamic, left) => self.dynamic(parent, left)?,
-            (Search::Static, Some(left)) => return self.collapse(&parent.model, &left),
+            (Search::Static, Some(_)) => return self.collapse(&parent.model),
             (Search::Static, None) => match (self.kv_heads, self.kv_budget) {
                 (Some(kv_heads), _) => (parent.model.clone(), Grouping::Ward(kv_heads)),
                 (None, Some(share)) => (parent.model.clone(), Grouping::Budget(share)),
@@ -249,8 +249,8 @@ impl Conversion {
         }
     }
 
-    fn collapse(&self, fused: &Decoder, left: &[f64]) -> Result<Decoder, Failure> {
-        let (scatter, limit) = (left.iter().sum::<f64>() / left.len() as f64, self.scatter_limit);
+    fn collapse(&self, fused: &Decoder) -> Result<Decoder, Failure> {
+        let (scatter, limit) = (surgery::mean_scatter(fused).unwrap_or_default(), self.scatter_limit);
         if scatter > limit {
             return Err(Failure::Run(format!(
                 "the scatter ({scatter:.2e}) is above --scatter-limit ({limit:.2e}): single heads would not do what their groups \

@@ -136,7 +136,7 @@ pub fn summarize(
         }
     }
     // Of a parent whose heads were led together: how far they still are apart.
-    let scatter = surgery::scatter(parent).map(|cells| cells.iter().sum::<f64>() / cells.len() as f64);
+    let scatter = surgery::mean_scatter(parent);
     let summary = json!({
         "conversion": conversion,
         "before": sums(&measured.before), "after": sums(&measured.after), "divergence": measured.divergence,
