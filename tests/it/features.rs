@@ -264,7 +264,7 @@ fn an_embedder_learns_which_texts_belong_together() {
     let (_, err) = world.succeeds(&["compare", "arms.toml", "--out", "arms"]);
     assert!(err.contains("Against few; slow (accuracy") && err.contains("Against few; fast (accuracy"), "{err}");
     let page = String::from_utf8(world.read("arms/report.html")).unwrap();
-    assert!(page.contains("Accuracy at every setting") && page.contains(">fast</text>"), "{page}");
+    assert!(page.contains("Accuracy at every setting") && page.contains(">\nfast\n</text>"), "{page}");
 
     // In two parts it is the same.
     train("whole", &["training.steps=12"]);
