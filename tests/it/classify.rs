@@ -162,7 +162,8 @@ fraction = 0.2
     let words = ["the cat", "a dog", "my old horse", "some bird"];
     let row = |i: usize| {
         let (sound, label) = [("is glad", "good"), ("is sad", "bad")][i % 2];
-        format!("{{\"text\": \"{} {sound} today\", \"label\": \"{label}\"}}\n", words[i / 2 % 4].repeat(1 + i % 3))
+        let (who, word) = (i / 2 % 4, words[i / 2 % 4].repeat(1 + i % 3));
+        format!("{{\"text\": \"{word} {sound} today\", \"label\": \"{label}\", \"who\": {who}}}\n")
     };
     std::fs::write(world.dir.path().join("texts.jsonl"), (0..120).map(row).collect::<String>()).unwrap();
     let (out, _) = world.succeeds(&["preview", RECIPE]);
@@ -173,6 +174,17 @@ fraction = 0.2
     assert_eq!(result["classes"]["scores"][0]["name"], "bad");
     let (out, _) = world.succeeds(&["eval", "run"]);
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["classes"], result["classes"]);
+    // Groups are told apart, and the worst of them is learnt from the most.
+    let groups = ["data.labelled_text.group_field=who", "loss.worst_group=5"];
+    world.succeeds(&[["train", RECIPE, "--out", "groups"].as_slice(), &groups].concat());
+    let result = json(&world, "groups/result.json");
+    let told = result["classes"]["groups"].as_array().unwrap();
+    let accuracy = |group: &Value| group["accuracy"].as_f64().unwrap();
+    let worst = told.iter().map(accuracy).fold(1.0, f64::min);
+    assert_eq!((told.len(), &told[3]["name"]), (4, &Value::from("3")));
+    assert_eq!(result["validation"]["worst_group_accuracy"].as_f64(), Some(worst), "{result:#}");
+    assert!(worst > 0.8, "{result:#}");
+    assert!(world.succeeds(&["eval", "groups"]).1.contains("group                     examples   accuracy"));
     // Other texts are another run.
     std::fs::write(world.dir.path().join("texts.jsonl"), (0..60).map(row).collect::<String>()).unwrap();
     let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.steps=90"]);
@@ -202,6 +214,8 @@ fn what_makes_no_sense_for_classifiers_is_refused() {
         (2, "validate recipe.toml data.shapes.noise=-1", "noise (-1)"),
         (2, "validate recipe.toml augmentation.crop=5000", "crop (5000)"),
         (2, "validate recipe.toml loss.label_smoothing=2", "label_smoothing (2)"),
+        (2, "train recipe.toml --out x loss.worst_group=1", "needs data that tells at least two groups"),
+        (2, "validate recipe.toml loss.worst_group=1 loss.worst_class=1", "tilted one way"),
         (2, "train recipe.toml --out x loss.class_weights.listed=[1]", "lists 1 numbers for 3 classes"),
         (
             2,

@@ -22,6 +22,7 @@ mod wav_folder;
 use std::sync::Arc;
 
 use polyhead_models::{Examples, InputShape, Inputs};
+use rand_chacha::ChaCha8Rng;
 
 use crate::loader::LoaderOptions;
 use crate::synthetic::{EPOCH, Side};
@@ -50,6 +51,8 @@ pub struct Example {
     pub content: Content,
     /// Its class.
     pub label: u32,
+    /// Its group; 0 where data tells none.
+    pub group: u32,
 }
 
 /// What is classified: of the shape that its set tells.
@@ -124,7 +127,8 @@ impl ExampleLoader {
 
 /// Examples of one shape as a batch.
 fn collate(all: Vec<Example>, shape: InputShape) -> Examples {
-    let labels = all.iter().map(|example| example.label).collect();
+    let [labels, groups] =
+        [|example: &Example| example.label, |example: &Example| example.group].map(|of| all.iter().map(of).collect());
     let (mut numbers, mut tokens, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
     for example in all {
         match example.content {
@@ -149,7 +153,7 @@ fn collate(all: Vec<Example>, shape: InputShape) -> Examples {
             Inputs::Tokens { tokens: padded, lengths, seq_len: longest }
         }
     };
-    Examples { inputs, labels }
+    Examples { inputs, labels, groups }
 }
 
 /// Labelled data, ready to use.
@@ -162,6 +166,8 @@ pub struct Labelled {
     pub classes: Vec<String>,
     /// Examples of each class to learn from; where they are generated without end, equally many.
     pub counts: Vec<u64>,
+    /// The names of the groups by which a model is asked to be equally good; none where data tells none.
+    pub groups: Vec<String>,
     /// For text.
     pub tokenizer: Option<Tokenizer>,
     /// What the data is, in words.
@@ -188,8 +194,18 @@ pub(crate) trait Maker: Clone + Send + Sync + 'static {
     /// The names of the classes.
     fn classes(&self) -> Vec<String>;
 
-    /// An example of a class.
-    fn make(&self, class: usize, rng: &mut rand_chacha::ChaCha8Rng) -> Vec<f32>;
+    /// The names of the groups, where there are some.
+    fn groups(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The group of an example of a class, drawn before the example is.
+    fn group(&self, _class: usize, _rng: &mut ChaCha8Rng) -> usize {
+        0
+    }
+
+    /// An example of a class and a group.
+    fn make(&self, class: usize, group: usize, rng: &mut ChaCha8Rng) -> Vec<f32>;
 }
 
 impl<T: Maker> ExampleSet for Drawn<T> {
@@ -205,7 +221,9 @@ impl<T: Maker> ExampleSet for Drawn<T> {
     fn example(&self, index: u64) -> Result<Example, DataError> {
         let class = (index % self.task.classes().len() as u64) as usize;
         let mut rng = self.side.rng(self.seed, index);
-        Ok(Example { content: Content::Numbers(self.task.make(class, &mut rng)), label: class as u32 })
+        let group = self.task.group(class, &mut rng);
+        let content = Content::Numbers(self.task.make(class, group, &mut rng));
+        Ok(Example { content, label: class as u32, group: group as u32 })
     }
 }
 
@@ -249,6 +267,7 @@ fn generated<T: Maker>(task: T, name: &str, augment: &AugmentConfig, options: &O
         counts: vec![EPOCH / classes.len() as u64; classes.len()],
         description: format!("generated: {name} of {} classes, new samples without end", classes.len()),
         classes,
+        groups: task.groups(),
         tokenizer: None,
         text_hash: None,
     }
@@ -315,6 +334,7 @@ fn of_pictures(
         validation: loader(Arc::new(validation), None, options, false),
         classes,
         counts,
+        groups: Vec::new(),
         tokenizer: None,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })

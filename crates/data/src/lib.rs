@@ -34,7 +34,8 @@ pub use examples::{
 pub use loader::{FromDataset, Loader, LoaderOptions, Sample, Samples};
 pub use pack::{Packing, Windows};
 pub use text::{
-    JsonlConfig, LabelledText, PairedText, TextConfig, TextDocument, Texts, class_names, read_labelled, read_pairs,
+    JsonlConfig, LabelledFields, LabelledText, PairedText, TextConfig, TextDocument, Texts, distinct_names,
+    read_labelled, read_pairs,
 };
 pub use tokenizer::{BytesTokenizer, HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 pub use tokens::{Split, TokenFile, split};

@@ -106,28 +106,34 @@ pub struct LabelledText {
     pub text: String,
     /// The name of its class; a number as it is written.
     pub label: String,
+    /// The name of its group, where groups were asked for.
+    pub group: Option<String>,
 }
 
-/// Reads JSON lines that hold a text and a label, in fields of these names.
+/// The fields of a row of labelled text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LabelledFields<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// Its class.
+    pub label: &'a str,
+    /// Its group, where groups are asked for.
+    pub group: Option<&'a str>,
+}
+
+/// Reads JSON lines that hold a text and a label, and a group if asked, in fields of these names.
 ///
 /// # Errors
 /// If a pattern matches nothing, or a line lacks one of them.
-pub fn read_labelled(paths: &[String], [text, label]: [&str; 2]) -> Result<Vec<LabelledText>, DataError> {
+pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<Vec<LabelledText>, DataError> {
     let mut texts = Vec::new();
     for_each_row(paths, |name, row| {
-        let text =
-            text_of(row, text).map_err(|problem| format!("{problem}; text_field names another field"))?.to_owned();
-        let label = match row.get(label) {
-            Some(Value::String(label)) => label.clone(),
-            Some(Value::Number(label)) if label.is_i64() || label.is_u64() => label.to_string(),
-            _ => {
-                return Err(format!(
-                    "no label in field \"{label}\" ({}): text or a whole number is expected; label_field names another field",
-                    found(row, label)
-                ));
-            }
-        };
-        texts.push(LabelledText { name, text, label });
+        let text = text_of(row, fields.text)
+            .map_err(|problem| format!("{problem}; text_field names another field"))?
+            .to_owned();
+        let label = name_of(row, "label", fields.label)?;
+        let group = fields.group.map(|field| name_of(row, "group", field)).transpose()?;
+        texts.push(LabelledText { name, text, label, group });
         Ok(())
     })?;
     Ok(texts)
@@ -167,9 +173,9 @@ pub fn read_pairs(paths: &[String], [query, positive, negative]: [&str; 3]) -> R
     Ok(pairs)
 }
 
-/// The names of all classes that occur: numbers by their size, then the others by their letters.
-pub fn class_names(texts: &[LabelledText]) -> Vec<String> {
-    let mut names: Vec<String> = texts.iter().map(|text| text.label.clone()).collect();
+/// All names that occur: numbers by their size, then the others by their letters.
+pub fn distinct_names<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
+    let mut names: Vec<String> = names.cloned().collect();
     names.sort_by_key(|name| (name.parse::<i64>().map_or((1, 0), |number| (0, number)), name.clone()));
     names.dedup();
     names
@@ -180,6 +186,18 @@ fn text_of<'a>(row: &'a Value, field: &str) -> Result<&'a str, String> {
     row.get(field)
         .and_then(Value::as_str)
         .ok_or_else(|| format!("no text in field \"{field}\" ({})", found(row, field)))
+}
+
+/// The name in a field of a row: text, or a number as it is written.
+fn name_of(row: &Value, what: &str, field: &str) -> Result<String, String> {
+    match row.get(field) {
+        Some(Value::String(name)) => Ok(name.clone()),
+        Some(Value::Number(name)) if name.is_i64() || name.is_u64() => Ok(name.to_string()),
+        _ => Err(format!(
+            "no {what} in field \"{field}\" ({}): text or a whole number is expected; {what}_field names another field",
+            found(row, field)
+        )),
+    }
 }
 
 /// What stands where something else was expected.
@@ -341,7 +359,8 @@ mod tests {
         let path = dir.path().join("rows.jsonl");
         let read = |rows: &str| {
             std::fs::write(&path, rows).unwrap();
-            read_labelled(&[path.display().to_string()], ["text", "class"])
+            let fields = LabelledFields { text: "text", label: "class", group: None };
+            read_labelled(&[path.display().to_string()], fields)
         };
         let rows = read("{\"text\": \"one\", \"class\": \"a\"}\n{\"text\": \"two\", \"class\": 3}\n").unwrap();
         let found: Vec<[&str; 2]> = rows.iter().map(|row| [row.text.as_str(), row.label.as_str()]).collect();

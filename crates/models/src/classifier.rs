@@ -25,7 +25,7 @@ pub use config::{TextEncoderConfig, VisionTransformerConfig};
 pub use encoder::{Encoder, EncoderBlock, InputLayer, Mixer};
 pub use mixing::MixerConfig;
 pub use objective::{ClassWeights, LossConfig, Objective};
-pub use sums::{Bin, ClassScore, ClassSums};
+pub use sums::{Bin, ClassScore, ClassSums, GroupCount};
 
 /// `[model.classifier]`: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -235,12 +235,17 @@ impl Learner for Classifier {
         let scored = self.forward(&batch.inputs, Observe::Nothing);
         let layers = scored.penalties.len();
         let penalty = scored.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { cross_entropy: self.objective.sum(scored.logits, &batch.labels), penalty, seen: scored.seen }
+        Loss {
+            cross_entropy: self.objective.sum(scored.logits, &batch.labels, &batch.groups),
+            penalty,
+            seen: scored.seen,
+        }
     }
 
     fn sums(&self, batch: &Examples) -> ClassSums {
         let Scored { logits, factor, .. } = self.forward(&batch.inputs, Observe::Nothing);
-        let sums = ClassSums::of(&logits.into_data().iter::<f32>().collect::<Vec<f32>>(), &batch.labels);
+        let logits: Vec<f32> = logits.into_data().iter::<f32>().collect();
+        let sums = ClassSums::of(&logits, &batch.labels, &batch.groups);
         match factor {
             Some(factor) => sums.with_gates(factor),
             None => sums,

@@ -11,6 +11,8 @@ pub struct Examples {
     pub inputs: Inputs,
     /// The class of each example.
     pub labels: Vec<u32>,
+    /// The group of each example, by which a model is asked to be equally good; all 0 where data tells none.
+    pub groups: Vec<u32>,
 }
 
 /// What is classified: `n` examples of one shape.
@@ -117,7 +119,7 @@ impl Examples {
                 Inputs::Tokens { tokens: tokens[row].to_vec(), lengths: vec![lengths[index]], seq_len: *seq_len }
             }
         };
-        Self { inputs, labels: vec![self.labels[index]] }
+        Self { inputs, labels: vec![self.labels[index]], groups: vec![self.groups[index]] }
     }
 }
 
@@ -139,12 +141,13 @@ mod tests {
     fn a_row_is_one_example() {
         let pixels = (0..24).map(|i| i as f32).collect();
         let inputs = Inputs::Images { pixels, channels: 2, height: 2, width: 3 };
-        let second = Examples { inputs, labels: vec![4, 5] }.row(1);
+        let second = Examples { inputs, labels: vec![4, 5], groups: vec![1, 2] }.row(1);
         let expected: Vec<f32> = (12..24).map(|i| i as f32).collect();
         assert_eq!(second.inputs, Inputs::Images { pixels: expected, channels: 2, height: 2, width: 3 });
         assert_eq!((second.labels.as_slice(), second.inputs(), second.targets()), ([5].as_slice(), 1, 1));
+        assert_eq!(second.groups, [2]);
         let texts = Inputs::Tokens { tokens: vec![1, 2, 0, 3, 0, 0], lengths: vec![2, 1], seq_len: 3 };
-        let second = Examples { inputs: texts, labels: vec![0, 1] }.row(1);
+        let second = Examples { inputs: texts, labels: vec![0, 1], groups: vec![0, 0] }.row(1);
         assert_eq!(second.inputs, Inputs::Tokens { tokens: vec![3, 0, 0], lengths: vec![1], seq_len: 3 });
     }
 }

@@ -270,6 +270,14 @@ impl Resolved {
         checked.map_err(|error| Problems::plain(format!("model.classifier.{error}")))?;
         let checked = self.recipe.loss.validate(Some(labelled.classes.len()));
         checked.map_err(|(field, problem)| Problems::plain(format!("loss.{field}: {problem}")))?;
+        if self.recipe.loss.worst_group > 0.0 && labelled.groups.len() < 2 {
+            let problem = format!(
+                "loss.worst_group ({}) needs data that tells at least two groups: data.labelled_text.group_field names the \
+                 field of a text's group, data.shapes.shortcut makes two",
+                self.recipe.loss.worst_group
+            );
+            return Err(Problems::plain(problem).into());
+        }
         Ok(labelled)
     }
 

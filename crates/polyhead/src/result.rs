@@ -80,6 +80,9 @@ pub struct Score {
     /// For classifiers: the least share of a class that was told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst_recall: Option<f64>,
+    /// For classifiers of data that tells groups: the accuracy of the group with the least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst_group_accuracy: Option<f64>,
     /// For classifiers: how far confidence and accuracy lie apart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration_error: Option<f64>,
@@ -96,6 +99,20 @@ pub struct ClassTable {
     pub scores: Vec<NamedScore>,
     /// `[truth][answer]`: how many.
     pub confusion: Vec<Vec<u64>>,
+    /// Each group's name and accuracy, where data tells groups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupScore>,
+}
+
+/// How well the examples of a group are told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GroupScore {
+    /// Its name.
+    pub name: String,
+    /// Examples of the group.
+    pub examples: u64,
+    /// Share of them that were told.
+    pub accuracy: f64,
 }
 
 /// A class.
@@ -109,12 +126,17 @@ pub struct NamedScore {
 }
 
 impl ClassTable {
-    /// Of an evaluation.
-    pub fn of(sums: &ClassSums, names: &[String]) -> Self {
+    /// Of an evaluation, with the names of classes and groups.
+    pub fn of(sums: &ClassSums, names: &[String], groups: &[String]) -> Self {
+        let group = |(name, group): (&String, u32)| {
+            let count = sums.groups().get(&group).copied().unwrap_or_default();
+            GroupScore { name: name.clone(), examples: count.examples, accuracy: count.accuracy() }
+        };
         let named = |(name, score): (&String, ClassScore)| NamedScore { name: name.clone(), score };
         Self {
             scores: names.iter().zip(sums.classes()).map(named).collect(),
             confusion: sums.confusion().chunks(names.len().max(1)).map(<[u64]>::to_vec).collect(),
+            groups: groups.iter().zip(0..).map(group).collect(),
         }
     }
 }
@@ -240,6 +262,7 @@ impl Score {
             targets: told.targets,
             macro_f1: number("macro_f1/"),
             worst_recall: number("worst_recall/"),
+            worst_group_accuracy: number("worst_group_accuracy/"),
             calibration_error: number("calibration_error/"),
         }
     }

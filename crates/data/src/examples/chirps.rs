@@ -115,7 +115,7 @@ impl Maker for Chirps {
         SOUNDS[..self.config.n_classes].iter().map(|&name| name.to_owned()).collect()
     }
 
-    fn make(&self, class: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    fn make(&self, class: usize, _group: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
         let mut samples = self.sound(class, rng);
         let click = self.config.clicks as f32 / SAMPLE_RATE as f32;
         for sample in &mut samples {

@@ -141,7 +141,11 @@ impl ExampleSet for Rows {
     fn example(&self, index: u64) -> Result<Example, DataError> {
         let (file, row) = self.places[index as usize];
         let file = &self.files[file];
-        Ok(Example { content: Content::Numbers(file.features.floats(file.numbers(row))?), label: file.labels[row] })
+        Ok(Example {
+            content: Content::Numbers(file.features.floats(file.numbers(row))?),
+            label: file.labels[row],
+            group: 0,
+        })
     }
 }
 
@@ -209,6 +213,7 @@ pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Lab
         validation: loader(set(validation), None, options, false),
         classes,
         counts,
+        groups: Vec::new(),
         tokenizer: None,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })

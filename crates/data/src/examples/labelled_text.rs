@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, ExampleSet, Labelled, divide, loader};
 use crate::synthetic::Problem;
-use crate::text::{LabelledText, class_names, read_labelled};
+use crate::text::{LabelledFields, LabelledText, distinct_names, read_labelled};
 use crate::{DataError, OpenOptions, Tokenizer};
 
 /// `[data.labelled_text]`: texts with their classes, one a line of JSON. Texts longer than training.seq_len are cut.
@@ -26,6 +26,10 @@ pub struct LabelledTextConfig {
     /// The field that holds the class, as text or as a whole number. Default: "label".
     #[serde(default = "label")]
     pub label_field: String,
+    /// The field that holds the group by which a model is asked to be equally good (loss.worst_group), as text or as a whole
+    /// number. Default: no groups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_field: Option<String>,
 }
 
 fn text() -> String {
@@ -49,7 +53,8 @@ impl LabelledTextConfig {
     }
 
     fn rows(&self, paths: &[String]) -> Result<Vec<LabelledText>, DataError> {
-        read_labelled(paths, [&self.text_field, &self.label_field])
+        let Self { text_field, label_field, group_field, .. } = self;
+        read_labelled(paths, LabelledFields { text: text_field, label: label_field, group: group_field.as_deref() })
     }
 }
 
@@ -84,15 +89,16 @@ pub(super) fn open(
         true => Vec::new(),
         false => config.rows(&config.validation_paths)?,
     };
-    let classes = class_names(&rows);
+    let classes = distinct_names(rows.iter().map(|row| &row.label));
+    let groups = distinct_names(rows.iter().chain(&held_out).filter_map(|row| row.group.as_ref()));
     if classes.len() < 2 {
         let problem = format!("data.labelled_text: the texts have {} class: two are needed", classes.len());
         return Err(DataError::Unusable(problem));
     }
     let (learnt, seq_len) = (rows.len(), options.seq_len);
     let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
-    for LabelledText { text, label, .. } in rows.into_iter().chain(held_out) {
-        for part in [&text, &label] {
+    for LabelledText { text, label, group, .. } in rows.into_iter().chain(held_out) {
+        for part in [&text, &label].into_iter().chain(&group) {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
         let class = classes.iter().position(|class| *class == label).ok_or_else(|| {
@@ -104,7 +110,8 @@ pub(super) fn open(
         if tokens.is_empty() {
             tokens.push(tokenizer.end_of_text().unwrap_or(0));
         }
-        texts.push(Example { content: Content::Tokens(tokens), label: class as u32 });
+        let group = groups.iter().position(|name| Some(name) == group.as_ref()).unwrap_or(0);
+        texts.push(Example { content: Content::Tokens(tokens), label: class as u32, group: group as u32 });
     }
     let [train, validation] = match texts.len() > learnt {
         true => [(0..learnt as u32).collect(), (learnt as u32..texts.len() as u32).collect()],
@@ -127,6 +134,7 @@ pub(super) fn open(
         validation: loader(set(validation), None, options, false),
         classes,
         counts,
+        groups,
         tokenizer: Some(tokenizer.clone()),
         description,
         text_hash: Some(hash.finalize().to_hex().to_string()),

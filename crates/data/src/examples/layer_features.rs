@@ -120,7 +120,7 @@ impl Maker for Encoder {
         (0..self.config.n_classes).map(|class| class.to_string()).collect()
     }
 
-    fn make(&self, class: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    fn make(&self, class: usize, _group: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
         let LayerFeaturesConfig { n_layers, dim, noise, impulse_rate, impulse_size, drift, .. } = self.config;
         let [noise, rate, size, drift] = [noise, impulse_rate, impulse_size, drift].map(|value| value as f32);
         let prototype = &self.prototypes[class * n_layers * dim..][..n_layers * dim];
@@ -182,6 +182,7 @@ pub(super) fn open(config: &LayerFeaturesConfig, options: &OpenOptions) -> Label
             .map(|class| (samples + classes.len() as u64 - 1 - class) / classes.len() as u64)
             .collect(),
         classes,
+        groups: Vec::new(),
         tokenizer: None,
         text_hash: None,
     }

@@ -75,6 +75,6 @@ impl ExampleSet for Part {
         let size = self.set.pixels.len() / self.set.labels.len();
         let pixels = self.set.pixels[at * size..(at + 1) * size].iter();
         let content = Content::Numbers(pixels.map(|&byte| f32::from(byte) / 127.5 - 1.0).collect());
-        Ok(Example { content, label: self.set.labels[at] })
+        Ok(Example { content, label: self.set.labels[at], group: 0 })
     }
 }

@@ -31,11 +31,15 @@ pub struct ShapesConfig {
     pub clutter: usize,
     /// Standard deviation of the noise on every pixel, where pixels go from -1 to 1. Default: 0.2.
     pub noise: f64,
+    /// Share of the pictures whose ground is as bright as its class's always is, a shortcut that tells the class with no look
+    /// at the shape; in the others, a group of their own, it is as bright as another class's. Default: every ground is drawn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shortcut: Option<f64>,
 }
 
 impl Default for ShapesConfig {
     fn default() -> Self {
-        Self { size: 32, n_classes: 8, radius: 0.2, turn: 20.0, clutter: 6, noise: 0.2 }
+        Self { size: 32, n_classes: 8, radius: 0.2, turn: 20.0, clutter: 6, noise: 0.2, shortcut: None }
     }
 }
 
@@ -54,7 +58,8 @@ impl ShapesConfig {
         within("radius", self.radius, 0.05, 0.5)?;
         within("turn", self.turn, 0.0, 180.0)?;
         within("clutter", self.clutter as f64, 0.0, 1000.0)?;
-        within("noise", self.noise, 0.0, 100.0)
+        within("noise", self.noise, 0.0, 100.0)?;
+        self.shortcut.map_or(Ok(()), |share| within("shortcut", share, 0.0, 1.0))
     }
 }
 
@@ -67,10 +72,22 @@ impl Maker for ShapesConfig {
         SHAPES[..self.n_classes].iter().map(|&name| name.to_owned()).collect()
     }
 
-    fn make(&self, class: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    fn groups(&self) -> Vec<String> {
+        self.shortcut.map_or(Vec::new(), |_| ["the shortcut holds", "the shortcut misleads"].map(Into::into).into())
+    }
+
+    fn group(&self, _class: usize, rng: &mut ChaCha8Rng) -> usize {
+        self.shortcut.map_or(0, |share| usize::from(rng.random::<f64>() >= share))
+    }
+
+    fn make(&self, class: usize, group: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
         let size = self.size as f32;
+        let other = self.shortcut.map_or(0, |_| group * rng.random_range(1..self.n_classes));
         let mut between = |low: f32, high: f32| low + (high - low) * rng.random::<f32>();
-        let ground = between(-0.8, 0.0);
+        let ground = match self.shortcut {
+            None => between(-0.8, 0.0),
+            Some(_) => -0.8 * ((class + other) % self.n_classes) as f32 / (self.n_classes - 1) as f32,
+        };
         let mut canvas = Canvas { size: self.size, pixels: vec![ground; self.size * self.size] };
         let radius = (self.radius as f32 * size * between(0.85, 1.15)).min(0.5 * size);
         let own = Place {

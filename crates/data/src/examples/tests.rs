@@ -219,6 +219,28 @@ fn folders_of_pictures_and_sounds_are_read() {
 }
 
 #[test]
+fn a_shortcut_holds_for_its_share_and_misleads_the_others() {
+    let open = |share: f64| {
+        plain(&format!(
+            r#"{{"shapes":{{"n_classes": 4, "size": 8, "radius": 0.3, "clutter": 0, "noise": 0, "shortcut": {share}}}}}"#
+        ))
+    };
+    let opened = open(0.75);
+    assert_eq!(opened.groups, ["the shortcut holds", "the shortcut misleads"]);
+    let mut misled = 0;
+    for batch in (0..100).map(|at| opened.train.batch(at).unwrap()) {
+        for (row, (&label, &group)) in numbers(&batch).chunks(64).zip(batch.labels.iter().zip(&batch.groups)) {
+            let ground = row.iter().copied().fold(f32::MAX, f32::min);
+            let told = (ground / -0.8 * 3.0).round() as u32;
+            assert_eq!(told != label, group == 1, "{ground} of class {label}");
+            misled += group;
+        }
+    }
+    assert!((70..130).contains(&misled), "a quarter of 400: {misled}");
+    assert!(open(1.0).train.batch(3).unwrap().groups.iter().all(|&group| group == 0));
+}
+
+#[test]
 fn labelled_texts_are_padded_to_the_longest_of_a_batch() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("texts.jsonl");
@@ -237,6 +259,18 @@ fn labelled_texts_are_padded_to_the_longest_of_a_batch() {
             assert!(length == 12 || label == 1 - length / 2 % 2, "{length} {label}");
         }
     }
+    assert!(opened.groups.is_empty() && opened.train.batch(0).unwrap().groups == [0; 4]);
+    // The label as the group, too.
+    let grouped = format!(r#"{{"labelled_text":{{"paths": ["{}"], "group_field": "label"}}}}"#, path.display());
+    let opened = plain(&grouped);
+    let batch = opened.train.batch(0).unwrap();
+    assert_eq!(
+        (opened.groups.as_slice(), &batch.groups),
+        (["9".to_owned(), "10".to_owned()].as_slice(), &batch.labels)
+    );
+    let grouped = grouped.replace("\"group_field\": \"label\"", "\"group_field\": \"who\"");
+    let error = open(&grouped, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    assert!(error.contains("texts.jsonl:1: no group in field \"who\"") && error.contains("group_field"), "{error}");
     std::fs::write(&path, "{\"text\": \"a\", \"label\": 0.5}\n").unwrap();
     let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("texts.jsonl:1") && error.contains("label_field"), "{error}");

@@ -83,7 +83,7 @@ pub(super) fn open(
         samples.iter().for_each(|sample| {
             hash.update(&sample.to_le_bytes());
         });
-        pictures.push(Example { content: Content::Numbers(log_mel.picture(&samples)), label });
+        pictures.push(Example { content: Content::Numbers(log_mel.picture(&samples)), label, group: 0 });
     }
     let [train, validation] = match pictures.len() > learnt {
         true => [(0..learnt as u32).collect(), (learnt as u32..pictures.len() as u32).collect()],
@@ -104,6 +104,7 @@ pub(super) fn open(
         validation: loader(set(validation), None, options, false),
         classes,
         counts,
+        groups: Vec::new(),
         tokenizer: None,
         description,
         text_hash: Some(hash.finalize().to_hex().to_string()),

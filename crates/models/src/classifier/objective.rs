@@ -3,13 +3,15 @@
 //! ```text
 //! example i of class y, p = softmax(logits_i):
 //! l_i = w_y (1 - p_y)^γ [ (1 - ε) (-log p_y) + ε mean over classes of (-log p_c) ]
-//! loss = mean over examples of l_i,   or with t > 0   (1/t) log( mean over the classes of the batch of exp(t L_c) ),
-//!        L_c the mean of l_i over the examples of class c
+//! loss = mean over examples of l_i,   or with t > 0   (1/t) log( mean over the groups of the batch of exp(t L_g) ),
+//!        L_g the mean of l_i over the examples of group g: those of a class, or of a group that the data tells
 //! ```
 //! ε: label smoothing (Szegedy et al. 2016, arXiv 1512.00567). γ: focal loss (Lin et al. 2017, arXiv 1708.02002). w: class
-//! weights. t: tilted towards the worst class (Li et al. 2021, arXiv 2007.01162, their group form); its gradient weighs classes
-//! by softmax(t L), so that 0 would be the balanced mean and ∞ the worst class alone, without a state as group DRO needs it
+//! weights. t: tilted towards the worst group (Li et al. 2021, arXiv 2007.01162, their group form); its gradient weighs groups
+//! by softmax(t L), so that 0 would be the balanced mean and ∞ the worst group alone, without a state as group DRO needs it
 //! (Sagawa et al. 2020, arXiv 1911.08731). Evaluation is plain cross-entropy always.
+
+use std::collections::BTreeSet;
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor, TensorData};
@@ -29,6 +31,9 @@ pub struct LossConfig {
     pub class_weights: ClassWeights,
     /// Tilt towards the worst class of a batch: 0 (default) is the mean over examples, a large number the worst class alone.
     pub worst_class: f64,
+    /// The same towards the worst group of a batch, where the data tells groups (data.labelled_text.group_field,
+    /// data.shapes.shortcut). Default: 0.
+    pub worst_group: f64,
 }
 
 /// What examples of each class count.
@@ -62,6 +67,11 @@ impl LossConfig {
         within("label_smoothing", self.label_smoothing, 0.999)?;
         within("focal_gamma", self.focal_gamma, 100.0)?;
         within("worst_class", self.worst_class, 1000.0)?;
+        within("worst_group", self.worst_group, 1000.0)?;
+        if self.worst_class > 0.0 && self.worst_group > 0.0 {
+            let problem = "worst_group and worst_class cannot both be set: a loss is tilted one way".into();
+            return Err(("worst_group", problem));
+        }
         let ClassWeights::Listed(weights) = &self.class_weights else { return Ok(()) };
         if let Some(weight) = weights.iter().find(|weight| !(weight.is_finite() && **weight >= 0.0)) {
             return Err(("class_weights", format!("class_weights ({weight}) must be numbers from 0 up")));
@@ -87,8 +97,8 @@ impl LossConfig {
             }
             ClassWeights::Listed(weights) => Some(weights.iter().map(|&weight| weight as f32).collect()),
         };
-        let Self { label_smoothing, focal_gamma, worst_class, .. } = *self;
-        Objective { label_smoothing, focal_gamma, worst_class, weights }
+        let Self { label_smoothing, focal_gamma, worst_class, worst_group, .. } = *self;
+        Objective { label_smoothing, focal_gamma, worst_class, worst_group, weights }
     }
 }
 
@@ -98,6 +108,7 @@ pub struct Objective {
     label_smoothing: f64,
     focal_gamma: f64,
     worst_class: f64,
+    worst_group: f64,
     weights: Option<Vec<f32>>,
 }
 
@@ -105,9 +116,9 @@ impl Objective {
     /// `[1]`: the loss of a batch, times its examples.
     ///
     /// # Shapes
-    /// - logits: `[batch, classes]`; labels: `[batch]`, each below classes
-    pub fn sum(&self, logits: Tensor<2>, labels: &[u32]) -> Tensor<1> {
-        let [batch, classes] = logits.dims();
+    /// - logits: `[batch, classes]`; labels: `[batch]`, each below classes; groups: `[batch]`
+    pub fn sum(&self, logits: Tensor<2>, labels: &[u32], groups: &[u32]) -> Tensor<1> {
+        let [batch, _] = logits.dims();
         let device = logits.device();
         let ids: Vec<i32> = labels.iter().map(|&label| label as i32).collect();
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [batch, 1]), &device);
@@ -126,22 +137,23 @@ impl Objective {
             let each: Vec<f32> = labels.iter().map(|&label| weights[label as usize]).collect();
             losses = losses * Tensor::<2>::from_data(TensorData::new(each, [batch, 1]), &device);
         }
-        match self.worst_class > 0.0 {
-            true => tilted(losses, labels, classes, self.worst_class) * batch as f64,
-            false => losses.sum(),
+        match (self.worst_class > 0.0, self.worst_group > 0.0) {
+            (true, _) => tilted(losses, labels, self.worst_class) * batch as f64,
+            (_, true) => tilted(losses, groups, self.worst_group) * batch as f64,
+            (false, false) => losses.sum(),
         }
     }
 }
 
-/// `[1]`: (1/t) log of the mean over the classes of the batch of exp(t L_c); losses are `[batch, 1]`.
-fn tilted(losses: Tensor<2>, labels: &[u32], classes: usize, tilt: f64) -> Tensor<1> {
-    let mut counts = vec![0f32; classes];
-    labels.iter().for_each(|&label| counts[label as usize] += 1.0);
-    let present: Vec<usize> = (0..classes).filter(|&class| counts[class] > 0.0).collect();
-    let share = |class: usize, label: u32| if label as usize == class { 1.0 / counts[class] } else { 0.0 };
-    let shares: Vec<f32> =
-        present.iter().flat_map(|&class| labels.iter().map(move |&label| share(class, label))).collect();
-    let shares = Tensor::<2>::from_data(TensorData::new(shares, [present.len(), labels.len()]), &losses.device());
+/// `[1]`: (1/t) log of the mean over the groups of the batch of exp(t L_g); losses are `[batch, 1]`.
+fn tilted(losses: Tensor<2>, groups: &[u32], tilt: f64) -> Tensor<1> {
+    let present: BTreeSet<u32> = groups.iter().copied().collect();
+    let mut shares = Vec::with_capacity(present.len() * groups.len()); // [present, batch]: rows that take means
+    for &group in &present {
+        let members = groups.iter().filter(|&&other| other == group).count();
+        shares.extend(groups.iter().map(|&other| if other == group { 1.0 / members as f32 } else { 0.0 }));
+    }
+    let shares = Tensor::<2>::from_data(TensorData::new(shares, [present.len(), groups.len()]), &losses.device());
     let scaled = shares.matmul(losses) * tilt; // [present, 1]
     let largest = scaled.clone().detach().max();
     let sum = (scaled - largest.clone().unsqueeze::<2>()).exp().sum();
@@ -156,10 +168,11 @@ mod tests {
 
     const LOGITS: [[f32; 3]; 4] = [[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-3.0, 1.0, 4.0], [1.0, 1.5, -0.5]];
     const LABELS: [u32; 4] = [0, 2, 1, 1];
+    const GROUPS: [u32; 4] = [7, 0, 0, 7];
 
     fn sum(config: &LossConfig) -> f64 {
         let logits = Tensor::<2>::from_data(LOGITS, &Device::flex());
-        f64::from(config.objective(&[1, 2, 1]).sum(logits, &LABELS).into_scalar::<f32>())
+        f64::from(config.objective(&[1, 2, 1]).sum(logits, &LABELS, &GROUPS).into_scalar::<f32>())
     }
 
     /// Log probabilities in f64.
@@ -202,10 +215,19 @@ mod tests {
     }
 
     #[test]
+    fn groups_are_those_that_the_data_tells() {
+        let loss = |row: usize| -logs(LOGITS[row])[LABELS[row] as usize];
+        let groups = [(loss(1) + loss(2)) / 2.0, (loss(0) + loss(3)) / 2.0];
+        let expected = (groups.iter().map(|l| (3.0 * l).exp()).sum::<f64>() / 2.0).ln() / 3.0;
+        let got = sum(&LossConfig { worst_group: 3.0, ..Default::default() }) / 4.0;
+        assert!((got - expected).abs() < 1e-5, "{got} against {expected}");
+    }
+
+    #[test]
     fn certain_answers_leave_a_finite_gradient() {
         let logits = Tensor::<2>::from_data([[90.0, -90.0], [-90.0, 90.0]], &Device::flex().autodiff()).require_grad();
         let config = LossConfig { focal_gamma: 0.5, worst_class: 3.0, label_smoothing: 0.1, ..Default::default() };
-        let grads = config.objective(&[1, 1]).sum(logits.clone(), &[0, 0]).backward();
+        let grads = config.objective(&[1, 1]).sum(logits.clone(), &[0, 0], &[0, 0]).backward();
         let grad = logits.grad(&grads).expect("gradient").into_data();
         assert!(grad.iter::<f32>().all(f32::is_finite));
     }
@@ -215,6 +237,7 @@ mod tests {
         let field = |config: LossConfig| config.validate(Some(3)).expect_err("a mistake").0;
         assert_eq!(field(LossConfig { label_smoothing: 1.0, ..Default::default() }), "label_smoothing");
         assert_eq!(field(LossConfig { focal_gamma: -1.0, ..Default::default() }), "focal_gamma");
+        assert_eq!(field(LossConfig { worst_class: 1.0, worst_group: 1.0, ..Default::default() }), "worst_group");
         let listed = |weights| LossConfig { class_weights: ClassWeights::Listed(weights), ..Default::default() };
         assert_eq!(field(listed(vec![1.0, 2.0])), "class_weights");
         assert!(listed(vec![1.0, 2.0, 0.0]).validate(Some(3)).is_ok());

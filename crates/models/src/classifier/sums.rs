@@ -1,5 +1,7 @@
 //! What an evaluation of a classifier adds up: loss, confusions, how far its confidence can be trusted.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Tensor;
 use polyhead_attention::{GateMean, Importance};
 use serde::{Deserialize, Serialize};
@@ -17,6 +19,8 @@ pub struct ClassSums {
     /// `[truth, answer]` row-major.
     confusion: Vec<u64>,
     bins: [Bin; BINS],
+    /// By group.
+    groups: BTreeMap<u32, GroupCount>,
     /// What features were multiplied by, where a gate did so.
     gates: GateMean,
 }
@@ -30,6 +34,22 @@ pub struct Bin {
     pub confidence: f64,
     /// Examples whose first choice was right.
     pub correct: u64,
+}
+
+/// The examples of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GroupCount {
+    /// All of them.
+    pub examples: u64,
+    /// Those that were told.
+    pub correct: u64,
+}
+
+impl GroupCount {
+    /// Share of the examples that were told.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.examples.max(1) as f64
+    }
 }
 
 /// How well one class is told.
@@ -48,10 +68,10 @@ pub struct ClassScore {
 impl ClassSums {
     /// The sums of a batch: `logits` are `[batch, classes]`. Everything beyond a score is computed in f64, example by example,
     /// so that it does not matter how batches are cut. Of equal scores the first class wins.
-    pub fn of(logits: &[f32], labels: &[u32]) -> Self {
+    pub fn of(logits: &[f32], labels: &[u32], groups: &[u32]) -> Self {
         let n_classes = logits.len() / labels.len().max(1);
         let mut sums = Self { n_classes, confusion: vec![0; n_classes * n_classes], ..Self::default() };
-        for (row, &label) in logits.chunks_exact(n_classes.max(1)).zip(labels) {
+        for ((row, &label), &group) in logits.chunks_exact(n_classes.max(1)).zip(labels).zip(groups) {
             let (mut first, mut largest) = (0, f64::NEG_INFINITY);
             for (class, &score) in row.iter().enumerate() {
                 if f64::from(score) > largest {
@@ -66,6 +86,9 @@ impl ClassSums {
             bin.count += 1;
             bin.confidence += confidence;
             bin.correct += u64::from(first == label as usize);
+            let count = sums.groups.entry(group).or_default();
+            count.examples += 1;
+            count.correct += u64::from(first == label as usize);
         }
         sums
     }
@@ -118,6 +141,16 @@ impl ClassSums {
         classes.map(|class| class.recall).reduce(f64::min).unwrap_or(0.0)
     }
 
+    /// By the group that the data tells of each example.
+    pub fn groups(&self) -> &BTreeMap<u32, GroupCount> {
+        &self.groups
+    }
+
+    /// The accuracy of the group with the least; `None` where the data tells no groups.
+    pub fn worst_group_accuracy(&self) -> Option<f64> {
+        self.groups.values().map(GroupCount::accuracy).reduce(f64::min).filter(|_| self.groups.len() > 1)
+    }
+
     /// Expected calibration error: how far confidence and accuracy lie apart, on average over 15 bins of confidence.
     pub fn calibration_error(&self) -> f64 {
         let gaps = self.bins.iter().map(|bin| (bin.confidence - bin.correct as f64).abs());
@@ -139,6 +172,11 @@ impl Sums for ClassSums {
             sum.confidence += more.confidence;
             sum.correct += more.correct;
         }
+        for (group, more) in other.groups {
+            let count = self.groups.entry(group).or_default();
+            count.examples += more.examples;
+            count.correct += more.correct;
+        }
         self.gates.merge(other.gates);
     }
 
@@ -148,11 +186,14 @@ impl Sums for ClassSums {
     }
 
     fn numbers(&self) -> Vec<(&'static str, f64)> {
-        vec![
+        let of_groups = self.worst_group_accuracy().map(|accuracy| ("worst_group_accuracy/validation", accuracy));
+        let mut numbers = vec![
             ("macro_f1/validation", self.macro_f1()),
             ("worst_recall/validation", self.worst_recall()),
             ("calibration_error/validation", self.calibration_error()),
-        ]
+        ];
+        numbers.extend(of_groups);
+        numbers
     }
 
     fn of_layers(&self) -> Vec<(String, f64)> {
@@ -185,10 +226,11 @@ mod tests {
     // Worked by hand: three classes, six examples, one tie that the first class wins.
     const LOGITS: [f32; 18] = [9., 0., 0., 0., 9., 0., 9., 0., 0., 0., 9., 0., 0., 0., 9., 1., 1., 0.];
     const LABELS: [u32; 6] = [0, 1, 1, 1, 2, 2];
+    const GROUPS: [u32; 6] = [0, 3, 3, 0, 0, 3];
 
     #[test]
     fn numbers_are_those_worked_by_hand() {
-        let sums = ClassSums::of(&LOGITS, &LABELS);
+        let sums = ClassSums::of(&LOGITS, &LABELS, &GROUPS);
         assert_eq!(sums.confusion(), [1, 0, 0, 1, 2, 0, 1, 0, 1]);
         assert_eq!((sums.evaluated().correct, sums.evaluated().targets), (4, 6));
         let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-9, "{got} against {want}");
@@ -200,6 +242,11 @@ mod tests {
         near(classes[2].f1, 2.0 / 3.0);
         near(sums.macro_f1(), (0.5 + 0.8 + 2.0 / 3.0) / 3.0);
         near(sums.worst_recall(), 0.5);
+        let told = |group| sums.groups()[&group].accuracy();
+        near(told(0), 1.0);
+        near(told(3), 1.0 / 3.0);
+        near(sums.worst_group_accuracy().expect("groups"), 1.0 / 3.0);
+        assert_eq!(ClassSums::of(&LOGITS, &LABELS, &[0; 6]).worst_group_accuracy(), None);
         let (sure, unsure) = (1.0 / (1.0 + 2.0 * (-9f64).exp()), 1.0 / (2.0 + (-1f64).exp()));
         near(sums.calibration_error(), ((5.0 * sure - 4.0).abs() + unsure) / 6.0);
         let right = -(sure.ln());
@@ -209,10 +256,10 @@ mod tests {
     #[test]
     fn batches_may_be_cut_anywhere() {
         let mut parts = ClassSums::default();
-        parts.add(ClassSums::of(&LOGITS[..6], &LABELS[..2]));
-        parts.add(ClassSums::of(&LOGITS[6..], &LABELS[2..]));
-        let whole = ClassSums::of(&LOGITS, &LABELS);
-        assert_eq!(parts.confusion(), whole.confusion());
+        parts.add(ClassSums::of(&LOGITS[..6], &LABELS[..2], &GROUPS[..2]));
+        parts.add(ClassSums::of(&LOGITS[6..], &LABELS[2..], &GROUPS[2..]));
+        let whole = ClassSums::of(&LOGITS, &LABELS, &GROUPS);
+        assert_eq!((parts.confusion(), parts.groups()), (whole.confusion(), whole.groups()));
         assert!((parts.evaluated().loss - whole.evaluated().loss).abs() < 1e-12);
         assert!((parts.calibration_error() - whole.calibration_error()).abs() < 1e-12);
         let matrices = parts.matrices();

@@ -44,7 +44,7 @@ fn batch(input: InputShape, count: usize) -> Examples {
         }
         InputShape::Features { .. } => unreachable!(),
     };
-    Examples { inputs, labels: (0..count as u32).map(|i| i % 3).collect() }
+    Examples { inputs, labels: (0..count as u32).map(|i| i % 3).collect(), groups: vec![0; count] }
 }
 
 /// Fresh weights are small: what differs is made visible.

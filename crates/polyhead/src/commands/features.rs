@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use polyhead_data::{
-    LabelledText, NewFeatures, NewPairs, PairedText, Tokenizer, class_names, read_labelled, read_pairs,
+    LabelledFields, LabelledText, NewFeatures, NewPairs, PairedText, Tokenizer, distinct_names, read_labelled,
+    read_pairs,
 };
 use polyhead_models::TokenPooling;
 use polyhead_training::run_folder::atomic_write;
@@ -94,7 +95,10 @@ pub fn features(args: &FeaturesArgs) -> Result<(), Failure> {
             NewPairs { values, shape: [parts, n_layers, dim] }.to_safetensors()?
         }
         false => {
-            let texts = read_labelled(&args.data, [&args.text_field, &args.label_field])?;
+            let texts = read_labelled(
+                &args.data,
+                LabelledFields { text: &args.text_field, label: &args.label_field, group: None },
+            )?;
             let (labels, classes) = number(&texts, &args.classes)?;
             talk!("{} classes: {}", classes.len(), classes.iter().take(20).cloned().collect::<Vec<_>>().join(", "));
             let texts = texts.into_iter().map(|text| (text.name, text.text)).collect();
@@ -157,7 +161,7 @@ fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failur
 /// The numbers of the labels, and the names that belong to them.
 fn number(texts: &[LabelledText], named: &[String]) -> Result<(Vec<u32>, Vec<String>), Failure> {
     let classes = match named.is_empty() {
-        true => class_names(texts),
+        true => distinct_names(texts.iter().map(|text| &text.label)),
         false => named.to_vec(),
     };
     let of_text = |text: &LabelledText| {

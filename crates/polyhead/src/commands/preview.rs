@@ -130,7 +130,10 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
         }
     }
     all.truncate(count);
-    let class = |example: &Examples| labelled.classes[example.labels[0] as usize].as_str();
+    let class = |example: &Examples| {
+        let class = &labelled.classes[example.labels[0] as usize];
+        labelled.groups.get(example.groups[0] as usize).map_or(class.clone(), |group| format!("{class} ({group})"))
+    };
     let (mut images, mut size) = (Vec::new(), [0; 3]);
     for example in &all {
         match &example.inputs {

@@ -187,7 +187,7 @@ fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(
             tokenizer: labelled.tokenizer.as_ref(),
             tracking: Vec::new(),
             probe: None,
-            classes: &|sums| Some(ClassTable::of(sums, &labelled.classes)),
+            classes: &|sums| Some(ClassTable::of(sums, &labelled.classes, &labelled.groups)),
         },
     )?;
     summarize(task, &outcome, &facts.description, None);

@@ -23,7 +23,7 @@ use crate::cli::GenerateArgs;
 use crate::console::{harmless, print, put, talk};
 use crate::embedder::{PairSource, TrainedEmbedder, open_embedder, paired};
 use crate::report::Failure;
-use crate::result::{ClassTable, NamedScore, Score};
+use crate::result::{ClassTable, GroupScore, NamedScore, Score};
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
@@ -75,7 +75,7 @@ fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Fail
         talk!("warning: {problem}: some of what is held out now may have been learnt");
     }
     let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), batches)?;
-    let table = ClassTable::of(&sums, &labelled.classes);
+    let table = ClassTable::of(&sums, &labelled.classes, &labelled.groups);
     let line = |name: &str, cells: [String; 4]| {
         let [examples, precision, recall, f1] = cells;
         talk!("{name:<24} {examples:>9} {precision:>10} {recall:>8} {f1:>8}");
@@ -86,6 +86,12 @@ fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Fail
         let shares = [precision, recall, f1].map(|share| format!("{share:.3}"));
         let [precision, recall, f1] = shares;
         line(name, [examples.to_string(), precision, recall, f1]);
+    }
+    if !table.groups.is_empty() {
+        talk!("{:<24} {:>9} {:>10}", "group", "examples", "accuracy");
+    }
+    for GroupScore { name, examples, accuracy } in &table.groups {
+        talk!("{name:<24} {examples:>9} {accuracy:>10.3}");
     }
     let mut result = serde_json::json!({ "checkpoint": trained.path, "examples": sums.examples() });
     for (part, value) in [("score", serde_json::to_value(Score::of(&sums))), ("classes", serde_json::to_value(table))] {
