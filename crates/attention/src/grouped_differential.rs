@@ -277,7 +277,8 @@ impl GroupedDifferential {
         observation.number("cancelled", cancelled_share(signal, difference(heads, lambda.clone(), ratio)));
         // Weights are heads of one batch row whose "channels" are keys.
         observation.maps =
-            seen.weights.map(|weights| difference(weights.unsqueeze::<4>(), lambda, ratio).squeeze_dim::<3>(0));
+            seen.weights.map(|weights| difference(weights.unsqueeze::<4>(), lambda.clone(), ratio).squeeze_dim::<3>(0));
+        observation.span_mass = seen.span_mass.map(|mass| difference(mass, lambda, ratio));
         observation
     }
 }

@@ -24,6 +24,7 @@ pub(crate) fn hold(config: &AttentionConfig) {
     gradients_reach_every_parameter(&world);
     gradients_agree_with_differences(&world);
     observing_changes_nothing(&world);
+    span_mass_sums_the_map(&world);
     adapters_add_to_every_projection(&world);
     cost_counts_the_parameters(&world, config);
     loading_what_was_saved_restores_the_output(&world, config);
@@ -243,6 +244,18 @@ fn observing_changes_nothing(world: &World) {
     for (name, values) in seen.numbers {
         assert!(values.into_data().iter::<f32>().all(f32::is_finite), "{name}");
     }
+}
+
+/// What queries give to sets of keys is the sum of their weights in the map.
+fn span_mass_sums_the_map(world: &World) {
+    let x = world.input(2, 5);
+    let mask = Mask::causal();
+    let spans = [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]];
+    let spans = Tensor::<2>::from_floats(spans, &x.device()).unsqueeze::<3>().expand([2, 5, 2]);
+    let see = |observe| world.run(x.clone(), &mask, None, observe).seen.expect("asked for");
+    let mass = see(Observe::Spans(spans.clone().into())).span_mass.expect("asked for");
+    let maps = see(Observe::Maps).maps.expect("asked for"); // of the first row
+    close(mass.narrow(0, 0, 1).squeeze_dim::<3>(0), maps.matmul(spans.narrow(0, 0, 1)));
 }
 
 /// The projections of a layer: names and weights.

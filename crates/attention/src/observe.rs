@@ -1,26 +1,32 @@
 //! What a mechanism can tell about a call, measured only when asked, and never changing its output.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use polyhead_kernels::{Measure, Statistics};
 
 /// What to measure during a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub enum Observe {
     /// Nothing: the default, and free.
     #[default]
     Nothing,
     /// Numbers per head.
     Numbers,
+    /// Numbers per head, and what every query gives to sets of keys: `[batch, keys, sets]`, 1 where a key belongs to a
+    /// set, else 0.
+    Spans(Arc<Tensor<3>>),
     /// Numbers per head, and the attention weights of the first row of the batch.
     Maps,
 }
 
 impl Observe {
     /// The same, as the kernel is asked.
-    pub(crate) fn measure(self) -> Measure {
+    pub(crate) fn measure(&self) -> Measure {
         match self {
             Self::Nothing => Measure::Nothing,
             Self::Numbers => Measure::Numbers,
+            Self::Spans(spans) => Measure::Spans(spans.clone()),
             Self::Maps => Measure::Weights,
         }
     }
@@ -33,6 +39,8 @@ pub struct Observation {
     pub numbers: Vec<(String, Tensor<1>)>,
     /// `[heads, queries, keys]`: the weights of the first row of the batch; may be negative where maps are subtracted.
     pub maps: Option<Tensor<3>>,
+    /// `[batch, heads, queries, sets]`: the weights of each query on each set of keys, summed.
+    pub span_mass: Option<Tensor<4>>,
     /// `[heads, queries]`: what each head's output was multiplied by in the first row of the batch, 0 where it was not
     /// computed; `None` where all heads count alike.
     pub gates: Option<Tensor<2>>,
@@ -41,7 +49,7 @@ pub struct Observation {
 impl Observation {
     /// What a single kernel call tells about a layer.
     pub(crate) fn of(statistics: Statistics) -> Self {
-        let mut seen = Self { maps: statistics.weights, ..Self::default() };
+        let mut seen = Self { maps: statistics.weights, span_mass: statistics.span_mass, ..Self::default() };
         seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
         seen
     }

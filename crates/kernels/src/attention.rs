@@ -53,15 +53,24 @@ pub struct AttentionOptions<'a> {
 }
 
 /// What to measure during a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub enum Measure {
     /// Nothing.
     #[default]
     Nothing,
     /// Numbers per head, which come out of the tiles.
     Numbers,
+    /// Numbers, and what every query gives to sets of keys: `[batch, keys, sets]`, 1 where a key belongs to a set, else 0.
+    Spans(Arc<Tensor<3>>),
     /// Numbers, and the weights of the first row of the batch as a matrix.
     Weights,
+}
+
+impl Measure {
+    /// Whether nothing is asked for.
+    fn is_nothing(&self) -> bool {
+        matches!(self, Self::Nothing)
+    }
 }
 
 /// What [`attention`] returns.
@@ -82,6 +91,8 @@ pub struct Statistics {
     pub first_key_mass: Tensor<1>,
     /// `[query heads]`: the largest scaled score of a visible key; 0 where there is none.
     pub largest_score: Tensor<1>,
+    /// `[batch, query heads, queries, sets]`: the sum of a query's weights on each set of keys; only if asked for.
+    pub span_mass: Option<Tensor<4>>,
     /// `[query heads, queries, keys]`: the weights of the first row of the batch; only if asked for.
     pub weights: Option<Tensor<3>>,
 }
@@ -96,15 +107,34 @@ pub struct Statistics {
 /// # Panics
 /// If the head counts do not divide (with [`HeadMap::Even`]) or shapes disagree: callers check configurations first.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
+    let span_mass = match &options.statistics {
+        Measure::Spans(spans) => {
+            Some(span_mass(q.clone().detach(), k.clone().detach(), spans.as_ref().clone(), options))
+        }
+        _ => None,
+    };
+    let attention = forward(q, k, v, options);
+    let statistics = attention.statistics.map(|seen| Statistics { span_mass, ..seen.settled() });
+    Attention { statistics, ..attention }
+}
+
+/// The form that this device and mask ask for.
+fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
     let [batch, _, queries, _] = q.dims();
     let keys = k.dims()[2];
     let everything = Mask::none();
     let visible = options.mask.unwrap_or(&everything).visible(batch, options.query_offset, queries, keys);
-    let attention = match visible {
+    match visible {
         Some(visible) if cpu::fuses(&q) && options.bias.is_none() => tiles::attention(q, k, v, visible, options),
         _ => blocks::attention(q, k, v, options),
-    };
-    Attention { statistics: attention.statistics.map(Statistics::settled), ..attention }
+    }
+}
+
+/// `[batch, query heads, queries, sets]`: attention whose values tell which set a key belongs to is a sum of weights.
+fn span_mass(q: Tensor<4>, k: Tensor<4>, spans: Tensor<3>, options: &AttentionOptions<'_>) -> Tensor<4> {
+    let values = in_type(spans.unsqueeze_dim(1), q.dtype()); // one value head, which all heads read
+    let options = AttentionOptions { values: HeadMap::Even, statistics: Measure::Nothing, ..options.clone() };
+    in_type(forward(q, k, values, &options).hidden, DType::F32)
 }
 
 /// The definition in tensor operations, with the whole matrix of weights.
@@ -123,7 +153,7 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
         scores = scores.mask_fill(hidden.clone().expand(full), HIDDEN_SCORE);
     }
     let inactive = options.active.as_ref().map(|active| active.hidden(&device).expand(full));
-    let measured = (options.statistics != Measure::Nothing).then(|| match &inactive {
+    let measured = (!options.statistics.is_nothing()).then(|| match &inactive {
         Some(inactive) => scores.clone().detach().mask_fill(inactive.clone(), HIDDEN_SCORE),
         None => scores.clone().detach(),
     });
@@ -212,6 +242,7 @@ fn measure(scores: Tensor<4>, weights: Tensor<4>, options: &AttentionOptions<'_>
         entropy: per_head(entropy) / counted.clone(),
         first_key_mass: per_head(weights.clone().narrow(3, 0, 1)) / counted,
         largest_score: largest,
-        weights: (options.statistics == Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),
+        span_mass: None,
+        weights: matches!(options.statistics, Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),
     }
 }

@@ -532,7 +532,7 @@ impl Decoder {
                 mask,
                 bias: None,
                 cache: cache.as_deref_mut().map(|cache| &mut cache.layers[index]),
-                observe,
+                observe: observe.clone(),
                 adapters,
             };
             let normed = layer.attention_norm.forward(hidden.clone(), eps);

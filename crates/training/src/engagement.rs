@@ -10,6 +10,7 @@
 //! P is the difference, and masses may be negative.
 
 use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{Adapter, Observe};
 use polyhead_models::{Batch, ContextMask, Decoder, Pass, Role};
 
@@ -42,20 +43,11 @@ impl Engagement {
 
 /// The masses of every layer over a batch. Call it on `model.valid()`.
 pub fn measure(model: &Decoder, batch: &Batch, context: ContextMask, adapters: &[Vec<Adapter>]) -> Vec<Engagement> {
-    let mut sums = vec![Sums::default(); model.layers.len()];
-    for row in (0..batch.batch).map(|index| batch.row(index)) {
-        let places = Places::of(&row);
-        let mask = row.mask(context);
-        let pass = Pass { observe: Observe::Maps, adapters, ..Pass::new(&mask) };
-        for (sums, seen) in sums.iter_mut().zip(model.pass(model.tokens(&row), pass).seen) {
-            let Some(maps) = seen.maps else { continue };
-            let weights: Vec<f32> = maps.into_data().iter::<f32>().collect();
-            for head in weights.chunks(row.seq * row.seq) {
-                places.add(head, sums);
-            }
-        }
-    }
-    sums.iter().map(Sums::means).collect()
+    let places = Places::of(batch);
+    let mask = batch.mask(context);
+    let observe = Observe::Spans(places.spans(&model.device()).into());
+    let seen = model.pass(model.tokens(batch), Pass { observe, adapters, ..Pass::new(&mask) }).seen;
+    seen.into_iter().map(|seen| seen.span_mass.map_or_else(Engagement::default, |mass| places.means(mass))).collect()
 }
 
 /// The masses on the first held-out batch under names, where attention is looked at and the data is conversations.
@@ -92,61 +84,64 @@ fn named(prefix: &str, layers: &[Engagement]) -> Vec<(String, f64)> {
     all
 }
 
-/// Sums over heads and queries: of answers, of all.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sums {
-    counts: [f64; 2],
-    sink: [f64; 2],
-    context: [f64; 2],
-}
-
-impl Sums {
-    fn means(&self) -> Engagement {
-        let [answers, all] = self.counts.map(|count| count.max(1.0));
-        Engagement {
-            sink_mass: self.sink[0] / answers,
-            context_engagement: self.context[0] / answers,
-            sink_mass_all: self.sink[1] / all,
-            context_engagement_all: self.context[1] / all,
-        }
-    }
-}
-
-/// What is what in a row.
+/// What is what in a batch, `[batch, seq]`.
 struct Places {
-    /// Whether a token is an answer's; `None` for padding.
-    answers: Vec<Option<bool>>,
-    /// The first token of each token's conversation.
-    first: Vec<usize>,
-    documents: Vec<u32>,
+    seq: usize,
+    kinds: Vec<Kind>,
+}
+
+/// What a token is to the masses. Those of other conversations need no telling apart: nobody sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Padding,
+    /// The first of its conversation.
+    First {
+        answer: bool,
+    },
+    Context,
+    Answer,
 }
 
 impl Places {
-    fn of(row: &Batch) -> Self {
-        let padding = |at: usize| row.roles.as_ref().is_some_and(|roles| roles[at] == Role::Padding);
-        let answers = row.answers();
-        let answers: Vec<_> = (0..row.seq).map(|at| (!padding(at)).then_some(answers[at])).collect();
-        let documents = row.documents.clone().unwrap_or_else(|| vec![0; row.seq]);
-        let first = |at: usize| (0..row.seq).find(|&j| documents[j] == documents[at] && answers[j].is_some());
-        let first = (0..row.seq).map(|at| first(at).unwrap_or(at)).collect();
-        Self { answers, first, documents }
+    fn of(batch: &Batch) -> Self {
+        let answers = batch.answers();
+        let mut last_seen = None; // row and document of the last token that is no padding
+        let kind = |at: usize| {
+            if batch.roles.as_ref().is_some_and(|roles| roles[at] == Role::Padding) {
+                return Kind::Padding;
+            }
+            let conversation = (at / batch.seq, batch.documents.as_ref().map(|documents| documents[at]));
+            match (last_seen.replace(conversation) == Some(conversation), answers[at]) {
+                (false, answer) => Kind::First { answer },
+                (true, true) => Kind::Answer,
+                (true, false) => Kind::Context,
+            }
+        };
+        Self { seq: batch.seq, kinds: (0..answers.len()).map(kind).collect() }
     }
 
-    /// Adds the weights of a head, `[queries, keys]`.
-    fn add(&self, weights: &[f32], sums: &mut Sums) {
-        let seq = self.answers.len();
-        for (query, row) in weights.chunks(seq).enumerate() {
-            let Some(answer) = self.answers[query] else { continue };
-            let first = self.first[query];
-            let is_context = |key: usize| {
-                key != first && self.answers[key] == Some(false) && self.documents[key] == self.documents[query]
-            };
-            let context: f64 = (0..seq).filter(|&key| is_context(key)).map(|key| f64::from(row[key])).sum();
-            for kind in if answer { 0..2 } else { 1..2 } {
-                sums.counts[kind] += 1.0;
-                sums.sink[kind] += f64::from(row[first]);
-                sums.context[kind] += context;
-            }
+    /// `[batch, seq, 2]`: first tokens; the rest of the context.
+    fn spans(&self, device: &Device) -> Tensor<3> {
+        let of = |kind: &Kind| [matches!(kind, Kind::First { .. }), *kind == Kind::Context].map(f32::from);
+        let spans: Vec<f32> = self.kinds.iter().flat_map(of).collect();
+        Tensor::from_data(TensorData::new(spans, [self.kinds.len() / self.seq, self.seq, 2]), device)
+    }
+
+    /// The means over heads and queries of what each query gives to the spans, `[batch, heads, seq, 2]`.
+    fn means(&self, mass: Tensor<4>) -> Engagement {
+        let mass: Vec<f32> = mass.mean_dim(1).into_data().iter().collect(); // [batch, 1, seq, 2]
+        let mean = |span: usize, counts: fn(Kind) -> bool| {
+            let of = |(kind, mass): (&Kind, &[f32])| counts(*kind).then_some(f64::from(mass[span]));
+            let all: Vec<f64> = self.kinds.iter().zip(mass.chunks(2)).filter_map(of).collect();
+            all.iter().sum::<f64>() / all.len().max(1) as f64
+        };
+        let answer = |kind| matches!(kind, Kind::Answer | Kind::First { answer: true });
+        let all = |kind| kind != Kind::Padding;
+        Engagement {
+            sink_mass: mean(0, answer),
+            context_engagement: mean(1, answer),
+            sink_mass_all: mean(0, all),
+            context_engagement_all: mean(1, all),
         }
     }
 }

@@ -17,7 +17,7 @@ use burn::backend::{
 };
 use burn::tensor::{Bool, DType, Int, Shape, Slice, Tensor, TensorData};
 
-use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Measure, Statistics, plain};
+use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Statistics, plain};
 use crate::Mask;
 use crate::mask::Visible;
 use crate::precision::cast;
@@ -42,7 +42,7 @@ fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOption
     for start in (0..queries).step_by(rows) {
         let part = Part { start, rows: rows.min(queries - start), options, mask, visible: visible.as_deref() };
         hidden.push(part.attend(&q, &k, &v));
-        if options.statistics != Measure::Nothing {
+        if !options.statistics.is_nothing() {
             seen.push(part.measure(&q, &k, &v));
         }
     }
@@ -153,6 +153,7 @@ fn join(parts: Vec<Option<(Tensor<1>, Statistics)>>) -> Option<Statistics> {
         entropy: entropy / counted.clone(),
         first_key_mass: first_key_mass / counted,
         largest_score,
+        span_mass: None,
         weights,
     })
 }
@@ -350,6 +351,7 @@ fn number(value: f64) -> Scalar {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Measure;
     use super::*;
     use crate::testing::{agree_with_gradients, leaf, normal, numbers};
     use burn::tensor::Device;

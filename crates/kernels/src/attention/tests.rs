@@ -113,6 +113,18 @@ fn statistics_of_uniform_weights() {
     assert_eq!(seen.weights.expect("asked for").dims(), [2, 4, 4]);
 }
 
+#[test]
+fn span_mass_is_the_sum_of_weights_on_a_set_of_keys() {
+    let q = Tensor::<4>::zeros([1, 2, 4, 3], &Device::flex());
+    let spans = Tensor::<3>::from_floats([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]], &Device::flex());
+    let mask = Mask::causal();
+    let options =
+        AttentionOptions { mask: Some(&mask), statistics: Measure::Spans(spans.into()), ..Default::default() };
+    let mass = attention(q.clone(), q.clone(), q, &options).statistics.and_then(|seen| seen.span_mass);
+    let of_a_head = [1.0, 0.0, 0.5, 0.5, 1.0 / 3.0, 2.0 / 3.0, 0.25, 0.5];
+    agree("span mass", &numbers(mass.expect("asked for")), &of_a_head.repeat(2));
+}
+
 struct Case {
     batch: usize,
     heads: usize,
@@ -160,6 +172,19 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
         agree(name, &got.2[index], &want.2[index]);
     }
     agree("weights", &got.3, &want.3);
+    let spans = Tensor::from_inner(random([batch, keys, 2]).greater_elem(0.0).float());
+    let spanned = AttentionOptions { statistics: Measure::Spans(spans.clone().into()), ..options.clone() };
+    let seen = attention(q.clone(), k.clone(), v, &spanned).statistics.expect("asked for");
+    agree("span mass", &numbers(seen.span_mass.expect("asked for")), &numbers(summed(q, k, spans, &options)));
+}
+
+/// Weights on sets of keys, `[batch, heads, queries, sets]`, from the whole matrix.
+fn summed(q: Tensor<4>, k: Tensor<4>, spans: Tensor<3>, options: &AttentionOptions<'_>) -> Tensor<4> {
+    let [batch, heads, keys] = [q.dims()[0], q.dims()[1], k.dims()[2]];
+    // Each key's value is a channel of its own: what comes out is the matrix of weights.
+    let each = Tensor::<2>::eye(keys, &q.device()).unsqueeze::<4>().expand([batch, 1, keys, keys]);
+    let options = AttentionOptions { values: HeadMap::Each(vec![0; heads]), ..options.clone() };
+    plain(q, k, each, &options).hidden.matmul(spans.unsqueeze_dim(1))
 }
 
 fn seen_weights(

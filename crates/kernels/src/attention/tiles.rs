@@ -100,10 +100,10 @@ pub(super) fn attention(
         value_of,
         visible,
         active: options.active.clone(),
-        measure: options.statistics != Measure::Nothing,
+        measure: !options.statistics.is_nothing(),
     };
     // The matrix of one row is asked for by whoever looks at pictures; it is made beside the tiles.
-    let weights = (options.statistics == Measure::Weights).then(|| {
+    let weights = matches!(options.statistics, Measure::Weights).then(|| {
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
         weights_of_first_row(first(&q), first(&k), &plan)
     });
@@ -117,6 +117,7 @@ pub(super) fn attention(
             entropy: fact(1).sum_dim(1).squeeze_dim::<1>(1) / counted.clone(),
             first_key_mass: fact(2).sum_dim(1).squeeze_dim::<1>(1) / counted,
             largest_score: fact(3).max_dim(1).squeeze_dim::<1>(1),
+            span_mass: None,
             weights,
         }
     });

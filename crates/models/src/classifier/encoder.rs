@@ -200,7 +200,7 @@ impl Encoder {
         let eps = self.blueprint.norm_eps;
         let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for layer in &self.layers {
-            let attended = self.through(layer, hidden, &mask, observe);
+            let attended = self.through(layer, hidden, &mask, observe.clone());
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
@@ -225,7 +225,7 @@ impl Encoder {
             }
             (Mixer::HiLo(hilo), Source::Patches { grid, .. }) => {
                 // There is nothing to see in it, but layers are counted.
-                let seen = (observe != Observe::Nothing).then(Observation::default);
+                let seen = (!matches!(observe, Observe::Nothing)).then(Observation::default);
                 Attended { hidden: hilo.forward(normed, grid, None), penalty: None, seen }
             }
             (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
