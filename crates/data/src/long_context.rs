@@ -21,7 +21,7 @@ use crate::text::TextDocument;
 use crate::{DataError, Tokenizer};
 
 use tasks::Facts;
-pub use tasks::LongTask;
+pub use tasks::{EIGHT, LongTask};
 
 /// `[data.long_context]`: questions about texts that are as long as a row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -32,6 +32,9 @@ pub struct LongContextConfig {
     pub tasks: Vec<LongTask>,
     /// Questions about each text, in turns, where the task knows as many and there is room. Default: 1.
     pub questions: usize,
+    /// The fewest and the most keys that a text of key_value or needles_multi tells of, both 2 to 8; how many it is is drawn
+    /// for each text. Models learn to look up sooner from texts with few. Default: [8, 8].
+    pub keys: [usize; 2],
     /// The chat template, as in data.chat. Default: "plain".
     pub template: String,
     /// What is learnt, as in data.chat: "assistant" (default), "last" or "all".
@@ -40,7 +43,13 @@ pub struct LongContextConfig {
 
 impl Default for LongContextConfig {
     fn default() -> Self {
-        Self { tasks: LongTask::ALL.to_vec(), questions: 1, template: "plain".into(), learn: Learn::Assistant }
+        Self {
+            tasks: LongTask::ALL.to_vec(),
+            questions: 1,
+            keys: EIGHT,
+            template: "plain".into(),
+            learn: Learn::Assistant,
+        }
     }
 }
 
@@ -65,6 +74,8 @@ pub struct Problems<'a> {
     pub learn: Learn,
     /// Questions in a conversation, at most.
     pub questions: usize,
+    /// The fewest and the most keys of a text that has any; [`EIGHT`] of them is what models are compared on.
+    pub keys: [usize; 2],
 }
 
 impl Problems<'_> {
@@ -80,7 +91,7 @@ impl Problems<'_> {
         depth: f64,
         rng: &mut ChaCha8Rng,
     ) -> Result<LongProblem, DataError> {
-        let facts = task.facts(rng);
+        let facts = task.facts(self.keys, rng);
         // About as many pieces of filler as fit; then fewer, until they do.
         let probe: String = (0..16).map(|index| facts.filler.piece(index, rng) + " ").collect();
         let per_piece = (self.tokenizer.encode(&probe)?.len() as f64 / 16.0).max(1.0);
@@ -170,6 +181,12 @@ impl LongContext {
         seq_len: usize,
         (seed, side): (u64, Side),
     ) -> Result<Self, DataError> {
+        let [fewest, most] = config.keys;
+        if !(2 <= fewest && fewest <= most && most <= 8) {
+            return Err(DataError::Unusable(format!(
+                "data.long_context.keys is [{fewest}, {most}]: 2 to 8, and the fewest first"
+            )));
+        }
         let template = chat_template(&config.template, tokenizer)?;
         let (config, tokenizer) = (config.clone(), tokenizer.clone());
         let rows = Self { config, tokenizer, template, seq_len, seed, side };
@@ -188,8 +205,8 @@ impl LongContext {
         let mut rng = generator(self.seed, self.side.stream(index));
         let task = self.config.tasks[(index % self.config.tasks.len() as u64) as usize];
         let depth = rng.random();
-        let LongContextConfig { learn, questions, .. } = self.config;
-        let problems = Problems { tokenizer: &self.tokenizer, template: &self.template, learn, questions };
+        let LongContextConfig { learn, questions, keys, .. } = self.config;
+        let problems = Problems { tokenizer: &self.tokenizer, template: &self.template, learn, questions, keys };
         problems.make(task, self.seq_len, depth, &mut rng)
     }
 }
@@ -221,7 +238,8 @@ pub(crate) fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, Dat
     const TEXTS: u64 = 400;
     let tokenizer = Tokenizer::bytes();
     let template = chat_template(&config.template, &tokenizer)?;
-    let problems = Problems { tokenizer: &tokenizer, template: &template, learn: config.learn, questions: 1 };
+    let problems =
+        Problems { tokenizer: &tokenizer, template: &template, learn: config.learn, questions: 1, keys: EIGHT };
     let text = |index: u64| {
         let task = config.tasks[index as usize % config.tasks.len()];
         let turns = problems.make(task, 1500, 0.5, &mut generator(0, index))?.text;
@@ -241,7 +259,8 @@ mod tests {
     fn make_with(questions: usize, task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
         let tokenizer = Tokenizer::bytes();
         let template = chat_template("plain", &tokenizer).unwrap();
-        let problems = Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant, questions };
+        let problems =
+            Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant, questions, keys: EIGHT };
         problems.make(task, length, depth, &mut generator(7, stream)).unwrap()
     }
 
@@ -339,6 +358,24 @@ mod tests {
             let (took, went) = answer.split_once(". ").unwrap();
             assert_eq!(took, format!("{who} took the {thing}"));
             assert!(went.starts_with(&format!("{who} went to the ")) && four.text[0][0].contains(went));
+        }
+    }
+
+    #[test]
+    fn texts_may_tell_of_fewer_keys() {
+        let set = |keys| {
+            let config = LongContextConfig { keys, tasks: vec![LongTask::NeedlesMulti], ..Default::default() };
+            LongContext::new(&config, &Tokenizer::bytes(), 900, (1, Side::Train))
+        };
+        let counts = |keys| {
+            let set = set(keys).unwrap();
+            let of = |index| set.problem(index).unwrap().text[0][0].matches("The code of the ").count();
+            (0..60).map(of).collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(counts(EIGHT), [8].into());
+        assert_eq!(counts([3, 5]), (3..=5).collect());
+        for wrong in [[1, 8], [2, 9], [5, 4]] {
+            assert!(set(wrong).err().unwrap().to_string().contains(&format!("keys is {wrong:?}")));
         }
     }
 

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::words::{CODES, LETTERS, PEOPLE, PLACES, THINGS, filler};
 
+/// The fewest and the most keys of a text: always eight.
+pub const EIGHT: [usize; 2] = [8, 8];
+
 /// What is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -49,11 +52,13 @@ impl LongTask {
         self != Self::CommonWords
     }
 
-    /// What belongs to a problem whatever its length.
-    pub(super) fn facts(self, rng: &mut ChaCha8Rng) -> Facts {
+    /// What belongs to a problem whatever its length. `keys` are the fewest and the most keys.
+    pub(super) fn facts(self, [fewest, most]: [usize; 2], rng: &mut ChaCha8Rng) -> Facts {
+        // Nothing is drawn where there is nothing to choose.
+        let keys = |rng: &mut ChaCha8Rng| if fewest < most { rng.random_range(fewest..=most) } else { most };
         match self {
-            Self::KeyValue => pairs(rng),
-            Self::NeedlesMulti => needles(rng),
+            Self::KeyValue => pairs(keys(rng), rng),
+            Self::NeedlesMulti => needles(keys(rng), rng),
             Self::VariableTracking => variables(rng),
             Self::CommonWords => words(rng),
             Self::MultiHop => hops(rng),
@@ -122,19 +127,19 @@ fn ask(question: String, answer: &str) -> [String; 2] {
     [question, answer.to_owned()]
 }
 
-fn pairs(rng: &mut ChaCha8Rng) -> Facts {
-    eight(rng, |thing, code| (format!("{thing} {code}."), format!("{thing}?")))
+fn pairs(keys: usize, rng: &mut ChaCha8Rng) -> Facts {
+    keyed(keys, rng, |thing, code| (format!("{thing} {code}."), format!("{thing}?")))
 }
 
-fn needles(rng: &mut ChaCha8Rng) -> Facts {
-    eight(rng, |thing, code| {
+fn needles(keys: usize, rng: &mut ChaCha8Rng) -> Facts {
+    keyed(keys, rng, |thing, code| {
         (format!("The code of the {thing} is {code}."), format!("What is the code of the {thing}?"))
     })
 }
 
-/// Eight things with a code each: the sentence that tells it, and the question that the sentence answers.
-fn eight(rng: &mut ChaCha8Rng, say: fn(&str, &str) -> (String, String)) -> Facts {
-    let (things, codes) = (some(&THINGS, 8, rng), some(&CODES, 8, rng));
+/// Things with a code each: the sentence that tells it, and the question that the sentence answers.
+fn keyed(keys: usize, rng: &mut ChaCha8Rng, say: fn(&str, &str) -> (String, String)) -> Facts {
+    let (things, codes) = (some(&THINGS, keys, rng), some(&CODES, keys, rng));
     let (sentences, questions): (Vec<String>, Vec<String>) =
         things.iter().zip(&codes).map(|(thing, code)| say(thing, code)).unzip();
     Facts {

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use polyhead_data::chat::{Learn, chat_template};
-use polyhead_data::long_context::{LongProblem, LongTask, Problems, generator};
+use polyhead_data::long_context::{EIGHT, LongProblem, LongTask, Problems, generator};
 use polyhead_models::{Batch, Decoder, IGNORE};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::json;
@@ -41,7 +41,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template(name, tokenizer)?;
-    let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1 };
+    let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1, keys: EIGHT };
     let trained_on = args.unit.unwrap_or(trained.max_positions);
     let tasks: Vec<LongTask> = match args.task.iter().any(|name| name == "all") {
         true => LongTask::ALL.to_vec(),
