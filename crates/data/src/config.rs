@@ -174,10 +174,7 @@ impl DataConfig {
             Self::Text(text) => named(&text.paths),
             Self::Jsonl(jsonl) => named(&jsonl.paths),
             Self::Chat(chat) => named(&chat.paths),
-            Self::LongContext(LongContextConfig { tasks, .. }) if tasks.is_empty() => {
-                Err(("tasks", "tasks is empty: name at least one".to_owned()))
-            }
-            Self::LongContext(_) => Ok(()),
+            Self::LongContext(config) => config.validate(),
             Self::Markov(task) => task.validate(),
             Self::AssociativeRecall(task) => task.validate(seq_len),
             Self::Needles(task) => task.validate(seq_len),

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::chat::{ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
 use crate::loader::{Sample, Samples};
-use crate::synthetic::Side;
+use crate::synthetic::{Problem, Side};
 use crate::text::TextDocument;
 use crate::{DataError, Tokenizer};
 
@@ -50,6 +50,23 @@ impl Default for LongContextConfig {
             template: "plain".into(),
             learn: Learn::Assistant,
         }
+    }
+}
+
+impl LongContextConfig {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self) -> Result<(), Problem> {
+        if self.tasks.is_empty() {
+            return Err(("tasks", "tasks is empty: name at least one".to_owned()));
+        }
+        let [fewest, most] = self.keys;
+        if !(2 <= fewest && fewest <= most && most <= 8) {
+            return Err(("keys", format!("keys ([{fewest}, {most}]) must be 2 to 8, the fewest first")));
+        }
+        Ok(())
     }
 }
 
@@ -181,12 +198,6 @@ impl LongContext {
         seq_len: usize,
         (seed, side): (u64, Side),
     ) -> Result<Self, DataError> {
-        let [fewest, most] = config.keys;
-        if !(2 <= fewest && fewest <= most && most <= 8) {
-            return Err(DataError::Unusable(format!(
-                "data.long_context.keys is [{fewest}, {most}]: 2 to 8, and the fewest first"
-            )));
-        }
         let template = chat_template(&config.template, tokenizer)?;
         let (config, tokenizer) = (config.clone(), tokenizer.clone());
         let rows = Self { config, tokenizer, template, seq_len, seed, side };
@@ -375,7 +386,8 @@ mod tests {
         assert_eq!(counts(EIGHT), [8].into());
         assert_eq!(counts([3, 5]), (3..=5).collect());
         for wrong in [[1, 8], [2, 9], [5, 4]] {
-            assert!(set(wrong).err().unwrap().to_string().contains(&format!("keys is {wrong:?}")));
+            let config = LongContextConfig { keys: wrong, ..Default::default() };
+            assert_eq!(config.validate().unwrap_err().0, "keys");
         }
     }
 

@@ -11,291 +11,18 @@ use burn::nn::Linear;
 use burn::tensor::activation::gelu;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapter, Adapters, Attention, AttentionConfig, Cache, Call, ConfigError, Cost, Dims, GaussianAdaptive,
-    GaussianAdaptiveConfig, INIT_STD, Mask, Observation, Observe, Rope, RopeLayout, frequencies, linear,
+    Adapter, Adapters, Attention, Cache, Call, GaussianAdaptive, INIT_STD, Mask, Observation, Observe, Rope,
+    frequencies, linear,
 };
 use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::adapters::Lora;
-use crate::rope_scaling::RopeScaling;
-use crate::{Batch, Gate, PerLayer};
+use crate::{Batch, Gate};
 
-/// Settings of a decoder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DecoderConfig {
-    /// Channels of the residual stream.
-    pub d_model: usize,
-    /// Layers.
-    pub n_layers: usize,
-    /// Channels inside the feed-forward layers. Default: 8/3 d_model, rounded up to a multiple of 16.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub d_ff: Option<usize>,
-    /// Rotary positions. Default: true.
-    #[serde(default = "yes")]
-    pub rope: bool,
-    /// Base of the rotary frequencies. Default: 10000.
-    #[serde(default = "rope_theta")]
-    pub rope_theta: f64,
-    /// Which channels form the rotated pairs. Default: "rotate_half".
-    #[serde(default)]
-    pub rope_layout: RopeLayout,
-    /// Share of each head's channels that rotate, the first ones. Default: 1.
-    #[serde(default = "one")]
-    pub rope_fraction: f64,
-    /// How the frequencies are stretched for contexts longer than those first learnt. Default: not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_scaling: Option<RopeScaling>,
-    /// The kind of norms: "rms" or "layer". Default: "rms".
-    #[serde(default)]
-    pub norm: NormKind,
-    /// Inside the square root of the norms. Default: 1e-5.
-    #[serde(default = "norm_eps")]
-    pub norm_eps: f64,
-    /// The kind of feed-forward layers: "swiglu" (gated, without biases) or "gelu" (with biases). Default: "swiglu".
-    #[serde(default)]
-    pub mlp: MlpKind,
-    /// Attention and feed-forward layer read the same input, and both are added to it. Default: false, one after the other.
-    #[serde(default)]
-    pub parallel_residual: bool,
-    /// Use the token embedding as output projection too. Default: true.
-    #[serde(default = "yes")]
-    pub tie_embeddings: bool,
-    /// The attention mechanism: one table for all layers, or a list with one per layer.
-    pub attention: PerLayer<AttentionConfig>,
-    /// Gaussian adaptive gates on what attention writes in every layer; along the channels, axis = -1. Default: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub attention_gate: Option<GaussianAdaptiveConfig>,
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-fn rope_theta() -> f64 {
-    10_000.0
-}
-
-fn norm_eps() -> f64 {
-    1e-5
-}
-
-/// The kind of a decoder's norms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum NormKind {
-    /// Root mean square, without a bias.
-    #[default]
-    Rms,
-    /// Mean and variance, with a bias.
-    Layer,
-}
-
-impl NormKind {
-    /// Vectors of a norm.
-    pub(crate) fn vectors(self) -> u64 {
-        match self {
-            Self::Rms => 1,
-            Self::Layer => 2,
-        }
-    }
-}
-
-/// The kind of a decoder's feed-forward layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum MlpKind {
-    /// `down(silu(gate(x)) * up(x))`
-    #[default]
-    Swiglu,
-    /// `down(gelu(up(x)))` with biases.
-    Gelu,
-}
-
-impl MlpKind {
-    /// Weights of a layer's matrices, and of its biases.
-    pub(crate) fn parameters(self, d_model: u64, d_ff: u64) -> [u64; 2] {
-        match self {
-            Self::Swiglu => [3 * d_model * d_ff, 0],
-            Self::Gelu => [2 * d_model * d_ff, d_model + d_ff],
-        }
-    }
-}
-
-/// A part of a model with what it costs, for `plan`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Part {
-    /// What it is: `embedding`, `layer 0-3: softmax`, ...
-    pub name: String,
-    /// Its cost, over all its layers.
-    pub cost: Cost,
-}
-
-impl DecoderConfig {
-    /// Channels inside the feed-forward layers, with the default filled in.
-    pub fn feed_forward(&self) -> usize {
-        self.d_ff.unwrap_or_else(|| (self.d_model * 8).div_ceil(3).next_multiple_of(16))
-    }
-
-    fn dims(&self, layer: usize) -> Dims {
-        Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: self.rope, norm_eps: self.norm_eps }
-    }
-
-    /// The mechanism of a layer.
-    ///
-    /// # Panics
-    /// If the list of mechanisms is too short, which [`validate`](Self::validate) refuses.
-    pub fn mechanism(&self, layer: usize) -> &AttentionConfig {
-        self.attention.of_layer(layer).expect("validate: one mechanism per layer")
-    }
-
-    /// Channels of a query head in a layer.
-    pub fn head_dim(&self, layer: usize) -> usize {
-        self.mechanism(layer).head_dim(&self.dims(layer))
-    }
-
-    /// Channels of a query head in a layer that rotate.
-    pub fn rotated(&self, layer: usize) -> usize {
-        (self.head_dim(layer) as f64 * self.rope_fraction) as usize
-    }
-
-    /// Checks everything that a user can get wrong.
-    ///
-    /// # Errors
-    /// Names the field, its value and the rule.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive = |field: &str, value: usize| match value {
-            0 => Err(ConfigError::new(field, format!("{field} (0) must be at least 1"))),
-            _ => Ok(()),
-        };
-        positive("d_model", self.d_model)?;
-        positive("n_layers", self.n_layers)?;
-        positive("d_ff", self.feed_forward())?;
-        for (field, value) in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));
-            }
-        }
-        if let Some(scaling) = &self.rope_scaling {
-            scaling.validate().map_err(|error| error.within("rope_scaling"))?;
-        }
-        if let Some(gate) = &self.attention_gate {
-            gate.validate_channels(self.d_model, "a causal model must not look ahead")
-                .map_err(|error| error.within("attention_gate"))?;
-        }
-        if let PerLayer::Each(list) = &self.attention
-            && list.len() != self.n_layers
-        {
-            let problem = format!(
-                "attention lists {} mechanisms for n_layers ({}): give one per layer",
-                list.len(),
-                self.n_layers
-            );
-            return Err(ConfigError::new("attention", problem));
-        }
-        for layer in 0..self.n_layers {
-            let table = match &self.attention {
-                PerLayer::Same(_) => "attention".to_owned(),
-                PerLayer::Each(_) => format!("attention.{layer}"),
-            };
-            let mechanism = self.mechanism(layer);
-            mechanism.validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
-            mechanism.check_causal().map_err(|e| e.within(&table))?;
-            let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
-            if !(fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2)) && self.rope {
-                let problem = format!(
-                    "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head \
-                     ({}) to rotate, not {rotated}",
-                    self.head_dim(layer)
-                );
-                return Err(ConfigError::new("rope_fraction", problem));
-            }
-        }
-        Ok(())
-    }
-
-    /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and seed the device.
-    pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
-        let (d_model, d_ff) = (self.d_model, self.feed_forward());
-        let norm = || Norm::init(self.norm, d_model, device);
-        let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
-        let layer = |index| Block {
-            attention_norm: norm(),
-            attention: self.mechanism(index).init(&self.dims(index), device),
-            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&[1, d_model], device)),
-            mlp_norm: norm(),
-            mlp: Mlp::init(self.mlp, [d_model, d_ff], self.n_layers, device),
-        };
-        Decoder {
-            embedding: Embedding { weight: Param::from_tensor(embedding) },
-            layers: (0..self.n_layers).map(layer).collect(),
-            norm: norm(),
-            head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
-            lora: None,
-            config: self.clone(),
-            gate: None,
-            precision: Precision::F32,
-        }
-    }
-
-    /// Parameters and costs by part. Neighbouring layers of one mechanism are one part.
-    pub fn parts(&self, vocab_size: usize) -> Vec<Part> {
-        let (d_model, d_ff, vocab) = (self.d_model as u64, self.feed_forward() as u64, vocab_size as u64);
-        let plain = |parameters: u64, flops_per_token: u64| Cost { parameters, flops_per_token, ..Default::default() };
-        let mut parts = vec![Part { name: "embedding".into(), cost: plain(vocab * d_model, 0) }];
-        for layer in 0..self.n_layers {
-            let cost = self.mechanism(layer).cost(&self.dims(layer));
-            let name = format!("attention: {}", self.mechanism(layer).name());
-            match parts.iter_mut().find(|part| part.name == name) {
-                Some(part) => {
-                    part.cost.parameters += cost.parameters;
-                    part.cost.flops_per_token += cost.flops_per_token;
-                    part.cost.flops_per_pair += cost.flops_per_pair;
-                    part.cost.cached_numbers_per_token += cost.cached_numbers_per_token;
-                }
-                None => parts.push(Part { name, cost }),
-            }
-        }
-        let layers = self.n_layers as u64;
-        let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
-        let cost = plain(layers * (matrices + biases), 2 * layers * matrices);
-        parts.push(Part { name: "feed-forward".into(), cost });
-        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * self.norm.vectors() * d_model, 0) });
-        if let Some(gate) = &self.attention_gate {
-            let parameters = layers * gate.parameters(&[1, self.d_model]);
-            parts.push(Part { name: "attention gates".into(), cost: plain(parameters, 0) });
-        }
-        let head = if self.tie_embeddings { 0 } else { vocab * d_model };
-        parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
-        parts
-    }
-}
-
-/// What a whole model costs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct ModelCosts {
-    /// Weights.
-    pub parameters: u64,
-    /// Numbers kept per token while decoding.
-    pub cached_numbers_per_token: u64,
-}
-
-impl DecoderConfig {
-    /// The sums over all [`parts`](Self::parts).
-    pub fn costs(&self, vocab_size: usize) -> ModelCosts {
-        let add = |sum: ModelCosts, part: Part| ModelCosts {
-            parameters: sum.parameters + part.cost.parameters,
-            cached_numbers_per_token: sum.cached_numbers_per_token + part.cost.cached_numbers_per_token,
-        };
-        self.parts(vocab_size).into_iter().fold(ModelCosts::default(), add)
-    }
-}
+mod config;
+pub use config::{DecoderConfig, MlpKind, ModelCosts, NormKind, Part};
 
 /// The token embedding.
 #[derive(Module, Debug)]
@@ -452,6 +179,32 @@ pub struct Forward {
     pub penalties: Vec<Tensor<1>>,
     /// One per layer, if asked for.
     pub seen: Vec<Observation>,
+}
+
+impl DecoderConfig {
+    /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and seed the device.
+    pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
+        let (d_model, d_ff) = (self.d_model, self.feed_forward());
+        let norm = || Norm::init(self.norm, d_model, device);
+        let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
+        let layer = |index| Block {
+            attention_norm: norm(),
+            attention: self.mechanism(index).init(&self.dims(index), device),
+            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&[1, d_model], device)),
+            mlp_norm: norm(),
+            mlp: Mlp::init(self.mlp, [d_model, d_ff], self.n_layers, device),
+        };
+        Decoder {
+            embedding: Embedding { weight: Param::from_tensor(embedding) },
+            layers: (0..self.n_layers).map(layer).collect(),
+            norm: norm(),
+            head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
+            lora: None,
+            config: self.clone(),
+            gate: None,
+            precision: Precision::F32,
+        }
+    }
 }
 
 impl Decoder {
