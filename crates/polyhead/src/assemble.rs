@@ -3,16 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::synthetic::World;
-use polyhead_data::{DataConfig, Labelled, Loader, OpenOptions, Opened, Paired, Tokenizer, Tracking};
+use polyhead_data::{Labelled, Opened, Paired, Tokenizer};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{Batch, Classifier, ClassifierConfig, Decoder, Embedder, EmbedderConfig, train_only};
-use polyhead_training::checkpoint::read_file;
-use polyhead_training::evaluate::Batches;
+use polyhead_models::{Classifier, ClassifierConfig, Decoder, Embedder, EmbedderConfig, train_only};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::atomic_write;
 use polyhead_training::state::{self, Companions, Progress};
-use polyhead_training::{Parts, ProcedureConfig, TrainError, Trainee};
+use polyhead_training::{Parts, ProcedureConfig, Trainee};
 
 use crate::classifier::sizes;
 use crate::costs::Known;
@@ -22,103 +19,10 @@ use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
 use crate::recipe::{self, Loaded, ModelConfig, Recipe};
 use crate::report::{Failure, Problems};
 
-/// A loader as the loop sees it.
-pub struct Source(pub Loader);
-
-impl Batches for Source {
-    fn batch(&self, position: u64) -> Result<Batch, TrainError> {
-        self.0.batch(position).map_err(|error| TrainError::Data(Box::new(error)))
-    }
-
-    fn per_epoch(&self) -> u64 {
-        self.0.batches_per_epoch()
-    }
-}
-
-/// The data of a recipe, opened.
-pub enum Data {
-    /// For decoders.
-    Tokens(Box<Opened>),
-    /// For classifiers.
-    Examples(Box<Labelled>),
-    /// For embedders.
-    Pairs(Box<Paired>),
-}
-
-impl Data {
-    /// What it is, in words.
-    pub fn description(&self) -> &str {
-        match self {
-            Self::Tokens(opened) => &opened.description,
-            Self::Examples(labelled) => &labelled.description,
-            Self::Pairs(paired) => &paired.description,
-        }
-    }
-
-    /// What it tells about the size of a model.
-    pub fn known(&self) -> Known {
-        match self {
-            Self::Tokens(opened) => Known::Ids(opened.vocab_size),
-            Self::Examples(labelled) => Known::Examples(sizes(labelled)),
-            Self::Pairs(paired) => Known::Pairs(layers_and_dim(paired)),
-        }
-    }
-
-    /// For files: a hash of what was read.
-    pub fn text_hash(&self) -> Option<&str> {
-        match self {
-            Self::Tokens(opened) => opened.text_hash.as_deref(),
-            Self::Examples(labelled) => labelled.text_hash.as_deref(),
-            Self::Pairs(paired) => Some(&paired.text_hash),
-        }
-    }
-
-    /// Batches until everything has been learnt from once.
-    pub fn batches_per_epoch(&self) -> u64 {
-        match self {
-            Self::Tokens(opened) => opened.train.batches_per_epoch(),
-            Self::Examples(labelled) => labelled.train.batches_per_epoch(),
-            Self::Pairs(paired) => paired.train.batches_per_epoch(),
-        }
-    }
-
-    /// What `data.json` of a checkpoint says about what was learnt from.
-    pub fn record(&self) -> Vec<u8> {
-        match self {
-            Self::Tokens(opened) => data_record(opened),
-            Self::Examples(labelled) => {
-                let Labelled { description, text_hash, classes, .. } = &**labelled;
-                let record = serde_json::json!({
-                    "description": description, "text_hash": text_hash, "input": labelled.train.shape(), "classes": classes,
-                });
-                format!("{record:#}\n").into_bytes()
-            }
-            Self::Pairs(paired) => {
-                let Paired { description, text_hash, .. } = &**paired;
-                let record = serde_json::json!({
-                    "description": description, "text_hash": text_hash, "input": layers_and_dim(paired),
-                });
-                format!("{record:#}\n").into_bytes()
-            }
-        }
-    }
-}
-
-/// The same for tokens.
-pub fn data_record(opened: &Opened) -> Vec<u8> {
-    let record = serde_json::json!({ "description": opened.description, "text_hash": opened.text_hash });
-    format!("{record:#}\n").into_bytes()
-}
-
-/// The project's folder: where we stand if it looks like it, else where the binary was built.
-pub fn project_root() -> PathBuf {
-    let here = PathBuf::from(".");
-    if here.join("crates/polyhead").is_dir() {
-        return here;
-    }
-    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
-    built.ancestors().nth(2).unwrap_or(built).to_owned()
-}
+mod data;
+mod trained;
+pub use data::{Data, RECORD, Source, changed_text, data, data_record, labelled, options, project_root, record, world};
+pub use trained::{Trained, open_trained};
 
 /// A recipe as it is run: everything about its model is at hand.
 pub struct Resolved {
@@ -343,82 +247,12 @@ pub fn add_lora(model: Decoder, config: &LoraConfig, seed: u64) -> Result<Decode
     model.with_lora(config, seed).map_err(|error| Problems::plain(format!("lora.{error}")).into())
 }
 
-/// Opens the data of a recipe.
-///
-/// # Errors
-/// If it is missing or malformed.
-pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
-    Ok(polyhead_data::open(&recipe.data, tokenizer, &options(recipe), progress)?)
-}
-
-/// Opens the examples of a recipe.
-///
-/// # Errors
-/// If they are missing or malformed.
-pub fn labelled(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Labelled, Failure> {
-    Ok(polyhead_data::open_labelled(&recipe.data, tokenizer, &recipe.augmentation, &options(recipe))?)
-}
-
-/// Everything about data besides what it is.
-pub fn options(recipe: &Recipe) -> OpenOptions {
-    OpenOptions {
-        seq_len: recipe.training.seq_len,
-        batch_size: recipe.training.batch_size,
-        seed: recipe.debug.seed,
-        packing: recipe.loader.packing,
-        validation_fraction: recipe.validation.fraction,
-        tracking: recipe.procedure.tracking().map(|(fraction, texts)| Tracking { fraction, texts }),
-        validation_samples: recipe.validation.batches.max(1) * recipe.training.batch_size as u64,
-        cache_dir: PathBuf::from("datasets/cache"),
-        project_root: project_root(),
-    }
-}
-
-/// The world of facts that a recipe's model learns, if it does.
-pub fn world(recipe: &Recipe) -> Option<World> {
-    match &recipe.data {
-        DataConfig::Facts(config) => Some(config.world(recipe.debug.seed)),
-        _ => None,
-    }
-}
-
 /// The device of a recipe, for training.
 ///
 /// # Errors
 /// If it is not compiled in or not there.
 pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
     Ok(device::open(&recipe.training.device).map_err(Failure::Run)?.autodiff())
-}
-
-/// How the text is another one than a checkpoint learnt from, if it is: its files may have changed since.
-///
-/// # Errors
-/// If the checkpoint's record is damaged. One without a record is taken at its word.
-pub fn changed_text(checkpoint: &Path, text_hash: Option<&str>) -> Result<Option<String>, Failure> {
-    if !checkpoint.join(RECORD).exists() {
-        return Ok(None);
-    }
-    let record = record(checkpoint)?;
-    let same = record["text_hash"].as_str() == text_hash;
-    Ok((!same).then(|| {
-        format!(
-            "the text is not the one that {} learnt from, which was {}",
-            checkpoint.display(),
-            record["description"].as_str().unwrap_or("another")
-        )
-    }))
-}
-
-/// What a checkpoint says about what was learnt from.
-pub const RECORD: &str = "data.json";
-
-/// What it says.
-///
-/// # Errors
-/// If it is missing or damaged.
-pub fn record(checkpoint: &Path) -> Result<serde_json::Value, Failure> {
-    serde_json::from_slice(&read_file(checkpoint, RECORD)?)
-        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))
 }
 
 /// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives
@@ -453,54 +287,4 @@ pub fn begin_run(
     let checkpoint = state::save(run_dir, model, &*procedure, &Progress::default(), &companions)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
     Ok(checkpoint)
-}
-
-/// A trained model with what belongs to it.
-pub struct Trained {
-    /// Its folder.
-    pub path: PathBuf,
-    /// The weights, on a plain device.
-    pub model: Decoder,
-    /// The recipe that trained it, if it is one of ours.
-    pub recipe: Option<Recipe>,
-    /// Its tokenizer, where it has one.
-    pub tokenizer: Option<Tokenizer>,
-    /// The longest sequence that it was made for.
-    pub max_positions: usize,
-}
-
-/// Loads a trained model to use, not to train.
-///
-/// # Errors
-/// If it is missing, damaged, or does not fit together.
-pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, Failure> {
-    let found = Pretrained::open(path)?;
-    let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
-    let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
-    let model = found.model(&device)?;
-    let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
-    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
-    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
-        let state = polyhead_training::state::read_progress(&path)?.procedure;
-        let gate = recipe.procedure.gate_at_eval(&state, &model)?;
-        model = model.gated(gate);
-    }
-    Ok(Trained { path, model, recipe, tokenizer, max_positions })
-}
-
-impl Trained {
-    /// Opens the data that its recipe names.
-    ///
-    /// # Errors
-    /// If it is missing or malformed, or the model came without a recipe.
-    pub fn data(&self) -> Result<Opened, Failure> {
-        let Some(recipe) = &self.recipe else {
-            return Err(Failure::Run(format!(
-                "{} says nothing about data: a recipe that names some, with model.pretrained = \"{0}\" and \
-                 optimizer.adamw.lr = 0, evaluates it",
-                self.path.display()
-            )));
-        };
-        data(recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()), &mut |_, _| {})
-    }
 }

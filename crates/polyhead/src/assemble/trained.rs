@@ -1,0 +1,63 @@
+//! Checkpoints back to models.
+
+use std::path::{Path, PathBuf};
+
+use polyhead_data::{Opened, Tokenizer};
+use polyhead_models::Decoder;
+use polyhead_training::state::read_progress;
+
+use super::data;
+use crate::device;
+use crate::pretrained::Pretrained;
+use crate::recipe::Recipe;
+use crate::report::Failure;
+
+/// A trained model with what belongs to it.
+pub struct Trained {
+    /// Its folder.
+    pub path: PathBuf,
+    /// The weights, on a plain device.
+    pub model: Decoder,
+    /// The recipe that trained it, if it is one of ours.
+    pub recipe: Option<Recipe>,
+    /// Its tokenizer, where it has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The longest sequence that it was made for.
+    pub max_positions: usize,
+}
+
+/// Loads a trained model to use, not to train.
+///
+/// # Errors
+/// If it is missing, damaged, or does not fit together.
+pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, Failure> {
+    let found = Pretrained::open(path)?;
+    let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
+    let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
+    let model = found.model(&device)?;
+    let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
+    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
+        let state = read_progress(&path)?.procedure;
+        let gate = recipe.procedure.gate_at_eval(&state, &model)?;
+        model = model.gated(gate);
+    }
+    Ok(Trained { path, model, recipe, tokenizer, max_positions })
+}
+
+impl Trained {
+    /// Opens the data that its recipe names.
+    ///
+    /// # Errors
+    /// If it is missing or malformed, or the model came without a recipe.
+    pub fn data(&self) -> Result<Opened, Failure> {
+        let Some(recipe) = &self.recipe else {
+            return Err(Failure::Run(format!(
+                "{} says nothing about data: a recipe that names some, with model.pretrained = \"{0}\" and \
+                 optimizer.adamw.lr = 0, evaluates it",
+                self.path.display()
+            )));
+        };
+        data(recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()), &mut |_, _| {})
+    }
+}
