@@ -89,12 +89,12 @@ fn operations() -> Vec<(String, Vec<usize>, Operation)> {
         ),
     ];
     for layout in [RopeLayout::RotateHalf, RopeLayout::Interleaved] {
+        let angles = normal::<2>([7, 4], &Device::flex()).into_data(); // the same on both
         all.push((
             format!("rope {layout:?}"),
             vec![2 * 3 * 7 * 8],
             Box::new(move |x| {
-                let angles = normal::<2>([7, 4], &Device::flex()).into_data();
-                let angles = Tensor::<2>::from_data(angles, &x[0].device());
+                let angles = Tensor::<2>::from_data(angles.clone(), &x[0].device());
                 let turned = rope(x[0].clone().reshape([2, 3, 7, 8]), angles.clone().cos(), angles.sin(), layout);
                 turned.reshape([-1])
             }),
