@@ -6,7 +6,7 @@
 //! (`simple_value`, `histo`, `image`) and text as a string tensor of the plugin "text".
 //!
 //! Why not the crate `tensorboard-rs` (0.5.9): its `add_histogram`, `add_text` and `add_images` are
-//! `unimplemented!()`, it panics on I/O errors such as a full disk, does not buffer what it writes,
+//! not written yet (they panic), it panics on I/O errors such as a full disk, does not buffer what it writes,
 //! and cannot resume: a continued run would show the abandoned steps twice.
 //!
 //! **Resuming.** [`EventWriter::create`] with `purge_after = Some(s)` first rewrites the folder's

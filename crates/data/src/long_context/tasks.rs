@@ -9,18 +9,18 @@ use serde::{Deserialize, Serialize};
 
 use super::words::{CODES, LETTERS, PEOPLE, PLACES, THINGS, filler};
 
-/// The fewest and the most keys of a text: always eight.
+/// The fewest and the most keys of a text, where nobody asks for fewer: always eight.
 pub const EIGHT: [usize; 2] = [8, 8];
 
 /// What is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LongTask {
-    /// The value that follows one of eight keys, "lamp red." (in the manner of Liu et al. 2023, arXiv 2307.03172): the easiest,
-    /// for the next word is all that has to be found.
+    /// The value that follows one of a text's keys, "lamp red." (in the manner of Liu et al. 2023, arXiv 2307.03172): the
+    /// easiest, for the next word is all that has to be found.
     KeyValue,
-    /// The code of one of eight things, answered by the sentence that tells it (RULER: needles with several keys, where the
-    /// answer begins with the key too).
+    /// The code of one of the things of a text, answered by the sentence that tells it (RULER: needles with several keys,
+    /// where the answer begins with the key too).
     NeedlesMulti,
     /// All variables that hold a value, given through a chain of three, beside another chain (RULER: variable tracking).
     VariableTracking,
