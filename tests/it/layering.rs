@@ -25,7 +25,7 @@ fn sources(krate: &str) -> Vec<(String, String)> {
 #[test]
 fn kernels_and_attention_depend_on_burn_and_arithmetic_only() {
     for (krate, allowed) in [
-        ("kernels", vec!["burn", "burn-flex", "gemm", "rayon", "serde"]),
+        ("kernels", vec!["burn", "burn-flex", "gemm", "rand_chacha", "rayon", "serde"]),
         ("attention", vec!["burn", "serde", "polyhead-kernels"]),
     ] {
         for (name, dependency) in manifest(krate)["dependencies"].as_table().unwrap() {
@@ -66,6 +66,17 @@ fn nothing_panics_where_nobody_reads() {
     for (path, text) in sources("polyhead") {
         for forbidden in [" println!", "eprint", " print!"] {
             assert!(!text.contains(forbidden), "{path} contains {forbidden}: use talk!, put! or console::print");
+        }
+    }
+}
+
+#[test]
+fn numbers_are_drawn_in_one_place() {
+    for krate in ["kernels", "attention", "models", "training", "polyhead"] {
+        for (path, text) in sources(krate) {
+            for forbidden in ["Tensor::random", ".random_like(", "device.seed(", ".device().seed("] {
+                assert!(!text.contains(forbidden), "{path} draws with Burn's generator ({forbidden})");
+            }
         }
     }
 }

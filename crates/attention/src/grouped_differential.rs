@@ -22,7 +22,9 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, Combination, HeadMap, Statistics, attention, difference, subtract_noise};
+use polyhead_kernels::{
+    AttentionOptions, Combination, HeadMap, Statistics, attention, difference, random, subtract_noise,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
@@ -154,7 +156,7 @@ impl MechanismConfig for GroupedDifferentialConfig {
         let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
         let n_signal = self.n_heads - self.n_noise_heads;
         let project = |d_output| linear(d_model, d_output, false, INIT_STD, device);
-        let lambda = || Param::from_tensor(Tensor::random([width], Distribution::Normal(0.0, LAMBDA_STD), device));
+        let lambda = || Param::from_tensor(random([width], Distribution::Normal(0.0, LAMBDA_STD), device));
         GroupedDifferential {
             q_proj: project(self.n_heads * width),
             k_proj: project(kv_heads * width),

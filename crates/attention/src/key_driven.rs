@@ -30,7 +30,7 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
+use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type, random};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
@@ -306,7 +306,7 @@ impl Mechanism for KeyDriven {
         if self.config.perturb {
             let [_, _, seq, width] = heads.dims();
             let uniform = Distribution::Uniform(0.0, 1.0);
-            let uniform = Tensor::random([n_heads, seq * width], uniform, &device);
+            let uniform = random([n_heads, seq * width], uniform, &device);
             heads = perturbed(heads, &query_heads, uniform);
         }
         let hidden = adapters.project("o_proj", &self.o_proj, join_heads(heads));

@@ -1,7 +1,8 @@
 //! What every mechanism must obey, whatever it computes. The table in `lib.rs` runs [`hold`] for each of them.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor, TensorData, Tolerance};
+use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
+use polyhead_kernels::random;
 
 use crate::{
     Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout,
@@ -68,20 +69,9 @@ impl World {
 /// Adds noise to every parameter.
 pub(crate) struct Spread;
 
-/// Normal numbers of this mean and deviation, the same whenever a test runs: a test has a thread of its own, while the
-/// random numbers of a backend belong to the process (splitmix64, Steele et al. 2014; Box and Muller 1958).
-pub(crate) fn draw<const D: usize>(shape: [usize; D], [mean, deviation]: [f32; 2], device: &Device) -> Tensor<D> {
-    thread_local!(static STATE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) });
-    let uniform = || {
-        STATE.set(STATE.get().wrapping_add(0x9e37_79b9_7f4a_7c15));
-        let mut bits = STATE.get();
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((bits ^ (bits >> 31)) >> 40) as f32 / (1 << 24) as f32
-    };
-    let normal = || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos();
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| mean + deviation * normal()).collect();
-    Tensor::from_data(TensorData::new(values, shape), device)
+/// The next normal numbers, of this mean and deviation, of a test's own stream.
+pub(crate) fn draw<const D: usize>(shape: [usize; D], [mean, deviation]: [f64; 2], device: &Device) -> Tensor<D> {
+    random(shape, Distribution::Normal(mean, deviation), device)
 }
 
 impl ModuleMapper for Spread {

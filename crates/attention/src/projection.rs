@@ -3,6 +3,7 @@
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{Device, Distribution, Tensor};
+use polyhead_kernels::random;
 
 /// Standard deviation of fresh weights: N(0, 0.02²), as GPT-2 and LLaMA-like models use.
 pub const INIT_STD: f64 = 0.02;
@@ -12,7 +13,7 @@ pub const INIT_STD: f64 = 0.02;
 /// The weights are made at once (not lazily, as Burn's own initialisers do), so that the same seed gives the same model
 /// whatever is computed first.
 pub fn linear(d_input: usize, d_output: usize, bias: bool, std: f64, device: &Device) -> Linear {
-    let weight = Tensor::random([d_input, d_output], Distribution::Normal(0.0, std), device);
+    let weight = random([d_input, d_output], Distribution::Normal(0.0, std), device);
     let bias = bias.then(|| Param::from_tensor(Tensor::zeros([d_output], device)));
     Linear { weight: Param::from_tensor(weight), bias }
 }

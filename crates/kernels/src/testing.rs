@@ -1,32 +1,15 @@
 //! What the tests of fused operations share.
 
-use std::cell::Cell;
+use burn::tensor::{Device, Distribution, Tensor};
 
-use burn::tensor::{Device, Tensor, TensorData};
+use crate::random;
 
 /// Allowed difference, relative to the largest entry.
 const RELATIVE: f32 = 1e-5;
 
-thread_local! {
-    static DRAWN: Cell<u64> = const { Cell::new(0) };
-}
-
-/// Normal numbers, the same in every run: a test has a thread of its own, while the backend's generator is shared by all
-/// tests of the process, so that a rare draw that loses a digit more would fail now and then.
+/// The next normal numbers of this test's own stream.
 pub(crate) fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    let draw = || {
-        let drawn = DRAWN.get() + 1;
-        DRAWN.set(drawn);
-        // splitmix64 (Steele et al. 2014): the n-th number is a function of n.
-        let mut bits = drawn.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((bits ^ (bits >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    };
-    // Box-Muller.
-    let number = |_| ((-2.0 * (1.0 - draw()).ln()).sqrt() * (std::f64::consts::TAU * draw()).cos()) as f32;
-    let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(number).collect();
-    Tensor::from_data(TensorData::new(values, shape), device)
+    random(shape, Distribution::Normal(0.0, 1.0), device)
 }
 
 /// A leaf of normal numbers on the autodiff device.

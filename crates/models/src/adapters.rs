@@ -235,8 +235,9 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use burn::tensor::{Device, Int};
+    use burn::tensor::{Device, Distribution, Int};
     use polyhead_attention::Mask;
+    use polyhead_kernels::random;
 
     use super::*;
     use crate::{DecoderConfig, Pass, train_only};
@@ -257,7 +258,7 @@ mod tests {
 
     impl ModuleMapper for Grow {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            param.map(|x| (x.clone() + x.random_like(burn::tensor::Distribution::Normal(0.0, 0.3))).detach())
+            param.map(|x| (x.clone() + random(x.dims(), Distribution::Normal(0.0, 0.3), &x.device())).detach())
         }
     }
 

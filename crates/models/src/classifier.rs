@@ -81,7 +81,8 @@ impl ClassifierConfig {
         })
     }
 
-    /// A classifier with fresh weights. Call [`validate`](Self::validate) with the same shape first, and seed the device.
+    /// A classifier with fresh weights. Call [`validate`](Self::validate) with the same shape first, and
+    /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, sizes: Sizes, device: &Device) -> Classifier {
         let body = match self {
             Self::VisionTransformer(config) => {

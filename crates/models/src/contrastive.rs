@@ -37,17 +37,18 @@ pub fn contrastive_loss(
 #[cfg(test)]
 mod tests {
     use burn::tensor::{Device, Distribution};
+    use polyhead_kernels::random;
 
     use super::*;
 
-    fn random() -> Tensor<2> {
-        Tensor::random([5, 7], Distribution::Normal(0.0, 1.0), &Device::flex().autodiff())
+    fn rows() -> Tensor<2> {
+        random([5, 7], Distribution::Normal(0.0, 1.0), &Device::flex().autodiff())
     }
 
     #[test]
     fn equal_documents_leave_chance_and_own_ones_nothing() {
-        let queries = random();
-        let same = random().narrow(0, 0, 1).expand([5, 7]);
+        let queries = rows();
+        let same = rows().narrow(0, 0, 1).expand([5, 7]);
         let loss = |positives, negatives| {
             contrastive_loss(queries.clone(), positives, negatives, CONTRASTIVE_SCALE).into_scalar::<f32>()
         };
@@ -60,7 +61,7 @@ mod tests {
 
     #[test]
     fn lengths_do_not_matter_and_nothing_stays_finite() {
-        let (queries, positives) = (random(), random());
+        let (queries, positives) = (rows(), rows());
         let loss = |q: Tensor<2>, d: Tensor<2>| contrastive_loss(q, d, None, CONTRASTIVE_SCALE);
         let [a, b]: [f32; 2] = [
             loss(queries.clone(), positives.clone()).into_scalar(),

@@ -14,7 +14,7 @@ use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, GaussianAdaptive, INIT_STD, Mask, Observation, Observe, Rope,
     frequencies, linear,
 };
-use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
+use polyhead_kernels::{gated_mlp, in_type, layer_norm, random, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -182,11 +182,12 @@ pub struct Forward {
 }
 
 impl DecoderConfig {
-    /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and seed the device.
+    /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and
+    /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
         let (d_model, d_ff) = (self.d_model, self.feed_forward());
         let norm = || Norm::init(self.norm, d_model, device);
-        let embedding = Tensor::random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
+        let embedding = random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
         let layer = |index| Block {
             attention_norm: norm(),
             attention: self.mechanism(index).init(&self.dims(index), device),

@@ -212,6 +212,7 @@ impl Learner for Embedder {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Distribution;
+    use polyhead_kernels::{random, seed_random};
 
     use super::*;
     use crate::testing::reach_every_parameter;
@@ -223,12 +224,12 @@ mod tests {
         let config: EmbedderConfig = serde_json::from_str(&json).unwrap();
         config.validate(Some(DIM)).unwrap();
         let device = Device::flex().autodiff();
-        device.seed(3);
+        seed_random(3);
         config.init(4, DIM, &device)
     }
 
     fn pairs(n: usize, parts: usize) -> Pairs {
-        let values = Tensor::<1>::random([n * parts * 4 * DIM], Distribution::Normal(0.0, 1.0), &Device::flex());
+        let values: Tensor<1> = random([n * parts * 4 * DIM], Distribution::Normal(0.0, 1.0), &Device::flex());
         Pairs { values: values.into_data().try_to_vec().unwrap(), parts, layers: 4, dim: DIM }
     }
 

@@ -26,6 +26,7 @@ use polyhead_attention::{
     Adapters, Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask,
     Observe,
 };
+use polyhead_kernels::random;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -364,7 +365,7 @@ fn xavier<const D: usize>(shape: [usize; D], fan_in: usize, fan_out: usize, devi
 }
 
 fn uniform<const D: usize>(shape: [usize; D], bound: f64, device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Uniform(-bound, bound), device)
+    random(shape, Distribution::Uniform(-bound, bound), device)
 }
 
 #[cfg(test)]

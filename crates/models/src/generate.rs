@@ -188,6 +188,7 @@ fn choose(logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Device;
+    use polyhead_kernels::seed_random;
 
     use super::*;
     use crate::DecoderConfig;
@@ -195,7 +196,7 @@ mod tests {
     fn model() -> Decoder {
         let config = r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 2}}}"#;
         let device = Device::flex();
-        device.seed(5);
+        seed_random(5);
         serde_json::from_str::<DecoderConfig>(config).unwrap().init(9, &device)
     }
 

@@ -59,6 +59,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Device;
     use polyhead_attention::Observe;
+    use polyhead_kernels::seed_random;
 
     use super::*;
     use crate::DecoderConfig;
@@ -67,7 +68,7 @@ mod tests {
 
     fn model() -> Decoder {
         let device = Device::flex();
-        device.seed(2);
+        seed_random(2);
         serde_json::from_str::<DecoderConfig>(CONFIG).unwrap().init(20, &device)
     }
 

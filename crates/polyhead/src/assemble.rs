@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{Labelled, Opened, Paired, Tokenizer};
+use polyhead_kernels::seed_random;
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Classifier, ClassifierConfig, Decoder, Embedder, EmbedderConfig, train_only};
 use polyhead_training::optimizer::Optimizer;
@@ -159,7 +160,7 @@ impl Resolved {
     /// # Errors
     /// If what is to be frozen does not exist.
     pub fn first_embedder(&self, paired: &Paired, device: &Device) -> Result<Embedder, Failure> {
-        device.seed(self.recipe.debug.seed);
+        seed_random(self.recipe.debug.seed);
         let [layers, dim] = layers_and_dim(paired);
         Ok(self.recipe.freeze.apply(self.embedder()?.init(layers, dim, device))?)
     }
@@ -195,7 +196,7 @@ impl Resolved {
     /// # Errors
     /// If what is to be frozen does not exist.
     pub fn first_classifier(&self, labelled: &Labelled, device: &Device) -> Result<Classifier, Failure> {
-        device.seed(self.recipe.debug.seed);
+        seed_random(self.recipe.debug.seed);
         let model = self.classifier()?.init(sizes(labelled), device);
         Ok(self.recipe.freeze.apply(model.with_objective(self.recipe.loss.objective(&labelled.counts)))?)
     }
@@ -222,7 +223,7 @@ impl Resolved {
     /// # Errors
     /// If weights cannot be read or do not fit, or what is to be frozen or added to does not exist.
     pub fn first_model(&self, vocab_size: usize, device: &Device) -> Result<Decoder, Failure> {
-        device.seed(self.recipe.debug.seed);
+        seed_random(self.recipe.debug.seed);
         let model = match &self.pretrained {
             Some(found) => found.model(device)?,
             None => {

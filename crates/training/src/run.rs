@@ -1,5 +1,6 @@
 //! The loop. One function, top to bottom: batch, step, log, validate, save.
 
+use polyhead_kernels::seed_random;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -175,7 +176,7 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
         let positions = progress.position..progress.position + accumulation;
         let batches = positions.map(|position| job.train.batch(position)).collect::<Result<Vec<_>, _>>()?;
         let lr = job.optimizer.lr() * schedule::factor(&job.lr_scheduler, step - 1, steps);
-        device.seed(seed_of_step(job.seed, step));
+        seed_random(seed_of_step(job.seed, step));
         let context = StepContext { step, lr, seed: job.seed, position: progress.position };
         let (new, report) = procedure.step(model, &batches, &context)?;
         model = new;

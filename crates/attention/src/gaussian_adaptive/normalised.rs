@@ -23,6 +23,7 @@ use std::f64::consts::PI;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Bool, Device, Distribution, Tensor, activation};
+use polyhead_kernels::random;
 use serde::{Deserialize, Serialize};
 
 use super::{Chunks, Moments, check_heads};
@@ -130,7 +131,7 @@ impl WidthInit {
     }
 
     fn widths(self, shape: [usize; 2], device: &Device) -> Param<Tensor<2>> {
-        let normal = || Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
+        let normal = || random(shape, Distribution::Normal(0.0, 1.0), device);
         Param::from_tensor(match self {
             Self::LogNormal => normal().exp(),
             Self::Normal => normal(),

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use burn::module::Module;
 use burn::tensor::Tolerance;
+use polyhead_kernels::seed_random;
 
 use super::*;
 use crate::laws::{Spread, draw};
@@ -16,7 +17,7 @@ fn layer(allocation: AllocationConfig) -> KeyDriven {
     let config = config(allocation);
     config.validate(&DIMS).unwrap();
     let device = Device::flex().autodiff();
-    device.seed(3);
+    seed_random(3);
     config.init(&DIMS, &device)
 }
 

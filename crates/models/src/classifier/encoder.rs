@@ -15,6 +15,7 @@ use polyhead_attention::{
     Adapters, Attended, Attention, Call, Cost, GaussianAdaptive, HiLo, HiLoConfig, INIT_STD, Mask, Observation,
     Observe, linear,
 };
+use polyhead_kernels::random;
 
 use super::config::{Blueprint, Source};
 use super::{MixerConfig, Scored};
@@ -81,9 +82,8 @@ impl Blueprint {
     /// Fresh weights.
     pub(super) fn init(self, n_classes: usize, device: &Device) -> Encoder {
         let (d_model, class_token) = (self.d_model, self.has_class_token());
-        let normal = |rows: usize| {
-            Param::from_tensor(Tensor::random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device))
-        };
+        let normal =
+            |rows: usize| Param::from_tensor(random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device));
         let input = match self.source {
             Source::Patches { channels, side, .. } => {
                 InputLayer::Projection(linear(channels * side * side, d_model, true, INIT_STD, device))

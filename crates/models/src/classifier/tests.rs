@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use burn::tensor::Tolerance;
+use polyhead_kernels::seed_random;
 
 use super::*;
 use crate::testing::reach_every_parameter;
@@ -28,7 +29,7 @@ fn model(input: InputShape, attention: &str, pooling: &str) -> Classifier {
     let config = config(input, attention, pooling);
     config.validate(Some(input)).unwrap();
     let device = Device::flex().autodiff();
-    device.seed(3);
+    seed_random(3);
     config.init(Sizes { input, n_classes: 3 }, &device)
 }
 
@@ -185,7 +186,7 @@ fn gates_stand_inside_the_layers_of_both_kinds() {
     for (input, gate) in [(PICTURES, channels), (PICTURES, patches), (TEXTS, channels)] {
         let config = gated(input, gate);
         config.validate(Some(input)).unwrap();
-        device.seed(3);
+        seed_random(3);
         let sizes = Sizes { input, n_classes: 3 };
         let gated = config.init(sizes, &device);
         assert_eq!(config.parts(sizes).iter().map(|part| part.cost.parameters).sum::<u64>(), gated.num_params() as u64);

@@ -15,7 +15,7 @@ use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Distribution, Tensor};
 use polyhead_attention::{ConfigError, GaussianAdaptive, GaussianAdaptiveConfig};
-use polyhead_kernels::{AttentionOptions, attention, linear};
+use polyhead_kernels::{AttentionOptions, attention, linear, random};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -109,7 +109,7 @@ impl GqdaamConfig {
 fn xavier_normal(d_input: usize, d_output: usize, device: &Device) -> Linear {
     let std = (2.0 / (d_input + d_output) as f64).sqrt();
     Linear {
-        weight: Param::from_tensor(Tensor::random([d_input, d_output], Distribution::Normal(0.0, std), device)),
+        weight: Param::from_tensor(random([d_input, d_output], Distribution::Normal(0.0, std), device)),
         bias: Some(Param::from_tensor(Tensor::zeros([d_output], device))),
     }
 }

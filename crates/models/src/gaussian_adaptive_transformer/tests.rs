@@ -16,7 +16,7 @@ fn model(mixer: &str) -> GaussianAdaptiveTransformer {
 }
 
 fn features(batch: usize) -> Tensor<3> {
-    Tensor::random([batch, 9, 12], Distribution::Normal(0.0, 1.0), &Device::flex().autodiff())
+    random([batch, 9, 12], Distribution::Normal(0.0, 1.0), &Device::flex().autodiff())
 }
 
 fn attention(settings: &str) -> String {
@@ -35,7 +35,7 @@ fn gradients_reach_every_parameter_of_every_arm() {
         let model = model(mixer);
         let out = model.forward(features(4));
         assert_eq!((out.logits.dims(), out.gates.len()), ([4, 4], gates));
-        let cotangent = out.logits.random_like(Distribution::Normal(0.0, 1.0)).detach();
+        let cotangent = random(out.logits.dims(), Distribution::Normal(0.0, 1.0), &out.logits.device());
         let (config, parameters) = (config(mixer), model.num_params() as u64);
         assert_eq!(config.parts(SIZES).iter().map(|part| part.cost.parameters).sum::<u64>(), parameters, "{mixer}");
         assert_eq!(out.factor.is_some(), gates > 0);

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use burn::tensor::{Distribution, TensorData, Tolerance};
+use polyhead_kernels::random;
 
 use super::*;
 use crate::testing::reach_every_parameter;
@@ -33,7 +34,7 @@ fn pooling(json: &str) -> Pooling {
 }
 
 fn layers() -> Vec<Tensor<3>> {
-    (0..N_LAYERS).map(|_| Tensor::random([3, 6, D_MODEL], Distribution::Normal(0.3, 1.0), &device())).collect()
+    (0..N_LAYERS).map(|_| random([3, 6, D_MODEL], Distribution::Normal(0.3, 1.0), &device())).collect()
 }
 
 fn hidden() -> Tensor<2, Bool> {
@@ -74,7 +75,7 @@ fn gradients_reach_every_parameter_and_the_input() {
         for mask in [None, Some(hidden())] {
             let layers: Vec<_> = layers().into_iter().map(Tensor::require_grad).collect();
             let out = pooling.forward(&layers, mask.as_ref());
-            let cotangent = out.random_like(Distribution::Normal(0.0, 1.0)).detach();
+            let cotangent = random(out.dims(), Distribution::Normal(0.0, 1.0), &out.device());
             let grads = (out * cotangent).sum().backward();
             if !json.contains("false") && !json.contains("last_of_last") {
                 reach_every_parameter(&pooling, &grads);
@@ -93,7 +94,7 @@ fn gradients_agree_with_differences() {
         let x: Vec<_> = layers().into_iter().map(|layer| layer.abs() + 0.2).collect();
         let leaves: Vec<_> = x.iter().map(|layer| layer.clone().detach().require_grad()).collect();
         let directions: Vec<_> = layers();
-        let cotangent: Tensor<2> = Tensor::random([3, D_MODEL], Distribution::Normal(0.0, 1.0), &device());
+        let cotangent: Tensor<2> = random([3, D_MODEL], Distribution::Normal(0.0, 1.0), &device());
         let value = |layers: &[Tensor<3>]| (pooling.forward(layers, Some(&hidden)) * cotangent.clone()).sum();
         let grads = value(&leaves).backward();
         let along = |(leaf, direction): (&Tensor<3>, &Tensor<3>)| -> f32 {

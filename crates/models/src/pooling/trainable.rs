@@ -20,7 +20,7 @@ use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Bool, DType, Device, Distribution, Tensor, activation};
 use polyhead_attention::{ConfigError, Mask};
-use polyhead_kernels::{AttentionOptions, attention, in_type, linear};
+use polyhead_kernels::{AttentionOptions, attention, in_type, linear, random};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -109,9 +109,8 @@ impl TrainablePoolingConfig {
 
     pub(super) fn init(&self, d_model: usize, n_layers: usize, device: &Device) -> TrainablePooling {
         let inner = self.n_heads * self.head_dim.unwrap_or(d_model / self.n_heads);
-        let normal = |rows: usize, std: f64| {
-            Param::from_tensor(Tensor::random([rows, d_model], Distribution::Normal(0.0, std), device))
-        };
+        let normal =
+            |rows: usize, std: f64| Param::from_tensor(random([rows, d_model], Distribution::Normal(0.0, std), device));
         let norm = || LayerNormConfig::new(d_model).init(device);
         let project = |d_input, d_output, bias| default_linear(d_input, d_output, bias, device);
         TrainablePooling {
@@ -136,8 +135,8 @@ pub(crate) fn default_linear(d_input: usize, d_output: usize, bias: bool, device
     let bound = (d_input as f64).powf(-0.5);
     let uniform = Distribution::Uniform(-bound, bound);
     Linear {
-        weight: Param::from_tensor(Tensor::random([d_input, d_output], uniform, device)),
-        bias: bias.then(|| Param::from_tensor(Tensor::random([d_output], uniform, device))),
+        weight: Param::from_tensor(random([d_input, d_output], uniform, device)),
+        bias: bias.then(|| Param::from_tensor(random([d_output], uniform, device))),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `polyhead convert`: a leaner model made of a trained one, compared with it and written as a checkpoint.
 
+use polyhead_kernels::seed_random;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -63,7 +64,7 @@ pub fn perform(
     (out, batches): (&Path, u64),
 ) -> Result<Measured, Failure> {
     // A fresh router's weights are a function of the recipe's seed.
-    parent.model.device().seed(recipe.debug.seed);
+    seed_random(recipe.debug.seed);
     let bytes_tokenizer = Tokenizer::bytes();
     let opened = assemble::data(&recipe, parent.tokenizer.as_ref().unwrap_or(&bytes_tokenizer), &mut |_, _| {})?;
     let child = conversion.make(parent, &mut first_batches(&opened.train, batches))?;

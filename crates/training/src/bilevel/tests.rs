@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use burn::tensor::Device;
+use polyhead_kernels::seed_random;
 use polyhead_models::weights::named;
 use polyhead_models::{DecoderConfig, IGNORE, Role};
 use serde_json::json;
@@ -17,7 +18,7 @@ fn model() -> Decoder {
     }))
     .unwrap();
     let device = Device::flex().autodiff();
-    device.seed(5);
+    seed_random(5);
     config.init(30, &device)
 }
 

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use burn::tensor::Device;
+use polyhead_kernels::seed_random;
 use polyhead_models::DecoderConfig;
 use polyhead_models::weights::named;
 
@@ -16,7 +17,7 @@ fn decoder() -> DecoderConfig {
 
 fn model() -> Decoder {
     let device = Device::flex().autodiff();
-    device.seed(5);
+    seed_random(5);
     decoder().init(11, &device)
 }
 

@@ -1,0 +1,56 @@
+//! Random tensors: their numbers are a function of a seed, and of nothing else.
+//!
+//! Burn's generators belong to the process, so that threads that draw take numbers from each other, and they differ
+//! between backends. The stream here belongs to the thread and is drawn on the host: a seed means the same model on a CPU
+//! and on a GPU, whatever else goes on beside it.
+
+use std::cell::RefCell;
+
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use rand_chacha::ChaCha12Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+thread_local!(static STREAM: RefCell<ChaCha12Rng> = RefCell::new(ChaCha12Rng::seed_from_u64(0)));
+
+/// What this thread draws from now on follows from `seed`. A thread that never called it draws as if `seed` were 0.
+pub fn seed_random(seed: u64) {
+    STREAM.set(ChaCha12Rng::seed_from_u64(seed));
+}
+
+/// The next numbers of this thread's stream, on `device` and of its float type.
+pub fn random<const D: usize>(shape: [usize; D], distribution: Distribution, device: &Device) -> Tensor<D> {
+    let data = STREAM.with_borrow_mut(|stream| TensorData::random::<f32, _, _>(shape, distribution, stream));
+    Tensor::from_data(data, device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::numbers;
+
+    fn normal() -> Vec<f32> {
+        numbers(random([2, 3], Distribution::Normal(0.0, 1.0), &Device::flex()))
+    }
+
+    #[test]
+    fn a_stream_is_a_function_of_its_seed_whatever_other_threads_draw() {
+        let drawn = || {
+            seed_random(5);
+            (0..200).map(|_| normal()).collect::<Vec<_>>()
+        };
+        let alone = drawn();
+        assert_ne!(alone[0], alone[1]);
+        std::thread::scope(|scope| {
+            let beside: Vec<_> = (0..4).map(|_| scope.spawn(drawn)).collect();
+            beside.into_iter().for_each(|thread| assert_eq!(thread.join().expect("a thread that draws"), alone));
+        });
+        seed_random(6);
+        assert_ne!(normal(), alone[0]);
+    }
+
+    /// The same on every machine and in every version: a seed that a paper names must mean the same model for ever.
+    #[test]
+    fn seed_0_begins_with_these_numbers() {
+        assert_eq!(normal(), [0.712813, 0.85833144, -2.4362438, 0.16334426, -1.2750102, 1.287171]);
+    }
+}
