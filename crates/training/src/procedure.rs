@@ -88,7 +88,8 @@ impl ProcedureConfig {
 
 /// A model that there are procedures for.
 pub trait Trainee: Learner {
-    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed.
+    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed. Plain training, where a kind of
+    /// model has no other.
     ///
     /// # Errors
     /// If there is no such procedure for this kind of model, settings do not fit it or the data, or the state is not one of
@@ -97,7 +98,17 @@ pub trait Trainee: Learner {
         config: &ProcedureConfig,
         parts: Parts<'_, Self>,
         state: &serde_json::Value,
-    ) -> Result<Box<dyn Procedure<Self>>, TrainError>;
+    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
+        let _ = state;
+        match config {
+            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            other => {
+                let problem =
+                    format!("procedure.{} is for decoders; other models are trained by standard", other.name());
+                Err(TrainError::Setting(problem))
+            }
+        }
+    }
 
     /// What plain training measures of attention with each validation, under names that begin with `prefix`.
     ///
@@ -142,36 +153,8 @@ impl Trainee for Decoder {
     }
 }
 
-impl Trainee for Classifier {
-    fn procedure(
-        config: &ProcedureConfig,
-        parts: Parts<'_, Self>,
-        _state: &serde_json::Value,
-    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
-        standard(config, parts)
-    }
-}
-
-impl Trainee for Embedder {
-    fn procedure(
-        config: &ProcedureConfig,
-        parts: Parts<'_, Self>,
-        _state: &serde_json::Value,
-    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
-        standard(config, parts)
-    }
-}
-
-/// Plain training, and nothing else.
-fn standard<M: Trainee>(config: &ProcedureConfig, parts: Parts<'_, M>) -> Result<Box<dyn Procedure<M>>, TrainError> {
-    match config {
-        ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
-        other => {
-            let problem = format!("procedure.{} is for decoders; other models are trained by standard", other.name());
-            Err(TrainError::Setting(problem))
-        }
-    }
-}
+impl Trainee for Classifier {}
+impl Trainee for Embedder {}
 
 /// What a procedure is made of.
 pub struct Parts<'a, M = Decoder> {

@@ -15,7 +15,7 @@ mod train;
 mod trained;
 
 pub use plan::probe;
-pub use train::{program, quoted};
+pub use train::told::{program, quoted};
 
 use std::path::Path;
 

@@ -80,7 +80,7 @@ pub fn train(args: &TrainArgs, staged: &Staged) -> Result<(), Failure> {
     talk!(
         "\nlies in  {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
         out.display(),
-        train::program()
+        train::told::program()
     );
     Ok(())
 }

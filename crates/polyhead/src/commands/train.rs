@@ -1,31 +1,31 @@
 //! `polyhead train`.
 
+pub mod told;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use burn::module::Module;
 use burn::tensor::Device;
-use polyhead_data::{DataConfig, Tokenizer};
-use polyhead_models::{Decoder, Learner, Sums, parameters};
+use polyhead_data::Tokenizer;
+use polyhead_models::Decoder;
+use polyhead_training::Trainee;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::hallucination::{Summary, ask};
 use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
-use polyhead_training::{Trainee, peak_memory_bytes, state};
 
 use super::hallucination::asking;
-use super::trained::{plain_prompt, write_text};
 use crate::assemble::{self, Data, Resolved, Source};
 use crate::classifier::ExampleSource;
 use crate::cli::{RecipeArgs, TrainArgs};
-use crate::console::{Console, bytes, clock, talk, thousands};
+use crate::console::{Console, bytes, talk};
 use crate::costs::{Costs, Known, tokens_per_step};
 use crate::embedder::PairSource;
 use crate::pretrained::find_checkpoint;
-use crate::recipe::{self, Loaded, Recipe};
+use crate::recipe::{self, Loaded};
 use crate::report::Failure;
 use crate::result::ClassTable;
 use crate::{result, signals};
@@ -163,9 +163,9 @@ fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), 
             classes: &|_| None,
         },
     )?;
-    summarize(task, &outcome, &facts.description, opened.floor);
+    task.tell_end(&outcome, &facts.description, opened.floor);
     if let Some(tokenizer) = opened.tokenizer.as_ref().filter(|_| task.sitting.asked.is_some()) {
-        sample(&resolved.recipe, &outcome.model, tokenizer)?;
+        told::sample(&resolved.recipe, &outcome.model, tokenizer)?;
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(
             classes: &|sums| Some(ClassTable::of(sums, &labelled.classes, &labelled.groups)),
         },
     )?;
-    summarize(task, &outcome, &facts.description, None);
+    task.tell_end(&outcome, &facts.description, None);
     Ok(())
 }
 
@@ -213,7 +213,7 @@ fn train_embedder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(),
             classes: &|_| None,
         },
     )?;
-    summarize(task, &outcome, &facts.description, None);
+    task.tell_end(&outcome, &facts.description, None);
     Ok(())
 }
 
@@ -296,34 +296,6 @@ impl Task<'_> {
         result::write(run_dir, about, &outcome, (held_out, recipe.validation.batches), classes)?;
         Ok(outcome)
     }
-
-    fn tell_model(&self, model: &impl Learner, mut layers: Vec<&'static str>) {
-        let (all, n_layers) = (model.num_params(), layers.len());
-        layers.dedup();
-        let learning: usize = parameters(model).iter().filter(|one| one.learnt).map(|one| one.numbers).sum();
-        let frozen = match all - learning {
-            0 => String::new(),
-            frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
-        };
-        let count = thousands(all as u64);
-        talk!("model: {count} parameters{frozen}, {n_layers} layers, attention: {}", layers.join(", "));
-        if let Some(path) = self.resolved.recipe.model.pretrained.as_ref().filter(|_| self.resume.is_none()) {
-            talk!("starts from the weights of {}", path.display());
-        }
-    }
-
-    /// The step that the run goes on behind; 0 where it begins.
-    fn tell_start(&self) -> Result<u64, Failure> {
-        let Some(checkpoint) = &self.resume else { return Ok(0) };
-        let step = state::read_progress(checkpoint)?.step;
-        talk!("resume: from {} (step {step})", checkpoint.display());
-        let given_up = list(self.sitting.run_dir)?.into_iter().filter(|(later, _)| *later > step);
-        let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
-        if !given_up.is_empty() {
-            talk!("resume: what came after that step is given up: {}", given_up.join(", "));
-        }
-        Ok(step)
-    }
 }
 
 #[cfg(feature = "tui")]
@@ -393,68 +365,4 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
     }
-}
-
-fn summarize<M: Learner>(task: &Task<'_>, outcome: &Outcome<M>, data: &str, floor: Option<f64>) {
-    let Sitting { run_dir, asked: Some(asked), .. } = task.sitting else { return };
-    let recipe = &task.resolved.recipe;
-    let progress = &outcome.progress;
-    let time = Duration::from_micros(progress.microseconds);
-    talk!("\ntrained  {} steps, {} targets, {}", progress.step, thousands(progress.targets), clock(time));
-    talk!("on       {data}");
-    if let Some(validation) = &outcome.validation {
-        let sums = validation.evaluated();
-        let bits = sums.bits_per_byte().map_or(String::new(), |bits| format!(", {bits:.3} bits per byte"));
-        let accuracy = 100.0 * sums.accuracy();
-        let floor = floor.map_or(String::new(), |floor| format!(", best possible loss {floor:.4}"));
-        talk!("reached  validation loss {:.4}{bits}, accuracy {accuracy:.1} %{floor}", sums.mean_loss());
-        let further = validation.numbers().into_iter().map(|(tag, value)| {
-            let name = tag.split('/').next().unwrap_or_default().replace('_', " ");
-            format!("{name} {value:.3}")
-        });
-        let further: Vec<String> = further.collect();
-        if !further.is_empty() {
-            talk!("         {}", further.join(", "));
-        }
-    }
-    if let Some(memory) = peak_memory_bytes() {
-        talk!("memory   {} at most", bytes(memory));
-    }
-    if progress.skipped > 0 {
-        talk!("skipped  {} steps that were not finite", progress.skipped);
-    }
-    let run = run_dir.display();
-    let polyhead = program();
-    talk!("lies in  {run} (picture: {run}/curve.svg; all curves: tensorboard --logdir {run})");
-    if matches!(recipe.data, DataConfig::Chat(_) | DataConfig::LongContext(_)) {
-        talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
-        talk!("         {polyhead} eval {run} --task all");
-    } else if recipe.data.is_text() && !recipe.data.is_labelled() {
-        talk!("next     {polyhead} generate {run} --prompt \"...\"");
-    } else {
-        talk!("next     {polyhead} eval {run}");
-    }
-    let steps = format!("training.steps={}", 2 * progress.step);
-    let same = asked.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
-    let same = same.map(|text| quoted(text)).collect::<Vec<_>>().join(" ");
-    talk!("         {polyhead} train {} {same} --out {run}   # go on", asked.recipe.display());
-}
-
-/// This program as it was called, so that what is suggested works when typed.
-pub fn program() -> String {
-    std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
-}
-
-/// As it is typed into a shell.
-pub fn quoted(argument: &str) -> String {
-    let plain = |sign: char| sign.is_ascii_alphanumeric() || "=._-/:,+".contains(sign);
-    if argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) }
-}
-
-/// A sample of what the model writes, on standard output.
-fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
-    talk!("\nsample:");
-    let prompt = plain_prompt(tokenizer, &recipe.generation.prompt)?;
-    write_text(&model.valid(), tokenizer, &prompt, &recipe.generation.sampling)?;
-    Ok(())
 }

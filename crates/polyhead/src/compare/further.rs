@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::markdown::spread;
-use super::outcome::{Metric, Outcome, RunOutcome, curve};
+use super::metric::Metric;
+use super::outcome::{Outcome, RunOutcome, curve};
 use super::statistics::Summary;
 
 /// What lines of a log hold besides: numbers of training, and scores that the report has already.

@@ -12,7 +12,8 @@ use crate::report::Failure;
 use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
 use super::further;
 use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics, spread};
-use super::outcome::{Metric, Outcome, Point, curve};
+use super::metric::Metric;
+use super::outcome::{Outcome, Point, curve};
 use super::statistics::Summary;
 
 /// The report.

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use super::further;
-use super::outcome::{METRICS, Metric, Outcome};
+use super::metric::{METRICS, Metric};
+use super::outcome::Outcome;
 use super::statistics::Summary;
 
 /// The report.

@@ -2,17 +2,19 @@
 //!
 //! In order: the file says what is compared (`comparison.rs`, `settings.rs`), what arms start from is made (`prepare.rs`), every arm gets a
 //! recipe of the same cost (`matching.rs`, `plan.rs`), every run is a process of its own (`runs.rs`, `progress.rs`) and so is
-//! every task that it is put to (`evaluate.rs`), what they reached is put together (`outcome.rs`, `further.rs`,
-//! `statistics.rs`) and written for people (`markdown.rs`, `html.rs`, `figures.rs`) and for the replication table
+//! every task that it is put to (`evaluate.rs`), what they reached is put together (`outcome.rs`, `metric.rs`,
+//! `further.rs`, `statistics.rs`) and written for people (`finding.rs`, `markdown.rs`, `html.rs`, `figures.rs`) and for the replication table
 //! (`record.rs`).
 
 pub mod comparison;
 mod evaluate;
 mod figures;
+mod finding;
 mod further;
 mod html;
 mod markdown;
 mod matching;
+mod metric;
 mod outcome;
 mod plan;
 mod prepare;

@@ -10,10 +10,11 @@ use serde_json::Value;
 use crate::costs::tokens_per_step;
 use crate::recipe;
 use crate::report::Failure;
-use crate::result::{self, Environment, RunResult, Score};
+use crate::result::{self, Environment, RunResult};
 
-use super::comparison::{Comparison, Looked, Quality};
+use super::comparison::{Comparison, Quality};
 use super::matching::Match;
+use super::metric::{METRICS, Metric};
 use super::plan::{ArmPlan, Plan};
 use super::runs::End;
 use super::statistics::Summary;
@@ -68,162 +69,6 @@ pub struct RunOutcome {
     pub history: Vec<Value>,
     /// What the comparison's tasks told, and the conversion that made what it starts from, by name.
     pub evaluated: BTreeMap<String, f64>,
-}
-
-/// A number that every run has.
-#[derive(Debug, Clone)]
-pub struct Metric {
-    /// As files name it.
-    pub key: Cow<'static, str>,
-    /// As people name it.
-    pub title: Cow<'static, str>,
-    /// Its unit; empty where its name says it.
-    pub unit: &'static str,
-    /// Decimals to show.
-    pub decimals: usize,
-    /// What shown numbers are multiplied by, as 100 for percent.
-    pub factor: f64,
-    /// Reads it; told whether a sweep chose among settings, so that scores come from the other half.
-    pub of: fn(&RunResult, bool) -> Option<f64>,
-}
-
-/// All of them, as tables list them.
-pub const METRICS: [Metric; 9] = [
-    Metric {
-        key: Cow::Borrowed("validation_loss"),
-        title: Cow::Borrowed("validation loss"),
-        unit: "nats",
-        decimals: 4,
-        factor: 1.0,
-        of: |r, swept| Some(score(r, swept)?.loss),
-    },
-    Metric {
-        key: Cow::Borrowed("bits_per_byte"),
-        title: Cow::Borrowed("bits per byte"),
-        unit: "",
-        decimals: 4,
-        factor: 1.0,
-        of: |r, swept| score(r, swept)?.bits_per_byte,
-    },
-    Metric {
-        key: Cow::Borrowed("accuracy"),
-        title: Cow::Borrowed("accuracy"),
-        unit: "%",
-        decimals: 2,
-        factor: 100.0,
-        of: |r, swept| Some(score(r, swept)?.accuracy),
-    },
-    Metric {
-        key: Cow::Borrowed("tokens_per_second"),
-        title: Cow::Borrowed("tokens/s"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.tokens_per_second),
-    },
-    Metric {
-        key: Cow::Borrowed("median_step_seconds"),
-        title: Cow::Borrowed("median step"),
-        unit: "ms",
-        decimals: 1,
-        factor: 1e3,
-        of: |r, _| r.median_step_seconds,
-    },
-    Metric {
-        key: Cow::Borrowed("peak_memory_bytes"),
-        title: Cow::Borrowed("peak memory"),
-        unit: "MiB",
-        decimals: 1,
-        factor: 1.0 / 1048576.0,
-        of: |r, _| Some(r.peak_memory_bytes? as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("kv_bytes_per_token"),
-        title: Cow::Borrowed("KV bytes per token"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.kv_bytes_per_token as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("parameters"),
-        title: Cow::Borrowed("parameters"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.parameters as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("flops_per_token"),
-        title: Cow::Borrowed("forward FLOPs per token"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.flops_per_token as f64),
-    },
-];
-
-fn score(result: &RunResult, swept: bool) -> Option<&Score> {
-    if swept { result.reporting.as_ref() } else { Some(&result.validation) }
-}
-
-impl Quality {
-    /// The number that it is.
-    pub fn metric(self) -> &'static Metric {
-        match self {
-            Self::ValidationLoss => &METRICS[0],
-            Self::BitsPerByte => &METRICS[1],
-            Self::Accuracy => &METRICS[2],
-        }
-    }
-
-    /// Whether a larger one is better.
-    pub fn grows(self) -> bool {
-        self == Self::Accuracy
-    }
-
-    fn of_score(self, score: &Score) -> Option<f64> {
-        match self {
-            Self::ValidationLoss => Some(score.loss),
-            Self::BitsPerByte => score.bits_per_byte,
-            Self::Accuracy => Some(score.accuracy),
-        }
-    }
-}
-
-impl Looked {
-    /// The number that it is.
-    pub fn metric(&self) -> Metric {
-        match self {
-            Self::Quality(quality) => quality.metric().clone(),
-            Self::Logged(name) => {
-                METRICS.iter().find(|metric| metric.key == *name).cloned().unwrap_or_else(|| Metric::logged(name))
-            }
-        }
-    }
-}
-
-impl Metric {
-    /// A number that logs hold under this name; runs tell it by their logs only.
-    pub fn logged(name: &str) -> Self {
-        let name = || Cow::Owned(name.to_owned());
-        Self { key: name(), title: name(), unit: "", decimals: 4, factor: 1.0, of: |_, _| None }
-    }
-
-    /// Its name with its unit, as heads of tables and axes have it.
-    pub fn label(&self) -> String {
-        if self.unit.is_empty() { self.title.to_string() } else { format!("{}, {}", self.title, self.unit) }
-    }
-
-    /// A value as tables show it.
-    pub fn shown(&self, value: f64) -> String {
-        let value = value * self.factor;
-        match self.decimals {
-            0 if value >= 0.0 => crate::console::thousands(value.round() as u64),
-            _ if value >= 1e4 => crate::console::thousands(value.round() as u64),
-            decimals => format!("{value:.decimals$}"),
-        }
-    }
 }
 
 impl Outcome {
@@ -328,63 +173,6 @@ impl Outcome {
         let named = |metric: &Metric| Metric { title: Cow::Owned(self.in_units(&metric.title)), ..metric.clone() };
         METRICS.iter().map(named).collect()
     }
-
-    /// What was found, in words; a sentence for each setting.
-    pub fn finding(&self) -> String {
-        let groups = self.comparison.groups();
-        groups.into_iter().map(|(_, group)| self.finding_of(group)).collect::<Vec<_>>().join("\n")
-    }
-
-    fn finding_of(&self, group: Range<usize>) -> String {
-        let metric = self.comparison.metric.metric();
-        let first = self.comparison.base_of(group.start);
-        let base = &self.arms[first].name;
-        let Some(reached) = self.summary(first, metric) else {
-            return format!("No run of the base arm, {base}, has finished: there is nothing to compare with.");
-        };
-        let shown = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
-        let (mut worse, mut better, mut equal, mut alone) = (vec![], vec![], vec![], vec![]);
-        for (arm, base) in self.pairs(group) {
-            let name = self.comparison.plain_name(arm);
-            let Some(difference) = self.difference(arm, base, metric) else {
-                alone.push(format!("{name} (no run to compare)"));
-                continue;
-            };
-            let mean = shown(difference.mean);
-            match (difference.interval(), difference.beyond_chance()) {
-                (Some((low, high)), Some(beyond)) => {
-                    let words = format!("{name} ({mean}; {} to {}; n = {})", shown(low), shown(high), difference.n);
-                    match beyond {
-                        false => equal.push(words),
-                        true if (difference.mean > 0.0) == self.comparison.metric.grows() => better.push(words),
-                        true => worse.push(words),
-                    }
-                }
-                _ => alone.push(format!("{name} ({mean})")),
-            }
-        }
-        let mut words = format!(
-            "Against {base} ({} {}{}, n = {}): ",
-            metric.title,
-            metric.shown(reached.mean),
-            space_before(metric.unit),
-            reached.n
-        );
-        let mut parts = Vec::new();
-        for (list, what) in [
-            (better, "better beyond chance"),
-            (worse, "worse beyond chance"),
-            (equal, "no difference beyond chance"),
-            (alone, "one seed or none, which tells nothing about chance"),
-        ] {
-            if !list.is_empty() {
-                parts.push(format!("{what}: {}", list.join(", ")));
-            }
-        }
-        words.push_str(&parts.join("; "));
-        words.push('.');
-        words
-    }
 }
 
 /// What `conversion.json` says of the model that a run starts from, if a conversion made it.
@@ -406,10 +194,6 @@ fn conversion(recipe: &str) -> BTreeMap<String, f64> {
         ("scatter", told["scatter"].as_f64()),
     ];
     numbers.into_iter().filter_map(|(name, value)| Some((format!("conversion/{name}"), value?))).collect()
-}
-
-fn space_before(unit: &str) -> String {
-    if unit.is_empty() { String::new() } else { format!(" {unit}") }
 }
 
 /// The runs of an arm, of the value of the sweep that did best on the selection half where all seeds finished.

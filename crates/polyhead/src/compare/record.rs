@@ -18,7 +18,8 @@ use crate::result::Environment;
 
 use super::comparison::Looked;
 use super::further::further;
-use super::outcome::{METRICS, Outcome};
+use super::metric::METRICS;
+use super::outcome::Outcome;
 use super::statistics::Summary;
 
 /// What a comparison measured.

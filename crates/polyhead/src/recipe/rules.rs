@@ -1,0 +1,217 @@
+//! The rules about values of a recipe: each table's own, and those between tables.
+
+use polyhead_models::adapters::LoraConfig;
+use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision};
+use polyhead_training::ProcedureConfig;
+use polyhead_training::config::OptimizerConfig;
+
+use super::Recipe;
+
+/// Every rule about values, with the key it is about.
+pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut rule = |holds: bool, key: &str, message: String| {
+        if !holds {
+            problems.push((key.to_owned(), message));
+        }
+    };
+    let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
+    let decoder = model.decoder.as_ref();
+    rule(
+        model.pretrained.is_some() || decoder.is_some() || model.classifier.is_some() || model.embedder.is_some(),
+        "model",
+        "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with trained weights \
+         in model.pretrained"
+            .into(),
+    );
+    let labelled = recipe.data.is_labelled();
+    rule(
+        labelled == model.classifier.is_some(),
+        "data",
+        match labelled {
+            true => format!("data.{} is examples with classes, which model.classifier learns", recipe.data.name()),
+            false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
+        },
+    );
+    let pairs = recipe.data.is_pairs();
+    rule(
+        pairs == model.embedder.is_some(),
+        "data",
+        match pairs {
+            true => format!("data.{} is pairs that belong together, which model.embedder learns", recipe.data.name()),
+            false => format!("data.{} has no pairs for model.embedder to learn", recipe.data.name()),
+        },
+    );
+    let reads_tokens = !(labelled || pairs) || recipe.data.is_text();
+    rule(
+        reads_tokens || training.seq_len == 0,
+        "training.seq_len",
+        format!("training.seq_len ({}) has no meaning for data.{}: leave it out", training.seq_len, recipe.data.name()),
+    );
+    let at_least_one = |key: &str, value: u64| (value >= 1, format!("{key} ({value}) must be at least 1"));
+    for (key, value) in [
+        ("training.steps", training.steps),
+        ("training.seq_len", if reads_tokens { training.seq_len as u64 } else { 1 }),
+        ("training.batch_size", training.batch_size as u64),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64),
+        ("metrics.log_freq", recipe.metrics.log_freq),
+    ] {
+        let (holds, message) = at_least_one(key, value);
+        rule(holds, key, message);
+    }
+    // Sizes beyond these are typing mistakes, and would otherwise end as a failed allocation.
+    for (key, value, most) in [
+        ("training.seq_len", training.seq_len, 1 << 20),
+        ("training.batch_size", training.batch_size, 1 << 16),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1 << 16),
+        ("model.decoder.d_model", decoder.map_or(1, |decoder| decoder.d_model), 1 << 17),
+        ("model.decoder.n_layers", decoder.map_or(1, |decoder| decoder.n_layers), 4096),
+        ("model.decoder.d_ff", decoder.and_then(|decoder| decoder.d_ff).unwrap_or(1), 1 << 20),
+    ] {
+        rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
+    }
+    let numbers = [
+        ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
+        ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
+        ("lr_scheduler.min_lr_ratio", lr_scheduler.min_lr_ratio, 0.0, 1.0, "0 to 1"),
+        ("generation.sampling.temperature", generation.sampling.temperature, 0.0, 1e6, "0 (greedy) or more"),
+        ("generation.sampling.top_p", generation.sampling.top_p, 1e-9, 1.0, "above 0, up to 1"),
+        ("validation.fraction", validation.fraction, 1e-9, 0.5, "above 0, up to 0.5"),
+    ];
+    for (key, value, low, high, words) in numbers {
+        rule((low..=high).contains(&value), key, format!("{key} ({value}) must be {words}"));
+    }
+    let optimizer: Vec<(&str, f64, f64, f64)> = match &recipe.optimizer {
+        OptimizerConfig::Adamw(o) => vec![
+            ("adamw.lr", o.lr, 0.0, 1e3),
+            ("adamw.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("adamw.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("adamw.eps", o.eps, 0.0, 1.0),
+            ("adamw.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+        OptimizerConfig::Muon(o) => vec![
+            ("muon.lr", o.lr, 0.0, 1e3),
+            ("muon.momentum", o.momentum, 0.0, 0.999_999_9),
+            ("muon.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("muon.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("muon.eps", o.eps, 0.0, 1.0),
+            ("muon.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+    };
+    for (key, value, low, high) in optimizer {
+        let key = format!("optimizer.{key}");
+        rule((low..=high).contains(&value), &key, format!("{key} ({value}) must be {low} to {high}"));
+    }
+    rule(
+        lr_scheduler.warmup_steps <= training.steps,
+        "lr_scheduler.warmup_steps",
+        format!(
+            "lr_scheduler.warmup_steps ({}) must not exceed training.steps ({})",
+            lr_scheduler.warmup_steps, training.steps
+        ),
+    );
+    rule(
+        crate::device::NAMES.contains(&training.device.as_str()),
+        "training.device",
+        format!("training.device (\"{}\") must be one of {}", training.device, crate::device::NAMES.join(", ")),
+    );
+    if let Err((field, message)) = recipe.data.validate(training.seq_len) {
+        problems.push((format!("data.{}.{field}", recipe.data.name()), message));
+    }
+    if let Err((field, message)) = recipe.procedure.validate(decoder) {
+        problems.push((format!("procedure.{field}"), message));
+    }
+    if let Err((field, message)) = recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX)) {
+        problems.push((format!("freeze.{field}"), message));
+    }
+    if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
+        problems.push((format!("lora.{field}"), message));
+    }
+    if let Some(embedder) = &model.embedder {
+        problems.extend(validate_embedder(recipe, embedder));
+    }
+    if let Some(classifier) = &model.classifier {
+        problems.extend(validate_classifier(recipe, classifier));
+    } else if recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing() {
+        let key = if recipe.augmentation.is_nothing() { "loss" } else { "augmentation" };
+        problems.push((key.into(), format!("{key} is for model.classifier: leave it out")));
+    }
+    if problems.is_empty()
+        && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
+    {
+        problems.push((format!("model.decoder.{}", error.field), error.problem));
+    }
+    problems
+}
+
+/// The rules of recipes for embedders, as far as they can be told without the features.
+fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String, String)> {
+    let Recipe { model, procedure, training, .. } = recipe;
+    let alone = model.decoder.is_none() && model.classifier.is_none() && model.pretrained.is_none();
+    let rules = [
+        (
+            alone,
+            "model",
+            "model.embedder stands alone: it reads the features of another model, made by `polyhead features`",
+        ),
+        (recipe.lora.is_none(), "lora", "lora is for decoders"),
+        (
+            *procedure == ProcedureConfig::default(),
+            "procedure",
+            "procedure: an embedder is trained by procedure.standard, as it is",
+        ),
+        (
+            training.precision == Precision::F32,
+            "training.precision",
+            "training.precision must be \"f32\" for an embedder",
+        ),
+    ];
+    let broken =
+        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, key, words)| (key.to_owned(), words.to_owned()));
+    let settings =
+        embedder.validate(None).err().map(|error| (format!("model.embedder.{}", error.field), error.problem));
+    broken.chain(settings).collect()
+}
+
+/// The rules of recipes for classifiers.
+fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut refuse = |holds: bool, key: &str, message: &str| {
+        if !holds {
+            problems.push((key.to_owned(), format!("{key} {message}")));
+        }
+    };
+    let Recipe { model, procedure, .. } = recipe;
+    refuse(model.decoder.is_none(), "model.decoder", "cannot stand beside model.classifier: choose one");
+    refuse(model.pretrained.is_none(), "model.pretrained", "is for decoders: a classifier starts afresh");
+    refuse(recipe.lora.is_none(), "lora", "is for decoders");
+    let key = format!("procedure.{}", procedure.name());
+    match procedure {
+        ProcedureConfig::Standard(standard) => {
+            let causal = standard.context_mask == ContextMask::Causal;
+            refuse(
+                causal,
+                "procedure.standard.context_mask",
+                "is about conversations, which a classifier does not learn",
+            );
+        }
+        _ => refuse(false, &key, "is for decoders; a classifier is trained by procedure.standard"),
+    }
+    refuse(recipe.training.precision == Precision::F32, "training.precision", "must be \"f32\" for a classifier");
+    refuse(
+        recipe.augmentation.is_nothing() || recipe.data.shows_pictures(),
+        "augmentation",
+        "changes pictures, which this data has none of",
+    );
+    if let Err((field, message)) = recipe.augmentation.validate() {
+        problems.push((format!("augmentation.{field}"), message));
+    }
+    if let Err((field, message)) = recipe.loss.validate(None) {
+        problems.push((format!("loss.{field}"), message));
+    }
+    let shape = recipe.data.shape().filter(|_| problems.is_empty());
+    if let Err(error) = classifier.validate(shape) {
+        problems.push((format!("model.classifier.{}", error.field), error.problem));
+    }
+    problems
+}
