@@ -125,19 +125,36 @@ fn span_mass_is_the_sum_of_weights_on_a_set_of_keys() {
     agree("span mass", &numbers(mass.expect("asked for")), &of_a_head.repeat(2));
 }
 
-struct Case {
-    batch: usize,
-    heads: usize,
-    key_heads: usize,
-    value_heads: usize,
-    queries: usize,
-    keys: usize,
-    width: usize,
-    value_width: usize,
+/// What is attended to by what.
+pub(super) struct Case {
+    pub(super) batch: usize,
+    pub(super) heads: usize,
+    pub(super) key_heads: usize,
+    pub(super) value_heads: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) width: usize,
+    pub(super) value_width: usize,
 }
 
-fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Case {
+pub(super) fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Case {
     Case { batch, heads, key_heads, value_heads: key_heads, queries: seq, keys: seq, width, value_width: width }
+}
+
+/// A mask of every kind that tiles take.
+pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 6] {
+    let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
+    let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
+    let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
+    let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
+    [
+        Mask::none(),
+        Mask::causal(),
+        Mask::none().with_lengths(&lengths),
+        Mask::causal().with_documents(&ids),
+        Mask::causal().with_documents(&pieces),
+        Mask::turns(&turns, seq),
+    ]
 }
 
 /// Leaves that lie as projections leave them: by position, not by head.
@@ -207,18 +224,7 @@ fn tiles_agree_over_awkward_shapes_and_masks() {
         (1, 1, 1, 1030, 8),
         (2, 6, 3, 300, 16),
     ] {
-        let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
-        let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
-        let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
-        let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
-        for mask in [
-            Mask::none(),
-            Mask::causal(),
-            Mask::none().with_lengths(&lengths),
-            Mask::causal().with_documents(&ids),
-            Mask::causal().with_documents(&pieces),
-            Mask::turns(&turns, seq),
-        ] {
+        for mask in masks(batch, seq) {
             let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
             compare(&case(batch, heads, key_heads, seq, width), &options);
         }

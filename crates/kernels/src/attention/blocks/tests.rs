@@ -1,28 +1,18 @@
 //! The form in blocks against the plain one.
 
 use super::super::Measure;
+use super::super::tests::{Case, case, masks};
 use super::*;
-use crate::testing::{agree_with_gradients, leaf, normal, numbers};
+use crate::testing::{agree, agree_with_gradients, leaf, normal, numbers};
 use burn::tensor::Device;
 
-struct Sizes {
-    batch: usize,
-    heads: usize,
-    key_heads: usize,
-    value_heads: usize,
-    queries: usize,
-    keys: usize,
-    width: usize,
-    value_width: usize,
-}
-
-fn sizes(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Sizes {
-    Sizes { batch, heads, key_heads, value_heads: key_heads, queries: seq, keys: seq, width, value_width: width + 3 }
+fn sizes(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Case {
+    Case { value_width: width + 3, ..case(batch, heads, key_heads, seq, width) }
 }
 
 /// Outputs and gradients are those of the plain form, in one block and in blocks of a few rows.
-fn compare(sizes: &Sizes, bias: Option<[usize; 2]>, options: &AttentionOptions<'_>) {
-    let Sizes { batch, heads, key_heads, value_heads, queries, keys, width, value_width } = *sizes;
+fn compare(sizes: &Case, bias: Option<[usize; 2]>, options: &AttentionOptions<'_>) {
+    let Case { batch, heads, key_heads, value_heads, queries, keys, width, value_width } = *sizes;
     let bias_shape = bias.map(|[rows, of_heads]| [rows, of_heads, queries, keys]);
     let (q, k) = (leaf([batch * heads * queries * width]), leaf([batch * key_heads * keys * width]));
     let v = leaf([batch * value_heads * keys * value_width]);
@@ -47,23 +37,9 @@ fn blocks_agree_over_awkward_shapes_and_masks() {
     for (batch, heads, key_heads, seq, width) in
         [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (1, 4, 2, 63, 64), (3, 1, 1, 129, 80), (2, 6, 3, 100, 16)]
     {
-        let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
-        let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
-        let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
-        let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
         let dense = normal([1, heads, seq, seq], &Device::flex()).greater_elem(0.3);
-        for (index, mask) in [
-            Mask::none(),
-            Mask::causal(),
-            Mask::none().with_lengths(&lengths),
-            Mask::causal().with_documents(&ids),
-            Mask::causal().with_documents(&pieces),
-            Mask::turns(&turns, seq),
-            Mask::causal().with_dense(dense),
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        let with_dense = masks(batch, seq).into_iter().chain([Mask::causal().with_dense(dense)]);
+        for (index, mask) in with_dense.enumerate() {
             let bias = [None, Some([batch, 1]), Some([1, heads])][index % 3];
             compare(
                 &sizes(batch, heads, key_heads, seq, width),
@@ -83,27 +59,32 @@ fn blocks_agree_for_maps_scales_and_cached_keys() {
         values: HeadMap::Each(vec![1, 0, 1, 0, 0, 0]),
         ..options.clone()
     };
-    compare(&Sizes { value_heads: 2, ..sizes(2, 6, 4, 70, 12) }, Some([2, 6]), &maps);
+    compare(&Case { value_heads: 2, ..sizes(2, 6, 4, 70, 12) }, Some([2, 6]), &maps);
     let cached = AttentionOptions { query_offset: 61, ..options };
-    compare(&Sizes { queries: 90, keys: 151, ..sizes(2, 4, 2, 0, 8) }, None, &cached);
+    compare(&Case { queries: 90, keys: 151, ..sizes(2, 4, 2, 0, 8) }, None, &cached);
 }
 
-#[test]
-fn statistics_of_parts_are_those_of_the_whole() {
+/// Statistics are those of the plain form too.
+fn compare_statistics(options: &AttentionOptions<'_>) {
     let make = |heads| normal([2, heads, 50, 8], &Device::flex());
     let (q, k, v) = (make(4), make(2), make(2));
-    let mask = Mask::causal();
-    let options = AttentionOptions { mask: Some(&mask), statistics: Measure::Weights, ..Default::default() };
+    let options = AttentionOptions { statistics: Measure::Weights, ..options.clone() };
     let read = |seen: Option<Statistics>| {
-        let seen = seen.expect("asked for");
+        let seen = seen.expect("asked for").settled();
         let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
         [a, b, c, numbers(seen.weights.expect("asked for"))]
     };
     let got = read(in_blocks(q.clone(), k.clone(), v.clone(), &options, 7 * 2 * 4 * 50).statistics);
     let want = read(plain(q, k, v, &options).statistics);
     for (got, want) in got.iter().zip(&want) {
-        crate::testing::agree("statistics", got, want);
+        agree("statistics", got, want);
     }
+}
+
+#[test]
+fn statistics_of_parts_are_those_of_the_whole() {
+    let mask = Mask::causal();
+    compare_statistics(&AttentionOptions { mask: Some(&mask), ..Default::default() });
 }
 
 #[test]
@@ -120,19 +101,7 @@ fn blocks_agree_where_only_some_queries_of_a_head_are_active() {
     let active = Some(Arc::new(crate::ActiveRows::new(&chosen, [2, 50, 4])));
     let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
     compare(&sizes(2, 4, 2, 50, 8), Some([1, 4]), &options);
-    let make = |heads| normal([2, heads, 50, 8], &Device::flex());
-    let (q, k, v) = (make(4), make(2), make(2));
-    let options = AttentionOptions { statistics: Measure::Weights, ..options };
-    let read = |seen: Option<Statistics>| {
-        let seen = seen.expect("asked for").settled();
-        let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
-        [a, b, c, numbers(seen.weights.expect("asked for"))]
-    };
-    let got = read(in_blocks(q.clone(), k.clone(), v.clone(), &options, 7 * 2 * 4 * 50).statistics);
-    let want = read(plain(q, k, v, &options).statistics);
-    for (got, want) in got.iter().zip(&want) {
-        crate::testing::agree("statistics", got, want);
-    }
+    compare_statistics(&options);
 }
 
 #[test]
