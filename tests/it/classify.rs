@@ -199,7 +199,7 @@ fn what_makes_no_sense_for_classifiers_is_refused() {
     for (code, arguments, words) in [
         (2, "generate run", "is a classifier"),
         (2, "export run --to x", "is a classifier"),
-        (2, "inspect run", "is a classifier"),
+        (2, "inspect run", "has no gate over layers"),
         (2, "logits run --tokens 1 --out x", "is a classifier"),
         (2, "convert run --to grouped_query --kv-heads 1 --out x", "is a classifier"),
         (2, "grow run --signal-heads x2 --out x", "is a classifier"),

@@ -285,11 +285,16 @@ fn an_embedder_learns_which_texts_belong_together() {
     let row = embeddings.data()[..64].as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
     assert!((row.map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
 
+    world.succeeds(&["preview", "embedder.toml", "--rows", "3", "--out", "pairs.png"]);
+    assert!(world.read("pairs.png").starts_with(b"\x89PNG"));
+
     for (code, arguments, words) in [
         (2, "embed decoder --features pairs.safetensors", "a run of model.embedder is needed"),
         (1, "embed run --features book.txt", "no safetensors file"),
         (2, "generate run", "is an embedder"),
         (2, "validate embedder.toml model.embedder.pooling=mean", "nothing of it can be trained"),
+        (2, "validate embedder.toml model.embedder.pooling={ggem={}}", "nothing of it can be trained"),
+        (2, "validate embedder.toml model.embedder.pooling.mltp.input=tokens_of_last_layer", "take last_of_last_layer"),
         (2, "validate embedder.toml data.layer_features.dim=8", "has no pairs for model.embedder"),
         (2, "train embedder.toml model.embedder.pooling.mltp.n_heads=3 --out x", "n_heads (3)"),
     ] {

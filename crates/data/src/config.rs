@@ -117,6 +117,11 @@ impl DataConfig {
         self.is_labelled() && !matches!(self, Self::LabelledText(_) | Self::Features(_) | Self::LayerFeatures(_))
     }
 
+    /// Whether its pictures are of sounds: time from left to right, pitch from bottom to top.
+    pub fn is_sounds(&self) -> bool {
+        matches!(self, Self::Chirps(_) | Self::WavFolder(_))
+    }
+
     /// The shape of its examples, where the recipe alone tells it.
     pub fn shape(&self) -> Option<InputShape> {
         let images = |channels, [height, width]: [usize; 2]| Some(InputShape::Images { channels, height, width });

@@ -268,7 +268,7 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     paths.map(|path| path.map_err(|e| DataError::File { path: e.path().to_owned(), cause: e.into() })).collect()
 }
 
-/// All files below `folder` with one of the endings; hidden ones, `target` and links to folders (which may lead in a
+/// All files below `folder` with one of the endings, in small letters or capitals; hidden ones, `target` and links to folders (which may lead in a
 /// circle) are left out.
 fn walk(folder: &Path, endings: &[&str], found: &mut BTreeMap<PathBuf, bool>) -> Result<(), DataError> {
     for entry in std::fs::read_dir(folder).at(folder)? {
@@ -281,7 +281,8 @@ fn walk(folder: &Path, endings: &[&str], found: &mut BTreeMap<PathBuf, bool>) ->
             if !path.is_symlink() {
                 walk(&path, endings, found)?;
             }
-        } else if path.extension().is_some_and(|ending| endings.iter().any(|known| ending == *known)) {
+        } else if path.extension().is_some_and(|ending| endings.iter().any(|known| ending.eq_ignore_ascii_case(known)))
+        {
             found.insert(path, false);
         }
     }
@@ -302,7 +303,7 @@ mod tests {
             std::fs::write(path, text).unwrap();
         };
         write("b.txt", b"second");
-        write("a/x.md", b"first");
+        write("a/x.MD", b"first");
         write("a/binary.txt", &[0xff, 0xfe]);
         write("picture.png", b"no text");
         let all = read_text(&TextConfig { paths: vec![dir.path().display().to_string()] }).unwrap();

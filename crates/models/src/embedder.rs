@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
-use crate::pooling::{Pooling, PoolingConfig, unit};
+use crate::pooling::{PoolInput, Pooling, PoolingConfig, unit};
 use crate::retrieval::Retrieval;
 use crate::{ContextMask, Evaluated, Learner, Lesson, Loss, Part, Sums};
 
@@ -77,14 +77,21 @@ impl EmbedderConfig {
             return Err(ConfigError::new("scale", format!("scale ({}) must be a positive number", self.scale)));
         }
         match &self.pooling {
-            PoolingConfig::Ggem(_) | PoolingConfig::Mltp(_) => match dim {
+            PoolingConfig::Mltp(config) if config.input == PoolInput::TokensOfLastLayer => Err(ConfigError::new(
+                "pooling.mltp.input",
+                "pooling.mltp.input (tokens_of_last_layer) needs every token, and features hold one vector of a layer: take \
+                 last_of_last_layer, which of one vector is the same",
+            )),
+            PoolingConfig::Mltp(_) => match dim {
                 Some(dim) => self.pooling.validate(dim).map_err(|error| error.within("pooling")),
                 None => Ok(()),
             },
-            PoolingConfig::Mean | PoolingConfig::ClassToken | PoolingConfig::LastToken => Err(ConfigError::new(
-                "pooling",
-                "pooling: nothing of it can be trained; take mltp (`polyhead embed` tells of plain features by itself)",
-            )),
+            PoolingConfig::Mean | PoolingConfig::ClassToken | PoolingConfig::LastToken | PoolingConfig::Ggem(_) => {
+                Err(ConfigError::new(
+                    "pooling",
+                    "pooling: nothing of it can be trained on one vector of a layer; take mltp (`polyhead embed` tells of plain features by itself)",
+                ))
+            }
         }
     }
 

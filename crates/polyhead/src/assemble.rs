@@ -13,6 +13,7 @@ use polyhead_training::state::{self, Companions, Progress};
 use polyhead_training::{Parts, ProcedureConfig, Trainee};
 
 use crate::classifier::sizes;
+use crate::console::talk;
 use crate::costs::Known;
 use crate::device;
 use crate::embedder::{layers_and_dim, paired};
@@ -171,6 +172,14 @@ impl Resolved {
     /// If they are missing or malformed, or do not fit the model.
     pub fn labelled(&self) -> Result<Labelled, Failure> {
         let labelled = labelled(&self.recipe, &self.tokenizer)?;
+        let unlearnt = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count == 0);
+        let unlearnt: Vec<&str> = unlearnt.map(|(class, _)| class.as_str()).take(5).collect();
+        if !unlearnt.is_empty() {
+            talk!(
+                "warning: no example to learn from of {} (a smaller validation.fraction leaves more)",
+                unlearnt.join(", ")
+            );
+        }
         let checked = self.classifier()?.validate(Some(labelled.train.shape()));
         checked.map_err(|error| Problems::plain(format!("model.classifier.{error}")))?;
         let checked = self.recipe.loss.validate(Some(labelled.classes.len()));

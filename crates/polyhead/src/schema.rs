@@ -1,5 +1,7 @@
 //! What keys there are: read off the types, for finding unknown keys, naming the nearest valid one, and the reference.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use crate::layers::Layer;
@@ -158,15 +160,28 @@ fn find_key(root: &Value, schema: &Value, path: &str, key: &str, places: &mut Ve
 pub fn reference() -> String {
     let root = recipe();
     let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
-    describe(&root, &root, "", &mut out);
+    describe(&root, &root, "", (&mut BTreeMap::new(), &mut out));
     out
 }
 
-fn describe(root: &Value, schema: &Value, path: &str, out: &mut String) {
-    for variant in variants(root, schema) {
-        // A list of tables repeats the single form, which has been described already.
-        if variant.get("items").is_some_and(|items| items.get("$ref").is_some()) {
-            continue;
+/// Describes each kind of list item in full where it comes first (`lists`, by reference), and points there afterwards.
+fn describe<'a>(
+    root: &'a Value,
+    schema: &'a Value,
+    path: &str,
+    (lists, out): (&mut BTreeMap<&'a str, String>, &mut String),
+) {
+    let variants = variants(root, schema);
+    let single = variants.iter().any(|variant| variant.get("properties").is_some());
+    for variant in variants {
+        // Where one table may stand instead of a list of them, it is described once.
+        if let Some(items) = variant.get("items").filter(|_| !single) {
+            let path = format!("{path}[]");
+            let first = items.get("$ref").and_then(Value::as_str).map(|name| lists.entry(name).or_insert(path.clone()));
+            match first.filter(|first| **first != path) {
+                Some(first) => out.push_str(&format!("| `{path}` | table | as `{first}` |\n")),
+                None => describe(root, items, &path, (lists, out)),
+            }
         }
         let Some(properties) = variant.get("properties").and_then(Value::as_object) else { continue };
         for (key, property) in properties {
@@ -174,7 +189,7 @@ fn describe(root: &Value, schema: &Value, path: &str, out: &mut String) {
             let words = property.get("description").or_else(|| variant.get("description")).and_then(Value::as_str);
             let words = words.unwrap_or_default().replace('\n', " ").replace('|', "\\|");
             out.push_str(&format!("| `{path}` | {} | {words} |\n", type_name(root, property)));
-            describe(root, property, &path, out);
+            describe(root, property, &path, (lists, out));
         }
     }
 }

@@ -51,7 +51,7 @@ impl ChirpsConfig {
                 return Err((field, format!("{field} ({value}) must be 0 to 1000")));
             }
         }
-        self.log_mel.validate()
+        self.log_mel.validate(SAMPLE_RATE)
     }
 }
 

@@ -35,11 +35,11 @@ impl Default for LogMelConfig {
 }
 
 impl LogMelConfig {
-    /// Checks the settings.
+    /// Checks the settings, for sounds of so many samples per second.
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
+    pub fn validate(&self, sample_rate: u32) -> Result<(), Problem> {
         let within =
             |field: &'static str, value: usize, least: usize, most: usize| match (least..=most).contains(&value) {
                 true => Ok(()),
@@ -51,7 +51,35 @@ impl LogMelConfig {
         within("log_mel.n_fft", self.n_fft, 16, 1 << 16)?;
         within("log_mel.hop", self.hop, 1, 1 << 16)?;
         within("log_mel.n_frames", self.n_frames, 1, 1 << 14)?;
-        within("log_mel.n_mels", self.n_mels, 1, self.n_fft / 2)
+        within("log_mel.n_mels", self.n_mels, 1, self.n_fft / 2)?;
+        let dead = |band: &Vec<f32>| band.iter().all(|&weight| weight == 0.0);
+        match self.bands(sample_rate).iter().filter(|band| dead(band)).count() {
+            0 => Ok(()),
+            dead => Err((
+                "log_mel.n_mels",
+                format!(
+                    "log_mel.n_mels ({}): {dead} of the bands fall between two frequencies that n_fft ({}) tells apart at \
+                     {sample_rate} samples per second, and would stay black: fewer bands, or a larger n_fft",
+                    self.n_mels, self.n_fft
+                ),
+            )),
+        }
+    }
+
+    /// Triangles of height 1 on the mel scale, `[n_mels, n_fft / 2 + 1]`.
+    fn bands(&self, sample_rate: u32) -> Vec<Vec<f32>> {
+        let mel = |hertz: f64| 2595.0 * (1.0 + hertz / 700.0).log10();
+        let highest = mel(f64::from(sample_rate) / 2.0);
+        let edge = |at: usize| 700.0 * (10f64.powf(highest * at as f64 / (self.n_mels + 1) as f64 / 2595.0) - 1.0);
+        let band = |m: usize| {
+            let (low, middle, high) = (edge(m), edge(m + 1), edge(m + 2));
+            let height = |bin: usize| {
+                let hertz = bin as f64 * f64::from(sample_rate) / self.n_fft as f64;
+                ((hertz - low) / (middle - low)).min((high - hertz) / (high - middle)).max(0.0) as f32
+            };
+            (0..self.n_fft / 2 + 1).map(height).collect()
+        };
+        (0..self.n_mels).map(band).collect()
     }
 
     /// Height and width of a picture.
@@ -84,27 +112,26 @@ impl LogMel {
     pub(super) fn new(config: &LogMelConfig, sample_rate: u32) -> Self {
         let n = config.n_fft;
         let hann = |i: usize| (std::f64::consts::PI * i as f64 / n as f64).sin().powi(2) as f32;
-        let mel = |hertz: f64| 2595.0 * (1.0 + hertz / 700.0).log10();
-        let highest = mel(f64::from(sample_rate) / 2.0);
-        let edge = |at: usize| 700.0 * (10f64.powf(highest * at as f64 / (config.n_mels + 1) as f64 / 2595.0) - 1.0);
-        let band = |m: usize| {
-            let (low, middle, high) = (edge(m), edge(m + 1), edge(m + 2));
-            let height = |bin: usize| {
-                let hertz = bin as f64 * f64::from(sample_rate) / n as f64;
-                ((hertz - low) / (middle - low)).min((high - hertz) / (high - middle)).max(0.0) as f32
-            };
-            (0..n / 2 + 1).map(height).collect()
-        };
         Self {
             fourier: Fourier::new(n),
             window: (0..n).map(hann).collect(),
-            bands: (0..config.n_mels).map(band).collect(),
+            bands: config.bands(sample_rate),
             config: config.clone(),
         }
     }
 
     /// `[n_mels, n_frames]`, the highest pitch on top.
     pub(super) fn picture(&self, samples: &[f32]) -> Vec<f32> {
+        let picture = self.logarithms(samples);
+        let n = picture.len() as f64;
+        let mean = picture.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+        let variance = picture.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+        let scale = 1.0 / variance.sqrt().max(1e-6);
+        picture.iter().map(|&x| ((f64::from(x) - mean) * scale) as f32).collect()
+    }
+
+    /// The same before the last line.
+    fn logarithms(&self, samples: &[f32]) -> Vec<f32> {
         let LogMelConfig { n_fft, hop, n_mels, n_frames } = self.config;
         let mut picture = vec![0.0; n_mels * n_frames];
         let mut frame = vec![0.0; n_fft];
@@ -118,17 +145,49 @@ impl LogMel {
                 picture[(n_mels - 1 - band) * n_frames + at] = (energy + 1e-6).ln();
             }
         }
-        let n = picture.len() as f64;
-        let mean = picture.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
-        let variance = picture.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
-        let scale = 1.0 / variance.sqrt().max(1e-6);
-        picture.iter().map(|&x| ((f64::from(x) - mean) * scale) as f32).collect()
+        picture
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    /// transformers' audio_utils (tests/golden/log_mel) computes in f64.
+    #[test]
+    fn logarithms_are_those_of_transformers() {
+        #[derive(Deserialize)]
+        struct Case {
+            sample_rate: u32,
+            #[serde(flatten)]
+            config: LogMelConfig,
+            samples: Vec<f32>,
+            /// Band by band, the lowest first.
+            logarithms: Vec<Vec<f32>>,
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/log_mel/values.json");
+        let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert_eq!(cases.len(), 3);
+        for Case { sample_rate, config, samples, logarithms } in cases {
+            config.validate(sample_rate).unwrap();
+            let picture = LogMel::new(&config, sample_rate).logarithms(&samples);
+            // In amplitudes and to three roundings of f32 of the largest: what is far below it has no more digits.
+            let amplitude = |logarithm: f32| (logarithm / 2.0).exp();
+            let largest = logarithms.iter().flatten().fold(0f32, |most, &x| most.max(amplitude(x)));
+            let near = |got, want| (amplitude(got) - amplitude(want)).abs() < 3.6e-7 * largest;
+            for (got, want) in picture.chunks(config.n_frames).rev().zip(&logarithms) {
+                assert!(got.iter().zip(want).all(|(&got, &want)| near(got, want)), "{got:?} {want:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bands_that_would_stay_black_are_refused() {
+        let (field, problem) = LogMelConfig::default().validate(44_100).unwrap_err();
+        assert!(field == "log_mel.n_mels" && problem.contains("a larger n_fft"), "{problem}");
+        LogMelConfig { n_fft: 1024, ..Default::default() }.validate(44_100).unwrap();
+    }
 
     #[test]
     fn a_tone_lights_the_band_of_its_pitch_and_loudness_does_not_matter() {

@@ -40,7 +40,7 @@ impl WavFolderConfig {
         if !(1000..=384_000).contains(&self.sample_rate) {
             return Err(("sample_rate", format!("sample_rate ({}) must be 1000 to 384000", self.sample_rate)));
         }
-        self.log_mel.validate()
+        self.log_mel.validate(self.sample_rate)
     }
 }
 
@@ -76,9 +76,10 @@ pub(super) fn open(
     if let Some(path) = &config.validation_path {
         files.extend(labelled_files(path, &["wav"], Some(&classes))?.1);
     }
-    let (mut hash, mut pictures) = (blake3::Hasher::new(), Vec::new());
+    let (mut hash, mut pictures, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
     for (path, label) in files {
         let samples = read(&path, config.sample_rate)?;
+        cut += usize::from(samples.len() > config.log_mel.samples());
         hash.update(&label.to_le_bytes());
         samples.iter().for_each(|sample| {
             hash.update(&sample.to_le_bytes());
@@ -91,12 +92,17 @@ pub(super) fn open(
     };
     let mut counts = vec![0; classes.len()];
     train.iter().for_each(|&index| counts[pictures[index as usize].label as usize] += 1);
-    let description = format!(
+    let mut description = format!(
         "WAV files of {} classes: {} for training, {} for validation",
         classes.len(),
         train.len(),
         validation.len()
     );
+    if cut > 0 {
+        let seconds = config.log_mel.samples() as f64 / f64::from(config.sample_rate);
+        description +=
+            &format!("; {cut} are longer than the {seconds:.2} s of log_mel.n_frames: what is beyond is cut off");
+    }
     let (pictures, shape) = (Arc::new(pictures), config.log_mel.shape());
     let set = |indices| Arc::new(Sounds { pictures: pictures.clone(), indices, shape });
     Ok(Labelled {
@@ -128,6 +134,9 @@ fn read(path: &Path, sample_rate: u32) -> Result<Vec<f32>, DataError> {
         }
     };
     let all = all.map_err(|error| unusable(error.to_string()))?;
+    if let Some(at) = all.iter().position(|sample| !sample.is_finite()) {
+        return Err(unusable(format!("sample {at} is {}", all[at])));
+    }
     let channels = usize::from(spec.channels);
     Ok(all.chunks(channels).map(|frame| frame.iter().sum::<f32>() / channels as f32).collect())
 }

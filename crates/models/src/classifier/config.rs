@@ -1,6 +1,6 @@
 //! Settings of the bidirectional transformers, and what both come down to.
 
-use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig};
+use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig, HiLoConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -184,6 +184,17 @@ impl VisionTransformerConfig {
                 if !height.is_multiple_of(side) || !width.is_multiple_of(side) {
                     let problem = format!("patch_size ({side}) must divide the pictures, {height} x {width} pixels");
                     return Err(ConfigError::new("patch_size", problem));
+                }
+                let (rows, columns) = (height / side, width / side);
+                for layer in 0..self.n_layers {
+                    let Some(MixerConfig::HiLo(HiLoConfig { window, .. })) = self.attention.of_layer(layer) else {
+                        continue;
+                    };
+                    if *window > rows.max(columns) {
+                        let problem =
+                            format!("hilo.window ({window}) must not be larger than the {rows} x {columns} patches");
+                        return Err(ConfigError::new("attention.hilo.window", problem));
+                    }
                 }
                 if let Some(gate) = &self.attention_gate {
                     let sizes = self.blueprint(InputShape::Images { channels: 1, height, width }).gated();

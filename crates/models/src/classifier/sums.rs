@@ -57,6 +57,8 @@ impl GroupCount {
 pub struct ClassScore {
     /// Examples of the class.
     pub examples: u64,
+    /// Answers with this class.
+    pub answers: u64,
     /// Share of the answers with this class that were right; 0 where there were none.
     pub precision: f64,
     /// Share of the examples of the class that were told.
@@ -123,7 +125,7 @@ impl ClassSums {
             let examples: u64 = self.confusion[class * n..(class + 1) * n].iter().sum();
             let answers: u64 = (0..n).map(|truth| self.confusion[truth * n + class]).sum();
             let f1 = share(2 * right, examples + answers);
-            ClassScore { examples, precision: share(right, answers), recall: share(right, examples), f1 }
+            ClassScore { examples, answers, precision: share(right, answers), recall: share(right, examples), f1 }
         };
         (0..n).map(class).collect()
     }
@@ -131,7 +133,7 @@ impl ClassSums {
     /// The mean F1 over the classes that occur, or are answered with.
     pub fn macro_f1(&self) -> f64 {
         let mut counted = self.classes();
-        counted.retain(|class| class.examples > 0 || class.precision > 0.0);
+        counted.retain(|class| class.examples > 0 || class.answers > 0);
         counted.iter().map(|class| class.f1).sum::<f64>() / counted.len().max(1) as f64
     }
 
@@ -251,6 +253,16 @@ mod tests {
         near(sums.calibration_error(), ((5.0 * sure - 4.0).abs() + unsure) / 6.0);
         let right = -(sure.ln());
         near(sums.evaluated().loss, 4.0 * right + (9.0 + right) + (1.0 - unsure.ln()));
+    }
+
+    #[test]
+    fn a_class_that_is_only_answered_with_lowers_the_mean() {
+        let sums = ClassSums::of(&[9., 0., 0., 0., 9., 0., 0., 0., 9.], &[0, 1, 1], &[0; 3]);
+        assert_eq!((sums.classes()[2].examples, sums.classes()[2].answers), (0, 1));
+        assert!((sums.macro_f1() - (1.0 + 2.0 / 3.0 + 0.0) / 3.0).abs() < 1e-9, "{}", sums.macro_f1());
+        // A class that nobody speaks of does not count.
+        let sums = ClassSums::of(&[9., 0., 0., 0., 9., 0.], &[0, 1], &[0; 2]);
+        assert!((sums.macro_f1() - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -131,6 +131,9 @@ fn what_a_recipe_says_comes_back() {
     assert!(refused(r#"{"softmax": {"n_head": 4}}"#).contains("n_head"));
     assert!(refused(r#"{"hilos": {}}"#).contains("hilos"));
     assert!(refused(r#"{"hilo": {"n_heads": 4}, "softmax": {"n_heads": 4}}"#).contains("choose one"));
+    let wide =
+        config(PICTURES, r#"{"hilo": {"n_heads": 4, "window": 40}}"#, MEAN).validate(Some(PICTURES)).unwrap_err();
+    assert!(wide.problem.contains("hilo.window (40) must not be larger"), "{wide}");
 }
 
 #[test]

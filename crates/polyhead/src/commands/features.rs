@@ -85,6 +85,10 @@ impl Pool {
 /// Runs the texts through the model and writes the file.
 pub fn features(args: &FeaturesArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
+    if let Some(folder) = args.out.parent() {
+        // Now, not when all texts have been read.
+        std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, error))?;
+    }
     let bytes = match args.pairs {
         true => {
             let fields = [&args.pair_fields[0], &args.pair_fields[1], &args.pair_fields[2]].map(String::as_str);

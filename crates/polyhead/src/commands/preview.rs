@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{DataConfig, Labelled, StreamDecoder, Tokenizer};
+use polyhead_data::{DataConfig, Labelled, Paired, StreamDecoder, Tokenizer};
 use polyhead_models::{Examples, IGNORE, Inputs, Role};
 use polyhead_training::picture::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
@@ -68,10 +68,7 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     let opened = match assemble::resolve(loaded)?.open(&mut |_, _| {})? {
         Data::Tokens(opened) => opened,
         Data::Examples(labelled) => return examples(&labelled, options),
-        Data::Pairs(paired) => {
-            let problem = format!("{}: there is nothing of them to see", paired.description);
-            return Err(Failure::Run(problem));
-        }
+        Data::Pairs(paired) => return pairs(&paired, options),
     };
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
@@ -165,6 +162,26 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
     let png = sheet(&images, Sheet { channels, height, width, across: ACROSS });
     atomic_write(&options.out, &png.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
     talk!("wrote {} pictures to {}", images.len(), options.out.display());
+    Ok(())
+}
+
+/// Pairs side by side: features of layers by channels, a query beside what belongs to it.
+fn pairs(paired: &Paired, options: PreviewOptions) -> Result<(), Failure> {
+    talk!("data: {}", paired.description);
+    let batch = paired.train.batch(0)?;
+    let size = batch.layers * batch.dim;
+    let shown = options.rows.min(batch.len()) * batch.parts;
+    let images: Vec<&[f32]> = batch.values.chunks(size).take(shown).collect();
+    let sheet = sheet(&images, Sheet { channels: 1, height: batch.layers, width: batch.dim, across: batch.parts });
+    atomic_write(&options.out, &sheet.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
+    let parts = ["query", "positive", "negative"][..batch.parts].join(", ");
+    talk!(
+        "wrote {} rows to {}: {parts}, {} layers by {} channels",
+        shown / batch.parts,
+        options.out.display(),
+        batch.layers,
+        batch.dim
+    );
     Ok(())
 }
 

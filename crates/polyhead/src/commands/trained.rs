@@ -82,7 +82,7 @@ fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Fail
     };
     line("class", ["examples", "precision", "recall", "f1"].map(Into::into));
     for NamedScore { name, score } in &table.scores {
-        let ClassScore { examples, precision, recall, f1 } = *score;
+        let ClassScore { examples, precision, recall, f1, .. } = *score;
         let shares = [precision, recall, f1].map(|share| format!("{share:.3}"));
         let [precision, recall, f1] = shares;
         line(name, [examples.to_string(), precision, recall, f1]);

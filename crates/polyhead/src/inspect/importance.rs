@@ -29,8 +29,8 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
     let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), 0)?;
     let Some(importance) = sums.importance() else {
         let problem = format!(
-            "{} is a classifier that has no gate: inspect shows the heads of decoders, and the gates of \
-             gaussian_adaptive_transformer",
+            "{} has no gate over layers: of classifiers, inspect shows the gates of gaussian_adaptive_transformer (gates \
+             inside of transformer blocks are not shown)",
             trained.path.display()
         );
         return Err(Problems::plain(problem).into());
@@ -85,6 +85,11 @@ const HEAD: [&str; 2] = ["layer", "share (%)"];
 
 /// Which layers matter, in words.
 fn finding(names: &[usize], shares: &[f32]) -> String {
+    if equal(shares) {
+        return "All layers pass the same: that is so by construction where a gate runs along the features (axis = -1), whose \
+                weights add up to one in every layer. Gates along the layers (paper, or axis = 1) tell layers apart."
+            .into();
+    }
     let order = order(shares);
     let (most, least) = (order[0], order[order.len() - 1]);
     format!(
@@ -98,6 +103,9 @@ fn finding(names: &[usize], shares: &[f32]) -> String {
 
 /// What to type to train on the highest or the lowest third of the layers.
 fn parts(names: &[usize], shares: &[f32]) -> String {
+    if equal(shares) {
+        return String::new();
+    }
     let order = order(shares);
     let part = (order.len() / 3).max(1);
     let list = |chosen: &[usize]| {
@@ -109,6 +117,12 @@ fn parts(names: &[usize], shares: &[f32]) -> String {
     format!(
         "To train on a part: model.classifier.gaussian_adaptive_transformer.layers=[{high}] are the highest, [{low}] the lowest."
     )
+}
+
+/// Whether no layer stands out beyond rounding.
+fn equal(shares: &[f32]) -> bool {
+    let [low, high] = [f32::min, f32::max].map(|choose| shares.iter().copied().fold(shares[0], choose));
+    shares.len() > 1 && high - low < 1e-4
 }
 
 /// Layers, the most important first.
@@ -128,5 +142,10 @@ mod tests {
         assert_eq!(finding(&names, &shares), "Layer 5 passes most (40.0 % of all importance), layer 7 least (5.0 %).");
         let text = parts(&names, &shares);
         assert!(text.contains("layers=[5,9] are the highest, [7,30] the lowest"), "{text}");
+        let equal = [0.249999, 0.25, 0.25, 0.250001];
+        assert!(
+            finding(&[0, 1, 2, 3], &equal).starts_with("All layers pass the same")
+                && parts(&[0, 1, 2, 3], &equal).is_empty()
+        );
     }
 }

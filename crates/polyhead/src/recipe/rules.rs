@@ -203,6 +203,12 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig) -> Vec<(S
         "augmentation",
         "changes pictures, which this data has none of",
     );
+    let still = recipe.augmentation.crop == 0 && !recipe.augmentation.flip;
+    refuse(
+        still || !recipe.data.is_sounds(),
+        "augmentation",
+        "can only add noise to sounds: mirrored (flip) or moved (crop) they are other sounds",
+    );
     if let Err((field, message)) = recipe.augmentation.validate() {
         problems.push((format!("augmentation.{field}"), message));
     }

@@ -217,6 +217,10 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let value = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
     let descr = value("descr").and_then(|rest| rest.strip_prefix('\'')?.split('\'').next()).unwrap_or("a structure");
     let number = Number::of_numpy(descr).ok_or_else(|| {
+        if descr.contains(['U', 'S', 'O']) {
+            let problem = "classes are whole numbers from 0 on: save numpy.unique(labels, return_inverse=True)[1]";
+            return unusable(format!("it holds text or objects ({descr}); {problem}"));
+        }
         unusable(format!(
             "it holds {descr}; float16, float32, float64 and whole numbers in little-endian order can be read: save it with \
              .astype(numpy.float32), and bfloat16 as safetensors"
