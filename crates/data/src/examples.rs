@@ -24,7 +24,7 @@ use std::sync::Arc;
 use polyhead_models::{Examples, InputShape, Inputs};
 use rand_chacha::ChaCha8Rng;
 
-use crate::loader::LoaderOptions;
+use crate::loader::{LoaderOptions, Order};
 use crate::synthetic::{EPOCH, Side};
 use crate::{DataConfig, DataError, OpenOptions, Tokenizer};
 
@@ -262,8 +262,8 @@ fn generated<T: Maker>(task: T, name: &str, augment: &AugmentConfig, options: &O
     let set = |side| Arc::new(Drawn { task: task.clone(), seed: options.seed, side });
     let (train, held_out) = (set(Side::Train), set(Side::Validation(options.validation_samples.max(1))));
     Labelled {
-        train: loader(train, Some(augment), options, false),
-        validation: loader(held_out, None, options, false),
+        train: loader(train, Some(augment), options, Order::Endless),
+        validation: loader(held_out, None, options, Order::Once),
         counts: vec![EPOCH / classes.len() as u64; classes.len()],
         description: format!("generated: {name} of {} classes, new samples without end", classes.len()),
         classes,
@@ -277,10 +277,10 @@ fn loader(
     set: Arc<dyn ExampleSet>,
     augment: Option<&AugmentConfig>,
     options: &OpenOptions,
-    shuffle: bool,
+    order: Order,
 ) -> ExampleLoader {
     let augment = augment.filter(|augment| !augment.is_nothing()).cloned();
-    ExampleLoader::new(set, augment, LoaderOptions { batch_size: options.batch_size, seed: options.seed, shuffle })
+    ExampleLoader::new(set, augment, LoaderOptions { batch_size: options.batch_size, seed: options.seed, order })
 }
 
 /// What files of pictures hold: one set that is to be divided, or one for each side.
@@ -330,8 +330,8 @@ fn of_pictures(
              validation",
             classes.len()
         ),
-        train: loader(Arc::new(train), Some(augment), options, true),
-        validation: loader(Arc::new(validation), None, options, false),
+        train: loader(Arc::new(train), Some(augment), options, Order::Shuffled),
+        validation: loader(Arc::new(validation), None, options, Order::Once),
         classes,
         counts,
         groups: Vec::new(),

@@ -31,7 +31,7 @@ pub use examples::{
     LayerFeaturesConfig, LogMelConfig, NewFeatures, NewPairs, PairLoader, Paired, ShapesConfig, WavFolderConfig,
     open_labelled, open_pairs, read_features,
 };
-pub use loader::{FromDataset, Loader, LoaderOptions, Sample, Samples};
+pub use loader::{FromDataset, Loader, LoaderOptions, Order, Sample, Samples};
 pub use pack::{Packing, Windows};
 pub use text::{
     JsonlConfig, LabelledFields, LabelledText, PairedText, TextConfig, TextDocument, Texts, distinct_names,
@@ -108,8 +108,8 @@ pub fn open(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened, DataError> {
     let OpenOptions { seq_len, batch_size, seed, packing, .. } = *options;
-    let loader = |samples: Arc<dyn Samples>, bytes: Option<Vec<u32>>, shuffle: bool| {
-        Loader::new(samples, bytes, LoaderOptions { batch_size, seed, shuffle })
+    let loader = |samples: Arc<dyn Samples>, bytes: Option<Vec<u32>>, order: Order| {
+        Loader::new(samples, bytes, LoaderOptions { batch_size, seed, order })
     };
     if batch_size == 0 {
         return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
@@ -127,7 +127,8 @@ pub fn open(
             (0..texts).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
         let task = again();
         let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
-        let (train, validation) = (loader(Arc::new(train), None, false), loader(Arc::new(held_out), None, false));
+        let (train, validation) =
+            (loader(Arc::new(train), None, Order::Endless), loader(Arc::new(held_out), None, Order::Once));
         return Ok(Opened {
             train,
             validation,
@@ -162,8 +163,8 @@ pub fn open(
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
     let bytes = Some(tokenizer.token_bytes());
     Ok(Opened {
-        train: loader(Arc::new(train), bytes.clone(), true),
-        validation: loader(Arc::new(held_out), bytes, false),
+        train: loader(Arc::new(train), bytes.clone(), Order::Shuffled),
+        validation: loader(Arc::new(held_out), bytes, Order::Once),
         tracking,
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone()),
@@ -234,12 +235,12 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         100.0 * train.padding(),
         sizes.1
     );
-    let loader = |rows: ChatRows, shuffle: bool| {
-        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, shuffle })
+    let loader = |rows: ChatRows, order: Order| {
+        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
     };
     Ok(Opened {
-        train: loader(train, true),
-        validation: loader(validation, false),
+        train: loader(train, Order::Shuffled),
+        validation: loader(validation, Order::Once),
         tracking,
         vocab_size: tokenizer.vocab_size(),
         // Whoever uses the model has to write as it has learnt to read.
@@ -262,13 +263,13 @@ fn open_long_context(
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
     let tracked = rows(Side::Tracking(most))?;
     let tracking = (0..most).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
-    let loader = |rows| {
-        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, shuffle: false })
+    let loader = |rows, order| {
+        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
     };
     let tasks: Vec<&str> = config.tasks.iter().map(|task| task.name()).collect();
     Ok(Opened {
-        train: loader(train),
-        validation: loader(held_out),
+        train: loader(train, Order::Endless),
+        validation: loader(held_out, Order::Once),
         tracking,
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone().with_chat_template(template)),

@@ -54,16 +54,26 @@ pub struct LoaderOptions {
     pub batch_size: usize,
     /// Decides the order.
     pub seed: u64,
-    /// Another order in every epoch; otherwise samples come as they are.
-    pub shuffle: bool,
+    /// In which order.
+    pub order: Order,
+}
+
+/// The order of samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Another one in every epoch; epochs follow each other without a seam.
+    Shuffled,
+    /// As they come, epoch after epoch without a seam.
+    Endless,
+    /// As they come, always the same; the last batch is as short as what is left, so that none counts twice.
+    Once,
 }
 
 impl LoaderOptions {
-    /// The numbers since the start of the rows of batch `position`, of a set of `n`. Shuffled epochs follow each other without a
-    /// seam; where rows come as they are, the last batch of an epoch is as short as what is left, so that none counts twice.
+    /// The numbers since the start of the rows of batch `position`, of a set of `n`.
     pub(crate) fn rows(&self, n: u64, position: u64) -> std::ops::Range<u64> {
         let rows = self.batch_size.max(1) as u64;
-        if self.shuffle {
+        if self.order != Order::Once {
             return position * rows..(position + 1) * rows;
         }
         let first = position % n.div_ceil(rows).max(1) * rows;
@@ -73,7 +83,7 @@ impl LoaderOptions {
     /// Epoch and index of a sample, from its number since the start, of a set of `n`.
     pub(crate) fn place(&self, n: u64, number: u64) -> (u64, u64) {
         let (epoch, index) = (number / n, number % n);
-        (epoch, if self.shuffle { permute(n, mix(self.seed, epoch), index) } else { index })
+        (epoch, if self.order == Order::Shuffled { permute(n, mix(self.seed, epoch), index) } else { index })
     }
 }
 
@@ -96,26 +106,26 @@ impl Loader {
         self.samples.per_epoch()
     }
 
-    /// Batches until every sample has come once; the last one is filled up from the next epoch.
+    /// Batches until every sample has come once.
     pub fn batches_per_epoch(&self) -> u64 {
         self.per_epoch().div_ceil(self.options.batch_size.max(1) as u64)
     }
 
-    /// Batch number `position` since the start: row `r` is sample `position * batch_size + r`, counted through all
-    /// epochs, so no sample is left out at an epoch's end.
+    /// Batch number `position` since the start: its rows are samples counted through all epochs, so that none is left out at
+    /// an epoch's end.
     ///
     /// # Errors
     /// If a sample cannot be read, samples do not fit together, or there are none.
     pub fn batch(&self, position: u64) -> Result<Batch, DataError> {
-        let rows = self.options.batch_size as u64;
-        if rows == 0 {
+        if self.options.batch_size == 0 {
             return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
         }
         if self.per_epoch() == 0 {
             return Err(DataError::Unusable("the data set is empty: give at least one sample".into()));
         }
-        let mut batch = Batch { batch: rows as usize, ..Batch::default() };
-        for number in position * rows..(position + 1) * rows {
+        let numbers = self.options.rows(self.per_epoch(), position);
+        let mut batch = Batch { batch: (numbers.end - numbers.start) as usize, ..Batch::default() };
+        for number in numbers {
             let row = self.sample(number)?;
             if batch.tokens.is_empty() {
                 batch.seq = row.tokens.len();
@@ -183,15 +193,15 @@ mod tests {
     use super::*;
     use burn_dataset::InMemDataset;
 
-    fn loader(n: u32, batch_size: usize, shuffle: bool) -> Loader {
+    fn loader(n: u32, batch_size: usize, order: Order) -> Loader {
         let sample = |i| Sample { tokens: vec![i], targets: vec![i64::from(i)], ..Sample::default() };
         let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new((0..n).map(sample).collect()));
-        Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 100]), LoaderOptions { batch_size, seed: 5, shuffle })
+        Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 100]), LoaderOptions { batch_size, seed: 5, order })
     }
 
     #[test]
     fn an_epoch_holds_every_sample_once_even_across_batches() {
-        let loader = loader(10, 4, true);
+        let loader = loader(10, 4, Order::Shuffled);
         let tokens: Vec<u32> = (0..5).flat_map(|p| loader.batch(p).unwrap().tokens).collect();
         for epoch in tokens.chunks(10) {
             let mut sorted = epoch.to_vec();
@@ -203,11 +213,21 @@ mod tests {
 
     #[test]
     fn a_batch_depends_on_its_position_only() {
-        let (a, b) = (loader(10, 4, true), loader(10, 4, true));
+        let (a, b) = (loader(10, 4, Order::Shuffled), loader(10, 4, Order::Shuffled));
         let late = a.batch(7).unwrap();
         assert_eq!(late, b.batch(7).unwrap());
         assert_eq!(late.target_bytes, 4);
-        assert_eq!(loader(10, 4, false).batch(0).unwrap().tokens, [0, 1, 2, 3]);
+        assert_eq!(loader(10, 4, Order::Endless).batch(0).unwrap().tokens, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn what_is_validated_on_counts_once() {
+        let once = loader(10, 4, Order::Once);
+        let tokens: Vec<u32> = (0..once.batches_per_epoch()).flat_map(|at| once.batch(at).unwrap().tokens).collect();
+        assert_eq!(tokens, (0..10).collect::<Vec<_>>());
+        assert_eq!(once.batch(2).unwrap().batch, 2);
+        let endless = loader(10, 4, Order::Endless);
+        assert_eq!(endless.batch(2).unwrap().tokens, [8, 9, 0, 1]);
     }
 
     #[test]
@@ -220,7 +240,7 @@ mod tests {
         };
         let message = |samples: Vec<Sample>, batch_size: usize| {
             let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new(samples));
-            let options = LoaderOptions { batch_size, seed: 5, shuffle: false };
+            let options = LoaderOptions { batch_size, seed: 5, order: Order::Endless };
             let loader = Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 3]), options);
             assert!(loader.batches_per_epoch() <= 2);
             loader.batch(0).unwrap_err().to_string()

@@ -76,15 +76,12 @@ impl Batch {
         }
     }
 
-    /// `[batch, seq]`: which tokens are answers. Where nobody says whose tokens are, those that are to be predicted.
+    /// `[batch, seq]`: which tokens are answers: those that are to be predicted, which nothing before them may see, and
+    /// where it is said whose tokens are whose, all that the assistant says.
     pub fn answers(&self) -> Vec<bool> {
-        match &self.roles {
-            Some(roles) => roles.iter().map(|&role| role == Role::Assistant).collect(),
-            None => {
-                let asked = |at: usize| !at.is_multiple_of(self.seq) && self.targets[at - 1] != IGNORE;
-                (0..self.tokens.len()).map(asked).collect()
-            }
-        }
+        let asked = |at: usize| !at.is_multiple_of(self.seq) && self.targets[at - 1] != IGNORE;
+        let said = |at: usize| self.roles.as_ref().is_some_and(|roles| roles[at] == Role::Assistant);
+        (0..self.tokens.len()).map(|at| asked(at) || said(at)).collect()
     }
 
     /// Who sees whom in this batch.

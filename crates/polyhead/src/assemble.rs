@@ -17,7 +17,7 @@ use crate::console::talk;
 use crate::costs::Known;
 use crate::device;
 use crate::embedder::{layers_and_dim, paired};
-use crate::pretrained::{Pretrained, recipe_of, tokenizer_of};
+use crate::pretrained::{Pretrained, recipe_of, tokenizer_of, vocab_of};
 use crate::recipe::{self, Loaded, ModelConfig, Recipe};
 use crate::report::{Failure, Problems};
 
@@ -33,6 +33,8 @@ pub struct Resolved {
     tokenizer: Tokenizer,
     /// Where the first weights come from; `None` makes fresh ones.
     pretrained: Option<Pretrained>,
+    /// Ids that the weights know, where there are weights already: it may be more than the data has.
+    vocab_size: Option<usize>,
 }
 
 /// The recipe of a new run.
@@ -43,7 +45,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
     let mut recipe = loaded.recipe.clone();
     let Some(path) = &recipe.model.pretrained else {
         let tokenizer = open_tokenizer(&recipe)?;
-        return Ok(Resolved { recipe, tokenizer, pretrained: None });
+        return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None });
     };
     let found = Pretrained::open(path)?;
     if let Some(stated) = recipe.model.decoder.replace(found.decoder.clone())
@@ -73,7 +75,8 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
         (None, None) => Tokenizer::bytes(),
     };
     recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
-    Ok(Resolved { recipe, tokenizer, pretrained: Some(found) })
+    let vocab_size = Some(found.vocab_size);
+    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), vocab_size })
 }
 
 /// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
@@ -99,7 +102,9 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
         return Err(Problems::plain(problem).into());
     }
     let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
-    Ok(Resolved { recipe, tokenizer, pretrained: None })
+    let is_decoder = recipe.model.classifier.is_none() && recipe.model.embedder.is_none();
+    let vocab_size = is_decoder.then(|| vocab_of(checkpoint)).transpose()?;
+    Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size })
 }
 
 /// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.
@@ -120,7 +125,10 @@ impl Resolved {
             return Ok(Known::Pairs(layers_and_dim(&self.paired()?)));
         }
         match &self.recipe.model.classifier {
-            None => Ok(Known::Ids(polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer))),
+            None => {
+                let of_data = || polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer);
+                Ok(Known::Ids(self.vocab_size.unwrap_or_else(of_data)))
+            }
             Some(_) => Ok(Known::Examples(sizes(&self.labelled()?))),
         }
     }
@@ -237,7 +245,8 @@ impl Resolved {
             Some(found) => found.model(device)?,
             None => {
                 let decoder = self.recipe.model.decoder.as_ref();
-                decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?.init(vocab_size, device)
+                let decoder = decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?;
+                decoder.init(self.vocab_size.unwrap_or(vocab_size), device)
             }
         };
         let model = model.with_precision(self.recipe.training.precision);

@@ -173,7 +173,10 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
 }
 
 /// How many ids a checkpoint's model knows.
-fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
+///
+/// # Errors
+/// If it has no embedding.
+pub fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
     let file = checkpoint.join("model.safetensors");
     let rows = weights::TensorFiles::open(std::slice::from_ref(&file))?.shape("embedding.weight").map(|shape| shape[0]);
     rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing", file.display())))

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::divide;
 use super::features::{Array, tensors};
-use crate::loader::LoaderOptions;
+use crate::loader::{LoaderOptions, Order};
 use crate::synthetic::Problem;
 use crate::{DataError, OpenOptions};
 
@@ -163,14 +163,14 @@ pub fn open_pairs(config: &FeaturePairsConfig, options: &OpenOptions) -> Result<
         validation.len()
     );
     let files = Arc::new(files);
-    let loader = |places, shuffle| PairLoader {
+    let loader = |places, order| PairLoader {
         files: files.clone(),
         places,
-        options: LoaderOptions { batch_size: options.batch_size, seed: options.seed, shuffle },
+        options: LoaderOptions { batch_size: options.batch_size, seed: options.seed, order },
     };
     Ok(Paired {
-        train: loader(train, true),
-        validation: loader(validation, false),
+        train: loader(train, Order::Shuffled),
+        validation: loader(validation, Order::Once),
         description,
         text_hash: hash.finalize().to_hex().to_string(),
     })

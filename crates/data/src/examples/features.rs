@@ -22,6 +22,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, ExampleSet, Labelled, divide, loader};
+use crate::loader::Order;
 use crate::synthetic::Problem;
 use crate::{DataError, OpenOptions};
 
@@ -209,8 +210,8 @@ pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Lab
             train.len(),
             validation.len()
         ),
-        train: loader(set(train), None, options, true),
-        validation: loader(set(validation), None, options, false),
+        train: loader(set(train), None, options, Order::Shuffled),
+        validation: loader(set(validation), None, options, Order::Once),
         classes,
         counts,
         groups: Vec::new(),

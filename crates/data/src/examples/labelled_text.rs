@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, ExampleSet, Labelled, divide, loader};
+use crate::loader::Order;
 use crate::synthetic::Problem;
 use crate::text::{LabelledFields, LabelledText, distinct_names, read_labelled};
 use crate::{DataError, OpenOptions, Tokenizer};
@@ -130,8 +131,8 @@ pub(super) fn open(
     let texts = Arc::new(texts);
     let set = |indices| Arc::new(Texts { texts: texts.clone(), indices, shape });
     Ok(Labelled {
-        train: loader(set(train), None, options, true),
-        validation: loader(set(validation), None, options, false),
+        train: loader(set(train), None, options, Order::Shuffled),
+        validation: loader(set(validation), None, options, Order::Once),
         classes,
         counts,
         groups,

@@ -17,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Drawn, Example, ExampleSet, Labelled, Maker, loader};
+use crate::loader::Order;
 use crate::synthetic::{EPOCH, Problem, Side};
 use crate::{DataError, OpenOptions};
 
@@ -170,13 +171,14 @@ pub(super) fn open(config: &LayerFeaturesConfig, options: &OpenOptions) -> Label
         0 => "new samples without end".to_owned(),
         samples => format!("{samples} samples to learn from"),
     };
+    let order = if config.train_samples > 0 { Order::Shuffled } else { Order::Endless };
     Labelled {
         description: format!(
             "generated: features of {} layers of {} numbers, {} classes, {count}",
             config.n_layers, config.dim, config.n_classes
         ),
-        train: loader(Arc::new(First { set: set(Side::Train), samples }), None, options, config.train_samples > 0),
-        validation: loader(Arc::new(held_out), None, options, false),
+        train: loader(Arc::new(First { set: set(Side::Train), samples }), None, options, order),
+        validation: loader(Arc::new(held_out), None, options, Order::Once),
         // Classes come in turn.
         counts: (0..classes.len() as u64)
             .map(|class| (samples + classes.len() as u64 - 1 - class) / classes.len() as u64)

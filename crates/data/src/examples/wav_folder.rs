@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::image_folder::labelled_files;
 use super::log_mel::{LogMel, LogMelConfig};
 use super::{AugmentConfig, Content, Example, ExampleSet, Labelled, divide, loader};
+use crate::loader::Order;
 use crate::synthetic::Problem;
 use crate::{DataError, OpenOptions};
 
@@ -106,8 +107,8 @@ pub(super) fn open(
     let (pictures, shape) = (Arc::new(pictures), config.log_mel.shape());
     let set = |indices| Arc::new(Sounds { pictures: pictures.clone(), indices, shape });
     Ok(Labelled {
-        train: loader(set(train), Some(augment), options, true),
-        validation: loader(set(validation), None, options, false),
+        train: loader(set(train), Some(augment), options, Order::Shuffled),
+        validation: loader(set(validation), None, options, Order::Once),
         classes,
         counts,
         groups: Vec::new(),
