@@ -145,7 +145,11 @@ fn commands_take_such_folders_and_runs_start_from_them() {
         assert!(world.fails(1, &["eval", folder]).contains("says nothing about data"));
         let text = SMALL.split_once("[data.markov]").unwrap().1;
         std::fs::write(world.dir.path().join("child.toml"), format!("[data.markov]{text}")).unwrap();
-        world.succeeds(&["train", "child.toml", &format!("model.pretrained={folder}"), "--out", &run]);
+        let pretrained = format!("model.pretrained={folder}");
+        world.succeeds(&["train", "child.toml", &pretrained, "--out", &run]);
+        // The model knows more ids than the data has, as published ones often do.
+        let (_, err) = world.succeeds(&["train", "child.toml", &pretrained, "training.steps=14", "--out", &run]);
+        assert!(err.contains("resume: from"), "{err}");
         world.succeeds(&["eval", &run]);
         world.succeeds(&["export", &run, "--to", &format!("exported-{name}")]);
     }

@@ -96,3 +96,28 @@ impl Batch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_to_be_predicted_is_an_answer_whoever_says_it() {
+        use Role::{Assistant, User};
+        let batch = |targets: [i64; 5], roles: Option<[Role; 5]>| Batch {
+            batch: 1,
+            seq: 5,
+            tokens: vec![1, 2, 3, 4, 5],
+            targets: targets.to_vec(),
+            roles: roles.map(|roles| roles.to_vec()),
+            ..Batch::default()
+        };
+        let said = Some([User, User, Assistant, User, Assistant]);
+        // Learnt from: the last turn; every answer; everything. An answer that is not learnt stays one.
+        let last = [IGNORE, IGNORE, IGNORE, 5, IGNORE];
+        assert_eq!(batch(last, said).answers(), [false, false, true, false, true]);
+        assert_eq!(batch([IGNORE, 3, IGNORE, 5, IGNORE], said).answers(), [false, false, true, false, true]);
+        assert_eq!(batch([2, 3, 4, 5, IGNORE], said).answers(), [false, true, true, true, true]);
+        assert_eq!(batch(last, None).answers(), [false, false, false, false, true]);
+    }
+}
