@@ -1,5 +1,13 @@
 //! Training that drops sensitive indices, as its users run it.
 
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use polyhead_data::synthetic::{FactsConfig, Generated, Side};
+use polyhead_data::{DataConfig, Loader, LoaderOptions, OpenOptions, Order, Packing, Tokenizer, Tracking, open};
+use polyhead_models::DecoderConfig;
+use polyhead_training::neuron_dropout::Texts;
+
 use crate::resume::fingerprint;
 use crate::world::{SMALL, World};
 
@@ -39,6 +47,34 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
         assert_eq!(procedure("a"), procedure("b"));
         assert_eq!(procedure("a")["dropped"].as_array().unwrap().len(), 3);
     }
+}
+
+/// Statements that see nothing of each other, and of which only answers are asked for.
+#[test]
+fn tracked_facts_are_as_likely_as_evaluation_finds_them() {
+    let (seq_len, seed) = (24, 3);
+    let options = OpenOptions {
+        seq_len,
+        batch_size: 2,
+        seed,
+        packing: Packing::Stream,
+        validation_fraction: 0.1,
+        tracking: Some(Tracking { fraction: 0.1, texts: 5 }),
+        validation_samples: 4,
+        cache_dir: Default::default(),
+        project_root: Default::default(),
+    };
+    let facts = FactsConfig { n_entities: 6, ..FactsConfig::default() };
+    let opened = open(&DataConfig::Facts(facts.clone()), &Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+    let config: DecoderConfig =
+        serde_json::from_str(r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 2}}}"#).unwrap();
+    let model = config.init(opened.vocab_size, &Device::flex());
+    let rows = Generated { task: Box::new(facts.world(seed)), seq_len, seed, side: Side::Tracking(5) };
+    let loader = LoaderOptions { batch_size: 5, seed, order: Order::Once };
+    let evaluated = model.evaluate(&Loader::new(Arc::new(rows), None, loader).batch(0).unwrap());
+    assert!(evaluated.targets > 0);
+    let tracked = Texts::new(&opened.tracking).loss(&model);
+    assert!((tracked - evaluated.mean_loss()).abs() < 1e-6, "{tracked} and {}", evaluated.mean_loss());
 }
 
 #[test]

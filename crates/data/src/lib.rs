@@ -23,6 +23,8 @@ mod tokens;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use polyhead_models::{Batch, Role};
+
 pub use config::{DataConfig, RustDocsConfig};
 pub use error::DataError;
 pub use examples::{
@@ -82,8 +84,8 @@ pub struct Opened {
     pub train: Loader,
     /// Batches to validate on.
     pub validation: Loader,
-    /// Texts to watch a model on, as token ids; empty where nobody does.
-    pub tracking: Vec<Vec<u32>>,
+    /// Texts to watch a model on, a batch of one row each, without padding; empty where nobody does.
+    pub tracking: Vec<Batch>,
     /// For text.
     pub tokenizer: Option<Tokenizer>,
     /// Ids that occur.
@@ -123,8 +125,7 @@ pub fn open(
         let again = || data.task(seed).unwrap_or_else(|| unreachable!("the same data is generated again")).0;
         let texts = options.tracking.map_or(0, |tracking| tracking.texts as u64);
         let tracked = Generated { task: again(), seq_len, seed, side: Side::Tracking(texts) };
-        let tracking =
-            (0..texts).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
+        let tracking = watched(&tracked, texts)?;
         let task = again();
         let held_out = Generated { task, seq_len, seed, side: Side::Validation(options.validation_samples.max(1)) };
         let (train, validation) =
@@ -158,7 +159,8 @@ pub fn open(
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
     let tracked_share = options.tracking.map_or(0.0, |tracking| tracking.fraction);
     let split = split(&file, options.validation_fraction, tracked_share)?;
-    let tracking = options.tracking.map_or(Vec::new(), |tracking| file.texts(&split.tracking, seq_len, tracking.texts));
+    let texts = options.tracking.map_or(Vec::new(), |tracking| file.texts(&split.tracking, seq_len, tracking.texts));
+    let tracking = texts.into_iter().map(Batch::text).collect();
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
     let bytes = Some(tokenizer.token_bytes());
@@ -206,8 +208,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     };
     let (train, validation) = (side(false), side(true));
     let most = options.tracking.map_or(0, |tracking| tracking.texts);
-    let watched = (0..chats.len()).filter(|&index| tracked[index] && !held_out[index]).take(most);
-    let tracking = watched.map(|index| chats[index].tokens.iter().copied().take(seq_len).collect()).collect();
+    let tracked: Vec<usize> = (0..chats.len()).filter(|&index| tracked[index] && !held_out[index]).collect();
     if validation.is_empty() {
         return Err(DataError::Unusable("data.chat: one conversation cannot be both learnt and validated on".into()));
     }
@@ -216,8 +217,9 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         (tokens + chat.tokens.len(), learnt + chat.learnt.iter().filter(|&&learnt| learnt).count())
     });
     let chats = Arc::new(chats);
-    let [train, validation] =
-        [train, validation].map(|which| ChatRows::new(chats.clone(), which, (seq_len, config.pack, tokenizer.pad())));
+    let rows = |which: Vec<usize>, pack: bool| ChatRows::new(chats.clone(), which, (seq_len, pack, tokenizer.pad()));
+    let [train, validation] = [train, validation].map(|which| rows(which, config.pack));
+    let tracking = watched(&rows(tracked, false), most as u64)?;
     let mut left_out = String::new();
     for (count, what) in
         [(counts.bad, "bad rows skipped"), (counts.dropped, "too long, dropped"), (counts.truncated, "too long, cut")]
@@ -262,7 +264,7 @@ fn open_long_context(
     let template = train.template().to_owned();
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
     let tracked = rows(Side::Tracking(most))?;
-    let tracking = (0..most).map(|index| Ok(tracked.sample(0, index)?.tokens)).collect::<Result<_, DataError>>()?;
+    let tracking = watched(&tracked, most)?;
     let loader = |rows, order| {
         Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
     };
@@ -277,6 +279,21 @@ fn open_long_context(
         text_hash: None,
         floor: None,
     })
+}
+
+/// The first samples, `most` or as many as there are, to watch a model on: as they would be learnt from, less what pads them.
+fn watched(samples: &dyn Samples, most: u64) -> Result<Vec<Batch>, DataError> {
+    let row = |index: u64| {
+        let Sample { mut tokens, mut targets, mut documents, mut roles } = samples.sample(0, index)?;
+        let filled = roles.as_ref().and_then(|roles| roles.iter().rposition(|&role| role != Role::Padding));
+        let seq = filled.map_or(tokens.len(), |last| last + 1);
+        tokens.truncate(seq);
+        targets.truncate(seq);
+        documents.iter_mut().for_each(|documents| documents.truncate(seq));
+        roles.iter_mut().for_each(|roles| roles.truncate(seq));
+        Ok(Batch { batch: 1, seq, tokens, targets, documents, roles, target_bytes: 0 })
+    };
+    (0..most.min(samples.per_epoch())).map(row).collect()
 }
 
 /// How many ids data has, known without reading it.
@@ -311,6 +328,8 @@ pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocu
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use polyhead_models::IGNORE;
+
     use super::*;
 
     fn opened(data: &str, batch_size: usize) -> Result<Opened, DataError> {
@@ -341,14 +360,56 @@ mod tests {
             assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
             assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));
             assert_ne!(opened.train.batch(0).unwrap(), opened.validation.batch(0).unwrap());
-            let rows = |batch: polyhead_models::Batch| batch.tokens.chunks(32).map(<[u32]>::to_vec).collect::<Vec<_>>();
+            let rows = |batch: Batch| batch.tokens.chunks(32).map(<[u32]>::to_vec).collect::<Vec<_>>();
             assert_eq!(opened.tracking.len(), 3);
             for position in 0..2 {
                 let used =
                     [rows(opened.train.batch(position).unwrap()), rows(opened.validation.batch(position).unwrap())];
-                assert!(used.concat().iter().all(|row| !opened.tracking.contains(row)));
+                assert!(used.concat().iter().all(|row| opened.tracking.iter().all(|tracked| tracked.tokens != *row)));
             }
         }
+    }
+
+    #[test]
+    fn tracked_rows_are_what_would_be_learnt_from() {
+        let rows = opened(r#"{"facts":{}}"#, 4).unwrap();
+        let learnt = rows.train.batch(0).unwrap().row(0);
+        assert_eq!(rows.tracking.len(), 3);
+        for row in rows.tracking {
+            // Statements of five tokens, whose answers and ends are asked for.
+            assert_eq!(row.documents, learnt.documents);
+            let asked = |row: &Batch| row.targets.iter().map(|&target| target != IGNORE).collect::<Vec<_>>();
+            assert_eq!((asked(&row), row.seq), (asked(&learnt), 32));
+        }
+        let file = chats(40);
+        let rows = opened(&chat_data(&file), 4).unwrap();
+        assert!(!rows.tracking.is_empty());
+        for row in rows.tracking {
+            let roles = row.roles.clone().unwrap();
+            assert!(!roles.contains(&Role::Padding) && roles.len() == row.seq);
+            // As evaluation asks: the answer, and nothing of the question.
+            for (at, &target) in row.targets.iter().enumerate() {
+                let answer = roles.get(at + 1) == Some(&Role::Assistant);
+                assert_eq!(target != IGNORE, answer, "{at}: {roles:?}");
+            }
+        }
+    }
+
+    /// So many conversations in a file.
+    fn chats(count: usize) -> tempfile::NamedTempFile {
+        let row = |i| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "{i}?"}}, {{"role": "assistant", "content": "{}"}}]}}"#,
+                i % 7
+            )
+        };
+        let file = tempfile::Builder::new().suffix(".jsonl").tempfile().unwrap();
+        std::fs::write(file.path(), (0..count).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        file
+    }
+
+    fn chat_data(file: &tempfile::NamedTempFile) -> String {
+        serde_json::json!({ "chat": { "paths": [file.path()], "template": "plain" } }).to_string()
     }
 
     #[test]

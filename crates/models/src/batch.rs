@@ -57,6 +57,13 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// A plain text as one row: each token is to be predicted from those before it, nothing after the last.
+    pub fn text(tokens: Vec<u32>) -> Self {
+        let ahead = tokens.iter().skip(1).map(|&id| i64::from(id));
+        let targets = ahead.chain(std::iter::repeat(IGNORE)).take(tokens.len()).collect();
+        Self { batch: 1, seq: tokens.len(), tokens, targets, ..Self::default() }
+    }
+
     /// How many positions have a target.
     pub fn target_tokens(&self) -> u64 {
         self.targets.iter().filter(|&&target| target != IGNORE).count() as u64

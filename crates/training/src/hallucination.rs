@@ -67,9 +67,8 @@ pub fn ask(model: &Decoder, questions: &[Question], asking: &Asking) -> Vec<Judg
     let many: Vec<Vec<u32>> =
         prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), asking.samples.max(1))).collect();
     let drawn = continuations(model, &many, &asking.sampling, Some(asking.end));
-    let whole: Vec<Vec<u32>> =
-        many.iter().zip(&drawn).map(|(prompt, answer)| [&prompt[..], &answer.tokens].concat()).collect();
-    let rows = Texts::new(&whole).embeddings(model, asking.layer, Embedding::Last);
+    let whole = many.iter().zip(&drawn).map(|(prompt, answer)| [&prompt[..], &answer.tokens].concat());
+    let rows = Texts::plain(whole).embeddings(model, asking.layer, Embedding::Last);
     let samples = asking.samples.max(1);
     let judge = |(index, question): (usize, &Question)| {
         let (answer, own) = (&likeliest[index], index * samples..(index + 1) * samples);

@@ -157,15 +157,15 @@ impl Trainee for Classifier {}
 impl Trainee for Embedder {}
 
 /// What a procedure is made of.
-pub struct Parts<'a, M = Decoder> {
+pub struct Parts<'a, M: Learner = Decoder> {
     /// Fresh, or with the state of an earlier sitting.
     pub optimizer: Optimizer,
     /// The loop's settings.
     pub training: &'a TrainingConfig,
     /// The model before the next step.
     pub model: &'a M,
-    /// Token ids of texts that are kept out of training, for procedures that watch the model on some.
-    pub tracking: &'a [Vec<u32>],
+    /// Texts that are kept out of training, a row each, for procedures that watch the model on some.
+    pub tracking: &'a [M::Batch],
     /// Batches until everything has been learnt from once.
     pub batches_per_epoch: u64,
 }

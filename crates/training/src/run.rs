@@ -54,8 +54,8 @@ pub struct Job<'a, M: Learner = Decoder> {
     pub probe: Option<&'a Probe<'a, M>>,
     /// Validate before the first step too: what a model that was trained elsewhere starts from.
     pub validate_first: bool,
-    /// Token ids of texts that the procedure watches the model on; no part of `train`.
-    pub tracking: Vec<Vec<u32>>,
+    /// Texts that the procedure watches the model on, a row each; no part of `train`.
+    pub tracking: Vec<M::Batch>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
     pub companions: Companions,
     /// The recipe as text, for TensorBoard.

@@ -137,7 +137,7 @@ fn steps_of<M: Trainee>(
     recipe: &Recipe,
     mut model: M,
     [train, held_out]: [&dyn Batches<M::Batch>; 2],
-    tracking: &[Vec<u32>],
+    tracking: &[M::Batch],
 ) -> Result<Probed, Failure> {
     let training = &recipe.training;
     let parts = Parts {

@@ -110,7 +110,7 @@ struct Material<'a, M: Trainee> {
     held_out: &'a dyn Batches<M::Batch>,
     facts: &'a Facts,
     tokenizer: Option<&'a Tokenizer>,
-    tracking: Vec<Vec<u32>>,
+    tracking: Vec<M::Batch>,
     probe: Option<&'a Probe<'a, M>>,
     classes: &'a dyn Fn(&M::Sums) -> Option<ClassTable>,
 }

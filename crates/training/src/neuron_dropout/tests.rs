@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use polyhead_kernels::seed_random;
-use polyhead_models::DecoderConfig;
 use polyhead_models::weights::named;
+use polyhead_models::{DecoderConfig, IGNORE};
 
 use super::*;
 use crate::config::{OptimizerConfig, TrainingConfig};
@@ -25,8 +25,8 @@ fn config() -> NeuronDropoutConfig {
     NeuronDropoutConfig { interval: 2, window: 2, refresh: 2, k: 0.25, ..Default::default() }
 }
 
-fn tracking() -> Vec<Vec<u32>> {
-    (0..6).map(|text| (0..5 + text).map(|i| (i * 3 + text) % 11).collect()).collect()
+fn tracking() -> Vec<Batch> {
+    (0..6).map(|text| Batch::text((0..5 + text).map(|i| (i * 3 + text) % 11).collect())).collect()
 }
 
 fn batch(step: u64) -> Batch {
@@ -76,6 +76,43 @@ impl Run {
 
 fn weights(model: &Decoder) -> Vec<Vec<f32>> {
     named(model).into_iter().map(|tensor| tensor.values).collect()
+}
+
+/// Three statements, none of which sees another; only their last tokens are to be predicted.
+fn statements(first: u32) -> Batch {
+    let tokens = vec![first, 1, 2, 3, 4, 5, 6, 7, 8];
+    let targets = (0..9).map(|at| if at % 3 == 1 { at as i64 + 1 } else { IGNORE }).collect();
+    Batch { batch: 1, seq: 9, tokens, targets, documents: Some(vec![0, 0, 0, 1, 1, 1, 2, 2, 2]), ..Batch::default() }
+}
+
+#[test]
+fn rows_are_watched_as_evaluation_reads_them() {
+    let model = model().valid();
+    let short = Batch { seq: 4, ..statements(9) };
+    let short = Batch { tokens: short.tokens[..4].to_vec(), targets: short.targets[..4].to_vec(), ..short };
+    let short = Batch { documents: short.documents.map(|ids| ids[..4].to_vec()), ..short };
+    let rows = [statements(10), short, statements(0)];
+    let mut sums = polyhead_models::Evaluated::default();
+    rows.iter().for_each(|row| sums.add(model.evaluate(row)));
+    assert_eq!(sums.targets, 3 + 1 + 3);
+    assert!((Texts::new(&rows).loss(&model) - sums.mean_loss()).abs() < 1e-6);
+    let last = |row: Batch| Texts::new(&[row]).embeddings(&model, 1, crate::sensitivity::Embedding::Last);
+    assert_eq!(last(statements(10)), last(statements(0)), "what another document says is not seen");
+    assert_ne!(last(Batch { documents: None, ..statements(10) }), last(Batch { documents: None, ..statements(0) }));
+    // Plain texts are predicted token by token, whatever fills them up.
+    let [a, b] = [vec![3, 1, 4, 1, 5], vec![9, 2, 6]].map(Batch::text);
+    sums = model.evaluate(&a);
+    sums.add(model.evaluate(&b));
+    assert_eq!((sums.targets, a.targets.last()), (4 + 2, Some(&IGNORE)));
+    assert!((Texts::new(&[a, b]).loss(&model) - sums.mean_loss()).abs() < 1e-6);
+}
+
+#[test]
+fn what_is_continued_ends_before_the_first_answer() {
+    assert_eq!(watch::beginning(&statements(10)), [10, 1]);
+    assert_eq!(watch::beginning(&Batch::text(vec![3, 1, 4, 1, 5])), [3, 1, 4]);
+    let learnt = Batch { targets: (1..10).collect(), ..statements(10) };
+    assert_eq!(watch::beginning(&learnt), [10, 1], "half of the first document");
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! The tracked texts: what a model makes of them.
 
-use burn::tensor::{Int, Tensor, TensorData};
-use polyhead_attention::Mask;
-use polyhead_models::{Batch, Decoder, Evaluated, IGNORE, Sampling, continuations};
+use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, IGNORE, Sampling, continuations};
 
 use super::NeuronDropoutConfig;
 use crate::TrainError;
@@ -13,54 +11,59 @@ use crate::sensitivity::{Embedding, Rows, embed};
 /// Rows of one forward pass; chosen by us.
 const ROWS: usize = 16;
 
-/// Texts as token ids, ready for a model.
+/// Texts as a model reads them when it is evaluated: who sees whom, and what is to be predicted.
 #[derive(Debug, Clone)]
 pub struct Texts {
-    texts: Vec<Vec<u32>>,
+    /// One row each, without padding.
+    rows: Vec<Batch>,
 }
 
 impl Texts {
-    /// Texts of at least one token each; empty ones are left out.
-    pub fn new(texts: &[Vec<u32>]) -> Self {
-        Self { texts: texts.iter().filter(|text| !text.is_empty()).cloned().collect() }
+    /// Batches of one row each, of at least one token; empty ones are left out.
+    pub fn new(rows: &[Batch]) -> Self {
+        Self { rows: rows.iter().filter(|row| row.seq > 0).cloned().collect() }
+    }
+
+    /// Plain texts as token ids, in which every token sees those before it; empty ones are left out.
+    pub fn plain(texts: impl IntoIterator<Item = Vec<u32>>) -> Self {
+        Self::new(&texts.into_iter().map(Batch::text).collect::<Vec<_>>())
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.texts.len()
+        self.rows.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.texts.is_empty()
+        self.rows.is_empty()
     }
 
     /// One embedding per text, `[texts][d_model]`, of the output of layer `layer`. Padding takes no part. Call it on
     /// `model.valid()`.
     pub fn embeddings(&self, model: &Decoder, layer: usize, how: Embedding) -> Rows {
         let d_model = model.config().d_model;
-        let mut rows = Rows::new();
-        for texts in self.texts.chunks(ROWS) {
-            let Batch { batch, seq, tokens, .. } = padded(texts);
-            let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-            let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [batch, seq]), &model.device());
-            let hidden = model.hidden_after(layer, ids, &Mask::causal()).into_data();
+        let mut embedded = Rows::new();
+        for rows in self.rows.chunks(ROWS) {
+            let batch = padded(rows);
+            let mask = batch.mask(ContextMask::Causal);
+            let hidden = model.hidden_after(layer, model.tokens(&batch), &mask).into_data();
             let hidden: Vec<f64> = hidden.iter::<f64>().collect();
-            for (text, hidden) in texts.iter().zip(hidden.chunks(seq * d_model)) {
-                rows.push(embed(&hidden[..text.len() * d_model], d_model, how));
+            for (row, hidden) in rows.iter().zip(hidden.chunks(batch.seq * d_model)) {
+                embedded.push(embed(&hidden[..row.seq * d_model], d_model, how));
             }
         }
-        rows
+        embedded
     }
 
-    /// Mean loss over the texts, in nats per token. Call it on `model.valid()`.
+    /// Mean loss over what is to be predicted in the texts, in nats per target. Call it on `model.valid()`.
     pub fn loss(&self, model: &Decoder) -> f64 {
         let mut sums = Evaluated::default();
-        self.texts.chunks(ROWS).for_each(|texts| sums.add(model.evaluate(&padded(texts))));
+        self.rows.chunks(ROWS).for_each(|rows| sums.add(model.evaluate(&padded(rows))));
         sums.mean_loss()
     }
 
-    /// Mean EES over the continuations of the first halves of the first `prompts` texts.
+    /// Mean EES over the continuations of the beginnings of the first `prompts` texts.
     pub(super) fn sampled_ees(
         &self,
         model: &Decoder,
@@ -70,13 +73,12 @@ impl Texts {
         seed: u64,
     ) -> f64 {
         let sampling = Sampling { max_new_tokens: config.ees_new_tokens, seed, ..Sampling::eigenscore() };
-        let of = |text: &Vec<u32>| {
-            let prompt = &text[..text.len().div_ceil(2)];
-            let rows = answer_embeddings(model, prompt, config.ees_samples, &sampling, None, layer);
+        let of = |row: &Batch| {
+            let rows = answer_embeddings(model, beginning(row), config.ees_samples, &sampling, None, layer);
             config.ees.of(&matrix(&rows).transpose(), seed)
         };
-        let texts = &self.texts[..prompts.min(self.texts.len())];
-        texts.iter().map(of).sum::<f64>() / texts.len().max(1) as f64
+        let rows = &self.rows[..prompts.min(self.rows.len())];
+        rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64
     }
 }
 
@@ -90,19 +92,42 @@ pub fn answer_embeddings(
     layer: usize,
 ) -> Rows {
     let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stop);
-    let whole: Vec<Vec<u32>> = answers.into_iter().map(|answer| [prompt, &answer.tokens].concat()).collect();
-    Texts::new(&whole).embeddings(model, layer, Embedding::Last)
+    let whole = answers.into_iter().map(|answer| [prompt, &answer.tokens].concat());
+    Texts::plain(whole).embeddings(model, layer, Embedding::Last)
 }
 
-/// Rows filled up to the longest, to be predicted one token ahead.
-fn padded(texts: &[Vec<u32>]) -> Batch {
-    let seq = texts.iter().map(Vec::len).max().unwrap_or(1);
-    let mut batch = Batch { batch: texts.len(), seq, ..Batch::default() };
-    for text in texts {
-        let targets = text[1..].iter().map(|&id| i64::from(id));
-        batch.targets.extend(targets.chain(std::iter::repeat(IGNORE)).take(seq));
-        batch.tokens.extend(text.iter().copied().chain(std::iter::repeat(0)).take(seq));
+/// What is to be continued of a row: what comes before its first target, or where that is nothing, the first half of its
+/// first document.
+pub(super) fn beginning(row: &Batch) -> &[u32] {
+    let first = match &row.documents {
+        Some(documents) => documents.iter().take_while(|&&document| document == documents[0]).count(),
+        None => row.seq,
+    };
+    match row.targets[..first].iter().position(|&target| target != IGNORE) {
+        Some(asked) if asked > 0 => &row.tokens[..asked + 1],
+        _ => &row.tokens[..first.div_ceil(2)],
     }
+}
+
+/// Rows filled up to the longest. Where any has documents, what fills up is a document of its own.
+fn padded(rows: &[Batch]) -> Batch {
+    const PADDING: u32 = u32::MAX;
+    let seq = rows.iter().map(|row| row.seq).max().unwrap_or(1);
+    let mut batch = Batch { batch: rows.len(), seq, ..Batch::default() };
+    let mut documents = Vec::with_capacity(rows.len() * seq);
+    for row in rows {
+        let filled = batch.tokens.len() + seq;
+        batch.tokens.extend(&row.tokens);
+        batch.tokens.resize(filled, 0);
+        batch.targets.extend(&row.targets);
+        batch.targets.resize(filled, IGNORE);
+        match &row.documents {
+            Some(own) => documents.extend(own),
+            None => documents.resize(documents.len() + row.seq, 0),
+        }
+        documents.resize(filled, PADDING);
+    }
+    batch.documents = rows.iter().any(|row| row.documents.is_some()).then_some(documents);
     batch
 }
 
