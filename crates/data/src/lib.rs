@@ -193,15 +193,26 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         held_out.push(below(validation_fraction));
         tracked.push(!below(validation_fraction) && below(kept_out));
     }
-    if held_out.iter().all(|&out| out == held_out[0]) {
-        held_out.fill(false);
-        // Too few to choose from: the last one.
-        *held_out.last_mut().expect("read_chats: at least one") = chats.len() > 1;
+    if chats.len() < 2 {
+        let problem = "data.chat: there is one conversation to learn from and to validate on, where each takes its own: give \
+                       at least 2";
+        return Err(DataError::Unusable(problem.into()));
     }
-    if options.tracking.is_some() && !tracked.contains(&true) {
-        // Again too few: the last of what would be learnt from.
-        let learnt: Vec<usize> = (0..chats.len()).filter(|&index| !held_out[index]).collect();
-        learnt.iter().skip(1).last().into_iter().for_each(|&index| tracked[index] = true);
+    if held_out.iter().all(|&out| out == held_out[0]) {
+        // Too few to choose from: the last one.
+        held_out.fill(false);
+        *held_out.last_mut().expect("there are two") = true;
+    }
+    for (tracked, out) in tracked.iter_mut().zip(&held_out) {
+        *tracked &= !out;
+    }
+    let others: Vec<usize> = (0..chats.len()).filter(|&index| !held_out[index]).collect();
+    if let [first, .., last] = others[..]
+        && options.tracking.is_some()
+    {
+        // Again too few: one for each side.
+        tracked[last] |= others.iter().all(|&index| !tracked[index]);
+        tracked[first] &= others.iter().any(|&index| !tracked[index]);
     }
     let side = |out: bool| -> Vec<usize> {
         (0..chats.len()).filter(|&index| held_out[index] == out && !tracked[index]).collect()
@@ -209,8 +220,17 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     let (train, validation) = (side(false), side(true));
     let most = options.tracking.map_or(0, |tracking| tracking.texts);
     let tracked: Vec<usize> = (0..chats.len()).filter(|&index| tracked[index] && !held_out[index]).collect();
-    if validation.is_empty() {
-        return Err(DataError::Unusable("data.chat: one conversation cannot be both learnt and validated on".into()));
+    for (what, empty) in [
+        ("to learn from", train.is_empty()),
+        ("to watch the model on", options.tracking.is_some() && tracked.is_empty()),
+    ] {
+        if empty {
+            let problem = format!(
+                "data.chat: of {} conversations none is left {what}, as validation and tracking take their own: give more",
+                chats.len()
+            );
+            return Err(DataError::Unusable(problem));
+        }
     }
     let sizes = (train.len(), validation.len());
     let (tokens, learnt) = chats.iter().fold((0, 0), |(tokens, learnt), chat| {
@@ -219,6 +239,10 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     let chats = Arc::new(chats);
     let rows = |which: Vec<usize>, pack: bool| ChatRows::new(chats.clone(), which, (seq_len, pack, tokenizer.pad()));
     let [train, validation] = [train, validation].map(|which| rows(which, config.pack));
+    let followed = match options.tracking {
+        Some(_) => format!(", {} for tracking", tracked.len()),
+        None => String::new(),
+    };
     let tracking = watched(&rows(tracked, false), most as u64)?;
     let mut left_out = String::new();
     for (count, what) in
@@ -230,7 +254,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     }
     let description = format!(
         "{} rows of chat{left_out}: {tokens} tokens, {learnt} of them learnt; {} conversations for training in {} rows \
-         ({:.0} % padding), {} for validation",
+         ({:.0} % padding), {} for validation{followed}",
         counts.rows,
         sizes.0,
         train.per_epoch(),
@@ -410,6 +434,20 @@ mod tests {
 
     fn chat_data(file: &tempfile::NamedTempFile) -> String {
         serde_json::json!({ "chat": { "paths": [file.path()], "template": "plain" } }).to_string()
+    }
+
+    #[test]
+    fn few_conversations_are_each_on_one_side() {
+        for count in 3..12 {
+            let rows = opened(&chat_data(&chats(count)), 1).unwrap();
+            let sizes = [rows.train.per_epoch(), rows.validation.per_epoch(), rows.tracking.len() as u64];
+            // Rows of training hold several.
+            assert!(sizes.iter().all(|&side| side > 0), "{count}: {sizes:?}");
+            assert!(rows.description.ends_with(" for tracking"), "{}", rows.description);
+        }
+        let message = |count| opened(&chat_data(&chats(count)), 1).err().unwrap().to_string();
+        assert!(message(1).contains("one conversation") && message(1).contains("at least 2"), "{}", message(1));
+        assert!(message(2).contains("of 2 conversations none is left to "), "{}", message(2));
     }
 
     #[test]
