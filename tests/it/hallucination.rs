@@ -25,6 +25,18 @@ fn facts_are_measured_before_along_and_after() {
     assert_eq!(lines.iter().rev().find_map(|line| line.get("facts/ees")), Some(&facts["ees"]));
     assert!(err.contains("confident_wrong_untaught"), "{err}");
     assert!(facts["consistency_untaught"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share)));
+    for (wrong, words) in [
+        (["--samples", "1"], "--samples (1) must be at least 2 for --task facts"),
+        (["--lengths", "1,2"], "--lengths says nothing about --task facts"),
+        (["--prompts", "x"], "--prompts says nothing"),
+    ] {
+        let err = world.fails(2, &[&["eval", "run", "--task", "facts"][..], &wrong].concat());
+        assert!(err.contains(words), "{err}");
+    }
+    let official = world.succeeds(&["eval", "run", "--task", "facts", "--ees-mode", "official"]).0;
+    let official: Value = serde_json::from_str(&official).unwrap();
+    assert_eq!((&official["ees"]["probes"], &official["ees"]["n_probes"]), (&"gaussian".into(), &20.into()));
+    assert_ne!(official["facts"]["ees"], facts["ees"]);
     let err = world.fails(2, &["eval", "run", "--task", "facts,all"]);
     assert!(err.contains("asked for alone"), "{err}");
     let other = World::new(SMALL);
@@ -47,6 +59,25 @@ fn prompts_are_scored_by_how_far_answers_lie_apart() {
     for prompt in prompts {
         let score = |name: &str| prompt[name].as_f64().unwrap();
         assert!((score("ees") - score("ees_exact")).abs() < 0.3 && score("eigenscore").is_finite());
+    }
+    let asked =
+        |more: &[&str]| -> Value { serde_json::from_str(&world.succeeds(&[&ask[..], more].concat()).0).unwrap() };
+    // As published: 20 normal probes.
+    let official = asked(&["--ees-mode", "official"]);
+    assert_eq!(official["mean"]["ees"], official["mean"]["ees_official"]);
+    assert_eq!(official["mean"]["ees_official"], result["mean"]["ees_official"]);
+    assert_ne!(asked(&["--ees-mode", "official", "--ees-probes", "exact"])["mean"]["ees"], official["mean"]["ees"]);
+    let many = asked(&["--ees-mode", "shifted", "--ees-probes", "rademacher", "--ees-n-probes", "7"]);
+    let expected =
+        serde_json::json!({ "mode": "shifted", "terms": 20, "probes": "rademacher", "n_probes": 7, "alpha": 1e-3 });
+    assert_eq!(many["ees"], expected);
+    for (wrong, words) in [
+        (["--samples", "1"], "must be at least 2 for --task eigenscore"),
+        (["--unit", "64"], "--unit says nothing about --task eigenscore"),
+        (["--lengths", "1,2,4,8"], "--lengths says nothing"),
+    ] {
+        let ask: Vec<&str> = ask[..6].iter().copied().chain(wrong).collect();
+        assert!(world.fails(2, &ask).contains(words), "{wrong:?}");
     }
     let mean = prompts.iter().map(|prompt| prompt["eigenscore"].as_f64().unwrap()).sum::<f64>() / 2.0;
     assert!((result["mean"]["eigenscore"].as_f64().unwrap() - mean).abs() < 1e-9);

@@ -235,6 +235,11 @@ impl Decoder {
         Tensor::from_data(TensorData::new(ids, [batch.batch, batch.seq]), &self.device())
     }
 
+    /// What is done to the residual stream from outside, where anything is.
+    pub fn gate(&self) -> Option<&Gate> {
+        self.gate.as_ref()
+    }
+
     /// The same model with another gate, or with none.
     pub fn gated(self, gate: Option<Gate>) -> Self {
         Self { gate, ..self }

@@ -156,6 +156,10 @@ Examples:
         /// Repeat decoupled heads, so that any software that knows LLaMA loads the same function; nothing is saved then.
         #[arg(long)]
         expanded: bool,
+        /// Leave out a mask that the model is evaluated with (procedure.neuron_dropout.mask_at_eval), which the format has no
+        /// place for: what is written computes something else then.
+        #[arg(long)]
+        without_mask: bool,
     },
     /// Turn a trained model into a leaner one, without training.
     ///
@@ -258,13 +262,13 @@ pub struct EvalArgs {
     /// What is asked, instead of validating.
     #[arg(long, value_delimiter = ',', value_parser = TASKS)]
     pub task: Vec<String>,
-    /// Lengths of the texts, in units.
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "task", value_parser = at_least_one)]
+    /// Lengths of the texts, in units. Default: 1,2,4,8.
+    #[arg(long, value_delimiter = ',', requires = "task", value_parser = at_least_one)]
     pub lengths: Vec<usize>,
     /// Tokens of length 1. Default: the length that the model was trained with.
     #[arg(long, requires = "task", value_parser = at_least_one)]
     pub unit: Option<usize>,
-    /// Problems for each task, length and fifth of the text; answers to each prompt of eigenscore and facts.
+    /// Problems for each task, length and fifth of the text; answers to each prompt of eigenscore and facts, 2 at least.
     #[arg(long, default_value_t = 10, requires = "task", value_parser = at_least_one)]
     pub samples: usize,
     /// Prompts of eigenscore, one a line.
@@ -276,6 +280,16 @@ pub struct EvalArgs {
     /// The layer whose output eigenscore and facts look at, from 0; negative ones count from the end.
     #[arg(long, default_value_t = -2, allow_negative_numbers = true, requires = "task")]
     pub layer: i64,
+    /// How eigenscore and facts compute EES; "official" is the published code, which approximates nothing. Default: shifted.
+    #[arg(long, requires = "task", value_parser = ["shifted", "dual", "exact", "official"])]
+    pub ees_mode: Option<String>,
+    /// What EES is estimated with: all unit vectors ("exact"), or random vectors. Default: exact; of "official" gaussian, as
+    /// published.
+    #[arg(long, requires = "task", value_parser = ["exact", "rademacher", "gaussian"])]
+    pub ees_probes: Option<String>,
+    /// Random vectors. Default: 20, as published.
+    #[arg(long, requires = "task", value_parser = at_least_one)]
+    pub ees_n_probes: Option<usize>,
     /// Decides the problems.
     #[arg(long, default_value_t = 0, requires = "task")]
     pub seed: u64,

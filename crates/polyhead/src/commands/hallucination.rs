@@ -5,11 +5,12 @@ use std::path::Path;
 
 use polyhead_data::synthetic::World;
 use polyhead_models::{Decoder, Sampling};
-use polyhead_training::ees::{EesConfig, EesMode};
+use polyhead_training::ees::{EesConfig, EesMode, Probes};
 use polyhead_training::eigenscore::{EigenScore, matrix};
 use polyhead_training::hallucination::{Asking, Summary, ask};
 use polyhead_training::neuron_dropout::answer_embeddings;
 use polyhead_training::sensitivity::Rows;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::trained::text_tokenizer;
@@ -18,11 +19,47 @@ use crate::cli::EvalArgs;
 use crate::console::{harmless, put, talk};
 use crate::report::{Failure, Problems};
 
+/// Refuses what says nothing about these tasks, and gives how EES is computed.
+fn ees_of(args: &EvalArgs) -> Result<EesConfig, Failure> {
+    let task = &args.task[0];
+    let refuse = |holds: bool, problem: String| if holds { Ok(()) } else { Err(Problems::plain(problem)) };
+    refuse(args.samples >= 2, {
+        format!("--samples ({}) must be at least 2 for --task {task}, which compares answers", args.samples)
+    })?;
+    for (name, given) in [
+        ("--lengths", !args.lengths.is_empty()),
+        ("--unit", args.unit.is_some()),
+        ("--heatmap", args.heatmap.is_some()),
+        ("--prompts", args.prompts.is_some() && task == "facts"),
+    ] {
+        refuse(!given, format!("{name} says nothing about --task {task}: leave it out"))?;
+    }
+    let mut config = EesConfig::default();
+    if let Some(name) = &args.ees_mode {
+        config.mode = named(name)?;
+    }
+    if config.mode == EesMode::Official {
+        config.probes = Probes::Gaussian;
+    }
+    if let Some(name) = &args.ees_probes {
+        config.probes = named(name)?;
+    }
+    config.n_probes = args.ees_n_probes.unwrap_or(config.n_probes);
+    config.validate().map_err(|(_, problem)| Problems::plain(format!("--ees-n-probes: {problem}")))?;
+    Ok(config)
+}
+
+/// A choice by its name.
+fn named<T: DeserializeOwned>(name: &str) -> Result<T, Failure> {
+    serde_json::from_value(json!(name)).map_err(|error| Problems::plain(format!("{name}: {error}")).into())
+}
+
 /// Scores how far the answers to each line of a file lie apart.
 pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let file = args.prompts.as_deref().ok_or_else(|| {
         Problems::plain("--task eigenscore takes its prompts from a file, one a line: name it with --prompts".into())
     })?;
+    let ees = ees_of(args)?;
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let layer = layer_of(args, &trained.model)?;
@@ -33,7 +70,7 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     for prompt in lines(file)? {
         let ids = tokenizer.encode(&prompt)?;
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
-        let scores = SCORES.map(|(_, score)| score(&rows, args.seed));
+        let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);
         let mut entry = json!({ "prompt": prompt });
         SCORES.iter().zip(scores).for_each(|((name, _), score)| entry[*name] = json!(score));
@@ -44,25 +81,27 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     SCORES.iter().zip(sums).for_each(|((name, _), sum)| mean[*name] = json!(sum / prompts.len() as f64));
     put!(
         "{:#}",
-        json!({ "checkpoint": trained.path, "layer": layer, "samples": args.samples, "seed": args.seed,
+        json!({ "checkpoint": trained.path, "layer": layer, "samples": args.samples, "seed": args.seed, "ees": ees,
         "mean": mean, "prompts": prompts })
     )
 }
 
-type Score = fn(&Rows, u64) -> f64;
+type Score = fn(&Rows, &EesConfig, u64) -> f64;
 
 /// What is told of each prompt: names in the JSON, scores of `[answers][d_model]`.
 const SCORES: [(&str, Score); 5] = [
-    ("eigenscore", |rows, _| EigenScore::Inside.of(&matrix(rows))),
-    ("eigenscore_of_the_code", |rows, _| EigenScore::InsideCode.of(&matrix(rows))),
-    ("ees", |rows, seed| ees(EesMode::Shifted, rows, seed)),
-    ("ees_exact", |rows, seed| ees(EesMode::Exact, rows, seed)),
-    ("ees_official", |rows, seed| ees(EesMode::Official, rows, seed)),
+    ("eigenscore", |rows, _, _| EigenScore::Inside.of(&matrix(rows))),
+    ("eigenscore_of_the_code", |rows, _, _| EigenScore::InsideCode.of(&matrix(rows))),
+    ("ees", |rows, ees, seed| ees.of(&matrix(rows).transpose(), seed)),
+    ("ees_exact", |rows, _, seed| {
+        EesConfig { mode: EesMode::Exact, ..EesConfig::default() }.of(&matrix(rows).transpose(), seed)
+    }),
+    // With 20 normal probes, as published.
+    ("ees_official", |rows, _, seed| {
+        let official = EesConfig { mode: EesMode::Official, probes: Probes::Gaussian, ..EesConfig::default() };
+        official.of(&matrix(rows).transpose(), seed)
+    }),
 ];
-
-fn ees(mode: EesMode, rows: &Rows, seed: u64) -> f64 {
-    EesConfig { mode, ..EesConfig::default() }.of(&matrix(rows).transpose(), seed)
-}
 
 fn lines(file: &Path) -> Result<Vec<String>, Failure> {
     let text = std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?;
@@ -88,6 +127,7 @@ fn layer_of(args: &EvalArgs, model: &Decoder) -> Result<usize, Failure> {
 
 /// Asks a model all questions about the world of facts that it was trained on.
 pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
+    let ees = ees_of(args)?;
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let world = trained.recipe.as_ref().and_then(assemble::world).ok_or_else(|| {
         let path = trained.path.display();
@@ -95,6 +135,7 @@ pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
     })?;
     let mut asking = asking(&world, trained.model.layers.len());
     asking.samples = args.samples;
+    asking.ees.clone_from(&ees);
     asking.sampling.seed = args.seed;
     asking.layer = layer_of(args, &trained.model)?;
     let summary = Summary::of(&ask(&trained.model, &world.questions(), &asking), asking.confident);
@@ -104,7 +145,10 @@ pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
         let _ = writeln!(table, "{name:<28} {value:>8.4}");
     }
     talk!("{}", table.trim_end());
-    put!("{:#}", json!({ "checkpoint": trained.path, "samples": args.samples, "seed": args.seed, "facts": summary }))
+    put!(
+        "{:#}",
+        json!({ "checkpoint": trained.path, "samples": args.samples, "seed": args.seed, "ees": ees, "facts": summary })
+    )
 }
 
 /// How a world is asked about.

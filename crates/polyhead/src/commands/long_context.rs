@@ -17,6 +17,9 @@ use crate::report::Failure;
 /// Parts into which texts are divided by depth.
 const DEPTHS: usize = 5;
 
+/// Lengths of the texts where none are given, in units.
+const LENGTHS: [usize; 4] = [1, 2, 4, 8];
+
 /// Accuracies of a task at a length.
 struct Row {
     task: LongTask,
@@ -42,6 +45,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template(name, tokenizer)?;
     let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1, keys: EIGHT };
+    let lengths = if args.lengths.is_empty() { &LENGTHS[..] } else { &args.lengths };
     let trained_on = args.unit.unwrap_or(trained.max_positions);
     let tasks: Vec<LongTask> = match args.task.iter().any(|name| name == "all") {
         true => LongTask::ALL.to_vec(),
@@ -50,7 +54,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     talk!("{} problems each, by length (1x = {trained_on} tokens) and depth", args.samples);
     let mut rows = Vec::new();
     for task in tasks {
-        for &times in &args.lengths {
+        for &times in lengths {
             let length = times * trained_on;
             let depths = if task.has_depth() { DEPTHS } else { 1 };
             let mut by_depth = Vec::new();

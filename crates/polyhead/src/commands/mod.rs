@@ -69,7 +69,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
             _ => long_context::eval(&args),
         },
         Command::Generate(args) => trained::generate(&args),
-        Command::Export { checkpoint, to, expanded } => trained::export(&checkpoint, &to, expanded),
+        Command::Export { checkpoint, to, expanded, without_mask } => {
+            trained::export(&checkpoint, &to, trained::Export { expanded, without_mask })
+        }
         Command::Convert(args) => convert::convert(&args),
         Command::Grow(args) => grow::grow(&args),
         Command::Features(args) => features::features(&args),

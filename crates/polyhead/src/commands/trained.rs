@@ -205,11 +205,28 @@ pub fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Resu
     tokenizer.ok_or_else(|| Failure::Run(problem()))
 }
 
+/// How a model is exported.
+pub struct Export {
+    /// Whether decoupled heads are repeated.
+    pub expanded: bool,
+    /// Whether a mask may be lost.
+    pub without_mask: bool,
+}
+
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
-pub fn export(checkpoint: &Path, to: &Path, expanded: bool) -> Result<(), Failure> {
+pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> {
     must_not_exist(to)?;
     let mut trained = assemble::open_trained(checkpoint, Some("flex"))?;
-    if expanded {
+    if let Some(gate) = trained.model.gate().filter(|_| !how.without_mask) {
+        let problem = format!(
+            "{} is evaluated with a mask behind layer {} (mask_at_eval), which Hugging Face's format has no place for: \
+             --without-mask writes the weights alone, which compute something else",
+            trained.path.display(),
+            gate.after_layer
+        );
+        return Err(crate::report::Problems::plain(problem).into());
+    }
+    if how.expanded {
         trained.model = surgery::expanded(&trained.model)?;
     }
     let end_of_text = trained.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
