@@ -92,12 +92,52 @@ fn text_that_is_tracked_is_not_learnt_and_mistakes_are_told() {
         ("procedure.neuron_dropout.ees.terms=0", "terms (0)"),
         ("procedure.neuron_dropout.epsilon=1", "belong together"),
         ("freeze.layers=3", "freeze.layers (3)"),
+        ("freeze.parameters=[\"layer.*\"]", "means no parameter; there are embedding.weight"),
+        ("procedure.neuron_dropout.k=0.06", "k (0.06) of d_model (16) is less than one coordinate"),
+        (
+            "procedure.neuron_dropout.window=7",
+            "chosen at measurement 8 (refresh is 2), after 16 steps, and the run has 12",
+        ),
+        ("procedure.neuron_dropout.mode=weights_compat", "sets weights of layer 0 to 0, which is frozen"),
     ] {
         assert!(world.fails(2, &["validate", "recipe.toml", change]).contains(words), "{change}");
     }
-    let err = world.fails(1, &["train", "recipe.toml", "--out", "other", "freeze.parameters=[\"layer.*\"]"]);
-    assert!(err.contains("means no parameter; there are embedding.weight"), "{err}");
+    // All at once.
+    let many = ["validate", "recipe.toml", "procedure.neuron_dropout.k=2", "procedure.neuron_dropout.window=1"];
+    let err = world.fails(2, &many);
+    assert!(err.contains("k (2)") && err.contains("window (1)"), "{err}");
     let generated = World::new(&format!("{SMALL}{PROCEDURE}"));
-    let err = generated.fails(1, &["train", "recipe.toml", "procedure.neuron_dropout.unit=epochs"]);
-    assert!(err.contains("generated data has no epochs"), "{err}");
+    let err = generated.fails(2, &["validate", "recipe.toml", "procedure.neuron_dropout.unit=epochs"]);
+    assert!(err.contains("generated data has no epochs") && err.contains("neuron_dropout.unit"), "{err}");
+    let both = World::new(&format!("{SMALL}{PROCEDURE}[procedure.standard]\n"));
+    let err = both.fails(2, &["validate", "recipe.toml"]);
+    assert!(err.contains("procedure takes one table, and neuron_dropout and standard are there"), "{err}");
+    assert!(err.contains("recipe.toml:"), "{err}");
+}
+
+#[test]
+fn a_run_that_ends_early_says_why_and_is_not_gone_on_with() {
+    let world = World::new(&format!("{SMALL}{PROCEDURE}"));
+    let ends = ["procedure.neuron_dropout.epsilon=100", "procedure.neuron_dropout.delta=100"];
+    let train = |more: &[&str]| {
+        let start = ["train", "recipe.toml", "lr_scheduler.decay=constant", "--out", "run"];
+        world.succeeds(&[&start[..], &ends, more].concat()).1
+    };
+    for more in [&[][..], &["training.steps=24"]] {
+        let err = train(more);
+        assert!(err.contains("ended early at step 2: loss ") && err.contains("< epsilon (100), EES "), "{err}");
+        assert!(err.contains("< delta (100)") && !err.contains("# go on"), "{err}");
+    }
+}
+
+#[test]
+fn a_mask_that_stands_is_not_lost_on_export() {
+    let world = World::new(&format!("{SMALL}{PROCEDURE}"));
+    let train = ["train", "recipe.toml", "model.decoder.attention.softmax.n_heads=4", "--out"];
+    world.succeeds(&[&train[..], &["run", "procedure.neuron_dropout.mask_at_eval=true"]].concat());
+    let err = world.fails(2, &["export", "run", "--to", "hf"]);
+    assert!(err.contains("a mask behind layer 0") && err.contains("--without-mask writes"), "{err}");
+    world.succeeds(&["export", "run", "--to", "hf", "--without-mask"]);
+    world.succeeds(&[&train[..], &["plain"]].concat());
+    world.succeeds(&["export", "plain", "--to", "plain-hf"]);
 }

@@ -112,6 +112,11 @@ impl DataConfig {
             || !self.is_text() && !self.is_labelled() && !self.is_pairs()
     }
 
+    /// Whether new rows come without end, so that there are no epochs.
+    pub fn is_endless(&self) -> bool {
+        matches!(self, Self::LongContext(_)) || self.is_generated() && !self.is_labelled()
+    }
+
     /// Whether it is pictures, or sounds as pictures.
     pub fn shows_pictures(&self) -> bool {
         self.is_labelled() && !matches!(self, Self::LabelledText(_) | Self::Features(_) | Self::LayerFeatures(_))

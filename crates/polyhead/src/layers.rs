@@ -176,6 +176,22 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     }
 }
 
+/// Tables that stand for a choice and hold several, with the names of those.
+pub fn undecided(merged: &toml::Table) -> Vec<(String, Vec<String>)> {
+    fn walk(table: &toml::Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
+        if is_choice(path) && table.len() > 1 {
+            found.push((path.to_owned(), table.keys().cloned().collect()));
+        }
+        for (key, value) in table {
+            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            value.as_table().into_iter().for_each(|table| walk(table, &path, found));
+        }
+    }
+    let mut found = Vec::new();
+    walk(merged, "", &mut found);
+    found
+}
+
 fn is_choice(path: &str) -> bool {
     let parts: Vec<&str> = path.split('.').collect();
     ONE_OF.iter().any(|known| {
@@ -201,6 +217,13 @@ mod tests {
         assert!(merged["data"].get("rust_docs").is_none() && merged["data"].get("text").is_some());
         assert_eq!(merged["training"]["steps"].as_integer(), Some(5));
         assert_eq!(merged["training"]["seq_len"].as_integer(), Some(2));
+    }
+
+    #[test]
+    fn two_choices_are_found_with_their_names() {
+        let both = parse_layer("a", "[procedure.standard]\n[procedure.bilevel]\nrank = 4\n[data.copy]").unwrap();
+        let found = undecided(&merge(&[both]));
+        assert_eq!(found, [("procedure".to_owned(), vec!["bilevel".to_owned(), "standard".to_owned()])]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use polyhead_training::{FreezeConfig, ProcedureConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{Layer, merge, parse_layer};
+use crate::layers::{Layer, merge, parse_layer, undecided};
 use crate::report::{Problem, Problems, in_words};
 use crate::schema;
 
@@ -163,6 +163,15 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
         return Err(Problems(unknown));
     }
     let merged = merge(&layers);
+    let undecided = undecided(&merged);
+    if !undecided.is_empty() {
+        let told = undecided.into_iter().map(|(path, names)| {
+            let last = names.last().map_or("", String::as_str);
+            let message = format!("{path} takes one table, and {} are there: keep one of them", names.join(" and "));
+            Problem::at(&layers, &format!("{path}.{last}"), message)
+        });
+        return Err(Problems(told.collect()));
+    }
     let mut recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
         let path = error.path().to_string();
         Problems(vec![Problem::at(&layers, &path, in_words(&error.into_inner().to_string()))])

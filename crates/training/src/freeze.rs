@@ -38,6 +38,26 @@ impl FreezeConfig {
         Ok(())
     }
 
+    /// Whether every pattern means one of these parameters.
+    ///
+    /// # Errors
+    /// Names the first that does not, and the parameters.
+    pub fn find(&self, names: &[&str]) -> Result<(), String> {
+        let means = |text: &String, name: &str| Pattern::new(text).is_ok_and(|pattern| pattern.matches(name));
+        match self.parameters.iter().find(|text| !names.iter().any(|name| means(text, name))) {
+            Some(text) => {
+                Err(format!("freeze.parameters: \"{text}\" means no parameter; there are {}", names.join(", ")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a parameter of this name stays as it is.
+    pub fn freezes(&self, name: &str) -> bool {
+        let named = |text: &String| Pattern::new(text).is_ok_and(|pattern| pattern.matches(name));
+        layer_of(name).is_some_and(|layer| layer < self.layers) || self.parameters.iter().any(named)
+    }
+
     /// The model with these parameters frozen; those that did not learn before do not learn after.
     ///
     /// # Errors
@@ -48,23 +68,10 @@ impl FreezeConfig {
         }
         self.validate(model.n_layers()).map_err(|(_, problem)| TrainError::Freeze(problem))?;
         let all = parameters(&model);
-        let mut patterns = Vec::new();
-        for text in &self.parameters {
-            let pattern = Pattern::new(text).map_err(|error| TrainError::Freeze(error.to_string()))?;
-            if !all.iter().any(|parameter| pattern.matches(&parameter.name)) {
-                let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
-                let problem =
-                    format!("freeze.parameters: \"{text}\" means no parameter; there are {}", names.join(", "));
-                return Err(TrainError::Freeze(problem));
-            }
-            patterns.push(pattern);
-        }
-        let frozen = |name: &str| {
-            layer_of(name).is_some_and(|layer| layer < self.layers)
-                || patterns.iter().any(|pattern| pattern.matches(name))
-        };
+        let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
+        self.find(&names).map_err(TrainError::Freeze)?;
         let left: Vec<&str> =
-            all.iter().filter(|one| one.learnt && !frozen(&one.name)).map(|one| one.name.as_str()).collect();
+            all.iter().filter(|one| one.learnt && !self.freezes(&one.name)).map(|one| one.name.as_str()).collect();
         if left.is_empty() {
             return Err(TrainError::Freeze("freeze: nothing is left to train".into()));
         }

@@ -26,7 +26,7 @@ use crate::procedure::{HeldOut, Parts, Procedure, Shown, StepContext, StepReport
 use crate::sensitivity::{Pool, Rows, as_published, column_variances, largest, matched, overlap, pooled, variance};
 use crate::standard::{Standard, StandardConfig};
 
-pub use config::{Mode, NeuronDropoutConfig, Select, Unit};
+pub use config::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, Wrong};
 use state::State;
 pub use watch::{Texts, answer_embeddings};
 
@@ -52,13 +52,27 @@ impl NeuronDropout {
             TrainError::Procedure(format!("procedure.neuron_dropout.{field}: {problem}"))
         };
         let decoder = parts.model.config();
-        config.validate(Some(decoder)).map_err(wrong)?;
-        let period = config.period(parts.batches_per_epoch).map_err(wrong)?;
+        if let Some(first) = config.validate(Some(decoder), parts.training).into_iter().next() {
+            return Err(wrong(first));
+        }
+        let period = config.period(parts.batches_per_epoch, parts.training).map_err(wrong)?;
         let texts = Texts::new(parts.tracking);
-        if texts.is_empty() {
-            return Err(wrong(("tracking_texts", "there is no text to track: the data keeps none out".into())));
+        let (least, why) = config.least_texts();
+        if texts.len() < least {
+            let problem = format!(
+                "the data keeps {} to be tracked, and {least} are needed: {why}; give more text, or a larger tracking_fraction",
+                texts.len()
+            );
+            return Err(wrong(("tracking_texts", problem)));
         }
         let (layer, d_model) = (config.layer_of(decoder.n_layers), decoder.d_model);
+        if config.mode == Mode::WeightsCompat && config.select != Select::None {
+            let mlp = &parts.model.layers[layer].mlp;
+            let mut linears = mlp.gate_proj.iter().chain([&mlp.up_proj, &mlp.down_proj]);
+            if !linears.all(|linear| linear.weight.is_require_grad()) {
+                return Err(wrong(("mode", weights_stay(layer))));
+            }
+        }
         let state = State::read(state, d_model, texts.len())?;
         let standard =
             Standard::new(&StandardConfig { context_mask: config.context_mask }, parts.optimizer, parts.training);
@@ -88,7 +102,7 @@ impl NeuronDropout {
         state.ees.push(ees);
         let mean = state.ees.iter().sum::<f64>() / state.ees.len() as f64;
         let changes = state.ees.windows(2).map(|pair| pair[1] - pair[0]);
-        let mut tell = |name: &str, value: f64| report.measured.push((format!("neuron_dropout/{name}"), value));
+        let mut tell = |name: &str, value: f64| tell(report, name, value);
         tell("ees", ees);
         tell("ees_mean", mean);
         tell("ees_std", variance(state.ees.iter().copied()).sqrt());
@@ -96,6 +110,7 @@ impl NeuronDropout {
         let loss = state.interval_loss();
         if let (Some(epsilon), Some(delta)) = (config.epsilon, config.delta) {
             state.finished = loss < epsilon && ees < delta;
+            state.loss_at_end = state.finished.then_some(loss);
         }
         report.log = true;
         match state.measured.is_multiple_of(config.refresh) && state.window.len() == config.window {
@@ -120,7 +135,7 @@ impl NeuronDropout {
         };
         let all: f64 = v.iter().sum();
         let share = sensitive.iter().map(|&index| v[index]).sum::<f64>() / all.max(f64::MIN_POSITIVE);
-        let mut tell = |name: &str, value: f64| report.measured.push((format!("neuron_dropout/{name}"), value));
+        let mut tell = |name: &str, value: f64| tell(report, name, value);
         tell("v_mean", all / v.len() as f64);
         tell("v_share_of_sensitive", share);
         if self.texts.len() > 1 {
@@ -132,7 +147,8 @@ impl NeuronDropout {
         self.state.sensitive = Some(sensitive);
         self.state.dropped.push(dropped);
         let after = self.gate(model);
-        if self.config.mode == Mode::Activation {
+        // Ordinary dropout draws anew in every pass: two of them differ by chance.
+        if self.config.mode == Mode::Activation && self.config.select != Select::Dropout {
             let loss = |gate: Option<Gate>| self.texts.loss(&model.clone().gated(gate));
             tell("loss_jump", loss(after) - loss(before));
         }
@@ -185,7 +201,7 @@ impl Procedure for NeuronDropout {
         if self.crossed(from, to) {
             self.watch(&model.clone().gated(None).valid(), context, &mut report)?;
         }
-        let gate = if self.config.mask_at_eval { self.gate(&model) } else { None };
+        let gate = mask_at_eval(&self.config, self.layer, &self.state, &model);
         model = model.gated(gate);
         Ok((model, report))
     }
@@ -202,8 +218,11 @@ impl Procedure for NeuronDropout {
         self.state.write()
     }
 
-    fn finished(&self) -> bool {
-        self.state.finished
+    fn ended(&self) -> Option<String> {
+        let (epsilon, delta) = (self.config.epsilon?, self.config.delta?);
+        let ees = self.state.ees.last().filter(|_| self.state.finished)?;
+        let loss = self.state.loss_at_end.map_or(String::new(), |loss| format!(" {loss:.4}"));
+        Some(format!("loss{loss} < epsilon ({epsilon}), EES {ees:.4} < delta ({delta})"))
     }
 }
 
@@ -213,13 +232,32 @@ impl NeuronDropoutConfig {
     /// # Errors
     /// If the state is not one of this procedure's.
     pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
-        if !self.mask_at_eval || state.is_null() {
+        if state.is_null() {
             return Ok(None);
         }
         let (d_model, n_layers) = (model.config().d_model, model.config().n_layers);
         let state = State::read(state, d_model, 0)?;
-        Ok(gate(self, self.layer_of(n_layers), &state, model).filter(|gate| matches!(gate.kind, GateKind::Keep(_))))
+        Ok(mask_at_eval(self, self.layer_of(n_layers), &state, model))
     }
+}
+
+/// What is wrong with setting weights of a layer to 0 that do not learn.
+pub fn weights_stay(layer: usize) -> String {
+    format!(
+        "mode \"weights_compat\" sets weights of layer {layer} to 0, which is frozen, so that they would be lost for good: \
+         do not freeze its feed-forward layer, take another layer, or set mode = \"activation\""
+    )
+}
+
+fn tell(report: &mut StepReport, name: &str, value: f64) {
+    // A sum of nothing is -0.0, which is no different number.
+    report.measured.push((format!("neuron_dropout/{name}"), value + 0.0));
+}
+
+/// The mask that stays when nobody trains.
+fn mask_at_eval(config: &NeuronDropoutConfig, layer: usize, state: &State, model: &Decoder) -> Option<Gate> {
+    let gate = gate(config, layer, state, model).filter(|_| config.mask_at_eval)?;
+    matches!(gate.kind, GateKind::Keep(_)).then_some(gate)
 }
 
 fn gate(config: &NeuronDropoutConfig, layer: usize, state: &State, model: &Decoder) -> Option<Gate> {

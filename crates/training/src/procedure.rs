@@ -39,21 +39,17 @@ impl Default for ProcedureConfig {
 }
 
 impl ProcedureConfig {
-    /// Checks the numbers, against a model where it is known.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), (String, String)> {
-        match self {
-            Self::Standard(_) => Ok(()),
-            Self::Bilevel(config) => {
-                config.validate().map_err(|(field, problem)| (format!("bilevel.{field}"), problem))
-            }
-            Self::Fusion(config) => config.validate().map_err(|(field, problem)| (format!("fusion.{field}"), problem)),
-            Self::NeuronDropout(config) => {
-                config.validate(decoder).map_err(|(field, problem)| (format!("neuron_dropout.{field}"), problem))
-            }
-        }
+    /// Checks the numbers, against a run, and against a model where it is known: the fields, from the name of the table on,
+    /// with the rules that they break.
+    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<(String, String)> {
+        let named = |(field, problem): (&str, String)| (field.to_owned(), problem);
+        let problems: Vec<(String, String)> = match self {
+            Self::Standard(_) => Vec::new(),
+            Self::Bilevel(config) => config.validate().map_err(named).err().into_iter().collect(),
+            Self::Fusion(config) => config.validate().err().into_iter().collect(),
+            Self::NeuronDropout(config) => config.validate(decoder, training).into_iter().map(named).collect(),
+        };
+        problems.into_iter().map(|(field, problem)| (format!("{}.{field}", self.name()), problem)).collect()
     }
 
     /// The name of its table.
@@ -195,9 +191,9 @@ pub trait Procedure<M: Learner = Decoder> {
         Ok(Vec::new())
     }
 
-    /// Whether the run has reached what it was to reach before its last step.
-    fn finished(&self) -> bool {
-        false
+    /// Why the run has ended before its last step, in words, where it has.
+    fn ended(&self) -> Option<String> {
+        None
     }
 }
 

@@ -113,6 +113,8 @@ pub struct Outcome<M: Learner = Decoder> {
     pub best: Option<Best>,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
+    /// Why the procedure has ended the run, where it has: more steps change nothing.
+    pub ended: Option<String>,
     /// The signal that ended the run early.
     pub interrupted: Option<usize>,
 }
@@ -169,7 +171,7 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
     let mut saved = job.resume.clone();
     let mut validation = None;
     let (mut tokens_since, mut micros_since) = (0u64, 0u64);
-    while progress.step < steps && !procedure.finished() && job.stop.load(Ordering::SeqCst) == 0 {
+    while progress.step < steps && procedure.ended().is_none() && job.stop.load(Ordering::SeqCst) == 0 {
         let step = progress.step + 1;
         let started = Instant::now();
         let accumulation = job.training.gradient_accumulation_steps as u64;
@@ -191,7 +193,7 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
         progress.skipped += u64::from(report.skipped);
         progress.microseconds += micros;
 
-        let last = step == steps || procedure.finished();
+        let last = step == steps || procedure.ended().is_some();
         let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
         let bytes: u64 = batches.iter().map(Lesson::target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
@@ -249,8 +251,9 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
         None => save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?,
     };
     let signal = job.stop.load(Ordering::SeqCst);
-    let interrupted = (signal != 0 && progress.step < steps && !procedure.finished()).then_some(signal);
-    Ok(Outcome { model, progress, validation, best, checkpoint, interrupted })
+    let ended = procedure.ended();
+    let interrupted = (signal != 0 && progress.step < steps && ended.is_none()).then_some(signal);
+    Ok(Outcome { model, progress, validation, best, checkpoint, ended, interrupted })
 }
 
 /// Random numbers of a step depend on the seed and the step only, so that a resumed run draws the same.

@@ -293,6 +293,10 @@ impl Task<'_> {
             talk!("the same command goes on from there");
             return Err(Failure::Interrupted(signal));
         }
+        if let Some(why) = &outcome.ended {
+            let early = if outcome.progress.step < recipe.training.steps { " early" } else { "" };
+            talk!("\nended{early} at step {}: {why}", outcome.progress.step);
+        }
         result::write(run_dir, about, &outcome, (held_out, recipe.validation.batches), classes)?;
         Ok(outcome)
     }

@@ -1,9 +1,13 @@
 //! The rules about values of a recipe: each table's own, and those between tables.
 
+use burn::tensor::Device;
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision};
-use polyhead_training::ProcedureConfig;
+use polyhead_models::{
+    ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision, parameters,
+};
 use polyhead_training::config::OptimizerConfig;
+use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
+use polyhead_training::{FreezeConfig, ProcedureConfig};
 
 use super::Recipe;
 
@@ -118,8 +122,10 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     if let Err((field, message)) = recipe.data.validate(training.seq_len) {
         problems.push((format!("data.{}.{field}", recipe.data.name()), message));
     }
-    if let Err((field, message)) = recipe.procedure.validate(decoder) {
-        problems.push((format!("procedure.{field}"), message));
+    let procedure = recipe.procedure.validate(decoder, training);
+    problems.extend(procedure.into_iter().map(|(field, message)| (format!("procedure.{field}"), message)));
+    if let ProcedureConfig::NeuronDropout(config) = &recipe.procedure {
+        problems.extend(validate_neuron_dropout(recipe, config));
     }
     if let Err((field, message)) = recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX)) {
         problems.push((format!("freeze.{field}"), message));
@@ -140,6 +146,44 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
     {
         problems.push((format!("model.decoder.{}", error.field), error.problem));
+    }
+    if problems.is_empty()
+        && model.pretrained.is_none()
+        && recipe.lora.is_none()
+        && let Some(decoder) = decoder
+    {
+        problems.extend(validate_patterns(&recipe.freeze, decoder));
+    }
+    problems
+}
+
+/// Whether all that is to be frozen exists, told by a decoder of the same names with hardly any numbers. Where even that is
+/// large, the run finds out.
+fn validate_patterns(freeze: &FreezeConfig, decoder: &DecoderConfig) -> Option<(String, String)> {
+    /// Numbers, which are drawn in less than a second; chosen by us.
+    const MOST: u64 = 50_000_000;
+    let narrow = DecoderConfig { d_ff: Some(1), ..decoder.clone() };
+    if freeze.parameters.is_empty() || narrow.costs(1).parameters > MOST {
+        return None;
+    }
+    let all = parameters(&narrow.init(1, &Device::flex()));
+    let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
+    freeze.find(&names).err().map(|problem| ("freeze.parameters".into(), problem))
+}
+
+/// What [procedure.neuron_dropout] asks of other tables.
+fn validate_neuron_dropout(recipe: &Recipe, config: &NeuronDropoutConfig) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    if config.unit == Unit::Epochs && recipe.data.is_endless() {
+        problems.push(("procedure.neuron_dropout.unit".into(), NO_EPOCHS.into()));
+    }
+    if let Some(decoder) = &recipe.model.decoder {
+        let layer = config.layer_of(decoder.n_layers);
+        let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("layers.{layer}.mlp.{name}.weight"));
+        let frozen = recipe.lora.is_some() || names.iter().any(|name| recipe.freeze.freezes(name));
+        if frozen && config.mode == Mode::WeightsCompat && config.select != Select::None {
+            problems.push(("procedure.neuron_dropout.mode".into(), weights_stay(layer)));
+        }
     }
     problems
 }

@@ -24,6 +24,8 @@ pub(super) struct State {
     loss: (f64, u64),
     /// Whether the run has reached what it was to reach.
     pub finished: bool,
+    /// The loss with which it did.
+    pub loss_at_end: Option<f64>,
 }
 
 /// The same as it is written: numbers as their bits, so that they come back as they were.
@@ -39,6 +41,8 @@ struct Written {
     ees: Vec<u64>,
     loss: (u64, u64),
     finished: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_at_end: Option<u64>,
     d_model: usize,
 }
 
@@ -79,6 +83,7 @@ impl State {
             ees: self.ees.iter().map(|value| value.to_bits()).collect(),
             loss: (self.loss.0.to_bits(), self.loss.1),
             finished: self.finished,
+            loss_at_end: self.loss_at_end.map(f64::to_bits),
             d_model,
         };
         serde_json::to_value(written).unwrap_or_default()
@@ -124,6 +129,7 @@ impl State {
             ees: written.ees.into_iter().map(f64::from_bits).collect(),
             loss: (f64::from_bits(written.loss.0), written.loss.1),
             finished: written.finished,
+            loss_at_end: written.loss_at_end.map(f64::from_bits),
         })
     }
 }
@@ -144,6 +150,8 @@ mod tests {
         state.ees = vec![-2.4000000000000004, 1.0 / 3.0];
         state.sensitive = Some(vec![0, 2]);
         state.dropped = vec![vec![1], vec![0, 2]];
+        assert_eq!(state.write().get("loss_at_end"), None, "as it was written before there was an end to tell of");
+        (state.finished, state.loss_at_end) = (true, Some(0.1 + 0.2));
         let text = serde_json::to_string(&state.write()).unwrap();
         let back = State::read(&serde_json::from_str(&text).unwrap(), 3, 2).unwrap();
         assert_eq!(back, state);

@@ -35,6 +35,10 @@ fn batch(step: u64) -> Batch {
     Batch { batch: 2, seq: 7, tokens, targets, ..Batch::default() }
 }
 
+fn training() -> TrainingConfig {
+    serde_json::from_str(r#"{"steps": 99, "seq_len": 7, "batch_size": 2}"#).unwrap()
+}
+
 /// A procedure and what it has trained, step by step.
 struct Run {
     procedure: NeuronDropout,
@@ -44,8 +48,7 @@ struct Run {
 
 impl Run {
     fn new(config: NeuronDropoutConfig) -> Self {
-        let training: TrainingConfig = serde_json::from_str(r#"{"steps": 99, "seq_len": 7, "batch_size": 2}"#).unwrap();
-        let (model, tracking) = (model(), tracking());
+        let (training, model, tracking) = (training(), model(), tracking());
         let parts = Parts {
             optimizer: Optimizer::new(OptimizerConfig::default()),
             training: &training,
@@ -222,12 +225,63 @@ fn it_ends_once_loss_and_score_are_low_enough() {
         let mut run = Run::new(config);
         (1..=4).find(|_| {
             run = std::mem::replace(&mut run, Run::new(super::tests::config())).steps(1);
-            run.procedure.finished()
+            run.procedure.ended().is_some()
         })
     };
     assert_eq!(ends(100.0, 100.0), Some(2), "at the first measurement");
     assert_eq!(ends(100.0, -100.0), None);
     assert_eq!(ends(0.0, 100.0), None);
+    let config = NeuronDropoutConfig { epsilon: Some(100.0), delta: Some(90.0), ..config() };
+    let run = Run::new(config.clone()).steps(2);
+    let why = run.procedure.ended().unwrap();
+    let loss = (run.reports[0].loss + run.reports[1].loss) / 2.0;
+    let ees = run.told(2, "ees").unwrap();
+    assert_eq!(why, format!("loss {loss:.4} < epsilon (100), EES {ees:.4} < delta (90)"));
+    assert_eq!(resumed(config, &run).unwrap().ended(), Some(why), "whoever goes on hears it again");
+}
+
+/// The procedure of a run that goes on.
+fn resumed(config: NeuronDropoutConfig, run: &Run) -> Result<NeuronDropout, TrainError> {
+    let tracking = tracking();
+    let parts = Parts {
+        optimizer: Optimizer::new(OptimizerConfig::default()),
+        training: &training(),
+        model: &run.model,
+        tracking: &tracking,
+        batches_per_epoch: 3,
+    };
+    NeuronDropout::new(config, parts, &run.procedure.state())
+}
+
+#[test]
+fn only_a_mask_stays_when_nobody_trains() {
+    let run = Run::new(NeuronDropoutConfig { select: Select::Dropout, ..config() }).steps(4);
+    assert!(run.procedure.gate(&run.model).is_some());
+    let masked = NeuronDropoutConfig { mask_at_eval: true, ..run.procedure.config.clone() };
+    assert!(mask_at_eval(&masked, 1, &run.procedure.state, &run.model).is_none());
+    // Two passes of it differ by chance: there is no jump to tell of.
+    assert_eq!(run.told(4, "loss_jump"), None);
+    assert!(run.told(4, "v_mean").is_some() && Run::new(config()).steps(4).told(4, "loss_jump").is_some());
+}
+
+#[test]
+fn nothing_is_told_as_minus_zero() {
+    let run = Run::new(config()).steps(4);
+    for (name, value) in run.reports.iter().flat_map(|report| &report.measured) {
+        assert!(*value != 0.0 || value.is_sign_positive(), "{name}");
+    }
+    assert_eq!(run.told(2, "ees_change_variance"), Some(0.0));
+}
+
+#[test]
+fn what_never_learns_is_not_set_to_zero() {
+    let run = Run::new(config());
+    let config = NeuronDropoutConfig { mode: Mode::WeightsCompat, ..config() };
+    assert!(resumed(config.clone(), &run).is_ok());
+    let freeze = crate::FreezeConfig { layers: 2, ..Default::default() };
+    let frozen = Run { model: freeze.apply(run.model.clone()).unwrap(), ..run };
+    let error = resumed(config, &frozen).err().unwrap().to_string();
+    assert!(error.contains("layer 1 to 0, which is frozen"), "{error}");
 }
 
 #[test]
@@ -239,11 +293,42 @@ fn epochs_are_counted_in_batches() {
 
 #[test]
 fn settings_that_do_not_fit_are_named() {
-    let told = |config: NeuronDropoutConfig| config.validate(Some(&decoder())).unwrap_err();
-    assert_eq!(told(NeuronDropoutConfig { layer: 3, ..config() }).0, "layer");
-    assert_eq!(told(NeuronDropoutConfig { layer: -4, ..config() }).0, "layer");
-    assert_eq!(told(NeuronDropoutConfig { k: 1.5, ..config() }).0, "k");
-    assert_eq!(told(NeuronDropoutConfig { delta: Some(1.0), ..config() }).0, "epsilon");
-    let endless = NeuronDropoutConfig { unit: Unit::Epochs, ..config() };
-    assert_eq!(endless.period(1 << 40).unwrap_err().0, "unit");
+    let told = |config: NeuronDropoutConfig| config.validate(Some(&decoder()), &training());
+    let compat = NeuronDropoutConfig { mode: Mode::WeightsCompat, ..config() };
+    let select = |select| NeuronDropoutConfig { select, ..config() };
+    for (field, wrong) in [
+        ("layer", NeuronDropoutConfig { layer: 3, ..config() }),
+        ("layer", NeuronDropoutConfig { layer: -4, ..config() }),
+        ("k", NeuronDropoutConfig { k: 1.5, ..config() }),
+        ("k", NeuronDropoutConfig { k: 0.06, ..config() }),
+        ("k", NeuronDropoutConfig { k: 0.6, ..select(Select::VarianceMatched) }),
+        ("epsilon", NeuronDropoutConfig { delta: Some(1.0), ..config() }),
+        ("window", NeuronDropoutConfig { window: 49, ..config() }),
+        ("window", NeuronDropoutConfig { refresh: 51, ..config() }),
+        ("tracking_texts", NeuronDropoutConfig { tracking_texts: 1, ..config() }),
+        ("tracking_texts", NeuronDropoutConfig { tracking_texts: 2, ..compat.clone() }),
+        ("mask_at_eval", NeuronDropoutConfig { mask_at_eval: true, ..select(Select::Dropout) }),
+        ("mask_at_eval", NeuronDropoutConfig { mask_at_eval: true, ..select(Select::None) }),
+        ("mask_at_eval", NeuronDropoutConfig { mask_at_eval: true, ..compat.clone() }),
+        ("select", NeuronDropoutConfig { select: Select::Dropout, ..compat.clone() }),
+    ] {
+        let found: Vec<&str> = told(wrong.clone()).into_iter().map(|(field, _)| field).collect();
+        assert_eq!(found, [field], "{wrong:?}");
+    }
+    for right in [
+        compat,
+        NeuronDropoutConfig { k: 0.0625, ..config() },
+        NeuronDropoutConfig { window: 48, ..config() },
+        NeuronDropoutConfig { window: 49, ..select(Select::None) },
+        NeuronDropoutConfig { tracking_texts: 1, ees_prompts: 1, ..config() },
+        NeuronDropoutConfig { mask_at_eval: true, ..select(Select::Random) },
+    ] {
+        assert_eq!(told(right.clone()), [], "{right:?}");
+    }
+    let several = told(NeuronDropoutConfig { k: 2.0, window: 1, interval: 0, layer: 9, ..config() });
+    assert_eq!(several.iter().map(|(field, _)| *field).collect::<Vec<_>>(), ["k", "window", "interval", "layer"]);
+    let epochs = NeuronDropoutConfig { unit: Unit::Epochs, ..config() };
+    assert_eq!(epochs.period(1 << 40, &training()).unwrap_err().0, "unit");
+    assert_eq!(epochs.period(3, &training()), Ok(6));
+    assert_eq!(epochs.period(25, &training()).unwrap_err().0, "window", "4 epochs of 25 batches are more than 99");
 }

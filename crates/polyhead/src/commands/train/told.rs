@@ -85,6 +85,9 @@ impl Task<'_> {
         } else {
             talk!("next     {polyhead} eval {run}");
         }
+        if outcome.ended.is_some() {
+            return; // more steps change nothing
+        }
         let steps = format!("training.steps={}", 2 * progress.step);
         let same = asked.overrides.iter().filter(|text| !text.starts_with("training.steps")).chain([&steps]);
         let same = same.map(|text| quoted(text)).collect::<Vec<_>>().join(" ");
