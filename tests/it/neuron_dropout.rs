@@ -131,13 +131,16 @@ fn a_run_that_ends_early_says_why_and_is_not_gone_on_with() {
 }
 
 #[test]
-fn a_mask_that_stands_is_not_lost_on_export() {
+fn a_mask_that_stands_is_not_lost_unheard() {
     let world = World::new(&format!("{SMALL}{PROCEDURE}"));
     let train = ["train", "recipe.toml", "model.decoder.attention.softmax.n_heads=4", "--out"];
     world.succeeds(&[&train[..], &["run", "procedure.neuron_dropout.mask_at_eval=true"]].concat());
     let err = world.fails(2, &["export", "run", "--to", "hf"]);
     assert!(err.contains("a mask behind layer 0") && err.contains("--without-mask writes"), "{err}");
     world.succeeds(&["export", "run", "--to", "hf", "--without-mask"]);
+    let convert = ["convert", "run", "--to", "grouped_query", "--kv-heads", "2", "--out", "converted"];
+    let (_, err) = world.succeeds(&convert);
+    assert!(err.contains("with a mask behind layer 0 (mask_at_eval), which is not taken over"), "{err}");
     world.succeeds(&[&train[..], &["plain"]].concat());
     world.succeeds(&["export", "plain", "--to", "plain-hf"]);
 }

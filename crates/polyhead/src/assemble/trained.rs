@@ -7,6 +7,7 @@ use polyhead_models::Decoder;
 use polyhead_training::state::read_progress;
 
 use super::data;
+use crate::console::talk;
 use crate::device;
 use crate::pretrained::Pretrained;
 use crate::recipe::Recipe;
@@ -46,6 +47,19 @@ pub fn open_trained(path: &Path, device_name: Option<&str>) -> Result<Trained, F
 }
 
 impl Trained {
+    /// The model without the mask that it is evaluated with, where it has one: what is made of it starts without, which is
+    /// told.
+    pub fn unmasked(mut self) -> Self {
+        if let Some(gate) = self.model.gate() {
+            let (path, layer) = (self.path.display(), gate.after_layer);
+            talk!(
+                "warning: {path} is evaluated with a mask behind layer {layer} (mask_at_eval), which is not taken over"
+            );
+            self.model = self.model.gated(None);
+        }
+        self
+    }
+
     /// Opens the data that its recipe names.
     ///
     /// # Errors

@@ -45,7 +45,7 @@ pub const BATCHES: u64 = 20;
 pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
     args.conversion.check().map_err(Problems::plain)?;
-    let parent = assemble::open_trained(&args.checkpoint, None)?;
+    let parent = assemble::open_trained(&args.checkpoint, None)?.unmasked();
     let recipe = recipe_for(args, &parent)?;
     perform(&args.conversion, &parent, recipe, (&args.out, args.batches))?;
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());

@@ -54,7 +54,7 @@ const COMPARED: usize = 256;
 /// Writes the grown model, if it computes what its parent does.
 pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
-    let parent = assemble::open_trained(&args.checkpoint, None)?;
+    let parent = assemble::open_trained(&args.checkpoint, None)?.unmasked();
     let Some(recipe) = &parent.recipe else {
         let problem = format!(
             "{}: only a checkpoint of ours can grow, because its recipe goes on; a run with model.pretrained = {:?}, \

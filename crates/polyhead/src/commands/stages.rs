@@ -100,7 +100,7 @@ fn run(
         if folder.exists() {
             std::fs::remove_dir_all(folder).map_err(|error| Failure::file("remove", folder, error))?;
         }
-        let parent = assemble::open_trained(from, None)?;
+        let parent = assemble::open_trained(from, None)?.unmasked();
         return convert::perform(conversion, &parent, loaded.recipe, (folder, convert::BATCHES));
     }
     if !finished {
