@@ -80,22 +80,15 @@ pub enum Probes {
 }
 
 impl EesConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), (&'static str, String)> {
+    /// Checks the settings: the fields that break a rule, with the rules.
+    pub fn validate(&self) -> Vec<(&'static str, String)> {
         let Self { terms, n_probes, alpha, .. } = *self;
-        if !(1..=1000).contains(&terms) {
-            return Err(("terms", format!("terms ({terms}) must be 1 to 1000")));
-        }
-        if !(1..=100_000).contains(&n_probes) {
-            return Err(("n_probes", format!("n_probes ({n_probes}) must be 1 to 100000")));
-        }
-        if !(1e-12..=1.0).contains(&alpha) {
-            return Err(("alpha", format!("alpha ({alpha}) must be 1e-12 to 1")));
-        }
-        Ok(())
+        let rules = [
+            ((1..=1000).contains(&terms), "terms", format!("terms ({terms}) must be 1 to 1000")),
+            ((1..=100_000).contains(&n_probes), "n_probes", format!("n_probes ({n_probes}) must be 1 to 100000")),
+            ((1e-12..=1.0).contains(&alpha), "alpha", format!("alpha ({alpha}) must be 1e-12 to 1")),
+        ];
+        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, field, problem)| (field, problem)).collect()
     }
 
     /// EES of `answers`, `[n, K]`: a column per answer. Random numbers are a function of `seed`.

@@ -48,12 +48,12 @@ impl NeuronDropout {
     /// # Errors
     /// If settings do not fit the model or the data, or the state is not one of this procedure's.
     pub fn new(config: NeuronDropoutConfig, parts: Parts<'_>, state: &serde_json::Value) -> Result<Self, TrainError> {
-        let wrong = |(field, problem): (&str, String)| {
-            TrainError::Procedure(format!("procedure.neuron_dropout.{field}: {problem}"))
-        };
+        let named = |(field, problem): (&str, String)| format!("procedure.neuron_dropout.{field}: {problem}");
+        let wrong = |wrong: (&str, String)| TrainError::Procedure(named(wrong));
         let decoder = parts.model.config();
-        if let Some(first) = config.validate(Some(decoder), parts.training).into_iter().next() {
-            return Err(wrong(first));
+        let problems: Vec<String> = config.validate(Some(decoder), parts.training).into_iter().map(named).collect();
+        if !problems.is_empty() {
+            return Err(TrainError::Procedure(problems.join("\n")));
         }
         let period = config.period(parts.batches_per_epoch, parts.training).map_err(wrong)?;
         let texts = Texts::new(parts.tracking);

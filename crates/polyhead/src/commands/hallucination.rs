@@ -45,8 +45,10 @@ fn ees_of(args: &EvalArgs) -> Result<EesConfig, Failure> {
         config.probes = named(name)?;
     }
     config.n_probes = args.ees_n_probes.unwrap_or(config.n_probes);
-    config.validate().map_err(|(_, problem)| Problems::plain(format!("--ees-n-probes: {problem}")))?;
-    Ok(config)
+    match config.validate().into_iter().next() {
+        Some((_, problem)) => Err(Problems::plain(format!("--ees-n-probes: {problem}")).into()),
+        None => Ok(config),
+    }
 }
 
 /// A choice by its name.

@@ -201,7 +201,7 @@ impl NeuronDropoutConfig {
             };
             format!("mask_at_eval keeps the last mask, which {key} = \"{value}\" has none of: leave it out")
         });
-        problems.extend(self.ees.validate().err().map(|(field, problem)| match field {
+        problems.extend(self.ees.validate().into_iter().map(|(field, problem)| match field {
             "terms" => ("ees.terms", problem),
             "alpha" => ("ees.alpha", problem),
             _ => ("ees.n_probes", problem),

@@ -325,8 +325,10 @@ fn settings_that_do_not_fit_are_named() {
     ] {
         assert_eq!(told(right.clone()), [], "{right:?}");
     }
-    let several = told(NeuronDropoutConfig { k: 2.0, window: 1, interval: 0, layer: 9, ..config() });
-    assert_eq!(several.iter().map(|(field, _)| *field).collect::<Vec<_>>(), ["k", "window", "interval", "layer"]);
+    let ees = crate::ees::EesConfig { terms: 0, alpha: 2.0, ..Default::default() };
+    let several = told(NeuronDropoutConfig { k: 2.0, window: 1, layer: 9, ees, ..config() });
+    let fields: Vec<&str> = several.iter().map(|(field, _)| *field).collect();
+    assert_eq!(fields, ["k", "window", "ees.terms", "ees.alpha", "layer"]);
     let epochs = NeuronDropoutConfig { unit: Unit::Epochs, ..config() };
     assert_eq!(epochs.period(1 << 40, &training()).unwrap_err().0, "unit");
     assert_eq!(epochs.period(3, &training()), Ok(6));
