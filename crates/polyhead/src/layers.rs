@@ -223,7 +223,7 @@ mod tests {
     fn two_choices_are_found_with_their_names() {
         let both = parse_layer("a", "[procedure.standard]\n[procedure.bilevel]\nrank = 4\n[data.copy]").unwrap();
         let found = undecided(&merge(&[both]));
-        assert_eq!(found, [("procedure".to_owned(), vec!["bilevel".to_owned(), "standard".to_owned()])]);
+        assert_eq!(found, [("procedure".to_owned(), vec!["standard".to_owned(), "bilevel".to_owned()])]);
     }
 
     #[test]
