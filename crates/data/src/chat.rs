@@ -4,20 +4,24 @@
 //! of its turn to the end of the turn, is learnt. Context and answers are turned into tokens apart, so that an answer
 //! begins with the token with which a model has to begin it, too.
 //!
-//! Where answers stand is found by rendering the conversation up to each answer, with and without it: both must be
-//! beginnings of the whole text. Templates that render a message otherwise once more follow it (that strip thoughts, for
-//! instance) are refused, row by row, unless they mark answers with `{% generation %}`.
+//! Where answers stand is found by rendering the conversation up to each answer, with and without it (`tokenize.rs`), unless
+//! the template marks answers with `{% generation %}`. A row of which the template leaves something out is refused
+//! (`written.rs`).
 //!
 //! Rotary positions are not begun anew inside a row: scores depend on distances only, and attention does not leave a
 //! conversation.
 
 mod columns;
+mod markers;
 mod python;
 mod rows;
+mod sides;
 mod template;
+mod tokenize;
+mod written;
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use polyhead_models::Role;
 use schemars::JsonSchema;
@@ -25,12 +29,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::At;
-use crate::text::expand;
+use crate::synthetic::Problem;
+use crate::text::{expand, without_mark};
 use crate::{DataError, Tokenizer};
 
-pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, SharegptColumns};
+pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
+pub use markers::end_of_answer;
+pub(crate) use markers::note;
 pub use rows::ChatRows;
+pub(crate) use sides::Sides;
 pub use template::{BUILT_IN, ChatTemplate, Special};
+pub(crate) use tokenize::tokenize;
 
 /// `[data.chat]`: conversations, one a line of JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -44,6 +53,9 @@ pub struct ChatConfig {
     /// The chat template: "tokenizer" (its own; the default), "chatml", "llama3", "plain", or a file of Jinja.
     #[serde(default = "tokenizer")]
     pub template: String,
+    /// Variables of the template, such as { enable_thinking = false } for Qwen 3's. An export's template has them as defaults.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub template_variables: BTreeMap<String, Value>,
     /// What is learnt: "assistant" (default), the answers; "last", the last answer only; "all", every token.
     #[serde(default)]
     pub learn: Learn,
@@ -60,6 +72,42 @@ pub struct ChatConfig {
     /// Several conversations in a row, where they fit; attention stays inside each. Default: true.
     #[serde(default = "yes")]
     pub pack: bool,
+}
+
+impl ChatConfig {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// Names the field and the rule.
+    pub fn validate(&self) -> Result<(), Problem> {
+        /// What each row, or the tokenizer, tells a template.
+        const GIVEN: [&str; 7] =
+            ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"];
+        if self.paths.is_empty() {
+            return Err(("paths", "paths is empty: name at least one file, folder or pattern".to_owned()));
+        }
+        for name in self.template_variables.keys() {
+            let word = |sign: char| sign == '_' || sign.is_ascii_alphanumeric();
+            if GIVEN.contains(&name.as_str()) {
+                let problem = format!("template_variables sets {name}, which rows and tokenizer tell the template");
+                return Err(("template_variables", problem));
+            }
+            if name.is_empty() || !name.chars().all(word) || name.starts_with(|sign: char| sign.is_ascii_digit()) {
+                let problem =
+                    format!("template_variables has \"{name}\", which is no name in Jinja: letters, digits and _");
+                return Err(("template_variables", problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// The chat template with its variables.
+    ///
+    /// # Errors
+    /// If there is none, or it is no Jinja.
+    pub fn template(&self, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
+        Ok(chat_template("data.chat.template", &self.template, tokenizer)?.with_variables(&self.template_variables))
+    }
 }
 
 fn tokenizer() -> String {
@@ -120,6 +168,8 @@ pub struct ChatTokens {
     pub roles: Vec<Role>,
     /// Whether it is to be predicted.
     pub learnt: Vec<bool>,
+    /// Of those that were read, counted from 0. Several may come of one row.
+    pub row: usize,
 }
 
 /// What became of the rows of a data set.
@@ -133,27 +183,36 @@ pub struct Counts {
     pub dropped: usize,
     /// Cut.
     pub truncated: usize,
+    /// Of which several conversations are learnt, as the template renders answers otherwise once more follow.
+    pub several: usize,
 }
 
-/// The chat template that a recipe names.
+/// The chat template that a recipe names with the setting `key`.
 ///
 /// # Errors
 /// If there is none, or it is no Jinja.
-pub fn chat_template(name: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
+pub fn chat_template(key: &str, name: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
+    let unusable = |problem: String| DataError::Unusable(format!("{key}{problem}"));
     let built_in = BUILT_IN.iter().find(|(other, _)| *other == name).map(|(_, source)| (*source).to_owned());
     let source = match (name, built_in) {
         (_, Some(source)) => source,
         ("tokenizer", None) => tokenizer.chat_template().map(str::to_owned).ok_or_else(|| {
-            DataError::Unusable(
-                "data.chat.template: the tokenizer brings no chat template (neither chat_template.jinja nor \
-                 tokenizer_config.json beside it); name a built-in one: \"chatml\", \"llama3\" or \"plain\""
+            unusable(
+                ": the tokenizer brings no chat template (neither chat_template.jinja nor tokenizer_config.json beside it); \
+                 name a built-in one: \"chatml\", \"llama3\" or \"plain\""
                     .into(),
             )
         })?,
-        (path, None) => std::fs::read_to_string(path).at(Path::new(path))?,
+        (path, None) => std::fs::read_to_string(path).map_err(|cause| {
+            let here = std::env::current_dir().unwrap_or_default();
+            unusable(format!(
+                " \"{path}\": {cause} (looked from {}); it may be \"tokenizer\", \"chatml\", \"llama3\", \"plain\", or a file \
+                 of Jinja",
+                here.display()
+            ))
+        })?,
     };
-    ChatTemplate::new(&source, tokenizer.special())
-        .map_err(|problem| DataError::Unusable(format!("data.chat.template \"{name}\": {problem}")))
+    ChatTemplate::new(&source, tokenizer.special()).map_err(|problem| unusable(format!(" \"{name}\": {problem}")))
 }
 
 /// Reads all conversations.
@@ -165,17 +224,24 @@ pub fn read_chats(
     tokenizer: &Tokenizer,
     seq_len: usize,
 ) -> Result<(Vec<ChatTokens>, Counts), DataError> {
-    let template = chat_template(&config.template, tokenizer)?;
+    let template = config.template(tokenizer)?;
     let (mut chats, mut counts) = (Vec::new(), Counts::default());
     for (path, _) in expand(&config.paths, &["jsonl", "ndjson"])? {
         let content = std::fs::read(&path).at(&path)?;
-        for (index, line) in content.split(|&byte| byte == b'\n').enumerate() {
+        for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
             if line.trim_ascii().is_empty() {
                 continue;
             }
+            let row = counts.rows;
             counts.rows += 1;
             match read_row(line, config, &template, tokenizer) {
-                Ok(chat) => keep(chat, config, (&path, index + 1, seq_len), &mut chats, &mut counts)?,
+                Ok(several) => {
+                    counts.several += usize::from(several.len() > 1);
+                    for chat in several {
+                        let chat = ChatTokens { row, ..chat };
+                        keep(chat, config, (&path, index + 1, seq_len), &mut chats, &mut counts)?;
+                    }
+                }
                 Err(problem) => {
                     counts.bad += 1;
                     let row = |problem| DataError::Row { path: path.clone(), line: index + 1, problem };
@@ -202,7 +268,7 @@ fn read_row(
     config: &ChatConfig,
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
-) -> Result<ChatTokens, String> {
+) -> Result<Vec<ChatTokens>, String> {
     let row: Value = serde_json::from_slice(line).map_err(|error| {
         let (problem, column) = (error.to_string(), error.column());
         format!("column {column}: no JSON: {}", problem.split(" at line ").next().unwrap_or_default())
@@ -246,116 +312,6 @@ fn keep(
     }
     chats.push(chat);
     Ok(())
-}
-
-/// A conversation in tokens.
-///
-/// # Errors
-/// If the template refuses it, or answers cannot be told from the rest.
-pub(crate) fn tokenize(
-    chat: &Conversation,
-    learn: Learn,
-    template: &ChatTemplate,
-    tokenizer: &Tokenizer,
-) -> Result<ChatTokens, String> {
-    let rendered = template.render(chat, chat.messages.len(), false)?;
-    let answers = match rendered.generated {
-        Some(generated) => generated,
-        None => answers(chat, &rendered.text, template)?,
-    };
-    if answers.is_empty() && learn != Learn::All {
-        return Err("nothing is learnt from it: no answer of the assistant".into());
-    }
-    let contents = contents(chat, &rendered.text, &answers);
-    let mut out = ChatTokens::default();
-    let mut add = |range: Range<usize>, answer: Option<usize>| -> Result<(), String> {
-        for (id, place) in tokenizer.encode_template(&rendered.text[range.clone()]).map_err(|e| e.to_string())? {
-            let at = range.start + place;
-            let said = contents.iter().find(|(range, _)| range.contains(&at)).map(|(_, role)| *role);
-            out.tokens.push(id);
-            out.roles.push(match answer {
-                Some(_) => Role::Assistant,
-                None => said.unwrap_or(Role::Template),
-            });
-            out.learnt.push(match learn {
-                Learn::All => true,
-                Learn::Assistant => answer.is_some(),
-                Learn::Last => answer.is_some_and(|index| index + 1 == answers.len()),
-            });
-        }
-        Ok(())
-    };
-    let mut end = 0;
-    for (index, answer) in answers.iter().enumerate() {
-        add(end..answer.start, None)?;
-        add(answer.clone(), Some(index))?;
-        end = answer.end;
-    }
-    add(end..rendered.text.len(), None)?;
-    Ok(out)
-}
-
-fn role_of(message: &Value) -> &str {
-    message.get("role").and_then(Value::as_str).unwrap_or_default()
-}
-
-/// Where the assistant's answers stand, by rendering the conversation up to each of them.
-fn answers(chat: &Conversation, text: &str, template: &ChatTemplate) -> Result<Vec<Range<usize>>, String> {
-    let mut answers: Vec<Range<usize>> = Vec::new();
-    for (index, _) in chat.messages.iter().enumerate().filter(|(_, message)| role_of(message) == "assistant") {
-        let refused = |problem: String| format!("the template refuses messages 1 to {}: {problem}", index + 1);
-        let after = template.render(chat, index + 1, false).map_err(refused)?.text;
-        // Most templates refuse to render no message at all.
-        let before = match index {
-            0 => header(chat, template, &after)?,
-            _ => template.render(chat, index, true).map_err(refused)?.text,
-        };
-        if !(text.starts_with(&after) && after.starts_with(&before)) {
-            return Err(format!(
-                "answers cannot be told from the rest: the template renders messages 1 to {} otherwise when they stand \
-                 alone, or before an answer, than inside the conversation\n  hint: a template that marks answers with \
-                 {{% generation %}} needs no comparing",
-                index + 1
-            ));
-        }
-        // An answer that follows another directly begins where that one ends.
-        let start = before.len().max(answers.last().map_or(0, |last| last.end));
-        answers.push(start..after.len());
-    }
-    Ok(answers)
-}
-
-/// What stands before an answer that opens the conversation.
-fn header(chat: &Conversation, template: &ChatTemplate, after: &str) -> Result<String, String> {
-    if let Ok(rendered) = template.render(chat, 0, true) {
-        return Ok(rendered.text);
-    }
-    let content = chat.messages[0].get("content").and_then(Value::as_str).unwrap_or_default().trim();
-    let start = after.find(content).filter(|_| !content.is_empty());
-    start.map(|start| after[..start].to_owned()).ok_or_else(|| "its first message is an empty answer".to_owned())
-}
-
-/// Where the texts of all other messages stand, between the answers, with their roles.
-fn contents(chat: &Conversation, text: &str, answers: &[Range<usize>]) -> Vec<(Range<usize>, Role)> {
-    let (mut found, mut from, mut next_answer) = (Vec::new(), 0, answers.iter());
-    for message in &chat.messages {
-        let role = match role_of(message) {
-            "assistant" => {
-                from = next_answer.next().map_or(from, |answer| answer.end);
-                continue;
-            }
-            "system" | "developer" => Role::System,
-            "user" => Role::User,
-            _ => Role::Tool,
-        };
-        let content = message.get("content").and_then(Value::as_str).unwrap_or_default().trim();
-        let Some(start) = text[from..].find(content).filter(|_| !content.is_empty()).map(|at| from + at) else {
-            continue;
-        };
-        found.push((start..start + content.len(), role));
-        from = start + content.len();
-    }
-    found
 }
 
 #[cfg(test)]

@@ -183,7 +183,7 @@ impl DataConfig {
             Self::RustDocs(_) => Ok(()),
             Self::Text(text) => named(&text.paths),
             Self::Jsonl(jsonl) => named(&jsonl.paths),
-            Self::Chat(chat) => named(&chat.paths),
+            Self::Chat(chat) => chat.validate(),
             Self::LongContext(config) => config.validate(),
             Self::Markov(task) => task.validate(),
             Self::AssociativeRecall(task) => task.validate(seq_len),

@@ -92,6 +92,8 @@ pub struct Opened {
     pub vocab_size: usize,
     /// What the data is, in words.
     pub description: String,
+    /// What else there is to know before it is learnt from.
+    pub notes: Vec<String>,
     /// For text: a hash of the texts and the tokenizer, which tells whether files have changed.
     pub text_hash: Option<String>,
     /// The lowest loss that any model can reach, in nats per target, where it is known.
@@ -137,6 +139,7 @@ pub fn open(
             tokenizer: None,
             vocab_size,
             description,
+            notes: Vec::new(),
             text_hash: None,
             floor,
         });
@@ -171,6 +174,7 @@ pub fn open(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
+        notes: Vec::new(),
         text_hash: Some(file.key().to_owned()),
         floor: None,
     })
@@ -179,47 +183,26 @@ pub fn open(
 fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions) -> Result<Opened, DataError> {
     let OpenOptions { seq_len, batch_size, seed, validation_fraction, .. } = *options;
     let (chats, counts) = chat::read_chats(config, tokenizer, seq_len)?;
-    let template = chat::chat_template(&config.template, tokenizer)?;
+    let template = config.template(tokenizer)?;
     let mut hash = blake3::Hasher::new();
-    let (mut held_out, mut tracked) = (Vec::new(), Vec::new());
-    let kept_out = validation_fraction + options.tracking.map_or(0.0, |tracking| tracking.fraction);
+    // Conversations of one row lie on one side; a row's hash is that of its first.
+    let (mut rows, mut hashes) = (Vec::new(), Vec::new());
     for chat in &chats {
         let ids: Vec<u8> = chat.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
         hash.update(&(ids.len() as u64).to_le_bytes()).update(&ids);
-        // Each by its own hash, so that more conversations move none to the other side.
-        let own = blake3::hash(&ids);
-        let first = u64::from_le_bytes(std::array::from_fn(|i| own.as_bytes()[i]));
-        let below = |share: f64| (first as f64) < share * u64::MAX as f64;
-        held_out.push(below(validation_fraction));
-        tracked.push(!below(validation_fraction) && below(kept_out));
+        if rows.last() != Some(&chat.row) {
+            rows.push(chat.row);
+            let own = blake3::hash(&ids);
+            hashes.push(u64::from_le_bytes(std::array::from_fn(|i| own.as_bytes()[i])));
+        }
     }
-    if chats.len() < 2 {
-        let problem = "data.chat: there is one conversation to learn from and to validate on, where each takes its own: give \
-                       at least 2";
-        return Err(DataError::Unusable(problem.into()));
-    }
-    if held_out.iter().all(|&out| out == held_out[0]) {
-        // Too few to choose from: the last one.
-        held_out.fill(false);
-        *held_out.last_mut().expect("there are two") = true;
-    }
-    for (tracked, out) in tracked.iter_mut().zip(&held_out) {
-        *tracked &= !out;
-    }
-    let others: Vec<usize> = (0..chats.len()).filter(|&index| !held_out[index]).collect();
-    if let [first, .., last] = others[..]
-        && options.tracking.is_some()
-    {
-        // Again too few: one for each side.
-        tracked[last] |= others.iter().all(|&index| !tracked[index]);
-        tracked[first] &= others.iter().any(|&index| !tracked[index]);
-    }
-    let side = |out: bool| -> Vec<usize> {
-        (0..chats.len()).filter(|&index| held_out[index] == out && !tracked[index]).collect()
-    };
-    let (train, validation) = (side(false), side(true));
+    let sides = chat::Sides::of(&hashes, validation_fraction, options.tracking.map(|tracking| tracking.fraction))?;
+    let place = |index: usize| rows.partition_point(|&row| row < chats[index].row);
+    let chosen =
+        |side: &dyn Fn(usize) -> bool| (0..chats.len()).filter(|&index| side(place(index))).collect::<Vec<_>>();
+    let train = chosen(&|row| !sides.held_out(row) && !sides.tracked(row));
+    let (validation, tracked) = (chosen(&|row| sides.held_out(row)), chosen(&|row| sides.tracked(row)));
     let most = options.tracking.map_or(0, |tracking| tracking.texts);
-    let tracked: Vec<usize> = (0..chats.len()).filter(|&index| tracked[index] && !held_out[index]).collect();
     for (what, empty) in [
         ("to learn from", train.is_empty()),
         ("to watch the model on", options.tracking.is_some() && tracked.is_empty()),
@@ -261,6 +244,15 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         100.0 * train.padding(),
         sizes.1
     );
+    let several = (counts.several > 0).then(|| {
+        format!(
+            "{} conversations are learnt as several each ({} in all): the template renders their answers otherwise once more \
+             follow, so that each is learnt where it stands as it has to be written",
+            counts.several,
+            sizes.0 + sizes.1
+        )
+    });
+    let markers = chat::note(&template, tokenizer, "data.chat.template", &config.template)?;
     let loader = |rows: ChatRows, order: Order| {
         Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
     };
@@ -272,6 +264,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         // Whoever uses the model has to write as it has learnt to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
         description,
+        notes: several.into_iter().chain(markers).collect(),
         text_hash: Some(hash.finalize().to_hex().to_string()),
         floor: None,
     })
@@ -285,7 +278,8 @@ fn open_long_context(
     let OpenOptions { seq_len, batch_size, seed, validation_samples, .. } = *options;
     let rows = |side| LongContext::new(config, tokenizer, seq_len, (seed, side));
     let (train, held_out) = (rows(Side::Train)?, rows(Side::Validation(validation_samples.max(1)))?);
-    let template = train.template().to_owned();
+    let markers = chat::note(train.template(), tokenizer, "data.long_context.template", &config.template)?;
+    let template = train.template().source().to_owned();
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
     let tracked = rows(Side::Tracking(most))?;
     let tracking = watched(&tracked, most)?;
@@ -300,6 +294,7 @@ fn open_long_context(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone().with_chat_template(template)),
         description: format!("generated: questions about texts of up to {seq_len} tokens ({})", tasks.join(", ")),
+        notes: markers.into_iter().collect(),
         text_hash: None,
         floor: None,
     })

@@ -143,8 +143,15 @@ impl Problems<'_> {
             [json!({ "role": "user", "content": question }), json!({ "role": "assistant", "content": answer })]
         };
         let chat = Conversation { messages: turns.iter().flat_map(turn).collect(), tools: None };
-        let tokens = tokenize(&chat, self.learn, self.template, self.tokenizer)
+        let mut texts = tokenize(&chat, self.learn, self.template, self.tokenizer)
             .map_err(|problem| DataError::Unusable(format!("chat template: {problem}")))?;
+        let Some(tokens) = texts.pop().filter(|_| texts.is_empty()) else {
+            return Err(DataError::Unusable(format!(
+                "data.long_context.questions ({}): the chat template renders answers otherwise once more questions follow, so \
+                 that they cannot be learnt in one text; set questions = 1, or template = \"plain\"",
+                self.questions
+            )));
+        };
         let said = |at: usize| tokens.roles[at] == Role::Assistant;
         let start = (0..tokens.tokens.len()).find(|&at| said(at)).unwrap_or(0);
         let whole = |end: &usize| self.tokenizer.decode(&tokens.tokens[start..*end]).trim() == turns[0][1];
@@ -198,7 +205,7 @@ impl LongContext {
         seq_len: usize,
         (seed, side): (u64, Side),
     ) -> Result<Self, DataError> {
-        let template = chat_template(&config.template, tokenizer)?;
+        let template = chat_template("data.long_context.template", &config.template, tokenizer)?;
         let (config, tokenizer) = (config.clone(), tokenizer.clone());
         let rows = Self { config, tokenizer, template, seq_len, seed, side };
         for index in 0..rows.config.tasks.len() as u64 {
@@ -207,9 +214,9 @@ impl LongContext {
         Ok(rows)
     }
 
-    /// The chat template's text.
-    pub(crate) fn template(&self) -> &str {
-        self.template.source()
+    /// The chat template.
+    pub(crate) fn template(&self) -> &ChatTemplate {
+        &self.template
     }
 
     fn problem(&self, index: u64) -> Result<LongProblem, DataError> {
@@ -228,7 +235,7 @@ impl Samples for LongContext {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        let ChatTokens { mut tokens, mut roles, learnt } = self.problem(index)?.tokens;
+        let ChatTokens { mut tokens, mut roles, learnt, .. } = self.problem(index)?.tokens;
         let mut targets: Vec<i64> = tokens
             .iter()
             .zip(&learnt)
@@ -248,7 +255,7 @@ impl Samples for LongContext {
 pub(crate) fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, DataError> {
     const TEXTS: u64 = 400;
     let tokenizer = Tokenizer::bytes();
-    let template = chat_template(&config.template, &tokenizer)?;
+    let template = chat_template("data.long_context.template", &config.template, &tokenizer)?;
     let problems =
         Problems { tokenizer: &tokenizer, template: &template, learn: config.learn, questions: 1, keys: EIGHT };
     let text = |index: u64| {
@@ -269,7 +276,7 @@ mod tests {
 
     fn make_with(questions: usize, task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {
         let tokenizer = Tokenizer::bytes();
-        let template = chat_template("plain", &tokenizer).unwrap();
+        let template = chat_template("template", "plain", &tokenizer).unwrap();
         let problems =
             Problems { tokenizer: &tokenizer, template: &template, learn: Learn::Assistant, questions, keys: EIGHT };
         problems.make(task, length, depth, &mut generator(7, stream)).unwrap()

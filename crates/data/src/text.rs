@@ -212,7 +212,8 @@ fn found(row: &Value, field: &str) -> String {
 /// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place.
 fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result<(), String>) -> Result<(), DataError> {
     for (path, _) in expand(paths, &["jsonl", "ndjson"])? {
-        let Ok(content) = String::from_utf8(std::fs::read(&path).at(&path)?) else {
+        let content = std::fs::read(&path).at(&path)?;
+        let Ok(content) = std::str::from_utf8(without_mark(&content)) else {
             return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
         };
         for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -226,6 +227,11 @@ fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result
         }
     }
     Ok(())
+}
+
+/// A file without the byte order mark that some programs write before UTF-8.
+pub(crate) fn without_mark(content: &[u8]) -> &[u8] {
+    content.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(content)
 }
 
 /// Files that patterns mean, sorted, each once, with whether it was named itself (not only found in a folder).

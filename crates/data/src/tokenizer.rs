@@ -62,6 +62,7 @@ pub struct Tokenizer {
     token_bytes: Vec<u32>,
     begin_of_text: String,
     chat_template: Option<String>,
+    marks_beginnings: bool,
 }
 
 impl Tokenizer {
@@ -101,7 +102,8 @@ impl Tokenizer {
         let mut token_bytes = vec![1; 256];
         token_bytes.extend([0, 0]);
         let (begin_of_text, chat_template) = (String::new(), None);
-        Self { json: bytes_json(), inner: None, end_of_text: Some(256), token_bytes, begin_of_text, chat_template }
+        let (json, inner, end_of_text, marks_beginnings) = (bytes_json(), None, Some(256), false);
+        Self { json, inner, end_of_text, token_bytes, begin_of_text, chat_template, marks_beginnings }
     }
 
     /// Opens the text of a tokenizer.json, as checkpoints keep it.
@@ -119,8 +121,9 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| unusable(format!("truncation cannot be switched off: {e}")))?;
         let end_of_text = END_NAMES.iter().find_map(|name| inner.token_to_id(name));
         let token_bytes = count_bytes(json, &inner);
-        let (json, inner) = (json.to_owned(), Some(Box::new(inner)));
-        Ok(Self { json, inner, end_of_text, token_bytes, begin_of_text: String::new(), chat_template: None })
+        let marks_beginnings = marks_beginnings(&inner);
+        let (json, inner, begin_of_text) = (json.to_owned(), Some(Box::new(inner)), String::new());
+        Ok(Self { json, inner, end_of_text, token_bytes, begin_of_text, chat_template: None, marks_beginnings })
     }
 
     /// The same with the special tokens and the chat template of a tokenizer_config.json; what it does not name stays.
@@ -199,6 +202,20 @@ impl Tokenizer {
         let encoded = encoded.map_err(|e| DataError::Unusable(format!("the tokenizer failed: {e}")))?;
         let last = encoded.get_offsets().iter().map(|&(start, end)| start.max(end.saturating_sub(1)));
         Ok(encoded.get_ids().iter().copied().zip(last).collect())
+    }
+
+    /// Whether the beginning of a text gets a mark of its own, as SentencePiece puts `▁` there: a text in pieces has other
+    /// tokens than in one, then.
+    pub fn marks_beginnings(&self) -> bool {
+        self.marks_beginnings
+    }
+
+    /// Whether an id is one that was added to the vocabulary: a special token, or another one that is never divided.
+    pub fn is_added(&self, id: u32) -> bool {
+        match &self.inner {
+            None => id >= 256,
+            Some(inner) => inner.get_added_tokens_decoder().contains_key(&id),
+        }
     }
 
     /// Token ids of a text; no special tokens are added.
@@ -376,6 +393,23 @@ fn bytes_json() -> String {
             "vocab": vocab, "merges": [] },
     });
     json.to_string()
+}
+
+/// Whether something is put before the first piece of a text: by a normaliser, or by what divides it into words.
+fn marks_beginnings(inner: &HfTokenizer) -> bool {
+    fn any(part: &Value) -> bool {
+        let nested = ["normalizers", "pretokenizers"].iter().filter_map(|key| part[key].as_array()).flatten();
+        let prefix = || part["add_prefix_space"].as_bool();
+        nested.clone().any(any)
+            || match part["type"].as_str() {
+                Some("Prepend") => true,
+                Some("Metaspace") => part["prepend_scheme"].as_str().map_or(prefix() != Some(false), |s| s != "never"),
+                Some("ByteLevel") => prefix() == Some(true),
+                _ => false,
+            }
+    }
+    let parts = [serde_json::to_value(inner.get_normalizer()), serde_json::to_value(inner.get_pre_tokenizer())];
+    parts.iter().flatten().any(any)
 }
 
 /// Bytes per id: exact for byte-level tokens and byte-fallback ones; others by the text they decode to.

@@ -20,7 +20,7 @@ pub enum ColumnsConfig {
     /// A list of messages with roles system, user, assistant, tool.
     Messages(MessagesColumns),
     /// A list of messages with "from" and "value", as ShareGPT has them.
-    Sharegpt(SharegptColumns),
+    Sharegpt(Box<SharegptColumns>),
     /// Columns for an instruction, its input and the output, as Alpaca has them.
     Alpaca(AlpacaColumns),
 }
@@ -39,11 +39,38 @@ pub struct MessagesColumns {
     pub messages: String,
     /// The list of tools, where there is one. Default: "tools".
     pub tools: String,
+    /// A system message that is none of the list, where there is one. Default: "system".
+    pub system: String,
 }
 
 impl Default for MessagesColumns {
     fn default() -> Self {
-        Self { messages: "messages".into(), tools: "tools".into() }
+        Self { messages: "messages".into(), tools: "tools".into(), system: "system".into() }
+    }
+}
+
+/// Who has several names in a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "a name, or a list of names")]
+pub enum Names {
+    /// One.
+    One(String),
+    /// Any of them.
+    Several(Vec<String>),
+}
+
+impl Names {
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Self::One(one) => one == name,
+            Self::Several(all) => all.iter().any(|one| one == name),
+        }
+    }
+}
+
+impl From<&str> for Names {
+    fn from(name: &str) -> Self {
+        Self::One(name.into())
     }
 }
 
@@ -57,21 +84,27 @@ pub struct SharegptColumns {
     pub role: String,
     /// What is said. Default: "value".
     pub content: String,
-    /// Names of system, of users, of the assistant and of tools. Defaults: "system", "human", "gpt", "tool".
-    pub system: String,
+    /// Names of system, of users, of the assistant and of tools: each one name, or a list such as ["gpt", "function_call"].
+    /// Defaults: "system", "human", "gpt", "tool".
+    pub system: Names,
     /// See `system`.
-    pub user: String,
+    pub user: Names,
     /// See `system`.
-    pub assistant: String,
+    pub assistant: Names,
     /// See `system`.
-    pub tool: String,
+    pub tool: Names,
+    /// The column of a system message that is none of the list, where there is one. Default: "system".
+    pub system_column: String,
+    /// The list of tools, where there is one. Default: "tools".
+    pub tools: String,
 }
 
 impl Default for SharegptColumns {
     fn default() -> Self {
         let [messages, role, content] = ["conversations", "from", "value"].map(Into::into);
         let [system, user, assistant, tool] = ["system", "human", "gpt", "tool"].map(Into::into);
-        Self { messages, role, content, system, user, assistant, tool }
+        let [system_column, tools] = ["system", "tools"].map(Into::into);
+        Self { messages, role, content, system, user, assistant, tool, system_column, tools }
     }
 }
 
@@ -103,32 +136,15 @@ impl ColumnsConfig {
     /// What is wrong with it.
     pub(super) fn read(&self, row: &Value) -> Result<Conversation, String> {
         let Some(row) = row.as_object() else { return Err("the row is no object".into()) };
-        let chat = match self {
+        let mut chat = match self {
             Self::Messages(names) => {
-                let tools = row.get(&names.tools).filter(|tools| !tools.is_null()).cloned();
-                Conversation { messages: list(row, &names.messages)?.clone(), tools }
+                let messages = with_system(list(row, &names.messages)?.clone(), row, &names.system)?;
+                Conversation { messages, tools: tools(row, &names.tools)? }
             }
             Self::Sharegpt(names) => {
-                let read = |message: &Value| {
-                    let text = |key: &str| message.get(key).and_then(Value::as_str);
-                    let from =
-                        text(&names.role).ok_or_else(|| format!("a message has no text in \"{}\"", names.role))?;
-                    let content = text(&names.content)
-                        .ok_or_else(|| format!("a message has no text in \"{}\"", names.content))?;
-                    let known = [
-                        (&names.system, "system"),
-                        (&names.user, "user"),
-                        (&names.assistant, "assistant"),
-                        (&names.tool, "tool"),
-                    ];
-                    let role = known.iter().find(|(theirs, ours)| *theirs == from || *ours == from);
-                    let (_, role) = role.ok_or_else(|| {
-                        format!("\"{from}\" speaks, whom nobody knows: name the roles in data.chat.columns.sharegpt")
-                    })?;
-                    Ok(json!({ "role": role, "content": content }))
-                };
-                let messages = list(row, &names.messages)?.iter().map(read).collect::<Result<_, String>>()?;
-                Conversation { messages, tools: None }
+                let messages = list(row, &names.messages)?.iter().map(|message| names.message(message));
+                let messages = with_system(messages.collect::<Result<_, String>>()?, row, &names.system_column)?;
+                Conversation { messages, tools: tools(row, &names.tools)? }
             }
             Self::Alpaca(names) => {
                 let text = |key: &str| row.get(key).and_then(Value::as_str);
@@ -145,9 +161,76 @@ impl ColumnsConfig {
                 Conversation { messages, tools: None }
             }
         };
-        check(&chat)?;
+        check(&mut chat)?;
         Ok(chat)
     }
+}
+
+impl SharegptColumns {
+    fn message(&self, message: &Value) -> Result<Value, String> {
+        let text = |key: &str| message.get(key).and_then(Value::as_str);
+        let need = |key: &str| text(key).ok_or_else(|| format!("a message has no text in \"{key}\""));
+        let (from, content) = (need(&self.role)?, need(&self.content)?);
+        let known =
+            [(&self.system, "system"), (&self.user, "user"), (&self.assistant, "assistant"), (&self.tool, "tool")];
+        let role = known.iter().find(|(theirs, _)| theirs.has(from)).or(known.iter().find(|(_, ours)| *ours == from));
+        let (_, role) = role.ok_or_else(|| {
+            format!(
+                "\"{from}\" speaks, whom nobody knows: name the roles in data.chat.columns.sharegpt (assistant = [\"gpt\", \
+                 \"{from}\"], for instance)"
+            )
+        })?;
+        let mut read = json!({ "role": role, "content": content });
+        if let Some(calls) = message.get("tool_calls") {
+            read["tool_calls"] = calls.clone();
+        }
+        Ok(read)
+    }
+}
+
+/// The messages behind the system message of a column of its own, where there is one.
+fn with_system(mut messages: Vec<Value>, row: &Map<String, Value>, key: &str) -> Result<Vec<Value>, String> {
+    let text = match row.get(key) {
+        None | Some(Value::Null) => return Ok(messages),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(messages),
+        Some(Value::String(text)) => text,
+        Some(other) => {
+            return Err(format!("\"{key}\" is {}, where the text of a system message may stand", kind(other)));
+        }
+    };
+    if messages.first().is_some_and(|first| first.get("role").and_then(Value::as_str) == Some("system")) {
+        return Err(format!("it has two system messages: the first message and \"{key}\""));
+    }
+    messages.insert(0, json!({ "role": "system", "content": text }));
+    Ok(messages)
+}
+
+/// The tools of a column; `None` where it has none.
+fn tools(row: &Map<String, Value>, key: &str) -> Result<Option<Value>, String> {
+    match row.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
+        Some(value) => {
+            let tools = objects(value).map_err(|problem| format!("\"{key}\" {problem}"))?;
+            Ok(if tools.is_empty() { None } else { Some(Value::Array(tools)) })
+        }
+    }
+}
+
+/// A list of objects. The list, and each object, may be JSON in a text, as files of tables keep them.
+fn objects(value: &Value) -> Result<Vec<Value>, String> {
+    let told = |value: &Value| match value {
+        Value::String(text) => serde_json::from_str(text).map_err(|_| "is a text that is no JSON".to_owned()),
+        other => Ok(other.clone()),
+    };
+    let Value::Array(items) = told(value)? else {
+        return Err(format!("is {}, where a list of objects belongs", kind(&told(value)?)));
+    };
+    let object = |item: &Value| match told(item)? {
+        Value::Object(object) => Ok(Value::Object(object)),
+        other => Err(format!("is a list that holds {}, where objects belong", kind(&other))),
+    };
+    items.iter().map(object).collect()
 }
 
 fn list<'a>(row: &'a Map<String, Value>, key: &str) -> Result<&'a Vec<Value>, String> {
@@ -173,11 +256,11 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-fn check(chat: &Conversation) -> Result<(), String> {
+fn check(chat: &mut Conversation) -> Result<(), String> {
     if chat.messages.is_empty() {
         return Err("it has no messages".into());
     }
-    for (index, message) in chat.messages.iter().enumerate() {
+    for (index, message) in chat.messages.iter_mut().enumerate() {
         let number = index + 1;
         match message.get("role").and_then(Value::as_str) {
             Some("system" | "developer" | "user" | "assistant" | "tool" | "function" | "ipython") => {}
@@ -186,10 +269,29 @@ fn check(chat: &Conversation) -> Result<(), String> {
             }
             None => return Err(format!("message {number} has no role")),
         }
-        let said = message.get("content").is_some_and(|content| content.is_string() || content.is_array());
-        if !said && message.get("tool_calls").is_none() {
-            return Err(format!("message {number} has no content"));
+        let mut calls = false;
+        if let Some(told) = message.get_mut("tool_calls").filter(|told| !told.is_null()) {
+            let all = objects(told).map_err(|problem| format!("\"tool_calls\" of message {number} {problem}"))?;
+            calls = !all.is_empty();
+            *told = Value::Array(all);
+        }
+        match message.get("content") {
+            Some(Value::String(_)) => {}
+            Some(Value::Array(parts)) => {
+                if let Some(other) = parts.iter().find(|part| part_text(part).is_none()) {
+                    let what = other.get("type").map_or_else(|| kind(other).to_owned(), Value::to_string);
+                    return Err(format!("message {number} has a part that is {what}: only text can be learnt from"));
+                }
+            }
+            _ if calls => {}
+            _ => return Err(format!("message {number} has no content")),
         }
     }
     Ok(())
+}
+
+/// The text of a part of a message whose content is a list of parts.
+pub(super) fn part_text(part: &Value) -> Option<&str> {
+    let is_text = part.get("type").is_none_or(|kind| kind == "text");
+    part.as_str().or_else(|| part.get("text").filter(|_| is_text).and_then(Value::as_str))
 }

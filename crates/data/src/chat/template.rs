@@ -3,6 +3,8 @@
 //! Left out on purpose: `strftime_now`. A text that depends on the day would make every run another one; templates that
 //! ask whether it is defined (Llama 3's do) take their constant date.
 
+use std::collections::BTreeMap;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
@@ -33,6 +35,8 @@ pub const BUILT_IN: [(&str, &str); 3] = [("chatml", CHATML), ("llama3", LLAMA3),
 
 /// Around what a `{% generation %}` block wrote. Private code points of Unicode, which no text holds by rights.
 const MARKS: [char; 2] = ['\u{F0E0A}', '\u{F0E0B}'];
+
+const ANSWER: &str = "an answer like no other";
 
 /// A chat template, ready to use.
 #[derive(Clone)]
@@ -94,6 +98,23 @@ impl ChatTemplate {
         Ok(Self { environment, source: source.to_owned(), special, marks })
     }
 
+    /// The same with variables that a recipe sets. They become part of the text, as defaults, so that whoever uses the model
+    /// renders with them, too.
+    #[must_use]
+    pub fn with_variables(mut self, variables: &BTreeMap<String, Json>) -> Self {
+        let mut defaults = String::new();
+        for (name, value) in variables {
+            self.environment.add_global(name.clone(), Value::from(Serde(value)));
+            // JSON is a literal of Jinja's, too.
+            defaults.push_str(&format!("{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"));
+        }
+        if !defaults.is_empty() {
+            // The line break ends the block and is not written.
+            self.source = format!("{defaults}\n{}", self.source);
+        }
+        self
+    }
+
     /// The Jinja text.
     pub fn source(&self) -> &str {
         &self.source
@@ -128,11 +149,15 @@ impl ChatTemplate {
 
     /// What stands behind an answer: how a model says that its turn is over.
     pub fn end_of_turn(&self) -> Option<String> {
-        const ANSWER: &str = "an answer like no other";
+        let text = self.probe()?;
+        text.split_once(ANSWER).map(|(_, behind)| behind.to_owned()).filter(|behind| !behind.is_empty())
+    }
+
+    /// A question with [`ANSWER`], where the template takes it.
+    pub(super) fn probe(&self) -> Option<String> {
         let message = |role: &str, content: &str| serde_json::json!({ "role": role, "content": content });
         let chat = Conversation { messages: vec![message("user", "?"), message("assistant", ANSWER)], tools: None };
-        let text = self.render(&chat, 2, false).ok()?.text;
-        text.split_once(ANSWER).map(|(_, behind)| behind.to_owned()).filter(|behind| !behind.is_empty())
+        Some(self.render(&chat, 2, false).ok()?.text)
     }
 }
 
@@ -173,7 +198,7 @@ fn unmarked(marked: &str) -> Result<Rendered, String> {
 }
 
 fn in_words(error: &minijinja::Error) -> String {
-    let place = error.line().map_or(String::new(), |line| format!("line {line}: "));
+    let place = error.line().map_or(String::new(), |line| format!("line {line} of the chat template: "));
     let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     format!("{place}{what}")
 }

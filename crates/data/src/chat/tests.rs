@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-use std::collections::BTreeMap;
+use std::path::Path;
 
 use polyhead_models::IGNORE;
 use serde_json::json;
@@ -45,22 +45,29 @@ fn chat(said: &[(&str, &str)]) -> Conversation {
     Conversation { messages: said.iter().map(message).collect(), tools: None }
 }
 
-/// The conversation's tokens (bytes) as text, in runs of one role; those that are learnt in brackets.
+/// The conversation's tokens (bytes) as text, in runs of one role; those that are learnt in brackets. One line for each text
+/// that is learnt from.
 fn runs(said: &[(&str, &str)], learn: Learn, source: &str) -> Result<String, String> {
     let tokenizer = Tokenizer::bytes();
     let template = ChatTemplate::new(source, tokenizer.special()).unwrap();
-    let tokens = tokenize(&chat(said), learn, &template, &tokenizer)?;
-    let mut out = String::new();
-    let mut last = None;
-    for ((&id, &role), &learnt) in tokens.tokens.iter().zip(&tokens.roles).zip(&tokens.learnt) {
-        if last != Some((role, learnt)) {
-            let name = format!("{role:?}").to_lowercase();
-            out.push_str(&if learnt { format!(" [{name}] ") } else { format!(" {name}: ") });
+    shown(&chat(said), learn, &template)
+}
+
+fn shown(chat: &Conversation, learn: Learn, template: &ChatTemplate) -> Result<String, String> {
+    let tokenizer = Tokenizer::bytes();
+    let lines = tokenize(chat, learn, template, &tokenizer)?.into_iter().map(|tokens| {
+        let (mut out, mut last) = (String::new(), None);
+        for ((&id, &role), &learnt) in tokens.tokens.iter().zip(&tokens.roles).zip(&tokens.learnt) {
+            if last != Some((role, learnt)) {
+                let name = format!("{role:?}").to_lowercase();
+                out.push_str(&if learnt { format!(" [{name}] ") } else { format!(" {name}: ") });
+            }
+            last = Some((role, learnt));
+            out.push_str(&tokenizer.token_text(id));
         }
-        last = Some((role, learnt));
-        out.push_str(&tokenizer.token_text(id));
-    }
-    Ok(out)
+        out
+    });
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 const TALK: [(&str, &str); 5] =
@@ -95,18 +102,105 @@ fn built_in_templates_know_how_a_turn_ends() {
 }
 
 #[test]
-fn templates_that_render_a_message_otherwise_later_are_refused_unless_they_mark_answers() {
+fn answers_that_are_rendered_otherwise_later_are_learnt_as_they_are_written() {
     // Thoughts are kept in the last answer only.
     let strips = "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ '<a>' + m.content.split('|')[-1] }}\
                   {% else %}{{ '<' + m.role[0] + '>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
     let talk = [("user", "q"), ("assistant", "hm|1"), ("user", "r"), ("assistant", "hm|2")];
-    let error = runs(&talk, Learn::Assistant, strips).unwrap_err();
-    assert!(error.contains("messages 1 to 2") && error.contains("{% generation %}"), "{error}");
-    assert!(runs(&talk[..2], Learn::Assistant, strips).unwrap().ends_with("<a> [assistant] hm|1"));
+    let several = " template: <u> user: q template: <a> assistant: 1 template: <u> user: r template: <a> [assistant] hm|2\n \
+                   template: <u> user: q template: <a> [assistant] hm|1";
+    assert_eq!(runs(&talk, Learn::Assistant, strips).unwrap(), several);
+    assert_eq!(runs(&talk, Learn::Last, strips).unwrap(), several.lines().next().unwrap());
+    assert_eq!(runs(&talk, Learn::All, strips).unwrap().lines().count(), 1);
+    // The whole conversation ends with a question: nothing of it is written as it has to be.
+    let open = [&talk[..2], &talk[2..3]].concat();
+    assert_eq!(runs(&open, Learn::Assistant, strips).unwrap(), several.lines().nth(1).unwrap());
     let marked = strips.replace("{{ '<a>' + m.content.split('|')[-1] }}", "<a>{% generation %}{{ m.content.split('|')[-1] }}{% endgeneration %}")
         .replace("{{ '<' + m.role[0] + '>' + m.content }}", "{{ '<' + m.role[0] + '>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
     let shown = runs(&talk, Learn::Assistant, &marked).unwrap();
     assert!(shown.contains("<a> [assistant] 1 template: <u> user: r template: <a> [assistant] hm|2"), "{shown}");
+    // An answer that begins otherwise than the template asks for it can be learnt in no text.
+    let opens = strips.replace("%}<a>{%", "%}<a><think>{%");
+    let error = runs(&talk, Learn::Assistant, &opens).unwrap_err();
+    assert!(error.contains("message 2") && error.contains("{% generation %}"), "{error}");
+    assert_eq!(runs(&talk, Learn::All, &opens).unwrap().lines().count(), 1);
+}
+
+/// In the manner of Qwen 3's: thoughts, at least empty ones, stand in answers behind the last question only.
+const QWEN3: &str = "\
+{%- set ns = namespace(last=-1) %}\
+{%- for m in messages %}{% if m.role == 'user' and not m.content.startswith('<tool_response>') %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}\
+{%- if m.role == 'assistant' %}\
+{%- set said = m.content.split('</think>')[-1].lstrip('\\n') %}\
+{%- set thought = m.content.split('</think>')[0].replace('<think>', '').strip('\\n') if '</think>' in m.content else '' %}\
+{%- if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}\
+{%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}\
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}";
+
+#[test]
+fn turns_of_a_template_that_thinks_behind_the_last_question_only() {
+    let talk = [("user", "q"), ("assistant", "1"), ("user", "1"), ("assistant", "<think>\nhm\n</think>\n\n2")];
+    let shown = runs(&talk, Learn::Assistant, QWEN3).unwrap();
+    let lines: Vec<&str> = shown.lines().collect();
+    let both = " template: <|im_start|>user\\n user: q template: <|im_end|>\\n<|im_start|>assistant\\n";
+    assert_eq!(lines.len(), 2);
+    let [earlier, last] = [
+        " assistant: 1 template: <|im_end|>\\n<|im_start|>user\\n user: 1 template: ",
+        " [assistant] <think>\\nhm\\n</think>\\n\\n2<|im_end|>\\n",
+    ];
+    assert_eq!(lines[0], format!("{both}{earlier}<|im_end|>\\n<|im_start|>assistant\\n{last}"));
+    assert_eq!(lines[1], format!("{both} [assistant] <think>\\n\\n</think>\\n\\n1<|im_end|>\\n"));
+    // A tool's answer that a user gives does not ask anew: marks around it do, and are left out.
+    let tool = [("user", "q"), ("assistant", "1"), ("user", "<tool_response>t</tool_response>"), ("assistant", "2")];
+    let shown = runs(&tool, Learn::Last, QWEN3).unwrap();
+    assert!(shown.contains(" user: q ") && shown.contains(" assistant: 1 "), "{shown}");
+}
+
+#[test]
+fn variables_of_a_template_are_set_and_kept_as_defaults() {
+    let tokenizer = Tokenizer::bytes();
+    let variables =
+        BTreeMap::from([("enable_thinking".into(), json!(false)), ("names".into(), json!({ "a": ["b\n"] }))]);
+    let template = ChatTemplate::new(QWEN3, tokenizer.special()).unwrap().with_variables(&variables);
+    let talk = [("user", "q"), ("assistant", "1"), ("user", "r"), ("assistant", "2")];
+    let text = shown(&chat(&talk), Learn::Assistant, &template).unwrap();
+    let [first, second] = text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap();
+    assert!(first.ends_with("assistant\\n<think>\\n\\n</think>\\n\\n [assistant] 2<|im_end|>\\n"), "{first}");
+    assert!(second.ends_with("assistant\\n<think>\\n\\n</think>\\n\\n [assistant] 1<|im_end|>\\n"), "{second}");
+    // As an export has it: the same, unless whoever renders says otherwise.
+    let kept = ChatTemplate::new(template.source(), tokenizer.special()).unwrap();
+    let question = [json!({ "role": "user", "content": "q" })];
+    assert_eq!(kept.prompt(&question).unwrap(), template.prompt(&question).unwrap());
+    assert!(kept.prompt(&question).unwrap().ends_with("</think>\n\n"));
+    let thinks = kept.with_variables(&BTreeMap::from([("enable_thinking".into(), json!(true))]));
+    assert!(thinks.prompt(&question).unwrap().ends_with("assistant\n"));
+    for (name, words) in [("messages", "rows and tokenizer"), ("a-b", "no name in Jinja"), ("1", "no name in Jinja")] {
+        let config = json!({ "paths": ["x"], "template_variables": { name: 1 } });
+        let config: ChatConfig = serde_json::from_value(config).unwrap();
+        assert!(config.validate().unwrap_err().1.contains(words), "{name}");
+    }
+}
+
+#[test]
+fn whose_a_text_is_does_not_depend_on_what_it_says() {
+    // The words of the user stand in the template's own system message, and in the names of roles, too.
+    let template = "<|system|>You are a helpful assistant.{% for m in messages %}<|{{ m.role }}|>{{ m.content|trim }}{% endfor %}\
+                    {% if add_generation_prompt %}<|assistant|>{% endif %}";
+    let shown = runs(&[("user", " helpful assistant "), ("assistant", "user")], Learn::Assistant, template).unwrap();
+    assert_eq!(
+        shown,
+        " template: <|system|>You are a helpful assistant.<|user|> user: helpful assistant template: <|assistant|> \
+         [assistant] user"
+    );
+    // A template that looks at what is said renders marks otherwise.
+    let looks = template.replace("m.content|trim", "('!' if m.content == 'abcd' else m.content)");
+    let shown = runs(&[("system", "abcd"), ("user", "e"), ("assistant", "f")], Learn::Assistant, &looks).unwrap();
+    assert!(
+        shown.contains("<|system|> system: ! template: <|user|> user: e template: <|assistant|> [assistant] f"),
+        "{shown}"
+    );
 }
 
 struct World {
@@ -133,6 +227,8 @@ impl World {
 
 const GOOD: &str = r#"{"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}"#;
 
+const TOOLS: &str = r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": null}], "tools": TOOLS}"#;
+
 #[test]
 fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
     let bad = [
@@ -144,6 +240,20 @@ fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
         (r#"{"messages": [{"role": "bot", "content": "x"}]}"#, "\"bot\""),
         (r#"{"messages": [{"role": "user"}]}"#, "message 1 has no content"),
         (r#"{"messages": [{"role": "user", "content": "x"}]}"#, "no answer"),
+        (r#"{"messages": [{"role": "assistant", "content": null, "tool_calls": null}]}"#, "message 1 has no content"),
+        (r#"{"messages": [{"role": "user", "content": [{"type": "image"}]}]}"#, "a part that is \"image\""),
+        (r#"{"messages": [{"role": "user", "content": [3]}]}"#, "a part that is a number"),
+        (&TOOLS.replace("TOOLS", "\"[{\""), "\"tools\" is a text that is no JSON"),
+        (&TOOLS.replace("TOOLS", "3"), "\"tools\" is a number"),
+        (&TOOLS.replace("TOOLS", "[3]"), "\"tools\" is a list that holds a number"),
+        (&TOOLS.replace("TOOLS", "[{}]"), "it has tools, of which the template writes nothing\n  hint: use a template"),
+        (&TOOLS.replace("TOOLS", "[]").replace("null", "[{}]"), "message 2 calls tools, of which"),
+        (&TOOLS.replace("TOOLS", "[]").replace("null", "\"{}\""), "\"tool_calls\" of message 2 is an object"),
+        (
+            &GOOD.replace("{\"messages", "{\"system\": \"s\", \"messages").replace("user", "system"),
+            "two system messages",
+        ),
+        (&GOOD.replace("{\"messages", "{\"system\": 3, \"messages"), "\"system\" is a number"),
     ];
     for (line, words) in bad {
         let told = World::new(&[GOOD, "", line]).read(100, json!({})).unwrap_err();
@@ -151,7 +261,7 @@ fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
     }
     let lines: Vec<&str> = bad.iter().map(|(line, _)| *line).chain([GOOD]).collect();
     let (chats, counts) = World::new(&lines).read(100, json!({ "on_bad_row": "skip" })).unwrap();
-    assert_eq!((chats.len(), counts), (1, Counts { rows: 9, bad: 8, ..Counts::default() }));
+    assert_eq!((chats.len(), counts), (1, Counts { rows: bad.len() + 1, bad: bad.len(), ..Counts::default() }));
     let told = World::new(&lines).read(100, json!({ "on_bad_row": "skip", "max_bad_rows": 3 })).unwrap_err();
     assert!(told.contains("max_bad_rows (3)") && told.contains("chats.jsonl:4"), "{told}");
 }
@@ -188,6 +298,128 @@ fn other_columns_mean_the_same_conversation() {
     let with_input =
         World::new(&[&alpaca.replace("\"input\": \"\"", "\"input\": \"x\"")]).read(100, columns).unwrap().0;
     assert!(Tokenizer::bytes().decode(&with_input[0].tokens).starts_with("User: 2+2\n\nx\nAssistant: 4"));
+}
+
+#[test]
+fn tools_may_be_json_in_a_text_and_several_names_one_role() {
+    let template = ChatTemplate::new(&golden("qwen2_like.jinja"), special()).unwrap();
+    let tool = json!({ "type": "function", "function": { "name": "weather" } });
+    let call = json!({ "function": { "name": "weather", "arguments": { "city": "Bern" } } });
+    let messages = |calls: Value| json!([{ "role": "user", "content": "?" }, { "role": "assistant", "content": "", "tool_calls": calls }]);
+    let read = |row: Value, columns: Value| {
+        let columns: ColumnsConfig = serde_json::from_value(columns).unwrap();
+        shown(&columns.read(&row)?, Learn::Assistant, &template)
+    };
+    let plain = json!({ "messages": {} });
+    let row = json!({ "messages": messages(json!([call])), "tools": [tool] });
+    let expected = read(row, plain.clone()).unwrap();
+    assert!(
+        expected.contains(r#" [assistant] <tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\""#),
+        "{expected}"
+    );
+    let texts = json!({ "messages": messages(json!([call]).to_string().into()), "tools": json!([tool.to_string()]).to_string() });
+    assert_eq!(read(texts, plain.clone()).unwrap(), expected);
+    // Nothing of tools without tools; a system message of a column of its own goes first.
+    let row = json!({ "messages": [{ "role": "user", "content": "?" }, { "role": "assistant", "content": "!" }], "tools": "[]",
+        "system": "sys" });
+    let expected = read(row, plain).unwrap();
+    assert!(expected.starts_with(" template: <|im_start|>system\\n system: sys template: <|im_end|>"), "{expected}");
+    let talk = json!([{ "from": "human", "value": "?" }, { "from": "gpt", "value": "!" }]);
+    let row = |system: Value| json!({ "conversations": talk, "system": system, "tools": null });
+    assert_eq!(read(row("sys".into()), json!({ "sharegpt": {} })).unwrap(), expected);
+    assert!(read(row(3.into()), json!({ "sharegpt": {} })).unwrap_err().contains("\"system\" is a number"));
+    let row = json!({ "conversations": talk, "tools": [tool] });
+    assert!(read(row, json!({ "sharegpt": {} })).unwrap().contains("# Tools"));
+
+    let calls = json!({ "conversations": [{ "from": "human", "value": "?" }, { "from": "function_call", "value": "call" },
+        { "from": "observation", "value": "3" }, { "from": "gpt", "value": "!" }] });
+    let told = read(calls.clone(), json!({ "sharegpt": {} })).unwrap_err();
+    assert!(told.contains("\"function_call\" speaks") && told.contains("[\"gpt\", \"function_call\"]"), "{told}");
+    let names = json!({ "sharegpt": { "assistant": ["gpt", "function_call"], "tool": "observation" } });
+    let shown = read(calls, names).unwrap();
+    assert!(
+        shown.contains("[assistant] call") && shown.contains("tool: 3") && shown.contains("[assistant] !"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn parts_are_one_text_unless_the_template_writes_parts() {
+    let parts = json!([{ "type": "text", "text": "2" }, "+2"]);
+    let row = GOOD.replace("\"2+2\"", &parts.to_string());
+    let expected = World::new(&[GOOD]).read(100, json!({})).unwrap().0;
+    assert_eq!(World::new(&[&row]).read(100, json!({})).unwrap().0, expected);
+    let of_parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}";
+    let template = ChatTemplate::new(of_parts, special()).unwrap();
+    let parts = |text: &str| json!([{ "type": "text", "text": text }]);
+    let messages = vec![
+        json!({ "role": "user", "content": [{ "text": "ab" }, { "text": "cd" }] }),
+        json!({ "role": "assistant", "content": parts("e") }),
+    ];
+    let said = Conversation { messages, tools: None };
+    assert_eq!(
+        shown(&said, Learn::Assistant, &template).unwrap(),
+        " user: ab template: ; user: cd template: ; [assistant] e;"
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_skipped_and_templates_that_are_none_are_named() {
+    let marked = format!("\u{FEFF}{GOOD}");
+    let expected = World::new(&[GOOD]).read(100, json!({})).unwrap().0;
+    assert_eq!(World::new(&[&marked]).read(100, json!({})).unwrap().0, expected);
+    let told = World::new(&[GOOD]).read(100, json!({ "template": "nope" })).unwrap_err();
+    assert!(told.contains("data.chat.template \"nope\": No such file"), "{told}");
+    assert!(
+        ["\"tokenizer\"", "\"chatml\"", "\"llama3\"", "\"plain\""].iter().all(|name| told.contains(name)),
+        "{told}"
+    );
+    let world = World::new(&[GOOD]);
+    let file = world.dir.path().join("broken.jinja");
+    std::fs::write(&file, "{% for m in messages %}\n{{ m.content + 3 }}{% endfor %}").unwrap();
+    let told = world.read(100, json!({ "template": file })).unwrap_err();
+    assert!(told.contains("chats.jsonl:1: line 2 of the chat template: tried to use +"), "{told}");
+}
+
+#[test]
+fn only_a_token_of_its_own_ends_an_answer() {
+    let end = |name: &str, tokenizer: &Tokenizer| {
+        let template = chat_template("data.chat.template", name, tokenizer).unwrap();
+        let end = end_of_answer(&template, tokenizer).unwrap();
+        (end, note(&template, tokenizer, "data.chat.template", name).unwrap())
+    };
+    let bytes = Tokenizer::bytes();
+    assert_eq!(end("plain", &bytes), (Some(256), None));
+    let (stop, note) = end("chatml", &bytes);
+    assert_eq!(stop, None, "no byte ends an answer");
+    let note = note.unwrap();
+    assert!(note.starts_with("data.chat.template \"chatml\": <|im_start|>, <|im_end|> are no tokens"), "{note}");
+    assert!(note.contains("generation does not stop") && note.contains("\"plain\" needs no markers"), "{note}");
+    assert!(end("llama3", &bytes).1.unwrap().contains("<|start_header_id|>, <|end_header_id|>, <|eot_id|> are"));
+
+    let added = |id: u32, content: &str, special: bool| {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": special })
+    };
+    let mut with: Value = serde_json::from_str(bytes.to_json()).unwrap();
+    let all = [added(258, "<|im_start|>", true), added(259, "<|im_end|>", false)];
+    with["added_tokens"].as_array_mut().unwrap().extend(all);
+    let with = Tokenizer::from_json(&with.to_string()).unwrap();
+    assert_eq!(end("chatml", &with), (Some(259), None));
+
+    // Words: what is not known is one token, too, and no end; an ordinary token that is all of the marker is one.
+    let words = |end: &str| {
+        let vocab = json!({ "[UNK]": 0, "assistant": 1, end: 2 });
+        let json = json!({ "version": "1.0", "truncation": null, "padding": null, "added_tokens": [added(0, "[UNK]", true)],
+            "normalizer": null, "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null,
+            "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]" } });
+        Tokenizer::from_json(&json.to_string()).unwrap()
+    };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, "{% for m in messages %}{{ m.content }} <end>\n{% endfor %}").unwrap();
+    let name = file.path().to_str().unwrap();
+    assert_eq!(end(name, &words("<end>")), (Some(2), None));
+    assert_eq!(end(name, &words("<fin>")).0, None);
 }
 
 #[test]
@@ -232,7 +464,7 @@ fn a_tokenizers_own_template_and_special_tokens_are_found_beside_it() {
         let path = dir.path().to_owned();
         Tokenizer::open(&crate::TokenizerConfig::Huggingface(crate::HuggingfaceTokenizer { path })).unwrap()
     };
-    let told = chat_template("tokenizer", &open()).err().unwrap().to_string();
+    let told = chat_template("data.chat.template", "tokenizer", &open()).err().unwrap().to_string();
     assert!(told.contains("\"chatml\""), "{told}");
     let config =
         json!({ "eos_token": { "content": "<|pad|>" }, "bos_token": "<s>", "chat_template": built_in("llama3") });
@@ -240,10 +472,10 @@ fn a_tokenizers_own_template_and_special_tokens_are_found_beside_it() {
     let with = open();
     assert_eq!(with.special(), Special { bos: "<s>".into(), eos: "<|pad|>".into(), pad: "<|pad|>".into() });
     assert_ne!(with.fingerprint(), Tokenizer::from_json(with.to_json()).unwrap().fingerprint());
-    assert_eq!(chat_template("tokenizer", &with).unwrap().source(), built_in("llama3"));
+    assert_eq!(chat_template("data.chat.template", "tokenizer", &with).unwrap().source(), built_in("llama3"));
     let again = Tokenizer::from_json(with.to_json()).unwrap().with_config(&with.config_json()).unwrap();
     assert_eq!((again.special(), again.chat_template()), (with.special(), with.chat_template()));
     std::fs::write(dir.path().join("chat_template.jinja"), built_in("plain")).unwrap();
     assert_eq!(open().chat_template(), Some(built_in("plain")), "the newer place goes first");
-    assert!(ChatTemplate::new("{% for %}", special()).err().unwrap().starts_with("line 1: "));
+    assert!(ChatTemplate::new("{% for %}", special()).err().unwrap().starts_with("line 1 of the chat template: "));
 }

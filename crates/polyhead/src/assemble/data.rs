@@ -48,6 +48,14 @@ impl Data {
         }
     }
 
+    /// What else there is to know before it is learnt from.
+    pub fn notes(&self) -> &[String] {
+        match self {
+            Self::Tokens(opened) => &opened.notes,
+            Self::Examples(_) | Self::Pairs(_) => &[],
+        }
+    }
+
     /// What it tells about the size of a model.
     pub fn known(&self) -> Known {
         match self {

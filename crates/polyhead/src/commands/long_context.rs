@@ -43,7 +43,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
-    let template = chat_template(name, tokenizer)?;
+    let template = chat_template("chat template", name, tokenizer)?;
     let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1, keys: EIGHT };
     let lengths = if args.lengths.is_empty() { &LENGTHS[..] } else { &args.lengths };
     let trained_on = args.unit.unwrap_or(trained.max_positions);

@@ -59,6 +59,7 @@ fn sizes(resolved: &Resolved, data: &Data, all: &Costs) -> Result<(), Failure> {
     let (steps, tokens) = (thousands(training.steps), thousands(all.tokens));
     put!("steps      {steps} of {} {unit}s: {tokens} in all", thousands(all.tokens_per_step))?;
     put!("data       {}", data.description())?;
+    data.notes().iter().for_each(|note| talk!("note: {note}"));
     let epoch = data.batches_per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
     put!("           one epoch is {} steps", thousands(epoch))?;
     put!("compute    {:.2e} FLOPs", all.training_flops())?;

@@ -72,6 +72,7 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     };
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
+    opened.notes.iter().for_each(|note| talk!("note: {note}"));
     let coloured = !options.table && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;
     if coloured {
         let mut stderr = AutoStream::auto(std::io::stderr());
@@ -203,10 +204,7 @@ fn tabulate(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Resu
 
 fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<(), Failure> {
     let learnt = row.targets.iter().filter(|&&target| target != IGNORE).count();
-    let documents = match row.documents {
-        Some([first, .., last]) => format!(", {} document(s)", last - first + 1),
-        _ => String::new(),
-    };
+    let documents = count_documents(row).map_or(String::new(), |count| format!(", {count} document(s)"));
     let mut text = format!(
         "{HEADING}row {number}{HEADING:#}: {learnt} of {} positions are learnt from{documents}\n",
         row.tokens.len()
@@ -217,6 +215,15 @@ fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<
     }
     let mut stdout = AutoStream::auto(std::io::stdout());
     writeln!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(Failure::output)
+}
+
+/// How many documents a row holds, where it tells. What pads it is none.
+fn count_documents(row: &Row<'_>) -> Option<usize> {
+    let padding = |at: usize| row.roles.is_some_and(|roles| roles[at] == Role::Padding);
+    let mut documents: Vec<u32> =
+        row.documents?.iter().enumerate().filter(|(at, _)| !padding(*at)).map(|(_, &document)| document).collect();
+    documents.dedup();
+    Some(documents.len())
 }
 
 /// The row's text in order, each piece with whether it is learnt. What is predicted at a position stands behind it: it is
@@ -269,6 +276,16 @@ mod tests {
         let shown = pieces(&row, Some(&tokenizer));
         let expected = [(READ, "a"), (LEARNT, "é\\u{1b}b<|endoftext|>"), (READ, "c"), (LEARNT, "d")];
         assert_eq!(shown, expected.map(|(shade, text)| (shade, text.to_owned())));
+    }
+
+    #[test]
+    fn padding_is_no_document() {
+        let roles = [Role::User, Role::Assistant, Role::Padding];
+        let row =
+            |documents, roles| Row { tokens: &[1, 2, 3], targets: &[IGNORE; 3], documents: Some(documents), roles };
+        assert_eq!(count_documents(&row(&[0, 0, 1], Some(&roles))), Some(1));
+        assert_eq!(count_documents(&row(&[0, 1, 2], Some(&roles))), Some(2));
+        assert_eq!(count_documents(&row(&[4, 5, 6], None)), Some(3));
     }
 
     #[test]

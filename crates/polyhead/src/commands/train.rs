@@ -223,6 +223,7 @@ impl Task<'_> {
         let started = Instant::now();
         let data = self.resolved.open(&mut tokenizing())?;
         talk!("data: {} ({:.1} s)", data.description(), started.elapsed().as_secs_f64());
+        data.notes().iter().for_each(|note| talk!("note: {note}"));
         if let Some(checkpoint) = &self.resume
             && let Some(problem) = assemble::changed_text(checkpoint, data.text_hash())?
         {

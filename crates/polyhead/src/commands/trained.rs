@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Mask, Observe};
-use polyhead_data::chat::chat_template;
+use polyhead_data::chat::{chat_template, end_of_answer};
 use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
@@ -150,21 +150,20 @@ fn chat_prompt<'a>(tokenizer: &Tokenizer, text: &str) -> Result<Prompt<'a>, Fail
         let problem = "--chat: the model has no chat template: it has not been fine-tuned on conversations";
         return Err(crate::report::Problems::plain(problem.into()).into());
     }
-    let template = chat_template("tokenizer", tokenizer)?;
+    let template = chat_template("chat template", "tokenizer", tokenizer)?;
     let refused = |problem: String| Failure::Run(format!("the chat template refuses the prompt: {problem}"));
     let rendered = template.prompt(&[serde_json::json!({ "role": "user", "content": text })]).map_err(refused)?;
     let ids = tokenizer.encode_template(&rendered)?.into_iter().map(|(id, _)| id).collect();
     Ok(Prompt { shown: "", ids, stops: stops(tokenizer)? })
 }
 
-/// The tokens after which a model has said what it has to say: the end of a text, and that of a turn in its chat template.
+/// The tokens after which a model has said what it has to say: the end of a text, and that of an answer in its chat template,
+/// where it is a token of its own.
 fn stops(tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
     let mut stops: Vec<u32> = tokenizer.end_of_text().into_iter().collect();
-    if tokenizer.chat_template().is_some()
-        && let Some(end) = chat_template("tokenizer", tokenizer)?.end_of_turn()
-    {
-        let first = tokenizer.encode_template(&end)?.first().map(|(id, _)| *id);
-        stops.extend(first.filter(|id| !stops.contains(id)));
+    if tokenizer.chat_template().is_some() {
+        let end = end_of_answer(&chat_template("chat template", "tokenizer", tokenizer)?, tokenizer)?;
+        stops.extend(end.filter(|id| !stops.contains(id)));
     }
     Ok(stops)
 }
