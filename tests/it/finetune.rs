@@ -49,6 +49,10 @@ fn a_model_is_pretrained_fine_tuned_asked_and_exported() {
     for part in ["user", "assistant", "template", "padding"] {
         assert!(out.contains(part), "no {part} in {out}");
     }
+    let mut coloured = world.command(&["preview", "chat.toml", "--rows", "1", "data.chat.pack=false"]);
+    let coloured = coloured.env("CLICOLOR_FORCE", "1").output().unwrap();
+    let coloured = String::from_utf8_lossy(&coloured.stdout).into_owned();
+    assert!(coloured.contains(", 1 document(s)"), "{coloured}");
 
     // SFT, low-rank pairs only, FocuSFT on what SFT gave.
     world.succeeds(&["train", "chat.toml", "--out", "sft"]);
@@ -103,6 +107,21 @@ fn a_fine_tuned_model_is_exported_whole_and_asked_about_long_texts() {
     let names = String::from_utf8_lossy(&world.read("exported/model.safetensors")).into_owned();
     assert!(names.contains("q_proj.weight") && !names.contains("lora"));
 
+    // Markers that are no tokens end nothing; what a recipe tells a template goes with the model.
+    let chat =
+        softmax.replace("[data.markov]\nstates = 6", "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"chatml\"");
+    let chat = chat.replace("seq_len = 16", "seq_len = 128").replace("steps = 12", "steps = 1");
+    std::fs::write(world.dir.path().join("chatml.toml"), chat).unwrap();
+    let variables = "data.chat.template_variables={ enable_thinking = false }";
+    let (_, err) = world.succeeds(&["train", "chatml.toml", variables, "--out", "chatml"]);
+    assert!(err.contains("note: data.chat.template \"chatml\": <|im_start|>, <|im_end|> are no tokens"), "{err}");
+    world.succeeds(&["export", "chatml", "--to", "chatml_exported"]);
+    let stops: Value = serde_json::from_slice(&world.read("chatml_exported/generation_config.json")).unwrap();
+    assert_eq!(stops["eos_token_id"], 256);
+    let config: Value = serde_json::from_slice(&world.read("chatml_exported/tokenizer_config.json")).unwrap();
+    let template = config["chat_template"].as_str().unwrap();
+    assert!(template.contains("{%- set enable_thinking = false %}") && template.contains("<|im_start|>"), "{template}");
+
     let eval = ["eval", "long", "--task", "needles_multi,common_words", "--lengths", "1,2", "--samples", "1"];
     let (out, err) = world.succeeds(&[&eval[..], &["--heatmap", "map.svg"]].concat());
     let result: Value = serde_json::from_str(&out).unwrap();
@@ -128,6 +147,7 @@ fn settings_of_fine_tuning_are_checked_before_anything_runs() {
         ("procedure.bilevel.inner_lr=-1", "inner_lr (-1)"),
         ("data.long_context.tasks=[]", "tasks is empty"),
         ("data.chat.paths=[]", "paths is empty"),
+        ("data.chat={ paths = [\"x\"], template_variables = { tools = 1 } }", "template_variables sets tools"),
     ] {
         let err = world.fails(2, &["validate", "recipe.toml", key]);
         assert!(err.contains(words) && err.contains("command line:1:"), "{key}: {err}");

@@ -16,6 +16,7 @@ chats = {
     "turns": ([user("a\n\nb"), said("c"), user("d"), said("  e f\n"), user("{{ g }} 🦀")], None),
     "tools": ([system, user("Weather?"), call, {"role": "tool", "content": "{\"t\": 3}"},
                {"role": "tool", "content": "4"}, said("Cold.")], tools),
+    "thoughts": ([user("a"), said("<think>\nhm\n</think>\n\nb"), user("c"), {**said("d"), "reasoning_content": "e"}], None),
 }
 special = {"bos_token": "<s>", "eos_token": "</s>"}
 out = {}

@@ -20,7 +20,7 @@ fn special() -> Special {
 #[test]
 fn templates_render_as_in_transformers() {
     let rendered: BTreeMap<String, Value> = serde_json::from_str(&golden("rendered.json")).unwrap();
-    assert_eq!(rendered.len(), 32);
+    assert_eq!(rendered.len(), 50);
     for (name, case) in rendered {
         let file = name.split('/').next().unwrap();
         let template = ChatTemplate::new(&golden(&format!("{file}.jinja")), special()).unwrap();
@@ -126,23 +126,10 @@ fn answers_that_are_rendered_otherwise_later_are_learnt_as_they_are_written() {
     assert_eq!(runs(&talk, Learn::All, &opens).unwrap().lines().count(), 1);
 }
 
-/// In the manner of Qwen 3's: thoughts, at least empty ones, stand in answers behind the last question only.
-const QWEN3: &str = "\
-{%- set ns = namespace(last=-1) %}\
-{%- for m in messages %}{% if m.role == 'user' and not m.content.startswith('<tool_response>') %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\
-{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}\
-{%- if m.role == 'assistant' %}\
-{%- set said = m.content.split('</think>')[-1].lstrip('\\n') %}\
-{%- set thought = m.content.split('</think>')[0].replace('<think>', '').strip('\\n') if '</think>' in m.content else '' %}\
-{%- if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}\
-{%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}\
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}";
-
 #[test]
 fn turns_of_a_template_that_thinks_behind_the_last_question_only() {
     let talk = [("user", "q"), ("assistant", "1"), ("user", "1"), ("assistant", "<think>\nhm\n</think>\n\n2")];
-    let shown = runs(&talk, Learn::Assistant, QWEN3).unwrap();
+    let shown = runs(&talk, Learn::Assistant, &golden("qwen3_like.jinja")).unwrap();
     let lines: Vec<&str> = shown.lines().collect();
     let both = " template: <|im_start|>user\\n user: q template: <|im_end|>\\n<|im_start|>assistant\\n";
     assert_eq!(lines.len(), 2);
@@ -152,10 +139,98 @@ fn turns_of_a_template_that_thinks_behind_the_last_question_only() {
     ];
     assert_eq!(lines[0], format!("{both}{earlier}<|im_end|>\\n<|im_start|>assistant\\n{last}"));
     assert_eq!(lines[1], format!("{both} [assistant] <think>\\n\\n</think>\\n\\n1<|im_end|>\\n"));
-    // A tool's answer that a user gives does not ask anew: marks around it do, and are left out.
-    let tool = [("user", "q"), ("assistant", "1"), ("user", "<tool_response>t</tool_response>"), ("assistant", "2")];
-    let shown = runs(&tool, Learn::Last, QWEN3).unwrap();
-    assert!(shown.contains(" user: q ") && shown.contains(" assistant: 1 "), "{shown}");
+    // Between marks a tool's answer would be a question: it belongs to nobody then, and the others to whom they belong.
+    let thinks = "<think>hm</think>1";
+    let tool = [("user", "q"), ("assistant", thinks), ("user", "<tool_response>t</tool_response>"), ("assistant", "2")];
+    let shown = runs(&tool, Learn::Last, &golden("qwen3_like.jinja")).unwrap();
+    assert!(shown.contains(" user: q ") && shown.contains(" template: <|im_start|>user\\n<tool_response>t"), "{shown}");
+    assert!(shown.contains(" assistant: <think>\\nhm") && shown.ends_with("2<|im_end|>\\n"), "{shown}");
+}
+
+#[test]
+fn what_is_learnt_of_one_row_stays_on_one_side() {
+    let world = World::new(&[]);
+    let row = |i: usize| {
+        let said = |role: &str, text: String| json!({ "role": role, "content": text });
+        let turn = |k: usize| [said("user", format!("{i} {k}")), said("assistant", format!("{i}{k}"))];
+        json!({ "messages": (0..3).flat_map(turn).collect::<Vec<_>>() }).to_string()
+    };
+    let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/chat_templates/qwen3_like.jinja");
+    let config = world.config(json!({ "template": template, "pack": false }));
+    let open = |rows: usize| {
+        let lines: Vec<String> = (0..rows).map(row).collect();
+        std::fs::write(world.dir.path().join("chats.jsonl"), lines.join("\n")).unwrap();
+        let options = crate::OpenOptions {
+            seq_len: 400,
+            batch_size: 1,
+            seed: 1,
+            packing: crate::Packing::Documents,
+            validation_fraction: 0.3,
+            tracking: None,
+            validation_samples: 1,
+            cache_dir: world.dir.path().into(),
+            project_root: world.dir.path().into(),
+        };
+        crate::open(&crate::DataConfig::Chat(config.clone()), &Tokenizer::bytes(), &options, &mut |_, _| {})
+    };
+    let opened = open(12).unwrap();
+    assert!(
+        opened.notes[0].starts_with("12 conversations are learnt as several each (36 in all)"),
+        "{:?}",
+        opened.notes
+    );
+    assert!(opened.notes[1].contains("<|im_start|>, <|im_end|> are no tokens"), "{:?}", opened.notes);
+    let rows = |loader: &crate::Loader| {
+        let of = |position| loader.batch(position).unwrap().tokens[..20].to_vec();
+        (0..loader.batches_per_epoch()).map(of).collect::<Vec<_>>()
+    };
+    let (train, held_out) = (rows(&opened.train), rows(&opened.validation));
+    assert_eq!(train.len() + held_out.len(), 36);
+    assert!(held_out.len() >= 3 && held_out.iter().all(|row| !train.contains(row)));
+    assert!(open(1).err().unwrap().to_string().contains("one conversation cannot be both"));
+    let two = open(2).unwrap();
+    assert_eq!([&two.train, &two.validation].map(|loader| loader.batches_per_epoch()), [3, 3]);
+}
+
+/// Tokenizers that put a mark before a text have to see it whole.
+#[test]
+fn a_conversation_has_the_tokens_of_its_whole_text_where_beginnings_are_marked() {
+    let metaspace =
+        |scheme: &str| json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false });
+    let replace = json!({ "type": "Replace", "pattern": { "String": " " }, "content": "▁" });
+    let prepend = json!({ "type": "Sequence", "normalizers": [{ "type": "Prepend", "prepend": "▁" }, replace] });
+    let cases = [
+        (Value::Null, metaspace("first"), true),
+        (Value::Null, metaspace("always"), true),
+        (prepend, Value::Null, true),
+        (Value::Null, metaspace("never"), false),
+    ];
+    for (normalizer, pre_tokenizer, marks) in cases {
+        let mut vocab: BTreeMap<String, usize> = BTreeMap::from([("<s>".into(), 0), ("</s>".into(), 1)]);
+        vocab.extend("▁[]qrab".chars().enumerate().map(|(id, sign)| (sign.into(), id + 2)));
+        let added = |id: u32, content: &str| {
+            json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true })
+        };
+        let json = json!({ "version": "1.0", "truncation": null, "padding": null, "post_processor": null, "decoder": null,
+            "added_tokens": [added(0, "<s>"), added(1, "</s>")], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+            "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": [] } });
+        let tokenizer = Tokenizer::from_json(&json.to_string()).unwrap();
+        let source = "{{ '<s>' }}{% for m in messages %}{{ m.content + '</s>' if m.role == 'assistant' else '[' + m.content + ']' }}\
+                      {% endfor %}";
+        let template = ChatTemplate::new(source, special()).unwrap();
+        let talk = [("user", "q r"), ("assistant", "a b"), ("user", "r"), ("assistant", "b")];
+        let tokens = tokenize(&chat(&talk), Learn::Assistant, &template, &tokenizer).unwrap().remove(0);
+        assert_eq!(tokenizer.marks_beginnings(), marks);
+        assert_eq!(tokens.tokens, tokenizer.encode("<s>[q r]a b</s>[r]b</s>").unwrap(), "{json}");
+        let of = |wanted: &dyn Fn(usize) -> bool| -> String {
+            let which = (0..tokens.tokens.len()).filter(|&at| wanted(at));
+            which.map(|at| tokenizer.token_text(tokens.tokens[at])).collect()
+        };
+        assert_eq!(of(&|at| tokens.learnt[at]), "a▁b</s>b</s>");
+        assert_eq!(of(&|at| tokens.roles[at] == Role::User), "q▁rr");
+    }
 }
 
 #[test]
@@ -163,7 +238,8 @@ fn variables_of_a_template_are_set_and_kept_as_defaults() {
     let tokenizer = Tokenizer::bytes();
     let variables =
         BTreeMap::from([("enable_thinking".into(), json!(false)), ("names".into(), json!({ "a": ["b\n"] }))]);
-    let template = ChatTemplate::new(QWEN3, tokenizer.special()).unwrap().with_variables(&variables);
+    let template =
+        ChatTemplate::new(&golden("qwen3_like.jinja"), tokenizer.special()).unwrap().with_variables(&variables);
     let talk = [("user", "q"), ("assistant", "1"), ("user", "r"), ("assistant", "2")];
     let text = shown(&chat(&talk), Learn::Assistant, &template).unwrap();
     let [first, second] = text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap();
