@@ -26,8 +26,11 @@ impl Sides {
             held_out = (1..=hashes.len()).map(|row| row == hashes.len()).collect();
         }
         let kept_out = validation + tracked.unwrap_or(0.0);
-        let mut watched: Vec<bool> =
-            hashes.iter().zip(&held_out).map(|(&hash, &out)| !out && below(hash, kept_out)).collect();
+        let mut watched: Vec<bool> = hashes
+            .iter()
+            .zip(&held_out)
+            .map(|(&hash, &out)| tracked.is_some() && !out && below(hash, kept_out))
+            .collect();
         let others: Vec<usize> = (0..hashes.len()).filter(|&row| !held_out[row]).collect();
         if let [first, .., last] = others[..]
             && tracked.is_some()

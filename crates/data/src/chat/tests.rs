@@ -187,7 +187,7 @@ fn what_is_learnt_of_one_row_stays_on_one_side() {
     let (train, held_out) = (rows(&opened.train), rows(&opened.validation));
     assert_eq!(train.len() + held_out.len(), 36);
     assert!(held_out.len() >= 3 && held_out.iter().all(|row| !train.contains(row)));
-    assert!(open(1).err().unwrap().to_string().contains("one conversation cannot be both"));
+    assert!(open(1).err().unwrap().to_string().contains("give at least 2"));
     let two = open(2).unwrap();
     assert_eq!([&two.train, &two.validation].map(|loader| loader.batches_per_epoch()), [3, 3]);
 }
