@@ -69,7 +69,8 @@ pub struct FeaturesArgs {
 pub enum Pool {
     /// The mean over all of them.
     Mean,
-    /// The last one, which has seen all others.
+    /// The last one, which has seen all others: that of the end of text, where the tokenizer has one, so that none stands
+    /// for a text that happens to be cut there.
     Last,
 }
 
@@ -128,7 +129,8 @@ fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failur
     let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let most = args.max_tokens.map_or(trained.max_positions, |most| most as usize);
-    let (tokens, cut) = encode(&texts, tokenizer, most)?;
+    let end = tokenizer.end_of_text().filter(|_| args.pool == Pool::Last);
+    let (tokens, cut) = encode(&texts, tokenizer, (most, end))?;
     if cut > 0 {
         talk!("{cut} of {} texts are longer than {most} tokens: what is beyond is cut off", texts.len());
     }
@@ -177,16 +179,22 @@ fn number(texts: &[LabelledText], named: &[String]) -> Result<(Vec<u32>, Vec<Str
     Ok((texts.iter().map(of_text).collect::<Result<_, _>>()?, classes))
 }
 
-/// The tokens of all texts, and how many texts were cut.
-fn encode(texts: &[(String, String)], tokenizer: &Tokenizer, most: usize) -> Result<(Vec<Vec<u32>>, usize), Failure> {
+/// The tokens of all texts, `most` of each with the `end` that is put behind it, and how many texts were cut.
+fn encode(
+    texts: &[(String, String)],
+    tokenizer: &Tokenizer,
+    (most, end): (usize, Option<u32>),
+) -> Result<(Vec<Vec<u32>>, usize), Failure> {
+    let room = most.saturating_sub(usize::from(end.is_some())).max(1);
     let mut cut = 0;
     let mut encode = |(name, text): &(String, String)| {
         let mut tokens = tokenizer.encode_whole(text)?;
         if tokens.is_empty() {
             return Err(Failure::Run(format!("{name}: the text is empty")));
         }
-        cut += usize::from(tokens.len() > most);
-        tokens.truncate(most);
+        cut += usize::from(tokens.len() > room);
+        tokens.truncate(room);
+        tokens.extend(end.filter(|_| tokens.len() < most));
         Ok(tokens)
     };
     let tokens = texts.iter().map(&mut encode).collect::<Result<Vec<_>, _>>()?;
