@@ -249,7 +249,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
             "{} conversations are learnt as several each ({} in all): the template renders their answers otherwise once more \
              follow, so that each is learnt where it stands as it has to be written",
             counts.several,
-            sizes.0 + sizes.1
+            chats.len()
         )
     });
     let markers = chat::note(&template, tokenizer, "data.chat.template", &config.template)?;
