@@ -108,9 +108,9 @@ fn turns(chat: &Conversation, template: &ChatTemplate) -> Result<Vec<Turn>, Stri
         if !text.starts_with(&before) {
             return Err(format!(
                 "answers cannot be told from the rest: the template asks for message {} in another way than it renders it, so \
-                 that a model would learn to write what it is never asked for\n  hint: set what the template asks for \
-                 (data.chat.template_variables = {{ enable_thinking = false }} for Qwen 3's), or use a template that marks \
-                 answers with {{% generation %}}",
+                 that a model would learn to write what it is never asked for\n  hint: data.chat.template_variables tells a \
+                 template what to ask for (enable_thinking = false for answers without thoughts, with Qwen 3's); a template \
+                 that marks answers with {{% generation %}} needs no comparing",
                 index + 1
             ));
         }
