@@ -95,6 +95,22 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     assert_eq!(logits(&world, "parent"), logits(&world, "fusing"));
     let err = world.fails(1, &["convert", "fusing", "--to", "decoupled_head", "--out", "early"]);
     assert!(err.contains("--scatter-limit"), "{err}");
+    // Nothing that is typed is ignored.
+    for (line, words) in [
+        ("fusing --to decoupled_head --kv-budget 0.9 --fusing", "being fused already"),
+        ("parent --to grouped_query --kv-heads 2 --shared 3", "--shared goes with --to mixture_of_head"),
+        ("parent --to grouped_query --kv-heads 2 --allocation proportion", "--allocation goes with --to key_driven"),
+        ("parent --to decoupled_head --kv-heads 2 --fusing --pool first", "--pool goes without --fusing"),
+        ("parent --to grouped_query", "--to grouped_query needs --kv-heads N"),
+    ] {
+        let line: Vec<&str> = ["convert"].into_iter().chain(line.split(' ')).chain(["--out", "not"]).collect();
+        let err = world.fails(2, &line);
+        assert!(err.contains(words), "{line:?}: {err}");
+    }
+    // Equal groups are repeated too.
+    world.succeeds(&["convert", "parent", "--to", "grouped_query", "--kv-heads", "2", "--out", "grouped"]);
+    world.succeeds(&["export", "grouped", "--to", "repeated", "--expanded"]);
+    close(&logits(&world, "grouped"), &logits(&world, "repeated"));
     let fuse = |pretrained: &str, mode: &str| {
         format!("[model]\npretrained = \"{pretrained}\"\n[procedure.fusion]\nmode = \"{mode}\"\n{rest}")
     };

@@ -103,6 +103,13 @@ fn what_cannot_be_read_is_told() {
             "\"vocab_size\": 50",
             "model.embed_tokens.weight has shape [48, 32], expected [50, 32]",
         ),
+        (
+            "qwen2_v5",
+            "\"vocab_size\"",
+            "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 4.0}, \"vocab_size\"",
+            "rope_parameters (\"default\") and rope_scaling (\"linear\") say different things",
+        ),
+        ("llama_v5", "\"vocab_size\": 48", "\"vocab_size\": 1000000000000", "config.json describes 64000000018592 numbers, and the files hold 21664"),
         ("gpt_neox_v5", "\"num_attention_heads\": 4", "\"num_attention_heads\": 5", "n_heads (5) must divide d_model"),
     ] {
         let error = told(name, from, to);
@@ -153,6 +160,12 @@ fn commands_take_such_folders_and_runs_start_from_them() {
         world.succeeds(&["eval", &run]);
         world.succeeds(&["export", &run, "--to", &format!("exported-{name}")]);
     }
+    // A tokenizer that is not the model's: 258 ids beside 48.
+    let own = copy("qwen2_v5");
+    let tokenizer = polyhead_data::Tokenizer::bytes();
+    std::fs::write(own.path().join("tokenizer.json"), tokenizer.to_json()).unwrap();
+    let err = world.fails(1, &["generate", own.path().to_str().unwrap(), "--prompt", "a"]);
+    assert!(err.contains("tokenizer.json has 258 ids, the model knows 48"), "{err}");
     let folder = project().join("tests/golden/hf/qwen2_v5").canonicalize().unwrap();
     let pretrained = format!("model.pretrained={}", folder.display());
     let err =

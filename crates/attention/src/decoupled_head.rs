@@ -230,7 +230,8 @@ impl DecoupledHead {
         let of = |projection: &Linear, operator: Tensor<2>, map: &[usize], at: usize| {
             let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
             let centre = average(map, &mixed.device()).matmul(mixed.clone());
-            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1)
+            // Heads of zeros are alike, not apart by 0/0.
+            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(f32::MIN_POSITIVE)
         };
         Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
     }

@@ -78,6 +78,15 @@ impl Pretrained {
             }
             _ => None,
         };
+        if let Some(known) = tokenizer.as_ref().map(Tokenizer::vocab_size).filter(|&known| known > folder.vocab_size())
+        {
+            return Err(Failure::Run(format!(
+                "{}: {TOKENIZER} has {known} ids, the model knows {} (vocab_size in config.json): put the tokenizer there that \
+                 belongs to it",
+                path.display(),
+                folder.vocab_size()
+            )));
+        }
         Ok(Self {
             path: path.to_owned(),
             decoder: folder.decoder().clone(),

@@ -46,7 +46,9 @@ impl<M: Learner> Step<M> {
         if let Some(penalty) = loss.penalty {
             let share = batch.targets() as f64 / all;
             *self.penalty_sum.get_or_insert(0.0) += share * f64::from(penalty.clone().into_scalar::<f32>());
-            objective = objective + penalty * (share * penalty_weight);
+            if penalty_weight != 0.0 {
+                objective = objective + penalty * (share * penalty_weight);
+            }
         }
         objective
     }

@@ -137,8 +137,32 @@ fn refuse_unsupported(config: &Config, family: Family) -> Result<(), String> {
 }
 
 fn scaling(config: &Config) -> Result<Option<RopeScaling>, String> {
-    let Some(rope) = config.rope_parameters.as_ref().or(config.rope_scaling.as_ref()) else { return Ok(None) };
-    let kind = rope.rope_type.as_deref().or(rope.old_type.as_deref()).unwrap_or("default");
+    match (&config.rope_parameters, &config.rope_scaling) {
+        (None, None) => Ok(None),
+        (Some(rope), None) | (None, Some(rope)) => scaling_of(rope),
+        // An edit in the manner of transformers 4, in a file that transformers 5 wrote.
+        (Some(new), Some(old)) => {
+            let (kept, scaling) = (scaling_of(new), scaling_of(old)?);
+            match kept? == scaling {
+                true => Ok(scaling),
+                false => Err(format!(
+                    "rope_parameters ({:?}) and rope_scaling ({:?}) say different things: leave one of them out",
+                    new.kind(),
+                    old.kind()
+                )),
+            }
+        }
+    }
+}
+
+impl Rope {
+    fn kind(&self) -> &str {
+        self.rope_type.as_deref().or(self.old_type.as_deref()).unwrap_or("default")
+    }
+}
+
+fn scaling_of(rope: &Rope) -> Result<Option<RopeScaling>, String> {
+    let kind = rope.kind();
     let number =
         |name: &str, value: Option<f64>| value.ok_or_else(|| format!("rope scaling {kind}: {name} is missing"));
     match kind {

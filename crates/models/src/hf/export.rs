@@ -164,7 +164,7 @@ fn softmax_config(
         {
             return unsupported(
                 "GPT-NeoX, the format with LayerNorm and GELU, has as many key/value heads as query heads, biases on all \
-                 projections or none, no norms of queries and keys, and n_heads * head_dim = d_model"
+                 projections or none, no norms of queries and keys, and n_heads * head_dim = d_model; --expanded repeats key/value heads"
                     .into(),
             );
         }

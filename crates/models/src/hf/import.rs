@@ -102,6 +102,13 @@ impl Folder {
             AttentionConfig::Softmax(softmax) => softmax.n_heads,
             _ => unreachable!("config.rs describes softmax attention only"),
         };
+        // Told before anything of that size is made.
+        let held: u64 = self.files.names().filter_map(|name| self.files.shape(name)).map(numbers).sum();
+        let described = config.costs(self.vocab_size()).parameters;
+        if described > 2 * held.max(1) {
+            let problem = format!("config.json describes {described} numbers, and the files hold {held}");
+            return Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(vec![problem]) });
+        }
         let mut used = BTreeSet::new();
         let model = config.init(self.vocab_size(), device);
         let (model, mut problems) = load_with(model, &mut |ours, shape| {
@@ -141,6 +148,11 @@ impl Folder {
             false => Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(problems) }),
         }
     }
+}
+
+/// Numbers of a tensor.
+fn numbers(shape: &[usize]) -> u64 {
+    shape.iter().map(|&size| size as u64).product()
 }
 
 /// The safetensors files of a folder.

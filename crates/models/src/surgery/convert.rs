@@ -210,8 +210,8 @@ pub fn decouple(parent: &Decoder, grouping: &Grouping, pool: Pool) -> Result<Dec
     finished(parent, config, weights)
 }
 
-/// The same function with a key and a value head for every query head: decoupled heads, and those of frozen groups, are
-/// repeated.
+/// The same function with a key and a value head for every query head: decoupled heads, those of frozen groups, and those of
+/// equal groups are repeated.
 ///
 /// # Errors
 /// If a layer has other attention, or is still being fused.
@@ -224,6 +224,16 @@ pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (model.config().clone(), weights_of(model));
     let mut layers = Vec::new();
     for layer in 0..config.n_layers {
+        if let AttentionConfig::Softmax(softmax) = config.mechanism(layer) {
+            let (n_heads, n_kv_heads) = (softmax.n_heads, softmax.kv_heads());
+            let map: Vec<usize> = (0..n_heads).map(|head| head / (n_heads / n_kv_heads)).collect();
+            for cell in [Cell::Keys, Cell::Values] {
+                let heads = take(&weights, layer, cell.projection(), n_kv_heads);
+                put(&mut weights, layer, cell.projection(), &heads.reordered(&map));
+            }
+            layers.push(AttentionConfig::Softmax(SoftmaxConfig { n_kv_heads: None, ..softmax.clone() }));
+            continue;
+        }
         let decoupled = whole(&config, layer)?;
         let maps = [&decoupled.key_map, &decoupled.value_map];
         for ((cell, map), n) in [Cell::Keys, Cell::Values].into_iter().zip(maps).zip(decoupled.fused_heads()) {

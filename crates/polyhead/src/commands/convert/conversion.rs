@@ -71,7 +71,7 @@ pub struct Conversion {
     pub router: RouterName,
 }
 
-/// Chosen by us: in our pilots, a collapse at a scatter of 7e-4 cost 0.06 nats.
+/// Chosen by us: in recipes/compare/scatter.toml, collapses at 4e-4 to 7e-4 cost 0.04 to 0.19 nats at once.
 fn scatter_limit() -> f64 {
     1e-3
 }
@@ -90,6 +90,17 @@ pub enum Target {
     KeyDriven,
     /// The same heads, of which some rest at each position.
     MixtureOfHead,
+}
+
+impl Target {
+    fn name(self) -> &'static str {
+        match self {
+            Self::GroupedQuery => "grouped_query",
+            Self::DecoupledHead => "decoupled_head",
+            Self::KeyDriven => "key_driven",
+            Self::MixtureOfHead => "mixture_of_head",
+        }
+    }
 }
 
 /// What a budget of heads is shared by.
@@ -174,15 +185,32 @@ impl Conversion {
         let dynamic = self.search == Search::Dynamic;
         let rule = |holds: bool, problem: &str| if holds { Ok(()) } else { Err(problem.to_owned()) };
         rule(self.kv_heads.is_none() || self.kv_budget.is_none(), "give --kv-heads or --kv-budget, not both")?;
-        rule(!dynamic || self.to == Target::DecoupledHead, "--search dynamic goes with --to decoupled_head")?;
         rule(dynamic || self.original.is_none(), "--original goes with --search dynamic")?;
-        rule(!self.fusing || self.to == Target::DecoupledHead, "--fusing goes with --to decoupled_head")?;
+        rule(
+            !self.fusing || self.pool == PoolName::Mean,
+            "--pool goes without --fusing: nothing is pooled until heads are fused",
+        )?;
+        use Target::{DecoupledHead, GroupedQuery, KeyDriven, MixtureOfHead};
+        for (flag, given, targets) in [
+            ("--kv-heads", self.kv_heads.is_some(), &[GroupedQuery, DecoupledHead, KeyDriven][..]),
+            ("--kv-budget", self.kv_budget.is_some(), &[DecoupledHead]),
+            ("--pool", self.pool != PoolName::Mean, &[GroupedQuery, DecoupledHead, KeyDriven]),
+            ("--search dynamic", dynamic, &[DecoupledHead]),
+            ("--fusing", self.fusing, &[DecoupledHead]),
+            ("--scatter-limit", self.scatter_limit != scatter_limit(), &[DecoupledHead]),
+            ("--allocation", self.allocation != AllocationName::Range, &[KeyDriven]),
+            ("--shared", self.shared.is_some(), &[MixtureOfHead]),
+            ("--top-k", self.top_k.is_some(), &[MixtureOfHead]),
+            ("--router", self.router != RouterName::QueryNorm, &[MixtureOfHead]),
+        ] {
+            let names: Vec<String> = targets.iter().map(|target| format!("--to {}", target.name())).collect();
+            rule(!given || targets.contains(&self.to), &format!("{flag} goes with {}", names.join(" or ")))?;
+        }
+        let needs = |holds: bool, what: &str| rule(holds, &format!("--to {} needs {what}", self.to.name()));
         match self.to {
-            Target::GroupedQuery | Target::KeyDriven => rule(self.kv_heads.is_some(), "--to needs --kv-heads N"),
-            Target::MixtureOfHead => {
-                rule(self.shared.is_some() && self.top_k.is_some(), "--to needs --shared N and --top-k K")
-            }
-            Target::DecoupledHead => Ok(()),
+            GroupedQuery | KeyDriven => needs(self.kv_heads.is_some(), "--kv-heads N"),
+            MixtureOfHead => needs(self.shared.is_some() && self.top_k.is_some(), "--shared N and --top-k K"),
+            DecoupledHead => Ok(()),
         }
     }
 
@@ -250,8 +278,14 @@ impl Conversion {
     }
 
     fn collapse(&self, fused: &Decoder) -> Result<Decoder, Failure> {
+        if self.kv_heads.is_some() || self.kv_budget.is_some() || self.fusing || self.pool != PoolName::Mean {
+            return Err(usage(
+                "the model is being fused already: --to decoupled_head makes its groups single heads, without --kv-heads, \
+                 --kv-budget, --fusing or --pool",
+            ));
+        }
         let (scatter, limit) = (surgery::mean_scatter(fused).unwrap_or_default(), self.scatter_limit);
-        if scatter > limit {
+        if scatter.is_nan() || scatter > limit {
             return Err(Failure::Run(format!(
                 "the scatter ({scatter:.2e}) is above --scatter-limit ({limit:.2e}): single heads would not do what their groups \
                  do. Fuse for longer ([procedure.fusion], to the end of its steps), or raise the limit"

@@ -42,8 +42,16 @@ impl Measured {
             measured.after.add(after.evaluate(&batch));
             measured.divergence += before.divergence(after, &batch);
         }
-        // Where predictions are the same, rounding may leave it just below 0.
-        measured.divergence = (measured.divergence / measured.before.targets.max(1) as f64).max(0.0);
+        for (sums, whose) in [(&measured.before, "the model"), (&measured.after, "what it would become")] {
+            if !sums.mean_loss().is_finite() {
+                return Err(Failure::Run(format!("the loss of {whose} is not finite ({})", sums.mean_loss())));
+            }
+        }
+        measured.divergence /= measured.before.targets.max(1) as f64;
+        if measured.divergence < 0.0 {
+            // Predictions are the same, and rounding left it just below 0.
+            measured.divergence = 0.0;
+        }
         Ok(measured)
     }
 }
