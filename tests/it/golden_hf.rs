@@ -55,7 +55,8 @@ fn golden_hf() {
 
         // Written and read again, it is the same model, to the bit.
         let dir = tempfile::tempdir().unwrap();
-        let options = ExportOptions { max_positions: opened.max_positions(), end_of_text: Some(2) };
+        let options =
+            ExportOptions { max_positions: opened.max_positions(), end_of_text: Some(2), ..Default::default() };
         for (file, bytes) in export(&model, options).unwrap_or_else(|error| panic!("{name}: {error}")) {
             std::fs::write(dir.path().join(file), bytes).unwrap();
         }
@@ -109,7 +110,12 @@ fn what_cannot_be_read_is_told() {
             "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 4.0}, \"vocab_size\"",
             "rope_parameters (\"default\") and rope_scaling (\"linear\") say different things",
         ),
-        ("llama_v5", "\"vocab_size\": 48", "\"vocab_size\": 1000000000000", "config.json describes 64000000018592 numbers, and the files hold 21664"),
+        (
+            "llama_v5",
+            "\"vocab_size\": 48",
+            "\"vocab_size\": 1000000000000",
+            "config.json describes 64000000018592 numbers, and the files hold 21664",
+        ),
         ("gpt_neox_v5", "\"num_attention_heads\": 4", "\"num_attention_heads\": 5", "n_heads (5) must divide d_model"),
     ] {
         let error = told(name, from, to);

@@ -61,6 +61,7 @@ pub struct Tokenizer {
     end_of_text: Option<u32>,
     token_bytes: Vec<u32>,
     begin_of_text: String,
+    pad: Option<u32>,
     chat_template: Option<String>,
     marks_beginnings: bool,
 }
@@ -102,8 +103,8 @@ impl Tokenizer {
         let mut token_bytes = vec![1; 256];
         token_bytes.extend([0, 0]);
         let (begin_of_text, chat_template) = (String::new(), None);
-        let (json, inner, end_of_text, marks_beginnings) = (bytes_json(), None, Some(256), false);
-        Self { json, inner, end_of_text, token_bytes, begin_of_text, chat_template, marks_beginnings }
+        let (json, inner, end_of_text, pad, marks_beginnings) = (bytes_json(), None, Some(256), Some(257), false);
+        Self { json, inner, end_of_text, token_bytes, begin_of_text, pad, chat_template, marks_beginnings }
     }
 
     /// Opens the text of a tokenizer.json, as checkpoints keep it.
@@ -122,8 +123,9 @@ impl Tokenizer {
         let end_of_text = END_NAMES.iter().find_map(|name| inner.token_to_id(name));
         let token_bytes = count_bytes(json, &inner);
         let marks_beginnings = marks_beginnings(&inner);
+        let pad = inner.token_to_id(PAD);
         let (json, inner, begin_of_text) = (json.to_owned(), Some(Box::new(inner)), String::new());
-        Ok(Self { json, inner, end_of_text, token_bytes, begin_of_text, chat_template: None, marks_beginnings })
+        Ok(Self { json, inner, end_of_text, token_bytes, begin_of_text, pad, chat_template: None, marks_beginnings })
     }
 
     /// The same with the special tokens and the chat template of a tokenizer_config.json; what it does not name stays.
@@ -139,6 +141,7 @@ impl Tokenizer {
         if let Some(id) = token("eos_token").and_then(|name| self.inner.as_ref()?.token_to_id(&name)) {
             self.end_of_text = Some(id);
         }
+        self.pad = token("pad_token").and_then(|name| self.inner.as_ref()?.token_to_id(&name)).or(self.pad);
         self.begin_of_text = token("bos_token").unwrap_or(self.begin_of_text);
         let named = |all: &[Value]| {
             let default = all.iter().find(|one| one["name"] == "default").or(all.first());
@@ -163,19 +166,18 @@ impl Tokenizer {
     /// What chat templates may call the special tokens.
     pub fn special(&self) -> Special {
         let text = |id: Option<u32>| id.map(|id| self.token_text(id)).unwrap_or_default();
-        let pad = match &self.inner {
-            Some(inner) => inner.token_to_id(PAD).or(self.end_of_text),
-            None => Some(257),
-        };
+        let pad = self.pad.or(self.end_of_text);
         Special { bos: self.begin_of_text.clone(), eos: text(self.end_of_text), pad: text(pad) }
     }
 
     /// An id that fills up rows.
     pub fn pad(&self) -> u32 {
-        match &self.inner {
-            Some(inner) => inner.token_to_id(PAD).or(self.end_of_text).unwrap_or(0),
-            None => 257,
-        }
+        self.pad.or(self.end_of_text).unwrap_or(0)
+    }
+
+    /// The token that begins a text, where there is one.
+    pub fn begin_of_text(&self) -> Option<u32> {
+        self.inner.as_ref()?.token_to_id(&self.begin_of_text)
     }
 
     /// Token ids of what a chat template wrote, each with the last byte that it stands for. Special tokens that are spelt out are
@@ -300,14 +302,11 @@ impl Tokenizer {
 
     /// The tokenizer_config.json beside it, as transformers 4 and 5 read it.
     pub fn config_json(&self) -> String {
-        let end = self.end_of_text.map(|id| match &self.inner {
+        let name = |id: u32| match &self.inner {
             Some(inner) => inner.id_to_token(id).unwrap_or_default(),
-            None => END_OF_TEXT.into(),
-        });
-        let pad = match &self.inner {
-            Some(inner) => inner.token_to_id(PAD).map(|_| PAD.to_owned()).or_else(|| end.clone()),
-            None => Some(PAD.into()),
+            None => (if id == 256 { END_OF_TEXT } else { PAD }).into(),
         };
+        let (end, pad) = (self.end_of_text.map(name), self.pad.or(self.end_of_text).map(name));
         let mut config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad,
             "clean_up_tokenization_spaces": false, "model_max_length": 1_000_000,

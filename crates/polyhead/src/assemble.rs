@@ -86,7 +86,10 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
 /// If the recipe describes another run, or the checkpoint is damaged.
 pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
     let (before, mut recipe) = (recipe_of(checkpoint)?, loaded.recipe.clone());
-    if recipe.model.pretrained.is_some() && recipe.model.pretrained == before.model.pretrained {
+    if let Some(now) = &recipe.model.pretrained {
+        if before.model.pretrained.as_ref().is_some_and(|before| same_place(before, now, checkpoint)) {
+            recipe.model.pretrained = before.model.pretrained.clone();
+        }
         recipe.model.decoder = recipe.model.decoder.or_else(|| before.model.decoder.clone());
         recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
     }
@@ -105,6 +108,17 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path) -> Result<Resolved, Failure> {
     let is_decoder = recipe.model.classifier.is_none() && recipe.model.embedder.is_none();
     let vocab_size = is_decoder.then(|| vocab_of(checkpoint)).transpose()?;
     Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size })
+}
+
+/// Whether both paths mean the same model: by another spelling, or as the stage before this one in a folder that has moved.
+fn same_place(before: &Path, now: &Path, checkpoint: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    if before == now || real(before).is_some_and(|before| Some(before) == real(now)) {
+        return true;
+    }
+    let beside = |path: &Path| real(path).and_then(|path| Some(path.parent()?.to_owned()));
+    let stages = checkpoint.parent().and_then(beside);
+    stages.is_some() && stages == beside(now) && before.file_name() == now.file_name()
 }
 
 /// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.

@@ -542,11 +542,13 @@ fn a_tokenizers_own_template_and_special_tokens_are_found_beside_it() {
     };
     let told = chat_template("data.chat.template", "tokenizer", &open()).err().unwrap().to_string();
     assert!(told.contains("\"chatml\""), "{told}");
-    let config =
-        json!({ "eos_token": { "content": "<|pad|>" }, "bos_token": "<s>", "chat_template": built_in("llama3") });
+    let config = json!({
+        "eos_token": { "content": "<|pad|>" }, "bos_token": "<s>", "pad_token": "<|endoftext|>",
+        "chat_template": built_in("llama3"),
+    });
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     let with = open();
-    assert_eq!(with.special(), Special { bos: "<s>".into(), eos: "<|pad|>".into(), pad: "<|pad|>".into() });
+    assert_eq!(with.special(), Special { bos: "<s>".into(), eos: "<|pad|>".into(), pad: "<|endoftext|>".into() });
     assert_ne!(with.fingerprint(), Tokenizer::from_json(with.to_json()).unwrap().fingerprint());
     assert_eq!(chat_template("data.chat.template", "tokenizer", &with).unwrap().source(), built_in("llama3"));
     let again = Tokenizer::from_json(with.to_json()).unwrap().with_config(&with.config_json()).unwrap();

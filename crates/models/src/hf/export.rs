@@ -16,12 +16,22 @@ use crate::weights::{Named, WeightsError, named, to_safetensors};
 use crate::{Decoder, DecoderConfig, MlpKind, NormKind, PerLayer, RopeScaling};
 
 /// What the format needs to know besides the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ExportOptions {
     /// The longest sequence that the model was trained on.
     pub max_positions: usize,
+    /// The id that begins a text, where there is one of its own.
+    pub begin_of_text: Option<u32>,
     /// The id that ends a text.
     pub end_of_text: Option<u32>,
+    /// The id that fills up rows.
+    pub pad: Option<u32>,
+}
+
+impl ExportOptions {
+    fn begins(self) -> Option<u32> {
+        self.begin_of_text.or(self.end_of_text)
+    }
 }
 
 /// Why a model cannot be said in the format.
@@ -86,7 +96,7 @@ fn files(
     let tensors = placed(named(model), model.config(), family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
     let generation =
-        json!({ "bos_token_id": options.end_of_text, "eos_token_id": options.end_of_text, "do_sample": true });
+        json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
     Ok(vec![
         ("config.json".into(), text(&json)),
         ("generation_config.json".into(), text(&generation)),
@@ -117,7 +127,7 @@ fn common(model: &Decoder, family: Family, options: ExportOptions) -> Value {
         "tie_word_embeddings": config.tie_embeddings,
         // transformers 4 reads the first two and ignores the third without a word; 5 reads the third.
         "rope_theta": config.rope_theta, "rope_scaling": old_scaling, "rope_parameters": rope,
-        "bos_token_id": options.end_of_text, "eos_token_id": options.end_of_text, "pad_token_id": null,
+        "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "pad_token_id": options.pad,
         "torch_dtype": "float32", "use_cache": true, "initializer_range": polyhead_attention::INIT_STD,
     });
     let norm = if config.norm == NormKind::Layer { "layer_norm_eps" } else { "rms_norm_eps" };
@@ -326,7 +336,7 @@ mod tests {
     }
 
     fn files(model: &Decoder) -> Vec<(String, Vec<u8>)> {
-        export(model, ExportOptions { max_positions: 32, end_of_text: Some(1) }).unwrap()
+        export(model, ExportOptions { max_positions: 32, end_of_text: Some(1), ..Default::default() }).unwrap()
     }
 
     #[test]
@@ -384,7 +394,7 @@ mod tests {
     fn what_the_format_cannot_say_is_refused() {
         let mut config = config(RopeLayout::RotateHalf, true);
         config.rope = false;
-        let error = export(&config.init(10, &Device::flex()), ExportOptions { max_positions: 8, end_of_text: None });
+        let error = export(&config.init(10, &Device::flex()), ExportOptions { max_positions: 8, ..Default::default() });
         assert!(error.unwrap_err().to_string().contains("rope"));
     }
 }

@@ -228,8 +228,13 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
     if how.expanded {
         trained.model = surgery::expanded(&trained.model)?;
     }
-    let end_of_text = trained.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
-    let options = ExportOptions { max_positions: trained.max_positions, end_of_text };
+    let tokenizer = trained.tokenizer.as_ref();
+    let options = ExportOptions {
+        max_positions: trained.max_positions,
+        begin_of_text: tokenizer.and_then(Tokenizer::begin_of_text),
+        end_of_text: tokenizer.and_then(Tokenizer::end_of_text),
+        pad: tokenizer.map(Tokenizer::pad),
+    };
     let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
     if let Some(tokenizer) = &trained.tokenizer {
         let stops = stops(tokenizer)?;
