@@ -89,6 +89,7 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     world.succeeds(&["export", "dha", "--to", "native"]);
     let config = String::from_utf8(world.read("native/config.json")).unwrap();
     assert!(config.contains("dha_key_map"), "{config}");
+    close(&logits(&world, "native"), &logits(&world, "expanded"));
 
     // Fusion starts as the parent to the bit, and ends where every group acts as one head.
     convert("parent", &["--kv-budget", "0.4", "--fusing", "--out", "fusing"]);

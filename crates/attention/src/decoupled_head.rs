@@ -231,7 +231,7 @@ impl DecoupledHead {
             let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
             let centre = average(map, &mixed.device()).matmul(mixed.clone());
             // Heads of zeros are alike, not apart by 0/0.
-            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(f32::MIN_POSITIVE)
+            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
         };
         Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
     }

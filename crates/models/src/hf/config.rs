@@ -1,7 +1,7 @@
 //! config.json as transformers 4 and 5 write it, read as our settings. What would change the numbers and is not supported is
 //! refused; keys that say nothing about the forward pass are not looked at.
 
-use polyhead_attention::{AttentionConfig, RopeLayout, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, RopeLayout, SoftmaxConfig};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -40,6 +40,10 @@ struct Config {
     rope_scaling: Option<Rope>,
     partial_rotary_factor: Option<f64>,
     rotary_pct: Option<f64>,
+    // Of decoupled heads: for each layer, which head every query head reads.
+    dha_key_map: Option<Vec<Vec<usize>>>,
+    dha_value_map: Option<Vec<Vec<usize>>>,
+    dha_output_bias: Option<bool>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -75,6 +79,18 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
     let family = Family::READ.into_iter().find(|family| family.class() == class);
     let family = family.ok_or_else(|| format!("architectures names {class:?}; {readable} can be read"))?;
     refuse_unsupported(&config, family)?;
+    // Larger than any model, and small enough for every product of them.
+    for (name, value, most) in [
+        ("hidden_size", config.hidden_size, 1 << 20),
+        ("intermediate_size", config.intermediate_size, 1 << 24),
+        ("num_hidden_layers", config.num_hidden_layers, 1 << 14),
+        ("num_attention_heads", config.num_attention_heads, 1 << 14),
+        ("vocab_size", config.vocab_size, 1 << 30),
+    ] {
+        if value > most {
+            return Err(format!("{name} ({value}) must be at most {most}"));
+        }
+    }
     let neox = family == Family::GptNeox;
     let rope = config.rope_parameters.clone().unwrap_or_default();
     let biases = config.attention_bias.unwrap_or(neox);
@@ -104,11 +120,45 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         mlp: if neox { MlpKind::Gelu } else { MlpKind::Swiglu },
         parallel_residual: neox && config.use_parallel_residual.unwrap_or(true),
         tie_embeddings: config.tie_word_embeddings.unwrap_or(false),
-        attention: PerLayer::Same(AttentionConfig::Softmax(softmax)),
+        attention: match family {
+            Family::DecoupledHead => PerLayer::Each(decoupled(&config, &softmax)?),
+            _ => PerLayer::Same(AttentionConfig::Softmax(softmax)),
+        },
         attention_gate: None,
     };
     decoder.validate().map_err(|error| error.to_string())?;
     Ok(Described { family, decoder, vocab_size: config.vocab_size, max_positions: config.max_position_embeddings })
+}
+
+/// The layers of decoupled heads, by their maps.
+fn decoupled(config: &Config, softmax: &SoftmaxConfig) -> Result<Vec<AttentionConfig>, String> {
+    let (Some(keys), Some(values)) = (&config.dha_key_map, &config.dha_value_map) else {
+        return Err("dha_key_map and dha_value_map must give a list for every layer".into());
+    };
+    for (name, maps) in [("dha_key_map", keys), ("dha_value_map", values)] {
+        if maps.len() != config.num_hidden_layers {
+            let layers = config.num_hidden_layers;
+            return Err(format!(
+                "{name} has {} lists for num_hidden_layers ({layers}): give one per layer",
+                maps.len()
+            ));
+        }
+        if maps.iter().flatten().any(|&head| head >= softmax.n_heads) {
+            return Err(format!("{name} names a head that is not below num_attention_heads ({})", softmax.n_heads));
+        }
+    }
+    let layer = |(key_map, value_map): (&Vec<usize>, &Vec<usize>)| {
+        AttentionConfig::DecoupledHead(DecoupledHeadConfig {
+            n_heads: softmax.n_heads,
+            head_dim: softmax.head_dim,
+            key_map: key_map.clone(),
+            value_map: value_map.clone(),
+            qkv_bias: softmax.qkv_bias,
+            o_bias: config.dha_output_bias.unwrap_or(softmax.o_bias),
+            fusing: false,
+        })
+    };
+    Ok(keys.iter().zip(values).map(layer).collect())
 }
 
 fn refuse_unsupported(config: &Config, family: Family) -> Result<(), String> {

@@ -221,7 +221,7 @@ fn decoupled_config(model: &Decoder, options: ExportOptions) -> Result<Value, Ex
         }
     }
     let more = json!({
-        "num_attention_heads": layers[0].n_heads,
+        "num_attention_heads": layers[0].n_heads, "attention_bias": layers[0].qkv_bias, "dha_output_bias": layers[0].o_bias,
         "dha_key_map": layers.iter().map(|layer| &layer.key_map).collect::<Vec<_>>(),
         "dha_value_map": layers.iter().map(|layer| &layer.value_map).collect::<Vec<_>>(),
     });

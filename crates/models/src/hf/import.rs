@@ -100,7 +100,8 @@ impl Folder {
         let config = self.decoder();
         let n_heads = match config.mechanism(0) {
             AttentionConfig::Softmax(softmax) => softmax.n_heads,
-            _ => unreachable!("config.rs describes softmax attention only"),
+            AttentionConfig::DecoupledHead(heads) => heads.n_heads,
+            _ => unreachable!("config.rs describes softmax attention and decoupled heads only"),
         };
         // Told before anything of that size is made.
         let held: u64 = self.files.names().filter_map(|name| self.files.shape(name)).map(numbers).sum();
@@ -127,7 +128,10 @@ impl Folder {
                 }
                 Some(_) => {}
             }
-            let values = self.files.values(&place.name).map_err(|error| error.to_string())?;
+            let values = self.files.values(&place.name).map_err(|error| match error {
+                WeightsError::Unfit(problems) => problems.join("; "),
+                other => other.to_string(),
+            })?;
             let rows = their_shape[0];
             Ok(match place.layout {
                 Layout::Same => values,

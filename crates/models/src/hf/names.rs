@@ -17,7 +17,7 @@ pub enum Family {
     GptNeox,
     /// `MotifForCausalLM`: grouped differential attention; written only
     Motif,
-    /// Decoupled heads under LLaMA's names, the maps in config.json; written only, and known to no other software
+    /// Decoupled heads under LLaMA's names, the maps in config.json; known to no other software
     DecoupledHead,
 }
 
@@ -41,7 +41,8 @@ pub(super) struct Place {
 
 impl Family {
     /// The families that can be read.
-    pub(super) const READ: [Self; 5] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::GptNeox];
+    pub(super) const READ: [Self; 6] =
+        [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::GptNeox, Self::DecoupledHead];
 
     /// The name of the class, as in `architectures` of config.json.
     pub fn class(self) -> &'static str {

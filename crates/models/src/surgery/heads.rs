@@ -4,6 +4,7 @@
 //! (Kornblith et al. 2019, arXiv 1905.00414) is reported only: it does not see rotations inside a head, by which two heads may
 //! be orthogonal as vectors, and a sum of heads is nothing to either of them then.
 
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -193,7 +194,7 @@ impl Heads {
             .collect();
         let product = |a: &[f64], b: &[f64]| -> f64 {
             let rows = |x| <[f64]>::chunks(x, columns);
-            rows(a).flat_map(|a| rows(b).map(move |b| dot(a, b))).map(|entry| entry * entry).sum()
+            rows(a).flat_map(|a| rows(b).map(move |b| wide_dot(a, b))).map(|entry| entry * entry).sum()
         };
         let own: Vec<f64> = centred.iter().map(|head| product(head, head).sqrt()).collect();
         self.pairs(|i, j| product(&centred[i], &centred[j]) / (own[i] * own[j]).max(f64::MIN_POSITIVE))
@@ -210,9 +211,16 @@ impl Heads {
         self.pairs(|i, j| self.heads[i].iter().zip(&self.heads[j]).map(|(a, b)| (a - b) * (a - b)).sum())
     }
 
-    fn pairs(&self, value: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    /// `[n, n]` of a measure that does not tell a pair from its reverse.
+    fn pairs(&self, value: impl Fn(usize, usize) -> f64 + Sync) -> Vec<f64> {
         let n = self.len();
-        (0..n * n).map(|at| value(at / n, at % n)).collect()
+        let half: Vec<(usize, usize)> = (0..n).flat_map(|i| (i..n).map(move |j| (i, j))).collect();
+        let values: Vec<f64> = half.par_iter().map(|&(i, j)| value(i, j)).collect();
+        let mut out = vec![0.0; n * n];
+        for ((i, j), value) in half.into_iter().zip(values) {
+            (out[i * n + j], out[j * n + i]) = (value, value);
+        }
+        out
     }
 }
 
@@ -234,6 +242,18 @@ pub fn labels_after(n: usize, merges: &[Merge]) -> Vec<usize> {
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The same in eight sums at a time, in another order, which processors can do at once.
+fn wide_dot(a: &[f64], b: &[f64]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..8 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f64>() + dot(a_rest, b_rest)
 }
 
 fn square(head: &[f64]) -> f64 {

@@ -186,6 +186,7 @@ impl Conversion {
         let rule = |holds: bool, problem: &str| if holds { Ok(()) } else { Err(problem.to_owned()) };
         rule(self.kv_heads.is_none() || self.kv_budget.is_none(), "give --kv-heads or --kv-budget, not both")?;
         rule(dynamic || self.original.is_none(), "--original goes with --search dynamic")?;
+        rule(self.scatter_limit >= 0.0, "--scatter-limit must be a number of at least 0")?;
         rule(
             !self.fusing || self.pool == PoolName::Mean,
             "--pool goes without --fusing: nothing is pooled until heads are fused",
@@ -265,10 +266,12 @@ impl Conversion {
             (Search::Static, None) => match (self.kv_heads, self.kv_budget) {
                 (Some(kv_heads), _) => (parent.model.clone(), Grouping::Ward(kv_heads)),
                 (None, Some(share)) => (parent.model.clone(), Grouping::Budget(share)),
-                (None, None) if config.mechanism(0).name() == "key_driven" => {
+                (None, None)
+                    if config.mechanism(0).name() == "key_driven" && !self.fusing && self.pool == PoolName::Mean =>
+                {
                     return Ok(surgery::decouple_key_driven(&parent.model)?);
                 }
-                (None, None) => return Err(usage("--to needs --kv-budget SHARE or --kv-heads N")),
+                (None, None) => return Err(usage("--to decoupled_head needs --kv-budget SHARE or --kv-heads N")),
             },
         };
         match self.fusing {
