@@ -172,12 +172,9 @@ mod tests {
         RunLock::acquire(&run).unwrap();
     }
 
-    /// Not a check of its own: the process that the test below starts.
-    #[test]
-    #[ignore = "started by another test"]
-    fn child_that_locks() {
-        let run = std::env::var("POLYHEAD_TEST_RUN").unwrap();
-        match RunLock::acquire(Path::new(&run)) {
+    /// What the process does that the test below starts: the same test, told a folder.
+    fn lock_as_child(run: &str) {
+        match RunLock::acquire(Path::new(run)) {
             Ok(_) => println!("child: locked"),
             Err(error) => println!("child: {error}"),
         }
@@ -185,12 +182,14 @@ mod tests {
 
     #[test]
     fn a_second_process_is_refused() {
+        if let Ok(run) = std::env::var("POLYHEAD_TEST_LOCKS") {
+            return lock_as_child(&run);
+        }
         let dir = tempfile::tempdir().unwrap();
         let child = || {
             let output = Command::new(std::env::current_exe().unwrap())
-                .args(["run_folder::tests::child_that_locks", "--exact"])
-                .args(["--ignored", "--nocapture"])
-                .env("POLYHEAD_TEST_RUN", dir.path())
+                .args(["run_folder::tests::a_second_process_is_refused", "--exact", "--nocapture"])
+                .env("POLYHEAD_TEST_LOCKS", dir.path())
                 .output()
                 .unwrap();
             String::from_utf8(output.stdout).unwrap()
