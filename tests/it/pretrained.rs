@@ -42,6 +42,13 @@ fn a_run_starts_from_trained_weights_and_then_needs_their_folder_no_more() {
     assert!(err.contains("parent: no such checkpoint"), "{err}");
     let err = world.fails(2, &["train", "child.toml", schedule, "model.pretrained=elsewhere", "--out", "parts"]);
     assert!(err.contains("model.pretrained"), "{err}");
+    // Another folder of the same name is another model, unless both are stages of one run.
+    std::fs::create_dir(world.dir.path().join("far")).unwrap();
+    std::fs::rename(world.dir.path().join("again"), world.dir.path().join("far/parent")).unwrap();
+    world.succeeds(&["train", "child.toml", schedule, "model.pretrained=far/parent", "--out", "from-far"]);
+    std::fs::rename(world.dir.path().join("far/parent"), world.dir.path().join("parent")).unwrap();
+    let err = world.fails(2, &["train", "child.toml", schedule, "training.steps=14", "--out", "from-far"]);
+    assert!(err.contains("model.pretrained: \"far/parent\" -> \"parent\""), "{err}");
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::embedder::{layers_and_dim, paired};
 use crate::pretrained::{Pretrained, recipe_of, tokenizer_of, vocab_of};
 use crate::recipe::{self, Loaded, ModelConfig, Recipe};
 use crate::report::{Failure, Problems};
+use crate::stages;
 
 mod data;
 mod trained;
@@ -117,7 +118,7 @@ fn same_place(before: &Path, now: &Path, checkpoint: &Path) -> bool {
         return true;
     }
     let beside = |path: &Path| real(path).and_then(|path| Some(path.parent()?.to_owned()));
-    let stages = checkpoint.parent().and_then(beside);
+    let stages = checkpoint.parent().and_then(beside).filter(|folder| folder.join(stages::RECORD).exists());
     stages.is_some() && stages == beside(now) && before.file_name() == now.file_name()
 }
 
