@@ -48,6 +48,20 @@ fn a_dashboard_that_cannot_be_shown_is_told_with_the_way_out() {
     assert!(!world.dir.path().join("run").exists(), "nothing is written before");
 }
 
+/// What is in a recipe or in a name does not steer the terminal, and the caret stays below its sign.
+#[test]
+fn control_characters_are_shown_and_not_written() {
+    for (recipe, shown) in [
+        (format!("{SMALL}\u{1b}[31mx = 1\n"), "\u{241b}[31mx = 1"),
+        (format!("{SMALL}x\u{7f} = 1\n"), "x\u{2421} = 1"),
+        (format!("extends = \"a\\u001bb\"\n{SMALL}"), "a\\u{1b}b"),
+    ] {
+        let err = World::new(&recipe).fails(2, &["validate", "recipe.toml"]);
+        assert!(err.contains(shown), "{err:?}");
+        assert!(!err.contains(|sign: char| sign.is_control() && sign != '\n'), "{err:?}");
+    }
+}
+
 #[test]
 fn extends_and_overrides_are_layers() {
     let world = World::new(SMALL);

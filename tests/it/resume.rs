@@ -157,6 +157,54 @@ fn a_damaged_checkpoint_is_named_and_an_older_one_used() {
     assert!(fingerprint(&world, "whole") == fingerprint(&world, "run"));
 }
 
+/// Each file by its name, where a run falls back to an older checkpoint and where nothing else is asked for.
+#[test]
+fn a_checkpoint_that_lacks_its_manifest_or_holds_something_else_is_named() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    std::fs::write(world.dir.path().join("book.txt"), "The cat sat on the mat. ".repeat(60)).unwrap();
+    world.succeeds(&["train", RECIPE, "--out", "run"]);
+    world.succeeds(&["train", RECIPE, "--out", "wider", "model.decoder.d_model=32"]);
+    let last = world.dir.path().join("run/step-00000012");
+    // Whole, but of another model, and of another kind.
+    for (name, bytes, words) in [
+        ("model.safetensors", world.read("wider/step-00000012/model.safetensors"), "do not fit the model"),
+        ("model.safetensors", b"no weights".to_vec(), "model.safetensors"),
+        ("tokenizer.json", b"{".to_vec(), "tokenizer.json"),
+        ("tokenizer_config.json", b"{".to_vec(), "tokenizer_config.json"),
+    ] {
+        let copy = world.dir.path().join("copy");
+        std::fs::create_dir_all(&copy).unwrap();
+        for entry in std::fs::read_dir(&last).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+        }
+        std::fs::write(copy.join(name), bytes).unwrap();
+        seal(&copy);
+        let err = world.fails(1, &["generate", "copy", "--max-new-tokens", "1"]);
+        assert!(err.contains(&format!("copy/{name}")) && err.contains(words), "{name}: {err}");
+    }
+    std::fs::remove_file(last.join("manifest.json")).unwrap();
+    let err = world.fails(1, &["eval", "run/step-00000012"]);
+    assert!(err.contains("run/step-00000012 is no complete checkpoint: manifest.json is missing"), "{err}");
+    let (_, err) = world.succeeds(&["eval", "run"]);
+    assert!(err.contains("manifest.json is missing"), "{err}");
+}
+
+/// Makes a manifest fit what the files hold.
+fn seal(checkpoint: &std::path::Path) {
+    let path = checkpoint.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for entry in manifest["files"].as_array_mut().unwrap() {
+        let bytes = std::fs::read(checkpoint.join(entry["name"].as_str().unwrap())).unwrap();
+        entry["bytes"] = bytes.len().into();
+        entry["blake3"] = blake3::hash(&bytes).to_string().into();
+    }
+    manifest["manifest_blake3"] = "0".repeat(64).into();
+    let text = format!("{manifest:#}\n");
+    manifest["manifest_blake3"] = blake3::hash(text.as_bytes()).to_string().into();
+    std::fs::write(path, format!("{manifest:#}\n")).unwrap();
+}
+
 #[test]
 fn a_changed_recipe_is_refused_with_the_keys_that_differ() {
     let world = World::new(SMALL);

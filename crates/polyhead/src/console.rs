@@ -11,11 +11,11 @@ use polyhead_training::run::{Logged, View};
 use crate::report::Failure;
 
 /// A line on standard error. That nobody listens (a closed pipe, a terminal that is gone) must not end a run: the standard
-/// library's macros panic there.
+/// library's macros panic there. Names and lines of files stand in it, so it is made harmless.
 macro_rules! talk {
     ($($words:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stderr(), $($words)*);
+        let _ = writeln!(std::io::stderr(), "{}", $crate::console::harmless(&format!($($words)*)));
     }};
 }
 pub(crate) use talk;

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
+use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::{Decoder, DecoderConfig, hf, weights};
 use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::state;
@@ -134,7 +134,10 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
     if let Some(stage) = stages::last_finished(path)? {
         return find_checkpoint(&stage);
     }
-    if path.join("manifest.json").exists() {
+    // What is named as a checkpoint is none without its manifest: the message tells that, instead of what a run lacks.
+    let named_as_one =
+        path.is_dir() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
+    if named_as_one || path.join("manifest.json").exists() {
         verify(path)?;
         return Ok(path.to_owned());
     }
@@ -174,9 +177,13 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
         return Ok(None);
     }
     let read = |name| Ok::<_, Failure>(String::from_utf8_lossy(&read_file(checkpoint, name)?).into_owned());
-    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?)?;
+    let of = |name: &'static str| {
+        let path = checkpoint.join(name);
+        move |error: DataError| Failure::Run(format!("{}: {error}", path.display()))
+    };
+    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?).map_err(of(TOKENIZER))?;
     match checkpoint.join(TOKENIZER_CONFIG).exists() {
-        true => Ok(Some(tokenizer.with_config(&read(TOKENIZER_CONFIG)?)?)),
+        true => Ok(Some(tokenizer.with_config(&read(TOKENIZER_CONFIG)?).map_err(of(TOKENIZER_CONFIG))?)),
         false => Ok(Some(tokenizer)),
     }
 }
@@ -187,6 +194,7 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
 /// If it has no embedding.
 pub fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
     let file = checkpoint.join("model.safetensors");
-    let rows = weights::TensorFiles::open(std::slice::from_ref(&file))?.shape("embedding.weight").map(|shape| shape[0]);
-    rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing", file.display())))
+    let files = weights::TensorFiles::open(std::slice::from_ref(&file))?;
+    let rows = files.shape("embedding.weight").and_then(|shape| shape.first().copied()).filter(|&rows| rows > 0);
+    rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing, or empty", file.display())))
 }

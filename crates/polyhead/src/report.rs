@@ -54,7 +54,7 @@ impl Problem {
         let line_text = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default();
         let column = text.get(line_start..start).unwrap_or_default().chars().count() + 1;
         // A line of a file that is no recipe may be the whole file.
-        let line_text = line_text.chars().take(column.max(LONGEST_LINE)).collect();
+        let line_text = line_text.chars().take(column.max(LONGEST_LINE)).map(visible).collect();
         let length =
             text.get(start..span.end.max(start)).map_or(1, |part| part.lines().next().unwrap_or("").chars().count());
         let place = Place {
@@ -96,6 +96,17 @@ impl fmt::Display for Problem {
             write!(f, "\n  hint: {hint}")?;
         }
         Ok(())
+    }
+}
+
+/// A sign for a control character, as wide as the caret below takes it to be: what is in a file must not steer the terminal.
+fn visible(sign: char) -> char {
+    match sign {
+        '\t' => sign,
+        '\u{7f}' => '\u{2421}',
+        '\0'..='\u{1f}' => char::from_u32(0x2400 + sign as u32).unwrap_or('\u{fffd}'),
+        sign if sign.is_control() => '\u{fffd}',
+        sign => sign,
     }
 }
 

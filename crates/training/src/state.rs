@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Learner;
-use polyhead_models::weights::{from_safetensors, load, named, to_safetensors};
+use polyhead_models::weights::{WeightsError, from_safetensors, load, named, to_safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -78,7 +78,9 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
 /// # Errors
 /// If the file is missing or altered, or does not fit the model.
 pub fn read_model<M: Module>(checkpoint: &Path, model: M) -> Result<M, TrainError> {
-    Ok(load(model, from_safetensors(&read_file(checkpoint, "model.safetensors")?)?)?)
+    const NAME: &str = "model.safetensors";
+    let bytes = read_file(checkpoint, NAME)?;
+    from_safetensors(&bytes).and_then(|tensors| load(model, tensors)).map_err(|cause| unfit(checkpoint, NAME, &cause))
 }
 
 /// The optimiser of a checkpoint.
@@ -91,6 +93,13 @@ pub fn read_optimizer(
     updates: u64,
     device: &Device,
 ) -> Result<Optimizer, TrainError> {
-    let tensors = from_safetensors(&read_file(checkpoint, "optimizer.safetensors")?)?;
-    Ok(Optimizer::restore(config, updates, tensors, device)?)
+    const NAME: &str = "optimizer.safetensors";
+    let bytes = read_file(checkpoint, NAME)?;
+    let restored = from_safetensors(&bytes).and_then(|tensors| Optimizer::restore(config, updates, tensors, device));
+    restored.map_err(|cause| unfit(checkpoint, NAME, &cause))
+}
+
+/// A file that is what was saved, but not what is needed.
+fn unfit(checkpoint: &Path, name: &str, cause: &WeightsError) -> TrainError {
+    TrainError::State { path: checkpoint.join(name).display().to_string(), problem: cause.to_string() }
 }
