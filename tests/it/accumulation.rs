@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::weights::{Named, from_safetensors};
 
 use crate::world::{SMALL, World};
@@ -44,8 +45,7 @@ fn eight_rows_at_once_equal_four_times_two() {
     }
     for (name, a) in &at_once.1 {
         let b = &in_parts.1[name];
-        let worst = a.values.iter().zip(&b.values).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
-        assert!(worst <= TOLERANCE, "{name} is off by {worst}");
+        assert_close(name, &b.values, &a.values, Tolerance::absolute(TOLERANCE));
     }
 }
 

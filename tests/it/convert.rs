@@ -1,5 +1,7 @@
 //! Trained models turned into leaner ones.
 
+use polyhead_kernels::comparison::{Tolerance, assert_close};
+
 use crate::world::{SMALL, World};
 
 const SOFTMAX: &str = "[model.decoder.attention.softmax]\nn_heads = 4\n";
@@ -22,8 +24,7 @@ fn logits(world: &World, model: &str) -> Vec<f32> {
 }
 
 fn close(a: &[f32], b: &[f32]) {
-    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(a.len() == b.len() && worst < 1e-5, "off by {worst}");
+    assert_close("logits", b, a, Tolerance::absolute(1e-5));
 }
 
 /// A line of the printed table, as before and after.

@@ -8,6 +8,7 @@ use polyhead_attention::{
     Adapters, AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope, RopeLayout,
     SoftmaxConfig,
 };
+use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::weights::{self, Named};
 use serde_json::Value;
 
@@ -251,8 +252,7 @@ pub fn gradients<M: burn::module::Module>(module: &M, grads: &burn::tensor::Grad
 
 /// Fails unless `got` is within `tolerance` of `want`, absolute or relative to the largest number.
 pub fn compare(file: &str, name: &str, want: &[f32], got: &[f32], tolerance: f32, relative: bool) {
-    assert_eq!(want.len(), got.len(), "{file}: size of {name}");
-    let scale = if relative { want.iter().fold(0f32, |max, value| max.max(value.abs())) } else { 1.0 };
-    let worst = want.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-    assert!(worst <= tolerance * scale, "{file}: {name} is off by {worst}, allowed {}", tolerance * scale);
+    let tolerance = f64::from(tolerance);
+    let tolerance = if relative { Tolerance::relative(tolerance) } else { Tolerance::absolute(tolerance) };
+    assert_close(&format!("{file}: {name}"), got, want, tolerance);
 }

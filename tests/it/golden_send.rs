@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use nalgebra::{DMatrix, DVector};
+use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::{Gate, GateKind};
 use polyhead_training::ees::{self, EesConfig, EesMode, Probes};
 use polyhead_training::eigenscore::{EigenScore, matrix};
@@ -44,10 +45,7 @@ impl Case {
     }
 
     fn near(&self, what: &str, got: &[f64], want: &[f64], tolerance: f64) {
-        assert_eq!(got.len(), want.len(), "{}: {what}", self.name);
-        let scale = want.iter().fold(0.0f64, |most, value| most.max(value.abs()));
-        let worst = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        assert!(worst <= tolerance * scale, "{}: {what} is off by {worst:e} of {scale:e}", self.name);
+        assert_close(&format!("{}: {what}", self.name), got, want, Tolerance::relative(tolerance));
     }
 }
 

@@ -1,7 +1,8 @@
 //! What every mechanism must obey, whatever it computes. The table in `lib.rs` runs [`hold`] for each of them.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
 use polyhead_kernels::random;
 
 use crate::{
@@ -9,7 +10,7 @@ use crate::{
 };
 
 /// Room for rounding when the same numbers are computed in another order.
-const ROUNDING: f64 = 2e-5;
+const ROUNDING: Tolerance = Tolerance::absolute(2e-5);
 
 /// Runs every law.
 pub(crate) fn hold(config: &AttentionConfig) {
@@ -84,11 +85,7 @@ impl ModuleMapper for Spread {
 }
 
 fn close(got: Tensor<3>, want: Tensor<3>) {
-    got.into_data().assert_approx_eq::<f32>(&want.into_data(), Tolerance::absolute(ROUNDING));
-}
-
-fn largest_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
-    (a - b).abs().max().into_scalar()
+    assert_tensors_close("outputs", got, want, ROUNDING);
 }
 
 fn awkward_shapes_work(world: &World) {

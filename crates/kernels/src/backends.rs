@@ -3,11 +3,12 @@
 
 use burn::tensor::{Device, Tensor};
 
-use crate::testing::{normal, numbers};
+use crate::comparison::{Tolerance, assert_close, numbers};
+use crate::testing::normal;
 use crate::*;
 
 /// Allowed difference, relative to the largest entry; GPUs add in another order.
-const RELATIVE: f32 = 1e-4;
+const TOLERANCE: Tolerance = Tolerance::relative(1e-4).of_at_least(1e-3);
 
 #[cfg(feature = "ndarray")]
 #[test]
@@ -38,12 +39,7 @@ fn all_operations_agree(other: &Device) {
             std::iter::once(numbers(out)).chain(grads).collect::<Vec<_>>()
         };
         for (index, (got, want)) in run(other).iter().zip(&run(&Device::flex())).enumerate() {
-            let scale = want.iter().fold(1e-3f32, |max, value| max.max(value.abs()));
-            let off = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(
-                got.len() == want.len() && off <= RELATIVE * scale,
-                "{name}, result {index}: off by {off} of {scale}"
-            );
+            assert_close(&format!("{name}, result {index}"), got, want, TOLERANCE);
         }
     }
 }

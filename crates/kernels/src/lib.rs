@@ -10,6 +10,7 @@ mod adamw;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
 mod backends;
+pub mod comparison;
 mod cpu;
 mod cross_entropy;
 mod difference;

@@ -136,8 +136,9 @@ fn turn(x: FlexTensor, cos: &FlexTensor, sin: &FlexTensor, layout: RopeLayout, s
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comparison::{Tolerance, assert_tensors_close};
     use crate::testing::normal;
-    use burn::tensor::{Device, Tolerance};
+    use burn::tensor::Device;
 
     fn tables(seq: usize, half: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let angles: Vec<f32> = (0..seq * half).map(|i| (i / half) as f32 * 0.3 / (1 + i % half) as f32).collect();
@@ -153,10 +154,7 @@ mod tests {
         let to_halves = Tensor::<1, burn::tensor::Int>::from_ints([0, 2, 4, 1, 3, 5], &device);
         let interleaved = rope(x.clone(), cos.clone(), sin.clone(), RopeLayout::Interleaved);
         let halves = rope(x.select(3, to_halves.clone()), cos, sin, RopeLayout::RotateHalf);
-        interleaved
-            .select(3, to_halves)
-            .into_data()
-            .assert_approx_eq::<f32>(&halves.into_data(), Tolerance::absolute(1e-6));
+        assert_tensors_close("layouts", interleaved.select(3, to_halves), halves, Tolerance::absolute(1e-6));
     }
 
     #[test]
@@ -165,8 +163,8 @@ mod tests {
         let (cos, sin) = tables(4, 2, &device);
         let x = normal([1, 3, 4, 4], &device);
         let y = rope(x.clone(), cos, sin, RopeLayout::RotateHalf);
-        let norm = |t: Tensor<4>| t.square().sum_dim(3).into_data();
-        norm(y.clone()).assert_approx_eq::<f32>(&norm(x.clone()), Tolerance::absolute(1e-5));
+        let norm = |t: Tensor<4>| t.square().sum_dim(3);
+        assert_tensors_close("lengths", norm(y.clone()), norm(x.clone()), Tolerance::absolute(1e-5));
         y.narrow(2, 0, 1).into_data().assert_eq(&x.narrow(2, 0, 1).into_data(), true);
     }
 

@@ -2,10 +2,12 @@
 
 use burn::tensor::{Device, Distribution, Tensor};
 
+pub(crate) use crate::comparison::numbers;
+use crate::comparison::{Tolerance, assert_close};
 use crate::random;
 
 /// Allowed difference, relative to the largest entry.
-const RELATIVE: f32 = 1e-5;
+const TOLERANCE: Tolerance = Tolerance::relative(1e-5).of_at_least(1e-3);
 
 /// The next normal numbers of this test's own stream.
 pub(crate) fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
@@ -17,18 +19,9 @@ pub(crate) fn leaf<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     normal(shape, &Device::flex().autodiff()).require_grad()
 }
 
-/// Values on the host.
-pub(crate) fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.into_data().iter::<f32>().collect()
-}
-
 /// All entries agree, relative to the largest.
 pub(crate) fn agree(what: &str, got: &[f32], want: &[f32]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let scale = want.iter().fold(0f32, |max, value| max.max(value.abs()));
-    for (got, want) in got.iter().zip(want) {
-        assert!((got - want).abs() <= RELATIVE * scale.max(1e-3), "{what}: {got} is not {want} (largest {scale})");
-    }
+    assert_close(what, got, want, TOLERANCE);
 }
 
 /// Two forms of an operation of flattened inputs give the same outputs and gradients.

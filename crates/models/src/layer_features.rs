@@ -59,6 +59,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Device;
     use polyhead_attention::Observe;
+    use polyhead_kernels::comparison::largest_difference as far;
     use polyhead_kernels::seed_random;
 
     use super::*;
@@ -70,10 +71,6 @@ mod tests {
         let device = Device::flex();
         seed_random(2);
         serde_json::from_str::<DecoderConfig>(CONFIG).unwrap().init(20, &device)
-    }
-
-    fn far(a: Tensor<2>, b: Tensor<2>) -> f32 {
-        (a - b).abs().max().into_scalar()
     }
 
     #[test]

@@ -1,5 +1,6 @@
 use burn::module::Param;
-use burn::tensor::{Int, TensorData, Tolerance};
+use burn::tensor::{Int, TensorData};
+use polyhead_kernels::comparison::{Tolerance, assert_close, assert_tensors_close, largest_difference, numbers};
 
 use super::*;
 use crate::laws::{Spread, agree_with_differences, draw, reach_every_parameter};
@@ -37,11 +38,7 @@ fn fresh() -> Vec<GaussianGate> {
 }
 
 fn close<const D: usize>(got: Tensor<D>, want: Tensor<D>) {
-    got.into_data().assert_approx_eq::<f32>(&want.into_data(), Tolerance::absolute(2e-5));
-}
-
-fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.into_data().iter::<f32>().collect()
+    assert_tensors_close("gates", got, want, Tolerance::absolute(2e-5));
 }
 
 fn matrix(values: &[f32]) -> Param<Tensor<2>> {
@@ -82,8 +79,8 @@ fn a_product_of_gaussians_is_one_gaussian() {
             want[at(row)] = density(x) / sum;
         }
     }
-    let worst = numbers(several).iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
-    assert!(worst < 1e-6, "{worst}");
+    let several: Vec<f64> = numbers(several).into_iter().map(f64::from).collect();
+    assert_close("the product as it is written", &several, &want, Tolerance::absolute(1e-6));
 }
 
 /// The same numbers every time.
@@ -143,7 +140,7 @@ fn heads_are_independent() {
         let changed = Tensor::cat(vec![x.clone().narrow(1, 0, 9), input().narrow(1, 0, 5)], 1);
         let [a, b] = [x, changed].map(|x| gate.forward(x, None).features);
         close(a.clone().narrow(1, 0, 9), b.clone().narrow(1, 0, 9));
-        assert!((a - b).abs().max().into_scalar::<f32>() > 1e-2);
+        assert!(largest_difference(a, b) > 1e-2);
     }
 }
 
@@ -300,7 +297,7 @@ fn parameters_are_counted_and_the_factor_is_what_the_stack_multiplies_by() {
 #[test]
 fn importance_is_the_stretched_mean_of_the_gates() {
     let gates = |values: [f32; 6]| Tensor::from_data(TensorData::new(values.to_vec(), [1, 3, 2]), &Device::flex());
-    let close = |got: &[f32], want: &[f32]| assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?}");
+    let close = |got: &[f32], want: &[f32]| assert_close("importance", got, want, Tolerance::absolute(1e-6));
     let batches = [[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.4, 0.2, 0.4, 0.6, 0.8, 0.6]];
     let mut mean = GateMean::default();
     assert!(mean.importance().is_none());

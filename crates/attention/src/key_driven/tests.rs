@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use burn::module::Module;
-use burn::tensor::Tolerance;
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
 use polyhead_kernels::seed_random;
 
 use super::*;
@@ -48,8 +48,7 @@ fn keys_of_the_call_decide_and_padding_does_not() {
     let padded = Tensor::cat(vec![x, input(2, 3, &device) * 100.0], 1);
     let padded = layer.forward(padded, call(&Mask::none().with_lengths(&[5, 5])));
     assert_eq!(told(&padded), counts);
-    let [padded, short] = [padded.hidden.narrow(1, 0, 5), short.hidden].map(Tensor::into_data);
-    padded.assert_approx_eq::<f32>(&short, Tolerance::absolute(2e-5));
+    assert_tensors_close("padding", padded.hidden.narrow(1, 0, 5), short.hidden, Tolerance::absolute(2e-5));
 }
 
 #[test]
@@ -128,15 +127,14 @@ fn noise_leaves_rows_without_a_mean_and_passes_gradients() {
     let x = input(2, 5, &device).require_grad();
     let out = layer.forward(x.clone(), call(&Mask::none())).hidden;
     let again = layer.forward(x.clone(), call(&Mask::none())).hidden;
-    let difference: f32 = (out.clone() - again).abs().max().into_scalar();
-    assert!(difference > 1e-3, "noise is drawn anew");
+    assert!(largest_difference(out.clone(), again) > 1e-3, "noise is drawn anew");
     let grads = out.square().sum().backward();
     assert!(x.grad(&grads).unwrap().into_data().iter::<f32>().all(|grad| grad.is_finite() && grad != 0.0));
 
     let heads = draw([2, 6, 5, 4], [1.0, 1.0], &device);
     let uniform = draw([6, 20], [0.5, 0.15], &device);
     let means = perturbed(heads, &[1, 4, 1], uniform).reshape([2, 6, 20]).mean_dim(2);
-    assert!(means.abs().max().into_scalar::<f32>() < 1e-6);
+    assert_tensors_close("means", means.clone(), means.zeros_like(), Tolerance::absolute(1e-6));
     let flat = perturbed(Tensor::ones([1, 1, 1, 1], &device), &[1], Tensor::ones([1, 1], &device));
     assert_eq!(flat.into_scalar::<f32>(), 0.0);
 }

@@ -1,15 +1,16 @@
 //! The tiles against the plain form, and the plain form against the definition.
 
 use super::*;
+use crate::comparison::{Tolerance, assert_tensors_close};
 use crate::testing::{agree, normal, numbers};
-use burn::tensor::{Device, Tolerance};
+use burn::tensor::Device;
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     normal(shape, &Device::flex())
 }
 
 fn close(a: Tensor<4>, b: Tensor<4>) {
-    a.into_data().assert_approx_eq::<f32>(&b.into_data(), Tolerance::absolute(1e-6));
+    assert_tensors_close("attention", a, b, Tolerance::absolute(1e-6));
 }
 
 /// The definition, element by element, in f64.

@@ -3,6 +3,7 @@
 
 use burn::tensor::{Device, Int, Tensor};
 use polyhead_attention::{Cache, Mask, Observe};
+use polyhead_kernels::comparison::largest_difference as far;
 use polyhead_kernels::seed_random;
 
 use crate::testing::reach_every_parameter;
@@ -30,10 +31,6 @@ fn tokens(ids: &[i32], device: &Device) -> Tensor<2, Int> {
 
 fn hidden(model: &Decoder, ids: &[i32]) -> Tensor<3> {
     model.forward(tokens(ids, &model.device()), &Mask::causal(), None, Observe::Nothing).hidden
-}
-
-fn far(a: Tensor<3>, b: Tensor<3>) -> f32 {
-    (a - b).abs().max().into_scalar()
 }
 
 #[test]

@@ -1,4 +1,6 @@
 #![allow(clippy::unwrap_used)]
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
+
 use super::*;
 use crate::testing::reach_every_parameter;
 
@@ -50,7 +52,7 @@ fn only_the_published_baseline_lets_samples_see_each_other() {
         let (model, x) = (model(mixer), features(3));
         let other = Tensor::cat(vec![x.clone().narrow(0, 0, 1), features(2)], 0);
         let [a, b] = [x, other].map(|x| model.mix(x).0.narrow(0, 0, 1));
-        (a - b).abs().max().into_scalar::<f32>() > 1e-7
+        largest_difference(a, b) > 1e-7
     };
     assert!(!felt("\"identity\"") && !felt(GATE) && !felt(GQDAAM) && !felt(&attention("")));
     assert!(felt(&attention(r#", "residual": false, "between": "samples""#)));
@@ -102,8 +104,7 @@ fn query_heads_of_a_group_are_one_and_scores_are_divided_twice() {
         maps.matmul(part(&v, at))
     };
     let expected = apply(&mixer.o_proj, mixer.norm.forward(Tensor::cat(vec![head(0), head(1)], 2)));
-    let difference: f32 = (mixer.forward(x).0 - expected).abs().max().into_scalar();
-    assert!(difference < 1e-5, "{difference}");
+    assert_tensors_close("GQDAAM", mixer.forward(x).0, expected, Tolerance::absolute(1e-5));
 }
 
 #[test]

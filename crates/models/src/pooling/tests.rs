@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
-use burn::tensor::{Distribution, TensorData, Tolerance};
+use burn::tensor::{Distribution, TensorData};
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, numbers};
 use polyhead_kernels::random;
 
 use super::*;
@@ -41,12 +42,8 @@ fn hidden() -> Tensor<2, Bool> {
     Tensor::<2, Int>::from_data(TensorData::from(HIDDEN.map(|row| row.map(i32::from))), &device()).equal_elem(1)
 }
 
-fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.into_data().iter::<f32>().collect()
-}
-
 fn close<const D: usize>(got: Tensor<D>, want: Tensor<D>) {
-    got.into_data().assert_approx_eq::<f32>(&want.into_data(), Tolerance::absolute(2e-6));
+    assert_tensors_close("pooled", got, want, Tolerance::absolute(2e-6));
 }
 
 #[test]

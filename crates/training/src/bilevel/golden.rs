@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::weights::{self, Named};
 use polyhead_models::{DecoderConfig, IGNORE, Role};
 use safetensors::{Dtype, SafeTensors};
@@ -15,12 +16,12 @@ use super::*;
 use crate::engagement;
 
 /// Of losses and logits, absolute.
-const LOSS: f32 = 2e-6;
-const LOGITS: f32 = 2e-5;
+const LOSS: f64 = 2e-6;
+const LOGITS: f64 = 2e-5;
 /// Of gradients, relative to the largest entry, and absolute.
-const GRADIENT: (f32, f32) = (5e-6, 1e-6);
+const GRADIENT: (f64, f64) = (5e-6, 1e-6);
 /// Of fast weights, relative to the largest entry.
-const FAST: (f32, f32) = (5e-6, 0.0);
+const FAST: (f64, f64) = (5e-6, 0.0);
 /// Of the gradient through the inner loop, relative to the norm of the whole gradient.
 const SECOND_ORDER: f64 = 1e-4;
 /// Of means of attention weights, absolute.
@@ -196,15 +197,11 @@ fn ours(key: &str, tensor: &Named) -> Named {
     Named { name, ..tensor }
 }
 
-fn compare(what: &str, want: &[f32], got: &[f32], (relative, absolute): (f32, f32)) {
-    assert_eq!(want.len(), got.len(), "{what}");
-    let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
-    let worst = want.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-    let allowed = relative * largest + absolute;
-    assert!(worst <= allowed, "{what} is off by {worst}, allowed {allowed}");
+fn compare(what: &str, want: &[f32], got: &[f32], (relative, absolute): (f64, f64)) {
+    assert_close(what, got, want, Tolerance::relative(relative).plus(absolute));
 }
 
-fn compare_pairs(what: &str, want: &FastWeights, got: &FastWeights, tolerance: (f32, f32)) {
+fn compare_pairs(what: &str, want: &FastWeights, got: &FastWeights, tolerance: (f64, f64)) {
     assert_eq!(want.tensors().count(), got.tensors().count());
     assert!(want.tensors().count() > 0);
     for (want, got) in want.tensors().zip(got.tensors()) {
