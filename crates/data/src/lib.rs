@@ -166,7 +166,7 @@ pub fn open(
     let tracking = texts.into_iter().map(Batch::text).collect();
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;
-    let bytes = Some(tokenizer.token_bytes());
+    let (bytes, note) = known(tokenizer.token_bytes_of(documents.iter().map(|document| document.text.as_str())));
     Ok(Opened {
         train: loader(Arc::new(train), bytes.clone(), Order::Shuffled),
         validation: loader(Arc::new(held_out), bytes, Order::Once),
@@ -174,7 +174,7 @@ pub fn open(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
-        notes: Vec::new(),
+        notes: note.into_iter().collect(),
         text_hash: Some(file.key().to_owned()),
         floor: None,
     })
@@ -253,8 +253,9 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         )
     });
     let markers = chat::note(&template, tokenizer, "data.chat.template", &config.template)?;
+    let (bytes, note) = known(tokenizer.token_bytes_of_sample());
     let loader = |rows: ChatRows, order: Order| {
-        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
+        Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions { batch_size, seed, order })
     };
     Ok(Opened {
         train: loader(train, Order::Shuffled),
@@ -264,7 +265,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         // Whoever uses the model has to write as it has learnt to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
         description,
-        notes: several.into_iter().chain(markers).collect(),
+        notes: several.into_iter().chain(markers).chain(note).collect(),
         text_hash: Some(hash.finalize().to_hex().to_string()),
         floor: None,
     })
@@ -283,9 +284,8 @@ fn open_long_context(
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
     let tracked = rows(Side::Tracking(most))?;
     let tracking = watched(&tracked, most)?;
-    let loader = |rows, order| {
-        Loader::new(Arc::new(rows), Some(tokenizer.token_bytes()), LoaderOptions { batch_size, seed, order })
-    };
+    let (bytes, note) = known(tokenizer.token_bytes_of_sample());
+    let loader = |rows, order| Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions { batch_size, seed, order });
     let tasks: Vec<&str> = config.tasks.iter().map(|task| task.name()).collect();
     Ok(Opened {
         train: loader(train, Order::Endless),
@@ -294,10 +294,18 @@ fn open_long_context(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone().with_chat_template(template)),
         description: format!("generated: questions about texts of up to {seq_len} tokens ({})", tasks.join(", ")),
-        notes: markers.into_iter().collect(),
+        notes: markers.into_iter().chain(note).collect(),
         text_hash: None,
         floor: None,
     })
+}
+
+/// Bytes per id where they are known, and a note where they are not.
+fn known(bytes: Result<Vec<u32>, String>) -> (Option<Vec<u32>>, Option<String>) {
+    match bytes {
+        Ok(bytes) => (Some(bytes), None),
+        Err(note) => (None, Some(note)),
+    }
 }
 
 /// The first samples, `most` or as many as there are, to watch a model on: as they would be learnt from, less what pads them.

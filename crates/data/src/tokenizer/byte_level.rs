@@ -1,0 +1,81 @@
+//! Byte-level tokenizers of our own: plain bytes, and BPE that is learnt from texts.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::json;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
+
+use super::{END_OF_TEXT, PAD};
+use crate::DataError;
+use crate::error::At;
+
+/// Learns a byte-level BPE and writes its tokenizer.json. The same texts give the same file. Returns its vocabulary size.
+///
+/// # Errors
+/// If vocab_size leaves no room for the 256 bytes and the special tokens, or the file cannot be written.
+pub fn train_bpe(
+    texts: impl Iterator<Item = String> + Send,
+    vocab_size: usize,
+    out: &Path,
+) -> Result<usize, DataError> {
+    if vocab_size < 258 {
+        let problem = format!("vocab_size ({vocab_size}) must be at least 258: 256 bytes and 2 special tokens");
+        return Err(DataError::Unusable(problem));
+    }
+    let failed = |e: tokenizers::Error| DataError::Tokenizer { path: out.to_owned(), problem: e.to_string() };
+    let mut tokenizer = HfTokenizer::new(BPE::default());
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
+    let special = |name: &str| AddedToken::from(name, true);
+    let mut trainer = tokenizers::models::TrainerWrapper::BpeTrainer(
+        BpeTrainerBuilder::new()
+            .show_progress(false)
+            .vocab_size(vocab_size)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![special(END_OF_TEXT), special(PAD)])
+            .build(),
+    );
+    tokenizer.train(&mut trainer, texts).map_err(failed)?;
+    let json = tokenizer.to_string(true).map_err(failed)?;
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).at(folder)?;
+    // Whole or not at all: a full disk must not leave half a tokenizer behind.
+    std::fs::write(out, json).inspect_err(|_| drop(std::fs::remove_file(out))).at(out)?;
+    Ok(tokenizer.get_vocab_size(true))
+}
+
+/// GPT-2's printable stand-ins for bytes, which byte-level tokenizers spell their tokens with.
+pub(super) fn stand_ins() -> BTreeMap<char, u8> {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let mut next = 256u32;
+    let mut all = BTreeMap::new();
+    for byte in 0..=255u8 {
+        let sign = if printable(byte) { u32::from(byte) } else { next };
+        next += u32::from(!printable(byte));
+        all.extend(char::from_u32(sign).map(|sign| (sign, byte)));
+    }
+    all
+}
+
+/// The bytes tokenizer in Hugging Face's format: byte-level tokens of one byte, no merges.
+pub(super) fn bytes_json() -> String {
+    let vocab: BTreeMap<String, u32> = stand_ins().into_iter().map(|(sign, byte)| (sign.into(), byte.into())).collect();
+    let special = |id: u32, content: &str| {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true })
+    };
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(256, END_OF_TEXT), special(257, PAD)],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": [] },
+    });
+    json.to_string()
+}

@@ -1,0 +1,32 @@
+//! The last resort against files that make the tokenizers library panic: the panic is an error, and nothing is printed.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
+
+thread_local! {
+    /// Whether a panic of this thread is caught, so that nobody has to be told of it.
+    static CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+static HOOK: Once = Once::new();
+
+/// What `call` gives, or an error in words where it panics.
+pub(super) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    HOOK.call_once(|| {
+        let others = take_hook();
+        set_hook(Box::new(move |panic| {
+            if !CAUGHT.get() {
+                others(panic);
+            }
+        }));
+    });
+    let before = CAUGHT.replace(true);
+    // The tokenizer is only read, and a panic leaves no lock of it held.
+    let result = catch_unwind(AssertUnwindSafe(call));
+    CAUGHT.set(before);
+    result.map_err(|panic| {
+        let words = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        format!("the tokenizers library breaks on it ({})", words.unwrap_or("no reason given"))
+    })
+}
