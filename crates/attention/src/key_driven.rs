@@ -124,7 +124,8 @@ impl MechanismConfig for KeyDrivenConfig {
         self.even().validate(dims)?;
         match &self.allocation {
             AllocationConfig::Fixed(FixedConfig { query_heads }) => {
-                let (listed, sum) = (query_heads.len(), query_heads.iter().sum::<usize>());
+                let (listed, sum) =
+                    (query_heads.len(), query_heads.iter().fold(0, |sum: usize, &heads| sum.saturating_add(heads)));
                 require(listed == self.n_kv_heads && sum == self.n_heads, "allocation.fixed.query_heads", || {
                     format!(
                         "query_heads lists {listed} numbers with the sum {sum}: give one per key/value head ({}), n_heads ({}) in all",

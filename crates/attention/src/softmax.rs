@@ -107,9 +107,24 @@ pub(crate) fn check_heads(n_heads: usize, head_dim: Option<usize>, dims: &Dims) 
         Some(width) => require(width > 0, "head_dim", || "head_dim (0) must be at least 1".into())?,
     }
     let width = head_dim.unwrap_or(dims.d_model / n_heads);
+    check_width("head_dim", width, "n_heads", n_heads)?;
     let field = if head_dim.is_some() { "head_dim" } else { "n_heads" };
     require(!dims.rope || width.is_multiple_of(2), field, || {
         format!("head_dim ({width}) must be even for rotary positions; rope = false switches them off")
+    })
+}
+
+/// Channels of all heads of a layer at most: more than any model has, and every product of two sizes stays far from the end
+/// of the numbers. Chosen by us.
+const WIDEST: usize = 1 << 24;
+
+/// Refuses heads that are wider together than any layer.
+///
+/// # Errors
+/// Names both sizes and the rule.
+pub(crate) fn check_width(width_field: &str, width: usize, count_field: &str, count: usize) -> Result<(), ConfigError> {
+    require(width.checked_mul(count).is_some_and(|all| all <= WIDEST), width_field, || {
+        format!("{width_field} ({width}) times {count_field} ({count}) must be at most {WIDEST}")
     })
 }
 

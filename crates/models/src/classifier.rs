@@ -25,7 +25,7 @@ pub use config::{TextEncoderConfig, VisionTransformerConfig};
 pub use encoder::{Encoder, EncoderBlock, InputLayer, Mixer};
 pub use mixing::MixerConfig;
 pub use objective::{ClassWeights, LossConfig, Objective};
-pub use sums::{Bin, ClassScore, ClassSums, GroupCount};
+pub use sums::{Bin, ClassScore, ClassSums, GroupCount, MOST_CONFUSED};
 
 /// `[model.classifier]`: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -102,6 +102,15 @@ impl ClassifierConfig {
             Self::VisionTransformer(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
             Self::TextEncoder(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
             Self::GaussianAdaptiveTransformer(config) => config.parts(features_of(sizes)),
+        }
+    }
+
+    /// Layers, without naming each.
+    pub fn n_layers(&self) -> usize {
+        match self {
+            Self::VisionTransformer(config) => config.n_layers,
+            Self::TextEncoder(config) => config.n_layers,
+            Self::GaussianAdaptiveTransformer(_) => 1,
         }
     }
 

@@ -22,6 +22,7 @@ use crate::adapters::Lora;
 use crate::{Batch, Gate};
 
 mod config;
+pub(crate) use config::check_sizes;
 pub use config::{DecoderConfig, MlpKind, ModelCosts, NormKind, Part};
 
 /// The token embedding.

@@ -34,6 +34,8 @@ pub use gqdaam::{Gqdaam, GqdaamConfig};
 
 /// Side of the convolutions' kernels.
 const KERNEL: usize = 3;
+/// Channels of a convolution at most; chosen by us.
+const MOST_CHANNELS: usize = 1 << 16;
 
 /// Settings of the classifier.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -144,6 +146,10 @@ impl GaussianAdaptiveTransformerConfig {
         let d_model = sizes.d_model;
         if self.d_conv == 0 {
             return Err(ConfigError::new("d_conv", "d_conv (0) must be at least 1"));
+        }
+        if self.d_conv > MOST_CHANNELS {
+            let problem = format!("d_conv ({}) must be at most {MOST_CHANNELS}", self.d_conv);
+            return Err(ConfigError::new("d_conv", problem));
         }
         self.check_layers(sizes.n_layers)?;
         let read = [self.n_layers(sizes), d_model];

@@ -32,7 +32,8 @@ pub mod weights;
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use classifier::{
     Bin, Body, ClassScore, ClassSums, ClassWeights, Classifier, ClassifierConfig, Encoder, EncoderBlock, GroupCount,
-    InputLayer, LossConfig, Mixer, MixerConfig, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
+    InputLayer, LossConfig, MOST_CONFUSED, Mixer, MixerConfig, Objective, Scored, Sizes, TextEncoderConfig,
+    VisionTransformerConfig,
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};

@@ -2,6 +2,8 @@
 
 use polyhead_attention::Cost;
 use polyhead_models::{DecoderConfig, Part, Sizes};
+use polyhead_training::FreezeConfig;
+use polyhead_training::config::OptimizerConfig;
 
 use crate::recipe::Recipe;
 
@@ -67,8 +69,8 @@ impl Totals {
     pub fn of(cost: &Cost, seq_len: u64) -> Self {
         Self {
             parameters: cost.parameters,
-            flops_per_token: cost.flops_per_token + cost.flops_per_pair * (seq_len + 1) / 2,
-            cached_bytes_per_token: 4 * cost.cached_numbers_per_token,
+            flops_per_token: cost.flops_per_token.saturating_add(cost.flops_per_pair.saturating_mul(seq_len + 1) / 2),
+            cached_bytes_per_token: cost.cached_numbers_per_token.saturating_mul(4),
         }
     }
 
@@ -77,9 +79,9 @@ impl Totals {
         let parts = parts(recipe, known);
         let parts = parts.iter().map(|part| Self::of(&part.cost, recipe.training.seq_len as u64));
         parts.fold(Self::default(), |sum, part| Self {
-            parameters: sum.parameters + part.parameters,
-            flops_per_token: sum.flops_per_token + part.flops_per_token,
-            cached_bytes_per_token: sum.cached_bytes_per_token + part.cached_bytes_per_token,
+            parameters: sum.parameters.saturating_add(part.parameters),
+            flops_per_token: sum.flops_per_token.saturating_add(part.flops_per_token),
+            cached_bytes_per_token: sum.cached_bytes_per_token.saturating_add(part.cached_bytes_per_token),
         })
     }
 }
@@ -98,7 +100,15 @@ impl Costs {
 
     /// Weights, gradients and two moments, in f32.
     pub fn state_bytes(&self) -> u64 {
-        16 * self.totals.parameters
+        self.totals.parameters.saturating_mul(16)
+    }
+
+    /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`) the weights alone.
+    pub fn least_bytes(&self, recipe: &Recipe) -> u64 {
+        let part = recipe.lora.is_some() || recipe.freeze != FreezeConfig::default();
+        let moments = if matches!(recipe.optimizer, OptimizerConfig::Muon(_)) { 1 } else { 2 };
+        let numbers = if part { 1 } else { 2 + moments };
+        self.totals.parameters.saturating_mul(4 * numbers).saturating_add(self.activation_bytes)
     }
 
     /// Operations of the whole training.
@@ -111,7 +121,7 @@ impl Costs {
 pub fn tokens_per_step(recipe: &Recipe) -> u64 {
     let training = &recipe.training;
     let row = if recipe.model.classifier.is_some() || recipe.model.embedder.is_some() { 1 } else { training.seq_len };
-    (row * training.batch_size * training.gradient_accumulation_steps) as u64
+    row.saturating_mul(training.batch_size).saturating_mul(training.gradient_accumulation_steps) as u64
 }
 
 /// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
@@ -123,9 +133,10 @@ fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
         (Some(decoder), None, _) => training.seq_len.saturating_mul(numbers_per_token(decoder)),
         _ => 0,
     };
-    (4 * training.batch_size).saturating_mul(numbers_per_row) as u64
+    training.batch_size.saturating_mul(4).saturating_mul(numbers_per_row) as u64
 }
 
 fn numbers_per_token(decoder: &DecoderConfig) -> usize {
-    decoder.n_layers * (10 * decoder.d_model + 4 * decoder.feed_forward())
+    let of_layer = decoder.d_model.saturating_mul(10).saturating_add(decoder.feed_forward().saturating_mul(4));
+    decoder.n_layers.saturating_mul(of_layer)
 }

@@ -1,6 +1,7 @@
 //! Layers of TOML: parsed with the place of every key, merged into one table.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use toml_edit::{Document, Item, TableLike};
 
@@ -28,14 +29,20 @@ const ONE_OF: [&str; 18] = [
     "model.classifier.*.mixer.attention.mechanism",
 ];
 
+/// The name of layers that were typed.
+const COMMAND_LINE: &str = "command line";
+/// The name of layers that tell a stage where it starts from.
+pub const STAGES: &str = "stages";
+
 /// One source of keys.
 #[derive(Clone)]
 pub struct Layer {
     /// The file's name, or `command line`.
     pub name: String,
     /// Its text.
-    pub text: String,
-    document: Document<String>,
+    pub text: Arc<str>,
+    // Shared by all parts of a file, of which there may be thousands.
+    document: Arc<Document<String>>,
     values: toml::Table,
     /// Where in the document the values stand: not at the top for a [`part`](Layer::part).
     prefix: Vec<String>,
@@ -50,7 +57,7 @@ pub fn parse_layer(name: &str, text: &str) -> Result<Layer, Problem> {
     let document = document.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
     let values = text.parse::<toml::Table>();
     let values = values.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
-    Ok(Layer { name: name.to_owned(), text: text.to_owned(), document, values, prefix: Vec::new() })
+    Ok(Layer { name: name.to_owned(), text: text.into(), document: Arc::new(document), values, prefix: Vec::new() })
 }
 
 /// Parses `key=value` from the command line; a value that is no TOML is taken as text.
@@ -58,7 +65,7 @@ pub fn parse_layer(name: &str, text: &str) -> Result<Layer, Problem> {
 /// # Errors
 /// If there is no `=`, or the key is no key.
 pub fn parse_override(text: &str) -> Result<Layer, Problem> {
-    const NAME: &str = "command line";
+    const NAME: &str = COMMAND_LINE;
     let Some((key, value)) = text.split_once('=') else {
         let message = format!("`{text}` is no override: write key=value, such as training.steps=100");
         return Err(Problem::in_text(NAME, text, None, message));
@@ -87,8 +94,17 @@ impl Layer {
     /// Takes a key out, as a layer of its own, if it is there.
     pub fn take(&mut self, key: &str) -> Option<Layer> {
         let value = self.values.remove(key)?;
-        let values = toml::Table::from_iter([(key.to_owned(), value)]);
-        Some(Layer { values, ..self.clone() })
+        Some(self.with(toml::Table::from_iter([(key.to_owned(), value)]), self.prefix.clone()))
+    }
+
+    /// The same source with other values, which stand behind a prefix.
+    fn with(&self, values: toml::Table, prefix: Vec<String>) -> Layer {
+        Layer { name: self.name.clone(), text: self.text.clone(), document: self.document.clone(), values, prefix }
+    }
+
+    /// Whether it is a file, and not what was typed or what a stage is told.
+    pub fn is_file(&self) -> bool {
+        ![COMMAND_LINE, STAGES].contains(&self.name.as_str())
     }
 
     /// The values, without places.
@@ -109,7 +125,7 @@ impl Layer {
             table = item.and_then(toml::Value::as_table);
         }
         let prefix = self.prefix.iter().cloned().chain(prefix.iter().map(|part| (*part).to_owned())).collect();
-        Layer { values: table.cloned().unwrap_or_default(), prefix, ..self.clone() }
+        self.with(table.cloned().unwrap_or_default(), prefix)
     }
 
     /// Where the longest known beginning of a path stands, and how many of its parts that is.

@@ -97,7 +97,7 @@ pub struct ModelConfig {
 impl ModelConfig {
     /// Layers, where they are known.
     fn n_layers(&self) -> Option<usize> {
-        let classifier = self.classifier.as_ref().map(|classifier| classifier.layers().len());
+        let classifier = self.classifier.as_ref().map(ClassifierConfig::n_layers);
         classifier.or(self.decoder.as_ref().map(|decoder| decoder.n_layers))
     }
 }
@@ -236,16 +236,21 @@ pub fn all_differences(before: &impl Serialize, now: &impl Serialize) -> Vec<Dif
     out
 }
 
+const NO_FILE: &str = "recipes are files that end in .toml; `polyhead ls` lists those at hand";
+
 /// The text of a recipe's file.
 ///
 /// # Errors
-/// If there is none, or it is no text.
+/// If there is none, or it is no text, with the line where it is none.
 pub fn read_file(path: &Path) -> Result<String, Problems> {
-    std::fs::read_to_string(path).map_err(|error| {
-        Problems::plain(format!(
-            "recipe {}: {error}\n  hint: recipes are files that end in .toml; `polyhead ls` lists those at hand",
-            path.display()
-        ))
+    let bytes = std::fs::read(path)
+        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {NO_FILE}", path.display())))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let bytes = error.into_bytes();
+        let text = String::from_utf8_lossy(&bytes[..at]).into_owned() + "\u{fffd}";
+        let message = format!("byte {:#04x} is not valid UTF-8: recipes are UTF-8 text", bytes[at]);
+        Problems(vec![Problem::in_text(&path.display().to_string(), &text, Some(at..at), message)])
     })
 }
 
@@ -269,8 +274,8 @@ pub fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Prob
         ("stage", "a run in stages", "train, plan, validate and cat take it"),
     ] {
         if file.values().contains_key(key) {
-            let problem = format!("{} is {what}, not one recipe\n  hint: {hint}", path.display());
-            return Err(Problems::plain(problem));
+            let problem = format!("{} is {what}, not one recipe", path.display());
+            return Err(Problems(vec![Problem::at(&[file], key, problem).hint(Some(hint.into()))]));
         }
     }
     let mut layers = with_base(path, file)?;
@@ -285,10 +290,13 @@ pub fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Prob
 pub fn with_base(path: &Path, mut file: Layer) -> Result<Vec<Layer>, Problems> {
     let Some(base) = file.take_extends()? else { return Ok(vec![file]) };
     let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
+    let here = |problem: String| Problems(vec![Problem::at(std::slice::from_ref(&file), "extends", problem)]);
+    if let Err(error) = std::fs::File::open(&base_path) {
+        return Err(here(format!("extends: recipe {}: {error}", base_path.display())));
+    }
     let mut base = read_layer(&base_path)?;
     if base.take_extends()?.is_some() {
-        let problem = format!("{} extends another recipe itself; one level is allowed", base_path.display());
-        return Err(Problems::plain(problem));
+        return Err(here(format!("{} extends another recipe itself; one level is allowed", base_path.display())));
     }
     Ok(vec![base, file])
 }

@@ -37,11 +37,11 @@ impl Problem {
         let best = best.collect::<Vec<_>>().into_iter().rev().max_by_key(|(_, (_, depth))| *depth);
         match best {
             Some((layer, (span, _))) => Self::in_text(&layer.name, &layer.text, Some(span), message),
-            None => {
-                let source = layers.first().map_or(String::new(), |layer| layer.name.clone());
-                let place = Place { source, line: 0, column: 0, text: String::new(), length: 0 };
-                Self { message, hint: None, place: Some(place) }
-            }
+            // What is missing altogether is missing in the file that was named: the last one, as overrides come behind.
+            None => match layers.iter().rev().find(|layer| layer.is_file()).or(layers.last()) {
+                Some(layer) => Self::in_text(&layer.name, &layer.text, None, message),
+                None => Self { message, hint: None, place: None },
+            },
         }
     }
 

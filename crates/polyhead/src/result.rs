@@ -97,7 +97,8 @@ fn token() -> String {
 pub struct ClassTable {
     /// Each class's name and numbers.
     pub scores: Vec<NamedScore>,
-    /// `[truth][answer]`: how many.
+    /// `[truth][answer]`: how many; empty where there are more than 1000 classes.
+    #[serde(default)]
     pub confusion: Vec<Vec<u64>>,
     /// Each group's name and accuracy, where data tells groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -135,7 +136,9 @@ impl ClassTable {
         let named = |(name, score): (&String, ClassScore)| NamedScore { name: name.clone(), score };
         Self {
             scores: names.iter().zip(sums.classes()).map(named).collect(),
-            confusion: sums.confusion().chunks(names.len().max(1)).map(<[u64]>::to_vec).collect(),
+            confusion: sums
+                .confusion()
+                .map_or(Vec::new(), |matrix| matrix.chunks(names.len().max(1)).map(<[u64]>::to_vec).collect()),
             groups: groups.iter().zip(0..).map(group).collect(),
         }
     }

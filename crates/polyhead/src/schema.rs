@@ -1,12 +1,13 @@
 //! What keys there are: read off the types, for finding unknown keys, naming the nearest valid one, and the reference.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
 use crate::layers::Layer;
 use crate::recipe::Recipe;
-use crate::report::Problem;
+use crate::report::{Problem, Problems};
 
 /// What other trainers (Hugging Face, axolotl, litgpt, LLaMA-Factory, nanoGPT) call our keys.
 const ELSEWHERE: [(&str, &str); 34] = [
@@ -46,26 +47,37 @@ const ELSEWHERE: [(&str, &str); 34] = [
     ("seed", "debug.seed"),
 ];
 
+/// Unknown keys that are told one by one, each with the nearest valid one; of more there is the number. Chosen by us.
+const MOST_UNKNOWN: usize = 100;
+
 /// The schema of a recipe.
-pub fn recipe() -> Value {
-    schemars::schema_for!(Recipe).to_value()
+pub fn recipe() -> &'static Value {
+    static SCHEMA: OnceLock<Value> = OnceLock::new();
+    SCHEMA.get_or_init(|| schemars::schema_for!(Recipe).to_value())
 }
 
 /// Keys of the layers that no type has, each with the nearest valid one.
 pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
-    unknown_keys_of(&recipe(), layers)
+    unknown_keys_of(recipe(), layers)
 }
 
 /// The same for files of another schema.
 pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
-    let mut found = Vec::new();
+    let (mut found, mut more) = (Vec::new(), 0);
     for layer in layers {
-        let mut report = |path: &str, key: &str, valid: Vec<String>| {
+        let mut report = |path: &str, key: &str, valid: &dyn Fn() -> Vec<String>| {
+            if found.len() == MOST_UNKNOWN {
+                more += 1;
+                return;
+            }
             let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
             let problem = Problem::at(std::slice::from_ref(layer), path, format!("unknown key `{key}` in {table}"));
-            found.push(problem.hint(Some(suggestion(root, key, &valid))));
+            found.push(problem.hint(Some(suggestion(root, key, &valid()))));
         };
         walk(root, &[root], layer.values(), "", &mut report);
+    }
+    if more > 0 {
+        found.extend(Problems::plain(format!("{more} more unknown keys")).0);
     }
     found
 }
@@ -75,7 +87,7 @@ fn walk(
     schemas: &[&Value],
     table: &toml::Table,
     path: &str,
-    report: &mut dyn FnMut(&str, &str, Vec<String>),
+    report: &mut dyn FnMut(&str, &str, &dyn Fn() -> Vec<String>),
 ) {
     let variants: Vec<&Value> = schemas.iter().flat_map(|schema| variants(root, schema)).collect();
     let known = || variants.iter().filter_map(|schema| schema.get("properties")?.as_object());
@@ -86,7 +98,7 @@ fn walk(
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         let inner: Vec<&Value> = known().filter_map(|properties| properties.get(key)).collect();
         if inner.is_empty() {
-            report(&path, key, known().flat_map(|properties| properties.keys().cloned()).collect());
+            report(&path, key, &|| known().flat_map(|properties| properties.keys().cloned()).collect());
             continue;
         }
         match value {
@@ -160,7 +172,7 @@ fn find_key(root: &Value, schema: &Value, path: &str, key: &str, places: &mut Ve
 pub fn reference() -> String {
     let root = recipe();
     let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
-    describe(&root, &root, "", (&mut BTreeMap::new(), &mut out));
+    describe(root, root, "", (&mut BTreeMap::new(), &mut out));
     out
 }
 

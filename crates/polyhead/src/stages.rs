@@ -3,6 +3,7 @@
 //! The file is a recipe with `[[stage]]` tables. What stands around them all stages share; each one names what it changes, or
 //! a conversion between two runs. A stage is a run folder of its own, so that all that works with a run works with it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::commands::convert::Conversion;
 use crate::compare::comparison::folder_name;
-use crate::layers::{Layer, parse_layer};
+use crate::layers::{Layer, STAGES, parse_layer};
 use crate::recipe::{self, Loaded};
 use crate::report::{Failure, Problem, Problems, in_words};
 use crate::schema;
@@ -82,10 +83,10 @@ impl Staged {
                 problems.push(Problem::at(std::slice::from_ref(&self.own), &key, message));
             }
         };
+        let mut names = BTreeSet::new();
         for (at, stage) in self.stages.iter().enumerate() {
             let (name, key) = (&stage.name, |key: &str| format!("stage.{at}.{key}"));
-            let others = self.stages[..at].iter();
-            let first = others.map(|other| folder_name(&other.name)).all(|other| other != folder_name(name));
+            let first = names.insert(folder_name(name));
             rule(first, key("name"), format!("stage `{name}`: two stages have this name"));
             rule(
                 !folder_name(name).is_empty(),
@@ -121,7 +122,7 @@ impl Staged {
         if let Some(from) = from {
             let from = toml::Value::String(from.display().to_string());
             // The last layer, because it replaces the whole description of a fresh model.
-            let line = parse_layer("stages", &format!("model.pretrained = {from}"));
+            let line = parse_layer(STAGES, &format!("model.pretrained = {from}"));
             layers.push(line.map_err(|problem| Problems(vec![problem]))?);
         }
         let about = |problem: Problem| problem.about(&format!("stage `{name}`"));

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::MixerConfig;
-use crate::decoder::{MlpKind, NormKind};
+use crate::decoder::{MlpKind, NormKind, check_sizes};
 use crate::{InputShape, PerLayer, PoolingConfig};
 
 /// `[model.classifier.vision_transformer]`: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929).
@@ -142,11 +142,7 @@ impl Blueprint {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        for (field, value) in [("d_model", self.d_model), ("n_layers", self.n_layers), ("d_ff", self.d_ff)] {
-            if value == 0 {
-                return Err(ConfigError::new(field, format!("{field} (0) must be at least 1")));
-            }
-        }
+        check_sizes([self.d_model, self.n_layers, self.d_ff])?;
         if !(self.norm_eps.is_finite() && self.norm_eps > 0.0) {
             let problem = format!("norm_eps ({}) must be a positive number", self.norm_eps);
             return Err(ConfigError::new("norm_eps", problem));
@@ -178,6 +174,7 @@ impl VisionTransformerConfig {
         if self.patch_size == 0 {
             return Err(ConfigError::new("patch_size", "patch_size (0) must be at least 1"));
         }
+        check_sizes([self.d_model, self.n_layers, self.d_ff.unwrap_or(1)])?;
         match input {
             Some(InputShape::Images { height, width, .. }) => {
                 let side = self.patch_size;
@@ -222,7 +219,7 @@ impl VisionTransformerConfig {
             source: Source::Patches { channels, side, grid: [height / side, width / side] },
             d_model: self.d_model,
             n_layers: self.n_layers,
-            d_ff: self.d_ff.unwrap_or(4 * self.d_model),
+            d_ff: self.d_ff.unwrap_or(self.d_model.saturating_mul(4)),
             norm: self.norm,
             norm_eps: self.norm_eps,
             mlp: self.mlp,
@@ -256,7 +253,7 @@ impl TextEncoderConfig {
             source: Source::Tokens { vocab_size, seq_len },
             d_model: self.d_model,
             n_layers: self.n_layers,
-            d_ff: self.d_ff.unwrap_or(4 * self.d_model),
+            d_ff: self.d_ff.unwrap_or(self.d_model.saturating_mul(4)),
             norm: self.norm,
             norm_eps: self.norm_eps,
             mlp: self.mlp,

@@ -10,14 +10,17 @@ use crate::{Evaluated, Matrix, Sums};
 
 /// Bins of confidence, as in Guo et al. (2017, arXiv 1706.04599).
 const BINS: usize = 15;
+/// With more classes than this, confusions are counted but not laid out as a matrix of classes by classes, which nobody could
+/// read and no memory holds: 60,000 classes would take 29 GB. Chosen by us.
+pub const MOST_CONFUSED: usize = 1000;
 
 /// The sums over evaluated examples.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ClassSums {
     loss: f64,
     n_classes: usize,
-    /// `[truth, answer]` row-major.
-    confusion: Vec<u64>,
+    /// How many, by truth and answer; those that came.
+    confusion: BTreeMap<(u32, u32), u64>,
     bins: [Bin; BINS],
     /// By group.
     groups: BTreeMap<u32, GroupCount>,
@@ -72,7 +75,7 @@ impl ClassSums {
     /// so that it does not matter how batches are cut. Of equal scores the first class wins.
     pub fn of(logits: &[f32], labels: &[u32], groups: &[u32]) -> Self {
         let n_classes = logits.len() / labels.len().max(1);
-        let mut sums = Self { n_classes, confusion: vec![0; n_classes * n_classes], ..Self::default() };
+        let mut sums = Self { n_classes, ..Self::default() };
         for ((row, &label), &group) in logits.chunks_exact(n_classes.max(1)).zip(labels).zip(groups) {
             let (mut first, mut largest) = (0, f64::NEG_INFINITY);
             for (class, &score) in row.iter().enumerate() {
@@ -82,7 +85,7 @@ impl ClassSums {
             }
             let rest: f64 = row.iter().map(|&score| (f64::from(score) - largest).exp()).sum();
             sums.loss += largest + rest.ln() - f64::from(row[label as usize]);
-            sums.confusion[label as usize * n_classes + first] += 1;
+            *sums.confusion.entry((label, first as u32)).or_default() += 1;
             let confidence = 1.0 / rest;
             let bin = &mut sums.bins[((confidence * BINS as f64).ceil() as usize).clamp(1, BINS) - 1];
             bin.count += 1;
@@ -108,26 +111,36 @@ impl ClassSums {
 
     /// Examples.
     pub fn examples(&self) -> u64 {
-        self.confusion.iter().sum()
+        self.confusion.values().sum()
     }
 
-    /// `[truth, answer]` row-major.
-    pub fn confusion(&self) -> &[u64] {
-        &self.confusion
+    /// `[truth, answer]` row-major; `None` where that would be more than [`MOST_CONFUSED`] classes by as many.
+    pub fn confusion(&self) -> Option<Vec<u64>> {
+        let n = self.n_classes;
+        (n <= MOST_CONFUSED).then(|| {
+            let mut matrix = vec![0; n * n];
+            for (&(truth, answer), &count) in &self.confusion {
+                matrix[truth as usize * n + answer as usize] = count;
+            }
+            matrix
+        })
     }
 
     /// Class by class.
     pub fn classes(&self) -> Vec<ClassScore> {
-        let n = self.n_classes;
         let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 };
-        let class = |class: usize| {
-            let right = self.confusion[class * n + class];
-            let examples: u64 = self.confusion[class * n..(class + 1) * n].iter().sum();
-            let answers: u64 = (0..n).map(|truth| self.confusion[truth * n + class]).sum();
+        // Examples, answers, and those that are right, by class.
+        let mut counts = vec![[0; 3]; self.n_classes];
+        for (&(truth, answer), &count) in &self.confusion {
+            counts[truth as usize][0] += count;
+            counts[answer as usize][1] += count;
+            counts[truth as usize][2] += if truth == answer { count } else { 0 };
+        }
+        let class = |[examples, answers, right]: [u64; 3]| {
             let f1 = share(2 * right, examples + answers);
             ClassScore { examples, answers, precision: share(right, answers), recall: share(right, examples), f1 }
         };
-        (0..n).map(class).collect()
+        counts.into_iter().map(class).collect()
     }
 
     /// The mean F1 over the classes that occur, or are answered with.
@@ -168,7 +181,9 @@ impl Sums for ClassSums {
         }
         assert!(other.n_classes == self.n_classes || other.n_classes == 0, "sums of two kinds of data");
         self.loss += other.loss;
-        self.confusion.iter_mut().zip(other.confusion).for_each(|(sum, more)| *sum += more);
+        for (place, more) in other.confusion {
+            *self.confusion.entry(place).or_default() += more;
+        }
         for (sum, more) in self.bins.iter_mut().zip(other.bins) {
             sum.count += more.count;
             sum.confidence += more.confidence;
@@ -183,7 +198,8 @@ impl Sums for ClassSums {
     }
 
     fn evaluated(&self) -> Evaluated {
-        let correct = (0..self.n_classes).map(|class| self.confusion[class * self.n_classes + class]).sum();
+        let correct =
+            self.confusion.iter().filter(|((truth, answer), _)| truth == answer).map(|(_, count)| count).sum();
         Evaluated { loss: self.loss, correct, targets: self.examples(), bytes: 0 }
     }
 
@@ -205,19 +221,21 @@ impl Sums for ClassSums {
     }
 
     /// Confusions: rows are the truth, each divided by its examples; columns what was answered. Importance: rows are layers,
-    /// columns their features.
+    /// columns their features. Very many classes have no picture.
     fn matrices(&self) -> Vec<(&'static str, Matrix)> {
         let n = self.n_classes;
-        let rows = self.confusion.chunks(n.max(1)).flat_map(|row| {
-            let examples = row.iter().sum::<u64>().max(1) as f32;
-            row.iter().map(move |&count| count as f32 / examples)
+        let confusion = self.confusion().map(|matrix| {
+            let rows = matrix.chunks(n.max(1)).flat_map(|row| {
+                let examples = row.iter().sum::<u64>().max(1) as f32;
+                row.iter().map(move |&count| count as f32 / examples)
+            });
+            ("confusion/validation", Matrix { rows: n, cols: n, values: rows.collect() })
         });
-        let confusion = ("confusion/validation", Matrix { rows: n, cols: n, values: rows.collect() });
         let importance = self.importance().map(|importance| {
             let (values, cols) = (importance.factor, importance.features);
             ("importance/factor", Matrix { rows: values.len() / cols, cols, values })
         });
-        std::iter::once(confusion).chain(importance).collect()
+        confusion.into_iter().chain(importance).collect()
     }
 }
 
@@ -233,7 +251,7 @@ mod tests {
     #[test]
     fn numbers_are_those_worked_by_hand() {
         let sums = ClassSums::of(&LOGITS, &LABELS, &GROUPS);
-        assert_eq!(sums.confusion(), [1, 0, 0, 1, 2, 0, 1, 0, 1]);
+        assert_eq!(sums.confusion().expect("few classes"), [1, 0, 0, 1, 2, 0, 1, 0, 1]);
         assert_eq!((sums.evaluated().correct, sums.evaluated().targets), (4, 6));
         let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-9, "{got} against {want}");
         let classes = sums.classes();
@@ -263,6 +281,20 @@ mod tests {
         // A class that nobody speaks of does not count.
         let sums = ClassSums::of(&[9., 0., 0., 0., 9., 0.], &[0, 1], &[0; 2]);
         assert!((sums.macro_f1() - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn very_many_classes_take_memory_for_those_that_came_only() {
+        let n = 60_000;
+        let mut logits = vec![0.0; 2 * n];
+        (logits[n - 1], logits[n + 7]) = (9.0, 9.0);
+        let mut sums = ClassSums::of(&logits, &[n as u32 - 1, 3], &[0; 2]);
+        sums.add(ClassSums::of(&logits[..n], &[0], &[0]));
+        assert_eq!((sums.evaluated().correct, sums.examples(), sums.confusion()), (1, 3, None));
+        assert!(sums.matrices().is_empty());
+        let classes = sums.classes();
+        assert_eq!((classes.len(), classes[n - 1].answers, classes[n - 1].examples), (n, 2, 1));
+        assert!((sums.macro_f1() - (2.0 / 3.0) / 4.0).abs() < 1e-12, "{}", sums.macro_f1());
     }
 
     #[test]

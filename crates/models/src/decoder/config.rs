@@ -131,10 +131,29 @@ pub struct ModelCosts {
     pub cached_numbers_per_token: u64,
 }
 
+/// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers: channels, layers,
+/// channels of the feed-forward layers. The limits are chosen by us.
+///
+/// # Errors
+/// Names the field, its value and the rule.
+pub(crate) fn check_sizes([d_model, n_layers, d_ff]: [usize; 3]) -> Result<(), ConfigError> {
+    for (field, value, most) in
+        [("d_model", d_model, 1 << 20), ("n_layers", n_layers, 1 << 14), ("d_ff", d_ff, 1 << 24)]
+    {
+        if value == 0 {
+            return Err(ConfigError::new(field, format!("{field} (0) must be at least 1")));
+        }
+        if value > most {
+            return Err(ConfigError::new(field, format!("{field} ({value}) must be at most {most}")));
+        }
+    }
+    Ok(())
+}
+
 impl DecoderConfig {
     /// Channels inside the feed-forward layers, with the default filled in.
     pub fn feed_forward(&self) -> usize {
-        self.d_ff.unwrap_or_else(|| (self.d_model * 8).div_ceil(3).next_multiple_of(16))
+        self.d_ff.unwrap_or_else(|| self.d_model.saturating_mul(8).div_ceil(3).next_multiple_of(16))
     }
 
     pub(super) fn dims(&self, layer: usize) -> Dims {
@@ -164,13 +183,7 @@ impl DecoderConfig {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive = |field: &str, value: usize| match value {
-            0 => Err(ConfigError::new(field, format!("{field} (0) must be at least 1"))),
-            _ => Ok(()),
-        };
-        positive("d_model", self.d_model)?;
-        positive("n_layers", self.n_layers)?;
-        positive("d_ff", self.feed_forward())?;
+        check_sizes([self.d_model, self.n_layers, self.feed_forward()])?;
         for (field, value) in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)] {
             if !(value.is_finite() && value > 0.0) {
                 return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));

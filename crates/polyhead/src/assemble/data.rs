@@ -136,7 +136,7 @@ pub fn options(recipe: &Recipe) -> OpenOptions {
         packing: recipe.loader.packing,
         validation_fraction: recipe.validation.fraction,
         tracking: recipe.procedure.tracking().map(|(fraction, texts)| Tracking { fraction, texts }),
-        validation_samples: recipe.validation.batches.max(1) * recipe.training.batch_size as u64,
+        validation_samples: recipe.validation.batches.max(1).saturating_mul(recipe.training.batch_size as u64),
         cache_dir: PathBuf::from("datasets/cache"),
         project_root: project_root(),
     }

@@ -248,7 +248,7 @@ pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> 
                 put!(
                     "steps      {steps} of {} tokens: {} in all",
                     thousands(tokens),
-                    thousands(training.steps * tokens)
+                    thousands(training.steps.saturating_mul(tokens))
                 )?;
                 put!("model      known once the stages before it have run")
             }

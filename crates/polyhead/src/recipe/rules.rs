@@ -11,6 +11,9 @@ use polyhead_training::{FreezeConfig, ProcedureConfig};
 
 use super::Recipe;
 
+/// Tokens of a batch at most: their places still are numbers that a tensor can hold. Chosen by us.
+const MOST_TOKENS: usize = 1 << 30;
+
 /// Every rule about values, with the key it is about.
 pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     let mut problems = Vec::new();
@@ -74,6 +77,21 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     ] {
         rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
     }
+    for (key, value, most) in [
+        ("validation.batches", validation.batches, 1 << 24),
+        ("generation.sampling.max_new_tokens", generation.sampling.max_new_tokens as u64, 1 << 24),
+    ] {
+        rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
+    }
+    let (rows, row) = (training.batch_size, training.seq_len.max(1));
+    rule(
+        rows.checked_mul(row).is_some_and(|all| all <= MOST_TOKENS),
+        "training.batch_size",
+        format!(
+            "training.batch_size ({rows}) times training.seq_len ({row}) must be at most {MOST_TOKENS}: \
+             training.gradient_accumulation_steps takes batches that are larger than memory one after the other"
+        ),
+    );
     let numbers = [
         ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
         ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
@@ -137,7 +155,8 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         problems.extend(validate_embedder(recipe, embedder));
     }
     if let Some(classifier) = &model.classifier {
-        problems.extend(validate_classifier(recipe, classifier));
+        let sound = problems.is_empty();
+        problems.extend(validate_classifier(recipe, classifier, sound));
     } else if recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing() {
         let key = if recipe.augmentation.is_nothing() { "loss" } else { "augmentation" };
         problems.push((key.into(), format!("{key} is for model.classifier: leave it out")));
@@ -217,8 +236,8 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String,
     broken.chain(settings).collect()
 }
 
-/// The rules of recipes for classifiers.
-fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig) -> Vec<(String, String)> {
+/// The rules of recipes for classifiers; where the rest is `sound`, those between the model and the shape of its data too.
+fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bool) -> Vec<(String, String)> {
     let mut problems = Vec::new();
     let mut refuse = |holds: bool, key: &str, message: &str| {
         if !holds {
@@ -259,7 +278,7 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig) -> Vec<(S
     if let Err((field, message)) = recipe.loss.validate(None) {
         problems.push((format!("loss.{field}"), message));
     }
-    let shape = recipe.data.shape().filter(|_| problems.is_empty());
+    let shape = recipe.data.shape().filter(|_| sound && problems.is_empty());
     if let Err(error) = classifier.validate(shape) {
         problems.push((format!("model.classifier.{}", error.field), error.problem));
     }
