@@ -5,18 +5,24 @@ use std::path::PathBuf;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 
 mod files;
+mod finite;
+mod header;
 
 pub use files::TensorFiles;
+pub use finite::{NonFinite, check_finite};
 
 /// Weights that do not fit the model.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     /// Not a safetensors file, or a broken one.
     #[error("not a readable safetensors file: {0}")]
-    Unreadable(#[from] safetensors::SafeTensorError),
+    Unreadable(String),
+    /// Tensors that cannot be written, which would be our mistake.
+    #[error("the tensors cannot be written: {0}")]
+    Unwritable(#[from] safetensors::SafeTensorError),
     /// A file that cannot be read.
     #[error("{}: {cause}", path.display())]
     File {
@@ -31,11 +37,33 @@ pub enum WeightsError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        cause: safetensors::SafeTensorError,
+        cause: String,
+    },
+    /// A name that two files of one model have.
+    #[error("{name} stands in two files, {} and {}: each tensor may be in one", files[0].display(), files[1].display())]
+    Twice {
+        /// The tensor.
+        name: String,
+        /// Both files.
+        files: [PathBuf; 2],
     },
     /// All disagreements at once.
-    #[error("the weights do not fit the model: {}", .0.join("; "))]
+    #[error("the weights do not fit the model: {}", listed(.0))]
     Unfit(Vec<String>),
+    /// Numbers that no model computes with.
+    #[error("{}\n  hint: such a model computes nothing but NaN; --allow-nonfinite takes it all the same", listed(.0))]
+    NonFinite(Vec<String>),
+}
+
+/// Problems in one line; of very many the first ones and their number.
+fn listed(problems: &[String]) -> String {
+    /// A layer has a dozen tensors: several layers are told in full. Chosen by us.
+    const MOST: usize = 100;
+    let first = problems[..problems.len().min(MOST)].join("; ");
+    match problems.len() {
+        count if count > MOST => format!("{first}; and {} more", count - MOST),
+        _ => first,
+    }
 }
 
 /// A named f32 tensor on the host.
@@ -123,16 +151,17 @@ pub fn to_safetensors(tensors: &[Named], metadata: &[(&str, String)]) -> Result<
 /// # Errors
 /// If the file is broken or holds another type.
 pub fn from_safetensors(bytes: &[u8]) -> Result<BTreeMap<String, Named>, WeightsError> {
-    let file = SafeTensors::deserialize(bytes)?;
-    let read = |(name, view): (String, TensorView<'_>)| {
-        if view.dtype() != Dtype::F32 {
-            return Err(WeightsError::Unfit(vec![format!("{name} is {:?}, expected F32", view.dtype())]));
+    let header = header::read(bytes).map_err(WeightsError::Unreadable)?;
+    let read = |(name, info): (String, TensorInfo)| {
+        if info.dtype != Dtype::F32 {
+            return Err(WeightsError::Unfit(vec![format!("{name} is {:?}, expected F32", info.dtype)]));
         }
-        let (chunks, _) = view.data().as_chunks::<4>();
+        let (from, to) = info.data_offsets;
+        let (chunks, _) = bytes[header.start + from..header.start + to].as_chunks::<4>();
         let values = chunks.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
-        Ok((name.clone(), Named { name, shape: view.shape().to_vec(), values }))
+        Ok((name.clone(), Named { name, shape: info.shape, values }))
     };
-    file.tensors().into_iter().map(read).collect()
+    header.tensors.into_iter().map(read).collect()
 }
 
 /// The module with its parameters replaced by the tensors of the same names.

@@ -49,6 +49,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
         return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None });
     };
     let found = Pretrained::open(path)?;
+    found.check_length(recipe.training.seq_len, "training.seq_len")?;
     if let Some(stated) = recipe.model.decoder.replace(found.decoder.clone())
         && stated != found.decoder
     {
@@ -125,7 +126,11 @@ fn same_place(before: &Path, now: &Path, checkpoint: &Path) -> bool {
 /// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.
 fn open_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
     match &recipe.tokenizer {
-        Some(named) if recipe.data.is_text() => Ok(Tokenizer::open(named)?),
+        Some(named) if recipe.data.is_text() => {
+            let tokenizer = Tokenizer::open(named)?;
+            tokenizer.notes().iter().for_each(|note| talk!("note: tokenizer: {note}"));
+            Ok(tokenizer)
+        }
         _ => Ok(Tokenizer::bytes()),
     }
 }

@@ -21,6 +21,12 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// Take trained weights that hold NaN or infinite numbers, which are an error otherwise.
+    #[arg(long, global = true)]
+    pub allow_nonfinite: bool,
+    /// Train though the estimate of the memory that it takes is more than there is.
+    #[arg(long, global = true)]
+    pub ignore_memory: bool,
 }
 
 /// A recipe with overrides.
@@ -204,13 +210,16 @@ Examples:
   polyhead train recipes/embed/mltp.toml data.feature_pairs.paths='[\"pairs.safetensors\"]'
   polyhead embed checkpoints/mltp --features new.safetensors --out embeddings.safetensors")]
     Embed(crate::commands::embed::EmbedArgs),
-    /// Write the logits of given tokens, for comparing with other software.
+    /// Write the logits of given tokens or of a text, for comparing with other software.
     Logits {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.
         checkpoint: PathBuf,
         /// Token ids, such as 1,2,3.
-        #[arg(long, value_delimiter = ',', required = true)]
+        #[arg(long, value_delimiter = ',', required_unless_present = "text", conflicts_with = "text")]
         tokens: Vec<u32>,
+        /// A text instead, behind the token that begins texts where the tokenizer puts one.
+        #[arg(long)]
+        text: Option<String>,
         /// The safetensors file to write: `tokens` [1, n] and `logits` [1, n, vocab].
         #[arg(long)]
         out: PathBuf,

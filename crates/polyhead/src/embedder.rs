@@ -7,6 +7,7 @@ use polyhead_models::{Embedder, Pairs};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::{TrainError, state};
 
+use crate::allowed::allowed;
 use crate::assemble::{RECORD, options, record};
 use crate::device;
 use crate::pretrained::{find_checkpoint, recipe_of};
@@ -71,6 +72,6 @@ pub fn open_embedder(path: &Path, device_name: Option<&str>) -> Result<Option<Tr
     let [layers, dim] = input;
     config.validate(Some(dim)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
-    let model = state::read_model(&path, config.init(layers, dim, &device))?;
+    let model = state::read_model(&path, config.init(layers, dim, &device), allowed().nonfinite)?;
     Ok(Some(TrainedEmbedder { path, model, recipe, input }))
 }

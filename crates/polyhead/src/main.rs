@@ -1,6 +1,7 @@
 //! `polyhead`: recipes and the command line.
 
 mod allocator;
+mod allowed;
 mod assemble;
 mod classifier;
 mod cli;
@@ -26,10 +27,17 @@ mod stages;
 use std::process::ExitCode;
 
 use clap::Parser;
+use polyhead_models::weights::NonFinite;
+
+use allowed::Allowed;
 
 fn main() -> ExitCode {
     allocator::keep_large_buffers();
     let cli = cli::Cli::parse();
+    allowed::decide(Allowed {
+        nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
+        too_little_memory: cli.ignore_memory,
+    });
     match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(report::Failure::Unread) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use polyhead_models::{Decoder, DecoderConfig, hf, weights};
 use polyhead_training::checkpoint::{newest_good, read_file, verify};
 use polyhead_training::state;
 
+use crate::allowed::allowed;
 use crate::assemble::add_lora;
 use crate::console::talk;
 use crate::recipe::Recipe;
@@ -28,6 +29,8 @@ pub struct Pretrained {
     pub vocab_size: usize,
     /// The longest sequence that it was made for.
     pub max_positions: usize,
+    /// Tokens of a sequence at most, where its attention has a window that is not made here.
+    pub window: Option<usize>,
     /// How it reads text; `None` where it learnt generated data, or the folder has none.
     pub tokenizer: Option<Tokenizer>,
     /// The recipe that trained it, if it is one of ours.
@@ -62,6 +65,7 @@ impl Pretrained {
         Ok(Self {
             vocab_size: vocab_of(&path)?,
             max_positions: recipe.training.seq_len,
+            window: None,
             tokenizer: tokenizer_of(&path)?,
             recipe: Some(recipe),
             foreign: None,
@@ -72,12 +76,16 @@ impl Pretrained {
 
     fn open_foreign(path: &Path) -> Result<Self, Failure> {
         let folder = hf::Folder::open(path)?;
+        folder.notes().iter().for_each(|note| talk!("note: {}: {note}", path.display()));
         let tokenizer = match path.join(TOKENIZER) {
             file if file.exists() => {
                 Some(Tokenizer::open(&TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }))?)
             }
             _ => None,
         };
+        for note in tokenizer.iter().flat_map(Tokenizer::notes) {
+            talk!("note: {}: tokenizer: {note}", path.display());
+        }
         if let Some(known) = tokenizer.as_ref().map(Tokenizer::vocab_size).filter(|&known| known > folder.vocab_size())
         {
             return Err(Failure::Run(format!(
@@ -92,6 +100,7 @@ impl Pretrained {
             decoder: folder.decoder().clone(),
             vocab_size: folder.vocab_size(),
             max_positions: folder.max_positions(),
+            window: folder.window(),
             tokenizer,
             recipe: None,
             foreign: Some(folder),
@@ -104,14 +113,22 @@ impl Pretrained {
     /// If they are damaged or do not fit.
     pub fn model(&self, device: &Device) -> Result<Decoder, Failure> {
         if let Some(folder) = &self.foreign {
-            return Ok(folder.load(device)?);
+            return Ok(folder.load_with(device, allowed().nonfinite)?);
         }
         let model = self.decoder.init(self.vocab_size, device);
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
             Some(lora) => add_lora(model, lora, 0)?,
             None => model,
         };
-        Ok(state::read_model(&self.path, model)?.merged())
+        Ok(state::read_model(&self.path, model, allowed().nonfinite)?.merged())
+    }
+
+    /// Refuses sequences that are longer than the model's window.
+    ///
+    /// # Errors
+    /// If there is a window and `tokens` is more; `what` is that long, and says the way out.
+    pub fn check_length(&self, tokens: usize, what: &str) -> Result<(), Failure> {
+        check_length(&self.path, self.window, tokens, what)
     }
 
     /// Its tokenizer as a recipe would name it.
@@ -122,6 +139,21 @@ impl Pretrained {
             }
             _ => TokenizerConfig::default(),
         }
+    }
+}
+
+/// Refuses sequences of `what` that are longer than the window of a model.
+///
+/// # Errors
+/// If there is a window and `tokens` is more.
+pub fn check_length(path: &Path, window: Option<usize>, tokens: usize, what: &str) -> Result<(), Failure> {
+    match window {
+        Some(window) if tokens > window => Err(Failure::Run(format!(
+            "{}: sliding_window ({window}) is not supported, only full attention, which is the same up to {window} tokens: \
+             {what} is {tokens} tokens long",
+            path.display()
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -181,7 +213,7 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
         let path = checkpoint.join(name);
         move |error: DataError| Failure::Run(format!("{}: {error}", path.display()))
     };
-    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?).map_err(of(TOKENIZER))?;
+    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?).map_err(of(TOKENIZER))?.at(&checkpoint.join(TOKENIZER));
     match checkpoint.join(TOKENIZER_CONFIG).exists() {
         true => Ok(Some(tokenizer.with_config(&read(TOKENIZER_CONFIG)?).map_err(of(TOKENIZER_CONFIG))?)),
         false => Ok(Some(tokenizer)),

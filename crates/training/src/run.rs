@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use polyhead_models::weights::NonFinite;
 use polyhead_models::{Decoder, Evaluated, Learner, Lesson, Sums};
 use serde_json::json;
 
@@ -58,6 +59,8 @@ pub struct Job<'a, M: Learner = Decoder> {
     pub tracking: Vec<M::Batch>,
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
     pub companions: Companions,
+    /// What is done where the weights that the run goes on from are not finite.
+    pub nonfinite: NonFinite,
     /// The recipe as text, for TensorBoard.
     pub recipe: String,
     /// Not 0 once the run is to be saved and left: the number of the signal.
@@ -130,7 +133,7 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
         None => (Progress::default(), Optimizer::new(job.optimizer.clone())),
         Some(from) => {
             let progress = state::read_progress(from)?;
-            model = state::read_model(from, model)?;
+            model = state::read_model(from, model, job.nonfinite)?;
             let inner = device.clone().inner();
             (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
         }

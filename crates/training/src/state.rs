@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Learner;
-use polyhead_models::weights::{WeightsError, from_safetensors, load, named, to_safetensors};
+use polyhead_models::weights::{
+    Named, NonFinite, WeightsError, check_finite, from_safetensors, load, named, to_safetensors,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -76,11 +78,19 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
 /// `model` with the weights of a checkpoint.
 ///
 /// # Errors
-/// If the file is missing or altered, or does not fit the model.
-pub fn read_model<M: Module>(checkpoint: &Path, model: M) -> Result<M, TrainError> {
+/// If the file is missing or altered, or does not fit the model, or holds numbers that are not finite.
+pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) -> Result<M, TrainError> {
     const NAME: &str = "model.safetensors";
     let bytes = read_file(checkpoint, NAME)?;
-    from_safetensors(&bytes).and_then(|tensors| load(model, tensors)).map_err(|cause| unfit(checkpoint, NAME, &cause))
+    let check = |tensor: &Named| check_finite(&tensor.name, &tensor.shape, &tensor.values).err();
+    let read = from_safetensors(&bytes).and_then(|tensors| {
+        let bad: Vec<String> = tensors.values().filter_map(check).collect();
+        match nonfinite {
+            NonFinite::Refuse if !bad.is_empty() => Err(WeightsError::NonFinite(bad)),
+            _ => load(model, tensors),
+        }
+    });
+    read.map_err(|cause| unfit(checkpoint, NAME, &cause))
 }
 
 /// The optimiser of a checkpoint.

@@ -1,18 +1,22 @@
 //! config.json as transformers 4 and 5 write it, read as our settings. What would change the numbers and is not supported is
-//! refused; keys that say nothing about the forward pass are not looked at.
+//! refused; keys that say nothing about the forward pass are not looked at. Where a key is missing, what transformers 5.24
+//! takes for it is taken (`configuration_*.py` of each model).
 
-use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, RopeLayout, SoftmaxConfig};
+pub(super) mod entries;
+mod keys;
+
+use polyhead_attention::{AttentionConfig, ConfigError, DecoupledHeadConfig, RopeLayout, SoftmaxConfig};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::names::Family;
 use crate::{DecoderConfig, LinearScaling, Llama3Scaling, MlpKind, NormKind, PerLayer, RopeScaling};
+pub(super) use keys::special_ids;
+use keys::{family, fill_in};
 
 /// The keys that matter, of all families.
 #[derive(Debug, Deserialize)]
 struct Config {
-    #[serde(default)]
-    architectures: Option<Vec<String>>,
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
@@ -30,6 +34,7 @@ struct Config {
     use_parallel_residual: Option<bool>,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
     quantization_config: Option<Value>,
     // Rotary positions: transformers 5 has them in one table ...
@@ -66,6 +71,11 @@ pub(super) struct Described {
     pub decoder: DecoderConfig,
     pub vocab_size: usize,
     pub max_positions: usize,
+    /// Positions that a token attends to at most, where the model has such a window: none is made, so that no sequence may be
+    /// longer.
+    pub window: Option<usize>,
+    /// What was taken for keys that are missing, as a sentence.
+    pub notes: Vec<String>,
 }
 
 /// Reads the text of a config.json.
@@ -73,32 +83,44 @@ pub(super) struct Described {
 /// # Errors
 /// What cannot be read or is not supported, as a sentence.
 pub(super) fn read(text: &str) -> Result<Described, String> {
-    let config: Config = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    let class = config.architectures.as_ref().and_then(|names| names.first()).cloned().unwrap_or_default();
-    let readable = Family::READ.map(Family::class).join(", ");
-    let family = Family::READ.into_iter().find(|family| family.class() == class);
-    let family = family.ok_or_else(|| format!("architectures names {class:?}; {readable} can be read"))?;
-    refuse_unsupported(&config, family)?;
+    let mut keys = entries::read(text)?;
+    let family = family(&keys)?;
+    let window_by_default = !keys.contains_key("sliding_window");
+    let notes = fill_in(&mut keys, family);
+    let vocab = keys.get("vocab_size").and_then(Value::as_u64);
+    special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
+    let config: Config = entries::typed(keys)?;
+    refuse_unsupported(&config, family).map_err(|problem| match problem.starts_with("sliding_window") {
+        true if window_by_default => format!("{problem} (the key is missing, for which transformers takes 4096)"),
+        _ => problem,
+    })?;
     // Larger than any model, and small enough for every product of them.
     for (name, value, most) in [
         ("hidden_size", config.hidden_size, 1 << 20),
         ("intermediate_size", config.intermediate_size, 1 << 24),
         ("num_hidden_layers", config.num_hidden_layers, 1 << 14),
         ("num_attention_heads", config.num_attention_heads, 1 << 14),
+        ("num_key_value_heads", config.num_key_value_heads.unwrap_or(1), 1 << 14),
+        ("head_dim", config.head_dim.unwrap_or(1), 1 << 20),
         ("vocab_size", config.vocab_size, 1 << 30),
     ] {
         if value > most {
             return Err(format!("{name} ({value}) must be at most {most}"));
         }
+        if value == 0 {
+            return Err(format!("{name} (0) must be at least 1"));
+        }
     }
     let neox = family == Family::GptNeox;
     let rope = config.rope_parameters.clone().unwrap_or_default();
-    let biases = config.attention_bias.unwrap_or(neox);
+    // Mistral has none, whatever the key says.
+    let biases = config.attention_bias.unwrap_or(neox) && family != Family::Mistral;
     let n_heads = config.num_attention_heads;
     let softmax = SoftmaxConfig {
         n_heads,
-        n_kv_heads: config.num_key_value_heads.filter(|&kv_heads| kv_heads != n_heads),
-        head_dim: config.head_dim.filter(|width| width * n_heads != config.hidden_size),
+        // GPT-NeoX has neither key.
+        n_kv_heads: config.num_key_value_heads.filter(|&kv_heads| kv_heads != n_heads && !neox),
+        head_dim: config.head_dim.filter(|width| width * n_heads != config.hidden_size && !neox),
         qkv_bias: family == Family::Qwen2 || biases,
         o_bias: family != Family::Qwen2 && biases,
         qk_norm: family == Family::Qwen3,
@@ -108,7 +130,7 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         n_layers: config.num_hidden_layers,
         d_ff: Some(config.intermediate_size),
         rope: true,
-        rope_theta: rope.rope_theta.or(config.rope_theta).or(config.rotary_emb_base).unwrap_or(10_000.0),
+        rope_theta: theta(&config, &rope)?,
         rope_layout: RopeLayout::RotateHalf,
         rope_fraction: rope.partial_rotary_factor.or(config.partial_rotary_factor).or(config.rotary_pct).unwrap_or(
             // The default of GPTNeoXConfig.
@@ -126,8 +148,42 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         },
         attention_gate: None,
     };
-    decoder.validate().map_err(|error| error.to_string())?;
-    Ok(Described { family, decoder, vocab_size: config.vocab_size, max_positions: config.max_position_embeddings })
+    decoder.validate().map_err(|error| in_their_words(&error))?;
+    let (vocab_size, max_positions) = (config.vocab_size, config.max_position_embeddings);
+    Ok(Described { family, decoder, vocab_size, max_positions, window: window(&config, family), notes })
+}
+
+/// The base of the rotary frequencies, wherever it stands.
+fn theta(config: &Config, rope: &Rope) -> Result<f64, String> {
+    let places = [
+        ("rope_parameters.rope_theta", rope.rope_theta),
+        ("rope_theta", config.rope_theta),
+        ("rotary_emb_base", config.rotary_emb_base),
+    ];
+    match places.into_iter().find_map(|(key, value)| Some((key, value?))) {
+        None => Ok(10_000.0),
+        Some((_, value)) if value.is_finite() && value > 0.0 => Ok(value),
+        Some((key, value)) => Err(format!("{key} ({value}) must be a positive number")),
+    }
+}
+
+/// A broken rule with the key that config.json has for the field.
+fn in_their_words(error: &ConfigError) -> String {
+    const NAMES: [(&str, &str); 8] = [
+        ("n_heads", "num_attention_heads"),
+        ("n_kv_heads", "num_key_value_heads"),
+        ("d_model", "hidden_size"),
+        ("n_layers", "num_hidden_layers"),
+        ("d_ff", "intermediate_size"),
+        ("norm_eps", "rms_norm_eps or layer_norm_eps"),
+        ("rope_fraction", "partial_rotary_factor or rotary_pct"),
+        ("rope_scaling", "rope_parameters or rope_scaling"),
+    ];
+    let theirs = NAMES.iter().find(|(ours, _)| error.field.split('.').any(|part| part == *ours));
+    match theirs {
+        Some((ours, theirs)) => format!("{} ({ours} is {theirs} there)", error.problem),
+        None => error.problem.clone(),
+    }
 }
 
 /// The layers of decoupled heads, by their maps.
@@ -172,18 +228,29 @@ fn refuse_unsupported(config: &Config, family: Family) -> Result<(), String> {
     if config.quantization_config.is_some() {
         return Err("quantization_config: quantised weights are not supported; take the original ones".into());
     }
-    // Mistral always uses its window, Qwen only where it is told to.
-    let uses_window = config.use_sliding_window.unwrap_or(family == Family::Mistral);
-    let window = config.sliding_window.filter(|&window| uses_window && window < config.max_position_embeddings);
-    let slides = config.layer_types.iter().flatten().any(|kind| kind != "full_attention");
-    if window.is_some() || slides && uses_window {
-        return Err(format!(
-            "sliding_window ({}) is not supported, only full attention; where texts are shorter than the window, \
-             \"sliding_window\": null in config.json gives the same numbers",
-            window.map_or("layer_types".into(), |window| window.to_string())
-        ));
+    match window(config, family) {
+        Some(window) if window < config.max_position_embeddings => Err(format!(
+            "sliding_window ({window}) is not supported, only full attention; where texts are shorter than the window, \
+             \"sliding_window\": null in config.json gives the same numbers"
+        )),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// The window of attention, where one is used: Mistral's always, Qwen's only where it is told to, in layers from
+/// `max_window_layers` on. Where `layer_types` says which, one is taken to be there: that it is switched on for no layer is no
+/// model that anybody trained.
+fn window(config: &Config, family: Family) -> Option<usize> {
+    let slides = match (&config.layer_types, config.max_window_layers) {
+        (None, Some(first)) => first < config.num_hidden_layers,
+        _ => true,
+    };
+    let used = match family {
+        Family::Mistral => true,
+        Family::Qwen2 | Family::Qwen3 => config.use_sliding_window == Some(true) && slides,
+        Family::Llama | Family::GptNeox | Family::Motif | Family::DecoupledHead => false,
+    };
+    config.sliding_window.filter(|_| used)
 }
 
 fn scaling(config: &Config) -> Result<Option<RopeScaling>, String> {

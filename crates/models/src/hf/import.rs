@@ -7,9 +7,9 @@ use burn::tensor::Device;
 use polyhead_attention::AttentionConfig;
 use serde_json::Value;
 
-use super::config::{self, Described};
+use super::config::{self, Described, entries};
 use super::names::{Family, Layout};
-use crate::weights::{TensorFiles, WeightsError, load_with};
+use crate::weights::{NonFinite, TensorFiles, WeightsError, check_finite, load_with};
 use crate::{Decoder, DecoderConfig};
 
 /// Why a folder cannot be read.
@@ -67,9 +67,42 @@ impl Folder {
         let text =
             std::fs::read_to_string(&config).map_err(|cause| ImportError::File { path: config.clone(), cause })?;
         let described = config::read(&text).map_err(|problem| ImportError::Config { path: config, problem })?;
-        let files = TensorFiles::open(&shards(path)?);
-        let files = files.map_err(|cause| ImportError::Weights { path: path.to_owned(), cause })?;
-        Ok(Self { path: path.to_owned(), described, files })
+        check_generation_config(path, described.vocab_size)?;
+        let unfit = |cause| ImportError::Weights { path: path.to_owned(), cause };
+        let files = TensorFiles::open(&shards(path)?).map_err(unfit)?;
+        let mut folder = Self { path: path.to_owned(), described, files };
+        folder.untie().map_err(unfit)?;
+        Ok(folder)
+    }
+
+    /// Gives a model that is tied by its config.json the head that its files have, where that is another one than the
+    /// embedding: so does transformers 5 (4 ties, and the head is lost).
+    fn untie(&mut self) -> Result<(), WeightsError> {
+        let [embedding, head] = ["embedding.weight", "head.weight"].map(|ours| self.family().place(ours).name);
+        if !self.described.decoder.tie_embeddings || self.files.shape(&head).is_none() {
+            return Ok(());
+        }
+        let same = self.files.shape(&head) == self.files.shape(&embedding)
+            && self.files.values(&head)? == self.files.values(&embedding)?;
+        if !same {
+            self.described.decoder.tie_embeddings = false;
+            self.described.notes.push(format!(
+                "tie_word_embeddings is true in config.json, but {head} differs from {embedding}: the model is taken with \
+                 the head that the file has, as transformers 5 takes it"
+            ));
+        }
+        Ok(())
+    }
+
+    /// What a person should know about how the folder is read, as sentences.
+    pub fn notes(&self) -> &[String] {
+        &self.described.notes
+    }
+
+    /// Positions that a token attends to at most, where the model has such a window: no sequence may be longer, because all
+    /// attention is full here.
+    pub fn window(&self) -> Option<usize> {
+        self.described.window
     }
 
     /// What the model is.
@@ -95,8 +128,16 @@ impl Folder {
     /// The model, its weights in f32. They are read parameter by parameter, so that no second copy is ever held.
     ///
     /// # Errors
-    /// Lists every missing, left-over and misshapen tensor.
+    /// Lists every missing, left-over and misshapen tensor, and every one that holds a number that is not finite.
     pub fn load(&self, device: &Device) -> Result<Decoder, ImportError> {
+        self.load_with(device, NonFinite::Refuse)
+    }
+
+    /// The same, with what to do about numbers that are not finite.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with(&self, device: &Device, nonfinite: NonFinite) -> Result<Decoder, ImportError> {
         let config = self.decoder();
         let n_heads = match config.mechanism(0) {
             AttentionConfig::Softmax(softmax) => softmax.n_heads,
@@ -110,7 +151,7 @@ impl Folder {
             let problem = format!("config.json describes {described} numbers, and the files hold {held}");
             return Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(vec![problem]) });
         }
-        let mut used = BTreeSet::new();
+        let (mut used, mut bad) = (BTreeSet::new(), BTreeSet::new());
         let model = config.init(self.vocab_size(), device);
         let (model, mut problems) = load_with(model, &mut |ours, shape| {
             let place = self.family().place(ours);
@@ -132,6 +173,10 @@ impl Folder {
                 WeightsError::Unfit(problems) => problems.join("; "),
                 other => other.to_string(),
             })?;
+            if let (NonFinite::Refuse, Err(problem)) = (nonfinite, check_finite(&place.name, &their_shape, &values)) {
+                let file = self.files.file(&place.name).and_then(Path::file_name).unwrap_or_default();
+                bad.insert(format!("{}: {problem}", file.display()));
+            }
             let rows = their_shape[0];
             Ok(match place.layout {
                 Layout::Same => values,
@@ -147,11 +192,24 @@ impl Folder {
         problems.retain(|problem| told.insert(problem.clone()));
         let unknown = self.files.names().filter(|name| !used.contains(*name) && !Family::is_left_over(name, config));
         problems.extend(unknown.map(|name| format!("{name} belongs to no parameter")));
-        match problems.is_empty() {
-            true => Ok(model),
-            false => Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(problems) }),
+        let unfit = |cause| Err(ImportError::Weights { path: self.path.clone(), cause });
+        match (problems.is_empty(), bad.is_empty()) {
+            (true, true) => Ok(model),
+            (false, _) => unfit(WeightsError::Unfit(problems)),
+            (true, false) => unfit(WeightsError::NonFinite(bad.into_iter().collect())),
         }
     }
+}
+
+/// Refuses a generation_config.json with ids of special tokens that the model does not know.
+fn check_generation_config(folder: &Path, vocab_size: usize) -> Result<(), ImportError> {
+    let path = folder.join("generation_config.json");
+    if !path.is_file() {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&path).map_err(|cause| ImportError::File { path: path.clone(), cause })?;
+    let checked = entries::read(&text).and_then(|keys| config::special_ids(&keys, vocab_size as u64));
+    checked.map_err(|problem| ImportError::Config { path, problem })
 }
 
 /// Numbers of a tensor.
@@ -170,16 +228,17 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, ImportError> {
         let text = std::fs::read_to_string(&index).map_err(|cause| ImportError::File { path: index.clone(), cause })?;
         let table: Value = serde_json::from_str(&text)
             .map_err(|error| ImportError::Config { path: index.clone(), problem: error.to_string() })?;
-        let names: BTreeSet<&str> = table["weight_map"]
-            .as_object()
-            .into_iter()
-            .flat_map(|map| map.values())
-            .filter_map(Value::as_str)
-            .collect();
-        let plain = |name: &&str| !name.contains(['/', '\\']);
-        if names.is_empty() || !names.iter().all(plain) {
-            let problem = "weight_map must give a file of this folder for every tensor".into();
-            return Err(ImportError::Config { path: index, problem });
+        let refused = |problem: String| ImportError::Config { path: index.clone(), problem };
+        let map = table["weight_map"].as_object().filter(|map| !map.is_empty());
+        let map = map.ok_or_else(|| refused("weight_map must give a file of this folder for every tensor".into()))?;
+        let mut names = BTreeSet::new();
+        for (tensor, file) in map {
+            let name = file.as_str().filter(|name| !name.contains(['/', '\\']) && !["", ".", ".."].contains(name));
+            names.insert(name.ok_or_else(|| {
+                refused(format!(
+                    "weight_map.{tensor} ({file}) must be the name of a file of this folder, without a path"
+                ))
+            })?);
         }
         return Ok(names.into_iter().map(|name| folder.join(name)).collect());
     }

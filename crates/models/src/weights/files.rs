@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::Dtype;
 
-use super::WeightsError;
+use super::{WeightsError, header};
 
 /// The tensors of one or more files, by name.
 #[derive(Debug)]
 pub struct TensorFiles {
+    paths: Vec<PathBuf>,
     maps: Vec<Mmap>,
     places: BTreeMap<String, Place>,
 }
@@ -31,7 +32,7 @@ impl TensorFiles {
     /// # Errors
     /// If one cannot be read, is broken, or repeats a tensor of another.
     pub fn open(paths: &[PathBuf]) -> Result<Self, WeightsError> {
-        let mut files = Self { maps: Vec::new(), places: BTreeMap::new() };
+        let mut files = Self { paths: Vec::new(), maps: Vec::new(), places: BTreeMap::new() };
         for path in paths {
             files.add(path)?;
         }
@@ -45,15 +46,16 @@ impl TensorFiles {
         // is in use gives wrong numbers, as with any program that maps its weights.
         let map = unsafe { Mmap::map(&file) }.map_err(at)?;
         let broken = |cause| WeightsError::Broken { path: path.to_owned(), cause };
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(broken)?;
-        let start = 8 + header;
-        for (name, info) in metadata.tensors() {
-            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
-            let place = Place { file: self.maps.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
-            if self.places.insert(name.clone(), place).is_some() {
-                return Err(WeightsError::Unfit(vec![format!("{name} stands in two files")]));
+        let header = header::read(&map).map_err(broken)?;
+        for (name, info) in header.tensors {
+            let bytes = header.start + info.data_offsets.0..header.start + info.data_offsets.1;
+            let place = Place { file: self.maps.len(), dtype: info.dtype, shape: info.shape, bytes };
+            if let Some(other) = self.places.insert(name.clone(), place) {
+                let files = [self.paths[other.file].clone(), path.to_owned()];
+                return Err(WeightsError::Twice { name, files });
             }
         }
+        self.paths.push(path.to_owned());
         self.maps.push(map);
         Ok(())
     }
@@ -66,6 +68,11 @@ impl TensorFiles {
     /// The sizes of a tensor, if there is one of that name.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.places.get(name).map(|place| place.shape.as_slice())
+    }
+
+    /// The file that a tensor is in, if there is one of that name.
+    pub fn file(&self, name: &str) -> Option<&Path> {
+        self.places.get(name).map(|place| self.paths[place.file].as_path())
     }
 
     /// A tensor's values in f32, row-major.

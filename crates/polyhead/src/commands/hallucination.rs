@@ -70,7 +70,8 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let mut sums = vec![0.0; SCORES.len()];
     talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.new_tokens);
     for prompt in lines(file)? {
-        let ids = tokenizer.encode(&prompt)?;
+        let ids = tokenizer.encode_prompt(&prompt)?;
+        trained.check_length(ids.len().saturating_add(args.new_tokens), "a prompt with --new-tokens")?;
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);

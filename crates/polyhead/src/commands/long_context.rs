@@ -44,6 +44,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template("chat template", name, tokenizer)?;
+    // A chat template writes it itself.
+    let begin = if name == "plain" { tokenizer.beginning() } else { &[] };
     let problems = Problems { tokenizer, template: &template, learn: Learn::Assistant, questions: 1, keys: EIGHT };
     let lengths = if args.lengths.is_empty() { &LENGTHS[..] } else { &args.lengths };
     let trained_on = args.unit.unwrap_or(trained.max_positions);
@@ -51,6 +53,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         true => LongTask::ALL.to_vec(),
         false => LongTask::ALL.into_iter().filter(|task| args.task.iter().any(|name| name == task.name())).collect(),
     };
+    let longest = lengths.iter().max().copied().unwrap_or(1).saturating_mul(trained_on);
+    trained.check_length(longest, "the longest text (--lengths times --unit)")?;
     talk!("{} problems each, by length (1x = {trained_on} tokens) and depth", args.samples);
     let mut rows = Vec::new();
     for task in tasks {
@@ -66,7 +70,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
                     let mut rng = generator(!args.seed, stream);
                     let middle = (depth as f64 + 0.5) / depths as f64;
                     let problem = problems.make(task, length, middle, &mut rng)?;
-                    right += usize::from(is_right(&trained.model, &problem));
+                    right += usize::from(is_right(&trained.model, &problem, begin));
                 }
                 by_depth.push(right as f64 / args.samples as f64);
             }
@@ -91,13 +95,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     put!("{result:#}")
 }
 
-fn is_right(model: &Decoder, problem: &LongProblem) -> bool {
-    let tokens = &problem.tokens.tokens[..problem.answer.end];
-    let asked = |at: usize| problem.answer.contains(&(at + 1));
+/// Whether the model answers a problem, behind the tokens that begin a text.
+fn is_right(model: &Decoder, problem: &LongProblem, begin: &[u32]) -> bool {
+    let tokens = [begin, &problem.tokens.tokens[..problem.answer.end]].concat();
+    let asked = |at: usize| (at + 1).checked_sub(begin.len()).is_some_and(|at| problem.answer.contains(&at));
     let target = |at: usize| if asked(at) { i64::from(tokens[at + 1]) } else { IGNORE };
     let seq = tokens.len();
     let targets = (0..seq).map(target).collect();
-    let batch = Batch { batch: 1, seq, tokens: tokens.to_vec(), targets, ..Batch::default() };
+    let batch = Batch { batch: 1, seq, tokens, targets, ..Batch::default() };
     let sums = model.evaluate(&batch);
     sums.targets > 0 && sums.correct == sums.targets
 }

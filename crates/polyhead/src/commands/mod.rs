@@ -76,7 +76,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Grow(args) => grow::grow(&args),
         Command::Features(args) => features::features(&args),
         Command::Embed(args) => embed::embed(&args),
-        Command::Logits { checkpoint, tokens, out } => trained::logits(&checkpoint, &tokens, &out),
+        Command::Logits { checkpoint, tokens, text, out } => {
+            trained::logits(&checkpoint, &tokens, text.as_deref(), &out)
+        }
         Command::Doctor => look::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
             look::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)

@@ -9,15 +9,16 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use polyhead_data::Tokenizer;
-use polyhead_models::Decoder;
-use polyhead_training::Trainee;
+use polyhead_models::{Decoder, MOST_CONFUSED};
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::hallucination::{Summary, ask};
 use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::{Trainee, available_memory_bytes};
 
 use super::hallucination::asking;
+use crate::allowed::allowed;
 use crate::assemble::{self, Data, Resolved, Source};
 use crate::classifier::ExampleSource;
 use crate::cli::{RecipeArgs, TrainArgs};
@@ -173,6 +174,12 @@ fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), 
 fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
     let (data, facts) = task.open()?;
     let Data::Examples(labelled) = data else { unreachable!("a classifier learns examples") };
+    if labelled.classes.len() > MOST_CONFUSED {
+        talk!(
+            "note: {} classes: confusions are counted, but no matrix of classes by classes is written (above {MOST_CONFUSED})",
+            labelled.classes.len()
+        );
+    }
     let model = task.resolved.first_classifier(&labelled, device)?;
     let layers = model.config().layers();
     let (train, held_out) = (ExampleSource(labelled.train), ExampleSource(labelled.validation));
@@ -231,7 +238,27 @@ impl Task<'_> {
             return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
         }
         let facts = Facts::of(&data);
+        self.check_memory(facts.known)?;
         Ok((data, facts))
+    }
+
+    /// Refuses what does not fit the memory of this machine, before it is tried: the system would end the run without a word.
+    fn check_memory(&self, known: Known) -> Result<(), Failure> {
+        let recipe = &self.resolved.recipe;
+        // Nothing tells what a GPU has left.
+        let Some(available) = available_memory_bytes().filter(|_| recipe.training.device != "cuda") else {
+            return Ok(());
+        };
+        let needed = Costs::of(recipe, known).least_bytes(recipe);
+        if needed <= available || allowed().too_little_memory {
+            return Ok(());
+        }
+        Err(Failure::Run(format!(
+            "training takes about {} of memory, and {} are available\n  hint: `polyhead plan` tells what takes how much; a \
+             smaller model, training.batch_size or training.seq_len takes less, and --ignore-memory tries all the same",
+            bytes(needed),
+            bytes(available)
+        )))
     }
 
     /// Trains to the end and writes what was reached.
@@ -274,6 +301,7 @@ impl Task<'_> {
             validate_first: recipe.model.pretrained.is_some(),
             tracking,
             companions,
+            nonfinite: allowed().nonfinite,
             recipe: text,
             stop: &stop,
         };

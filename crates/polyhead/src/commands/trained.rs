@@ -120,6 +120,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     };
     let started = Instant::now();
     let prompt = if args.chat { chat_prompt(tokenizer, &args.prompt)? } else { plain_prompt(tokenizer, &args.prompt)? };
+    let whole = prompt.ids.len().saturating_add(args.max_new_tokens);
+    trained.check_length(whole, "the prompt with --max-new-tokens")?;
     let count = write_text(&trained.model, tokenizer, &prompt, &sampling)?;
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
@@ -135,9 +137,10 @@ pub struct Prompt<'a> {
     stops: Vec<u32>,
 }
 
-/// A text that the model continues. Where there is none, it starts one.
+/// A text that the model continues, behind the token that begins texts, where the tokenizer puts one. Where there is no
+/// text, the model starts one.
 pub fn plain_prompt<'a>(tokenizer: &Tokenizer, text: &'a str) -> Result<Prompt<'a>, Failure> {
-    let mut ids = tokenizer.encode(text)?;
+    let mut ids = tokenizer.encode_prompt(text)?;
     if ids.is_empty() {
         ids.push(tokenizer.end_of_text().unwrap_or(0));
     }
@@ -272,10 +275,18 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Writes the logits of tokens.
-pub fn logits(checkpoint: &Path, tokens: &[u32], out: &Path) -> Result<(), Failure> {
+/// Writes the logits of tokens, or of a text.
+pub fn logits(checkpoint: &Path, tokens: &[u32], text: Option<&str>, out: &Path) -> Result<(), Failure> {
     let trained = assemble::open_trained(checkpoint, None)?;
     let vocab = trained.model.vocab_size();
+    let tokens = match text {
+        None => tokens.to_vec(),
+        Some(text) => text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?.encode_prompt(text)?,
+    };
+    if tokens.is_empty() {
+        return Err(crate::report::Problems::plain("--text is no token long: give a longer one".into()).into());
+    }
+    trained.check_length(tokens.len(), if text.is_some() { "--text" } else { "--tokens" })?;
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
         return Err(
             crate::report::Problems::plain(format!("--tokens: id {id} is not below the vocabulary ({vocab})")).into()

@@ -173,7 +173,8 @@ fn probe(args: &InspectArgs, trained: &Trained) -> Result<Vec<Batch>, Failure> {
         let problem = format!("--text: {} learnt generated data, not text; leave it out", trained.path.display());
         return Err(Problems::plain(problem).into());
     };
-    let tokens = tokenizer.encode(text)?;
+    let tokens = tokenizer.encode_prompt(text)?;
+    trained.check_length(tokens.len(), "--text")?;
     if tokens.len() < 2 {
         return Err(Problems::plain(format!("--text is {} tokens long: give two or more", tokens.len())).into());
     }

@@ -1,0 +1,101 @@
+//! What the keys of a config.json say before they are settings: which kind of model they are of, what stands for those that are
+//! missing, and whether the special tokens are in the vocabulary.
+
+use serde_json::{Map, Value, json};
+
+use crate::hf::names::Family;
+
+/// The kind of model: by `architectures`, or where that is missing or null by `model_type`, as transformers tells it.
+pub(super) fn family(keys: &Map<String, Value>) -> Result<Family, String> {
+    let readable = || Family::READ.map(Family::class).join(", ");
+    let kind = keys.get("model_type").and_then(Value::as_str);
+    let by_kind = Family::READ.into_iter().find(|family| Some(family.model_type()) == kind);
+    let class = match keys.get("architectures") {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(names)) => names.first().map(|name| name.as_str().unwrap_or_default()),
+        Some(other) => return Err(format!("architectures must be a list of names, found {other}")),
+    };
+    let Some(class) = class else {
+        return by_kind.ok_or_else(|| match kind {
+            Some(kind) => format!("architectures is missing, and model_type is {kind:?}; {} can be read", readable()),
+            None => format!("architectures and model_type are missing; {} can be read", readable()),
+        });
+    };
+    let family = Family::READ.into_iter().find(|family| family.class() == class);
+    let family = family.ok_or_else(|| format!("architectures names {class:?}; {} can be read", readable()))?;
+    match by_kind {
+        Some(other) if other != family => Err(format!(
+            "architectures names {class:?}, and model_type is {:?}, which is {}: make them agree",
+            other.model_type(),
+            other.class()
+        )),
+        _ => Ok(family),
+    }
+}
+
+/// Puts what transformers takes for missing keys in their place, and tells of those that decide numbers.
+pub(super) fn fill_in(keys: &mut Map<String, Value>, family: Family) -> Vec<String> {
+    let defaults: &[(&str, Value)] = match family {
+        Family::Llama | Family::Motif | Family::DecoupledHead => &[("max_position_embeddings", json!(2048))],
+        Family::Mistral => &[
+            ("num_key_value_heads", json!(8)),
+            ("max_position_embeddings", json!(131_072)),
+            ("sliding_window", json!(4096)),
+        ],
+        Family::Qwen2 => &[
+            ("num_key_value_heads", json!(32)),
+            ("max_position_embeddings", json!(32_768)),
+            ("sliding_window", json!(4096)),
+            ("max_window_layers", json!(28)),
+        ],
+        Family::Qwen3 => &[
+            ("num_key_value_heads", json!(32)),
+            ("head_dim", json!(128)),
+            ("max_position_embeddings", json!(32_768)),
+            ("sliding_window", json!(4096)),
+            ("max_window_layers", json!(28)),
+        ],
+        Family::GptNeox => &[("max_position_embeddings", json!(2048)), ("layer_norm_eps", json!(1e-5))],
+    };
+    let neox = family == Family::GptNeox;
+    let of_all: &[(&str, Value)] = if neox {
+        &[("hidden_act", json!("gelu"))]
+    } else {
+        &[("hidden_act", json!("silu")), ("rms_norm_eps", json!(1e-6))]
+    };
+    let mut filled = Vec::new();
+    for (key, value) in defaults.iter().chain(of_all) {
+        if !keys.contains_key(*key) {
+            keys.insert((*key).into(), value.clone());
+            filled.push(format!("{key} = {value}"));
+        }
+    }
+    filled.retain(|key| !key.starts_with("sliding_window") && !key.starts_with("max_window_layers"));
+    match filled.is_empty() {
+        true => Vec::new(),
+        false => vec![format!("config.json leaves out what transformers has defaults for: {}", filled.join(", "))],
+    }
+}
+
+/// Refuses ids of special tokens that the model does not know.
+///
+/// # Errors
+/// The key, the id and the rule.
+pub(in crate::hf) fn special_ids(keys: &Map<String, Value>, vocab_size: u64) -> Result<(), String> {
+    for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        let value = keys.get(key).unwrap_or(&Value::Null);
+        let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        for id in ids.iter().filter(|id| !id.is_null()) {
+            match id.as_u64() {
+                Some(id) if id < vocab_size => {}
+                _ if !id.is_number() => return Err(format!("{key} must be a number or a list of numbers, found {id}")),
+                _ => {
+                    return Err(format!(
+                        "{key} ({id}) must be 0 or more and below vocab_size ({vocab_size}); null says that there is none"
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}

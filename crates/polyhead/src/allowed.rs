@@ -1,0 +1,27 @@
+//! What this process does all the same, though it is refused otherwise: said once on the command line, for every command.
+
+use std::sync::OnceLock;
+
+use polyhead_models::weights::NonFinite;
+
+/// What is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Allowed {
+    /// Weights that are NaN or infinite.
+    pub nonfinite: NonFinite,
+    /// Training that needs more memory than there is, by estimate.
+    pub too_little_memory: bool,
+}
+
+static ALLOWED: OnceLock<Allowed> = OnceLock::new();
+
+/// Says what is allowed, before anything else is done.
+pub fn decide(allowed: Allowed) {
+    // A second call would come from a second command line, which there is not.
+    let _ = ALLOWED.set(allowed);
+}
+
+/// What is allowed: by default nothing.
+pub fn allowed() -> Allowed {
+    ALLOWED.get().copied().unwrap_or_default()
+}
