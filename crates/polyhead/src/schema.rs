@@ -82,13 +82,10 @@ pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
     found
 }
 
-fn walk(
-    root: &Value,
-    schemas: &[&Value],
-    table: &toml::Table,
-    path: &str,
-    report: &mut dyn FnMut(&str, &str, &dyn Fn() -> Vec<String>),
-) {
+/// Takes an unknown key: its path, its name, and what gives the names that are valid there.
+type Report<'a> = dyn FnMut(&str, &str, &dyn Fn() -> Vec<String>) + 'a;
+
+fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, report: &mut Report<'_>) {
     let variants: Vec<&Value> = schemas.iter().flat_map(|schema| variants(root, schema)).collect();
     let known = || variants.iter().filter_map(|schema| schema.get("properties")?.as_object());
     if known().next().is_none() {
