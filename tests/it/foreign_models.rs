@@ -38,7 +38,7 @@ fn with(name: &str, keys: Value) -> TempDir {
 
 fn error(dir: &TempDir) -> String {
     let loaded = Folder::open(dir.path()).and_then(|folder| folder.load(&Device::flex()));
-    loaded.err().expect("must be refused").to_string()
+    loaded.expect_err("must be refused").to_string()
 }
 
 /// The tensors of a folder's only file, changed and written back.
