@@ -1,6 +1,7 @@
 //! What a person sees: talk on standard error, data on standard output, and while a model trains a progress bar on a
 //! terminal, plain lines elsewhere.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
@@ -10,13 +11,9 @@ use polyhead_training::run::{Logged, View};
 
 use crate::report::Failure;
 
-/// A line on standard error. That nobody listens (a closed pipe, a terminal that is gone) must not end a run: the standard
-/// library's macros panic there. Names and lines of files stand in it, so it is made harmless.
+/// A line on standard error, in which nothing steers a terminal; see [`say`].
 macro_rules! talk {
-    ($($words:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "{}", $crate::console::harmless(&format!($($words)*)));
-    }};
+    ($($words:tt)*) => { $crate::console::say(&format!($($words)*)) };
 }
 pub(crate) use talk;
 
@@ -26,13 +23,24 @@ macro_rules! put {
 }
 pub(crate) use put;
 
-/// Writes data to standard output.
+/// Writes a line to standard error. What it tells of files, data and templates may hold control characters, which are spelt
+/// out; a log is looked at on a terminal, too. That nobody listens (a closed pipe, a terminal that is gone) must not end a run:
+/// the standard library's macros panic there.
+pub fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", harmless(line));
+}
+
+/// Writes data to standard output: as it is, but for control characters on a terminal.
 ///
 /// # Errors
 /// If it cannot be written, a closed pipe included, where `print!` would panic.
 pub fn print(data: std::fmt::Arguments<'_>) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_fmt(data).and_then(|()| stdout.flush()).map_err(Failure::output)
+    let written = match stdout.is_terminal() {
+        true => stdout.write_all(harmless(&data.to_string()).as_bytes()),
+        false => stdout.write_fmt(data),
+    };
+    written.and_then(|()| stdout.flush()).map_err(Failure::output)
 }
 
 /// Shows a run on standard error.
@@ -59,7 +67,7 @@ impl Console {
 
     fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.println(line),
+            Some(bar) => bar.println(harmless(line)),
             None => talk!("{line}"),
         }
     }
@@ -71,14 +79,24 @@ impl Console {
     }
 }
 
-/// Text from anywhere must not steer the terminal: control characters are spelt out, but for those that lay text out.
-pub fn harmless(text: &str) -> String {
-    let show = |sign: char| match sign {
-        '\n' | '\t' => sign.to_string(),
-        sign if sign.is_control() => sign.escape_default().to_string(),
-        sign => sign.to_string(),
+/// Text from anywhere must not steer the terminal, nor be shown in another order than it has: control characters, and those
+/// that turn the direction of writing, are spelt out, but for those that lay text out.
+pub fn harmless(text: &str) -> Cow<'_, str> {
+    let steers = |sign: char| {
+        (sign.is_control() && !matches!(sign, '\n' | '\t'))
+            || matches!(sign, '\u{61C}' | '\u{200E}' | '\u{200F}' | '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}')
     };
-    text.chars().map(show).collect()
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    for sign in text.chars() {
+        match steers(sign) {
+            true => out.extend(sign.escape_default()),
+            false => out.push(sign),
+        }
+    }
+    Cow::Owned(out)
 }
 
 /// `1:02:03` or `2:03`.
@@ -142,5 +160,19 @@ impl Drop for Console {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::harmless;
+
+    #[test]
+    fn nothing_steers_a_terminal() {
+        let plain = "Zürich\t– 🦀\nשלום \u{a0}\u{200d}";
+        assert_eq!(harmless(plain), plain);
+        let steers = "a\u{1b}[2J\u{7}\r\u{7f}\u{9b}31m\u{202e}b\u{2066}\u{200f}\u{61c}\0";
+        let shown = harmless(steers);
+        assert_eq!(shown, "a\\u{1b}[2J\\u{7}\\r\\u{7f}\\u{9b}31m\\u{202e}b\\u{2066}\\u{200f}\\u{61c}\\u{0}");
     }
 }

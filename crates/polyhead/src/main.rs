@@ -33,7 +33,15 @@ use allowed::Allowed;
 
 fn main() -> ExitCode {
     allocator::keep_large_buffers();
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are our own words; a mistake repeats what was typed.
+        Err(told) if !told.use_stderr() => told.exit(),
+        Err(mistake) => {
+            console::say(mistake.render().to_string().trim_end());
+            return ExitCode::from(2);
+        }
+    };
     allowed::decide(Allowed {
         nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
         too_little_memory: cli.ignore_memory,

@@ -235,9 +235,9 @@ fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(Shade, String)> 
     let mut add = |shade: Shade, id: u32| {
         let text = match (tokenizer, &mut stream) {
             (Some(tokenizer), _) if bytes.as_ref().is_some_and(|bytes| bytes.get(id as usize) == Some(&0)) => {
-                tokenizer.token_text(id)
+                harmless(&tokenizer.token_text(id)).into_owned()
             }
-            (_, Some(stream)) => stream.push(id).map_or(String::new(), |text| harmless(&text)),
+            (_, Some(stream)) => stream.push(id).map_or(String::new(), |text| harmless(&text).into_owned()),
             _ => format!("{id} "),
         };
         match pieces.last_mut() {

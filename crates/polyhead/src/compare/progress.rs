@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
-use crate::console::{clock, talk};
+use crate::console::{clock, harmless, talk};
 use crate::result::RunResult;
 
 use super::plan::{Plan, Run};
@@ -119,7 +119,7 @@ impl<'a> Progress<'a> {
 
     fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.println(line),
+            Some(bar) => bar.println(harmless(line)),
             None => talk!("{line}"),
         }
     }
