@@ -147,6 +147,13 @@ fn settings_of_fine_tuning_are_checked_before_anything_runs() {
         ("procedure.bilevel.inner_lr=-1", "inner_lr (-1)"),
         ("data.long_context.tasks=[]", "tasks is empty"),
         ("data.chat.paths=[]", "paths is empty"),
+        (
+            "data.chat={ paths = [\"x\"], columns = \"alpaca\" }",
+            "write data.chat.columns.alpaca={} (valid here: alpaca, messages",
+        ),
+        ("data.chat={ paths = [\"x\"], columns = \"sharegtp\" }", "write data.chat.columns.sharegpt={}"),
+        ("tokenizer=bytes", "tokenizer takes a table, where the word \"bytes\" is"),
+        ("data.chat={ paths = [\"x\"], date = \"2025-02-30\" }", "must be a day such as"),
         ("data.chat={ paths = [\"x\"], template_variables = { tools = 1 } }", "template_variables sets tools"),
     ] {
         let err = world.fails(2, &["validate", "recipe.toml", key]);

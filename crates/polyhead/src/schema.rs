@@ -65,14 +65,22 @@ pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
 pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
     let (mut found, mut more) = (Vec::new(), 0);
     for layer in layers {
-        let mut report = |path: &str, key: &str, valid: &dyn Fn() -> Vec<String>| {
+        let mut report = |path: &str, fault: Fault<'_>, valid: &dyn Fn() -> Vec<String>| {
             if found.len() == MOST_UNKNOWN {
                 more += 1;
                 return;
             }
-            let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
-            let problem = Problem::at(std::slice::from_ref(layer), path, format!("unknown key `{key}` in {table}"));
-            found.push(problem.hint(Some(suggestion(root, key, &valid()))));
+            let at = |message: String| Problem::at(std::slice::from_ref(layer), path, message);
+            found.push(match fault {
+                Fault::Key(key) => {
+                    let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
+                    at(format!("unknown key `{key}` in {table}")).hint(Some(suggestion(root, key, &valid())))
+                }
+                Fault::Word(word) => {
+                    let message = format!("{path} takes a table, where the word \"{word}\" is");
+                    at(message).hint(Some(table_for(path, word, valid())))
+                }
+            });
         };
         walk(root, &[root], layer.values(), "", &mut report);
     }
@@ -82,8 +90,27 @@ pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
     found
 }
 
-/// Takes an unknown key: its path, its name, and what gives the names that are valid there.
-type Report<'a> = dyn FnMut(&str, &str, &dyn Fn() -> Vec<String>) + 'a;
+/// What is wrong with a key, apart from its value's type.
+enum Fault<'a> {
+    /// No type has it.
+    Key(&'a str),
+    /// It holds a word, where one of several tables belongs.
+    Word(&'a str),
+}
+
+/// How one of several tables is chosen, for those who wrote its name as a word.
+fn table_for(path: &str, word: &str, mut valid: Vec<String>) -> String {
+    valid.sort_unstable();
+    valid.dedup();
+    let near = valid.iter().max_by(|a, b| strsim::jaro_winkler(word, a).total_cmp(&strsim::jaro_winkler(word, b)));
+    let near = near.filter(|name| strsim::jaro_winkler(word, name) > 0.82);
+    let example = near.or(valid.first()).map_or("...", String::as_str);
+    let like = if near.is_some() { "write" } else { "write, for instance," };
+    format!("{like} {path}.{example}={{}} (valid here: {})", valid.join(", "))
+}
+
+/// Takes what is wrong: the path, what it is, and what gives the names that are valid there.
+type Report<'a> = dyn FnMut(&str, Fault<'_>, &dyn Fn() -> Vec<String>) + 'a;
 
 fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, report: &mut Report<'_>) {
     let variants: Vec<&Value> = schemas.iter().flat_map(|schema| variants(root, schema)).collect();
@@ -95,7 +122,7 @@ fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, repor
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         let inner: Vec<&Value> = known().filter_map(|properties| properties.get(key)).collect();
         if inner.is_empty() {
-            report(&path, key, &|| known().flat_map(|properties| properties.keys().cloned()).collect());
+            report(&path, Fault::Key(key), &|| known().flat_map(|properties| properties.keys().cloned()).collect());
             continue;
         }
         match value {
@@ -110,6 +137,16 @@ fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, repor
                     if let toml::Value::Table(table) = item {
                         walk(root, &items, table, &format!("{path}.{index}"), report);
                     }
+                }
+            }
+            toml::Value::String(word) => {
+                let inner: Vec<&Value> = inner.iter().flat_map(|schema| self::variants(root, schema)).collect();
+                let inner: Vec<&Value> = inner.into_iter().filter(|schema| schema["type"] != "null").collect();
+                let tables = inner.iter().filter_map(|schema| schema.get("properties")?.as_object());
+                let tables: Vec<_> = tables.filter(|keys| keys.len() == 1).collect();
+                // A choice between tables has one key in each of them.
+                if inner.len() > 1 && tables.len() == inner.len() {
+                    report(&path, Fault::Word(word), &|| tables.iter().flat_map(|keys| keys.keys().cloned()).collect());
                 }
             }
             _ => {}
