@@ -4,38 +4,46 @@
 //! of its turn to the end of the turn, is learnt. Context and answers are turned into tokens apart, so that an answer
 //! begins with the token with which a model has to begin it, too.
 //!
-//! Where answers stand is found by rendering the conversation up to each answer, with and without it (`tokenize.rs`), unless
-//! the template marks answers with `{% generation %}`. A row of which the template leaves something out is refused
-//! (`written.rs`).
+//! Where answers stand is found by rendering the conversation up to answers, with and without them (`turns.rs`), unless the
+//! template marks answers with `{% generation %}`. A row of which the template leaves something out is refused (`written.rs`).
+//! Templates come with folders from anywhere: they run as under transformers (`jinja.rs`), within bounds (`bounds.rs`).
 //!
 //! Rotary positions are not begun anew inside a row: scores depend on distances only, and attention does not leave a
 //! conversation.
 
+mod bounds;
 mod columns;
+mod dates;
+mod jinja;
 mod markers;
+mod methods;
+mod numbers;
 mod python;
+mod read;
 mod rows;
 mod sides;
+mod spots;
 mod template;
 mod tokenize;
+mod turns;
+mod weights;
 mod written;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use polyhead_models::Role;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::error::At;
 use crate::synthetic::Problem;
-use crate::text::{expand, without_mark};
 use crate::{DataError, Tokenizer};
 
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
 pub use markers::end_of_answer;
 pub(crate) use markers::note;
+pub(crate) use read::notes;
+pub use read::{Counts, read_chats};
 pub use rows::ChatRows;
 pub(crate) use sides::Sides;
 pub use template::{BUILT_IN, ChatTemplate, Special};
@@ -56,7 +64,16 @@ pub struct ChatConfig {
     /// Variables of the template, such as { enable_thinking = false } for Qwen 3's. An export's template has them as defaults.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub template_variables: BTreeMap<String, Value>,
-    /// What is learnt: "assistant" (default), the answers; "last", the last answer only; "all", every token.
+    /// The day that a template is told which asks for today's (strftime_now), such as "2025-07-26". Default: 2025-01-01, for those
+    /// that need one; others have a date of their own. The log says when one is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<String>,
+    /// Whether arguments of tool calls that are JSON in a text, as OpenAI's format has them, are given to the template as objects.
+    /// Default: false, as the row has them; many templates then write a text in a text. How many there are is counted in the log.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub decode_arguments: bool,
+    /// What is learnt: "assistant" (default), the answers; "last", the last answer only; "all", every token. Messages with
+    /// weight = 0, train = false, training = false or loss = false are not, which is counted in the log.
     #[serde(default)]
     pub learn: Learn,
     /// What happens to a conversation of more than training.seq_len tokens: "error" (default), "drop", or "truncate", which
@@ -86,6 +103,9 @@ impl ChatConfig {
         if self.paths.is_empty() {
             return Err(("paths", "paths is empty: name at least one file, folder or pattern".to_owned()));
         }
+        if let Some(date) = self.date.as_ref().filter(|date| dates::Day::parse(date).is_none()) {
+            return Err(("date", format!("date (\"{date}\") must be a day such as \"2025-07-26\"")));
+        }
         for name in self.template_variables.keys() {
             let word = |sign: char| sign == '_' || sign.is_ascii_alphanumeric();
             if GIVEN.contains(&name.as_str()) {
@@ -106,7 +126,9 @@ impl ChatConfig {
     /// # Errors
     /// If there is none, or it is no Jinja.
     pub fn template(&self, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
-        Ok(chat_template("data.chat.template", &self.template, tokenizer)?.with_variables(&self.template_variables))
+        let template = chat_template("data.chat.template", &self.template, tokenizer)?;
+        let date = self.date.as_deref().unwrap_or_default();
+        Ok(template.with_variables(&self.template_variables).with_day(dates::Day::parse(date), date))
     }
 }
 
@@ -172,21 +194,6 @@ pub struct ChatTokens {
     pub row: usize,
 }
 
-/// What became of the rows of a data set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counts {
-    /// Rows that there are.
-    pub rows: usize,
-    /// Left out because they cannot be used.
-    pub bad: usize,
-    /// Left out because they are too long.
-    pub dropped: usize,
-    /// Cut.
-    pub truncated: usize,
-    /// Of which several conversations are learnt, as the template renders answers otherwise once more follow.
-    pub several: usize,
-}
-
 /// The chat template that a recipe names with the setting `key`.
 ///
 /// # Errors
@@ -203,7 +210,7 @@ pub fn chat_template(key: &str, name: &str, tokenizer: &Tokenizer) -> Result<Cha
                     .into(),
             )
         })?,
-        (path, None) => std::fs::read_to_string(path).map_err(|cause| {
+        (path, None) => crate::encoding::read_text(std::path::Path::new(path)).map_err(|cause| {
             let here = std::env::current_dir().unwrap_or_default();
             unusable(format!(
                 " \"{path}\": {cause} (looked from {}); it may be \"tokenizer\", \"chatml\", \"llama3\", \"plain\", or a file \
@@ -212,106 +219,8 @@ pub fn chat_template(key: &str, name: &str, tokenizer: &Tokenizer) -> Result<Cha
             ))
         })?,
     };
-    ChatTemplate::new(&source, tokenizer.special()).map_err(|problem| unusable(format!(" \"{name}\": {problem}")))
-}
-
-/// Reads all conversations.
-///
-/// # Errors
-/// If files are missing, or a row cannot be used and is not to be left out: file, line and reason.
-pub fn read_chats(
-    config: &ChatConfig,
-    tokenizer: &Tokenizer,
-    seq_len: usize,
-) -> Result<(Vec<ChatTokens>, Counts), DataError> {
-    let template = config.template(tokenizer)?;
-    let (mut chats, mut counts) = (Vec::new(), Counts::default());
-    for (path, _) in expand(&config.paths, &["jsonl", "ndjson"])? {
-        let content = std::fs::read(&path).at(&path)?;
-        for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            let row = counts.rows;
-            counts.rows += 1;
-            match read_row(line, config, &template, tokenizer) {
-                Ok(several) => {
-                    counts.several += usize::from(several.len() > 1);
-                    for chat in several {
-                        let chat = ChatTokens { row, ..chat };
-                        keep(chat, config, (&path, index + 1, seq_len), &mut chats, &mut counts)?;
-                    }
-                }
-                Err(problem) => {
-                    counts.bad += 1;
-                    let row = |problem| DataError::Row { path: path.clone(), line: index + 1, problem };
-                    if config.on_bad_row == OnBadRow::Error {
-                        let hint = "data.chat.on_bad_row = \"skip\" leaves such rows out";
-                        return Err(row(format!("{problem}\n  hint: {hint}")));
-                    }
-                    if counts.bad > config.max_bad_rows {
-                        let most = config.max_bad_rows;
-                        return Err(row(format!("{problem}\n  and more than data.chat.max_bad_rows ({most}) in all")));
-                    }
-                }
-            }
-        }
-    }
-    match chats.is_empty() {
-        true => Err(DataError::Unusable(format!("data.chat: of {} rows none is left to learn from", counts.rows))),
-        false => Ok((chats, counts)),
-    }
-}
-
-fn read_row(
-    line: &[u8],
-    config: &ChatConfig,
-    template: &ChatTemplate,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<ChatTokens>, String> {
-    let row: Value = serde_json::from_slice(line).map_err(|error| {
-        let (problem, column) = (error.to_string(), error.column());
-        format!("column {column}: no JSON: {}", problem.split(" at line ").next().unwrap_or_default())
-    })?;
-    tokenize(&config.columns.read(&row)?, config.learn, template, tokenizer)
-}
-
-/// Keeps a conversation if it fits, or as much of it as does.
-fn keep(
-    mut chat: ChatTokens,
-    config: &ChatConfig,
-    (path, line, seq_len): (&PathBuf, usize, usize),
-    chats: &mut Vec<ChatTokens>,
-    counts: &mut Counts,
-) -> Result<(), DataError> {
-    let length = chat.tokens.len();
-    if length > seq_len {
-        match config.too_long {
-            TooLong::Error => {
-                let problem = format!(
-                    "{length} tokens are more than training.seq_len ({seq_len})\n  hint: data.chat.too_long = \"drop\" or \
-                     \"truncate\""
-                );
-                return Err(DataError::Row { path: path.clone(), line, problem });
-            }
-            TooLong::Drop => {
-                counts.dropped += 1;
-                return Ok(());
-            }
-            TooLong::Truncate => {
-                chat.tokens.truncate(seq_len);
-                chat.roles.truncate(seq_len);
-                chat.learnt.truncate(seq_len);
-                if !chat.learnt.iter().skip(1).any(|&learnt| learnt) {
-                    counts.dropped += 1;
-                    return Ok(());
-                }
-                counts.truncated += 1;
-            }
-        }
-    }
-    chats.push(chat);
-    Ok(())
+    let template = ChatTemplate::new(&source, tokenizer.special());
+    Ok(template.map_err(|problem| unusable(format!(" \"{name}\": {problem}")))?.named(name))
 }
 
 #[cfg(test)]

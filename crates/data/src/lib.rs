@@ -7,6 +7,7 @@
 
 pub mod chat;
 mod config;
+mod encoding;
 mod error;
 mod examples;
 mod html;
@@ -228,9 +229,12 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     };
     let tracking = watched(&rows(tracked, false), most as u64)?;
     let mut left_out = String::new();
-    for (count, what) in
-        [(counts.bad, "bad rows skipped"), (counts.dropped, "too long, dropped"), (counts.truncated, "too long, cut")]
-    {
+    for (count, what) in [
+        (counts.bad, "bad rows skipped"),
+        (counts.weightless, "with nothing that is to be learnt"),
+        (counts.dropped, "too long, dropped"),
+        (counts.truncated, "too long, cut"),
+    ] {
         if count > 0 {
             left_out.push_str(&format!(", {count} {what}"));
         }
@@ -252,6 +256,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
             chats.len()
         )
     });
+    let told = chat::notes(config, &counts, &template);
     let markers = chat::note(&template, tokenizer, "data.chat.template", &config.template)?;
     let (bytes, note) = known(tokenizer.token_bytes_of_sample());
     let loader = |rows: ChatRows, order: Order| {
@@ -265,7 +270,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         // Whoever uses the model has to write as it has learnt to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
         description,
-        notes: several.into_iter().chain(markers).chain(note).collect(),
+        notes: several.into_iter().chain(markers).chain(note).chain(told).collect(),
         text_hash: Some(hash.finalize().to_hex().to_string()),
         floor: None,
     })

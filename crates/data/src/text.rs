@@ -8,9 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::DataError;
 use crate::error::At;
 use crate::html::html_to_text;
+use crate::{DataError, encoding};
 
 /// Endings that count as text when a folder is named.
 const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py", "toml", "json", "tex", "c", "h"];
@@ -70,9 +70,11 @@ pub fn read_text(config: &TextConfig) -> Result<Vec<TextDocument>, DataError> {
     let mut documents = Vec::new();
     for (path, named) in expand(&config.paths, &TEXT_ENDINGS)? {
         let bytes = std::fs::read(&path).at(&path)?;
+        let kind = encoding::kind(&bytes);
         let Ok(text) = String::from_utf8(bytes) else {
             if named {
-                return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
+                let kind = kind.unwrap_or("no UTF-8 text");
+                return Err(DataError::Unusable(format!("{} is {kind}", path.display())));
             }
             continue;
         };
@@ -212,7 +214,7 @@ fn found(row: &Value, field: &str) -> String {
 /// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place.
 fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result<(), String>) -> Result<(), DataError> {
     for (path, _) in expand(paths, &["jsonl", "ndjson"])? {
-        let content = std::fs::read(&path).at(&path)?;
+        let content = encoding::read_rows(&path)?;
         let Ok(content) = std::str::from_utf8(without_mark(&content)) else {
             return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
         };

@@ -100,10 +100,16 @@ impl Tokenizer {
                 let mut tokenizer = Self::from_json(&json).map_err(|error| about(&file, error))?;
                 let [config, template] =
                     ["tokenizer_config.json", "chat_template.jinja"].map(|name| file.with_file_name(name));
-                if let Ok(json) = std::fs::read_to_string(&config) {
+                // There or not; what is there and cannot be read is not passed over.
+                let beside = |path: &Path| match crate::encoding::read_text(path) {
+                    Ok(text) => Ok(Some(text)),
+                    Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                    Err(cause) => Err(DataError::Tokenizer { path: path.to_owned(), problem: cause.to_string() }),
+                };
+                if let Some(json) = beside(&config)? {
                     tokenizer = tokenizer.with_config(&json).map_err(|error| about(&config, error))?;
                 }
-                if let Ok(template) = std::fs::read_to_string(template) {
+                if let Some(template) = beside(&template)? {
                     tokenizer = tokenizer.with_chat_template(template);
                 }
                 Ok(tokenizer.at(&file))
@@ -281,6 +287,19 @@ impl Tokenizer {
         let encoded = encoded.map_err(|problem| self.failed(problem))?;
         let last = encoded.get_offsets().iter().map(|&(start, end)| start.max(end.saturating_sub(1)));
         Ok(encoded.get_ids().iter().copied().zip(last).collect())
+    }
+
+    /// Bytes of text that one token may stand for; `None` where a token may stand for any number of them, as a normaliser leaves
+    /// out some, or what is not known is one token.
+    pub(crate) fn longest_token(&self) -> Option<usize> {
+        let Some(inner) = &self.inner else { return Some(END_OF_TEXT.len()) };
+        let whole = |part: Value| part["type"] == "ByteLevel";
+        let by_bytes = inner.get_pre_tokenizer().and_then(|part| serde_json::to_value(part).ok()).is_some_and(whole);
+        if !by_bytes || inner.get_normalizer().is_some() {
+            return None;
+        }
+        let longest = inner.get_vocab(true).into_keys().map(|token| token.len()).max();
+        longest.filter(|_| !inner.get_added_tokens_decoder().values().any(|token| token.lstrip || token.rstrip))
     }
 
     /// Whether the beginning of a text gets a mark of its own, as SentencePiece puts `▁` there: a text in pieces has other

@@ -4,6 +4,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::numbers;
+use super::weights::weight;
+
 /// A conversation: messages as chat templates read them, and the tools that may be called in it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conversation {
@@ -147,7 +150,8 @@ impl ColumnsConfig {
                 Conversation { messages, tools: tools(row, &names.tools)? }
             }
             Self::Alpaca(names) => {
-                let text = |key: &str| row.get(key).and_then(Value::as_str);
+                let text =
+                    |key: &str| row.get(key).and_then(Value::as_str).filter(|text| numbers::literal(text).is_none());
                 let need = |key: &str| text(key).ok_or_else(|| missing(row, key));
                 let (question, answer) = (need(&names.instruction)?, need(&names.output)?);
                 let asked = match text(&names.input).filter(|input| !input.is_empty()) {
@@ -166,9 +170,12 @@ impl ColumnsConfig {
     }
 }
 
+/// What a message of ShareGPT's may say besides: its calls of tools, and whether it is learnt (`weights.rs`).
+const KEPT: [&str; 7] = ["tool_calls", "weight", "train", "training", "loss", "train_detail", "training_detail"];
+
 impl SharegptColumns {
     fn message(&self, message: &Value) -> Result<Value, String> {
-        let text = |key: &str| message.get(key).and_then(Value::as_str);
+        let text = |key: &str| message.get(key).and_then(Value::as_str).filter(|text| numbers::literal(text).is_none());
         let need = |key: &str| text(key).ok_or_else(|| format!("a message has no text in \"{key}\""));
         let (from, content) = (need(&self.role)?, need(&self.content)?);
         let known =
@@ -181,8 +188,10 @@ impl SharegptColumns {
             )
         })?;
         let mut read = json!({ "role": role, "content": content });
-        if let Some(calls) = message.get("tool_calls") {
-            read["tool_calls"] = calls.clone();
+        for key in KEPT {
+            if let Some(value) = message.get(key) {
+                read[key] = value.clone();
+            }
         }
         Ok(read)
     }
@@ -220,7 +229,7 @@ fn tools(row: &Map<String, Value>, key: &str) -> Result<Option<Value>, String> {
 /// A list of objects. The list, and each object, may be JSON in a text, as files of tables keep them.
 fn objects(value: &Value) -> Result<Vec<Value>, String> {
     let told = |value: &Value| match value {
-        Value::String(text) => serde_json::from_str(text).map_err(|_| "is a text that is no JSON".to_owned()),
+        Value::String(text) => numbers::parse(text.as_bytes()).map_err(|_| "is a text that is no JSON".to_owned()),
         other => Ok(other.clone()),
     };
     let Value::Array(items) = told(value)? else {
@@ -250,6 +259,7 @@ fn kind(value: &Value) -> &'static str {
         Value::Null => "null",
         Value::Bool(_) => "true or false",
         Value::Number(_) => "a number",
+        Value::String(text) if numbers::literal(text).is_some() => "a number",
         Value::String(_) => "a text",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
@@ -262,6 +272,7 @@ fn check(chat: &mut Conversation) -> Result<(), String> {
     }
     for (index, message) in chat.messages.iter_mut().enumerate() {
         let number = index + 1;
+        without_nulls(message);
         match message.get("role").and_then(Value::as_str) {
             Some("system" | "developer" | "user" | "assistant" | "tool" | "function" | "ipython") => {}
             Some(other) => {
@@ -271,12 +282,14 @@ fn check(chat: &mut Conversation) -> Result<(), String> {
         }
         let mut calls = false;
         if let Some(told) = message.get_mut("tool_calls").filter(|told| !told.is_null()) {
-            let all = objects(told).map_err(|problem| format!("\"tool_calls\" of message {number} {problem}"))?;
+            let mut all = objects(told).map_err(|problem| format!("\"tool_calls\" of message {number} {problem}"))?;
+            all.iter_mut().for_each(without_nulls);
+            all.iter_mut().filter_map(|call| call.get_mut("function")).for_each(without_nulls);
             calls = !all.is_empty();
             *told = Value::Array(all);
         }
         match message.get("content") {
-            Some(Value::String(_)) => {}
+            Some(Value::String(text)) if numbers::literal(text).is_none() => {}
             Some(Value::Array(parts)) => {
                 if let Some(other) = parts.iter().find(|part| part_text(part).is_none()) {
                     let what = other.get("type").map_or_else(|| kind(other).to_owned(), Value::to_string);
@@ -286,8 +299,42 @@ fn check(chat: &mut Conversation) -> Result<(), String> {
             _ if calls => {}
             _ => return Err(format!("message {number} has no content")),
         }
+        if let Some(Value::Array(parts)) = message.get_mut("content") {
+            parts.iter_mut().for_each(without_nulls);
+        }
+        weight(message).map_err(|problem| format!("message {number} has {problem}"))?;
     }
     Ok(())
+}
+
+/// A key with null counts as absent, as under transformers: tables give every row all columns. Arguments of calls and tools keep
+/// theirs, where null is a value.
+fn without_nulls(value: &mut Value) {
+    if let Some(fields) = value.as_object_mut() {
+        fields.retain(|_, value| !value.is_null());
+    }
+}
+
+/// How many calls of tools have their arguments as JSON in a text, as OpenAI's format has them; decoded if asked.
+///
+/// # Errors
+/// If they are to be decoded and are no JSON object: the message.
+pub(super) fn arguments(chat: &mut Conversation, decode: bool) -> Result<usize, String> {
+    let mut count = 0;
+    for (index, message) in chat.messages.iter_mut().enumerate() {
+        for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+            let call = if call.get("function").is_some() { &mut call["function"] } else { call };
+            let Some(text) = call.get("arguments").and_then(Value::as_str) else { continue };
+            count += 1;
+            if decode {
+                let read = if text.trim().is_empty() { Ok(json!({})) } else { numbers::parse(text.as_bytes()) };
+                call["arguments"] = read.ok().filter(Value::is_object).ok_or_else(|| {
+                    format!("a call of message {} has arguments that are a text and no JSON object", index + 1)
+                })?;
+            }
+        }
+    }
+    Ok(count)
 }
 
 /// The text of a part of a message whose content is a list of parts.

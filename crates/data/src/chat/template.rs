@@ -1,17 +1,18 @@
 //! Chat templates: Jinja, as Hugging Face's tokenizers bring them, rendered as transformers renders them.
 //!
-//! Left out on purpose: `strftime_now`. A text that depends on the day would make every run another one; templates that
-//! ask whether it is defined (Llama 3's do) take their constant date.
+//! `strftime_now` tells a fixed day: a text that depends on today's would make every run another one. Templates that ask whether
+//! it is defined (Llama 3's do) take their constant date, unless a recipe sets one.
 
 use std::collections::BTreeMap;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
+use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::Value as Json;
 
 use super::columns::Conversation;
-use super::python;
+use super::dates::{self, Day};
+use super::jinja::MARKS;
+use super::{bounds, jinja, numbers};
 
 /// `<|im_start|>role`, the text, `<|im_end|>`: Qwen's, and many others'.
 const CHATML: &str = "\
@@ -33,10 +34,10 @@ const PLAIN: &str = "\
 /// Templates that a recipe may name.
 pub const BUILT_IN: [(&str, &str); 3] = [("chatml", CHATML), ("llama3", LLAMA3), ("plain", PLAIN)];
 
-/// Around what a `{% generation %}` block wrote. Private code points of Unicode, which no text holds by rights.
-const MARKS: [char; 2] = ['\u{F0E0A}', '\u{F0E0B}'];
-
 const ANSWER: &str = "an answer like no other";
+
+/// Before a template whose recipe sets the day that it is told; a comment of Jinja's.
+const DATE: [&str; 2] = ["{#- data.chat.date = ", " #}\n"];
 
 /// A chat template, ready to use.
 #[derive(Clone)]
@@ -45,6 +46,9 @@ pub struct ChatTemplate {
     source: String,
     special: Special,
     marks: bool,
+    /// What a recipe calls it.
+    name: String,
+    day: Option<Day>,
 }
 
 /// What a template may call the tokenizer's special tokens.
@@ -66,36 +70,76 @@ pub(super) struct Rendered {
     pub(super) generated: Option<Vec<std::ops::Range<usize>>>,
 }
 
+/// A conversation as templates get it.
+#[derive(Clone)]
+pub(super) struct Given {
+    pub(super) messages: Vec<Value>,
+    pub(super) tools: Value,
+    /// Of all of it, about.
+    pub(super) bytes: usize,
+}
+
+impl Given {
+    pub(super) fn of(chat: &Conversation) -> Self {
+        let messages: Vec<Value> = chat.messages.iter().map(numbers::value).collect();
+        let tools = chat.tools.as_ref().map_or(Value::from(()), numbers::value);
+        let bytes = chat.messages.iter().chain(&chat.tools).map(size).sum();
+        Self { messages, tools, bytes }
+    }
+}
+
+fn size(json: &Json) -> usize {
+    match json {
+        Json::String(text) => text.len() + 8,
+        Json::Array(items) => items.iter().map(size).sum::<usize>() + 8,
+        Json::Object(fields) => fields.iter().map(|(key, item)| key.len() + size(item)).sum::<usize>() + 8,
+        _ => 8,
+    }
+}
+
 impl ChatTemplate {
-    /// Reads a template.
+    /// Reads a template. Every line end counts as one, as in Jinja2, and a byte order mark before it as none of it.
     ///
     /// # Errors
-    /// If it is no Jinja: the line and what is wrong there.
+    /// If it is no Jinja, or larger than templates may be: the line and what is wrong there.
     pub fn new(source: &str, special: Special) -> Result<Self, String> {
-        let mut environment = Environment::new();
-        let mut syntax = SyntaxConfig::builder();
-        environment.set_syntax(syntax.trim_blocks(true).lstrip_blocks(true).build().map_err(|e| e.to_string())?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_filter("tojson", |value: Value, options: Kwargs| {
-            let indent: Option<usize> = options.get("indent")?;
-            options.assert_all_used().or_else(|_| options.get::<Option<Value>>("ensure_ascii").map(|_| ()))?;
-            let json = serde_json::to_value(&value)
-                .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, "tojson").with_source(error))?;
-            Ok::<_, minijinja::Error>(Value::from_safe_string(python::dumps(&json, indent)))
-        });
-        environment.add_filter("generation", |text: String| format!("{}{text}{}", MARKS[0], MARKS[1]));
-        environment.set_formatter(|out, state, value| match value.kind() {
-            ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
-            ValueKind::None => Ok(out.write_str("None")?),
-            _ => minijinja::escape_formatter(out, state, value),
-        });
-        let (marked, marks) = with_filters(source);
-        environment.add_template_owned("chat", marked).map_err(|error| in_words(&error))?;
-        Ok(Self { environment, source: source.to_owned(), special, marks })
+        let source = source.strip_prefix('\u{FEFF}').unwrap_or(source).replace("\r\n", "\n").replace('\r', "\n");
+        bounds::check(&source)?;
+        let day = source.strip_prefix(DATE[0]).and_then(|rest| rest.split_once(DATE[1])).map(|(day, _)| day);
+        let day = day.and_then(Day::parse);
+        let (marked, marks) = with_filters(&source);
+        let environment = bounds::on_deep_stack(|| {
+            let mut environment = jinja::environment()?;
+            environment.add_template_owned("chat", marked)?;
+            Ok(environment)
+        })?;
+        let mut environment = environment.map_err(|error: minijinja::Error| in_words(&error, ""))?;
+        if let Some(day) = day.or(default_day(&source)) {
+            jinja::tell_day(&mut environment, day);
+        }
+        Ok(Self { environment, source, special, marks, name: String::new(), day })
+    }
+
+    /// The same under the name that errors tell.
+    #[must_use]
+    pub(super) fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
+    }
+
+    /// The same with a day for `strftime_now`, which becomes part of the text as a comment.
+    #[must_use]
+    pub(super) fn with_day(mut self, day: Option<Day>, text: &str) -> Self {
+        if let Some(day) = day.filter(|_| self.source.contains("strftime_now")) {
+            jinja::tell_day(&mut self.environment, day);
+            self.source = format!("{}{text}{}{}", DATE[0], DATE[1], self.source);
+            self.day = Some(day);
+        }
+        self
+    }
+
+    /// The day that is told to a template that asks for today's, where no recipe sets one.
+    pub(super) fn day_by_default(&self) -> Option<&'static str> {
+        default_day(&self.source).filter(|_| self.day.is_none()).map(|_| dates::DEFAULT)
     }
 
     /// The same with variables that a recipe sets. They become part of the text, as defaults, so that whoever uses the model
@@ -104,9 +148,10 @@ impl ChatTemplate {
     pub fn with_variables(mut self, variables: &BTreeMap<String, Json>) -> Self {
         let mut defaults = String::new();
         for (name, value) in variables {
-            self.environment.add_global(name.clone(), Value::from(Serde(value)));
-            // JSON is a literal of Jinja's, too.
-            defaults.push_str(&format!("{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"));
+            self.environment.add_global(name.clone(), numbers::value(value));
+            let literal = literal(value);
+            defaults
+                .push_str(&format!("{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"));
         }
         if !defaults.is_empty() {
             // The line break ends the block and is not written.
@@ -124,18 +169,27 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// What the template says against it.
-    pub(super) fn render(&self, chat: &Conversation, count: usize, prompt: bool) -> Result<Rendered, String> {
-        let Special { bos, eos, pad } = &self.special;
-        let variables = context! {
-            messages => Value::from(Serde(&chat.messages[..count])),
-            tools => chat.tools.as_ref().map(|tools| Value::from(Serde(tools))),
-            documents => Value::from(()),
-            add_generation_prompt => prompt,
-            bos_token => bos, eos_token => eos, pad_token => pad,
-        };
-        let template = self.environment.get_template("chat").map_err(|error| in_words(&error))?;
-        let text = template.render(variables).map_err(|error| in_words(&error))?;
-        Ok(if self.marks { unmarked(&text)? } else { Rendered { text, generated: None } })
+    pub(super) fn render(&self, chat: &Given, count: usize, prompt: bool) -> Result<Rendered, String> {
+        bounds::on_deep_stack(|| {
+            let Special { bos, eos, pad } = &self.special;
+            let variables = context! {
+                messages => Value::from(chat.messages[..count].to_vec()),
+                tools => chat.tools.clone(),
+                documents => Value::from(()),
+                add_generation_prompt => prompt,
+                bos_token => bos, eos_token => eos, pad_token => pad,
+            };
+            let mut environment = self.environment.clone();
+            environment.set_fuel(Some(bounds::steps(chat.bytes)));
+            let template = environment.get_template("chat").map_err(|error| in_words(&error, &self.name))?;
+            let text = template.render(variables).map_err(|error| in_words(&error, &self.name))?;
+            Ok(if self.marks { unmarked(&text)? } else { Rendered { text, generated: None } })
+        })?
+    }
+
+    /// What a recipe calls the template.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// The text that asks a model for an answer to these messages.
@@ -144,7 +198,7 @@ impl ChatTemplate {
     /// What the template says against it.
     pub fn prompt(&self, messages: &[Json]) -> Result<String, String> {
         let chat = Conversation { messages: messages.to_vec(), tools: None };
-        Ok(self.render(&chat, messages.len(), true)?.text)
+        Ok(self.render(&Given::of(&chat), messages.len(), true)?.text)
     }
 
     /// What stands behind an answer: how a model says that its turn is over.
@@ -157,28 +211,53 @@ impl ChatTemplate {
     pub(super) fn probe(&self) -> Option<String> {
         let message = |role: &str, content: &str| serde_json::json!({ "role": role, "content": content });
         let chat = Conversation { messages: vec![message("user", "?"), message("assistant", ANSWER)], tools: None };
-        Some(self.render(&chat, 2, false).ok()?.text)
+        Some(self.render(&Given::of(&chat), 2, false).ok()?.text)
     }
 }
 
-/// `{% generation %}` of transformers as a filter block, whose white space is treated the same; whether there is any.
+/// A template as MiniJinja gets it, and whether it marks answers. `{% generation %}` of transformers becomes a filter block, whose
+/// white space is treated the same; what `{% set %}` keeps passes through a filter that bounds it.
 fn with_filters(source: &str) -> (String, bool) {
-    let (mut out, mut rest, mut found) = (String::new(), source, false);
-    while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + length];
+    let (mut out, mut rest, mut marks) = (String::with_capacity(source.len()), source, false);
+    while let Some(start) = ["{%", "{{", "{#"].iter().filter_map(|open| rest.find(open)).min() {
+        let (length, _) = bounds::tag(&rest[start..]);
+        let (before, tag) = (&rest[..start], &rest[start + 2..start + 2 + length]);
         let name = tag.trim_matches(['-', '+', ' ', '\n', '\t']);
-        out.push_str(&rest[..start]);
-        let tag = match name {
-            "generation" => tag.replace("generation", " filter generation "),
-            "endgeneration" => tag.replace("endgeneration", " endfilter "),
-            _ => tag.to_owned(),
-        };
-        found |= name == "generation";
-        out.push_str(&format!("{{%{tag}%}}"));
-        rest = &rest[start + length + 2..];
+        let end = start + 2 + length;
+        out.push_str(before);
+        if !rest[start..].starts_with("{%") {
+            out.push_str(&rest[start..end]);
+        } else if name == "raw" {
+            // As it is, up to its end.
+            let raw = rest[end..].find("endraw").map_or(rest.len(), |at| end + at + "endraw".len());
+            out.push_str(&rest[start..raw]);
+            rest = &rest[raw..];
+            continue;
+        } else {
+            out.push_str("{%");
+            out.push_str(&match name {
+                "generation" => tag.replace("generation", " filter generation "),
+                "endgeneration" => tag.replace("endgeneration", " endfilter "),
+                _ => bounded(tag).unwrap_or_else(|| tag.to_owned()),
+            });
+            marks |= name == "generation";
+        }
+        rest = &rest[end..];
     }
-    (out + rest, found)
+    (out + rest, marks)
+}
+
+/// `set a = b` as `set a = (b) | kept`: lists that are made of lists are lazy, and would grow without a step being counted.
+fn bounded(tag: &str) -> Option<String> {
+    let body = tag.strip_prefix(['-', '+']).unwrap_or(tag).trim_start();
+    body.strip_prefix("set").filter(|rest| rest.starts_with(char::is_whitespace))?;
+    let (target, value) = tag.split_once('=')?;
+    if target.contains(['"', '\'', '(', '|']) || value.starts_with('=') {
+        return None;
+    }
+    let signs = value.len() - value.trim_end_matches(['-', '+']).len();
+    let (value, strip) = value.split_at(value.len() - signs);
+    (!value.trim().is_empty()).then(|| format!("{target}=({value}) | kept {strip}"))
 }
 
 fn unmarked(marked: &str) -> Result<Rendered, String> {
@@ -197,8 +276,51 @@ fn unmarked(marked: &str) -> Result<Rendered, String> {
     Ok(Rendered { text, generated: Some(ranges) })
 }
 
-fn in_words(error: &minijinja::Error) -> String {
+/// The day for templates that ask for today's without asking first whether they may.
+fn default_day(source: &str) -> Option<Day> {
+    let asks = |at: usize| {
+        let mut words = source[at + "strftime_now".len()..].split_whitespace();
+        let next = [words.next(), words.next(), words.next()];
+        matches!(next, [Some("is"), Some(word), _] if word.starts_with("defined"))
+            || matches!(next, [Some("is"), Some("not"), Some(word)] if word.starts_with("defined"))
+    };
+    let mut places = source.match_indices("strftime_now").map(|(at, _)| at).peekable();
+    places.peek()?;
+    if places.any(asks) { None } else { Day::parse(dates::DEFAULT) }
+}
+
+/// A value of JSON as Jinja spells it.
+fn literal(value: &Json) -> String {
+    match value {
+        Json::Null => "none".into(),
+        Json::Array(items) => format!("[{}]", items.iter().map(literal).collect::<Vec<_>>().join(", ")),
+        Json::Object(fields) => {
+            let field = |(key, item): (&String, &Json)| format!("{}: {}", Json::from(key.as_str()), literal(item));
+            format!("{{{}}}", fields.iter().map(field).collect::<Vec<_>>().join(", "))
+        }
+        other => other.to_string(),
+    }
+}
+
+fn in_words(error: &minijinja::Error, name: &str) -> String {
     let place = error.line().map_or(String::new(), |line| format!("line {line} of the chat template: "));
-    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-    format!("{place}{what}")
+    let what = match error.kind() {
+        ErrorKind::OutOfFuel => {
+            "it takes more steps, or more memory, than a conversation of this length needs, and is stopped".to_owned()
+        }
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
+    let file = if name.is_empty() { String::new() } else { format!(" (data.chat.template \"{name}\")") };
+    format!("{place}{what}{file}")
+}
+
+/// A template with variables of its own, for tests.
+#[cfg(test)]
+pub(super) fn rendered_with(source: &str, given: Value) -> Result<String, String> {
+    let template = ChatTemplate::new(source, Special::default())?;
+    let mut environment = template.environment.clone();
+    environment.set_fuel(Some(bounds::steps(0)));
+    let text = bounds::on_deep_stack(|| environment.get_template("chat")?.render(given));
+    let text = text?.map_err(|error| in_words(&error, ""))?;
+    Ok(text.replace(MARKS, ""))
 }

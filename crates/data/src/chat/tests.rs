@@ -1,10 +1,13 @@
 #![allow(clippy::unwrap_used)]
+mod templates;
+
 use std::path::Path;
 
 use polyhead_models::IGNORE;
 use serde_json::json;
 use std::sync::Arc;
 
+use super::template::Given;
 use super::*;
 use crate::loader::Samples;
 
@@ -27,7 +30,7 @@ fn templates_render_as_in_transformers() {
         let messages = case["messages"].as_array().unwrap().clone();
         let tools = Some(case["tools"].clone()).filter(|tools| !tools.is_null());
         let chat = Conversation { messages, tools };
-        let ours = template.render(&chat, chat.messages.len(), case["prompt"].as_bool().unwrap());
+        let ours = template.render(&Given::of(&chat), chat.messages.len(), case["prompt"].as_bool().unwrap());
         match case["text"].as_str() {
             None => assert!(ours.unwrap_err().contains("must alternate"), "{name}"),
             Some(text) => {

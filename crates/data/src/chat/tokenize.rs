@@ -1,20 +1,64 @@
 //! A conversation as tokens: which of them are learnt, and whose each is.
 //!
-//! Where an answer stands is found by rendering the conversation up to it, with and without it: the one must be a beginning
-//! of the other. What is learnt is then what a model has to write itself. Templates that render an answer otherwise once
+//! What is learnt of an answer is what a model has to write itself (`turns.rs`). Templates that render an answer otherwise once
 //! more follows (Qwen 3's strips the thoughts of earlier answers) give several texts: the whole conversation, of which those
 //! answers are learnt that stand in it as they are written, and for the others the conversation up to them.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use polyhead_models::Role;
 use serde_json::Value;
 
-use super::columns::{Conversation, part_text};
-use super::template::{ChatTemplate, Rendered};
+use super::columns::Conversation;
+use super::spots::spots;
+use super::template::{ChatTemplate, Given, Rendered};
+use super::turns::{Turn, role_of, turns};
+use super::weights::weight;
 use super::written::written;
-use super::{ChatTokens, Learn};
+use super::{ChatTokens, Learn, bounds};
 use crate::Tokenizer;
+
+/// Up to so many messages each text is searched for whose its parts are; of more the places in the whole text are kept. Chosen
+/// by us.
+const SEARCHED: usize = 96;
+/// Bytes of a text whose tokens are not counted, where it is too long anyway. Chosen by us.
+const LONG: usize = 16 << 20;
+
+/// What may become of a text that is longer than a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// It is kept, and whoever gets it decides.
+    Any,
+    /// The same, unless it is so long that its tokens would fill the memory.
+    Told(usize),
+    /// It is left out.
+    Most(usize),
+    /// Its end is cut off; it is left out where nothing to learn is left.
+    Cut(usize),
+}
+
+/// A text of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Text {
+    /// In tokens.
+    Tokens(ChatTokens),
+    /// In tokens, without its end.
+    Cut(ChatTokens),
+    /// Left out, as it is too long.
+    TooLong,
+}
+
+/// How a conversation becomes tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Rules<'a> {
+    pub(super) learn: Learn,
+    pub(super) template: &'a ChatTemplate,
+    pub(super) tokenizer: &'a Tokenizer,
+    pub(super) room: Room,
+    /// Bytes that one token may stand for, where that is known.
+    pub(super) longest: Option<usize>,
+}
 
 /// A conversation in tokens: one text, or several that begin alike, the whole conversation first where anything of it is
 /// learnt.
@@ -27,227 +71,260 @@ pub(crate) fn tokenize(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<ChatTokens>, String> {
-    let (chat, whole) = written(chat, template)?;
-    let texts = texts(&chat, whole, learn, template)?;
-    texts.iter().map(|text| tokens(&chat, text, learn, template, tokenizer)).collect()
+    let rules = Rules { learn, template, tokenizer, room: Room::Any, longest: None };
+    let texts = bounds::on_deep_stack(|| texts(chat, rules))??;
+    let tokens = |text| match text {
+        Text::Tokens(tokens) | Text::Cut(tokens) => Some(tokens),
+        Text::TooLong => None,
+    };
+    Ok(texts.into_iter().filter_map(tokens).collect())
 }
 
-/// The beginning of a conversation.
-struct Text {
-    /// Messages in it.
-    count: usize,
-    text: String,
-    /// Where answers stand, and whether they are learnt.
-    answers: Vec<(Range<usize>, bool)>,
-}
-
-/// An answer as it is written.
-struct Turn {
-    /// Of its message.
-    index: usize,
-    /// Bytes before it.
-    start: usize,
-    /// The conversation up to its end.
-    text: String,
-}
-
-fn texts(chat: &Conversation, whole: Rendered, learn: Learn, template: &ChatTemplate) -> Result<Vec<Text>, String> {
-    let count = chat.messages.len();
+/// The texts of a conversation, in tokens where they fit. None where the conversation says that none of it is to be learnt.
+pub(super) fn texts(chat: &Conversation, rules: Rules<'_>) -> Result<Vec<Text>, String> {
+    let Rules { learn, template, .. } = rules;
+    let weights = chat.messages.iter().map(|message| Ok(weight(message)? != Some(false)));
+    let wanted = weights.collect::<Result<Vec<bool>, String>>()?;
+    let (chat, given, whole) = written(chat, template)?;
+    let Rendered { text: whole, generated } = whole;
+    let this = Whole { chat: &chat, given: &given, text: &whole, wanted: &wanted, rules, spots: Default::default() };
     let nothing = || "nothing is learnt from it: no answer of the assistant".to_owned();
-    if let Some(generated) = whole.generated {
+    if let Some(generated) = generated {
         if generated.is_empty() && learn != Learn::All {
             return Err(nothing());
         }
-        let last = generated.len();
-        let answers = generated.into_iter().enumerate();
-        let answers = answers.map(|(index, range)| (range, learn != Learn::Last || index + 1 == last)).collect();
-        return Ok(vec![Text { count, text: whole.text, answers }]);
+        let answers = this.generated(generated)?;
+        if learn != Learn::All && answers.iter().all(|(_, learnt)| !learnt) {
+            return Ok(Vec::new());
+        }
+        this.says_something(&[&whole])?;
+        return Ok(vec![this.tokens(Part { count: chat.messages.len(), shared: whole.len(), tail: "" }, answers)?]);
     }
-    let turns = match (turns(chat, template), learn) {
+    let places = || this.places().iter().map(|(range, index)| (*index, range.clone())).collect::<BTreeMap<_, _>>();
+    let turns = match (turns((&chat, &given), &whole, template, &places), learn) {
         (turns, Learn::Assistant | Learn::Last) => turns?,
         // Everything is learnt: where answers stand is of interest only to whom shows them.
         (turns, Learn::All) => turns.unwrap_or_default(),
     };
-    let mut left: Vec<&Turn> = match learn {
-        Learn::Last => turns.last().into_iter().collect(),
-        _ => turns.iter().collect(),
-    };
-    if left.is_empty() && learn != Learn::All {
+    if turns.is_empty() && learn != Learn::All {
         return Err(nothing());
     }
-    let (mut text, mut count, mut out) = (whole.text, count, Vec::new());
-    loop {
-        let stands = |turn: &Turn| turn.index < count && text.starts_with(&turn.text);
-        let (inside, rest): (Vec<&Turn>, Vec<&Turn>) = left.iter().partition(|turn| stands(turn));
-        let mut answers: Vec<(Range<usize>, bool)> = Vec::new();
-        for turn in turns.iter().filter(|turn| stands(turn)) {
-            // An answer that follows another directly begins where that one ends.
-            let start = turn.start.max(answers.last().map_or(0, |(last, _)| last.end));
-            answers.push((start..turn.text.len(), inside.iter().any(|learnt| learnt.index == turn.index)));
-        }
-        if !inside.is_empty() || learn == Learn::All {
-            out.push(Text { count, text, answers });
-        }
-        // The last of them ends the next text, so that each time fewer are left.
-        let Some(last) = rest.last().filter(|_| learn != Learn::All) else { return Ok(out) };
-        (text, count, left) = (last.text.clone(), last.index + 1, rest);
-    }
+    let own = |turn: &Turn| format!("{}{}", &whole[turn.start.min(turn.shared)..turn.shared], turn.tail);
+    let own: Vec<String> = turns.iter().map(own).collect();
+    this.says_something(&own.iter().map(String::as_str).collect::<Vec<_>>())?;
+    this.several(&turns)
 }
 
-/// The assistant's answers, by rendering the conversation up to each of them.
-fn turns(chat: &Conversation, template: &ChatTemplate) -> Result<Vec<Turn>, String> {
-    let mut turns = Vec::new();
-    for (index, _) in chat.messages.iter().enumerate().filter(|(_, message)| role_of(message) == "assistant") {
-        let refused = |problem: String| format!("the template refuses messages 1 to {}: {problem}", index + 1);
-        let text = template.render(chat, index + 1, false).map_err(refused)?.text;
-        // Most templates refuse to render no message at all.
-        let before = match index {
-            0 => header(chat, template, &text)?,
-            _ => template.render(chat, index, true).map_err(refused)?.text,
+/// A text that begins like the whole one: so many messages, so many bytes in common, and what follows.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    count: usize,
+    shared: usize,
+    tail: &'a str,
+}
+
+struct Whole<'a> {
+    chat: &'a Conversation,
+    given: &'a Given,
+    text: &'a str,
+    /// Of each message, whether it may be learnt.
+    wanted: &'a [bool],
+    rules: Rules<'a>,
+    spots: std::cell::OnceCell<Vec<(Range<usize>, usize)>>,
+}
+
+impl Whole<'_> {
+    /// Where the texts of all messages stand in the whole.
+    fn places(&self) -> &[(Range<usize>, usize)] {
+        let all: Vec<usize> = (0..self.chat.messages.len()).collect();
+        let whole = (self.text, self.chat.messages.len());
+        self.spots.get_or_init(|| spots((self.chat, self.given), whole, &all, self.rules.template))
+    }
+
+    /// What the template marks as answers, and which of it is learnt.
+    fn generated(&self, ranges: Vec<Range<usize>>) -> Result<Vec<(Range<usize>, bool)>, String> {
+        let last = ranges.len();
+        let of_learn = |index: usize| self.rules.learn != Learn::Last || index + 1 == last;
+        let mut answers: Vec<(Range<usize>, bool)> =
+            ranges.into_iter().enumerate().map(|(index, range)| (range, of_learn(index))).collect();
+        let spoken: Vec<usize> = (0..self.wanted.len()).filter(|&index| self.is_answer(index)).collect();
+        if spoken.iter().all(|&index| self.wanted[index]) {
+            return Ok(answers);
+        }
+        for (place, &index) in spoken.iter().enumerate().filter(|(_, index)| !self.wanted[**index]) {
+            let spot = self.places().iter().find(|(_, other)| *other == index).map(|(range, _)| range.clone());
+            let same = spoken.len() == answers.len();
+            let found = match spot {
+                Some(spot) => answers.iter().position(|(range, _)| range.start <= spot.start && spot.end <= range.end),
+                None => Some(place).filter(|_| same),
+            };
+            let Some(found) = found else {
+                let number = index + 1;
+                return Err(format!(
+                    "message {number} is not to be learnt (weight 0), and where the template writes it cannot be told"
+                ));
+            };
+            answers[found].1 = false;
+        }
+        Ok(answers)
+    }
+
+    fn is_answer(&self, index: usize) -> bool {
+        role_of(&self.chat.messages[index]) == "assistant"
+    }
+
+    /// Refuses a template that writes nothing of what the assistant says.
+    fn says_something(&self, answers: &[&str]) -> Result<(), String> {
+        let words = |message: &Value| {
+            let content = message.get("content").and_then(Value::as_str)?;
+            content.split_whitespace().next_back().map(str::to_owned)
         };
-        if !text.starts_with(&before) {
-            return Err(format!(
-                "answers cannot be told from the rest: the template asks for message {} in another way than it renders it, so \
-                 that a model would learn to write what it is never asked for\n  hint: data.chat.template_variables tells a \
-                 template what to ask for (enable_thinking = false for answers without thoughts, with Qwen 3's); a template \
-                 that marks answers with {{% generation %}} needs no comparing",
-                index + 1
-            ));
+        let spoken = self.chat.messages.iter().filter(|message| role_of(message) == "assistant");
+        let mut spoken = spoken.filter_map(words).peekable();
+        if spoken.peek().is_none() {
+            return Ok(());
         }
-        turns.push(Turn { index, start: before.len(), text });
+        let few = !answers.is_empty() && answers.len() <= 64;
+        if spoken
+            .any(|word| if few { answers.iter().any(|text| text.contains(&word)) } else { self.text.contains(&word) })
+        {
+            return Ok(());
+        }
+        let name = self.rules.template.name();
+        Err(format!(
+            "the chat template writes nothing of what the assistant says: a name in it may be misspelt (data.chat.template \
+             \"{name}\")"
+        ))
     }
-    Ok(turns)
-}
 
-/// What stands before an answer that opens the conversation.
-fn header(chat: &Conversation, template: &ChatTemplate, after: &str) -> Result<String, String> {
-    if let Ok(rendered) = template.render(chat, 0, true) {
-        return Ok(rendered.text);
-    }
-    let content = chat.messages[0].get("content").and_then(Value::as_str).unwrap_or_default().trim();
-    let start = after.find(content).filter(|_| !content.is_empty());
-    start.map(|start| after[..start].to_owned()).ok_or_else(|| "its first message is an empty answer".to_owned())
-}
-
-fn tokens(
-    chat: &Conversation,
-    text: &Text,
-    learn: Learn,
-    template: &ChatTemplate,
-    tokenizer: &Tokenizer,
-) -> Result<ChatTokens, String> {
-    let contents = contents(chat, text, template);
-    let mut cuts = vec![0, text.text.len()];
-    if !tokenizer.marks_beginnings() {
-        // So that an answer begins with the token with which a model has to begin it, too.
-        cuts.extend(text.answers.iter().flat_map(|(range, _)| [range.start, range.end]));
-        cuts.sort_unstable();
-    }
-    let mut out = ChatTokens::default();
-    for piece in cuts.windows(2) {
-        let ids = tokenizer.encode_template(&text.text[piece[0]..piece[1]]).map_err(|error| error.to_string())?;
-        for (id, place) in ids {
-            let at = piece[0] + place;
-            let answer = text.answers.iter().find(|(range, _)| range.contains(&at));
-            let said = contents.iter().find(|(range, _)| range.contains(&at)).map(|(_, role)| *role);
-            out.tokens.push(id);
-            out.roles.push(answer.map_or(said.unwrap_or(Role::Template), |_| Role::Assistant));
-            out.learnt.push(learn == Learn::All || answer.is_some_and(|(_, learnt)| *learnt));
+    /// The whole, and the beginnings in which answers stand that the whole has otherwise.
+    fn several(&self, turns: &[Turn]) -> Result<Vec<Text>, String> {
+        let learn = self.rules.learn;
+        let mut left: Vec<&Turn> = match learn {
+            Learn::Last => turns.last().into_iter().collect(),
+            _ => turns.iter().collect(),
+        };
+        left.retain(|turn| self.wanted[turn.index]);
+        let mut part = Part { count: self.chat.messages.len(), shared: self.text.len(), tail: "" };
+        let mut out = Vec::new();
+        if left.is_empty() && learn != Learn::All {
+            return Ok(out);
+        }
+        loop {
+            let stands = |turn: &Turn| turn.index < part.count && turn.stands_in(self.text, part.shared, part.tail);
+            let (inside, rest): (Vec<&Turn>, Vec<&Turn>) = left.iter().partition(|turn| stands(turn));
+            if !inside.is_empty() || learn == Learn::All {
+                let learnt: std::collections::BTreeSet<usize> = inside.iter().map(|turn| turn.index).collect();
+                let mut answers: Vec<(Range<usize>, bool)> = Vec::new();
+                for turn in turns.iter().filter(|turn| stands(turn)) {
+                    // An answer that follows another directly begins where that one ends.
+                    let start = turn.start.max(answers.last().map_or(0, |(last, _)| last.end));
+                    answers.push((start..turn.len(), learnt.contains(&turn.index)));
+                }
+                out.push(self.tokens(part, answers)?);
+                // It ends the run: the others need not be made.
+                let ends = |most: usize| match out.last() {
+                    Some(Text::Tokens(chat)) => chat.tokens.len() > most,
+                    _ => true,
+                };
+                if matches!(self.rules.room, Room::Told(most) if ends(most)) {
+                    return Ok(out);
+                }
+            }
+            // The last of them ends the next text, so that each time fewer are left.
+            let Some(last) = rest.last().filter(|_| learn != Learn::All) else { return Ok(out) };
+            part = Part { count: last.index + 1, shared: last.shared, tail: &last.tail };
+            left = rest;
         }
     }
-    Ok(out)
+
+    fn tokens(&self, part: Part<'_>, answers: Vec<(Range<usize>, bool)>) -> Result<Text, String> {
+        let Rules { learn, tokenizer, room, longest, .. } = self.rules;
+        let length = part.shared + part.tail.len();
+        let most = match room {
+            Room::Any => usize::MAX,
+            Room::Told(most) | Room::Most(most) | Room::Cut(most) => most,
+        };
+        // So many bytes cannot be few enough tokens.
+        let surely = longest.is_some_and(|longest| length.div_ceil(longest) > most);
+        let first = answers.iter().find(|(_, learnt)| *learnt).map_or(length, |(range, _)| range.start);
+        let hopeless = longest.is_some_and(|longest| first.div_ceil(longest) > most) && learn != Learn::All;
+        let left_out = match room {
+            Room::Any => false,
+            Room::Told(_) => length > LONG,
+            Room::Most(_) => true,
+            Room::Cut(_) => hopeless,
+        };
+        if surely && left_out {
+            return Ok(Text::TooLong);
+        }
+        let most = if matches!(room, Room::Told(_)) { usize::MAX } else { most };
+        let text = format!("{}{}", &self.text[..part.shared], part.tail);
+        let mut cuts = vec![0, text.len()];
+        if !tokenizer.marks_beginnings() {
+            // So that an answer begins with the token with which a model has to begin it, too.
+            cuts.extend(answers.iter().flat_map(|(range, _)| [range.start, range.end]));
+            cuts.sort_unstable();
+            cuts.dedup();
+        }
+        let (mut tokens, mut places) = (Vec::new(), Vec::new());
+        for piece in cuts.windows(2) {
+            if tokens.len() > most {
+                break;
+            }
+            let ids = tokenizer.encode_template(&text[piece[0]..piece[1]]).map_err(|error| error.to_string())?;
+            tokens.extend(ids.iter().map(|(id, _)| *id));
+            places.extend(ids.iter().map(|(_, place)| piece[0] + place));
+        }
+        let long = tokens.len() > most;
+        if long && matches!(room, Room::Most(_)) {
+            return Ok(Text::TooLong);
+        }
+        tokens.truncate(most);
+        places.truncate(most);
+        let said = self.said(part, &text, answers.len());
+        let within = |at: usize| {
+            let next = answers.partition_point(|(range, _)| range.end <= at);
+            answers.get(next).filter(|(range, _)| range.contains(&at)).map(|(_, learnt)| *learnt)
+        };
+        let whose = |at: usize| {
+            let next = said.partition_point(|(range, _)| range.end <= at);
+            said.get(next).filter(|(range, _)| range.contains(&at)).map(|(_, index)| *index)
+        };
+        let mut out = ChatTokens { tokens, ..ChatTokens::default() };
+        for at in places {
+            let (answer, message) = (within(at), whose(at));
+            let role = message.map_or(Role::Template, |index| role(&self.chat.messages[index]));
+            out.roles.push(answer.map_or(role, |_| Role::Assistant));
+            let all = learn == Learn::All && message.is_none_or(|index| self.wanted[index]);
+            out.learnt.push(answer.unwrap_or(all));
+        }
+        Ok(match long {
+            true if out.learnt.iter().skip(1).any(|&learnt| learnt) => Text::Cut(out),
+            true => Text::TooLong,
+            false => Text::Tokens(out),
+        })
+    }
+
+    /// Where the texts of messages stand in a text, in its order. What the template writes itself belongs to nobody.
+    fn said(&self, part: Part<'_>, text: &str, answers: usize) -> Vec<(Range<usize>, usize)> {
+        let all_answers = (0..part.count).filter(|&index| self.is_answer(index)).count() == answers;
+        let asked: Vec<usize> = (0..part.count).filter(|&index| !all_answers || !self.is_answer(index)).collect();
+        let kept = |(range, index): &&(Range<usize>, usize)| {
+            range.end <= part.shared && (!all_answers || !self.is_answer(*index))
+        };
+        if self.chat.messages.len() > SEARCHED {
+            return self.places().iter().filter(kept).cloned().collect();
+        }
+        spots((self.chat, self.given), (text, part.count), &asked, self.rules.template)
+    }
 }
 
-fn role_of(message: &Value) -> &str {
-    message.get("role").and_then(Value::as_str).unwrap_or_default()
-}
-
-/// Where the texts of messages stand, with their roles. What the template writes itself belongs to nobody.
-fn contents(chat: &Conversation, text: &Text, template: &ChatTemplate) -> Vec<(Range<usize>, Role)> {
-    let messages = &chat.messages[..text.count];
-    let role = |message: &Value| match role_of(message) {
+fn role(message: &Value) -> Role {
+    match role_of(message) {
         "assistant" => Role::Assistant,
         "system" | "developer" => Role::System,
         "user" => Role::User,
         _ => Role::Tool,
-    };
-    let spoken = messages.iter().filter(|message| role_of(message) == "assistant").count();
-    let all_answers = spoken == text.answers.len();
-    let asked = |index: &usize| !all_answers || role_of(&messages[*index]) != "assistant";
-    let asked: Vec<usize> = (0..text.count).filter(asked).collect();
-    let found = marked(chat, text, &asked, template).unwrap_or_else(|| {
-        let one = |&index: &usize| Some((replaced(chat, text, index, template)?, index));
-        asked.iter().filter_map(one).collect()
-    });
-    found.into_iter().map(|(range, index)| (range, role(&messages[index]))).collect()
-}
-
-/// Around the texts of messages: one code point for each message that opens it, and one that closes any. Private ones of
-/// Unicode, which no text holds by rights.
-const OPEN: std::ops::RangeInclusive<u32> = 0x10_0000..=0x10_FFFD;
-const CLOSE: char = '\u{F0E0D}';
-
-/// Where the texts of messages stand, by rendering them between marks; `None` where the template renders them otherwise then.
-fn marked(
-    chat: &Conversation,
-    text: &Text,
-    which: &[usize],
-    template: &ChatTemplate,
-) -> Option<Vec<(Range<usize>, usize)>> {
-    let mut between = chat.clone();
-    for &index in which {
-        let open = OPEN.clone().nth(index).and_then(char::from_u32)?;
-        // White space around a text stays outside, where templates trim it.
-        let around = |said: &str| match said.trim() {
-            "" => said.to_owned(),
-            trimmed => said.replacen(trimmed, &format!("{open}{trimmed}{CLOSE}"), 1),
-        };
-        let content = between.messages[index].get_mut("content");
-        content.into_iter().for_each(|content| change(content, &around));
-    }
-    let rendered = template.render(&between, text.count, false).ok()?.text;
-    let (mut plain, mut found, mut open) = (String::with_capacity(text.text.len()), Vec::new(), None);
-    for sign in rendered.chars() {
-        match open {
-            _ if OPEN.contains(&u32::from(sign)) => {
-                open = Some((plain.len(), (u32::from(sign) - OPEN.start()) as usize))
-            }
-            Some((start, index)) if sign == CLOSE => {
-                found.push((start..plain.len(), index));
-                open = None;
-            }
-            _ => plain.push(sign),
-        }
-    }
-    (plain == text.text).then_some(found)
-}
-
-/// Where the text of one message stands, by rendering another in its place.
-fn replaced(chat: &Conversation, text: &Text, index: usize, template: &ChatTemplate) -> Option<Range<usize>> {
-    let mut other = chat.clone();
-    change(other.messages[index].get_mut("content")?, &|_| CLOSE.to_string());
-    let rendered = template.render(&other, text.count, false).ok()?.text;
-    let (before, behind) = rendered.split_once(CLOSE)?;
-    let end = text.text.len().checked_sub(behind.len()).filter(|&end| end > before.len())?;
-    (text.text.starts_with(before) && text.text.ends_with(behind)).then_some(before.len()..end)
-}
-
-/// Changes the text of a content, or of each of its parts.
-fn change(content: &mut Value, new: &dyn Fn(&str) -> String) {
-    match content {
-        Value::String(said) => *said = new(said),
-        Value::Array(parts) => {
-            for part in parts {
-                match part {
-                    Value::String(said) => *said = new(said),
-                    part => {
-                        if let Some(said) = part_text(part).map(new) {
-                            part["text"] = said.into();
-                        }
-                    }
-                }
-            }
-        }
-        _ => {}
     }
 }

@@ -1,0 +1,208 @@
+//! Files of conversations, row by row: what is kept, what is left out, and how many of each.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::tokenize::{Room, Rules, Text, texts};
+use super::weights::weight;
+use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, bounds, columns, numbers};
+use crate::text::{expand, without_mark};
+use crate::{DataError, Tokenizer, encoding};
+
+/// What became of the rows of a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Rows that there are.
+    pub rows: usize,
+    /// Left out because they cannot be used.
+    pub bad: usize,
+    /// Left out because they are too long.
+    pub dropped: usize,
+    /// Cut.
+    pub truncated: usize,
+    /// Of which several conversations are learnt, as the template renders answers otherwise once more follow.
+    pub several: usize,
+    /// Calls of tools whose arguments are JSON in a text.
+    pub arguments: usize,
+    /// Answers that are not learnt, as their messages say so.
+    pub unlearnt: usize,
+    /// Messages that are no answers and say that they are to be learnt, which they are not.
+    pub asked_in_vain: usize,
+    /// Rows that say that nothing of them is to be learnt, left out.
+    pub weightless: usize,
+}
+
+/// Reads all conversations.
+///
+/// # Errors
+/// If files are missing, or a row cannot be used and is not to be left out: file, line and reason.
+pub fn read_chats(
+    config: &ChatConfig,
+    tokenizer: &Tokenizer,
+    seq_len: usize,
+) -> Result<(Vec<ChatTokens>, Counts), DataError> {
+    let template = config.template(tokenizer)?;
+    let room = match config.too_long {
+        TooLong::Error => Room::Told(seq_len),
+        TooLong::Drop => Room::Most(seq_len),
+        TooLong::Truncate => Room::Cut(seq_len),
+    };
+    let longest = tokenizer.longest_token();
+    let rules = Rules { learn: config.learn, template: &template, tokenizer, room, longest };
+    let mut reader = Reader { config, rules, seq_len, chats: Vec::new(), counts: Counts::default() };
+    bounds::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
+    let Reader { chats, counts, .. } = reader;
+    if chats.is_empty() {
+        return Err(DataError::Unusable(format!("data.chat: of {} rows none is left to learn from", counts.rows)));
+    }
+    if chats.iter().all(|chat| chat.learnt.iter().skip(1).all(|&learnt| !learnt)) {
+        return Err(DataError::Unusable(format!(
+            "data.chat.template \"{}\": of {} conversations nothing is learnt: the template writes no answer that a token stands \
+             before",
+            config.template,
+            chats.len()
+        )));
+    }
+    Ok((chats, counts))
+}
+
+struct Reader<'a> {
+    config: &'a ChatConfig,
+    rules: Rules<'a>,
+    seq_len: usize,
+    chats: Vec<ChatTokens>,
+    counts: Counts,
+}
+
+/// What a row says besides what is said in it.
+#[derive(Default)]
+struct Said {
+    arguments: usize,
+    unlearnt: usize,
+    asked_in_vain: usize,
+}
+
+impl Reader<'_> {
+    fn all(&mut self) -> Result<(), DataError> {
+        for (path, _) in expand(&self.config.paths, &["jsonl", "ndjson"])? {
+            let content = encoding::read_rows(&path)?;
+            for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
+                if !line.trim_ascii().is_empty() {
+                    self.row(line, (&path, index + 1))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&mut self, line: &[u8], place: (&Path, usize)) -> Result<(), DataError> {
+        let number = self.counts.rows;
+        self.counts.rows += 1;
+        let (texts, said) = match self.read(line) {
+            Ok(read) => read,
+            Err(problem) => return self.bad(problem, place),
+        };
+        self.counts.arguments += said.arguments;
+        self.counts.unlearnt += said.unlearnt;
+        self.counts.asked_in_vain += said.asked_in_vain;
+        self.counts.several += usize::from(texts.len() > 1);
+        self.counts.weightless += usize::from(texts.is_empty());
+        for text in texts {
+            match text {
+                Text::TooLong if self.config.too_long == TooLong::Error => {
+                    return Err(row(place, too_long("its", self.seq_len)));
+                }
+                Text::TooLong => self.counts.dropped += 1,
+                Text::Cut(chat) => {
+                    self.counts.truncated += 1;
+                    self.chats.push(ChatTokens { row: number, ..chat });
+                }
+                Text::Tokens(chat) if chat.tokens.len() > self.seq_len => {
+                    return Err(row(place, too_long(&chat.tokens.len().to_string(), self.seq_len)));
+                }
+                Text::Tokens(chat) => self.chats.push(ChatTokens { row: number, ..chat }),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, line: &[u8]) -> Result<(Vec<Text>, Said), String> {
+        let row: Value = numbers::parse(line)?;
+        let mut chat = self.config.columns.read(&row)?;
+        drop(row);
+        let mut said =
+            Said { arguments: columns::arguments(&mut chat, self.config.decode_arguments)?, ..Said::default() };
+        for message in &chat.messages {
+            let answer = message["role"] == "assistant";
+            match weight(message)? {
+                Some(false) if answer => said.unlearnt += 1,
+                Some(true) if !answer => said.asked_in_vain += 1,
+                _ => {}
+            }
+        }
+        Ok((texts(&chat, self.rules)?, said))
+    }
+
+    fn bad(&mut self, problem: String, place: (&Path, usize)) -> Result<(), DataError> {
+        self.counts.bad += 1;
+        if self.config.on_bad_row == OnBadRow::Error {
+            let hint = "data.chat.on_bad_row = \"skip\" leaves such rows out";
+            return Err(row(place, format!("{problem}\n  hint: {hint}")));
+        }
+        let most = self.config.max_bad_rows;
+        match self.counts.bad > most {
+            true => Err(row(place, format!("{problem}\n  and more than data.chat.max_bad_rows ({most}) in all"))),
+            false => Ok(()),
+        }
+    }
+}
+
+fn too_long(count: &str, seq_len: usize) -> String {
+    format!(
+        "{count} tokens are more than training.seq_len ({seq_len})\n  hint: data.chat.too_long = \"drop\" or \"truncate\""
+    )
+}
+
+fn row((path, line): (&Path, usize), problem: String) -> DataError {
+    DataError::Row { path: path.to_owned(), line, problem }
+}
+
+/// What the log says of all rows, one sentence for each thing that is left out or changed of them.
+pub(crate) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplate) -> Vec<String> {
+    let mut notes = Vec::new();
+    if counts.arguments > 0 {
+        notes.push(match config.decode_arguments {
+            true => format!("{} tool calls have their arguments as JSON in a text: decoded", counts.arguments),
+            false => format!(
+                "{} tool calls have their arguments as JSON in a text, which the template gets as a text: many templates write it in \
+                 quotes, full of backslashes (`polyhead preview` shows it); data.chat.decode_arguments = true gives it the objects",
+                counts.arguments
+            ),
+        });
+    }
+    if counts.unlearnt > 0 {
+        notes.push(format!(
+            "{} answers are not learnt, as their messages say so (weight 0, or train false)",
+            counts.unlearnt
+        ));
+    }
+    if counts.asked_in_vain > 0 && config.learn != super::Learn::All {
+        notes.push(format!(
+            "{} messages that are no answers say that they are to be learnt (weight 1, or train true) and are not: data.chat.learn = \
+             \"all\" learns every message",
+            counts.asked_in_vain
+        ));
+    }
+    if config.date.is_some() && !template.source().contains("strftime_now") {
+        notes.push("data.chat.date is set, and the template asks for no date".into());
+    }
+    if let Some(day) = template.day_by_default() {
+        notes.push(format!(
+            "data.chat.template \"{}\" asks for today's date (strftime_now) and is told {day}, so that the run can be repeated; \
+             data.chat.date sets another day",
+            config.template
+        ));
+    }
+    notes
+}
