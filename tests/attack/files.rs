@@ -1,6 +1,6 @@
 //! Hostile files: small good ones of every kind with some bytes or words changed. They are used or refused, and nothing else.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -156,6 +156,9 @@ fn models(case: &mut Case) -> Held<Vec<Specimen>> {
     let step = format!("run/{}", runs::checkpoints(&case.dir.join("run"))?.pop().unwrap_or_default());
     let mut tree = folder(&case.dir.join(step), "checkpoint")?;
     tree.insert("book.txt".into(), runs::book().into_bytes());
+    tree.insert("tune.toml".into(), format!("{data}{rest}").into());
+    let rows = (0..8).map(|i| format!("{{\"text\": \"the cat {i}\", \"label\": {}}}\n", i % 2)).collect::<String>();
+    tree.insert("rows.jsonl".into(), rows.into());
     let checkpoint = Specimen {
         name: SEALED,
         tree,
@@ -166,9 +169,33 @@ fn models(case: &mut Case) -> Held<Vec<Specimen>> {
             vec!["export", "checkpoint", "--to", "again"],
             vec!["eval", "checkpoint", "--batches", "1"],
             vec!["inspect", "checkpoint", "--rows", "1"],
+            vec!["convert", "checkpoint", "--to", "grouped_query", "--kv-heads", "1", "--out", "fewer"],
+            vec!["grow", "checkpoint", "--width", "x2", "--out", "grown"],
+            vec!["features", "checkpoint", "--data", "rows.jsonl", "--out", "features.safetensors"],
+            vec!["train", "tune.toml", "model.pretrained=checkpoint", "--out", "tuned"],
         ],
     };
-    Ok(vec![model, tokenizer, checkpoint])
+    let mut all = vec![model, tokenizer, checkpoint];
+    all.extend(foreign()?);
+    Ok(all)
+}
+
+/// The small models that transformers wrote, of every architecture that is read.
+fn foreign() -> Held<Vec<Specimen>> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/hf"))? {
+        let path = entry?.path();
+        paths.extend(path.join("config.json").exists().then_some(path));
+    }
+    paths.sort();
+    let specimen = |path: &PathBuf| {
+        let mut tree = folder(path, "model")?;
+        tree.retain(|name, _| !name.contains("expected"));
+        let logits = vec!["logits", "model", "--tokens", "1,2,3", "--out", "logits.safetensors"];
+        let commands = vec![logits, vec!["export", "model", "--to", "again"]];
+        Ok(Specimen { name: "foreign", tree, targets: vec!["model/"], commands })
+    };
+    paths.iter().map(specimen).collect()
 }
 
 fn folder(path: &Path, name: &str) -> Held<Tree> {
