@@ -67,11 +67,8 @@ impl Kind for Files {
         // Whoever reads the message must know which file it is about, or which data there is too little of.
         let name = target.rsplit('/').next().unwrap_or_default();
         let folder = target.split('/').next().unwrap_or_default();
-        let names = |text: &str| {
-            [name, folder, "data.", "examples", "validation.fraction", "training."]
-                .iter()
-                .any(|word| text.contains(word))
-        };
+        let words = ["data.", "examples", "validation.fraction", "training.", "chat template", "not finite"];
+        let names = |text: &str| [name, folder].iter().chain(&words).any(|word| text.contains(word));
         ensure!(answer.code == Some(0) || names(&answer.err), "{target} is not named: {}", answer.err);
         Ok(Tried::Held)
     }
