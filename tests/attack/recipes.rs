@@ -113,10 +113,11 @@ impl Kind for Recipes {
     }
 }
 
-/// With the path of its base from the root on.
+/// With the paths of its base and of other recipes from the root on.
 fn anchored(text: &str, path: &Path) -> String {
     let folder = path.parent().unwrap_or(Path::new("/"));
-    text.replace("extends = \"", &format!("extends = \"{}/", folder.display()))
+    let base = format!("extends = \"{}/", folder.display());
+    text.replace("extends = \"", &base).replace(" \"../", &format!(" \"{}/../", folder.display()))
 }
 
 /// All recipes of a folder, in an order that does not change.
