@@ -121,13 +121,25 @@ fn sources(before: usize, after: usize) -> Vec<Source> {
     sources
 }
 
-fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderConfig, SurgeryError> {
+/// What factors may be at most: a grown size beyond that is no model's, and is refused as such. Chosen by us.
+const MOST: usize = 1 << 20;
+
+/// What a grown model is, before any of its weights is made.
+///
+/// # Errors
+/// As [`grow`].
+pub fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderConfig, SurgeryError> {
     let Growth { signal_heads, width, depth, noise, .. } = *growth;
     let after = depth.unwrap_or(parent.n_layers);
     if signal_heads == 0 || width == 0 || !(noise.is_finite() && noise >= 0.0) {
         return refused(format!(
             "signal heads (x{signal_heads}) and width (x{width}) grow by whole numbers from 1 on, noise ({noise}) is 0 or more"
         ));
+    }
+    for (name, value) in [("signal heads", signal_heads), ("width", width), ("depth", after)] {
+        if value > MOST {
+            return refused(format!("{name} ({value}) must be at most {MOST}"));
+        }
     }
     if after < parent.n_layers {
         return refused(format!("depth ({after}) must be at least the model's n_layers ({})", parent.n_layers));

@@ -16,7 +16,7 @@ pub use convert::{
     Grouping, SurgeryError, decouple, expanded, group_queries, heads_of_budget, heads_of_layer, standard_grouped,
 };
 pub use fusion::{begin_fusion, collapse, mean_scatter, scatter, unfused};
-pub use growth::{Growth, grow};
+pub use growth::{Growth, grow, grown_config};
 pub use heads::{Cell, Heads, Merge, Pool, labels_after};
 pub use key_driven::{AllocationRule, decouple_key_driven, drive_by_keys, measure_keys};
 pub use mixture_of_head::{Routed, route_heads};

@@ -12,7 +12,7 @@ use polyhead_models::surgery::{self, Growth};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::state::Companions;
 
-use super::must_not_exist;
+use super::{check_memory, must_not_exist};
 use crate::assemble;
 use crate::console::{put, talk, thousands};
 use crate::report::{Failure, Problems};
@@ -67,6 +67,9 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     };
     let GrowArgs { signal_heads, width, depth, noise, seed, .. } = *args;
     let growth = Growth { signal_heads, width, depth, noise, seed };
+    let size = surgery::grown_config(parent.model.config(), &growth)?.costs(parent.model.vocab_size()).parameters;
+    // The model as it is made, what is put into it, and what is written.
+    check_memory(size.saturating_mul(12), "the grown model", "smaller factors take less")?;
     let grown = surgery::grow(&parent.model, &growth)?;
     for (name, model) in [("parent", &parent.model), ("grown", &grown)] {
         let (config, parameters) = (model.config(), thousands(model.num_params() as u64));

@@ -19,9 +19,12 @@ pub use train::told::{program, quoted};
 
 use std::path::Path;
 
+use polyhead_training::available_memory_bytes;
+
+use crate::allowed::allowed;
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
 use crate::compare::{self, comparison, record};
-use crate::console::{print, put};
+use crate::console::{bytes, print, put};
 use crate::inspect;
 use crate::recipe::{self, Loaded};
 use crate::report::{Failure, Problems};
@@ -100,6 +103,19 @@ fn load(args: &RecipeArgs) -> Result<Loaded, Failure> {
 
 fn staged(args: &RecipeArgs) -> Result<Option<Staged>, Failure> {
     Ok(crate::stages::read(&args.recipe, &args.overrides)?)
+}
+
+/// Refuses what does not fit the memory of this machine, before it is tried: the system would end the process without a word.
+fn check_memory(needed: u64, what: &str, hint: &str) -> Result<(), Failure> {
+    let available = available_memory_bytes().unwrap_or(u64::MAX);
+    match needed <= available || allowed().too_little_memory {
+        true => Ok(()),
+        false => Err(Failure::Run(format!(
+            "{what} takes about {} of memory, and {} are available\n  hint: {hint}; --ignore-memory tries all the same",
+            bytes(needed),
+            bytes(available)
+        ))),
+    }
 }
 
 /// Refuses to write over what is there.

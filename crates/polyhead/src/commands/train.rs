@@ -10,12 +10,12 @@ use std::time::Instant;
 use burn::tensor::Device;
 use polyhead_data::Tokenizer;
 use polyhead_models::{Decoder, MOST_CONFUSED};
+use polyhead_training::Trainee;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::hallucination::{Summary, ask};
 use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
-use polyhead_training::{Trainee, available_memory_bytes};
 
 use super::hallucination::asking;
 use crate::allowed::allowed;
@@ -242,23 +242,15 @@ impl Task<'_> {
         Ok((data, facts))
     }
 
-    /// Refuses what does not fit the memory of this machine, before it is tried: the system would end the run without a word.
+    /// Refuses what does not fit the memory of this machine.
     fn check_memory(&self, known: Known) -> Result<(), Failure> {
         let recipe = &self.resolved.recipe;
         // Nothing tells what a GPU has left.
-        let Some(available) = available_memory_bytes().filter(|_| recipe.training.device != "cuda") else {
-            return Ok(());
-        };
-        let needed = Costs::of(recipe, known).least_bytes(recipe);
-        if needed <= available || allowed().too_little_memory {
+        if recipe.training.device == "cuda" {
             return Ok(());
         }
-        Err(Failure::Run(format!(
-            "training takes about {} of memory, and {} are available\n  hint: `polyhead plan` tells what takes how much; a \
-             smaller model, training.batch_size or training.seq_len takes less, and --ignore-memory tries all the same",
-            bytes(needed),
-            bytes(available)
-        )))
+        let hint = "`polyhead plan` tells what takes how much; a smaller model, training.batch_size or training.seq_len takes less";
+        super::check_memory(Costs::of(recipe, known).least_bytes(recipe), "training", hint)
     }
 
     /// Trains to the end and writes what was reached.

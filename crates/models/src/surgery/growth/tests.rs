@@ -154,6 +154,15 @@ fn what_cannot_grow_is_refused() {
     assert!(problem(&softmax, Growth { signal_heads: 2, ..Growth::default() }).contains("no signal heads"));
     assert!(problem(&softmax, Growth::default()).contains("nothing grows"));
     assert!(problem(&softmax, Growth { depth: Some(2), ..Growth::default() }).contains("n_layers (3)"));
+    for growth in [
+        Growth { signal_heads: usize::MAX, ..Growth::default() },
+        Growth { width: usize::MAX / 2, ..Growth::default() },
+        Growth { depth: Some(1 << 60), ..Growth::default() },
+    ] {
+        assert!(problem(&softmax, growth).contains("must be at most 1048576"));
+    }
+    let wide = problem(&softmax, Growth { width: 1 << 20, ..Growth::default() });
+    assert!(wide.contains("must be at most 1048576"), "{wide}");
 }
 
 #[test]
