@@ -8,8 +8,8 @@ use crate::case::{Case, Held, How, Tried, ensure};
 use crate::random::Random;
 use crate::{Kind, mutate, runs};
 
-/// In seconds and MiB: what reading a recipe may take.
-const SECONDS: u64 = 20;
+/// In seconds and MiB: what reading a recipe may take, and a plan, which reads its text, on a busy machine.
+const SECONDS: u64 = 60;
 const MEMORY: u64 = 1024;
 /// Costs that one step may have to be tried: larger models are only planned.
 const LARGEST: i64 = 64;
