@@ -321,7 +321,7 @@ impl Routing {
     /// all positions choose the same.
     pub(super) fn observe(&self, split: HeadSplit, seen: &mut Observation) {
         let [batch, seq, heads] = self.gates.dims();
-        let gates = self.gates.clone().detach();
+        let gates = in_type(self.gates.clone().detach(), DType::F32); // as all that is observed
         let taking_part = gates.clone().not_equal_elem(0.0).float().sum_dims_squeeze::<1, _>(&[0, 1]);
         seen.number("gate", gates.clone().sum_dims_squeeze::<1, _>(&[0, 1]) / taking_part.clamp_min(1.0));
         debug_assert_eq!(self.active.shape(), [batch, seq, heads]);
