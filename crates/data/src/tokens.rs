@@ -55,7 +55,7 @@ impl TokenFile {
         if let Some(file) = Self::open(&path, ends) {
             return Ok(Arc::new(file));
         }
-        let created = std::fs::create_dir_all(cache_dir).and_then(|()| tempfile::NamedTempFile::new_in(cache_dir));
+        let created = std::fs::create_dir_all(cache_dir).and_then(|()| unfinished(cache_dir));
         let (mut file, kept) = match created {
             Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
                 let folder = std::env::temp_dir();
@@ -153,6 +153,45 @@ impl TokenFile {
         }
     }
 }
+
+/// What starts the names of files that are being made.
+const UNFINISHED: &str = ".tokens-";
+
+/// A file to be filled, locked as long as it is; those that killed processes left are swept first.
+fn unfinished(cache_dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    loop {
+        sweep(cache_dir);
+        let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(cache_dir)?;
+        // Another process may sweep it in the moment before it is locked.
+        let locked = file.as_file().try_lock().is_ok();
+        if file.path().exists() {
+            return Ok(file);
+        }
+        if !locked {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Removes unfinished files that nobody makes any more: the system drops a lock with its process. As good as it goes: what
+/// cannot be removed is in nobody's way.
+fn sweep(cache_dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(cache_dir) else { return };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // Before they had a name of their own, they had the usual one and no lock.
+        let usual = name.strip_prefix(".tmp").is_some_and(|rest| rest.len() == 6 && !rest.contains('.'));
+        let old =
+            || path.metadata().and_then(|meta| meta.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > OLD));
+        let free = || std::fs::File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
+        if (name.starts_with(UNFINISHED) || (usual && old())) && free() {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// An unlocked file that was not written for so long is nobody's; chosen by us.
+const OLD: std::time::Duration = std::time::Duration::from_secs(3600);
 
 fn encode(
     documents: &[TextDocument],
@@ -286,6 +325,25 @@ mod tests {
             assert!(TokenFile::open(&path, true).is_none());
             assert_eq!(ids(&build(&texts, dir.path()), 0..5), [97, 98, 256, 99, 256]);
         }
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_swept_and_what_others_make_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "half").unwrap();
+            path
+        };
+        let (left, other, notes) = (write(".tokens-dead01"), write(".tmpAbC123"), write(".tmp-notes"));
+        let made = unfinished(dir.path()).unwrap();
+        assert!(!left.exists() && other.exists() && notes.exists(), "recent files of the usual name may be in use");
+        build(&documents(["ab".into()]), dir.path());
+        assert!(made.path().exists(), "locked");
+        let long_ago = std::time::SystemTime::now() - 2 * OLD;
+        std::fs::File::options().write(true).open(&other).unwrap().set_modified(long_ago).unwrap();
+        sweep(dir.path());
+        assert!(!other.exists() && made.path().exists() && notes.exists());
     }
 
     #[test]
