@@ -65,7 +65,7 @@ fn check_file(golden: &Golden) {
             compare(name, &key, &after[&got.name].values, &got.values, WEIGHT, true);
         }
         // As a run that is interrupted after every step would go on.
-        let saved = optimizer.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let saved = optimizer.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor.named())).collect();
         optimizer = Optimizer::restore(optimizer_config.clone(), optimizer.steps(), saved, &inner).unwrap();
     }
 }

@@ -20,7 +20,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, HeadMap, attention};
+use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
@@ -270,7 +270,7 @@ fn average(map: &[usize], device: &Device) -> Tensor<2> {
 /// Every head mixed by `operator`: `[batch, heads, seq, width]`.
 fn mix(heads: Tensor<4>, operator: Tensor<2>) -> Tensor<4> {
     let [batch, n_heads, seq, width] = heads.dims();
-    let operator = operator.unsqueeze::<3>().expand([batch, n_heads, n_heads]);
+    let operator = in_type(operator, heads.dtype()).unsqueeze::<3>().expand([batch, n_heads, n_heads]);
     operator.matmul(heads.reshape([batch, n_heads, seq * width])).reshape([batch, n_heads, seq, width])
 }
 

@@ -54,7 +54,8 @@ pub struct Continuation {
 }
 
 /// Continues prompts of equal length (not 0), many at a time, each until `stop` or `max_new_tokens`. The numbers that a
-/// row draws depend on the seed and the row's place only. Call it on `model.valid()`.
+/// row draws depend on the seed and the row's place only. Asks `go_on` before every token; `None` once it says no. Call it on
+/// `model.valid()`.
 ///
 /// # Panics
 /// If the prompts differ in length.
@@ -63,7 +64,8 @@ pub fn continuations(
     prompts: &[Vec<u32>],
     sampling: &Sampling,
     stop: Option<u32>,
-) -> Vec<Continuation> {
+    go_on: &dyn Fn() -> bool,
+) -> Option<Vec<Continuation>> {
     let length = prompts.first().map_or(0, Vec::len);
     assert!(prompts.iter().all(|prompt| prompt.len() == length), "prompts of one call are equally long");
     let of_chunk = |(chunk, prompts): (usize, &[Vec<u32>])| {
@@ -76,6 +78,9 @@ pub fn continuations(
         let mut rows = vec![Continuation::default(); prompts.len()];
         let (mut cache, mut next) = (Cache::new(model.layers.len()), prompts.concat());
         while rows.iter().any(|row| row.open(sampling)) {
+            if !go_on() {
+                return None;
+            }
             let logits = next_logits(model, &next, prompts.len(), &mut cache);
             next.clear();
             for ((row, rng), logits) in rows.iter_mut().zip(&mut rngs).zip(logits.chunks(model.vocab_size())) {
@@ -83,9 +88,10 @@ pub fn continuations(
                 next.push(if row.open(sampling) { row.extend(logits, sampling, rng, stop) } else { 0 });
             }
         }
-        rows
+        Some(rows)
     };
-    prompts.chunks(ROWS).enumerate().flat_map(of_chunk).collect()
+    let chunks = prompts.chunks(ROWS).enumerate().map(of_chunk);
+    Some(chunks.collect::<Option<Vec<_>>>()?.concat())
 }
 
 /// Rows that are continued at a time; chosen by us.
@@ -205,7 +211,7 @@ mod tests {
         let (model, prompts) = (model(), [vec![1, 2, 3], vec![4, 0, 8], vec![7, 7, 2]]);
         let greedy = Sampling { max_new_tokens: 12, temperature: 0.0, ..Sampling::default() };
         let alone = |prompt: &Vec<u32>| generate(&model, prompt, &greedy, Some(5), |_| ControlFlow::Continue(()));
-        let together = continuations(&model, &prompts, &greedy, Some(5));
+        let together = continuations(&model, &prompts, &greedy, Some(5), &|| true).unwrap();
         for (prompt, row) in prompts.iter().zip(&together) {
             assert_eq!(row.tokens, alone(prompt));
             assert_eq!(row.ended, row.tokens.len() < 12);
@@ -216,9 +222,11 @@ mod tests {
     fn what_is_drawn_depends_on_seed_and_place_only() {
         let (model, prompts) = (model(), vec![vec![1, 2]; ROWS + 3]);
         let sampling = Sampling { max_new_tokens: 6, temperature: 1.0, ..Sampling::default() };
-        let all = continuations(&model, &prompts, &sampling, None);
+        let all = continuations(&model, &prompts, &sampling, None, &|| true).unwrap();
+        assert_eq!(continuations(&model, &prompts, &sampling, None, &|| false), None);
         let tokens = |rows: &[Continuation]| rows.iter().map(|row| row.tokens.clone()).collect::<Vec<_>>();
-        assert_eq!(tokens(&continuations(&model, &prompts[..3], &sampling, None)), tokens(&all[..3]));
+        let first = continuations(&model, &prompts[..3], &sampling, None, &|| true).unwrap();
+        assert_eq!(tokens(&first), tokens(&all[..3]));
         assert!(all.iter().any(|row| row.tokens != all[0].tokens));
         // Small fresh weights: all 9 ids are about equally likely.
         assert!(all.iter().all(|row| (row.entropy - 9f64.ln()).abs() < 0.1), "{}", all[0].entropy);

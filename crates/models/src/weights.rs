@@ -10,9 +10,11 @@ use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 mod files;
 mod finite;
 mod header;
+mod stream;
 
 pub use files::TensorFiles;
 pub use finite::{NonFinite, check_finite};
+pub use stream::{Held, held, write_safetensors};
 
 /// Weights that do not fit the model.
 #[derive(Debug, thiserror::Error)]

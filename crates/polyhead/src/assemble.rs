@@ -9,9 +9,10 @@ use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{Classifier, ClassifierConfig, Decoder, Embedder, EmbedderConfig, train_only};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::atomic_write;
-use polyhead_training::state::{self, Companions, Progress};
+use polyhead_training::state::{self, Companions, Progress, Saving};
 use polyhead_training::{Parts, ProcedureConfig, Trainee};
 
+use crate::allowed::allowed;
 use crate::classifier::sizes;
 use crate::console::talk;
 use crate::costs::Known;
@@ -24,7 +25,10 @@ use crate::stages;
 
 mod data;
 mod trained;
-pub use data::{Data, RECORD, Source, changed_text, data, data_record, labelled, options, project_root, record, world};
+pub use data::{
+    Data, RECORD, Source, changed_text, check_targets, data, data_record, labelled, options, project_root, record,
+    world,
+};
 pub use trained::{Trained, open_trained};
 
 /// A recipe as it is run: everything about its model is at hand.
@@ -200,6 +204,7 @@ impl Resolved {
     /// If they are missing or malformed, or do not fit the model.
     pub fn labelled(&self) -> Result<Labelled, Failure> {
         let labelled = labelled(&self.recipe, &self.tokenizer)?;
+        refuse_one_class(&labelled, self.recipe.data.name())?;
         let unlearnt = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count == 0);
         let unlearnt: Vec<&str> = unlearnt.map(|(class, _)| class.as_str()).take(5).collect();
         if !unlearnt.is_empty() {
@@ -278,6 +283,21 @@ impl Resolved {
     }
 }
 
+/// Examples that all belong to one class teach nothing: any answer but that class would be wrong.
+fn refuse_one_class(labelled: &Labelled, data: &str) -> Result<(), Failure> {
+    let learnt = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count > 0);
+    let learnt: Vec<&str> = learnt.map(|(class, _)| class.as_str()).collect();
+    if learnt.len() > 1 {
+        return Ok(());
+    }
+    Err(Failure::Run(format!(
+        "data.{data}: all {} examples to learn from are of one class ({}), so that there is nothing to tell apart\n  hint: give \
+         examples of another class, or name the field that holds the classes; a smaller validation.fraction leaves more",
+        labelled.counts.iter().sum::<u64>(),
+        learnt.join(", ")
+    )))
+}
+
 /// The model with fresh low-rank pairs.
 ///
 /// # Errors
@@ -323,7 +343,16 @@ pub fn begin_run(
     };
     let procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
     std::fs::create_dir_all(run_dir).map_err(|error| Failure::file("create", run_dir, error))?;
-    let checkpoint = state::save(run_dir, model, &*procedure, &Progress::default(), &companions)?;
+    let saving = Saving {
+        model,
+        procedure: &*procedure,
+        progress: &Progress::default(),
+        companions: &companions,
+        validation_loss: None,
+        best: None,
+        nonfinite: allowed().nonfinite,
+    };
+    let checkpoint = state::save(run_dir, &saving)?;
     atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
     Ok(checkpoint)
 }

@@ -45,7 +45,8 @@ pub enum Command {
     /// Train a model, or go on with an interrupted run.
     ///
     /// The run is written to --out (default: checkpoints/<name of the recipe>): checkpoints, metrics.jsonl, TensorBoard
-    /// files. The same command goes on where the run stopped; Ctrl-C saves first, a second Ctrl-C leaves at once.
+    /// files. The same command goes on where the run stopped; Ctrl-C (SIGINT), SIGTERM and SIGHUP save first, a second one leaves
+    /// at once; SIGUSR1 saves and goes on.
     ///
     /// A recipe with [[stage]] tables is run stage after stage, each from the weights of the one before, into 1-<name>,
     /// 2-<name>, ... there.

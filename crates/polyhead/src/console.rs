@@ -153,6 +153,10 @@ impl View for Console {
     }
 
     fn saved(&mut self, _step: u64) {}
+
+    fn note(&mut self, note: &str) {
+        self.say(note);
+    }
 }
 
 impl Drop for Console {

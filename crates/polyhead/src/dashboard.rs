@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use burn_train::Interrupter;
@@ -19,7 +19,7 @@ use burn_train::metric::{
 use burn_train::renderer::tui::TuiMetricsRendererWrapper;
 use burn_train::renderer::{MetricState, MetricsRenderer, MetricsRendererTraining};
 use polyhead_models::Evaluated;
-use polyhead_training::run::{Logged, View};
+use polyhead_training::run::{Logged, Requests, View};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::console::thousands;
@@ -46,7 +46,7 @@ pub struct Dashboard {
     // `None` once its kill key was used.
     renderer: Option<TuiMetricsRendererWrapper>,
     interrupter: Interrupter,
-    stop: Arc<AtomicUsize>,
+    requests: Arc<Requests>,
     registered: BTreeSet<&'static str>,
 }
 
@@ -56,14 +56,14 @@ enum Split {
 }
 
 impl Dashboard {
-    /// Takes the terminal until it is dropped. The run has `steps` steps and looks at `stop`.
-    pub fn open(steps: u64, stop: Arc<AtomicUsize>) -> Self {
+    /// Takes the terminal until it is dropped. The run has `steps` steps and looks at `requests`.
+    pub fn open(steps: u64, requests: Arc<Requests>) -> Self {
         let interrupter = Interrupter::new();
         let mut renderer = TuiMetricsRendererWrapper::new(interrupter.clone(), None);
         renderer.start(1, 1, None, Some("one item is one step"));
         renderer.start_split("train", steps as usize);
         terminal::wait_until_taken(OPENING);
-        Self { renderer: Some(renderer), interrupter, stop, registered: BTreeSet::new() }
+        Self { renderer: Some(renderer), interrupter, requests, registered: BTreeSet::new() }
     }
 
     /// Tells the dashboard something, and hears whether one of its keys was used.
@@ -81,7 +81,7 @@ impl Dashboard {
         }
         if self.interrupter.should_stop() {
             // A signal that came before stays what ended the run.
-            let _ = self.stop.compare_exchange(0, SIGINT as usize, Ordering::SeqCst, Ordering::SeqCst);
+            let _ = self.requests.stop.compare_exchange(0, SIGINT as usize, Ordering::SeqCst, Ordering::SeqCst);
         }
     }
 
@@ -138,6 +138,10 @@ impl View for Dashboard {
 
     fn saved(&mut self, _step: u64) {
         self.tell(|renderer| renderer.log_event_training("saved".into()));
+    }
+
+    fn note(&mut self, note: &str) {
+        self.tell(|renderer| renderer.log_event_training(note.into()));
     }
 }
 

@@ -33,6 +33,7 @@ use allowed::Allowed;
 
 fn main() -> ExitCode {
     allocator::keep_large_buffers();
+    signals::outlive_file_limit();
     let cli = match cli::Cli::try_parse() {
         Ok(cli) => cli,
         // Help and version are our own words; a mistake repeats what was typed.

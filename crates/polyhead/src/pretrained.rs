@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::{Decoder, DecoderConfig, hf, weights};
-use polyhead_training::checkpoint::{newest_good, read_file, verify};
+use polyhead_training::checkpoint::{Hold, hold, newest_good, read_file, verify};
 use polyhead_training::state;
 
 use crate::allowed::allowed;
@@ -157,21 +157,32 @@ pub fn check_length(path: &Path, window: Option<usize>, tokens: usize, what: &st
     }
 }
 
-/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run; of a run in stages, that
-/// of the last stage that has finished.
+/// [`locate_checkpoint`] for whoever reads it: a training that goes on beside leaves it alone until this process ends.
 ///
 /// # Errors
 /// If there is none, or the named one is damaged.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
+    let (path, held) = locate_checkpoint(path)?;
+    std::mem::forget(held);
+    Ok(path)
+}
+
+/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run; of a run in stages, that
+/// of the last stage that has finished. It is not pruned while it is held.
+///
+/// # Errors
+/// If there is none, or the named one is damaged.
+pub fn locate_checkpoint(path: &Path) -> Result<(PathBuf, Option<Hold>), Failure> {
     if let Some(stage) = stages::last_finished(path)? {
-        return find_checkpoint(&stage);
+        return locate_checkpoint(&stage);
     }
     // What is named as a checkpoint is none without its manifest: the message tells that, instead of what a run lacks.
     let named_as_one =
         path.is_dir() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
     if named_as_one || path.join("manifest.json").exists() {
+        let held = hold(path);
         verify(path)?;
-        return Ok(path.to_owned());
+        return Ok((path.to_owned(), held));
     }
     if !path.is_dir() {
         let hint = match path.extension().is_some_and(|ending| ending == "toml") {
@@ -181,13 +192,21 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, Failure> {
         let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
         return Err(Problems::plain(problem).into());
     }
-    let (found, skipped) = newest_good(path)?;
-    for problem in skipped {
-        talk!("warning: {problem}; looking for an older checkpoint");
-    }
-    match found {
-        Some((path, _)) => Ok(path),
-        None => Err(Failure::Run(format!("{}: holds no whole checkpoint", path.display()))),
+    loop {
+        let (found, skipped) = newest_good(path)?;
+        let Some((found, _)) = found else {
+            skipped.iter().for_each(|problem| talk!("warning: {problem}"));
+            return Err(Failure::Run(format!("{}: holds no whole checkpoint", path.display())));
+        };
+        let held = hold(&found);
+        // A training beside may have pruned it, or others, since the folder was listed.
+        if !found.join("manifest.json").exists() {
+            continue;
+        }
+        for problem in skipped {
+            talk!("warning: {problem}; looking for an older checkpoint");
+        }
+        return Ok((found, held));
     }
 }
 

@@ -121,9 +121,11 @@ pub struct GenerationConfig {
 }
 
 /// Keys that may change when a run is resumed; all others decide what the run is.
-pub const MAY_CHANGE: [&str; 7] = [
+pub const MAY_CHANGE: [&str; 9] = [
     "training.steps",
     "training.device",
+    "training.on_nonfinite",
+    "training.max_skipped_steps",
     "metrics",
     "checkpoint",
     "validation.interval",

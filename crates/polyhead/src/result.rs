@@ -8,10 +8,11 @@ use polyhead_models::{ClassScore, ClassSums, Learner, Sums};
 use polyhead_training::evaluate::{Batches, evaluate_range};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, read_metrics};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::console::talk;
 use crate::costs::Costs;
 use crate::report::Failure;
 
@@ -286,17 +287,17 @@ pub fn read(run_dir: &Path) -> Result<Option<RunResult>, Failure> {
     }
 }
 
-/// The lines of a run's `metrics.jsonl`; none where there is no such file. A half-written last line is left out.
+/// The lines of a run's `metrics.jsonl`; none where there is no such file. A half-written last line is left out; damaged ones
+/// are told.
 ///
 /// # Errors
 /// If it cannot be read.
 pub fn history(run_dir: &Path) -> Result<Vec<Value>, Failure> {
-    let path = run_dir.join("metrics.jsonl");
-    match std::fs::read_to_string(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(Failure::file("read", &path, error)),
-        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
+    let (lines, damaged) = read_metrics(run_dir)?;
+    for line in damaged {
+        talk!("warning: {}:{line}: damaged, so it is left out", run_dir.join("metrics.jsonl").display());
     }
+    Ok(lines)
 }
 
 fn median_step(history: &[Value], tokens_per_step: u64) -> Option<f64> {

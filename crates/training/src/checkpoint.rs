@@ -20,9 +20,10 @@ mod draft;
 mod shelf;
 mod verify;
 
-pub use best::{Best, read_best, write_best};
+pub(crate) use best::info;
+pub use best::{Best, read_best, recover_best, write_best};
 pub use draft::{Draft, now_utc};
-pub use shelf::{Whole, clean_leftovers, discard_after, list, newest_good, prune};
+pub use shelf::{Hold, Whole, clean_leftovers, discard_after, hold, list, newest_good, prune};
 pub use verify::{read_file, verify};
 
 /// The version of the layout that this code writes; it reads no other.
@@ -149,7 +150,7 @@ pub enum CheckpointError {
         found: f64,
     },
     /// `best.json` is not as it was written.
-    #[error("{} is damaged: {reason}; delete it to let the next evaluation choose anew", path.display())]
+    #[error("{} is damaged: {reason}; it is made again from the checkpoints", path.display())]
     BadBest {
         /// The file.
         path: PathBuf,

@@ -25,6 +25,10 @@ pub struct TrainingConfig {
     /// saved, "skip" leaves the step out and counts it. The weights never see it.
     #[serde(default)]
     pub on_nonfinite: OnNonfinite,
+    /// With on_nonfinite = "skip": steps in a row that may be left out before the run ends, saved; 0 sets no limit. While steps are
+    /// left out the weights do not move, so that what follows such a row is more of it. Default: 10.
+    #[serde(default = "max_skipped_steps", skip_serializing_if = "is_usual")]
+    pub max_skipped_steps: u64,
     /// "flex" (CPU), "ndarray" or "cuda"; the latter two where compiled in. Default: "flex".
     #[serde(default = "device")]
     pub device: String,
@@ -42,6 +46,15 @@ fn one() -> usize {
 
 fn is_zero(value: &usize) -> bool {
     *value == 0
+}
+
+/// Chosen by us.
+fn max_skipped_steps() -> u64 {
+    10
+}
+
+fn is_usual(max_skipped_steps: &u64) -> bool {
+    *max_skipped_steps == self::max_skipped_steps()
 }
 
 fn max_norm() -> f64 {

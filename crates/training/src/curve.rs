@@ -2,11 +2,9 @@
 
 use std::path::Path;
 
-use plotters::prelude::*;
-use serde_json::Value;
-
 use crate::TrainError;
-use crate::run_folder::{At, atomic_write};
+use crate::run_folder::{atomic_write, read_metrics};
+use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (900, 420);
 // Two of Okabe and Ito's colours, which everybody can tell apart.
@@ -21,9 +19,7 @@ type Points = Vec<(f64, f64)>;
 /// # Errors
 /// If the log cannot be read or the picture cannot be written.
 pub(crate) fn draw(run_dir: &Path) -> Result<(), TrainError> {
-    let path = run_dir.join("metrics.jsonl");
-    let log = std::fs::read_to_string(&path).at("read", &path)?;
-    let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let (lines, _) = read_metrics(run_dir)?; // what is damaged was told when the log was opened
     let points = |key: &str| -> Points {
         lines.iter().filter_map(|line| Some((line["step"].as_f64()?, line[key].as_f64()?))).collect()
     };

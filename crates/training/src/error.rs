@@ -10,7 +10,9 @@ use crate::tensorboard::TensorboardError;
 pub enum TrainError {
     /// A loss or gradient was not a number; the weights were not touched by it.
     #[error(
-        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken. Lower the learning rate or set training.on_nonfinite = \"skip\""
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken. {kept}\n  hint: \
+         training.on_nonfinite = \"skip\" goes on from there without the batches that give such numbers; a lower learning rate \
+         is another run (--out), which may start from its weights (model.pretrained)"
     )]
     Nonfinite {
         /// The step.
@@ -19,7 +21,37 @@ pub enum TrainError {
         loss: f64,
         /// Its gradient norm.
         grad_norm: f64,
+        /// Where the state before it is saved, or why it is not.
+        kept: String,
     },
+    /// Step after step was left out.
+    #[error(
+        "step {step}: {in_row} steps in a row were left out because their loss or gradient was not finite \
+         (training.max_skipped_steps). The weights have not moved meanwhile, so others will not do better. {kept}\n  hint: start \
+         another run (--out) with a lower learning rate; model.pretrained takes the weights of an earlier checkpoint"
+    )]
+    Skipped {
+        /// The step.
+        step: u64,
+        /// How many steps were left out.
+        in_row: u64,
+        /// Where the state is saved, or why it is not.
+        kept: String,
+    },
+    /// Weights are NaN or infinite, so that they are not saved.
+    #[error(
+        "the weights after step {step} are not finite, so they are not saved: {found}. What they compute is no number\n  hint: \
+         the last checkpoint is whole; start another run (--out) with a lower learning rate"
+    )]
+    NonfiniteWeights {
+        /// The step.
+        step: u64,
+        /// Which tensors, and how many of their values.
+        found: String,
+    },
+    /// Something long was given up because the run is to be saved first. The loop makes up for it; nobody else meets it.
+    #[error("put off: the run is to be saved first")]
+    PutOff,
     /// A setting that does not fit the model: where it stands, the rule, the way out.
     #[error("{0}")]
     Setting(String),

@@ -7,9 +7,9 @@
 //! code that the authors say they built on (LLM-Shearing), as their own equations could not be read.
 
 use burn::module::Module;
-use polyhead_attention::Attention;
+use polyhead_attention::{Attention, AttentionConfig};
 use polyhead_models::ContextMask;
-use polyhead_models::{Batch, Decoder, Pass, surgery};
+use polyhead_models::{Batch, Decoder, DecoderConfig, Pass, surgery};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -39,6 +39,9 @@ pub struct FusionConfig {
     pub target_warmup: f64,
 }
 
+const NOTHING_TO_FUSE: &str = "no layer has heads to fuse; make such a model with `polyhead convert CKPT --to decoupled_head \
+    --kv-budget 0.25 --fusing --out DIR` and name it in model.pretrained";
+
 impl Default for FusionConfig {
     fn default() -> Self {
         Self { mode: FusionMode::Anneal, operator_rate: 30.0, multiplier_lr: 1.0, target_warmup: 0.5 }
@@ -57,11 +60,11 @@ pub enum FusionMode {
 }
 
 impl FusionConfig {
-    /// Checks the numbers.
+    /// Checks the numbers, and where the model is known, that it has heads to fuse.
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), (String, String)> {
+    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), (String, String)> {
         for (field, value, most) in [
             ("operator_rate", self.operator_rate, 1e6),
             ("multiplier_lr", self.multiplier_lr, 1e6),
@@ -69,6 +72,13 @@ impl FusionConfig {
         ] {
             if !(0.0..=most).contains(&value) {
                 return Err((field.into(), format!("{field} ({value}) must be 0 to {most}")));
+            }
+        }
+        if let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok()) {
+            let fuses =
+                |layer| matches!(decoder.mechanism(layer), AttentionConfig::DecoupledHead(heads) if heads.fusing);
+            if !(0..decoder.n_layers).any(fuses) {
+                return Err(("mode".into(), NOTHING_TO_FUSE.into()));
             }
         }
         Ok(())
@@ -181,9 +191,8 @@ impl Procedure for Fusion {
     ) -> Result<(Decoder, StepReport), TrainError> {
         let before = context.step - 1;
         set_anneal(&mut model, self.anneal(before));
-        let left = surgery::mean_scatter(&model.valid()).ok_or_else(|| {
-            TrainError::Setting("[procedure.fusion]: no layer has heads to fuse; make such a model with `polyhead convert CKPT --to decoupled_head --kv-budget 0.25 --fusing --out DIR` and name it in model.pretrained".into())
-        })?;
+        let left = surgery::mean_scatter(&model.valid())
+            .ok_or_else(|| TrainError::Setting(format!("[procedure.fusion]: {NOTHING_TO_FUSE}")))?;
         let start = *self.multipliers.scatter_at_start.get_or_insert(left);
         let aim = target(start, before as f64, self.config.target_warmup * self.steps as f64);
         let weight = match self.config.mode {

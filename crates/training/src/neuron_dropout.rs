@@ -197,6 +197,9 @@ impl Procedure for NeuronDropout {
         }
         let gate = self.gate(&model);
         let (mut model, mut report) = self.standard.step(model.gated(gate), batches, context)?;
+        if report.refused {
+            return Ok((model, report));
+        }
         self.state.add_loss(report.loss);
         if self.crossed(from, to) {
             self.watch(&model.clone().gated(None).valid(), context, &mut report)?;

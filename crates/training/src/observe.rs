@@ -5,10 +5,8 @@ use polyhead_attention::Observe;
 use polyhead_models::{Learner, weights};
 use serde_json::json;
 
-use crate::TrainError;
 use crate::picture::{attention_grid, head_gates};
-use crate::run_folder::MetricsLog;
-use crate::tensorboard::EventWriter;
+use crate::run::Record;
 
 /// What is to be looked at after a step.
 #[derive(Debug, Clone, Copy)]
@@ -21,12 +19,7 @@ pub(crate) struct Look {
 
 /// Looks at `model` on the first row of `batch`. Numbers go to both logs, as their mean over heads; how they are spread
 /// over heads, the maps and the histograms go to TensorBoard.
-pub(crate) fn write<M: Learner>(
-    look: Look,
-    (metrics, mut events): (&mut MetricsLog, Option<&mut EventWriter>),
-    (model, batch): (&M, &M::Batch),
-    step: u64,
-) -> Result<(), TrainError> {
+pub(crate) fn write<M: Learner>(look: Look, record: &mut Record, (model, batch): (&M, &M::Batch), step: u64) {
     let model = model.valid();
     let observe = if look.maps { Observe::Maps } else { Observe::Numbers };
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
@@ -37,34 +30,41 @@ pub(crate) fn write<M: Learner>(
             let numbers = values(numbers);
             let mean = numbers.iter().sum::<f32>() / numbers.len().max(1) as f32;
             line[format!("{tag}/{name}")] = json!(mean);
-            if let Some(events) = events.as_deref_mut() {
+            record.write_events(|events| {
                 events.scalar(&format!("{tag}/{name}"), step, mean)?;
                 if numbers.len() > 1 {
                     events.histogram(&format!("{tag}/{name}_per_head"), step, &numbers)?;
                 }
-            }
+                Ok(())
+            });
         }
-        if let (Some(maps), Some(events)) = (seen.maps, events.as_deref_mut()) {
-            let [_, queries, keys] = maps.dims();
-            let all = maps.into_data().iter::<f32>().collect::<Vec<f32>>();
-            let maps: Vec<Vec<f32>> = all.chunks(queries * keys).map(<[f32]>::to_vec).collect();
-            let png = attention_grid(&maps, queries, keys)?;
-            events.image_png(&format!("{tag}/maps"), step, png.width, png.height, &png.bytes)?;
+        if let Some(maps) = seen.maps {
+            record.write_events(|events| {
+                let [_, queries, keys] = maps.dims();
+                let maps: Vec<Vec<f32>> =
+                    values(maps.flatten(0, 2)).chunks(queries * keys).map(<[f32]>::to_vec).collect();
+                let png = attention_grid(&maps, queries, keys)?;
+                Ok(events.image_png(&format!("{tag}/maps"), step, png.width, png.height, &png.bytes)?)
+            });
         }
-        if let (Some(gates), Some(events)) = (seen.gates, events.as_deref_mut()) {
-            let [heads, tokens] = gates.dims();
-            let png = head_gates(&gates.into_data().iter::<f32>().collect::<Vec<f32>>(), heads, tokens)?;
-            events.image_png(&format!("{tag}/gates"), step, png.width, png.height, &png.bytes)?;
-        }
-    }
-    if look.numbers {
-        metrics.append(&line)?;
-    }
-    let Some(events) = events else { return Ok(()) };
-    if look.numbers {
-        for parameter in weights::named(&model) {
-            events.histogram(&format!("weights/{}", parameter.name), step, &parameter.values)?;
+        if let Some(gates) = seen.gates {
+            record.write_events(|events| {
+                let [heads, tokens] = gates.dims();
+                let png = head_gates(&values(gates.flatten(0, 1)), heads, tokens)?;
+                Ok(events.image_png(&format!("{tag}/gates"), step, png.width, png.height, &png.bytes)?)
+            });
         }
     }
-    Ok(events.flush()?)
+    if !look.numbers {
+        return;
+    }
+    let appended = record.metrics.append(&line);
+    record.heed(appended.map_err(Into::into));
+    // One at a time: no copy of the whole model.
+    record.write_events(|events| {
+        for parameter in weights::held(&model) {
+            events.histogram(&format!("weights/{}", parameter.name), step, &parameter.values())?;
+        }
+        Ok(())
+    });
 }

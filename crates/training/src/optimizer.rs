@@ -11,7 +11,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AdamwStep, adamw};
-use polyhead_models::weights::{Named, Path, WeightsError, layer_of};
+use polyhead_models::weights::{Held, Named, Path, WeightsError, layer_of};
 
 use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 
@@ -67,14 +67,10 @@ impl Optimizer {
     }
 
     /// The state's tensors by name: `first.<parameter>` and `second.<parameter>`.
-    pub fn tensors(&self) -> Vec<Named> {
-        let named = |name: String, tensor: &Tensor<1>| {
-            let values: Vec<f32> = tensor.to_data().iter::<f32>().collect();
-            Named { name, shape: vec![values.len()], values }
-        };
+    pub fn tensors(&self) -> Vec<Held> {
         let both = |(path, moments): (&String, &Moments)| {
-            let first = named(format!("first.{path}"), &moments.first);
-            let second = moments.second.as_ref().map(|second| named(format!("second.{path}"), second));
+            let first = Held::new(format!("first.{path}"), moments.first.clone());
+            let second = moments.second.as_ref().map(|second| Held::new(format!("second.{path}"), second.clone()));
             std::iter::once(first).chain(second)
         };
         self.moments.iter().flat_map(both).collect()

@@ -46,7 +46,7 @@ impl ProcedureConfig {
         let problems: Vec<(String, String)> = match self {
             Self::Standard(_) => Vec::new(),
             Self::Bilevel(config) => config.validate().map_err(named).err().into_iter().collect(),
-            Self::Fusion(config) => config.validate().err().into_iter().collect(),
+            Self::Fusion(config) => config.validate(decoder).err().into_iter().collect(),
             Self::NeuronDropout(config) => config.validate(decoder, training).into_iter().map(named).collect(),
         };
         problems.into_iter().map(|(field, problem)| (format!("{}.{field}", self.name()), problem)).collect()
@@ -171,7 +171,7 @@ pub trait Procedure<M: Learner = Decoder> {
     /// The model after a step over `batches` (one per forward pass).
     ///
     /// # Errors
-    /// If the loss or a gradient is not finite and the run is to stop; nothing has been updated then.
+    /// If the model or the data does not fit the procedure.
     fn step(&mut self, model: M, batches: &[M::Batch], context: &StepContext) -> Result<(M, StepReport), TrainError>;
 
     /// The optimiser, whose state goes into checkpoints.
@@ -244,6 +244,8 @@ pub struct StepReport {
     pub targets: u64,
     /// Whether the step was left out because something was not finite.
     pub skipped: bool,
+    /// Whether it is to end the run besides: then nothing of the procedure has moved either.
+    pub refused: bool,
     /// Further numbers of the procedure, by their names in the logs: `bilevel/inner_loss`, ...
     pub measured: Vec<(String, f64)>,
     /// Further things to see, by their names in TensorBoard.

@@ -1,203 +1,189 @@
-//! The loop. One function, top to bottom: batch, step, log, validate, save.
+//! The loop: what follows a step (validating, observing), saving, the next step. [`run`] has their order; each is a function
+//! below. What a run is made of is `job.rs`, what it writes beside its checkpoints `record.rs`, what it is asked for from outside
+//! `requests.rs`.
 
 use polyhead_kernels::seed_random;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use polyhead_models::weights::NonFinite;
-use polyhead_models::{Decoder, Evaluated, Learner, Lesson, Sums};
+use polyhead_models::{Lesson, Sums};
 use serde_json::json;
 
-use crate::checkpoint::{self, Best, read_best, write_best};
-use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig};
+use crate::TrainError;
+use crate::checkpoint::{self, Best, recover_best, write_best};
 use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::observe::{self, Look};
 use crate::optimizer::Optimizer;
-use crate::picture::matrix;
-use crate::procedure::{HeldOut, Parts, Procedure, ProcedureConfig, Shown, StepContext, StepReport, Trainee};
-use crate::run_folder::{MetricsLog, RunLock};
+use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport, Trainee};
 use crate::schedule;
-use crate::state::{self, Companions, Progress};
-use crate::tensorboard::EventWriter;
-use crate::{TrainError, curve};
+use crate::state::{self, Owed, Progress, Saving};
 
-/// Everything that a run is made of.
-pub struct Job<'a, M: Learner = Decoder> {
-    /// Where the run is written; the caller holds its lock.
-    pub run_dir: PathBuf,
-    /// Proof that nobody else writes there.
-    pub lock: RunLock,
-    /// A checkpoint to go on from, already verified; `None` starts afresh.
-    pub resume: Option<PathBuf>,
-    /// How long, on how much.
-    pub training: TrainingConfig,
-    /// What a step does.
-    pub procedure: ProcedureConfig,
-    /// How weights move.
-    pub optimizer: OptimizerConfig,
-    /// How fast.
-    pub lr_scheduler: crate::config::LrSchedulerConfig,
-    /// When the model is validated.
-    pub validation: ValidationConfig,
-    /// When it is saved.
-    pub checkpoint: CheckpointConfig,
-    /// What is written down.
-    pub metrics: MetricsConfig,
-    /// Decides the device's random numbers, step by step.
-    pub seed: u64,
-    /// Batches to learn from.
-    pub train: &'a dyn Batches<M::Batch>,
-    /// Batches to validate on.
-    pub held_out: &'a dyn Batches<M::Batch>,
-    /// Further numbers about the model, by name: measured before the first step and with each validation.
-    pub probe: Option<&'a Probe<'a, M>>,
-    /// Validate before the first step too: what a model that was trained elsewhere starts from.
-    pub validate_first: bool,
-    /// Texts that the procedure watches the model on, a row each; no part of `train`.
-    pub tracking: Vec<M::Batch>,
-    /// Files that go into every checkpoint as they are: recipe, tokenizer.
-    pub companions: Companions,
-    /// What is done where the weights that the run goes on from are not finite.
-    pub nonfinite: NonFinite,
-    /// The recipe as text, for TensorBoard.
-    pub recipe: String,
-    /// Not 0 once the run is to be saved and left: the number of the signal.
-    pub stop: &'a AtomicUsize,
-}
+mod job;
+mod record;
+mod requests;
 
-/// Measures a model, on a device without a tape.
-pub type Probe<'a, M = Decoder> = dyn Fn(&M) -> Vec<(String, f64)> + 'a;
+pub use job::{Job, Logged, Outcome, Probe, View};
+pub(crate) use record::Record;
+pub use requests::Requests;
 
-/// Somebody who watches: a progress bar, a dashboard. Nothing that is told here changes the run.
-pub trait View {
-    /// A step was taken.
-    fn stepped(&mut self, step: &Logged);
-    /// The model was validated.
-    fn validated(&mut self, step: u64, sums: &Evaluated);
-    /// The run was saved.
-    fn saved(&mut self, step: u64);
-}
-
-/// A step as it is logged.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Logged {
-    /// The step, from 1.
-    pub step: u64,
-    /// Mean cross-entropy in nats.
-    pub loss: f64,
-    /// Bits per byte, where the data is text.
-    pub bits_per_byte: Option<f64>,
-    /// Before clipping.
-    pub grad_norm: f64,
-    /// The learning rate.
-    pub lr: f64,
-    /// Input tokens (for classifiers: examples) per second since the last logged step; time spent validating and saving does not count.
-    pub tokens_per_second: f64,
-    /// Largest resident set, in bytes.
-    pub memory: Option<u64>,
-    /// Whether the step was left out.
-    pub skipped: bool,
-    /// Whether this step is written to the logs.
-    pub logged: bool,
-}
-
-/// How a run ended.
-#[derive(Debug)]
-pub struct Outcome<M: Learner = Decoder> {
-    /// The trained model.
-    pub model: M,
-    /// Counters at the end.
-    pub progress: Progress,
-    /// The last validation, if there was one in this sitting.
-    pub validation: Option<M::Sums>,
-    /// The best checkpoint by validation loss.
-    pub best: Option<Best>,
-    /// The last checkpoint.
-    pub checkpoint: PathBuf,
-    /// Why the procedure has ended the run, where it has: more steps change nothing.
-    pub ended: Option<String>,
-    /// The signal that ended the run early.
-    pub interrupted: Option<usize>,
-}
+use requests::PuttingOff;
 
 /// Trains `model` (on an autodiff device) to the last step, or until told to stop.
 ///
 /// # Errors
-/// See [`TrainError`]; what was saved before stays whole.
-pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Result<Outcome<M>, TrainError> {
-    let device = model.device();
-    let steps = job.training.steps;
-    let (mut progress, optimizer) = match &job.resume {
-        None => (Progress::default(), Optimizer::new(job.optimizer.clone())),
-        Some(from) => {
-            let progress = state::read_progress(from)?;
-            model = state::read_model(from, model, job.nonfinite)?;
-            let inner = device.clone().inner();
-            (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
+/// See [`TrainError`]; what was saved before stays whole, and what can be saved is.
+pub fn run<M: Trainee>(model: M, job: Job<'_, M>, view: &mut dyn View) -> Result<Outcome<M>, TrainError> {
+    let (mut run, mut model) = Run::begin(model, job, view)?;
+    let signal = loop {
+        let put_off = match run.settle(&model) {
+            Ok(()) => false,
+            Err(TrainError::PutOff) => true,
+            Err(error) => return Err(run.kept_before(&model, error)),
+        };
+        let (signal, asked) = run.job.requests.take();
+        run.save_if_due(&model, signal != 0 || asked)?;
+        if let Some(path) = run.saved.as_ref().filter(|_| asked) {
+            run.record.note(format!("saved as asked, in {}; going on", path.display()));
         }
+        run.tell();
+        if signal != 0 {
+            break signal;
+        }
+        if put_off {
+            continue; // saved as asked: now what was put off
+        }
+        if run.is_last() {
+            break 0;
+        }
+        model = run.step(model)?;
     };
-    let parts = Parts {
-        optimizer,
-        training: &job.training,
-        model: &model,
-        tracking: &job.tracking,
-        batches_per_epoch: job.train.per_epoch(),
+    let checkpoint = match run.saved.take() {
+        Some(path) => path,
+        // Stopped before the first step: there is a run to go on with all the same.
+        None => run.save(&model)?,
     };
-    let mut procedure = M::procedure(&job.procedure, parts, &progress.procedure)?;
-    let resumed = job.resume.as_ref().map(|_| progress.step);
-    if let Some(step) = resumed {
-        checkpoint::discard_after(&job.run_dir, step)?;
-    }
-    let mut best = read_best(&job.run_dir)?.filter(|best| resumed.is_some_and(|step| best.step <= step));
-    let mut metrics = MetricsLog::open(&job.run_dir, resumed)?;
-    let mut events = match job.metrics.tensorboard {
-        true => Some(EventWriter::create(&job.run_dir, resumed)?),
-        false => None,
-    };
-    if let Some(events) = events.as_mut().filter(|_| resumed.is_none()) {
-        events.text("recipe", 0, &format!("```toml\n{}\n```", job.recipe))?;
+    let missing = run.record.missing();
+    run.tell();
+    let Run { progress, procedure, validation, best, .. } = run;
+    let interrupted = (signal != 0).then_some(signal);
+    Ok(Outcome { model, progress, validation, best, checkpoint, ended: procedure.ended(), interrupted, missing })
+}
+
+/// A run at work.
+struct Run<'a, 'v, M: Trainee> {
+    job: Job<'a, M>,
+    view: &'v mut dyn View,
+    procedure: Box<dyn Procedure<M>>,
+    progress: Progress,
+    record: Record,
+    best: Option<Best>,
+    /// The last validation of this process.
+    validation: Option<M::Sums>,
+    /// The validation loss after this very step.
+    loss_here: Option<f64>,
+    /// Whether it is the smallest so far, and not saved yet.
+    is_best: bool,
+    /// The last checkpoint.
+    saved: Option<PathBuf>,
+    /// Whether a step was taken since.
+    unsaved: bool,
+    tokens_since: u64,
+    micros_since: u64,
+}
+
+impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
+    /// Reads the state of a run that goes on, and opens its logs.
+    fn begin(mut model: M, job: Job<'a, M>, view: &'v mut dyn View) -> Result<(Self, M), TrainError> {
+        let device = model.device();
+        let (mut progress, optimizer) = match &job.resume {
+            None => (Progress::default(), Optimizer::new(job.optimizer.clone())),
+            Some(from) => {
+                let progress = state::read_progress(from)?;
+                model = state::read_model(from, model, job.nonfinite)?;
+                let inner = device.clone().inner();
+                (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
+            }
+        };
+        let parts = Parts {
+            optimizer,
+            training: &job.training,
+            model: &model,
+            tracking: &job.tracking,
+            batches_per_epoch: job.train.per_epoch(),
+        };
+        let procedure = M::procedure(&job.procedure, parts, &progress.procedure)?;
+        let resumed = job.resume.as_ref().map(|_| progress.step);
+        match resumed {
+            Some(step) => drop(checkpoint::discard_after(&job.run_dir, step)?),
+            None => progress.owed.validation = job.validate_first || job.probe.is_some(),
+        }
+        let (best, notes) = recover_best(&job.run_dir, progress.step)?;
+        let mut record = Record::open(&job.run_dir, job.metrics.tensorboard, resumed, &job.recipe)?;
+        notes.into_iter().for_each(|note| record.note(format!("warning: {note}")));
+        let saved = job.resume.clone();
+        let mut run = Self {
+            job,
+            view,
+            procedure,
+            progress,
+            record,
+            best,
+            validation: None,
+            loss_here: None,
+            is_best: false,
+            saved,
+            unsaved: false,
+            tokens_since: 0,
+            micros_since: 0,
+        };
+        if resumed.is_some() {
+            run.prune(); // a kill may have come before
+        }
+        Ok((run, model))
     }
 
-    if resumed.is_none() {
-        let probed = job.probe.map_or(Vec::new(), |probe| probe(&model.valid()));
-        if job.validate_first {
-            let sums = evaluate(&model, job.held_out, job.validation.batches)?;
-            write_validation(&mut metrics, events.as_mut(), 0, &sums, &probed)?;
-            view.validated(0, &sums.evaluated());
-        } else if !probed.is_empty() {
-            write_numbers(&mut metrics, events.as_mut(), (json!({ "step": 0 }), 0), &probed)?;
-        }
+    fn is_last(&self) -> bool {
+        self.progress.step >= self.job.training.steps || self.procedure.ended().is_some()
     }
 
-    let mut saved = job.resume.clone();
-    let mut validation = None;
-    let (mut tokens_since, mut micros_since) = (0u64, 0u64);
-    while progress.step < steps && procedure.ended().is_none() && job.stop.load(Ordering::SeqCst) == 0 {
-        let step = progress.step + 1;
+    /// Whether what happens every `interval` steps happens after this one.
+    fn due(&self, interval: u64) -> bool {
+        self.is_last() || (interval > 0 && self.progress.step.is_multiple_of(interval))
+    }
+
+    /// One step: batches, update, log.
+    fn step(&mut self, model: M) -> Result<M, TrainError> {
+        let (steps, step) = (self.job.training.steps, self.progress.step + 1);
         let started = Instant::now();
-        let accumulation = job.training.gradient_accumulation_steps as u64;
-        let positions = progress.position..progress.position + accumulation;
-        let batches = positions.map(|position| job.train.batch(position)).collect::<Result<Vec<_>, _>>()?;
-        let lr = job.optimizer.lr() * schedule::factor(&job.lr_scheduler, step - 1, steps);
-        seed_random(seed_of_step(job.seed, step));
-        let context = StepContext { step, lr, seed: job.seed, position: progress.position };
-        let (new, report) = procedure.step(model, &batches, &context)?;
-        model = new;
+        let accumulation = self.job.training.gradient_accumulation_steps as u64;
+        let positions = self.progress.position..self.progress.position + accumulation;
+        let batches = match positions.map(|position| self.job.train.batch(position)).collect::<Result<Vec<_>, _>>() {
+            Ok(batches) => batches,
+            Err(error) => return Err(self.kept_before(&model, error)),
+        };
+        let lr = self.job.optimizer.lr() * schedule::factor(&self.job.lr_scheduler, step - 1, steps);
+        seed_random(seed_of_step(self.job.seed, step));
+        let context = StepContext { step, lr, seed: self.job.seed, position: self.progress.position };
+        let (model, report) = self.procedure.step(model, &batches, &context)?;
+        if report.refused {
+            let StepReport { loss, grad_norm, .. } = report;
+            return Err(TrainError::Nonfinite { step, loss, grad_norm, kept: self.kept(&model) });
+        }
 
         let micros = started.elapsed().as_micros() as u64;
-        tokens_since += batches.iter().map(Lesson::inputs).sum::<u64>();
-        micros_since += micros;
+        self.tokens_since += batches.iter().map(Lesson::inputs).sum::<u64>();
+        self.micros_since += micros;
+        let progress = &mut self.progress;
         progress.step = step;
         progress.position += accumulation;
-        progress.updates = procedure.optimizer().steps();
+        progress.updates = self.procedure.optimizer().steps();
         progress.targets += report.targets;
         progress.skipped += u64::from(report.skipped);
+        progress.skipped_in_row = if report.skipped { progress.skipped_in_row + 1 } else { 0 };
         progress.microseconds += micros;
+        (self.unsaved, self.is_best, self.loss_here) = (true, false, None);
 
-        let last = step == steps || procedure.ended().is_some();
-        let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
         let bytes: u64 = batches.iter().map(Lesson::target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
         let mut logged = Logged {
@@ -206,57 +192,181 @@ pub fn run<M: Trainee>(mut model: M, job: Job<'_, M>, view: &mut dyn View) -> Re
             bits_per_byte: (bytes > 0).then(|| bits / bytes as f64),
             grad_norm: report.grad_norm,
             lr,
-            tokens_per_second: tokens_since as f64 / (micros_since.max(1) as f64 * 1e-6),
+            tokens_per_second: self.tokens_since as f64 / (self.micros_since.max(1) as f64 * 1e-6),
             memory: None,
             skipped: report.skipped,
-            logged: due(job.metrics.log_freq) || step == 1 || report.skipped || report.log,
+            logged: self.due(self.job.metrics.log_freq) || step == 1 || report.skipped || report.log,
         };
         if logged.logged {
             logged.memory = peak_memory_bytes();
-            write_step(&mut metrics, events.as_mut(), &logged, &report)?;
-            (tokens_since, micros_since) = (0, 0);
+            self.record.step(&logged, &report);
+            (self.tokens_since, self.micros_since) = (0, 0);
         }
-        view.stepped(&logged);
+        if report.targets == 0 {
+            self.record
+                .note(format!("warning: step {step} had no target to learn from, so that its loss of 0 means nothing"));
+        }
+        self.view.stepped(&logged);
+        let (validation, observe) = (self.due(self.job.validation.interval), self.job.metrics.observe);
+        let maps = self.record.events.is_some() && self.due(self.job.metrics.image_interval);
+        self.progress.owed = Owed { validation, numbers: observe && validation, maps: observe && maps };
+        self.check_skipped(&model)?;
+        Ok(model)
+    }
 
-        let mut is_best = false;
-        if due(job.validation.interval) {
-            let sums = evaluate(&model, job.held_out, job.validation.batches)?;
-            let count = evaluate::count(job.held_out, job.validation.batches);
-            let held_out = HeldOut { batches: job.held_out, count, seed: job.seed, observe: job.metrics.observe };
-            let mut measured = procedure.measure(&model, held_out)?;
-            measured.extend(job.probe.map_or(Vec::new(), |probe| probe(&model.valid())));
-            write_validation(&mut metrics, events.as_mut(), step, &sums, &measured)?;
-            let told = sums.evaluated();
-            let loss = told.mean_loss();
-            is_best = loss.is_finite() && best.as_ref().is_none_or(|best| loss < best.validation_loss);
-            if is_best {
-                best = Some(Best { step, validation_loss: loss });
-            }
-            view.validated(step, &told);
-            validation = Some(sums);
-        }
-        let look =
-            Look { numbers: due(job.validation.interval), maps: events.is_some() && due(job.metrics.image_interval) };
-        if job.metrics.observe && (look.numbers || look.maps) {
-            let batch = job.held_out.batch(0)?;
-            observe::write(look, (&mut metrics, events.as_mut()), (&model, &batch), step)?;
-        }
-
-        if due(job.checkpoint.interval) || is_best || job.stop.load(Ordering::SeqCst) != 0 {
-            saved = Some(save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?);
-            view.saved(step);
+    /// Ends a run whose steps are all left out.
+    fn check_skipped(&mut self, model: &M) -> Result<(), TrainError> {
+        let (in_row, most) = (self.progress.skipped_in_row, self.job.training.max_skipped_steps);
+        match most > 0 && in_row >= most {
+            true => Err(TrainError::Skipped { step: self.progress.step, in_row, kept: self.kept(model) }),
+            false => Ok(()),
         }
     }
 
-    let checkpoint = match saved {
-        Some(path) => path,
-        // Stopped before the first step: there is a run to go on with all the same.
-        None => save(&job, &model, &*procedure, &progress, &mut metrics, events.as_mut(), best.as_ref())?,
-    };
-    let signal = job.stop.load(Ordering::SeqCst);
-    let ended = procedure.ended();
-    let interrupted = (signal != 0 && progress.step < steps && ended.is_none()).then_some(signal);
-    Ok(Outcome { model, progress, validation, best, checkpoint, ended, interrupted })
+    /// Does what is owed to the last step: validates, observes. [`TrainError::PutOff`] where the run is to be saved first.
+    fn settle(&mut self, model: &M) -> Result<(), TrainError> {
+        if self.progress.owed.is_nothing() {
+            return Ok(());
+        }
+        let step = self.progress.step;
+        if self.progress.owed.validation {
+            if step == 0 {
+                self.measure_first(model)?
+            } else {
+                self.validate(model)?
+            }
+            self.progress.owed.validation = false;
+        }
+        let Owed { numbers, maps, .. } = self.progress.owed;
+        if numbers || maps {
+            let batch = self.held_out().batch(0)?;
+            observe::write(Look { numbers, maps }, &mut self.record, (model, &batch), step);
+        }
+        self.progress.owed = Owed::default();
+        Ok(())
+    }
+
+    /// What is validated on, for as long as nothing is asked for.
+    fn held_out(&self) -> PuttingOff<'a, M::Batch> {
+        PuttingOff { batches: self.job.held_out, requests: self.job.requests }
+    }
+
+    fn probe(&self, model: &M) -> Result<Vec<(String, f64)>, TrainError> {
+        let go_on = || !self.job.requests.any();
+        let probed = self.job.probe.map_or(Some(Vec::new()), |probe| probe(&model.valid(), &go_on));
+        probed.ok_or(TrainError::PutOff)
+    }
+
+    /// What the model starts from.
+    fn measure_first(&mut self, model: &M) -> Result<(), TrainError> {
+        let probed = self.probe(model)?;
+        if self.job.validate_first {
+            let sums = evaluate(model, &self.held_out(), self.job.validation.batches)?;
+            self.record.validation(0, &sums, &probed);
+            self.view.validated(0, &sums.evaluated());
+        } else if !probed.is_empty() {
+            self.record.numbers(json!({ "step": 0 }), 0, &probed);
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self, model: &M) -> Result<(), TrainError> {
+        let (step, limit, held_out) = (self.progress.step, self.job.validation.batches, self.held_out());
+        let sums = evaluate(model, &held_out, limit)?;
+        let count = evaluate::count(&held_out, limit);
+        let observe = self.job.metrics.observe;
+        let held_out = HeldOut { batches: &held_out, count, seed: self.job.seed, observe };
+        let mut measured = self.procedure.measure(model, held_out)?;
+        measured.extend(self.probe(model)?);
+        self.record.validation(step, &sums, &measured);
+        let told = sums.evaluated();
+        let loss = told.mean_loss();
+        if told.targets > 0 && loss.is_finite() {
+            self.loss_here = Some(loss);
+            self.is_best = self.best.is_none_or(|best| loss < best.validation_loss);
+        } else if told.targets == 0 {
+            self.record.note(format!(
+                "warning: the validation at step {step} had no target, so that its loss of 0 means nothing"
+            ));
+        }
+        if self.is_best {
+            self.best = Some(Best { step, validation_loss: loss });
+        }
+        self.view.validated(step, &told);
+        self.validation = Some(sums);
+        Ok(())
+    }
+
+    /// Saves at every interval, at the end, what is the best so far, and what is asked for.
+    fn save_if_due(&mut self, model: &M, asked: bool) -> Result<(), TrainError> {
+        let due = self.unsaved && (asked || self.due(self.job.checkpoint.interval));
+        if due || self.is_best || (asked && self.saved.is_none()) {
+            self.save(model)?;
+            self.view.saved(self.progress.step);
+        }
+        Ok(())
+    }
+
+    /// Logs first, so that nothing up to the saved step can be missing; then the checkpoint, which counts; then what is made
+    /// from it, and what may go.
+    fn save(&mut self, model: &M) -> Result<PathBuf, TrainError> {
+        let run_dir = self.job.run_dir.clone();
+        self.record.sync();
+        let saving = Saving {
+            model,
+            procedure: &*self.procedure,
+            progress: &Progress { procedure: self.procedure.state(), ..self.progress.clone() },
+            companions: &self.job.companions,
+            validation_loss: self.loss_here,
+            best: self.best,
+            nonfinite: self.job.nonfinite,
+        };
+        let path = state::save(&run_dir, &saving)?;
+        (self.unsaved, self.is_best, self.saved) = (false, false, Some(path.clone()));
+        self.record.draw();
+        if let Some(best) = self.best {
+            self.record.heed(write_best(&run_dir, &best).map_err(Into::into));
+        }
+        self.prune();
+        Ok(path)
+    }
+
+    /// Removes the checkpoints that are not to be kept.
+    fn prune(&mut self) {
+        let run_dir = &self.job.run_dir;
+        let keep: Vec<PathBuf> =
+            self.best.iter().map(|best| run_dir.join(checkpoint::folder_name(best.step))).collect();
+        let pruned = checkpoint::prune(run_dir, self.job.checkpoint.keep_latest_k, &keep);
+        self.record.heed(pruned.map(drop).map_err(Into::into));
+    }
+
+    /// Saves what an error would lose; where it lies then, in words.
+    fn kept(&mut self, model: &M) -> String {
+        let step = self.progress.step;
+        let kept = match (self.unsaved, &self.saved) {
+            (false, None) => return "Nothing had been trained before it, so nothing is saved.".into(),
+            (false, Some(path)) => Ok(path.clone()),
+            (true, _) => self.save(model),
+        };
+        self.tell();
+        match kept {
+            Ok(path) => format!("The state after step {step} is saved in {}.", path.display()),
+            Err(error) => format!("The state after step {step} could not be saved: {error}"),
+        }
+    }
+
+    /// An error that ends the run, which is saved before.
+    fn kept_before(&mut self, model: &M, error: TrainError) -> TrainError {
+        let kept = self.kept(model);
+        self.view.note(&kept);
+        error
+    }
+
+    fn tell(&mut self) {
+        for note in self.record.take_notes() {
+            self.view.note(&note);
+        }
+    }
 }
 
 /// Random numbers of a step depend on the seed and the step only, so that a resumed run draws the same.
@@ -267,124 +377,4 @@ fn seed_of_step(seed: u64, step: u64) -> u64 {
     hasher.update(&step.to_le_bytes());
     let bytes = *hasher.finalize().as_bytes();
     u64::from_le_bytes(std::array::from_fn(|i| bytes[i]))
-}
-
-/// Adds numbers to a line of the log, and to the events.
-fn write_numbers(
-    metrics: &mut MetricsLog,
-    events: Option<&mut EventWriter>,
-    (mut line, step): (serde_json::Value, u64),
-    numbers: &[(String, f64)],
-) -> Result<(), TrainError> {
-    for (name, value) in numbers {
-        line[name] = json!(value);
-    }
-    metrics.append(&line)?;
-    let Some(events) = events else { return Ok(()) };
-    for (name, value) in numbers {
-        events.scalar(name, step, *value as f32)?;
-    }
-    Ok(events.flush()?)
-}
-
-/// Logs first, so that nothing up to the saved step can be missing; then the checkpoint; then what may go.
-fn save<M: Learner>(
-    job: &Job<'_, M>,
-    model: &M,
-    procedure: &dyn Procedure<M>,
-    progress: &Progress,
-    metrics: &mut MetricsLog,
-    events: Option<&mut EventWriter>,
-    best: Option<&Best>,
-) -> Result<PathBuf, TrainError> {
-    metrics.sync()?;
-    if let Some(events) = events {
-        events.sync()?;
-    }
-    let progress = Progress { procedure: procedure.state(), ..progress.clone() };
-    let path = state::save(&job.run_dir, model, procedure, &progress, &job.companions)?;
-    curve::draw(&job.run_dir)?;
-    let mut keep = Vec::new();
-    if let Some(best) = best {
-        write_best(&job.run_dir, best)?;
-        keep.push(job.run_dir.join(checkpoint::folder_name(best.step)));
-    }
-    checkpoint::prune(&job.run_dir, job.checkpoint.keep_latest_k, &keep)?;
-    Ok(path)
-}
-
-fn write_step(
-    metrics: &mut MetricsLog,
-    events: Option<&mut EventWriter>,
-    logged: &Logged,
-    report: &StepReport,
-) -> Result<(), TrainError> {
-    let penalty = report.penalty;
-    let Logged { step, loss, bits_per_byte, grad_norm, lr, tokens_per_second, memory, skipped, .. } = *logged;
-    let mut line = json!({
-        "step": step, "loss": loss, "loss_bits": loss.to_bits(), "bits_per_byte": bits_per_byte, "penalty": penalty,
-        "grad_norm": grad_norm, "learning_rate": lr, "tokens_per_second": tokens_per_second, "memory": memory,
-        "skipped": skipped,
-    });
-    for (name, value) in &report.measured {
-        line[name] = json!(value);
-    }
-    metrics.append(&line)?;
-    let Some(events) = events else { return Ok(()) };
-    let mut scalar = |tag: &str, value: f64| events.scalar(tag, step, value as f32);
-    scalar("loss/train", loss)?;
-    scalar("grad_norm", grad_norm)?;
-    scalar("learning_rate", lr)?;
-    scalar("throughput/tokens_per_second", tokens_per_second)?;
-    for (tag, value) in [("loss/train_bits_per_byte", bits_per_byte), ("loss/penalty", penalty)] {
-        if let Some(value) = value {
-            scalar(tag, value)?;
-        }
-    }
-    for (name, value) in &report.measured {
-        scalar(name, *value)?;
-    }
-    if let Some(memory) = memory {
-        scalar("memory/peak_bytes", memory as f64)?;
-    }
-    for (name, shown) in &report.shown {
-        match shown {
-            Shown::Histogram(values) => {
-                events.histogram(name, step, values)?;
-            }
-            Shown::Picture(png) => events.image_png(name, step, png.width, png.height, &png.bytes)?,
-        }
-    }
-    Ok(events.flush()?)
-}
-
-fn write_validation(
-    metrics: &mut MetricsLog,
-    mut events: Option<&mut EventWriter>,
-    step: u64,
-    sums: &impl Sums,
-    measured: &[(String, f64)],
-) -> Result<(), TrainError> {
-    let told = sums.evaluated();
-    let (loss, bits, accuracy) = (told.mean_loss(), told.bits_per_byte(), told.accuracy());
-    let line = json!({
-        "step": step, "validation_loss": loss, "validation_loss_bits": loss.to_bits(),
-        "validation_bits_per_byte": bits, "validation_accuracy": accuracy, "validation_targets": told.targets,
-    });
-    let mut numbers: Vec<(String, f64)> =
-        sums.numbers().iter().map(|(name, value)| (name.to_string(), *value)).collect();
-    numbers.extend(sums.of_layers());
-    numbers.extend_from_slice(measured);
-    write_numbers(metrics, events.as_deref_mut(), (line, step), &numbers)?;
-    let Some(events) = events else { return Ok(()) };
-    events.scalar("loss/validation", step, loss as f32)?;
-    events.scalar("accuracy/validation", step, accuracy as f32)?;
-    if let Some(bits) = bits {
-        events.scalar("loss/validation_bits_per_byte", step, bits as f32)?;
-    }
-    for (name, shown) in sums.matrices() {
-        let png = matrix(&shown)?;
-        events.image_png(name, step, png.width, png.height, &png.bytes)?;
-    }
-    Ok(events.flush()?)
 }

@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 mod metrics_log;
-pub use metrics_log::MetricsLog;
+pub use metrics_log::{MetricsLog, read_metrics};
 
 /// What starts the names of unfinished files and folders. They never count as results.
 pub(crate) const TEMPORARY: &str = ".tmp-";
 
 /// An operation on one file or folder that the operating system refused.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {}: {cause}", path.display())]
+#[error("cannot {action} {}: {cause}{}", path.display(), way_out(cause))]
 pub struct FileError {
     /// What was attempted, as a verb: "write", "rename".
     pub action: &'static str,
@@ -28,6 +28,19 @@ pub struct FileError {
     pub path: PathBuf,
     /// The operating system's reason. Not an error source: the message already ends with it.
     pub cause: io::Error,
+}
+
+/// What a person can do about a reason that the system only names.
+fn way_out(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::FileTooLarge => {
+            "; the limit on the size of files (`ulimit -f`) or the file system is in the way: raise it, or write elsewhere (--out)"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; make room (older checkpoints, checkpoint.keep_latest_k), then the same command goes on"
+        }
+        _ => "",
+    }
 }
 
 /// Adds to an I/O error what was attempted and where.

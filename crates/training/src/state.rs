@@ -6,13 +6,12 @@ use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Learner;
 use polyhead_models::weights::{
-    Named, NonFinite, WeightsError, check_finite, from_safetensors, load, named, to_safetensors,
+    Named, NonFinite, WeightsError, check_finite, from_safetensors, held, load, write_safetensors,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::TrainError;
-use crate::checkpoint::{Draft, read_file};
+use crate::checkpoint::{Best, Draft, info, read_file};
 use crate::config::OptimizerConfig;
 use crate::optimizer::Optimizer;
 use crate::procedure::Procedure;
@@ -31,36 +30,94 @@ pub struct Progress {
     pub targets: u64,
     /// Steps left out because something was not finite.
     pub skipped: u64,
+    /// How many of them the run has left out in a row, up to its last step.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped_in_row: u64,
     /// Time spent in steps, in microseconds, over all sittings.
     pub microseconds: u64,
+    /// What should have followed the last step and was put off.
+    #[serde(default, skip_serializing_if = "Owed::is_nothing")]
+    pub owed: Owed,
     /// State of the procedure.
     pub procedure: serde_json::Value,
+}
+
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
+/// What follows a step beside saving. A run that is told to save at once puts it off, and makes up for it before its next step,
+/// be it in another process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Owed {
+    /// Validating; before the first step, measuring what the model starts from.
+    pub validation: bool,
+    /// Numbers of the attention.
+    pub numbers: bool,
+    /// Maps of the attention.
+    pub maps: bool,
+}
+
+impl Owed {
+    /// Whether the step is done with.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Files that lie in every checkpoint besides the state: name and content.
 pub type Companions = Vec<(String, Vec<u8>)>;
 
-/// Saves a whole checkpoint of `model` and gives its folder.
+/// What a checkpoint is made of.
+pub struct Saving<'a, M: Learner> {
+    /// The weights.
+    pub model: &'a M,
+    /// The optimiser and whatever else the procedure keeps.
+    pub procedure: &'a dyn Procedure<M>,
+    /// The counters.
+    pub progress: &'a Progress,
+    /// Other files.
+    pub companions: &'a Companions,
+    /// The validation loss after this very step, where it was measured.
+    pub validation_loss: Option<f64>,
+    /// The best step so far, this one included.
+    pub best: Option<Best>,
+    /// What is done where a weight is not finite.
+    pub nonfinite: NonFinite,
+}
+
+/// Saves a whole checkpoint and gives its folder. Weights and optimiser are written piece by piece; no copy of them is made.
 ///
 /// # Errors
-/// If a file cannot be written; nothing half-written remains.
-pub fn save<M: Learner>(
-    run_dir: &Path,
-    model: &M,
-    procedure: &dyn Procedure<M>,
-    progress: &Progress,
-    companions: &Companions,
-) -> Result<PathBuf, TrainError> {
+/// If a weight is not finite, or a file cannot be written; nothing half-written remains.
+pub fn save<M: Learner>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<PathBuf, TrainError> {
+    let Saving { model, procedure, progress, companions, .. } = *saving;
     let mut draft = Draft::begin(run_dir, progress.step)?;
     let metadata = [("format", "polyhead".to_owned())];
-    draft.file("model.safetensors", &to_safetensors(&named(model), &metadata)?)?;
-    draft.file("optimizer.safetensors", &to_safetensors(&procedure.optimizer().tensors(), &metadata)?)?;
+    let bad = draft.file_with("model.safetensors", |out| write_safetensors(&held(model), &metadata, out))?;
+    if !bad.is_empty() && saving.nonfinite == NonFinite::Refuse {
+        return Err(TrainError::NonfiniteWeights { step: progress.step, found: told(&bad) });
+    }
+    let moments = procedure.optimizer().tensors();
+    draft.file_with("optimizer.safetensors", |out| write_safetensors(&moments, &metadata, out))?;
     let state = serde_json::to_vec_pretty(progress).map_err(|cause| TrainError::Data(Box::new(cause)))?;
     draft.file("state.json", &state)?;
     for (name, bytes) in companions {
         draft.file(name, bytes)?;
     }
-    Ok(draft.commit(json!({ "targets": progress.targets }))?)
+    let own = saving.validation_loss.map(|validation_loss| Best { step: progress.step, validation_loss });
+    Ok(draft.commit(info(progress.targets, own, saving.best))?)
+}
+
+/// Tensors and how many of their values are not finite, in words.
+fn told(found: &[(String, usize)]) -> String {
+    /// More are only counted; chosen by us.
+    const MOST: usize = 3;
+    let named = found.iter().take(MOST).map(|(name, count)| format!("{count} of {name}"));
+    let more = found.len().saturating_sub(MOST);
+    let rest = (more > 0).then(|| format!("some of {more} other tensors"));
+    named.chain(rest).collect::<Vec<_>>().join(", ")
 }
 
 /// The counters of a checkpoint.

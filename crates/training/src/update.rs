@@ -93,14 +93,9 @@ impl Updater {
         let loss = step.loss_sum / step.targets.max(1) as f64;
         let (penalty, targets, measured) = (step.penalty_sum, step.targets, step.measured);
         let mut report = StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() };
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return match self.on_nonfinite {
-                OnNonfinite::Stop => Err(TrainError::Nonfinite { step: context.step, loss, grad_norm }),
-                OnNonfinite::Skip => {
-                    report.skipped = true;
-                    Ok((model, report))
-                }
-            };
+        if !(loss.is_finite() && grad_norm.is_finite() && step.square_beside.is_finite()) {
+            (report.skipped, report.refused) = (true, self.on_nonfinite == OnNonfinite::Stop);
+            return Ok((model, report));
         }
         let scale = clip_factor((grad_norm * grad_norm + step.square_beside).sqrt(), self.max_norm);
         let model = self.optimizer.step(model, &mut grads, Update { lr: context.lr, scale });

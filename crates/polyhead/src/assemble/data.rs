@@ -119,6 +119,70 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
     Ok(polyhead_data::open(&recipe.data, tokenizer, &options(recipe), progress)?)
 }
 
+/// Refuses tokens of which none is a target, so that nothing would be learnt; gives what else there is to know about them.
+///
+/// # Errors
+/// If no token is a target, or the data cannot be read.
+pub fn check_targets(opened: &Opened, data: &str) -> Result<Vec<String>, Failure> {
+    let mut notes = Vec::new();
+    let (tokens, targets) = count_targets(&opened.train)?;
+    if targets == 0 {
+        return Err(Failure::Run(format!(
+            "data.{data}: none of {tokens} tokens to learn from is a target, so that nothing would be learnt\n  hint: `polyhead \
+             preview RECIPE` shows what is learnt of each row; a chat template that finds no messages, and rows cut before \
+             the first answer (training.seq_len), leave none"
+        )));
+    }
+    if (targets as f64) < FEW * tokens as f64 {
+        let percent = 100.0 * targets as f64 / tokens as f64;
+        notes.push(format!(
+            "data.{data}: only {targets} of {tokens} tokens looked at ({percent:.2} %) are targets; the rest is read and teaches \
+             nothing. `polyhead preview RECIPE` shows which"
+        ));
+    }
+    let (tokens, targets) = count_targets(&opened.validation)?;
+    if targets == 0 {
+        notes.push(format!(
+            "data.{data}: none of {tokens} held-out tokens is a target, so that validation measures nothing (a larger \
+             validation.fraction holds out more)"
+        ));
+    }
+    Ok(notes)
+}
+
+/// Below this share of tokens that are targets something is told (the share of a short answer to a page of context is above it).
+const FEW: f64 = 0.01;
+
+/// Tokens and targets of some batches, spread over an epoch: of few, of more where hardly any is a target, and where none is,
+/// of as many as it takes to find one.
+fn count_targets(loader: &Loader) -> Result<(u64, u64), Failure> {
+    // Chosen by us: the last takes seconds.
+    const SOME: u64 = 4;
+    const MORE: u64 = 64;
+    const MOST: u64 = 10_000;
+    let all = loader.batches_per_epoch().max(1);
+    let count = |batches: u64, enough: u64| -> Result<(u64, u64), Failure> {
+        let (batches, mut tokens, mut targets) = (batches.min(all), 0, 0);
+        for index in 0..batches {
+            let batch = loader.batch(index * all / batches)?;
+            tokens += batch.tokens.len() as u64;
+            targets += batch.target_tokens();
+            if targets >= enough {
+                break;
+            }
+        }
+        Ok((tokens, targets))
+    };
+    let (mut tokens, mut targets) = count(SOME, u64::MAX)?;
+    if all > SOME && (targets as f64) < FEW * tokens as f64 {
+        (tokens, targets) = count(MORE, u64::MAX)?;
+    }
+    if all > MORE && targets == 0 {
+        (tokens, targets) = count(MOST, 1)?;
+    }
+    Ok((tokens, targets))
+}
+
 /// Opens the examples of a recipe.
 ///
 /// # Errors

@@ -141,7 +141,8 @@ pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
     asking.ees.clone_from(&ees);
     asking.sampling.seed = args.seed;
     asking.layer = layer_of(args, &trained.model)?;
-    let summary = Summary::of(&ask(&trained.model, &world.questions(), &asking), asking.confident);
+    let summary =
+        Summary::of(&ask(&trained.model, &world.questions(), &asking, &|| true).unwrap_or_default(), asking.confident);
     let mut table = String::new();
     for (name, value) in summary.numbers() {
         // Writing to a string cannot fail.

@@ -1,8 +1,6 @@
 //! A recipe in stages: run one after the other, or planned.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::module::Module;
 use polyhead_training::checkpoint::newest_good;
@@ -19,14 +17,15 @@ use crate::costs::tokens_per_step;
 use crate::pretrained::recipe_of;
 use crate::recipe::Loaded;
 use crate::report::{Failure, Problems};
+use crate::result;
+use crate::signals::Signals;
 use crate::stages::{self, Stage, StageRecord, Staged};
-use crate::{result, signals};
 
 /// Runs what has not finished yet, each stage from the weights of the one before.
 ///
 /// # Errors
 /// If a stage fails, has changed since it was run, or a signal came; what was saved before stays whole.
-pub fn train(args: &TrainArgs, staged: &Staged) -> Result<(), Failure> {
+pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(), Failure> {
     let out = args.out.clone().unwrap_or_else(|| train::default_folder(&args.recipe.recipe));
     let begun = (0..staged.stages.len()).any(|at| staged.folder(&out, at).exists());
     match args.resume.as_str() {
@@ -40,7 +39,6 @@ pub fn train(args: &TrainArgs, staged: &Staged) -> Result<(), Failure> {
         _ => return Err(Problems::plain("--resume takes auto or never for a run in stages".into()).into()),
     }
     let _lock = RunLock::acquire(&out)?;
-    let stop = signals::listen(args.tui)?;
     // Everything is checked before the first step is taken.
     for at in 0..staged.stages.len() {
         staged.load(at, staged.before(&out, at).as_deref())?;
@@ -62,12 +60,12 @@ pub fn train(args: &TrainArgs, staged: &Staged) -> Result<(), Failure> {
         }
         if records.get(at).is_none() {
             let fresh = loaded.recipe.model.pretrained.is_none();
-            let measured = run(args, stage, loaded, &folder, finished, &stop)?;
+            let measured = run(args, stage, loaded, &folder, finished, signals)?;
             records.push(record(stage, &folder, (measured, fresh))?);
             let text = serde_json::to_string_pretty(&records).map_err(|error| Failure::Run(error.to_string()))?;
             atomic_write(&out.join(stages::RECORD), text.as_bytes())?;
         }
-        match stop.load(Ordering::SeqCst) {
+        match signals.stop() {
             0 => {}
             signal => return Err(Failure::Interrupted(signal)),
         }
@@ -92,7 +90,7 @@ fn run(
     loaded: Loaded,
     folder: &Path,
     finished: bool,
-    stop: &Arc<AtomicUsize>,
+    signals: &Signals,
 ) -> Result<Measured, Failure> {
     let from = loaded.recipe.model.pretrained.clone();
     if let (Some(conversion), Some(from), false) = (&stage.convert, &from, finished) {
@@ -108,7 +106,7 @@ fn run(
             loaded: &loaded,
             run_dir: folder,
             resume: "auto",
-            stop: Some(stop.clone()),
+            signals: signals.clone(),
             tui: args.tui,
             asked: None,
         })?;

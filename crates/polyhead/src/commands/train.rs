@@ -3,8 +3,6 @@
 pub mod told;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use burn::tensor::Device;
@@ -25,21 +23,22 @@ use crate::cli::{RecipeArgs, TrainArgs};
 use crate::console::{Console, bytes, talk};
 use crate::costs::{Costs, Known, tokens_per_step};
 use crate::embedder::PairSource;
-use crate::pretrained::find_checkpoint;
+use crate::pretrained::locate_checkpoint;
 use crate::recipe::{self, Loaded};
 use crate::report::Failure;
-use crate::result::ClassTable;
-use crate::{result, signals};
+use crate::result::{self, ClassTable};
+use crate::signals::{self, Signals};
 
 /// Trains what a recipe says, or one after the other the stages of one that has stages.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
     if args.tui {
         check_dashboard()?;
     }
+    let signals = signals::listen(args.tui)?;
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
     if let Some(staged) = crate::stages::read(&args.recipe.recipe, &overrides)? {
-        return super::stages::train(&args, &staged);
+        return super::stages::train(&args, &staged, &signals);
     }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
@@ -47,7 +46,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         loaded: &loaded,
         run_dir: &run_dir,
         resume: &args.resume,
-        stop: None,
+        signals,
         tui: args.tui,
         asked: Some(&args.recipe),
     })
@@ -61,9 +60,10 @@ pub struct Sitting<'a> {
     pub run_dir: &'a Path,
     /// As `--resume`.
     pub resume: &'a str,
-    /// Not 0 once the run is to be saved and left; `None` where nobody listens for signals yet.
-    pub stop: Option<Arc<AtomicUsize>>,
+    /// What is asked for while it runs.
+    pub signals: Signals,
     /// Whether a dashboard is shown.
+    #[cfg_attr(not(feature = "tui"), allow(dead_code))] // what the dashboard needs
     pub tui: bool,
     /// What was typed, where the run is all that was asked for: its end is told then, with what to type next.
     pub asked: Option<&'a RecipeArgs>,
@@ -140,13 +140,16 @@ fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), 
     let resolved = &task.resolved;
     let (data, facts) = task.open()?;
     let Data::Tokens(opened) = data else { unreachable!("a decoder reads tokens") };
+    for note in assemble::check_targets(&opened, resolved.recipe.data.name())? {
+        talk!("warning: {note}");
+    }
     let model = resolved.first_model(opened.vocab_size, device)?;
     let config = model.config().clone();
     let asked = assemble::world(&resolved.recipe).map(|world| (world.questions(), asking(&world, config.n_layers)));
     let about_facts = asked.as_ref().map(|(questions, asking)| {
-        move |model: &Decoder| {
-            let numbers = Summary::of(&ask(model, questions, asking), asking.confident).numbers();
-            numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect()
+        move |model: &Decoder, go_on: &dyn Fn() -> bool| {
+            let numbers = Summary::of(&ask(model, questions, asking, go_on)?, asking.confident).numbers();
+            Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
         }
     });
     let (train, held_out) = (Source(opened.train), Source(opened.validation));
@@ -256,7 +259,7 @@ impl Task<'_> {
     /// Trains to the end and writes what was reached.
     fn learn<M: Trainee>(&self, lock: RunLock, material: Material<'_, M>) -> Result<Outcome<M>, Failure> {
         let Material { model, layers, train, held_out, facts, tokenizer, tracking, probe, classes } = material;
-        let (recipe, Sitting { run_dir, stop, tui, .. }) = (&self.resolved.recipe, &self.sitting);
+        let (recipe, Sitting { run_dir, signals, .. }) = (&self.resolved.recipe, &self.sitting);
         self.tell_model(&model, layers);
         let start = self.tell_start()?;
         let text = recipe::resolved(recipe)?;
@@ -274,7 +277,6 @@ impl Task<'_> {
             companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
             companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
         }
-        let stop = stop.clone().map_or_else(|| signals::listen(*tui), Ok)?;
         let job = Job {
             run_dir: run_dir.to_path_buf(),
             lock,
@@ -295,10 +297,13 @@ impl Task<'_> {
             companions,
             nonfinite: allowed().nonfinite,
             recipe: text,
-            stop: &stop,
+            requests: &signals.requests,
         };
         #[cfg(feature = "tui")]
-        let dashboard = tui.then(|| crate::dashboard::Dashboard::open(recipe.training.steps, stop.clone()));
+        let dashboard = self
+            .sitting
+            .tui
+            .then(|| crate::dashboard::Dashboard::open(recipe.training.steps, signals.requests.clone()));
         #[cfg(not(feature = "tui"))]
         let dashboard: Option<Console> = None;
         let pace = (tokens_per_step(recipe), about.unit);
@@ -306,8 +311,9 @@ impl Task<'_> {
             Some(dashboard) => Box::new(dashboard),
             None => Box::new(Console::new(start, recipe.training.steps, pace)),
         };
+        let busy = signals.busy();
         let outcome = run(model, job, view.as_mut())?;
-        drop(view);
+        drop((view, busy));
 
         if let Some(signal) = outcome.interrupted {
             talk!("\nstopped at step {}; saved to {}", outcome.progress.step, outcome.checkpoint.display());
@@ -319,7 +325,13 @@ impl Task<'_> {
             talk!("\nended{early} at step {}: {why}", outcome.progress.step);
         }
         result::write(run_dir, about, &outcome, (held_out, recipe.validation.batches), classes)?;
-        Ok(outcome)
+        match &outcome.missing {
+            Some(problem) => Err(Failure::Run(format!(
+                "the run is at its end and saved in {}, but not all of what it logged: {problem}",
+                outcome.checkpoint.display()
+            ))),
+            None => Ok(outcome),
+        }
     }
 }
 
@@ -378,7 +390,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
         path => {
-            let path = find_checkpoint(Path::new(path))?;
+            let path = locate_checkpoint(Path::new(path))?.0;
             let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
             match inside {
                 true => Ok(Some(path)),

@@ -45,6 +45,11 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     for position in 0..count {
         sums.add(trained.model.evaluate(&opened.validation.batch(position)?));
     }
+    if sums.targets == 0 {
+        let problem =
+            format!("{}: none of the held-out tokens is a target: there is nothing to measure", opened.description);
+        return Err(Failure::Run(problem));
+    }
     let result = serde_json::json!({
         "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,

@@ -74,15 +74,17 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
         }
     };
     let _lock = RunLock::acquire(&out)?;
-    let stop = signals::listen(false)?;
-    prepared.make(share, &stop).inspect_err(interrupted)?;
+    let signals = signals::listen(false)?;
+    let _busy = signals.busy();
+    let requests = &*signals.requests;
+    prepared.make(share, requests).inspect_err(interrupted)?;
     let plan = planned.or_else(plan)?;
     told_matches(&plan);
     let mut progress = progress::Progress::new(&plan);
-    let ended = runs::run_all(&plan, share, &stop, &mut progress);
+    let ended = runs::run_all(&plan, share, requests, &mut progress);
     drop(progress);
     let mut outcome = Outcome::gather(&plan, ended.inspect_err(interrupted)?, prepared.commands(), &again)?;
-    evaluate::evaluate(&mut outcome, share, &stop).inspect_err(interrupted)?;
+    evaluate::evaluate(&mut outcome, share, &requests.stop).inspect_err(interrupted)?;
     atomic_write(&out.join("report.md"), markdown::report(&outcome).as_bytes())?;
     atomic_write(&out.join("report.html"), html::report(&outcome)?.as_bytes())?;
     talk!("\n{}", outcome.finding());

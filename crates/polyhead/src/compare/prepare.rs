@@ -6,10 +6,11 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::Parser;
+use polyhead_training::run::Requests;
 use polyhead_training::run_folder::atomic_write;
 use serde_json::json;
 
@@ -109,7 +110,8 @@ impl Prepared {
     ///
     /// # Errors
     /// If a command fails, or a signal came (trainings have saved).
-    pub fn make(&self, share: Share, stop: &AtomicUsize) -> Result<(), Failure> {
+    pub fn make(&self, share: Share, requests: &Requests) -> Result<(), Failure> {
+        let stop = &requests.stop;
         let (all, waiting) = self.counts();
         if waiting == 0 {
             return Ok(());

@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use polyhead_training::run::Requests;
 use polyhead_training::run_folder::{RunFolderError, RunLock, atomic_write};
 
 use crate::report::Failure;
@@ -54,7 +55,8 @@ impl Share {
 ///
 /// # Errors
 /// If a signal came (the runs have saved), or the system refuses files or processes. A run that fails is no error here.
-pub fn run_all(plan: &Plan, share: Share, stop: &AtomicUsize, progress: &mut Progress) -> Result<Vec<End>, Failure> {
+pub fn run_all(plan: &Plan, share: Share, requests: &Requests, progress: &mut Progress) -> Result<Vec<End>, Failure> {
+    let stop = &requests.stop;
     let mut ends = Vec::new();
     for run in &plan.runs {
         wait_until_free(run)?;
@@ -70,6 +72,7 @@ pub fn run_all(plan: &Plan, share: Share, stop: &AtomicUsize, progress: &mut Pro
             told = signal;
             running.iter().for_each(|(_, child)| children::send(child, signal));
         }
+        children::save_if_asked(requests, running.iter().map(|(_, child)| child));
         while signal == 0 && running.len() < share.jobs {
             let Some(at) = waiting.pop_front() else { break };
             running.push((at, start(&plan.runs[at], share.threads)?));
@@ -163,6 +166,9 @@ pub fn end_of_log(path: &Path) -> String {
 pub mod children {
     use std::os::unix::process::CommandExt;
     use std::process::{Child, Command};
+    use std::sync::atomic::Ordering;
+
+    use polyhead_training::run::Requests;
 
     /// Ctrl-C on a terminal reaches a whole process group; a second signal would end a run before it has saved. So each
     /// run is in a group of its own. Should we be killed, the system tells it to save and leave (on Linux).
@@ -184,6 +190,13 @@ pub mod children {
         }
     }
 
+    /// Tells runs to save and go on, where that was asked for.
+    pub fn save_if_asked<'a>(requests: &Requests, runs: impl Iterator<Item = &'a Child>) {
+        if requests.save.swap(false, Ordering::SeqCst) {
+            runs.for_each(|run| send(run, libc::SIGUSR1 as usize));
+        }
+    }
+
     /// Passes a signal on.
     pub fn send(child: &Child, signal: usize) {
         // SAFETY: a system call without pointers; the child is ours and has not been waited for.
@@ -195,8 +208,13 @@ pub mod children {
 pub mod children {
     use std::process::{Child, Command};
 
+    use polyhead_training::run::Requests;
+
     /// Elsewhere Ctrl-C reaches every process of the console.
     pub fn bind(_command: &mut Command) {}
+
+    /// Nobody asks.
+    pub fn save_if_asked<'a>(_requests: &Requests, _runs: impl Iterator<Item = &'a Child>) {}
 
     /// See [`bind`].
     pub fn send(_child: &Child, _signal: usize) {}

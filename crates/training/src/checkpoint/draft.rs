@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -51,12 +51,28 @@ impl Draft {
     /// # Errors
     /// If the name is no plain file name or the file cannot be written.
     pub fn file(&mut self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file_with(name, |out| out.write_all(bytes))
+    }
+
+    /// [`file`](Self::file) for contents that are made piece by piece: hashed as they are written, never held as a whole.
+    /// Gives what `fill` gives.
+    ///
+    /// # Errors
+    /// As for [`file`](Self::file), and what `fill` says.
+    pub fn file_with<T>(
+        &mut self,
+        name: &str,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<T>,
+    ) -> Result<T, CheckpointError> {
         let path = self.path(name)?;
-        write_synced(&path, bytes)?;
-        let entry =
-            FileEntry { name: name.to_string(), bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_string() };
-        self.files.insert(name.to_string(), Some(entry));
-        Ok(())
+        let file = BufWriter::new(File::create(&path).at("create", &path)?);
+        let mut out = Hashed { file, hasher: blake3::Hasher::new() };
+        let given = fill(&mut out).at("write", &path)?;
+        let (bytes, blake3) = (out.hasher.count(), out.hasher.finalize().to_string());
+        let file = out.file.into_inner().map_err(io::IntoInnerError::into_error).at("write", &path)?;
+        file.sync_all().at("sync", &path)?;
+        self.files.insert(name.to_string(), Some(FileEntry { name: name.to_string(), bytes, blake3 }));
+        Ok(given)
     }
 
     /// Where to write the file `name`, for a writer that wants a path. It must exist on commit.
@@ -121,7 +137,8 @@ impl Draft {
         sync_folder(&self.run_dir)?;
         reached(Stage::Renamed);
         if let Some(aside) = aside {
-            shelf::discard(&aside)?;
+            // The new checkpoint counts whether or not the old one goes; the next start tidies up.
+            let _ = shelf::discard(&aside);
         }
         reached(Stage::OldRemoved);
         Ok(target)
@@ -134,6 +151,24 @@ impl Drop for Draft {
             // A failed save must not keep a full disk full.
             let _ = fs::remove_dir_all(&self.folder);
         }
+    }
+}
+
+/// Hashes what goes through it to a file.
+struct Hashed {
+    file: BufWriter<File>,
+    hasher: blake3::Hasher,
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 

@@ -1,11 +1,12 @@
 //! The checkpoints of a run: finding the newest good one, removing old ones, tidying up.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{CheckpointError, Manifest, folder_name, read_best, step_of, verify};
+use super::best::called_best;
+use super::{CheckpointError, MANIFEST, Manifest, folder_name, step_of, verify};
 use crate::run_folder::{At, FileError, TEMPORARY, sync_folder};
 
 const OLD: &str = ".old-";
@@ -46,8 +47,27 @@ pub fn newest_good(run_dir: &Path) -> Result<(Option<Whole>, Vec<CheckpointError
     Ok((None, skipped))
 }
 
-/// Removes all checkpoints but the newest `keep_latest_k`, those in `keep`, the best one and the
-/// newest good one; returns what was removed. `keep_latest_k = 0` keeps all, as torchtitan has it.
+/// The right to read a checkpoint to the end: pruning leaves it alone until this is dropped, or its process has ended.
+#[derive(Debug)]
+pub struct Hold {
+    // The lock belongs to the open file; closing it releases the lock.
+    _manifest: File,
+}
+
+/// Holds the checkpoint at `path`, whoever else reads it too; `None` where there is none, or the file system knows no locks.
+pub fn hold(path: &Path) -> Option<Hold> {
+    let manifest = File::open(path.join(MANIFEST)).ok()?;
+    manifest.lock_shared().ok()?;
+    Some(Hold { _manifest: manifest })
+}
+
+fn is_held(path: &Path) -> bool {
+    let locked = |manifest: File| matches!(manifest.try_lock(), Err(TryLockError::WouldBlock));
+    File::open(path.join(MANIFEST)).is_ok_and(locked)
+}
+
+/// Removes all checkpoints but the newest `keep_latest_k`, those in `keep`, the best one, the newest good one, and those that
+/// somebody holds; returns what was removed. `keep_latest_k = 0` keeps all, as torchtitan has it.
 ///
 /// # Errors
 /// If something cannot be read or removed.
@@ -56,12 +76,12 @@ pub fn prune(run_dir: &Path, keep_latest_k: usize, keep: &[PathBuf]) -> Result<V
     if keep_latest_k == 0 || all.len() <= keep_latest_k {
         return Ok(Vec::new());
     }
-    let best = read_best(run_dir)?.map(|best| best.step);
+    let best = called_best(run_dir, all.last().map(|(_, path)| path.as_path()));
     let keep: Vec<_> = keep.iter().map(|path| real(path)).collect();
     let old = &all[..all.len() - keep_latest_k];
     let mut unwanted: Vec<&PathBuf> = old
         .iter()
-        .filter(|(step, path)| Some(*step) != best && !keep.contains(&real(path)))
+        .filter(|(step, path)| !best.contains(step) && !keep.contains(&real(path)) && !is_held(path))
         .map(|(_, path)| path)
         .collect();
     // Only now, because it reads whole checkpoints.

@@ -320,6 +320,51 @@ fn pruning_keeps_the_latest_the_best_the_named_and_the_last_good() {
 }
 
 #[test]
+fn what_somebody_reads_is_pruned_once_they_have_read_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path();
+    for step in 1..=4 {
+        save(run, step);
+    }
+    let held = [1, 2].map(|step| hold(&run.join(folder_name(step))).unwrap());
+    let twice = hold(&run.join(folder_name(1))).unwrap();
+    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(3))]);
+    drop(held);
+    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(2))]);
+    drop(twice);
+    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(1))]);
+    assert!(hold(&run.join(folder_name(1))).is_none());
+}
+
+#[test]
+fn every_checkpoint_says_which_step_is_the_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path();
+    let score = |step: u64, loss: f64| Some(Best { step, validation_loss: loss });
+    let third = f64::from_bits(0x3ff5_5555_5555_5555);
+    for (step, loss, best) in [(1, 2.5, score(1, 2.5)), (2, third, score(2, third)), (3, 2.0, score(2, third))] {
+        draft(run, step, 0).commit(info(0, score(step, loss), best)).unwrap();
+    }
+    let recovered = |step| {
+        let (best, notes) = recover_best(run, step).unwrap();
+        assert_eq!(read_best(run).unwrap(), best);
+        (best, notes.len())
+    };
+    // No marker; a damaged one; one of a later step than the run goes on from.
+    assert_eq!(recovered(3), (score(2, third), 0));
+    fs::write(run.join("best.json"), "{\"step\": 2").unwrap();
+    assert_eq!(recovered(3), (score(2, third), 1));
+    assert_eq!(recovered(1), (score(1, 2.5), 0));
+    assert_eq!(recovered(3), (score(2, third), 0));
+    // Pruning goes by what the newest checkpoint says, whatever the marker says.
+    fs::remove_file(run.join("best.json")).unwrap();
+    prune(run, 1, &[]).unwrap();
+    assert_eq!(list(run).unwrap().into_iter().map(|(step, _)| step).collect::<Vec<_>>(), [2, 3]);
+    fs::remove_dir_all(run.join(folder_name(2))).unwrap();
+    assert_eq!(recovered(3), (score(3, 2.0), 1));
+}
+
+#[test]
 fn leftovers_go_and_everything_else_stays() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path();
@@ -367,6 +412,7 @@ fn best_comes_back_to_the_last_bit() {
         let found = read_best(dir.path()).unwrap().unwrap();
         assert_eq!((found.step, found.validation_loss.to_bits()), (step, bits));
     }
+    assert_eq!(info(7, None, None), json!({ "targets": 7 }));
     let nan = Best { step: 1, validation_loss: f64::NAN };
     assert!(matches!(write_best(dir.path(), &nan), Err(CheckpointError::BadLoss { .. })));
     fs::write(dir.path().join("best.json"), "{").unwrap();

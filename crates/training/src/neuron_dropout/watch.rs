@@ -91,7 +91,7 @@ pub fn answer_embeddings(
     stop: Option<u32>,
     layer: usize,
 ) -> Rows {
-    let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stop);
+    let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stop, &|| true).unwrap_or_default();
     let whole = answers.into_iter().map(|answer| [prompt, &answer.tokens].concat());
     Texts::plain(whole).embeddings(model, layer, Embedding::Last)
 }

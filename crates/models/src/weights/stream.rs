@@ -1,0 +1,157 @@
+//! Tensors to a safetensors file piece by piece: what a model holds is never held twice.
+
+use std::io::{self, Write};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use super::{Named, Path};
+
+/// Numbers that are on the host at a time (4 MiB; chosen by us).
+const PIECE: usize = 1 << 20;
+
+/// A named tensor whose values stay where they are until they are asked for, piece by piece.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Field names from the model down, joined by dots.
+    pub name: String,
+    /// Sizes of the dimensions.
+    pub shape: Vec<usize>,
+    flat: Tensor<1>,
+}
+
+impl Held {
+    /// A tensor under a name; it shares its values with `tensor`.
+    pub fn new<const D: usize>(name: String, tensor: Tensor<D>) -> Self {
+        let shape = tensor.dims().to_vec();
+        let numbers = shape.iter().product::<usize>();
+        Self { name, shape, flat: tensor.reshape([numbers]) }
+    }
+
+    /// Hands its values in f32 to `take`, row-major, in pieces of up to 2²⁰.
+    ///
+    /// # Errors
+    /// The first that `take` gives.
+    pub fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()> {
+        let [numbers] = self.flat.dims();
+        for start in (0..numbers).step_by(PIECE) {
+            let end = (start + PIECE).min(numbers);
+            let data = self.flat.clone().narrow(0, start, end - start).into_data().convert_dtype(DType::F32);
+            let values = data.as_slice::<f32>().map_err(|error| io::Error::other(format!("{error:?}")))?;
+            take(values)?;
+        }
+        Ok(())
+    }
+
+    /// All of its values in f32, row-major.
+    pub fn values(&self) -> Vec<f32> {
+        self.flat.to_data().convert_dtype(DType::F32).iter::<f32>().collect()
+    }
+
+    /// The same with its values.
+    pub fn named(&self) -> Named {
+        Named { name: self.name.clone(), shape: self.shape.clone(), values: self.values() }
+    }
+}
+
+/// All parameters of a module, in the order of its fields, as [`named`](super::named) has them, without their values.
+pub fn held<M: Module>(module: &M) -> Vec<Held> {
+    struct Collect(Path, Vec<Held>);
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.0.exit(container);
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.push(Held::new(self.0.name(), param.val()));
+        }
+    }
+    let mut collect = Collect(Path::default(), Vec::new());
+    module.visit(&mut collect);
+    collect.1
+}
+
+/// Writes the bytes that [`to_safetensors`](super::to_safetensors) gives, piece by piece. Gives the tensors that hold a NaN or
+/// an infinity, and how many.
+///
+/// # Errors
+/// If `out` cannot be written.
+pub fn write_safetensors(
+    tensors: &[Held],
+    metadata: &[(&str, String)],
+    out: &mut dyn Write,
+) -> io::Result<Vec<(String, usize)>> {
+    let mut order: Vec<&Held> = tensors.iter().collect();
+    order.sort_by(|a, b| a.name.cmp(&b.name)); // as the crate sorts tensors of one type
+    let mut at = 0;
+    let entries = order.iter().map(|tensor| {
+        let start = at;
+        at += tensor.shape.iter().product::<usize>() * size_of::<f32>();
+        (tensor.name.clone(), TensorInfo { dtype: Dtype::F32, shape: tensor.shape.clone(), data_offsets: (start, at) })
+    });
+    let entries = entries.collect();
+    let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    let header = Metadata::new(Some(metadata), entries).map_err(io::Error::other)?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let (mut bytes, mut bad) = (Vec::with_capacity(PIECE * size_of::<f32>()), Vec::new());
+    for tensor in order {
+        let mut count = 0;
+        tensor.pieces(&mut |values| {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            count += values.iter().filter(|value| !value.is_finite()).count();
+            out.write_all(&bytes)
+        })?;
+        if count > 0 {
+            bad.push((tensor.name.clone(), count));
+        }
+    }
+    Ok(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::weights::to_safetensors;
+
+    fn tensor(name: &str, shape: [usize; 2], value: impl Fn(usize) -> f32) -> (Held, Named) {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(value).collect();
+        let data = TensorData::new(values.clone(), shape);
+        let held = Held::new(name.to_owned(), Tensor::<2>::from_data(data, &Device::flex()));
+        (held, Named { name: name.to_owned(), shape: shape.to_vec(), values })
+    }
+
+    #[test]
+    fn pieces_make_the_file_that_the_crate_writes() {
+        let value = |i: usize| (i as f32 * 0.37).sin();
+        // The largest takes several pieces, the last of which is short; names come in no order.
+        let (held, named): (Vec<_>, Vec<_>) = [
+            tensor("layers.10.weight", [3, 5], value),
+            tensor("embedding.weight", [1033, 2049], value),
+            tensor("layers.2.weight", [4, 1], value),
+        ]
+        .into_iter()
+        .unzip();
+        let metadata = [("format", "polyhead".to_owned())];
+        let mut bytes = Vec::new();
+        assert!(write_safetensors(&held, &metadata, &mut bytes).unwrap().is_empty());
+        assert!(bytes == to_safetensors(&named, &metadata).unwrap());
+    }
+
+    #[test]
+    fn what_is_not_finite_is_counted_by_name() {
+        let (good, _) = tensor("a", [2, 3], |i| i as f32);
+        let (bad, _) = tensor("b", [2, 3], |i| [f32::NAN, f32::INFINITY, 0.0][i % 3]);
+        let told = write_safetensors(&[good, bad], &[], &mut Vec::new()).unwrap();
+        assert_eq!(told, [("b".to_owned(), 4)]);
+    }
+}
