@@ -16,7 +16,8 @@
 //!
 //! The package and the paper's appendix call the product a mixture; it is one Gaussian, whatever their number
 //! (`normalised.rs`). Heads cut the axis into contiguous chunks with statistics of their own; where they do not divide
-//! it, the last one takes the remainder. (The old package drops the remainder, so that its output is shorter than its input.)
+//! it, the last one takes the remainder. (The old package drops the remainder, so that its output is shorter than its input; to
+//! compare with it, drop it before the gate.)
 //!
 //! Left out: fixed weights of the old mixture, which are used there without a softmax; the reshape of the experiments' code
 //! that scrambles time and features when there is more than one frame (average over time before the gate).
@@ -221,8 +222,13 @@ impl GaussianGate {
             Self::Mixture(gate) => over_chunks(&x, gate.axis, gate.n_heads(), hidden, |chunks| gate.weights(chunks)),
         };
         let mut features = x.clone() * weights.clone();
-        if let Self::Product(ProductGate { padding_value: Some(padding), .. }) = self {
-            features = features.mask_where(x.clone().equal_elem(*padding), x);
+        let padding = match self {
+            Self::Paper(_) => None,
+            Self::Product(gate) => gate.padding_value,
+            Self::Mixture(gate) => gate.padding_value,
+        };
+        if let Some(padding) = padding {
+            features = features.mask_where(x.clone().equal_elem(padding), x);
         }
         Gated { features: in_type(features, dtype), weights: weights.detach() }
     }

@@ -4,7 +4,7 @@
 //! y_i = (x - (μ + δ_i)) / σ,   σ² = unbiased variance + 1e-8
 //! product:  w = ∏ exp(-y_i² / 2c_i²) / sqrt(2π c_i²)
 //! mixture:  w = Σ π_i exp(-y_i² / 2c_i²),   π = softmax(weights)
-//! out = x w / max(Σ w, 1e-8)
+//! out = x w / max(Σ w, 1e-8)          1e-8 is `eps` in both places
 //! ```
 //! A product of Gaussians in one variable is a Gaussian. With `Λ = Σ 1/c_i²`, `δ* = Σ (δ_i/c_i²) / Λ` and
 //! `K = Σ (δ_i - δ*)²/c_i²`, the sum of squares is completed to
@@ -30,9 +30,6 @@ use super::{Chunks, Moments, check_heads};
 use crate::ConfigError;
 use crate::config::require;
 
-/// Added to the variance, and the least that weights are divided by. The package has a setting for it that its heads and
-/// blocks hand to the wrong argument, so that it is always this.
-const EPS: f64 = 1e-8;
 /// Elements of a head at least: the unbiased variance divides by one less.
 const FEWEST_ELEMENTS: usize = 2;
 /// Stands for the logarithm of 0.
@@ -68,8 +65,13 @@ pub struct ProductGateConfig {
     /// c at the start. Default: "log_normal".
     #[serde(default)]
     pub c_init: WidthInit,
-    /// Treat padding as the package does: elements that equal this number are passed on as they are, and count as zeros in
-    /// mean, variance and sum. For comparisons only; masks do it right. Default: none.
+    /// Added to the variance, and the least that weights are divided by. Default: 1e-8, which the package's heads and blocks
+    /// keep whatever they are told: they hand the number to another argument.
+    #[serde(default = "eps", skip_serializing_if = "is_eps")]
+    pub eps: f64,
+    /// Treat padding as the package does: elements that equal this number are passed on as they are, and count as zeros in mean
+    /// and variance; a residual doubles them, so that the next gate takes them for data unless they are 0. For comparisons only;
+    /// masks do it right. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compat_padding_value: Option<f64>,
 }
@@ -90,10 +92,25 @@ pub struct MixtureGateConfig {
     /// equal, get equal gradients and stay equal: one Gaussian, whatever their number.
     #[serde(default)]
     pub c_init: WidthInit,
+    /// Added to the variance, and the least that weights are divided by. Default: 1e-8.
+    #[serde(default = "eps", skip_serializing_if = "is_eps")]
+    pub eps: f64,
+    /// Treat padding as the old package does, as in `product`. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compat_padding_value: Option<f64>,
 }
 
 fn one() -> i64 {
     1
+}
+
+fn eps() -> f64 {
+    1e-8
+}
+
+#[allow(clippy::float_cmp)] // the default itself
+fn is_eps(value: &f64) -> bool {
+    *value == eps()
 }
 
 fn one_gaussian() -> usize {
@@ -120,6 +137,14 @@ fn check(axis: i64, n_heads: usize, n_gaussians: usize, sizes: &[usize]) -> Resu
     require(n_gaussians > 0, "n_gaussians", || "n_gaussians (0) must be at least 1".into())
 }
 
+/// The rules about the numbers beside the data.
+fn check_numbers(eps: f64, padding: Option<f64>) -> Result<(), ConfigError> {
+    require(eps.is_finite() && eps > 0.0, "eps", || format!("eps ({eps}) must be a number above 0"))?;
+    require(!padding.is_some_and(f64::is_nan), "compat_padding_value", || {
+        "compat_padding_value (nan) equals no number: give a number, or leave it out".into()
+    })
+}
+
 impl WidthInit {
     fn validate(self) -> Result<(), ConfigError> {
         match self {
@@ -144,13 +169,7 @@ impl ProductGateConfig {
     pub(super) fn validate(&self, sizes: &[usize]) -> Result<(), ConfigError> {
         check(self.axis, self.n_heads, self.n_gaussians, sizes)?;
         self.c_init.validate()?;
-        match self.compat_padding_value {
-            Some(value) if value.is_nan() => {
-                let problem = "compat_padding_value (nan) equals no number: give a number, or leave it out";
-                Err(ConfigError::new("compat_padding_value", problem))
-            }
-            _ => Ok(()),
-        }
+        check_numbers(self.eps, self.compat_padding_value)
     }
 
     pub(super) fn init(&self, sizes: &[usize], device: &Device) -> ProductGate {
@@ -159,6 +178,7 @@ impl ProductGateConfig {
             mean_offset: Param::from_tensor(Tensor::zeros(shape, device)),
             c: self.c_init.widths(shape, device),
             axis: resolve(self.axis, sizes.len()).expect("validate: an axis behind the batch"),
+            eps: self.eps,
             padding_value: self.compat_padding_value,
         }
     }
@@ -167,14 +187,17 @@ impl ProductGateConfig {
 impl MixtureGateConfig {
     pub(super) fn validate(&self, sizes: &[usize]) -> Result<(), ConfigError> {
         check(self.axis, self.n_heads, self.n_gaussians, sizes)?;
-        self.c_init.validate()
+        self.c_init.validate()?;
+        check_numbers(self.eps, self.compat_padding_value)
     }
 
     pub(super) fn init(&self, sizes: &[usize], device: &Device) -> MixtureGate {
         let shape = [self.n_heads, self.n_gaussians];
         let full = |value: f64| Param::from_tensor(Tensor::full(shape, value, device));
         let axis = resolve(self.axis, sizes.len()).expect("validate: an axis behind the batch");
-        MixtureGate { mean_offset: full(0.0), c: self.c_init.widths(shape, device), weights: full(1.0), axis }
+        let (eps, padding_value) = (self.eps, self.compat_padding_value);
+        let c = self.c_init.widths(shape, device);
+        MixtureGate { mean_offset: full(0.0), c, weights: full(1.0), axis, eps, padding_value }
     }
 }
 
@@ -186,6 +209,7 @@ pub struct ProductGate {
     /// `[heads, gaussians]`: c, in units of σ.
     pub c: Param<Tensor<2>>,
     pub(super) axis: usize,
+    pub(super) eps: f64,
     pub(super) padding_value: Option<f64>,
 }
 
@@ -199,6 +223,8 @@ pub struct MixtureGate {
     /// `[heads, gaussians]`: the shares of the Gaussians before their softmax.
     pub weights: Param<Tensor<2>>,
     pub(super) axis: usize,
+    pub(super) eps: f64,
+    pub(super) padding_value: Option<f64>,
 }
 
 impl ProductGate {
@@ -206,13 +232,9 @@ impl ProductGate {
         self.c.dims()[0]
     }
 
-    pub(super) fn weights(&self, mut chunks: Chunks) -> Tensor<4> {
-        let x = chunks.x.clone();
-        if let Some(padding) = self.padding_value {
-            chunks.x = x.clone().mask_fill(x.clone().equal_elem(padding), 0.0);
-        }
-        let Moments { mean, variance } = chunks.moments(1.0);
-        let variance = variance + EPS;
+    pub(super) fn weights(&self, chunks: Chunks) -> Tensor<4> {
+        let (x, Moments { mean, variance }) = moments(&chunks, self.padding_value);
+        let variance = variance + self.eps;
         let own = |parameter: &Param<Tensor<2>>| parameter.val().narrow(0, chunks.heads.start, chunks.heads.len());
         let over_heads = |x: Tensor<2>| x.unsqueeze_dim::<3>(2).unsqueeze::<4>(); // [heads, 1] to [1, heads, 1, 1]
         let (offset, c2) = (own(&self.mean_offset), own(&self.c).square()); // [heads, gaussians]
@@ -222,7 +244,7 @@ impl ProductGate {
         let factor = (c2 * (2.0 * PI)).log().sum_dim(1); // Σ log(2π c²)
         let square = (x - mean - over_heads(centre)).square() * over_heads(precision);
         let log_weights = ((square + over_heads(spread)) / variance + over_heads(factor)) * -0.5;
-        normalise(log_weights, chunks.hidden)
+        normalise(log_weights, chunks.hidden, self.eps)
     }
 }
 
@@ -232,13 +254,13 @@ impl MixtureGate {
     }
 
     pub(super) fn weights(&self, chunks: Chunks) -> Tensor<4> {
-        let Moments { mean, variance } = chunks.moments(1.0);
-        let variance = variance + EPS;
+        let (x, Moments { mean, variance }) = moments(&chunks, self.padding_value);
+        let variance = variance + self.eps;
         let heads = chunks.heads.clone();
         let own = |values: Tensor<2>| values.narrow(0, heads.start, heads.len());
         let (offset, c2) = (own(self.mean_offset.val()), own(self.c.val()).square()); // [heads, gaussians]
         let log_shares = own(activation::log_softmax(self.weights.val(), 1));
-        let centred = chunks.x - mean;
+        let centred = x - mean;
         let of_gaussian = |index: usize| {
             let pick = |x: &Tensor<2>| x.clone().narrow(1, index, 1).unsqueeze_dim::<3>(2).unsqueeze::<4>();
             let square = (centred.clone() - pick(&offset)).square() / variance.clone();
@@ -247,19 +269,28 @@ impl MixtureGate {
         let logs: Vec<Tensor<4>> = (0..self.c.dims()[1]).map(of_gaussian).collect();
         let largest = logs.iter().cloned().map(Tensor::detach).reduce(Tensor::max_pair).expect("validate: a Gaussian");
         let sum = logs.into_iter().map(|log| (log - largest.clone()).exp()).reduce(|a, b| a + b);
-        normalise(sum.expect("validate: a Gaussian").log() + largest, chunks.hidden)
+        normalise(sum.expect("validate: a Gaussian").log() + largest, chunks.hidden, self.eps)
     }
 }
 
-/// `w / max(Σ w, 1e-8)` along a chunk, `[outer, heads, chunk, inner]`; hidden elements have no weight.
-fn normalise(log_weights: Tensor<4>, hidden: Option<Tensor<4, Bool>>) -> Tensor<4> {
+/// The elements of a chunk, and their moments: padding that is known by its number counts as zeros there, and nowhere else.
+fn moments(chunks: &Chunks, padding: Option<f64>) -> (Tensor<4>, Moments) {
+    let x = chunks.x.clone();
+    let Some(padding) = padding else { return (x, chunks.moments(1.0)) };
+    let zeroed = x.clone().mask_fill(x.clone().equal_elem(padding), 0.0);
+    let (hidden, heads) = (chunks.hidden.clone(), chunks.heads.clone());
+    (x, Chunks { x: zeroed, hidden, heads }.moments(1.0))
+}
+
+/// `w / max(Σ w, eps)` along a chunk, `[outer, heads, chunk, inner]`; hidden elements have no weight.
+fn normalise(log_weights: Tensor<4>, hidden: Option<Tensor<4, Bool>>, eps: f64) -> Tensor<4> {
     let log_weights = match &hidden {
         Some(hidden) => log_weights.mask_fill(hidden.clone(), LOG_ZERO),
         None => log_weights,
     };
     // A common factor cancels in the division, as long as the lower bound has it too.
     let largest = log_weights.clone().detach().max_dim(2);
-    let bound = largest.clone().neg().exp() * EPS;
+    let bound = largest.clone().neg().exp() * eps;
     let weights = (log_weights - largest).exp();
     let sum = weights.clone().sum_dim(2);
     let weights = weights / sum.clone().mask_where(sum.lower(bound.clone()), bound);

@@ -49,7 +49,8 @@ fn matrix(values: &[f32]) -> Param<Tensor<2>> {
 fn a_product_of_gaussians_is_one_gaussian() {
     let (offsets, widths) = ([0.3f32, -0.7, 1.1, 0.2], [0.8f32, 1.7, 0.6, 2.4]);
     let gate = |offsets: &[f32], widths: &[f32]| {
-        let gate = ProductGate { mean_offset: matrix(offsets), c: matrix(widths), axis: 1, padding_value: None };
+        let gate =
+            ProductGate { mean_offset: matrix(offsets), c: matrix(widths), axis: 1, eps: 1e-8, padding_value: None };
         GaussianGate::Product(gate).forward(input_of_the_test(), None).weights
     };
     let precision: f32 = widths.iter().map(|c| 1.0 / (c * c)).sum();
@@ -177,6 +178,27 @@ fn hidden_elements_leave_no_trace() {
 }
 
 #[test]
+fn padding_by_its_number_is_passed_on_and_a_residual_doubles_it() {
+    for (form, more) in [("product", ""), ("mixture", r#", "n_gaussians": 2"#)] {
+        let json = format!(
+            r#"{{"residual": true, "gates": [{{"{form}": {{"n_heads": 2, "compat_padding_value": -1.5{more}}}}},
+                {{"{form}": {{"n_heads": 2, "compat_padding_value": -1.5{more}}}}}]}}"#
+        );
+        let stack: GaussianAdaptiveConfig = serde_json::from_str(&json).expect("parses");
+        stack.validate(&SIZES).expect("valid");
+        let stack = stack.init(&SIZES, &device());
+        let x = input_of_the_test().narrow(1, 0, 11);
+        let x = Tensor::cat(vec![x, Tensor::full([3, 3, 5], -1.5, &device())], 1);
+        let first = stack.gates[0].forward(x.clone(), None);
+        close(first.features.narrow(1, 11, 3), x.clone().narrow(1, 11, 3));
+        // The second gate sees -3 there, which is data to it: no element is passed on as it is.
+        let (out, weights) = stack.forward(x, None);
+        let weights = weights[1].clone().narrow(1, 11, 3);
+        close(out.narrow(1, 11, 3), (weights + 1.0) * -3.0);
+    }
+}
+
+#[test]
 fn any_axis_of_any_rank() {
     let sizes = [4, 6, 5];
     let x: Tensor<4> = draw([2, 4, 6, 5], [0.0, 1.0], &device());
@@ -226,7 +248,8 @@ fn equal_gaussians_of_a_mixture_stay_equal() {
 #[test]
 fn widths_next_to_zero_and_outliers_stay_finite() {
     let gate = |c: f32| {
-        let gate = ProductGate { mean_offset: matrix(&[0.0; 5]), c: matrix(&[c; 5]), axis: 1, padding_value: None };
+        let gate =
+            ProductGate { mean_offset: matrix(&[0.0; 5]), c: matrix(&[c; 5]), axis: 1, eps: 1e-8, padding_value: None };
         let x = (input() * 100.0).require_grad();
         let out = GaussianGate::Product(gate).forward(x.clone(), None).features;
         let grads = out.clone().sum().backward();
@@ -252,6 +275,8 @@ fn mistakes_are_told_by_name() {
     assert_eq!(gate(r#"{"product": {"n_heads": 1, "axis": 0}}"#), "gates[1].product.axis");
     assert_eq!(gate(r#"{"product": {"n_heads": 1, "axis": -3}}"#), "gates[1].product.axis");
     assert_eq!(gate(r#"{"mixture": {"n_heads": 1, "n_gaussians": 0}}"#), "gates[1].mixture.n_gaussians");
+    assert_eq!(gate(r#"{"product": {"n_heads": 1, "eps": 0.0}}"#), "gates[1].product.eps");
+    assert_eq!(gate(r#"{"mixture": {"n_heads": 1, "n_gaussians": 1, "eps": -1.0}}"#), "gates[1].mixture.eps");
     let misspelt = serde_json::from_str::<GaussianGateConfig>(r#"{"product": {"n_headz": 3}}"#);
     assert!(misspelt.expect_err("refused").to_string().contains("n_headz"));
 }
