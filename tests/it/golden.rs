@@ -1,15 +1,15 @@
-//! Outputs and gradients of others' code. A file that is not understood is a failure, not a skip.
+//! Files of golden numbers. A file is compared whole: a tensor or an option that no test has looked at is a failure, not a skip.
+//!
+//! `$POLYHEAD_GOLDEN/<folder>` is read where it exists, else the project's own copy (`tests/golden/<folder>`).
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_attention::{
-    Adapters, AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope, RopeLayout,
-    SoftmaxConfig,
-};
 use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::weights::{self, Named};
+use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use crate::world::project;
@@ -19,42 +19,16 @@ pub const OUTPUT: f32 = 2e-5;
 /// Of gradients, relative to the largest entry.
 pub const GRADIENT: f32 = 1e-4;
 
-#[test]
-fn golden_gda() {
-    check("gda", |config| {
-        AttentionConfig::GroupedDifferential(GroupedDifferentialConfig {
-            n_heads: size(config, "n_q_heads"),
-            n_noise_heads: size(config, "n_noise"),
-            n_kv_heads: Some(size(config, "n_kv_heads")),
-            head_dim: Some(size(config, "head_dim")),
-            lambda_init: LambdaInit::Constant(config["lambda_init"].as_f64().unwrap()),
-            subln: true,
-            subln_init: 1.0,
-        })
-    });
-}
-
-#[test]
-fn golden_softmax() {
-    check("softmax", |config| {
-        AttentionConfig::Softmax(SoftmaxConfig {
-            n_heads: size(config, "n_q_heads"),
-            n_kv_heads: Some(size(config, "n_kv_heads")),
-            head_dim: Some(size(config, "head_dim")),
-            qkv_bias: config["has_bias"].as_bool().unwrap(),
-            o_bias: false,
-            qk_norm: false,
-        })
-    });
-}
+/// Settings that say where numbers come from, and not what was computed.
+const ORIGIN: [&str; 3] = ["seed", "source", "provenance"];
 
 /// A whole number of a file's configuration.
-pub fn size(config: &Value, key: &str) -> usize {
+pub fn size(config: &impl for<'a> std::ops::Index<&'a str, Output = Value>, key: &str) -> usize {
     config[key].as_u64().unwrap_or_else(|| panic!("config has no {key}")) as usize
 }
 
 /// `$POLYHEAD_GOLDEN/<method>` where it exists, else the project's own copy.
-fn folder(method: &str) -> PathBuf {
+pub fn folder(method: &str) -> PathBuf {
     let elsewhere = std::env::var_os("POLYHEAD_GOLDEN").map(|root| PathBuf::from(root).join(method));
     elsewhere.filter(|path| path.is_dir()).unwrap_or_else(|| project().join("tests/golden").join(method))
 }
@@ -63,115 +37,179 @@ fn folder(method: &str) -> PathBuf {
 pub struct Golden {
     /// Its name, for messages.
     pub name: String,
-    /// What was computed.
-    pub config: Value,
+    /// What was computed: the key `config` of its metadata; nothing where there is none.
+    pub config: Config,
+    /// The JSON file of the same name, where there is one.
+    pub beside: Option<Config>,
     /// From what, and with what result.
-    pub tensors: BTreeMap<String, Named>,
+    pub tensors: Tensors,
 }
 
-/// All files of a method.
+/// All files of a method, in the order of their names.
 pub fn files(method: &str) -> Vec<Golden> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder(method)).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|ending| ending == "safetensors") {
-            let bytes = std::fs::read(&path).unwrap();
-            let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-            let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
-            let config = serde_json::from_str(header["__metadata__"]["config"].as_str().unwrap()).unwrap();
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            let tensors = tensors(&header, &bytes[8 + header_len..]);
-            files.push(Golden { name, config, tensors });
+    let entries = std::fs::read_dir(folder(method)).unwrap().map(|entry| entry.unwrap().path());
+    let (mut numbers, mut texts) = (Vec::new(), BTreeSet::new());
+    for path in entries {
+        match path.extension().and_then(|ending| ending.to_str()) {
+            Some("safetensors") => numbers.push(path),
+            Some("json") => _ = texts.insert(path),
+            _ => {}
         }
     }
-    assert!(!files.is_empty(), "no golden files for {method}");
+    assert!(!numbers.is_empty(), "no golden files for {method}");
+    numbers.sort();
+    let files = numbers.iter().map(|path| open(path, texts.take(&path.with_extension("json")).as_deref())).collect();
+    assert!(texts.is_empty(), "{method}: {texts:?} describe no tensors");
     files
 }
 
-/// All tensors; whole numbers become f32, which these files' are small enough for.
-fn tensors(header: &Value, data: &[u8]) -> BTreeMap<String, Named> {
-    let sizes = |list: &Value| -> Vec<usize> {
-        list.as_array().unwrap().iter().map(|size| size.as_u64().unwrap() as usize).collect()
-    };
-    let tensor = |(name, about): (&String, &Value)| {
-        let span = sizes(&about["data_offsets"]);
-        let bytes = &data[span[0]..span[1]];
-        let values = match about["dtype"].as_str() {
-            Some("F32") => bytes.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
-            Some("I32") => bytes.as_chunks::<4>().0.iter().map(|&chunk| i32::from_le_bytes(chunk) as f32).collect(),
-            Some("I64") => bytes.as_chunks::<8>().0.iter().map(|&chunk| i64::from_le_bytes(chunk) as f32).collect(),
-            other => panic!("{name} has type {other:?}"),
+fn open(path: &Path, beside: Option<&Path>) -> Golden {
+    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+    let bytes = std::fs::read(path).unwrap();
+    let broken = |error: &dyn std::fmt::Display| -> ! { panic!("{name}: {error}") };
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap_or_else(|error| broken(&error));
+    let config = header.metadata().as_ref().and_then(|metadata| metadata.get("config"));
+    let config = config.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|error| broken(&error)));
+    let tensors = SafeTensors::deserialize(&bytes).unwrap_or_else(|error| broken(&error));
+    let beside = beside.map(|path| {
+        let value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap_or_else(|error| broken(&error));
+        Config::new(path.file_name().unwrap().to_string_lossy().into_owned(), value)
+    });
+    Golden { config: Config::new(name.clone(), config), beside, tensors: Tensors::new(name.clone(), &tensors), name }
+}
+
+/// Settings of a file. Those that nobody has read by the end of the test fail it.
+pub struct Config {
+    path: String,
+    value: Value,
+    unread: RefCell<BTreeSet<String>>,
+}
+
+impl Config {
+    fn new(path: String, value: Value) -> Self {
+        let keys = value.as_object().into_iter().flat_map(|table| table.keys().cloned());
+        let unread = keys.filter(|key| !ORIGIN.contains(&&**key)).collect();
+        Self { path, value, unread: RefCell::new(unread) }
+    }
+
+    /// What is at a key.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.unread.borrow_mut().remove(key);
+        self.value.get(key).filter(|value| !value.is_null())
+    }
+
+    /// A table of settings, which has to be read whole too.
+    pub fn table(&self, key: &str) -> Config {
+        let value = self.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.path));
+        Config::new(format!("{}, {key}", self.path), value.clone())
+    }
+
+    /// Settings that decide nothing in the numbers.
+    pub fn beside_the_point(&self, keys: &[&str]) {
+        keys.iter().for_each(|&key| _ = self.unread.borrow_mut().remove(key));
+    }
+
+    /// Fails unless a setting that the project has no choice of is this one, or is not given.
+    pub fn is(&self, key: &str, only: impl Into<Value>) {
+        let only = only.into();
+        let value = self.get(key).unwrap_or(&only);
+        let same = value == &only || value.as_f64().is_some_and(|value| Some(value) == only.as_f64());
+        assert!(same, "{}: {key} is {value}; there is nothing but {only}", self.path);
+    }
+}
+
+impl std::ops::Index<&str> for Config {
+    type Output = Value;
+
+    fn index(&self, key: &str) -> &Value {
+        self.unread.borrow_mut().remove(key);
+        &self.value[key]
+    }
+}
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        let unread = self.unread.borrow();
+        assert!(std::thread::panicking() || unread.is_empty(), "{}: no test knows the settings {unread:?}", self.path);
+    }
+}
+
+/// Tensors of a file. Those that nobody has read by the end of the test fail it.
+pub struct Tensors {
+    file: String,
+    all: BTreeMap<String, (Named, Vec<f64>)>,
+    unread: RefCell<BTreeSet<String>>,
+}
+
+impl Tensors {
+    fn new(file: String, tensors: &SafeTensors<'_>) -> Self {
+        let named = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+            let wide = numbers(&name, view.dtype(), view.data());
+            let values = wide.iter().map(|&value| value as f32).collect();
+            (name.clone(), (Named { name, shape: view.shape().to_vec(), values }, wide))
         };
-        (name.clone(), Named { name: name.clone(), shape: sizes(&about["shape"]), values })
-    };
-    header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__").map(tensor).collect()
-}
+        let all: BTreeMap<_, _> = tensors.tensors().into_iter().map(named).collect();
+        let unread = RefCell::new(all.keys().cloned().collect());
+        Self { file, all, unread }
+    }
 
-fn check(method: &str, describe: impl Fn(&Value) -> AttentionConfig) {
-    for golden in files(method) {
-        check_file(golden, &describe);
+    /// The tensor of this name.
+    pub fn get(&self, key: &str) -> Option<&Named> {
+        self.unread.borrow_mut().remove(key);
+        self.all.get(key).map(|(named, _)| named)
+    }
+
+    /// Its numbers as they are in the file, without rounding to f32.
+    pub fn wide(&self, key: &str) -> &[f64] {
+        self.unread.borrow_mut().remove(key);
+        &self.all.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.file)).1
+    }
+
+    /// Whether there is one.
+    pub fn contains_key(&self, key: &str) -> bool {
+        self.all.contains_key(key)
+    }
+
+    /// All names.
+    pub fn keys(&self) -> impl Iterator<Item = &String> {
+        self.all.keys()
+    }
+
+    /// Those whose names begin with a prefix, by what is behind it.
+    pub fn under(&self, prefix: &str) -> BTreeMap<String, Named> {
+        let rest = |key: &String| {
+            let name = key.strip_prefix(prefix)?.to_owned();
+            Some((name.clone(), Named { name, ..self[key.as_str()].clone() }))
+        };
+        self.all.keys().filter_map(rest).collect()
     }
 }
 
-fn check_file(golden: Golden, describe: &impl Fn(&Value) -> AttentionConfig) {
-    let Golden { name, mut config, tensors: file } = golden;
-    config["has_bias"] = file.contains_key("w.q_proj.bias").into();
+impl std::ops::Index<&str> for Tensors {
+    type Output = Named;
 
-    let device = Device::flex().autodiff();
-    let described = describe(&config);
-    let rope = config["rope"].as_bool().unwrap();
-    let dims = Dims { d_model: size(&config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5 };
-    described.validate(&dims).unwrap_or_else(|error| panic!("{name}: {error}"));
-    let stored: BTreeMap<String, Named> =
-        file.iter().filter_map(|(key, tensor)| Some((key.strip_prefix("w.")?.to_owned(), ours(key, tensor)))).collect();
-    let stored = stored.into_iter().map(|(key, tensor)| (key.clone(), Named { name: key, ..tensor })).collect();
-    let layer = weights::load(described.init(&dims, &device), stored).unwrap_or_else(|error| panic!("{name}: {error}"));
-
-    let tensor = |key: &str| {
-        let named = &file[key];
-        Tensor::<3>::from_data(TensorData::new(named.values.clone(), named.shape.clone()), &device)
-    };
-    let layout = match config["rope_layout"].as_str() {
-        Some("interleaved") => RopeLayout::Interleaved,
-        Some("neox") => RopeLayout::RotateHalf,
-        other => panic!("{name}: rope_layout {other:?}"),
-    };
-    let seq = size(&config, "seq");
-    let theta = config["rope_theta"].as_f64().unwrap();
-    let rope = rope.then(|| Rope::new(0..seq, size(&config, "head_dim"), theta, layout, &device));
-    let mask = if config["causal"].as_bool().unwrap() { Mask::causal() } else { Mask::none() };
-    let x = tensor("x").require_grad();
-    let call = Call {
-        rope: rope.as_ref(),
-        mask: &mask,
-        bias: None,
-        cache: None,
-        observe: Observe::Nothing,
-        adapters: Adapters::default(),
-    };
-    let out = layer.forward(x.clone(), call).hidden;
-    compare(&name, "out", &file["out"].values, &values(out.clone()), OUTPUT, false);
-
-    let grads = (out * tensor("cotangent")).sum().backward();
-    let grad_x = x.grad(&grads).unwrap();
-    compare(&name, "grad.x", &file["grad.x"].values, &values(grad_x), GRADIENT, true);
-    let found = gradients(&layer, &grads);
-    let expected: Vec<&String> = file.keys().filter(|key| key.starts_with("grad.") && *key != "grad.x").collect();
-    assert_eq!(expected.len(), found.len(), "{name}: as many gradients as parameters");
-    for key in expected {
-        let want = ours(key, &file[key]);
-        let got = &found[key.strip_prefix("grad.").unwrap()];
-        compare(&name, key, &want.values, got, GRADIENT, true);
+    fn index(&self, key: &str) -> &Named {
+        self.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.file))
     }
 }
 
-/// Linear weights are `[out, in]` in the files and `[in, out]` here.
-fn ours(key: &str, tensor: &Named) -> Named {
-    if tensor.shape.len() != 2 {
-        return tensor.clone();
+impl Drop for Tensors {
+    fn drop(&mut self) {
+        let unread = self.unread.borrow();
+        assert!(std::thread::panicking() || unread.is_empty(), "{}: no test knows the tensors {unread:?}", self.file);
     }
-    assert!(key.ends_with("_proj.weight"), "{key}");
-    transposed(tensor)
+}
+
+/// A tensor's numbers; f64 holds all of these types but the largest whole numbers.
+fn numbers(name: &str, dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
+    match dtype {
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&four| f64::from(f32::from_le_bytes(four))).collect(),
+        Dtype::F64 => bytes.as_chunks::<8>().0.iter().map(|&eight| f64::from_le_bytes(eight)).collect(),
+        Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|&four| f64::from(i32::from_le_bytes(four))).collect(),
+        Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|&eight| i64::from_le_bytes(eight) as f64).collect(),
+        Dtype::U8 => bytes.iter().map(|&byte| f64::from(byte)).collect(),
+        other => panic!("{name} has type {other:?}"),
+    }
 }
 
 /// A matrix with rows and columns exchanged.
@@ -199,7 +237,7 @@ pub enum Layout {
 }
 
 /// A file's parameters, or their gradients, under the names and in the layout of here. Names that the file lacks are left out.
-pub fn renamed(file: &BTreeMap<String, Named>, prefix: &str, names: Names<'_>) -> BTreeMap<String, Named> {
+pub fn renamed(file: &Tensors, prefix: &str, names: Names<'_>) -> BTreeMap<String, Named> {
     let rename = |(theirs, ours, layout): &(&str, &str, Layout)| {
         let tensor = file.get(&format!("{prefix}{theirs}"))?;
         let tensor = if *layout == Layout::Linear { transposed(tensor) } else { tensor.clone() };
@@ -209,8 +247,8 @@ pub fn renamed(file: &BTreeMap<String, Named>, prefix: &str, names: Names<'_>) -
 }
 
 /// A tensor of a file, on a device.
-pub fn tensor<const D: usize>(file: &BTreeMap<String, Named>, key: &str, device: &Device) -> Tensor<D> {
-    let named = file.get(key).unwrap_or_else(|| panic!("the file has no {key}"));
+pub fn tensor<const D: usize>(file: &Tensors, key: &str, device: &Device) -> Tensor<D> {
+    let named = &file[key];
     Tensor::from_data(TensorData::new(named.values.clone(), named.shape.clone()), device)
 }
 
@@ -255,4 +293,9 @@ pub fn compare(file: &str, name: &str, want: &[f32], got: &[f32], tolerance: f32
     let tolerance = f64::from(tolerance);
     let tolerance = if relative { Tolerance::relative(tolerance) } else { Tolerance::absolute(tolerance) };
     assert_close(&format!("{file}: {name}"), got, want, tolerance);
+}
+
+/// The sum of products that files call their loss.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
 }

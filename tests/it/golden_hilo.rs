@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor};
 use polyhead_attention::HiLoConfig;
 use polyhead_models::weights;
 
-use crate::golden::{Golden, Layout, Names, compare, compare_gradients, files, renamed, tensor, values};
+use crate::golden::{Golden, Layout, Names, compare, compare_gradients, files, renamed, size, tensor, values};
 
 /// Relative to the largest number.
 const OUTPUT: f32 = 2e-5;
@@ -27,15 +27,13 @@ const NAMES: Names<'static> = &[
 
 #[test]
 fn golden_hilo() {
-    for golden in files("hilo") {
-        check_file(&golden);
-    }
+    files("hilo").iter().for_each(check_file);
 }
 
 fn check_file(golden: &Golden) {
-    let Golden { name, config, tensors: file } = golden;
+    let Golden { name, config, tensors: file, .. } = golden;
     let device = Device::flex().autodiff();
-    let size = |key: &str| config[key].as_u64().unwrap() as usize;
+    let size = |key: &str| size(config, key);
     let described = HiLoConfig {
         n_heads: size("num_heads"),
         window: size("window_size"),
@@ -43,7 +41,8 @@ fn check_file(golden: &Golden) {
         qkv_bias: config["qkv_bias"].as_bool().unwrap(),
         compat_padding: config["padded"].as_bool().unwrap(),
     };
-    assert_eq!(described.lofi_heads(), size("l_heads"), "{name}");
+    let heads = [size("l_heads"), size("h_heads")];
+    assert_eq!([described.lofi_heads(), described.n_heads - described.lofi_heads()], heads, "{name}");
     let d_model = size("dim");
     described.validate(d_model).unwrap();
     let layer = weights::load(described.init(d_model, &device), renamed(file, "w.", NAMES));
@@ -51,6 +50,12 @@ fn check_file(golden: &Golden) {
     let x: Tensor<3> = tensor(file, "x", &device).require_grad();
     let out = layer.forward(x.clone(), [size("H"), size("W")], None);
     compare(name, "out", &file["out"].values, &values(out.clone()), OUTPUT, true);
+    let hifi = size("h_heads") * d_model / size("num_heads");
+    for (part, start, width) in [("aux.hifi", 0, hifi), ("aux.lofi", hifi, d_model - hifi)] {
+        if width > 0 {
+            compare(name, part, &file[part].values, &values(out.clone().narrow(2, start, width)), OUTPUT, true);
+        }
+    }
     let grads = (out * tensor(file, "cotangent", &device)).sum().backward();
     compare(name, "grad.x", &file["grad.x"].values, &values(x.grad(&grads).unwrap()), GRADIENT, true);
     compare_gradients(name, &layer, &grads, &renamed(file, "grad.w.", NAMES), GRADIENT);

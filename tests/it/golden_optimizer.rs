@@ -9,9 +9,8 @@ use polyhead_models::weights::{self, Named, Path};
 use polyhead_training::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 use polyhead_training::gradients::{clip_factor, global_norm};
 use polyhead_training::optimizer::{Optimizer, Update};
-use serde_json::Value;
 
-use crate::golden::{Golden, compare, files};
+use crate::golden::{Config, Golden, Tensors, compare, files};
 
 /// Relative to the largest weight of a tensor.
 const WEIGHT: f32 = 1e-6;
@@ -34,22 +33,23 @@ struct Layer {
 
 #[test]
 fn golden_optimizer() {
-    for golden in files("optimizer") {
-        check_file(&golden);
-    }
+    files("optimizer").iter().for_each(check_file);
 }
 
 fn check_file(golden: &Golden) {
-    let Golden { name, config, tensors } = golden;
+    let Golden { name, config, tensors, .. } = golden;
+    // What the given gradients were multiplied by when they were drawn.
+    config.beside_the_point(&["gradient_scale"]);
     let optimizer_config = describe(config);
     let device = Device::flex().autodiff();
-    let mut model = weights::load(empty(tensors, &device), under(tensors, "w.")).unwrap();
+    let mut model = weights::load(empty(tensors, &device), tensors.under("w.")).unwrap();
     let mut optimizer = Optimizer::new(optimizer_config.clone());
     let rates = config["lr"].as_array().unwrap();
+    assert_eq!(tensors["norms"].shape, [rates.len()], "{name}: a norm and a rate for each step");
     for (index, lr) in rates.iter().enumerate() {
         let step = index + 1;
         let (mut grads, inner) = (GradientsParams::new(), device.clone().inner());
-        let mut given = under(tensors, &format!("grad.{step}."));
+        let mut given = tensors.under(&format!("grad.{step}."));
         model = model.map(&mut Give { given: &mut given, grads: &mut grads, device: &inner, path: Path::default() });
         assert!(given.is_empty(), "{name}: gradients of no parameter: {:?}", given.keys());
         let norm = global_norm(&grads, &model);
@@ -57,7 +57,7 @@ fn check_file(golden: &Golden) {
 
         let scale = clip_factor(norm, number(config, "max_norm"));
         model = optimizer.step(model, &mut grads, Update { lr: lr.as_f64().unwrap(), scale });
-        let after = under(tensors, &format!("after.{step}."));
+        let after = tensors.under(&format!("after.{step}."));
         let found = weights::named(&model);
         assert_eq!(after.len(), found.len(), "{name}: as many weights as parameters");
         for got in found {
@@ -70,11 +70,14 @@ fn check_file(golden: &Golden) {
     }
 }
 
-fn describe(config: &Value) -> OptimizerConfig {
+fn describe(config: &Config) -> OptimizerConfig {
     let n = |key| number(config, key);
     let (lr, beta1, beta2, eps, weight_decay) = (1.0, n("beta1"), n("beta2"), n("eps"), n("weight_decay"));
     match config["optimizer"].as_str() {
-        Some("adamw") => OptimizerConfig::Adamw(AdamwConfig { lr, beta1, beta2, eps, weight_decay }),
+        Some("adamw") => {
+            assert!(config["momentum"].is_null(), "AdamW has no momentum of its own");
+            OptimizerConfig::Adamw(AdamwConfig { lr, beta1, beta2, eps, weight_decay })
+        }
         Some("muon") => {
             let momentum = n("momentum");
             OptimizerConfig::Muon(MuonConfig { lr, momentum, weight_decay, beta1, beta2, eps })
@@ -83,26 +86,18 @@ fn describe(config: &Value) -> OptimizerConfig {
     }
 }
 
-fn number(config: &Value, key: &str) -> f64 {
+fn number(config: &Config, key: &str) -> f64 {
     config[key].as_f64().unwrap_or_else(|| panic!("config has no {key}"))
 }
 
-/// The tensors whose keys begin with `prefix`, by the rest of their keys.
-fn under(tensors: &BTreeMap<String, Named>, prefix: &str) -> BTreeMap<String, Named> {
-    let rest = |(key, tensor): (&String, &Named)| {
-        let name = key.strip_prefix(prefix)?.to_owned();
-        Some((name.clone(), Named { name, ..tensor.clone() }))
-    };
-    tensors.iter().filter_map(rest).collect()
-}
-
 /// A model of the file's shapes.
-fn empty(tensors: &BTreeMap<String, Named>, device: &Device) -> Model {
+fn empty(tensors: &Tensors, device: &Device) -> Model {
     let matrix = |name: &str| {
-        let shape: [usize; 2] = tensors[&format!("w.{name}")].shape.clone().try_into().unwrap();
+        let shape: [usize; 2] = tensors[format!("w.{name}").as_str()].shape.clone().try_into().unwrap();
         Param::from_tensor(Tensor::zeros(shape, device))
     };
-    let vector = |name: &str| Param::from_tensor(Tensor::zeros([tensors[&format!("w.{name}")].shape[0]], device));
+    let vector =
+        |name: &str| Param::from_tensor(Tensor::zeros([tensors[format!("w.{name}").as_str()].shape[0]], device));
     let layer = Layer {
         square: matrix("layers.0.square"),
         wide: matrix("layers.0.wide"),

@@ -6,12 +6,16 @@ use polyhead_models::weights;
 use polyhead_models::{GeneralizedMean, Pooling, PoolingConfig, TrainablePooling, contrastive_loss};
 use serde_json::{Value, json};
 
-use crate::golden::{Golden, Layout, Names, compare, compare_gradients, files, renamed, tensor, values};
+use crate::golden::{Golden, Layout, Names, compare, compare_gradients, files, renamed, size, tensor, values};
 
 /// Relative to the largest number.
 const OUTPUT: f32 = 2e-5;
 /// Relative to the largest number.
 const GRADIENT: f32 = 5e-5;
+
+/// Front ends of trainable pooling, as poolings of their own.
+const MEAN: &str = "mean";
+const LAST: &str = "last_token";
 
 /// What the authors call the parts of trainable pooling, and how they lie.
 const NAMES: Names<'static> = &[
@@ -39,9 +43,16 @@ fn golden_pooling() {
             "ggem" => check_generalized_mean(&golden),
             "hard_negative_nll" => check_loss(&golden),
             "mltp_pool_only" => {
+                assert_eq!(
+                    golden.tensors["hiddens"].shape[1],
+                    size(&golden.config, "num_layers_in"),
+                    "{}",
+                    golden.name
+                );
                 check_states(&golden, "mean_of_each_layer", |pooling, states| pooling.pool(states, None));
             }
             "last_layer_trainable_pool" => {
+                assert_eq!(golden.tensors["hiddens"].shape[1], size(&golden.config, "seq"), "{}", golden.name);
                 check_states(&golden, "tokens_of_last_layer", |pooling, states| pooling.forward(&[states], None));
             }
             "mltp_with_front_end" => check_layers(&golden),
@@ -56,10 +67,13 @@ fn hidden(golden: &Golden, device: &Device) -> Option<Tensor<2, Bool>> {
 }
 
 fn check_generalized_mean(golden: &Golden) {
-    let Golden { name, config, tensors: file } = golden;
+    let Golden { name, config, tensors: file, .. } = golden;
     let device = Device::flex().autodiff();
     let x: Tensor<3> = tensor(file, "x", &device).require_grad();
     let described = json!({"ggem": {"n_groups": config["groups"], "eps": config["eps"]}});
+    // Of which kind the numbers are decides nothing; how many tokens there are is in the mask.
+    config.beside_the_point(&["positive_input"]);
+    check_lengths(golden, "right");
     let Pooling::Ggem(fresh) = init(&described, x.dims()[2], 1, &device) else { panic!("{name}") };
     let names: Names<'_> = &[("p", "p", Layout::Same)];
     let pooling: GeneralizedMean = weights::load(fresh, renamed(file, "w.", names)).unwrap();
@@ -76,17 +90,32 @@ fn init(config: &Value, d_model: usize, n_layers: usize, device: &Device) -> Poo
     config.init(d_model, n_layers, device)
 }
 
+/// The file's mask is what its lengths say, at this side of the rows.
+fn check_lengths(golden: &Golden, padding_side: &str) {
+    let Some(lengths) = golden.config.get("lens") else {
+        assert!(!golden.tensors.contains_key("mask"), "{}: a mask without lengths", golden.name);
+        return;
+    };
+    let lengths: Vec<usize> = lengths.as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect();
+    let mask = &golden.tensors["mask"];
+    let tokens = mask.shape[1];
+    let of_row = |&length: &usize| {
+        let real = |at: usize| if padding_side == "left" { at >= tokens - length } else { at < length };
+        (0..tokens).map(move |at| f32::from(u8::from(real(at)))).collect::<Vec<_>>()
+    };
+    assert_eq!(mask.values, lengths.iter().flat_map(of_row).collect::<Vec<_>>(), "{}", golden.name);
+}
+
 /// The trainable pooling of a file, with its weights.
 fn trainable(golden: &Golden, input: &str, device: &Device) -> TrainablePooling {
-    let Golden { name, config, tensors: file } = golden;
+    let Golden { name, config, tensors: file, .. } = golden;
     let described = json!({"mltp": {
         "input": input, "n_latents": config["num_latents"], "n_heads": config["heads"], "head_dim": config["dim_head"],
     }});
     let table = config.get("layers_table").map_or(1, |rows| rows.as_u64().unwrap() as usize);
-    let d_model = config["d"].as_u64().unwrap() as usize;
+    let d_model = size(config, "d");
     let Pooling::Mltp(fresh) = init(&described, d_model, table, device) else { panic!("{name}") };
     let stored = renamed(file, "w.", NAMES);
-    assert_eq!(stored.len(), file.keys().filter(|key| key.starts_with("w.")).count(), "{name}: all names are known");
     weights::load(fresh, stored).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
@@ -103,7 +132,7 @@ fn check_states(golden: &Golden, input: &str, pool: impl Fn(&TrainablePooling, T
 }
 
 fn check_layers(golden: &Golden) {
-    let Golden { name, config, tensors: file } = golden;
+    let Golden { name, config, tensors: file, .. } = golden;
     let input = match config["front_end"].as_str() {
         Some("mean") => "mean_of_each_layer",
         Some("last") => "last_of_each_layer",
@@ -113,7 +142,14 @@ fn check_layers(golden: &Golden) {
     let pooling = trainable(golden, input, &device);
     let states: Tensor<4> = tensor(file, "hidden_states", &device).require_grad();
     let n_layers = states.dims()[1];
+    assert_eq!(n_layers, size(config, "num_layers_in"), "{name}");
+    check_lengths(golden, config["padding_side"].as_str().unwrap());
     let layers: Vec<Tensor<3>> = (0..n_layers).map(|layer| states.clone().narrow(1, layer, 1).squeeze_dim(1)).collect();
+    let front_end =
+        init(&json!(if input == "mean_of_each_layer" { MEAN } else { LAST }), size(config, "d"), 1, &device);
+    let of_layer = |layer: &Tensor<3>| front_end.forward(std::slice::from_ref(layer), hidden(golden, &device).as_ref());
+    let tokens: Tensor<3> = Tensor::stack(layers.iter().map(of_layer).collect(), 1);
+    compare(name, "aux.layer_tokens", &file["aux.layer_tokens"].values, &values(tokens), OUTPUT, true);
     let out = pooling.forward(&layers, hidden(golden, &device).as_ref());
     compare(name, "out", &file["out"].values, &values(out.clone()), OUTPUT, true);
     let grads = (out * tensor(file, "cotangent", &device)).sum().backward();
@@ -123,10 +159,10 @@ fn check_layers(golden: &Golden) {
 }
 
 fn check_loss(golden: &Golden) {
-    let Golden { name, config, tensors: file } = golden;
+    let Golden { name, config, tensors: file, .. } = golden;
     let device = Device::flex().autodiff();
     let leaf = |key: &str| Param::from_tensor(tensor::<2>(file, key, &device)).val();
-    let negatives = file.contains_key("neg").then(|| leaf("neg"));
+    let negatives = config["with_negatives"].as_bool().unwrap().then(|| leaf("neg"));
     let (queries, positives) = (leaf("q"), leaf("pos"));
     let scale = config["scale"].as_f64().unwrap();
     let loss = contrastive_loss(queries.clone(), positives.clone(), negatives.clone(), scale);

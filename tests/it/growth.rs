@@ -2,91 +2,75 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_attention::{Adapters, Call, Mask, Observe, Rope, RopeLayout};
+use burn::tensor::Device;
+use polyhead_attention::{AttentionConfig, GroupedDifferentialConfig};
 use polyhead_models::surgery::{Growth, grow};
 use polyhead_models::weights::{Named, load, named};
 use polyhead_models::{Decoder, DecoderConfig};
 use serde_json::json;
 
-use crate::golden::{Golden, OUTPUT, compare, files, size, values};
+use crate::golden::{Config, Golden, OUTPUT, compare, files, size, tensor, values};
+use crate::golden_gda::{attend, differential, ours};
 use crate::world::{SMALL, World};
 
 #[test]
 fn golden_gda_growth() {
-    let all = files("gda_growth");
-    all.iter().for_each(check);
+    files("gda_growth").iter().for_each(check);
 }
 
 /// A decoder of one layer whose attention is the file's.
-fn parent(golden: &Golden, device: &Device) -> Decoder {
-    let base = &golden.config["base"];
-    let attention = json!({ "grouped_differential": {
-        "n_heads": base["n_q_heads"], "n_noise_heads": base["n_noise"], "n_kv_heads": base["n_kv_heads"],
-        "head_dim": base["head_dim"], "lambda_init": { "constant": base["lambda_init"] },
-    } });
+fn parent(golden: &Golden, base: &Config, device: &Device) -> Decoder {
+    let attention = AttentionConfig::GroupedDifferential(differential(base, true));
     let config = json!({ "d_model": base["d_model"], "n_layers": 1, "d_ff": 16, "attention": attention });
     let config: DecoderConfig = serde_json::from_value(config).unwrap();
+    config.validate().unwrap_or_else(|error| panic!("{}: {error}", golden.name));
     let fresh = config.init(5, device);
     let mut weights: BTreeMap<String, Named> =
         named(&fresh).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-    for (name, tensor) in layer(golden, "base.w.") {
+    for (name, tensor) in ours(golden.tensors.under("base.w.")) {
+        let name = format!("{ATTENTION}{name}");
         weights.insert(name.clone(), Named { name, ..tensor });
     }
-    load(fresh, weights).unwrap()
+    load(fresh, weights).unwrap_or_else(|error| panic!("{}: {error}", golden.name))
 }
 
-/// The file's layer under our names, `[in, out]`.
-fn layer(golden: &Golden, prefix: &str) -> BTreeMap<String, Named> {
-    let ours = |(key, tensor): (&String, &Named)| {
-        let name = format!("layers.0.attention.{}", key.strip_prefix(prefix)?);
-        let tensor = match tensor.shape[..] {
-            [rows, columns] => {
-                let values = (0..rows * columns).map(|i| tensor.values[i % rows * columns + i / rows]).collect();
-                Named { name: name.clone(), shape: vec![columns, rows], values }
-            }
-            _ => tensor.clone(),
-        };
-        Some((name, tensor))
-    };
-    golden.tensors.iter().filter_map(ours).collect()
-}
+const ATTENTION: &str = "layers.0.attention.";
 
 fn check(golden: &Golden) {
-    let device = Device::flex();
-    let parent = parent(golden, &device);
-    let growth =
-        |noise: f64| Growth { signal_heads: size(&golden.config, "signal_replication"), noise, ..Growth::default() };
-    let grown = grow(&parent, &growth(0.0)).unwrap();
-    let found: BTreeMap<String, Named> =
-        named(&grown).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-    let wanted = layer(golden, "grown.w.");
-    assert!(wanted.len() >= 9);
-    for (name, want) in wanted {
-        assert_eq!(found[&name].shape, want.shape, "{name}");
-        compare(&golden.name, &name, &want.values, &found[&name].values, 1e-7, false);
+    let (name, device) = (&golden.name, Device::flex());
+    let [base, wide] = ["base", "grown"].map(|key| golden.config.table(key));
+    for config in [&base, &wide] {
+        config.beside_the_point(&["depth", "layer_idx"]);
     }
-    let noisy = grow(&parent, &growth(Growth::NOISE)).unwrap();
-    for (model, want) in [(&parent, "base.out"), (&grown, "grown.out"), (&noisy, "grown.out")] {
-        compare(&golden.name, want, &golden.tensors[want].values, &attended(golden, model), OUTPUT, false);
-    }
-}
+    let [signal_heads, width] = ["signal_replication", "width_clone"].map(|key| size(&golden.config, key));
+    let parent = parent(golden, &base, &device);
+    let growth = |noise| Growth { signal_heads, width, noise, ..Growth::default() };
+    let grown = grow(&parent, &growth(0.0)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert_eq!(grown.config().d_model, size(&wide, "d_model"), "{name}");
+    let AttentionConfig::GroupedDifferential(found) = grown.config().mechanism(0) else { panic!("{name}") };
+    let described = GroupedDifferentialConfig { subln_init: found.subln_init, ..differential(&wide, true) };
+    assert_eq!(found, &described, "{name}");
 
-fn attended(golden: &Golden, model: &Decoder) -> Vec<f32> {
-    let (base, device) = (&golden.config["base"], model.device());
-    let x = &golden.tensors["base.x"];
-    let x = Tensor::<3>::from_data(TensorData::new(x.values.clone(), x.shape.clone()), &device);
-    let theta = base["rope_theta"].as_f64().unwrap();
-    let rope = Rope::new(0..size(base, "seq"), size(base, "head_dim"), theta, RopeLayout::RotateHalf, &device);
-    let call = Call {
-        rope: Some(&rope),
-        mask: &Mask::causal(),
-        bias: None,
-        cache: None,
-        observe: Observe::Nothing,
-        adapters: Adapters::default(),
-    };
-    values(model.layers[0].attention.forward(x, call).hidden)
+    let of_layer = |tensor: Named| Some((tensor.name.strip_prefix(ATTENTION)?.to_owned(), tensor));
+    let found: BTreeMap<String, Named> = named(&grown).into_iter().filter_map(of_layer).collect();
+    let wanted = ours(golden.tensors.under("grown.w."));
+    assert_eq!(found.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>(), "{name}");
+    for (key, want) in wanted {
+        assert_eq!(found[&key].shape, want.shape, "{name}: {key}");
+        compare(name, &key, &want.values, &found[&key].values, 1e-7, false);
+    }
+    // The grown layer reads and writes every clone of a channel.
+    let noisy = grow(&parent, &growth(Growth::NOISE)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let before = tensor::<3>(&golden.tensors, "base.x", &device);
+    compare(name, "grown.x", &golden.tensors["grown.x"].values, &values(before.repeat_dim(2, width)), 0.0, false);
+    for (model, kind, config) in [(&parent, "base", &base), (&grown, "grown", &wide), (&noisy, "grown", &wide)] {
+        let x = tensor(&golden.tensors, &format!("{kind}.x"), &device);
+        let out = values(attend(config, &model.layers[0].attention, x));
+        let key = format!("{kind}.out");
+        compare(name, &key, &golden.tensors[key.as_str()].values, &out, OUTPUT, false);
+    }
+    let out = tensor::<3>(&golden.tensors, "base.out", &device).repeat_dim(2, width);
+    compare(name, "grown.out", &golden.tensors["grown.out"].values, &values(out), OUTPUT, false);
 }
 
 #[test]

@@ -18,6 +18,7 @@
 //! through the inner loop by finite differences (`second_order`).
 
 use burn::module::Module;
+use burn::optim::GradientsParams;
 use polyhead_models::adapters::{self, LoraConfig};
 use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, Pass};
 use schemars::JsonSchema;
@@ -159,6 +160,13 @@ impl Bilevel {
         Self { config, updater: Updater::new(optimizer, training) }
     }
 
+    /// What one batch alone gives to a step: the gradients of the weights, and those of its fast weights where they count.
+    pub fn gradients(&self, model: &Decoder, batch: &Batch, adapted: &Adapted) -> (GradientsParams, FastWeights) {
+        let (mut step, mut beside) = (Step::over(std::slice::from_ref(batch)), FastWeights::default());
+        self.batch(model, batch, adapted, &mut step, &mut beside);
+        (step.gradients(), beside)
+    }
+
     /// Forward and backward of one batch: adds its gradients to `step`, and the fast weights' own to `beside`.
     fn batch(&self, model: &Decoder, batch: &Batch, adapted: &Adapted, step: &mut Step, beside: &mut FastWeights) {
         let BilevelConfig { clip_includes_fast, second_order, context_mask, .. } = self.config;
@@ -233,7 +241,5 @@ impl Procedure for Bilevel {
     }
 }
 
-#[cfg(test)]
-mod golden;
 #[cfg(test)]
 mod tests;

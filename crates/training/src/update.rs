@@ -59,7 +59,6 @@ impl<M: Learner> Step<M> {
     }
 
     /// The sum of the gradients.
-    #[cfg(test)]
     pub(crate) fn gradients(self) -> burn::optim::GradientsParams {
         self.grads.finish()
     }

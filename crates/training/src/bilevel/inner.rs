@@ -47,12 +47,13 @@ impl FastWeights {
         self.map(|x| each(x.clone(), others.next().expect("the same shape")))
     }
 
-    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor<2>> {
+    /// Its matrices, layer by layer: A before B.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor<2>> {
         self.0.iter().flatten().flat_map(|one| [&one.a, &one.b])
     }
 
-    /// `[1]`: the sum of all squares.
-    pub(super) fn square(&self) -> Option<Tensor<1>> {
+    /// `[1]`: the sum of the squares of all numbers; `None` without fast weights.
+    pub fn square(&self) -> Option<Tensor<1>> {
         self.tensors().map(|x| x.clone().square().sum()).reduce(|a, b| a + b)
     }
 
@@ -84,7 +85,7 @@ pub struct InnerStep {
     /// Its gradients, not clipped; `None` where the loss was not finite and no step was taken.
     pub slopes: Option<FastWeights>,
     /// What each gradient was multiplied by, `[1, 1]`, tensor by tensor.
-    pub(super) factors: Vec<Tensor<2>>,
+    pub factors: Vec<Tensor<2>>,
 }
 
 /// Fast weights adapted to a batch.
