@@ -51,7 +51,7 @@ pub enum DataConfig {
     Cifar(CifarConfig),
     /// For classifiers: pictures as rows of a table.
     CsvImages(CsvImagesConfig),
-    /// For classifiers: PNG and JPEG files, a folder for each class.
+    /// For classifiers: image files, a folder for each class.
     ImageFolder(ImageFolderConfig),
     /// For classifiers: WAV files, a folder for each class.
     WavFolder(WavFolderConfig),

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::DataError;
 use crate::error::At;
+use crate::files::read_file;
 
 /// Unpacked, a file may be this many times as large as it is, and so many bytes more; chosen by us. Text packs to a tenth.
 const RATIO: u64 = 100;
@@ -45,7 +46,7 @@ pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
 /// # Errors
 /// If it cannot be read, or is something else than text: what.
 pub(crate) fn read_rows(path: &Path) -> Result<Vec<u8>, DataError> {
-    let bytes = std::fs::read(path).at(path)?;
+    let bytes = read_file(path)?;
     let bytes = if bytes.starts_with(b"\x1F\x8B") { unpacked(&bytes, path)? } else { bytes };
     match kind(&bytes) {
         Some(kind) => Err(DataError::Unusable(format!("{} is {kind}", path.display()))),

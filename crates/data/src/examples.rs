@@ -6,7 +6,9 @@
 mod augment;
 mod chirps;
 mod cifar;
+mod classes;
 mod csv_images;
+mod decode;
 mod feature_pairs;
 mod features;
 mod fourier;
@@ -15,8 +17,10 @@ mod image_folder;
 mod labelled_text;
 mod layer_features;
 mod log_mel;
+mod packed;
 mod pictures;
 mod shapes;
+mod wav;
 mod wav_folder;
 
 use std::sync::Arc;
@@ -31,7 +35,7 @@ use crate::{DataConfig, DataError, OpenOptions, Tokenizer};
 pub use augment::AugmentConfig;
 pub use chirps::ChirpsConfig;
 pub use cifar::{CifarConfig, CifarLabels};
-pub use csv_images::CsvImagesConfig;
+pub use csv_images::{Column, CsvImagesConfig};
 pub use feature_pairs::{FeaturePairsConfig, PairLoader, Paired, open_pairs, read_features};
 pub use features::{FeaturesConfig, NewFeatures, NewPairs};
 pub use idx::IdxConfig;
@@ -42,6 +46,7 @@ pub use log_mel::LogMelConfig;
 pub use shapes::ShapesConfig;
 pub use wav_folder::WavFolderConfig;
 
+use classes::Classes;
 use pictures::Pictures;
 
 /// An example with its class.
@@ -172,6 +177,8 @@ pub struct Labelled {
     pub tokenizer: Option<Tokenizer>,
     /// What the data is, in words.
     pub description: String,
+    /// What was left out, changed or guessed, with counts.
+    pub notes: Vec<String>,
     /// For files: a hash of what was read, which tells whether they have changed.
     pub text_hash: Option<String>,
 }
@@ -243,10 +250,10 @@ pub fn open_labelled(
     match data {
         DataConfig::Shapes(config) => Ok(generated(config.clone(), "shapes", augment, options)),
         DataConfig::Chirps(config) => Ok(generated(chirps::Chirps::new(config), "chirps", augment, options)),
-        DataConfig::Idx(config) => of_pictures(config.read()?, "IDX files", augment, options),
-        DataConfig::Cifar(config) => of_pictures(config.read()?, "CIFAR files", augment, options),
-        DataConfig::CsvImages(config) => of_pictures(config.read()?, "rows of pixels", augment, options),
-        DataConfig::ImageFolder(config) => of_pictures(config.read()?, "image files", augment, options),
+        DataConfig::Idx(config) => of_pictures(config.read()?, "IDX files", (data, augment, options)),
+        DataConfig::Cifar(config) => of_pictures(config.read()?, "CIFAR files", (data, augment, options)),
+        DataConfig::CsvImages(config) => of_pictures(config.read()?, "rows of pixels", (data, augment, options)),
+        DataConfig::ImageFolder(config) => of_pictures(config.read()?, "image files", (data, augment, options)),
         DataConfig::WavFolder(config) => wav_folder::open(config, augment, options),
         DataConfig::LabelledText(config) => labelled_text::open(config, tokenizer, options),
         DataConfig::Features(config) => features::open(config, options),
@@ -269,6 +276,7 @@ fn generated<T: Maker>(task: T, name: &str, augment: &AugmentConfig, options: &O
         classes,
         groups: task.groups(),
         tokenizer: None,
+        notes: Vec::new(),
         text_hash: None,
     }
 }
@@ -287,15 +295,15 @@ fn loader(
 pub(crate) struct Found {
     pub learnt: Pictures,
     pub held_out: Option<Pictures>,
+    pub notes: Vec<String>,
 }
 
 fn of_pictures(
     found: Found,
     what: &str,
-    augment: &AugmentConfig,
-    options: &OpenOptions,
+    (data, augment, options): (&DataConfig, &AugmentConfig, &OpenOptions),
 ) -> Result<Labelled, DataError> {
-    let Found { learnt, held_out } = found;
+    let Found { learnt, held_out, mut notes } = found;
     let mut hash = blake3::Hasher::new();
     learnt.hash(&mut hash);
     if let Some(held_out) = &held_out {
@@ -309,6 +317,10 @@ fn of_pictures(
             ));
         }
     }
+    let field = matches!(data, DataConfig::CsvImages(_)).then_some("label");
+    let held_out_labels = held_out.iter().flat_map(|held_out| &held_out.labels);
+    let labels = learnt.labels.iter().chain(held_out_labels).copied();
+    notes.extend(Classes { names: &learnt.classes, data: data.name(), field }.check(labels)?);
     let all = learnt.labels.len();
     let (train, validation) = match held_out {
         Some(held_out) => {
@@ -336,6 +348,7 @@ fn of_pictures(
         counts,
         groups: Vec::new(),
         tokenizer: None,
+        notes,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })
 }

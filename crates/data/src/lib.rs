@@ -10,12 +10,15 @@ mod config;
 mod encoding;
 mod error;
 mod examples;
+mod files;
 mod html;
 mod loader;
 pub mod long_context;
 mod order;
 mod pack;
 mod rust_docs;
+mod sniff;
+mod sources;
 pub mod synthetic;
 mod text;
 mod tokenizer;
@@ -29,16 +32,17 @@ use polyhead_models::{Batch, Role};
 pub use config::{DataConfig, RustDocsConfig};
 pub use error::DataError;
 pub use examples::{
-    AugmentConfig, ChirpsConfig, CifarConfig, CifarLabels, Content, CsvImagesConfig, Example, ExampleLoader,
+    AugmentConfig, ChirpsConfig, CifarConfig, CifarLabels, Column, Content, CsvImagesConfig, Example, ExampleLoader,
     ExampleSet, FeaturePairsConfig, FeaturesConfig, IdxConfig, ImageFolderConfig, Labelled, LabelledTextConfig,
     LayerFeaturesConfig, LogMelConfig, NewFeatures, NewPairs, PairLoader, Paired, ShapesConfig, WavFolderConfig,
     open_labelled, open_pairs, read_features,
 };
+pub use files::OnBadFile;
 pub use loader::{FromDataset, Loader, LoaderOptions, Order, Sample, Samples};
 pub use pack::{Packing, Windows};
 pub use text::{
-    JsonlConfig, LabelledFields, LabelledText, PairedText, TextConfig, TextDocument, Texts, distinct_names,
-    read_labelled, read_pairs,
+    FromFiles, JsonlConfig, LabelledFields, LabelledText, PairedText, Syntax, TextConfig, TextDocument, Texts,
+    distinct_names, read_labelled, read_pairs,
 };
 pub use tokenizer::{BytesTokenizer, HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 pub use tokens::{Split, TokenFile, split};
@@ -159,7 +163,7 @@ pub fn open(
         let problem = format!("data.{} is pairs that belong together, for model.embedder", data.name());
         return Err(DataError::Unusable(problem));
     }
-    let (documents, source) = documents(data, &options.project_root)?;
+    let Documents { texts: documents, description: source, notes } = documents(data, &options.project_root)?;
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
     let tracked_share = options.tracking.map_or(0.0, |tracking| tracking.fraction);
     let split = split(&file, options.validation_fraction, tracked_share)?;
@@ -175,7 +179,7 @@ pub fn open(
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer.clone()),
         description: format!("{source}: {} tokens; {}", file.len(), split.description),
-        notes: note.into_iter().collect(),
+        notes: notes.into_iter().chain(note).collect(),
         text_hash: Some(file.key().to_owned()),
         floor: None,
     })
@@ -270,7 +274,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         // Whoever uses the model has to write as it has learnt to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
         description,
-        notes: several.into_iter().chain(markers).chain(note).chain(told).collect(),
+        notes: several.into_iter().chain(markers).chain(note).chain(told).chain(counts.left_out).collect(),
         text_hash: Some(hash.finalize().to_hex().to_string()),
         floor: None,
     })
@@ -333,26 +337,43 @@ pub fn vocab_size(data: &DataConfig, tokenizer: &Tokenizer) -> usize {
     data.task(0).map_or_else(|| tokenizer.vocab_size(), |(task, _)| task.vocab_size())
 }
 
-/// The documents of a text source, and what they are in words.
+/// The documents of a text source.
+pub struct Documents {
+    /// The texts.
+    pub texts: Vec<TextDocument>,
+    /// What they are, in words.
+    pub description: String,
+    /// What was left out or changed, with counts.
+    pub notes: Vec<String>,
+}
+
+/// Reads or makes the documents of a text source.
 ///
 /// # Errors
 /// If files are missing or malformed, or the source is no text.
-pub fn documents(data: &DataConfig, project_root: &Path) -> Result<(Vec<TextDocument>, String), DataError> {
-    let counted = |documents: Vec<TextDocument>, what: &str| {
-        let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
-        let plural = if documents.len() == 1 { "" } else { "s" };
-        let words = format!("{} {what}{plural} ({:.1} MB)", documents.len(), bytes as f64 / 1e6);
+pub fn documents(data: &DataConfig, project_root: &Path) -> Result<Documents, DataError> {
+    let counted = |read: FromFiles<TextDocument>, what: &str| {
+        let FromFiles { items: texts, notes } = read;
+        let bytes: usize = texts.iter().map(|document| document.text.len()).sum();
+        let plural = if texts.len() == 1 { "" } else { "s" };
+        let description = format!("{} {what}{plural} ({:.1} MB)", texts.len(), bytes as f64 / 1e6);
         if bytes == 0 {
             let name = data.name();
-            return Err(DataError::Unusable(format!("{words} hold no text: name others in data.{name}.paths")));
+            return Err(DataError::Unusable(format!("{description} hold no text: name others in data.{name}.paths")));
         }
-        Ok((documents, words))
+        Ok(Documents { texts, description, notes })
     };
     match data {
-        DataConfig::RustDocs(_) => rust_docs::read_rust_docs(project_root),
+        DataConfig::RustDocs(_) => {
+            let (texts, description) = rust_docs::read_rust_docs(project_root)?;
+            Ok(Documents { texts, description, notes: Vec::new() })
+        }
         DataConfig::Text(config) => counted(text::read_text(config)?, "text file"),
         DataConfig::Jsonl(config) => counted(text::read_jsonl(config)?, "JSON row"),
-        DataConfig::LongContext(config) => counted(long_context::texts(config)?, "generated conversation"),
+        DataConfig::LongContext(config) => {
+            let made = FromFiles { items: long_context::texts(config)?, notes: Vec::new() };
+            counted(made, "generated conversation")
+        }
         other => Err(DataError::Unusable(format!("data.{} is no text", other.name()))),
     }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::DataError;
 use crate::error::At;
 use crate::html::html_to_text;
-use crate::text::{TextConfig, TextDocument, read_text};
+use crate::text::{Syntax, TextConfig, TextDocument, read_text};
 
 /// The books among the documentation, which are prose; the API pages are ten times as much and mostly signatures.
 const BOOKS: [&str; 11] = [
@@ -56,7 +56,7 @@ fn own_text(project_root: &Path) -> Result<(Vec<TextDocument>, String), DataErro
             project's folder, whose own text would serve: set data.text.paths";
         return Err(DataError::Unusable(problem.into()));
     }
-    let documents = read_text(&TextConfig { paths })?;
+    let documents = read_text(&TextConfig { paths, syntax: Syntax::Any })?.items;
     let words = format!(
         "Polyhead's own text and source ({} files), as the Rust documentation is not installed (rustup component add \
          rust-docs)",

@@ -1,19 +1,21 @@
 //! Documents of text: from files, from JSON lines.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn_dataset::Dataset;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::error::At;
+use crate::files::{LeftOut, Search, read_file, search, without_mark};
 use crate::html::html_to_text;
+use crate::sniff::{not_text, structured};
 use crate::{DataError, encoding};
 
 /// Endings that count as text when a folder is named.
 const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py", "toml", "json", "tex", "c", "h"];
+/// Endings that count as rows of JSON when a folder is named.
+const ROW_ENDINGS: [&str; 2] = ["jsonl", "ndjson"];
 
 /// A text with its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +47,36 @@ pub struct TextConfig {
     /// Files, folders (searched to the bottom for text files) and patterns such as "books/*.txt". One document a file;
     /// HTML is stripped.
     pub paths: Vec<String>,
+    /// What is text: "prose" (default) refuses files that are JSON rows, JSON files or tables by their content, and leaves
+    /// them out where they are found in a folder; "any" takes all that is UTF-8, such as a corpus of source code.
+    #[serde(default, skip_serializing_if = "Syntax::is_default")]
+    pub syntax: Syntax,
+}
+
+/// What counts as text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Syntax {
+    /// Whatever is no data: no JSON, no tables.
+    #[default]
+    Prose,
+    /// All that is UTF-8.
+    Any,
+}
+
+impl Syntax {
+    fn is_default(&self) -> bool {
+        *self == Self::Prose
+    }
+}
+
+/// What was read from files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FromFiles<T> {
+    /// In the order of the files.
+    pub items: Vec<T>,
+    /// What was left out or changed, with counts.
+    pub notes: Vec<String>,
 }
 
 /// `[data.jsonl]`: one document a line.
@@ -65,38 +97,69 @@ fn text_field() -> String {
 /// Reads text files.
 ///
 /// # Errors
-/// If a pattern matches nothing, or a file that is named cannot be read as UTF-8.
-pub fn read_text(config: &TextConfig) -> Result<Vec<TextDocument>, DataError> {
-    let mut documents = Vec::new();
-    for (path, named) in expand(&config.paths, &TEXT_ENDINGS)? {
-        let bytes = std::fs::read(&path).at(&path)?;
-        let kind = encoding::kind(&bytes);
-        let Ok(text) = String::from_utf8(bytes) else {
-            if named {
-                let kind = kind.unwrap_or("no UTF-8 text");
-                return Err(DataError::Unusable(format!("{} is {kind}", path.display())));
+/// If a pattern matches nothing, a file that is named cannot be read as text, or nothing is left.
+pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
+    let Search { files, mut left_out } = search(&config.paths, &TEXT_ENDINGS)?;
+    let (mut documents, mut marked) = (Vec::new(), 0);
+    for (path, named) in files {
+        let bytes = read_file(&path)?;
+        marked += usize::from(without_mark(&bytes).len() < bytes.len());
+        let text = match text_of_file(&bytes, &path, config.syntax) {
+            Ok(text) => text,
+            Err((what, instead)) if named => {
+                let instead = instead.map_or(String::new(), |instead| format!(": {instead}"));
+                return Err(DataError::Unusable(format!("{} is {what}{instead}", path.display())));
             }
-            continue;
+            Err((what, instead)) => {
+                let instead = instead.map_or(String::new(), |instead| format!(", which is no prose: {instead}"));
+                left_out.add(&format!("{what}{instead}"), &path);
+                continue;
+            }
         };
+        if text.is_empty() {
+            left_out.add("empty", &path);
+            continue;
+        }
         let html = path.extension().is_some_and(|ending| ending == "html" || ending == "htm");
-        let text = if html { html_to_text(&text) } else { text };
+        let text = if html { html_to_text(text) } else { text.to_owned() };
         documents.push(TextDocument { name: path.display().to_string(), text });
     }
-    Ok(documents)
+    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learnt"));
+    let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
+    match documents.is_empty() {
+        true => Err(DataError::Unusable(format!("data.text: no file is left to learn from; {}", notes.join("; ")))),
+        false => Ok(FromFiles { items: documents, notes }),
+    }
+}
+
+/// The text of a file, or what it is instead and what reads that.
+fn text_of_file<'a>(bytes: &'a [u8], path: &Path, syntax: Syntax) -> Result<&'a str, (String, Option<String>)> {
+    let no_text = |bytes| not_text(bytes).map_or(Ok(()), |what| Err((what, None)));
+    no_text(bytes)?;
+    let text = std::str::from_utf8(without_mark(bytes)).map_err(|error| (format!("not UTF-8 ({error})"), None))?;
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+    let table = ending.is_some_and(|ending| ["csv", "tsv"].contains(&ending.as_str()));
+    match structured(text, table).filter(|_| syntax == Syntax::Prose) {
+        Some(found) => Err((
+            found.what.to_owned(),
+            Some(format!("{}; data.text.syntax = \"any\" learns it as it is", found.instead)),
+        )),
+        None => Ok(text),
+    }
 }
 
 /// Reads JSON lines.
 ///
 /// # Errors
 /// If a pattern matches nothing, or a line is no object with the field.
-pub fn read_jsonl(config: &JsonlConfig) -> Result<Vec<TextDocument>, DataError> {
+pub fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
     let mut documents = Vec::new();
-    for_each_row(&config.paths, |name, row| {
+    let left_out = for_each_row(&config.paths, |name, row| {
         let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
         documents.push(TextDocument { name, text: text.to_owned() });
         Ok(())
     })?;
-    Ok(documents)
+    Ok(FromFiles { items: documents, notes: left_out.note().into_iter().collect() })
 }
 
 /// A text with what it is.
@@ -127,9 +190,9 @@ pub struct LabelledFields<'a> {
 ///
 /// # Errors
 /// If a pattern matches nothing, or a line lacks one of them.
-pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<Vec<LabelledText>, DataError> {
+pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
     let mut texts = Vec::new();
-    for_each_row(paths, |name, row| {
+    let left_out = for_each_row(paths, |name, row| {
         let text = text_of(row, fields.text)
             .map_err(|problem| format!("{problem}; text_field names another field"))?
             .to_owned();
@@ -138,7 +201,7 @@ pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<Vec<Lab
         texts.push(LabelledText { name, text, label, group });
         Ok(())
     })?;
-    Ok(texts)
+    Ok(FromFiles { items: texts, notes: left_out.note().into_iter().collect() })
 }
 
 /// Texts that belong together.
@@ -155,9 +218,12 @@ pub struct PairedText {
 ///
 /// # Errors
 /// If a pattern matches nothing, or a line lacks what the others have.
-pub fn read_pairs(paths: &[String], [query, positive, negative]: [&str; 3]) -> Result<Vec<PairedText>, DataError> {
+pub fn read_pairs(
+    paths: &[String],
+    [query, positive, negative]: [&str; 3],
+) -> Result<FromFiles<PairedText>, DataError> {
     let mut pairs: Vec<PairedText> = Vec::new();
-    for_each_row(paths, |name, row| {
+    let left_out = for_each_row(paths, |name, row| {
         let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
         if row.get(negative).is_some() {
             parts.push(text_of(row, negative)?.to_owned());
@@ -172,14 +238,16 @@ pub fn read_pairs(paths: &[String], [query, positive, negative]: [&str; 3]) -> R
             }
         }
     })?;
-    Ok(pairs)
+    Ok(FromFiles { items: pairs, notes: left_out.note().into_iter().collect() })
 }
 
 /// All names that occur: numbers by their size, then the others by their letters.
 pub fn distinct_names<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
     let mut names: Vec<String> = names.cloned().collect();
-    names.sort_by_key(|name| (name.parse::<i64>().map_or((1, 0), |number| (0, number)), name.clone()));
+    // First, so that as few as there are classes are parsed.
+    names.sort_unstable();
     names.dedup();
+    names.sort_by_cached_key(|name| name.parse::<i64>().map_or((1, 0), |number| (0, number)));
     names
 }
 
@@ -211,13 +279,22 @@ fn found(row: &Value, field: &str) -> String {
     }
 }
 
-/// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place.
-fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result<(), String>) -> Result<(), DataError> {
-    for (path, _) in expand(paths, &["jsonl", "ndjson"])? {
+/// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place. Gives what
+/// was not read.
+fn for_each_row(
+    paths: &[String],
+    mut take: impl FnMut(String, &Value) -> Result<(), String>,
+) -> Result<LeftOut, DataError> {
+    let Search { files, mut left_out } = search(paths, &ROW_ENDINGS)?;
+    for path in files.into_keys() {
         let content = encoding::read_rows(&path)?;
-        let Ok(content) = std::str::from_utf8(without_mark(&content)) else {
-            return Err(DataError::Unusable(format!("{} is no UTF-8 text", path.display())));
-        };
+        if content.is_empty() {
+            left_out.add("empty", &path);
+        }
+        let content = std::str::from_utf8(without_mark(&content)).map_err(|error| {
+            let what = not_text(&content).unwrap_or_else(|| error.to_string());
+            DataError::Unusable(format!("{} is {what}: rows of JSON are read", path.display()))
+        })?;
         for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
             let value: Value = serde_json::from_str(line).map_err(|error| {
@@ -228,79 +305,76 @@ fn for_each_row(paths: &[String], mut take: impl FnMut(String, &Value) -> Result
             take(format!("{}:{}", path.display(), index + 1), &value).map_err(row)?;
         }
     }
-    Ok(())
-}
-
-/// A file without the byte order mark that some programs write before UTF-8.
-pub(crate) fn without_mark(content: &[u8]) -> &[u8] {
-    content.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(content)
-}
-
-/// Files that patterns mean, sorted, each once, with whether it was named itself (not only found in a folder).
-pub(crate) fn expand(patterns: &[String], endings: &[&str]) -> Result<BTreeMap<PathBuf, bool>, DataError> {
-    if patterns.is_empty() {
-        return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
-    }
-    let mut found = BTreeMap::new();
-    for pattern in patterns {
-        // Counted apart from `found`: another pattern may have found the same files before.
-        let mut matched = BTreeMap::new();
-        for path in matches(pattern)? {
-            if path.is_dir() {
-                walk(&path, endings, &mut matched)?;
-            } else {
-                matched.insert(path, true);
-            }
-        }
-        if matched.is_empty() {
-            let here = std::env::current_dir().unwrap_or_default();
-            let problem = match Path::new(pattern).is_dir() {
-                true => format!("the folder \"{pattern}\" holds no file that ends in {}", endings.join(", ")),
-                false => format!("\"{pattern}\" matches no file (looked from {})", here.display()),
-            };
-            return Err(DataError::Unusable(problem));
-        }
-        for (path, named) in matched {
-            *found.entry(path).or_default() |= named;
-        }
-    }
-    Ok(found)
-}
-
-/// The paths that one pattern means. A path that exists means itself, even where its name holds signs of a pattern.
-fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
-    if Path::new(pattern).exists() {
-        return Ok(vec![pattern.into()]);
-    }
-    let paths = glob::glob(pattern).map_err(|e| DataError::Unusable(format!("pattern \"{pattern}\": {e}")))?;
-    paths.map(|path| path.map_err(|e| DataError::File { path: e.path().to_owned(), cause: e.into() })).collect()
-}
-
-/// All files below `folder` with one of the endings, in small letters or capitals; hidden ones, `target` and links to folders (which may lead in a
-/// circle) are left out.
-fn walk(folder: &Path, endings: &[&str], found: &mut BTreeMap<PathBuf, bool>) -> Result<(), DataError> {
-    for entry in std::fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with('.') || name == "target" {
-            continue;
-        }
-        if path.is_dir() {
-            if !path.is_symlink() {
-                walk(&path, endings, found)?;
-            }
-        } else if path.extension().is_some_and(|ending| endings.iter().any(|known| ending.eq_ignore_ascii_case(known)))
-        {
-            found.insert(path, false);
-        }
-    }
-    Ok(())
+    Ok(left_out)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    fn prose(paths: &[&Path]) -> TextConfig {
+        TextConfig { paths: paths.iter().map(|path| path.display().to_string()).collect(), syntax: Syntax::Prose }
+    }
+
+    fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
+        all.items.iter().map(|document| document.text.as_str()).collect()
+    }
+
+    #[test]
+    fn what_is_no_prose_is_refused_by_name_and_left_out_of_folders_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        let rows = write("rows.txt", b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
+        let info = write("dataset_info.json", b"{\"features\": {}}");
+        let latin = write("latin.txt", b"caf\xe9");
+        let table = write("t.csv", b"a,b\n1,2\n");
+        let config = prose(&[dir.path()]);
+        let error = read_text(&config).unwrap_err().to_string();
+        for part in ["no file is left", "rows.txt", "dataset_info.json", "latin.txt", "not UTF-8", ".csv"] {
+            assert!(error.contains(part), "no {part} in {error}");
+        }
+        write("empty.txt", b"");
+        write("book.txt", b"\xef\xbb\xbfIt was a dark night.");
+        let read = read_text(&config).unwrap();
+        assert_eq!(texts(&read), ["It was a dark night."]);
+        let notes = read.notes.join("; ");
+        for part in [
+            "1 JSON rows, which is no prose: data.jsonl",
+            "1 empty (",
+            "latin.txt",
+            "1 files begin with a byte order mark",
+        ] {
+            assert!(notes.contains(part), "no {part} in {notes}");
+        }
+        for (path, reader) in [(&rows, "data.jsonl"), (&info, "to_json"), (&latin, "Latin-1"), (&table, "csv_images")] {
+            let error = read_text(&prose(&[path])).unwrap_err().to_string();
+            assert!(error.contains(&path.display().to_string()) && error.contains(reader), "{error}");
+        }
+        let any = TextConfig { syntax: Syntax::Any, ..prose(&[&rows, &info, &table]) };
+        assert_eq!(read_text(&any).unwrap().items.len(), 3);
+        assert!(read_text(&TextConfig { syntax: Syntax::Any, ..prose(&[&latin]) }).is_err());
+    }
+
+    #[test]
+    fn rows_that_are_packed_or_of_another_encoding_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
+        for (bytes, name) in [(&b"\xff\xfe{\0"[..], "UTF-16"), (b"{\xe9", "Latin-1")] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = read_jsonl(&config).unwrap_err().to_string();
+            assert!(error.contains("rows.jsonl is ") && error.contains(name), "{error}");
+        }
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut packed, b"{\"text\": \"a\"}\n").unwrap();
+        std::fs::write(&path, packed.finish().unwrap()).unwrap();
+        assert_eq!(texts(&read_jsonl(&config).unwrap()), ["a"]);
+    }
 
     #[test]
     fn folders_and_patterns_are_read_in_order() {
@@ -314,10 +388,11 @@ mod tests {
         write("a/x.MD", b"first");
         write("a/binary.txt", &[0xff, 0xfe]);
         write("picture.png", b"no text");
-        let all = read_text(&TextConfig { paths: vec![dir.path().display().to_string()] }).unwrap();
-        assert_eq!(all.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+        let all = read_text(&prose(&[dir.path()])).unwrap();
+        assert_eq!(texts(&all), ["first", "second"]);
+        assert!(all.notes[0].contains("1 that end in .png (") && all.notes[0].contains("1 UTF-16"), "{:?}", all.notes);
         let pattern = format!("{}/*.csv", dir.path().display());
-        let error = read_text(&TextConfig { paths: vec![pattern.clone()] }).unwrap_err().to_string();
+        let error = read_text(&prose(&[Path::new(&pattern)])).unwrap_err().to_string();
         assert!(error.contains(&pattern), "{error}");
     }
 
@@ -327,11 +402,10 @@ mod tests {
         let folder = dir.path().join("part[1]");
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join("a.txt"), "only").unwrap();
-        let paths = vec![folder.display().to_string(), folder.join("a.txt").display().to_string()];
-        let all = read_text(&TextConfig { paths }).unwrap();
-        assert_eq!(all.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), ["only"]);
-        let pattern = format!("{}/*/*.txt", dir.path().display());
-        let again = read_text(&TextConfig { paths: vec![pattern.clone(), pattern] }).unwrap();
+        let all = read_text(&prose(&[&folder, &folder.join("a.txt")])).unwrap();
+        assert_eq!(texts(&all), ["only"]);
+        let pattern = dir.path().join("*/*.txt");
+        let again = read_text(&prose(&[&pattern, &pattern])).unwrap();
         assert_eq!(again, all);
     }
 
@@ -355,8 +429,8 @@ mod tests {
         };
         let two = "{\"query\": \"q\", \"positive\": \"p\"}";
         let three = "{\"query\": \"q\", \"positive\": \"p\", \"negative\": \"n\"}";
-        assert_eq!(read(two).unwrap()[0].parts, ["q", "p"]);
-        assert_eq!(read(three).unwrap()[0].parts, ["q", "p", "n"]);
+        assert_eq!(read(two).unwrap().items[0].parts, ["q", "p"]);
+        assert_eq!(read(three).unwrap().items[0].parts, ["q", "p", "n"]);
         let error = read(&format!("{three}\n{two}")).unwrap_err().to_string();
         assert!(error.contains("pairs.jsonl:2") && error.contains("all or in none"), "{error}");
         assert!(read("{\"query\": \"q\"}").unwrap_err().to_string().contains("no text in field \"positive\""));
@@ -372,7 +446,7 @@ mod tests {
             read_labelled(&[path.display().to_string()], fields)
         };
         let rows = read("{\"text\": \"one\", \"class\": \"a\"}\n{\"text\": \"two\", \"class\": 3}\n").unwrap();
-        let found: Vec<[&str; 2]> = rows.iter().map(|row| [row.text.as_str(), row.label.as_str()]).collect();
+        let found: Vec<[&str; 2]> = rows.items.iter().map(|row| [row.text.as_str(), row.label.as_str()]).collect();
         assert_eq!(found, [["one", "a"], ["two", "3"]]);
         for row in ["{\"text\": \"one\"}", "{\"text\": \"one\", \"class\": null}"] {
             let error = read(row).unwrap_err().to_string();

@@ -7,11 +7,11 @@ use serde_json::Value;
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
 use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, bounds, columns, numbers};
-use crate::text::{expand, without_mark};
+use crate::files::{Search, search, without_mark};
 use crate::{DataError, Tokenizer, encoding};
 
 /// What became of the rows of a data set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Counts {
     /// Rows that there are.
     pub rows: usize,
@@ -31,6 +31,8 @@ pub struct Counts {
     pub asked_in_vain: usize,
     /// Rows that say that nothing of them is to be learnt, left out.
     pub weightless: usize,
+    /// Files that were found and not read, in words.
+    pub left_out: Option<String>,
 }
 
 /// Reads all conversations.
@@ -85,7 +87,9 @@ struct Said {
 
 impl Reader<'_> {
     fn all(&mut self) -> Result<(), DataError> {
-        for (path, _) in expand(&self.config.paths, &["jsonl", "ndjson"])? {
+        let Search { files, left_out } = search(&self.config.paths, &["jsonl", "ndjson"])?;
+        self.counts.left_out = left_out.note();
+        for path in files.into_keys() {
             let content = encoding::read_rows(&path)?;
             for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
                 if !line.trim_ascii().is_empty() {

@@ -5,13 +5,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Found;
-use super::idx::unpacked;
+use super::packed::Packed;
 use super::pictures::Pictures;
 use crate::DataError;
+use crate::files::{LeftOut, Search, search};
 use crate::synthetic::Problem;
-use crate::text::expand;
 
 const PIXELS: usize = 3 * 32 * 32;
+/// The most bytes of a file; all of CIFAR-100 are 185 MB.
+const MOST_BYTES: u64 = 1 << 30;
 
 /// `[data.cifar]`: CIFAR's binary version.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -54,22 +56,31 @@ impl CifarConfig {
     }
 
     pub(super) fn read(&self) -> Result<Found, DataError> {
-        let held_out =
-            (!self.validation_paths.is_empty()).then(|| self.pictures(&self.validation_paths)).transpose()?;
-        Ok(Found { learnt: self.pictures(&self.paths)?, held_out })
+        let mut left_out = LeftOut::default();
+        let held_out = match self.validation_paths.is_empty() {
+            true => None,
+            false => Some(self.pictures(&self.validation_paths, &mut left_out)?),
+        };
+        let learnt = self.pictures(&self.paths, &mut left_out)?;
+        Ok(Found { learnt, held_out, notes: left_out.note().into_iter().collect() })
     }
 
-    fn pictures(&self, paths: &[String]) -> Result<Pictures, DataError> {
+    fn pictures(&self, paths: &[String], left_out: &mut LeftOut) -> Result<Pictures, DataError> {
         let (in_front, taken, n_classes) = match self.labels {
             CifarLabels::Cifar10 => (1, 0, 10),
             CifarLabels::Coarse => (2, 0, 20),
             CifarLabels::Fine => (2, 1, 100),
         };
         let (mut pixels, mut labels) = (Vec::new(), Vec::new());
-        for path in expand(paths, &["bin"])?.into_keys() {
-            let bytes = unpacked(&path)?;
+        let Search { files, left_out: besides } = search(paths, &["bin"])?;
+        left_out.extend(besides);
+        for path in files.into_keys() {
+            let bytes = Packed::open(&path)?.up_to(MOST_BYTES + 1, &path)?;
             let unfit = |problem: String| Err(DataError::Unusable(format!("{}: {problem}", path.display())));
             let row = in_front + PIXELS;
+            if bytes.len() as u64 > MOST_BYTES {
+                return unfit(format!("more than {MOST_BYTES} bytes: CIFAR's files are smaller"));
+            }
             if bytes.is_empty() || !bytes.len().is_multiple_of(row) {
                 return unfit(format!("{} bytes are no rows of {row}: is data.cifar.labels right?", bytes.len()));
             }

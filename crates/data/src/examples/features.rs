@@ -21,7 +21,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Content, Example, ExampleSet, Labelled, divide, loader};
+use super::{Classes, Content, Example, ExampleSet, Labelled, divide, loader};
 use crate::loader::Order;
 use crate::synthetic::Problem;
 use crate::{DataError, OpenOptions};
@@ -188,6 +188,8 @@ pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Lab
         );
         return Err(DataError::Unusable(problem));
     }
+    let labels = files.iter().flat_map(|file| &file.labels).copied();
+    let notes = Classes { names: &classes, data: "features", field: None }.check(labels)?;
     let mut hash = blake3::Hasher::new();
     for file in &files {
         file.read_through(&mut hash)?;
@@ -216,6 +218,7 @@ pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Lab
         counts,
         groups: Vec::new(),
         tokenizer: None,
+        notes,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })
 }

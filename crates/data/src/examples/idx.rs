@@ -1,17 +1,15 @@
 //! IDX files, in which MNIST and its like come: a header with the type and the sizes, then the numbers.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use flate2::read::GzDecoder;
 use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Found;
+use super::packed::Packed;
 use super::pictures::Pictures;
 use crate::DataError;
-use crate::error::At;
 use crate::synthetic::Problem;
 
 /// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz) or not: pictures [n, height, width] (or [n, channels, height,
@@ -51,7 +49,7 @@ impl IdxConfig {
             (Some(images), Some(labels)) => Some(read_pair(images, labels)?),
             _ => None,
         };
-        Ok(Found { learnt, held_out })
+        Ok(Found { learnt, held_out, notes: Vec::new() })
     }
 }
 
@@ -75,33 +73,37 @@ fn unfit(path: &Path, problem: String) -> DataError {
     DataError::Unusable(format!("{}: {problem}", path.display()))
 }
 
-/// Sizes and bytes of a file.
+/// The most bytes that one file may hold; far more than MNIST's likes do.
+const MOST_BYTES: usize = 1 << 32;
+
+/// Sizes and bytes of a file: as many as its header promises, however much follows.
 fn read(path: &Path) -> Result<(Vec<usize>, Vec<u8>), DataError> {
-    let bytes = unpacked(path)?;
+    let mut file = Packed::open(path)?;
     let short = || unfit(path, "no IDX file, or one that was cut off".into());
-    let &[0, 0, kind, n_sizes] = bytes.first_chunk::<4>().ok_or_else(short)? else { return Err(short()) };
+    let start = file.up_to(4, path)?;
+    let &[0, 0, kind, n_sizes] = start.first_chunk::<4>().ok_or_else(short)? else { return Err(short()) };
     if kind != 8 {
         return Err(unfit(path, format!("holds numbers of type {kind:#04x}; bytes (0x08) can be read")));
     }
-    let header = 4 + 4 * usize::from(n_sizes);
-    let sizes = bytes.get(4..header).ok_or_else(short)?.as_chunks::<4>().0.iter();
+    let sizes = file.up_to(4 * u64::from(n_sizes), path)?;
+    if sizes.len() < 4 * usize::from(n_sizes) {
+        return Err(short());
+    }
+    let sizes = sizes.as_chunks::<4>().0.iter();
     let sizes: Vec<usize> = sizes.map(|&size| u32::from_be_bytes(size) as usize).collect();
-    let all = sizes.iter().try_fold(1usize, |all, &size| all.checked_mul(size)).filter(|&all| all > 0);
-    match all == Some(bytes.len() - header) {
-        true => Ok((sizes, bytes[header..].to_vec())),
-        false => {
-            Err(unfit(path, format!("{} bytes behind the header do not fit sizes {sizes:?}", bytes.len() - header)))
-        }
+    let all = sizes.iter().try_fold(1usize, |all, &size| all.checked_mul(size));
+    let all = all.filter(|all| (1..=MOST_BYTES).contains(all)).ok_or_else(|| {
+        unfit(path, format!("its header promises sizes {sizes:?}: from 1 to {MOST_BYTES} bytes are read"))
+    })?;
+    let header = 4 + 4 * u64::from(n_sizes);
+    let unfitting = |there: String| unfit(path, format!("{there} bytes behind the header do not fit sizes {sizes:?}"));
+    if let Some(length) = file.length.filter(|length| *length != header + all as u64) {
+        return Err(unfitting(length.saturating_sub(header).to_string()));
     }
-}
-
-/// A file's bytes, unpacked where it is packed.
-pub(super) fn unpacked(path: &Path) -> Result<Vec<u8>, DataError> {
-    let bytes = std::fs::read(path).at(path)?;
-    if !bytes.starts_with(&[0x1f, 0x8b]) {
-        return Ok(bytes);
+    let bytes = file.up_to(all as u64 + 1, path)?;
+    match bytes.len() == all {
+        true => Ok((sizes, bytes)),
+        false if bytes.len() > all => Err(unfitting(format!("more than {all}"))),
+        false => Err(unfitting(bytes.len().to_string())),
     }
-    let mut all = Vec::new();
-    GzDecoder::new(bytes.as_slice()).read_to_end(&mut all).at(path)?;
-    Ok(all)
 }

@@ -1,27 +1,27 @@
 //! Folders of pictures: one folder a class.
 
 use std::collections::BTreeSet;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use zune_jpeg::JpegDecoder;
 
 use super::Found;
+use super::decode::{Picture, decode};
 use super::pictures::Pictures;
 use crate::DataError;
 use crate::error::At;
+use crate::files::{LeftOut, OnBadFile, Search, read_file, search};
 use crate::synthetic::Problem;
-use crate::text::expand;
 
-const ENDINGS: [&str; 3] = ["png", "jpg", "jpeg"];
+const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"];
 /// What red, green and blue add to brightness (ITU-R BT.601).
 const BRIGHTNESS: [f32; 3] = [0.299, 0.587, 0.114];
 
-/// `[data.image_folder]`: pictures in folders that are named for their classes: PNG (of any kind; what is transparent is laid
-/// on black) and JPEG. Every picture is brought to one size: as small as it may be to cover it, cut to its middle.
+/// `[data.image_folder]`: pictures in folders that are named for their classes: PNG, JPEG, WebP, GIF, TIFF and BMP of any kind, the
+/// way up that their EXIF data says; what is transparent is laid on black, of several frames or pages the first is taken. Every
+/// picture is brought to one size: as small as it may be to cover it, cut to its middle.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImageFolderConfig {
@@ -35,6 +35,10 @@ pub struct ImageFolderConfig {
     /// 3 (default) for colours, 1 for grey.
     #[serde(default = "three")]
     pub channels: usize,
+    /// What is done with a picture that is damaged, cut off or of an unknown kind: "error" (default), or "skip", which counts
+    /// and names what it leaves out.
+    #[serde(default, skip_serializing_if = "OnBadFile::is_default")]
+    pub on_bad_file: OnBadFile,
 }
 
 fn three() -> usize {
@@ -57,50 +61,108 @@ impl ImageFolderConfig {
     }
 
     pub(super) fn read(&self) -> Result<Found, DataError> {
-        let learnt = self.pictures(&self.path, None)?;
-        let held_out =
-            self.validation_path.as_ref().map(|path| self.pictures(path, Some(&learnt.classes))).transpose()?;
-        Ok(Found { learnt, held_out })
+        let mut told = Told::default();
+        let learnt = self.pictures(&self.path, None, &mut told)?;
+        let held_out = self
+            .validation_path
+            .as_ref()
+            .map(|path| self.pictures(path, Some(&learnt.classes), &mut told))
+            .transpose()?;
+        Ok(Found { learnt, held_out, notes: told.notes() })
     }
 
-    fn pictures(&self, folder: &Path, known: Option<&[String]>) -> Result<Pictures, DataError> {
+    fn pictures(&self, folder: &Path, known: Option<&[String]>, told: &mut Told) -> Result<Pictures, DataError> {
         let [height, width] = self.size;
         let (mut pixels, mut labels) = (Vec::new(), Vec::new());
-        let (classes, files) = labelled_files(folder, &ENDINGS, known)?;
+        let ClassFiles { classes, files, left_out } = class_files(folder, &ENDINGS, known)?;
+        told.left_out.extend(left_out);
         for (path, label) in files {
-            let picture = decode(&path)?;
-            pixels.extend(picture.fitted(height, width, self.channels));
-            labels.push(label);
+            match decode(&read_file(&path)?) {
+                Ok(picture) => {
+                    told.turned += usize::from(picture.turned);
+                    told.of_several += usize::from(picture.first_of_several);
+                    pixels.extend(fitted(&picture, height, width, self.channels));
+                    labels.push(label);
+                }
+                Err(problem) if self.on_bad_file == OnBadFile::Skip => {
+                    told.left_out.add(&format!("that could not be read: {problem}"), &path);
+                }
+                Err(problem) => {
+                    let way_out = "replace it, or set data.image_folder.on_bad_file = \"skip\"";
+                    return Err(DataError::Unusable(format!("{}: {problem}; {way_out}", path.display())));
+                }
+            }
+        }
+        if labels.is_empty() {
+            let left_out = told.left_out.note().unwrap_or_default();
+            return Err(DataError::Unusable(format!("{}: no picture can be read; {left_out}", folder.display())));
         }
         Ok(Pictures { shape: InputShape::Images { channels: self.channels, height, width }, pixels, labels, classes })
     }
 }
 
-/// Files with the class of each.
-pub(super) type LabelledFiles = Vec<(PathBuf, u32)>;
+/// What there is to tell about the pictures.
+#[derive(Default)]
+struct Told {
+    left_out: LeftOut,
+    turned: usize,
+    of_several: usize,
+}
+
+impl Told {
+    fn notes(&self) -> Vec<String> {
+        let mut notes: Vec<String> = self.left_out.note().into_iter().collect();
+        for (count, what) in [
+            (self.turned, "pictures were turned the way up that their EXIF orientation says"),
+            (self.of_several, "files hold several frames or pages, of which the first is learnt"),
+        ] {
+            if count > 0 {
+                notes.push(format!("{count} {what}"));
+            }
+        }
+        notes
+    }
+}
+
+/// Classes and their files.
+pub(super) struct ClassFiles {
+    /// Their names.
+    pub(super) classes: Vec<String>,
+    /// Files with the class of each.
+    pub(super) files: Vec<(PathBuf, u32)>,
+    /// What is not read.
+    pub(super) left_out: LeftOut,
+}
 
 /// Classes with their files: the folders inside of a folder, sorted by name.
 ///
 /// # Errors
 /// If there are fewer than two, one holds no such file, or one is not `known`, where they are known.
-pub(super) fn labelled_files(
-    folder: &Path,
-    endings: &[&str],
-    known: Option<&[String]>,
-) -> Result<(Vec<String>, LabelledFiles), DataError> {
+pub(super) fn class_files(folder: &Path, endings: &[&str], known: Option<&[String]>) -> Result<ClassFiles, DataError> {
     let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", folder.display()));
-    let mut names = BTreeSet::new();
+    let (mut names, mut left_out) = (BTreeSet::new(), LeftOut::default());
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_dir() && !name.starts_with('.') {
-            names.insert(name);
+        let name = path.file_name().unwrap_or_default();
+        if name.to_string_lossy().starts_with('.') {
+            left_out.add("hidden", &path);
+        } else if !path.is_dir() {
+            left_out.add("in no folder of a class", &path);
+        } else if let Some(name) = name.to_str() {
+            names.insert(name.to_owned());
+        } else {
+            return Err(unusable(format!("the folder {name:?} has a name that is not UTF-8: rename it")));
         }
     }
+    let found = || names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
     let classes = match known {
         Some(known) => known.to_vec(),
         None if names.len() < 2 => {
-            return Err(unusable(format!("holds {} folders, and each is a class: two are needed", names.len())));
+            return Err(unusable(format!(
+                "holds {} folders, and each is a class: two are needed (found: {})",
+                names.len(),
+                if names.is_empty() { "none".into() } else { found() }
+            )));
         }
         None => names.iter().cloned().collect(),
     };
@@ -108,97 +170,44 @@ pub(super) fn labelled_files(
     for name in names {
         let label = classes.iter().position(|class| *class == name);
         let label = label.ok_or_else(|| unusable(format!("class `{name}` is not among those learnt")))?;
-        let pattern = folder.join(&name).display().to_string();
-        files.extend(expand(&[pattern], endings)?.into_keys().map(|path| (path, label as u32)));
+        let inside = search(&[folder.join(&name).display().to_string()], endings)?;
+        let Search { files: more, left_out: besides } = inside;
+        files.extend(more.into_keys().map(|path| (path, label as u32)));
+        left_out.extend(besides);
     }
-    Ok((classes, files))
+    Ok(ClassFiles { classes, files, left_out })
 }
 
-/// A picture in red, green and blue.
-struct Picture {
-    height: usize,
-    width: usize,
-    /// `[height, width, 3]`
-    pixels: Vec<u8>,
-}
-
-fn decode(path: &Path) -> Result<Picture, DataError> {
-    let bytes = std::fs::read(path).at(path)?;
-    let picture = match bytes.starts_with(&[0xff, 0xd8]) {
-        true => jpeg(&bytes),
-        false => png(&bytes),
-    };
-    picture.map_err(|problem| DataError::Unusable(format!("{}: no readable PNG or JPEG: {problem}", path.display())))
-}
-
-fn png(bytes: &[u8]) -> Result<Picture, String> {
-    let mut decoder = png::Decoder::new(Cursor::new(bytes));
-    decoder.set_transformations(png::Transformations::normalize_to_color8());
-    let mut reader = decoder.read_info().map_err(|error| error.to_string())?;
-    let mut pixels = vec![0; reader.output_buffer_size().ok_or("too large")?];
-    let frame = reader.next_frame(&mut pixels).map_err(|error| error.to_string())?;
-    pixels.truncate(frame.buffer_size());
-    let laid = |byte: u8, alpha: u8| (u16::from(byte) * u16::from(alpha) / 255) as u8;
-    let pixels: Vec<u8> = match frame.color_type {
-        png::ColorType::Rgb => pixels,
-        png::ColorType::Grayscale => pixels.into_iter().flat_map(|grey| [grey; 3]).collect(),
-        png::ColorType::GrayscaleAlpha => {
-            pixels.as_chunks::<2>().0.iter().flat_map(|&[grey, alpha]| [laid(grey, alpha); 3]).collect()
-        }
-        png::ColorType::Rgba => {
-            let rgb = |&[r, g, b, alpha]: &[u8; 4]| [r, g, b].map(|byte| laid(byte, alpha));
-            pixels.as_chunks::<4>().0.iter().flat_map(rgb).collect()
-        }
-        png::ColorType::Indexed => return Err("a palette that could not be read".into()),
-    };
-    Ok(Picture { height: frame.height as usize, width: frame.width as usize, pixels })
-}
-
-fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
-    let mut decoder = JpegDecoder::new(Cursor::new(bytes));
-    let pixels = decoder.decode().map_err(|error| format!("{error:?}"))?;
-    let info = decoder.info().ok_or("no size")?;
-    let (height, width) = (usize::from(info.height), usize::from(info.width));
-    let pixels = match pixels.len() {
-        grey if grey == height * width => pixels.into_iter().flat_map(|grey| [grey; 3]).collect(),
-        colours if colours == 3 * height * width => pixels,
-        other => return Err(format!("{other} numbers for {height} x {width} pixels")),
-    };
-    Ok(Picture { height, width, pixels })
-}
-
-impl Picture {
-    /// `[channels, height, width]`: the middle of the picture, each pixel the mean of what it covers.
-    fn fitted(&self, height: usize, width: usize, channels: usize) -> Vec<u8> {
-        let scale = (self.height as f64 / height as f64).min(self.width as f64 / width as f64);
-        let first = |all: usize, shown: usize| (all as f64 - shown as f64 * scale) / 2.0;
-        let (top, left) = (first(self.height, height), first(self.width, width));
-        let mut planes = vec![0; channels * height * width];
-        for y in 0..height {
-            let rows = covered(top + y as f64 * scale, scale, self.height);
-            for x in 0..width {
-                let columns = covered(left + x as f64 * scale, scale, self.width);
-                let mut sums = [0f64; 3];
-                let mut weight = 0.0;
-                for &(row, down) in &rows {
-                    for &(column, across) in &columns {
-                        let at = 3 * (row * self.width + column);
-                        weight += down * across;
-                        for (sum, &byte) in sums.iter_mut().zip(&self.pixels[at..at + 3]) {
-                            *sum += down * across * f64::from(byte);
-                        }
+/// `[channels, height, width]`: the middle of the picture, each pixel the mean of what it covers.
+fn fitted(picture: &Picture, height: usize, width: usize, channels: usize) -> Vec<u8> {
+    let scale = (picture.height as f64 / height as f64).min(picture.width as f64 / width as f64);
+    let first = |all: usize, shown: usize| (all as f64 - shown as f64 * scale) / 2.0;
+    let (top, left) = (first(picture.height, height), first(picture.width, width));
+    let mut planes = vec![0; channels * height * width];
+    for y in 0..height {
+        let rows = covered(top + y as f64 * scale, scale, picture.height);
+        for x in 0..width {
+            let columns = covered(left + x as f64 * scale, scale, picture.width);
+            let mut sums = [0f64; 3];
+            let mut weight = 0.0;
+            for &(row, down) in &rows {
+                for &(column, across) in &columns {
+                    let at = 3 * (row * picture.width + column);
+                    weight += down * across;
+                    for (sum, &byte) in sums.iter_mut().zip(&picture.pixels[at..at + 3]) {
+                        *sum += down * across * f64::from(byte);
                     }
                 }
-                let means = sums.map(|sum| (sum / weight) as f32);
-                let brightness: f32 = means.iter().zip(BRIGHTNESS).map(|(mean, part)| mean * part).sum();
-                for channel in 0..channels {
-                    let value = if channels == 1 { brightness } else { means[channel] };
-                    planes[(channel * height + y) * width + x] = value.round() as u8;
-                }
+            }
+            let means = sums.map(|sum| (sum / weight) as f32);
+            let brightness: f32 = means.iter().zip(BRIGHTNESS).map(|(mean, part)| mean * part).sum();
+            for channel in 0..channels {
+                let value = if channels == 1 { brightness } else { means[channel] };
+                planes[(channel * height + y) * width + x] = value.round() as u8;
             }
         }
-        planes
     }
+    planes
 }
 
 /// The pixels from `start` on that an interval covers, each with how much of it.
@@ -218,13 +227,14 @@ mod tests {
         // 2 x 4: the middle 2 x 2, halved to one pixel.
         let row = |bytes: [u8; 4]| bytes.into_iter().flat_map(|byte| [byte, 0, 255]);
         let pixels = row([9, 10, 20, 9]).chain(row([9, 30, 40, 9])).collect();
-        let picture = Picture { height: 2, width: 4, pixels };
-        assert_eq!(picture.fitted(1, 1, 3), [25, 0, 255]);
-        assert_eq!(picture.fitted(1, 1, 1), [(25.0 * 0.299f32 + 255.0 * 0.114).round() as u8]);
+        let picture = Picture { height: 2, width: 4, pixels, turned: false, first_of_several: false };
+        let fitted = |height, width, channels| fitted(&picture, height, width, channels);
+        assert_eq!(fitted(1, 1, 3), [25, 0, 255]);
+        assert_eq!(fitted(1, 1, 1), [(25.0 * 0.299f32 + 255.0 * 0.114).round() as u8]);
         // Enlarged, every pixel is four.
-        let large = picture.fitted(4, 8, 3);
+        let large = fitted(4, 8, 3);
         assert_eq!(&large[..8], [9, 9, 10, 10, 20, 20, 9, 9]);
         assert_eq!(large[8..16], large[..8]);
-        assert_eq!(picture.fitted(2, 4, 3)[..4], [9, 10, 20, 9]);
+        assert_eq!(fitted(2, 4, 3)[..4], [9, 10, 20, 9]);
     }
 }

@@ -1,15 +1,16 @@
 //! Texts with their classes, one a line of JSON.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Content, Example, ExampleSet, Labelled, divide, loader};
+use super::{Classes, Content, Example, ExampleSet, Labelled, divide, loader};
 use crate::loader::Order;
 use crate::synthetic::Problem;
-use crate::text::{LabelledFields, LabelledText, distinct_names, read_labelled};
+use crate::text::{FromFiles, LabelledFields, LabelledText, distinct_names, read_labelled};
 use crate::{DataError, OpenOptions, Tokenizer};
 
 /// `[data.labelled_text]`: texts with their classes, one a line of JSON. Texts longer than training.seq_len are cut.
@@ -53,7 +54,7 @@ impl LabelledTextConfig {
         }
     }
 
-    fn rows(&self, paths: &[String]) -> Result<Vec<LabelledText>, DataError> {
+    fn rows(&self, paths: &[String]) -> Result<FromFiles<LabelledText>, DataError> {
         let Self { text_field, label_field, group_field, .. } = self;
         read_labelled(paths, LabelledFields { text: text_field, label: label_field, group: group_field.as_deref() })
     }
@@ -85,24 +86,28 @@ pub(super) fn open(
     tokenizer: &Tokenizer,
     options: &OpenOptions,
 ) -> Result<Labelled, DataError> {
-    let rows = config.rows(&config.paths)?;
+    let FromFiles { items: rows, mut notes } = config.rows(&config.paths)?;
     let held_out = match config.validation_paths.is_empty() {
         true => Vec::new(),
-        false => config.rows(&config.validation_paths)?,
+        false => {
+            let FromFiles { items, notes: more } = config.rows(&config.validation_paths)?;
+            notes.extend(more);
+            items
+        }
     };
     let classes = distinct_names(rows.iter().map(|row| &row.label));
     let groups = distinct_names(rows.iter().chain(&held_out).filter_map(|row| row.group.as_ref()));
-    if classes.len() < 2 {
-        let problem = format!("data.labelled_text: the texts have {} class: two are needed", classes.len());
-        return Err(DataError::Unusable(problem));
-    }
+    let places: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
+    // Of what is learnt from: a class that occurs among what is validated on only is refused below.
+    let labels = rows.iter().filter_map(|row| places.get(row.label.as_str()).copied());
+    notes.extend(Classes { names: &classes, data: "labelled_text", field: Some("label_field") }.check(labels)?);
     let (learnt, seq_len) = (rows.len(), options.seq_len);
     let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
     for LabelledText { text, label, group, .. } in rows.into_iter().chain(held_out) {
         for part in [&text, &label].into_iter().chain(&group) {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
-        let class = classes.iter().position(|class| *class == label).ok_or_else(|| {
+        let class = places.get(label.as_str()).copied().ok_or_else(|| {
             DataError::Unusable(format!("data.labelled_text: class \"{label}\" occurs among what is validated on only"))
         })?;
         let mut tokens = tokenizer.encode(&text)?;
@@ -112,7 +117,7 @@ pub(super) fn open(
             tokens.push(tokenizer.end_of_text().unwrap_or(0));
         }
         let group = groups.iter().position(|name| Some(name) == group.as_ref()).unwrap_or(0);
-        texts.push(Example { content: Content::Tokens(tokens), label: class as u32, group: group as u32 });
+        texts.push(Example { content: Content::Tokens(tokens), label: class, group: group as u32 });
     }
     let [train, validation] = match texts.len() > learnt {
         true => [(0..learnt as u32).collect(), (learnt as u32..texts.len() as u32).collect()],
@@ -138,6 +143,7 @@ pub(super) fn open(
         groups,
         tokenizer: Some(tokenizer.clone()),
         description,
+        notes,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })
 }

@@ -186,6 +186,7 @@ pub(super) fn open(config: &LayerFeaturesConfig, options: &OpenOptions) -> Label
         classes,
         groups: Vec::new(),
         tokenizer: None,
+        notes: Vec::new(),
         text_hash: None,
     }
 }

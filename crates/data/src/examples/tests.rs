@@ -174,7 +174,7 @@ fn cifar_and_tables_are_read() {
     assert_eq!((opened.classes.len(), opened.counts.iter().sum::<u64>()), (3, 2));
     std::fs::write(&path, "0,16,1\n8,4\n").unwrap();
     let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
-    assert!(error.contains("digits.csv:2") && error.contains("2 numbers"), "{error}");
+    assert!(error.contains("digits.csv:2") && error.contains("2 cells"), "{error}");
 }
 
 #[test]
@@ -188,15 +188,14 @@ fn folders_of_pictures_and_sounds_are_read() {
             let mut encoder = png::Encoder::new(file, 4, 2);
             encoder.set_color(png::ColorType::Grayscale);
             encoder.write_header().unwrap().write_image_data(&[grey; 8]).unwrap();
-            let spec = hound::WavSpec {
-                channels: 1,
-                sample_rate: 8000,
-                bits_per_sample: 16,
-                sample_format: hound::SampleFormat::Int,
-            };
-            let mut writer = hound::WavWriter::create(folder.join(format!("{index}.wav")), spec).unwrap();
-            (0..4000).for_each(|i| writer.write_sample((f64::from(i) * f64::from(grey)).sin() as i16).unwrap());
-            writer.finalize().unwrap();
+            let sound: Vec<u8> = (0..4000)
+                .flat_map(|i| ((1000.0 * (f64::from(i) * f64::from(grey)).sin()) as i16).to_le_bytes())
+                .collect();
+            let mut wav =
+                b"RIFF\x64\x1f\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x80\x3e\0\0\x02\0\x10\0data".to_vec();
+            wav.extend((sound.len() as u32).to_le_bytes());
+            wav.extend(sound);
+            std::fs::write(folder.join(format!("{index}.wav")), wav).unwrap();
         }
     }
     let path = dir.path().display();
@@ -216,6 +215,64 @@ fn folders_of_pictures_and_sounds_are_read() {
     let json = format!(r#"{{"image_folder":{{"path": "{path}", "size": [2, 2]}}}}"#);
     let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("white/0.png"), "{error}");
+    // Skipped, it is counted and named, as is what else lies about.
+    std::fs::write(dir.path().join("white/0.wav"), b"RIFF").unwrap();
+    std::fs::write(dir.path().join("white/photo.heic"), b"").unwrap();
+    std::fs::write(dir.path().join("readme.txt"), b"").unwrap();
+    let skipping = |json: &str| plain(&json.replace("}}", ", \"on_bad_file\": \"skip\"}}"));
+    let opened = skipping(&json);
+    assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.set.per_epoch(), 5);
+    for part in
+        ["1 that could not be read: no image", "white/0.png", "1 that end in .heic", "1 in no folder of a class"]
+    {
+        assert!(opened.notes[0].contains(part), "no {part} in {:?}", opened.notes);
+    }
+    let wavs = format!(r#"{{"wav_folder":{{"path": "{path}", "sample_rate": 8000}}}}"#);
+    let error = open(&wavs, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    assert!(error.contains("white/0.wav: no WAV file") && error.contains("on_bad_file"), "{error}");
+    assert!(skipping(&wavs).notes[0].contains("white/0.wav"));
+}
+
+#[test]
+fn a_set_of_one_class_is_refused_with_that_class() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |json: String| open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let write = |name: &str, bytes: &[u8]| {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+        dir.path().join(name).display().to_string()
+    };
+    let path = write("t.csv", b"0,1,3\n1,0,3\n1,1,3\n");
+    let told = open(format!(r#"{{"csv_images":{{"paths": ["{path}"], "size": [1, 2]}}}}"#));
+    assert!(told.contains("one class (\"3\")") && told.contains("data.csv_images.label"), "{told}");
+    let path = write("t.jsonl", b"{\"text\": \"a\", \"label\": \"good\"}\n{\"text\": \"b\", \"label\": \"good\"}\n");
+    let told = open(format!(r#"{{"labelled_text":{{"paths": ["{path}"]}}}}"#));
+    assert!(told.contains("one class (\"good\")") && told.contains("label_field"), "{told}");
+    let images = write("i", &[0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 7, 9]);
+    let labels = write("l", &[0, 0, 8, 1, 0, 0, 0, 2, 0, 0]);
+    assert!(open(format!(r#"{{"idx":{{"images": "{images}", "labels": "{labels}"}}}}"#)).contains("one class (\"0\")"));
+    std::fs::create_dir(dir.path().join("only")).unwrap();
+    let folder = dir.path().display();
+    for (table, more) in [("image_folder", "\"size\": [2, 2]"), ("wav_folder", "\"sample_rate\": 8000")] {
+        let told = open(format!(r#"{{"{table}":{{"path": "{folder}", {more}}}}}"#));
+        assert!(told.contains("two are needed (found: \"only\")"), "{told}");
+    }
+}
+
+#[test]
+fn a_packed_file_is_read_as_far_as_its_header_promises() {
+    let dir = tempfile::tempdir().unwrap();
+    write_idx(dir.path(), 10);
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(&[0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 2, 0, 0, 0, 3]).unwrap();
+    let zeros = vec![0; 1 << 20];
+    (0..256).for_each(|_| packed.write_all(&zeros).unwrap());
+    std::fs::write(dir.path().join("images.gz"), packed.finish().unwrap()).unwrap();
+    let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    assert!(error.contains("images.gz: more than 60 bytes behind the header"), "{error}");
+    let header = [0, 0, 8, 3, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 1];
+    std::fs::write(dir.path().join("images.gz"), header).unwrap();
+    let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    assert!(error.contains("images.gz: its header promises"), "{error}");
 }
 
 #[test]

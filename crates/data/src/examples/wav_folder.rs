@@ -1,21 +1,21 @@
 //! Folders of sounds: WAV files, one folder a class, as log-mel pictures.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use hound::{SampleFormat, WavReader};
 use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::image_folder::labelled_files;
+use super::image_folder::{ClassFiles, class_files};
 use super::log_mel::{LogMel, LogMelConfig};
-use super::{AugmentConfig, Content, Example, ExampleSet, Labelled, divide, loader};
+use super::{AugmentConfig, Classes, Content, Example, ExampleSet, Labelled, divide, loader, wav};
+use crate::files::{OnBadFile, read_file};
 use crate::loader::Order;
 use crate::synthetic::Problem;
 use crate::{DataError, OpenOptions};
 
-/// `[data.wav_folder]`: WAV files in folders that are named for their classes, of whole numbers or f32; several channels are
+/// `[data.wav_folder]`: WAV files in folders that are named for their classes, PCM of 8 to 32 bits or floats; several channels are
 /// averaged. Sounds are shown from their beginning on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +30,10 @@ pub struct WavFolderConfig {
     /// How sounds become pictures.
     #[serde(default)]
     pub log_mel: LogMelConfig,
+    /// What is done with a file that is damaged, cut off, of another kind or of another sample rate: "error" (default), or
+    /// "skip", which counts and names what it leaves out.
+    #[serde(default, skip_serializing_if = "OnBadFile::is_default")]
+    pub on_bad_file: OnBadFile,
 }
 
 impl WavFolderConfig {
@@ -42,6 +46,17 @@ impl WavFolderConfig {
             return Err(("sample_rate", format!("sample_rate ({}) must be 1000 to 384000", self.sample_rate)));
         }
         self.log_mel.validate(self.sample_rate)
+    }
+
+    /// The sound, if it has as many samples a second as all must have.
+    fn checked(&self, sound: wav::Sound) -> Result<wav::Sound, String> {
+        match sound.sample_rate == self.sample_rate {
+            true => Ok(sound),
+            false => Err(format!(
+                "{} samples per second, not {}: set data.wav_folder.sample_rate, or resample",
+                sound.sample_rate, self.sample_rate
+            )),
+        }
     }
 }
 
@@ -72,27 +87,57 @@ pub(super) fn open(
     options: &OpenOptions,
 ) -> Result<Labelled, DataError> {
     let log_mel = LogMel::new(&config.log_mel, config.sample_rate);
-    let (classes, mut files) = labelled_files(&config.path, &["wav"], None)?;
-    let learnt = files.len();
+    let ClassFiles { classes, files, mut left_out } = class_files(&config.path, &["wav"], None)?;
+    let mut sides = vec![files];
     if let Some(path) = &config.validation_path {
-        files.extend(labelled_files(path, &["wav"], Some(&classes))?.1);
+        let more = class_files(path, &["wav"], Some(&classes))?;
+        left_out.extend(more.left_out);
+        sides.push(more.files);
     }
-    let (mut hash, mut pictures, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
-    for (path, label) in files {
-        let samples = read(&path, config.sample_rate)?;
-        cut += usize::from(samples.len() > config.log_mel.samples());
-        hash.update(&label.to_le_bytes());
-        samples.iter().for_each(|sample| {
-            hash.update(&sample.to_le_bytes());
-        });
-        pictures.push(Example { content: Content::Numbers(log_mel.picture(&samples)), label, group: 0 });
+    let (mut hash, mut pictures, mut cut, mut streamed) = (blake3::Hasher::new(), Vec::new(), 0, 0);
+    let mut learnt = 0;
+    for files in sides {
+        learnt = pictures.len();
+        for (path, label) in files {
+            let sound =
+                match (wav::read(&read_file(&path)?).and_then(|sound| config.checked(sound)), config.on_bad_file) {
+                    (Ok(sound), _) => sound,
+                    (Err(problem), OnBadFile::Skip) => {
+                        left_out.add(&format!("that could not be read: {problem}"), &path);
+                        continue;
+                    }
+                    (Err(problem), OnBadFile::Error) => {
+                        let way_out = "replace it, or set data.wav_folder.on_bad_file = \"skip\"";
+                        return Err(DataError::Unusable(format!("{}: {problem}; {way_out}", path.display())));
+                    }
+                };
+            cut += usize::from(sound.samples.len() > config.log_mel.samples());
+            streamed += usize::from(sound.streamed);
+            hash.update(&label.to_le_bytes());
+            sound.samples.iter().for_each(|sample| {
+                hash.update(&sample.to_le_bytes());
+            });
+            pictures.push(Example { content: Content::Numbers(log_mel.picture(&sound.samples)), label, group: 0 });
+        }
     }
-    let [train, validation] = match pictures.len() > learnt {
+    let [train, validation] = match config.validation_path.is_some() {
         true => [(0..learnt as u32).collect(), (learnt as u32..pictures.len() as u32).collect()],
-        false => divide(learnt, options.validation_fraction)?,
+        false => divide(pictures.len(), options.validation_fraction)?,
     };
+    if train.is_empty() || validation.is_empty() {
+        let left_out = left_out.note().unwrap_or_default();
+        return Err(DataError::Unusable(format!("data.wav_folder: no file is left on one side; {left_out}")));
+    }
+    let labels = pictures.iter().map(|example| example.label);
+    let mut notes: Vec<String> = left_out.note().into_iter().collect();
+    if streamed > 0 {
+        notes.push(format!(
+            "{streamed} files do not say how long they are (written to a pipe): all up to their end is taken"
+        ));
+    }
+    notes.extend(Classes { names: &classes, data: "wav_folder", field: None }.check(labels)?);
     let mut counts = vec![0; classes.len()];
-    train.iter().for_each(|&index| counts[pictures[index as usize].label as usize] += 1);
+    train.iter().for_each(|&index: &u32| counts[pictures[index as usize].label as usize] += 1);
     let mut description = format!(
         "WAV files of {} classes: {} for training, {} for validation",
         classes.len(),
@@ -114,30 +159,7 @@ pub(super) fn open(
         groups: Vec::new(),
         tokenizer: None,
         description,
+        notes,
         text_hash: Some(hash.finalize().to_hex().to_string()),
     })
-}
-
-/// A file's samples, from -1 to 1.
-fn read(path: &Path, sample_rate: u32) -> Result<Vec<f32>, DataError> {
-    let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", path.display()));
-    let mut reader = WavReader::open(path).map_err(|error| unusable(error.to_string()))?;
-    let spec = reader.spec();
-    if spec.sample_rate != sample_rate {
-        let problem = format!("{} samples per second, not {sample_rate}", spec.sample_rate);
-        return Err(unusable(format!("{problem}: set data.wav_folder.sample_rate, or resample")));
-    }
-    let all: Result<Vec<f32>, hound::Error> = match spec.sample_format {
-        SampleFormat::Float => reader.samples::<f32>().collect(),
-        SampleFormat::Int => {
-            let full = (1u64 << (spec.bits_per_sample - 1)) as f32;
-            reader.samples::<i32>().map(|sample| Ok(sample? as f32 / full)).collect()
-        }
-    };
-    let all = all.map_err(|error| unusable(error.to_string()))?;
-    if let Some(at) = all.iter().position(|sample| !sample.is_finite()) {
-        return Err(unusable(format!("sample {at} is {}", all[at])));
-    }
-    let channels = usize::from(spec.channels);
-    Ok(all.chunks(channels).map(|frame| frame.iter().sum::<f32>() / channels as f32).collect())
 }

@@ -52,7 +52,8 @@ impl Data {
     pub fn notes(&self) -> &[String] {
         match self {
             Self::Tokens(opened) => &opened.notes,
-            Self::Examples(_) | Self::Pairs(_) => &[],
+            Self::Examples(labelled) => &labelled.notes,
+            Self::Pairs(_) => &[],
         }
     }
 

@@ -71,7 +71,7 @@ pub fn doctor() -> Result<(), Failure> {
     }
     let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
     match polyhead_data::documents(&rust_docs, &assemble::project_root()) {
-        Ok((_, words)) => put!("text       {words}")?,
+        Ok(found) => put!("text       {}", found.description)?,
         Err(error) => put!("text       {error}")?,
     }
     let recipes = assemble::project_root().join("recipes");
@@ -107,9 +107,10 @@ fn shown(path: &Path) -> &Path {
 /// Learns a tokenizer from the text of a recipe.
 pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
-    let (documents, words) = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
-    talk!("learning {vocab_size} tokens from {words}");
-    let learnt = train_bpe(documents.into_iter().map(|document| document.text), vocab_size, out)?;
+    let found = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
+    talk!("learning {vocab_size} tokens from {}", found.description);
+    found.notes.iter().for_each(|note| talk!("note: {note}"));
+    let learnt = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;
     talk!("wrote {learnt} tokens to {}", out.display());
     talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())

@@ -115,6 +115,7 @@ const ACROSS: usize = 8;
 /// Lists examples with their classes; where they can be seen, as a sheet of pictures.
 fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure> {
     talk!("data: {}", labelled.description);
+    labelled.notes.iter().for_each(|note| talk!("note: {note}"));
     let count = match labelled.tokenizer {
         Some(_) => options.rows,
         None => options.rows * ACROSS,

@@ -10,6 +10,8 @@ use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::DataError;
 use crate::error::At;
+use crate::files::open_file;
+use crate::sniff::not_text;
 
 /// An array whose values are read when they are asked for.
 #[derive(Debug, Clone)]
@@ -148,6 +150,8 @@ impl Array {
     }
 }
 
+/// What NumPy writes for arrays of numbers has some 120 bytes; it refuses more than 10,000 itself.
+const LONGEST_HEADER: usize = 1 << 16;
 /// Far more than anybody tells apart, and few enough for a table of counts.
 const MOST_CLASSES: u32 = 1 << 16;
 
@@ -161,7 +165,10 @@ pub(crate) fn tensors<const N: usize>(
 ) -> Result<([Array; N], Option<Vec<String>>), DataError> {
     let map = Arc::new(open(path)?);
     let broken = |cause: String| DataError::Unusable(format!("{}: {cause}", path.display()));
-    let read = |cause: safetensors::SafeTensorError| broken(format!("no safetensors file: {cause}"));
+    let read = |cause: safetensors::SafeTensorError| match not_text(&map).filter(|what| what != "safetensors") {
+        Some(what) => broken(format!("no safetensors file: it is {what}")),
+        None => broken(format!("no safetensors file, or one that is cut off: {cause}")),
+    };
     let file = SafeTensors::deserialize(&map).map_err(read)?;
     let find = |name: &str| {
         let view = file.tensor(name).map_err(|_| {
@@ -204,14 +211,20 @@ pub(crate) fn tensors<const N: usize>(
 pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let map = open(path)?;
     let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", path.display()));
-    let none = || unusable("no .npy file".into());
+    let none = || match not_text(&map) {
+        Some(what) if !what.contains("NumPy") => unusable(format!("no .npy file: it is {what}")),
+        _ => unusable("no .npy file".into()),
+    };
     if map.get(..6) != Some(b"\x93NUMPY") {
         return Err(none());
     }
     let wide = *map.get(6).ok_or_else(none)? > 1;
     let length = map.get(8..if wide { 12 } else { 10 }).ok_or_else(none)?;
     let length = length.iter().rev().fold(0, |sum, byte| sum << 8 | usize::from(*byte));
-    let start = (if wide { 12usize } else { 10 }).checked_add(length).ok_or_else(none)?;
+    if length > LONGEST_HEADER {
+        return Err(unusable(format!("its header promises {length} bytes of itself; up to {LONGEST_HEADER} are read")));
+    }
+    let start = if wide { 12usize } else { 10 } + length;
     let header = map.get(start - length..start).and_then(|bytes| std::str::from_utf8(bytes).ok()).ok_or_else(none)?;
     // A Python dict in one fixed form: {'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }
     let value = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
@@ -220,6 +233,10 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
         if descr.contains(['U', 'S', 'O']) {
             let problem = "classes are whole numbers from 0 on: save numpy.unique(labels, return_inverse=True)[1]";
             return unusable(format!("it holds text or objects ({descr}); {problem}"));
+        }
+        if descr.starts_with('>') {
+            let native = "save it with .astype(array.dtype.newbyteorder('<'))";
+            return unusable(format!("it holds {descr}, which is big-endian: {native}"));
         }
         unusable(format!(
             "it holds {descr}; float16, float32, float64 and whole numbers in little-endian order can be read: save it with \
@@ -240,7 +257,10 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
 }
 
 fn open(path: &Path) -> Result<Mmap, DataError> {
-    let file = std::fs::File::open(path).at(path)?;
+    let file = open_file(path)?;
+    if file.metadata().at(path)?.len() == 0 {
+        return Err(DataError::Unusable(format!("{} is empty", path.display())));
+    }
     // SAFETY: the map is only read. Files of features are replaced, not rewritten in place; whoever writes into one that is
     // in use gives wrong numbers, as with any program that maps its data.
     unsafe { Mmap::map(&file) }.at(path)
