@@ -21,7 +21,9 @@ fraction = 0.2
 "#;
 
 fn world() -> World {
-    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"chats.jsonl\"]"));
+    let world = World::new(
+        &SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"chats.jsonl\"]\nsyntax = \"any\""),
+    );
     let line = |i: usize| {
         format!(
             r#"{{"messages": [{{"role": "user", "content": "{i} + {i}"}}, {{"role": "assistant", "content": "{}"}}]}}"#,

@@ -29,6 +29,7 @@ mod growth;
 mod hallucination;
 mod layering;
 mod matrix;
+mod media;
 mod neuron_dropout;
 mod pages;
 mod precision;

@@ -49,7 +49,7 @@ impl DataConfig {
 
 fn reads(source: &str, folder: &Path) -> bool {
     if Path::new(source).exists() {
-        return folder.starts_with(real(Path::new(source)));
+        return Path::new(source).is_dir() && folder.starts_with(real(Path::new(source)));
     }
     // What stands in front of the first sign of a pattern is a path, and may lead over links.
     let is_sign = |part: &Component| part.as_os_str().to_string_lossy().contains(['*', '?', '[']);
@@ -95,6 +95,7 @@ mod tests {
             ("data", "data-run", false),
             ("data", "run", false),
             ("data/a.txt", "data/run", false),
+            ("data/a.txt", "data/a.txt", false),
             ("data/*", "data/run", true),
             ("data/*.txt", "data/run", false),
             ("data/**/*.txt", "data/run", false),

@@ -127,7 +127,9 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
     let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learnt"));
     let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
     match documents.is_empty() {
-        true => Err(DataError::Unusable(format!("data.text: no file is left to learn from; {}", notes.join("; ")))),
+        true => {
+            Err(DataError::Unusable(format!("data.text: the files hold no text to learn from; {}", notes.join("; "))))
+        }
         false => Ok(FromFiles { items: documents, notes }),
     }
 }
@@ -335,7 +337,7 @@ mod tests {
         let table = write("t.csv", b"a,b\n1,2\n");
         let config = prose(&[dir.path()]);
         let error = read_text(&config).unwrap_err().to_string();
-        for part in ["no file is left", "rows.txt", "dataset_info.json", "latin.txt", "not UTF-8", ".csv"] {
+        for part in ["hold no text", "rows.txt", "dataset_info.json", "latin.txt", "not UTF-8", ".csv"] {
             assert!(error.contains(part), "no {part} in {error}");
         }
         write("empty.txt", b"");

@@ -230,7 +230,7 @@ impl Scans {
         let (mut at, mut count, mut sequential) = (2, 0, false);
         loop {
             // Over what a scan holds: zeros behind 0xff are data, and restarts go on with the scan.
-            while !(*bytes.get(at)? == 0xff && !matches!(*bytes.get(at + 1)?, 0 | 0xff | 0xd0..=0xd7)) {
+            while *bytes.get(at)? != 0xff || matches!(*bytes.get(at + 1)?, 0 | 0xff | 0xd0..=0xd7) {
                 at += 1;
             }
             match bytes[at + 1] {

@@ -4,10 +4,11 @@ use polyhead_kernels::seed_random;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use polyhead_data::{DataConfig, Loader, TextConfig, Tokenizer};
+use polyhead_data::{DataConfig, Loader, Syntax, TextConfig, Tokenizer};
 use polyhead_models::Batch;
 
 use super::must_not_exist;
+use super::new_folder::{NewFolder, must_not_be_data};
 use crate::assemble::{self, Trained};
 use crate::console::talk;
 use crate::recipe::Recipe;
@@ -47,7 +48,10 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     args.conversion.check().map_err(Problems::plain)?;
     let parent = assemble::open_trained(&args.checkpoint, None)?.unmasked();
     let recipe = recipe_for(args, &parent)?;
-    perform(&args.conversion, &parent, recipe, (&args.out, args.batches))?;
+    must_not_be_data(&recipe, &args.out)?;
+    let folder = NewFolder::begin(&args.out)?;
+    perform(&args.conversion, &parent, recipe, (folder.path(), args.batches))?;
+    folder.finish()?;
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());
     Ok(())
 }
@@ -69,6 +73,7 @@ pub fn perform(
     let opened = assemble::data(&recipe, parent.tokenizer.as_ref().unwrap_or(&bytes_tokenizer), &mut |_, _| {})?;
     let child = conversion.make(parent, &mut first_batches(&opened.train, batches))?;
     talk!("compared on: {}", opened.description);
+    opened.notes.iter().for_each(|note| talk!("note: {note}"));
     let models = [&parent.model, &child];
     let measured = Measured::on(models, first_batches(&opened.validation, batches))?;
     told::print(&measured, models, opened.vocab_size)?;
@@ -94,7 +99,8 @@ pub fn first_batches(loader: &Loader, batches: u64) -> impl Iterator<Item = Resu
 
 /// The recipe whose data both models are compared on.
 fn recipe_for(args: &ConvertArgs, parent: &Trained) -> Result<Recipe, Failure> {
-    let text = (!args.text.is_empty()).then(|| DataConfig::Text(TextConfig { paths: args.text.clone() }));
+    let text = (!args.text.is_empty())
+        .then(|| DataConfig::Text(TextConfig { paths: args.text.clone(), syntax: Syntax::Prose }));
     let mut recipe = match (&parent.recipe, &text) {
         (Some(recipe), _) => recipe.clone(),
         (None, Some(_)) => {

@@ -11,6 +11,7 @@ use polyhead_training::run_folder::atomic_write;
 use serde_json::{Value, json};
 
 use super::must_not_exist;
+use super::new_folder::sweep;
 use crate::cli::at_least_one;
 use crate::console::{put, talk};
 use crate::embedder::open_embedder;
@@ -84,6 +85,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     let Some(out) = &args.out else { return Ok(()) };
     let shape = if parts == 1 { vec![n, dim] } else { vec![n, parts, dim] };
     let named = Named { name: "embeddings".into(), shape, values: embeddings };
+    sweep(out.parent().unwrap_or(std::path::Path::new("")))?;
     atomic_write(out, &to_safetensors(&[named], &[])?)?;
     talk!("wrote {} embeddings of {dim} numbers to {}", n * parts, out.display());
     Ok(())

@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use polyhead_data::{
-    LabelledFields, LabelledText, NewFeatures, NewPairs, PairedText, Tokenizer, distinct_names, read_labelled,
-    read_pairs,
+    FromFiles, LabelledFields, LabelledText, NewFeatures, NewPairs, PairedText, Tokenizer, distinct_names,
+    read_labelled, read_pairs,
 };
 use polyhead_models::TokenPooling;
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
+use super::new_folder::sweep;
 use super::trained::text_tokenizer;
 use crate::assemble;
 use crate::console::{bytes, talk};
@@ -89,21 +90,24 @@ pub fn features(args: &FeaturesArgs) -> Result<(), Failure> {
     if let Some(folder) = args.out.parent() {
         // Now, not when all texts have been read.
         std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, error))?;
+        sweep(folder)?;
     }
     let bytes = match args.pairs {
         true => {
             let fields = [&args.pair_fields[0], &args.pair_fields[1], &args.pair_fields[2]].map(String::as_str);
-            let pairs = read_pairs(&args.data, fields)?;
+            let FromFiles { items: pairs, notes } = read_pairs(&args.data, fields)?;
+            notes.iter().for_each(|note| talk!("note: {note}"));
             let parts = pairs.first().map_or(2, |pair| pair.parts.len());
             let text = |pair: PairedText| pair.parts.into_iter().map(move |part| (pair.name.clone(), part));
             let Made { values, n_layers, dim } = run(args, pairs.into_iter().flat_map(text).collect())?;
             NewPairs { values, shape: [parts, n_layers, dim] }.to_safetensors()?
         }
         false => {
-            let texts = read_labelled(
+            let FromFiles { items: texts, notes } = read_labelled(
                 &args.data,
                 LabelledFields { text: &args.text_field, label: &args.label_field, group: None },
             )?;
+            notes.iter().for_each(|note| talk!("note: {note}"));
             let (labels, classes) = number(&texts, &args.classes)?;
             talk!("{} classes: {}", classes.len(), classes.iter().take(20).cloned().collect::<Vec<_>>().join(", "));
             let texts = texts.into_iter().map(|text| (text.name, text.text)).collect();

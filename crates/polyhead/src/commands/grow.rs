@@ -12,6 +12,7 @@ use polyhead_models::surgery::{self, Growth};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::state::Companions;
 
+use super::new_folder::{NewFolder, must_not_be_data};
 use super::{check_memory, must_not_exist};
 use crate::assemble;
 use crate::console::{put, talk, thousands};
@@ -65,6 +66,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         );
         return Err(Problems::plain(problem).into());
     };
+    must_not_be_data(recipe, &args.out)?;
     let GrowArgs { signal_heads, width, depth, noise, seed, .. } = *args;
     let growth = Growth { signal_heads, width, depth, noise, seed };
     let size = surgery::grown_config(parent.model.config(), &growth)?.costs(parent.model.vocab_size()).parameters;
@@ -94,7 +96,10 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
             companions.push((name.into(), read_file(&parent.path, name)?));
         }
     }
-    let checkpoint = assemble::begin_run(&args.out, &grown, recipe.clone(), companions)?;
+    let folder = NewFolder::begin(&args.out)?;
+    let made = assemble::begin_run(folder.path(), &grown, recipe.clone(), companions)?;
+    let checkpoint = args.out.join(made.file_name().unwrap_or_default());
+    folder.finish()?;
     talk!("the optimiser starts afresh: its state belonged to the parent's weights");
     talk!("next: model.pretrained = {:?} in a recipe, or train {}", args.out, args.out.join("recipe.toml").display());
     put!("{}", checkpoint.display())

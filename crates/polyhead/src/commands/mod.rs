@@ -8,6 +8,7 @@ pub mod grow;
 mod hallucination;
 mod long_context;
 mod look;
+mod new_folder;
 mod plan;
 mod preview;
 mod stages;

@@ -8,6 +8,7 @@ use polyhead_training::run_folder::{RunLock, atomic_write};
 use polyhead_training::state;
 
 use super::convert::{self, Measured, cached_bytes};
+use super::new_folder::must_not_be_data;
 use super::plan;
 use super::train::{self, Sitting};
 use crate::assemble::{self, Trained};
@@ -38,11 +39,11 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
         }
         _ => return Err(Problems::plain("--resume takes auto or never for a run in stages".into()).into()),
     }
-    let _lock = RunLock::acquire(&out)?;
     // Everything is checked before the first step is taken.
     for at in 0..staged.stages.len() {
-        staged.load(at, staged.before(&out, at).as_deref())?;
+        must_not_be_data(&staged.load(at, staged.before(&out, at).as_deref())?.recipe, &out)?;
     }
+    let _lock = RunLock::acquire(&out)?;
     let mut records: Vec<StageRecord> = stages::read_records(&out)?;
     for (at, stage) in staged.stages.iter().enumerate() {
         let (folder, from) = (staged.folder(&out, at), staged.before(&out, at));

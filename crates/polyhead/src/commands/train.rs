@@ -16,6 +16,7 @@ use polyhead_training::run::{Job, Outcome, Probe, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 
 use super::hallucination::asking;
+use super::new_folder::must_not_be_data;
 use crate::allowed::allowed;
 use crate::assemble::{self, Data, Resolved, Source};
 use crate::classifier::ExampleSource;
@@ -76,6 +77,7 @@ pub struct Sitting<'a> {
 pub fn sit(sitting: Sitting<'_>) -> Result<(), Failure> {
     let Sitting { loaded, run_dir, .. } = sitting;
     let device = assemble::training_device(&loaded.recipe)?;
+    must_not_be_data(&loaded.recipe, run_dir)?;
     let lock = RunLock::acquire(run_dir)?;
     for left in clean_leftovers(run_dir)? {
         talk!("cleaned up after an interrupted save: {}", left.display());

@@ -17,6 +17,7 @@ use polyhead_training::evaluate::evaluate;
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
+use super::new_folder::NewFolder;
 use crate::assemble;
 use crate::classifier::{ExampleSource, TrainedClassifier, open_classifier};
 use crate::cli::GenerateArgs;
@@ -222,7 +223,10 @@ pub struct Export {
 
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
 pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> {
-    must_not_exist(to)?;
+    // What a finished export of the same left is compared below; anything else is refused before work is done.
+    if !to.join("config.json").exists() {
+        must_not_exist(to)?;
+    }
     let mut trained = assemble::open_trained(checkpoint, Some("flex"))?;
     if let Some(gate) = trained.model.gate().filter(|_| !how.without_mask) {
         let problem = format!(
@@ -257,21 +261,16 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
         files.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
         files.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
-    let mut name = to.file_name().unwrap_or_default().to_os_string();
-    name.push(".partial");
-    let partial = to.with_file_name(name);
-    must_not_exist(&partial)?;
-    std::fs::create_dir_all(&partial).map_err(|error| Failure::file("create", &partial, error))?;
-    let write_all = || -> Result<(), Failure> {
-        for (name, bytes) in &files {
-            atomic_write(&partial.join(name), bytes)?;
-        }
-        std::fs::rename(&partial, to).map_err(|error| Failure::file("create", to, error))
-    };
-    write_all().inspect_err(|_| {
-        // Best effort: the first error is the one to report.
-        let _ = std::fs::remove_dir_all(&partial);
-    })?;
+    let same = |(name, bytes): &(String, Vec<u8>)| std::fs::read(to.join(name)).is_ok_and(|there| there == *bytes);
+    if to.exists() && files.iter().all(same) {
+        talk!("{} holds this export already, whole", to.display());
+        return Ok(());
+    }
+    let folder = NewFolder::begin(to)?;
+    for (name, bytes) in &files {
+        atomic_write(&folder.path().join(name), bytes)?;
+    }
+    folder.finish()?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
     if let Some(note) = hf::tokenizer_note(trained.model.config()).filter(|_| trained.tokenizer.is_some()) {

@@ -3,8 +3,11 @@ use std::io::Write;
 
 use super::*;
 
-/// What a table of 1 x 2 pixels, white at 16, is read as: pixels, labels, classes and notes.
-fn read(text: &[u8], settings: &str) -> Result<(Vec<u8>, Vec<u32>, Vec<String>, Vec<String>), String> {
+/// Pixels, labels, classes and notes.
+type Read = (Vec<u8>, Vec<u32>, Vec<String>, Vec<String>);
+
+/// What a table of 1 x 2 pixels, white at 16, is read as.
+fn read(text: &[u8], settings: &str) -> Result<Read, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("t.csv");
     std::fs::write(&path, text).unwrap();
