@@ -1,10 +1,13 @@
 //! Which queries of which heads take part in a call: what routing chose.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
-use crate::cpu::{Matrix, View};
+use crate::cpu::View;
+use crate::matrix::Matrix;
+use crate::scratch::write_rows;
 
 /// For every head, the positions at which it takes part. Elsewhere nothing of it is computed: its output and the
 /// gradient of its query are zero there.
@@ -26,9 +29,14 @@ impl ActiveRows {
     /// - chosen: `[batch, queries, heads]`
     ///
     /// # Panics
-    /// If there are not as many answers.
+    /// If there are not as many answers, or more than 2^32 positions.
     pub fn new(chosen: &[bool], [batch, queries, heads]: [usize; 3]) -> Self {
-        assert_eq!(chosen.len(), batch * queries * heads, "one answer per position and head");
+        assert!(
+            chosen.len() == batch * queries * heads && u32::try_from(batch * queries).is_ok(),
+            "active rows: one answer per position and head; chosen [{}], shape {:?}",
+            chosen.len(),
+            [batch, queries, heads],
+        );
         let mut tokens = Vec::with_capacity(chosen.iter().filter(|&&chosen| chosen).count());
         let mut starts = Vec::with_capacity(heads * batch + 1);
         for head in 0..heads {
@@ -58,7 +66,11 @@ impl ActiveRows {
     }
 
     /// Positions at which a head takes part, over the whole batch.
+    ///
+    /// # Panics
+    /// If there is no such head.
     pub fn of_head(&self, head: usize) -> &[u32] {
+        assert!(head < self.heads, "active rows: head {head} of {}", self.heads);
         &self.tokens[self.starts[head * self.batch]..self.starts[(head + 1) * self.batch]]
     }
 
@@ -154,16 +166,22 @@ impl Rows<'_> {
         (0..self.len()).map(move |r| self.query(r))
     }
 
-    /// These rows of a head as a matrix: as they lie where they are neighbours, else copied into `room`.
-    pub(crate) fn matrix(self, all: View<'_>, [b, h]: [usize; 2], room: &mut [f32]) -> Matrix {
-        if let Self::Span { from, .. } = self {
-            return Matrix::by_rows(all.pointer(b, h, from), all.row_stride());
-        }
+    /// These rows of a head as a matrix: as they lie where they are neighbours, else copied into `buffer`.
+    pub(crate) fn matrix<'a>(
+        self,
+        all: View<'a>,
+        [b, h]: [usize; 2],
+        buffer: &'a mut [MaybeUninit<f32>],
+    ) -> Matrix<'a> {
         let width = all.shape[3];
-        for (query, copy) in self.queries().zip(room.chunks_exact_mut(width)) {
-            copy.copy_from_slice(all.row(b, h, query));
+        match self {
+            Self::Span { from, len } => all.rows(b, h, from..from + len),
+            Self::Listed { .. } => {
+                let part = &mut buffer[..self.len() * width];
+                let copy = write_rows(part, width, |r, row| row.write_copy_of_slice(all.row(b, h, self.query(r))));
+                Matrix::by_rows(copy, [self.len(), width])
+            }
         }
-        Matrix::by_rows(room.as_ptr(), width)
     }
 }
 

@@ -2,11 +2,12 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{cpu, simd};
+use crate::shapes::assert_shapes;
+use crate::{cpu, in_type, simd};
 
 /// Elements of a task.
 const CHUNK: usize = 1 << 14;
@@ -34,16 +35,23 @@ pub struct AdamwStep {
 /// `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) g²`, `x = keep x - rate m / (sqrt(v) / correction + eps)`.
 ///
 /// All four are `[numbers]` on a device without autodiff.
+///
+/// # Panics
+/// If they differ in length.
 pub fn adamw(
     value: Tensor<1>,
     grad: Tensor<1>,
     moments: [Tensor<1>; 2],
     step: AdamwStep,
 ) -> (Tensor<1>, [Tensor<1>; 2]) {
-    if !cpu::fuses(&value) {
-        return plain(value, grad, moments, step);
-    }
     let [first, second] = moments;
+    assert_shapes!("adamw", value, grad, first, second;
+        "the gradient and both moments must be as long as the values":
+            [&grad, &first, &second].iter().all(|x| x.dims() == value.dims()));
+    if !cpu::fuses(&value) {
+        return plain(value, grad, [first, second], step);
+    }
+    let [grad, first, second] = [grad, first, second].map(|x| in_type(x, DType::F32));
     let (value, first, second) = Dispatch::adamw(
         value.into_dispatch(),
         grad.into_dispatch(),

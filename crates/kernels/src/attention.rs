@@ -7,8 +7,9 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 
+use crate::shapes::assert_shapes;
 use crate::{ActiveRows, Mask, cpu, in_type};
 
 mod blocks;
@@ -105,8 +106,14 @@ pub struct Statistics {
 /// - v: `[batch, value heads, keys, value width]`; the value width may differ from the width of queries and keys
 ///
 /// # Panics
-/// If the head counts do not divide (with [`HeadMap::Even`]) or shapes disagree: callers check configurations first.
+/// If the head counts do not divide (with [`HeadMap::Even`]), a [`HeadMap::Each`] names a head that is not there, or shapes
+/// disagree: callers check configurations first.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
+    check(&q, &k, &v, options);
+    let [batch, heads, queries, _] = q.dims();
+    if [batch, heads, queries, k.dims()[2], v.dims()[3]].contains(&0) {
+        return of_nothing(q, k, v, options);
+    }
     let span_mass = match &options.statistics {
         Measure::Spans(spans) => {
             Some(span_mass(q.clone().detach(), k.clone().detach(), spans.as_ref().clone(), options))
@@ -116,6 +123,60 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOp
     let attention = forward(q, k, v, options);
     let statistics = attention.statistics.map(|seen| Statistics { span_mass, ..seen.settled() });
     Attention { statistics, ..attention }
+}
+
+/// Panics where a call makes no sense, so that no form has to ask again.
+fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions<'_>) {
+    let ([batch, heads, queries, width], [_, key_heads, keys, _], [_, value_heads, ..]) =
+        (q.dims(), k.dims(), v.dims());
+    assert_shapes!("attention", q, k, v;
+        "q, k and v must have one batch": k.dims()[0] == batch && v.dims()[0] == batch,
+        "k must be as wide as q": k.dims()[3] == width,
+        "k and v must have as many keys": v.dims()[2] == keys,
+    );
+    options.keys.of(heads, key_heads);
+    options.values.of(heads, value_heads);
+    let full = [batch, heads, queries, keys];
+    if let Some(bias) = &options.bias {
+        assert_shapes!("attention", q, k, bias;
+            "bias must be [batch or 1, query heads or 1, queries, keys]": spreads(bias.dims(), full));
+    }
+    if let Some(mask) = options.mask {
+        mask.check(full, options.query_offset);
+    }
+    if let Some(active) = &options.active {
+        assert_shapes!("attention", q, active;
+            "active rows must be [batch, queries, query heads]": active.shape() == [batch, queries, heads]);
+    }
+    if let Measure::Spans(spans) = &options.statistics {
+        assert_shapes!("attention", k, spans;
+            "spans must be [batch, keys, sets]": spans.dims()[..2] == [batch, keys]);
+    }
+}
+
+/// Whether a tensor of these sizes holds for the full ones: where it has one row or head, for all.
+pub(crate) fn spreads(sizes: [usize; 4], full: [usize; 4]) -> bool {
+    (0..2).all(|axis| sizes[axis] == full[axis] || sizes[axis] == 1) && sizes[2..] == full[2..]
+}
+
+/// What comes of a call in which there is nothing to compute: zeros, which still hang on the inputs.
+fn of_nothing(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
+    let ([batch, heads, queries, _], keys, device) = (q.dims(), k.dims()[2], q.device());
+    let hidden = Tensor::<4>::zeros([batch, heads, queries, v.dims()[3]], (&device, q.dtype()));
+    let statistics = (!options.statistics.is_nothing()).then(|| Statistics {
+        entropy: Tensor::zeros([heads], &device),
+        first_key_mass: Tensor::zeros([heads], &device),
+        largest_score: Tensor::zeros([heads], &device),
+        span_mass: match &options.statistics {
+            Measure::Spans(spans) => Some(Tensor::zeros([batch, heads, queries, spans.dims()[2]], &device)),
+            _ => None,
+        },
+        weights: matches!(options.statistics, Measure::Weights).then(|| Tensor::zeros([heads, queries, keys], &device)),
+    });
+    let sum = q.sum() + k.sum() + v.sum();
+    let everywhere = Tensor::<1, Bool>::from_data([true], &device);
+    let nothing = sum.mask_fill(everywhere, 0.0).reshape([1, 1, 1, 1]);
+    Attention { hidden: hidden + nothing, statistics }
 }
 
 /// The form that this device and mask ask for.
@@ -181,7 +242,8 @@ impl Statistics {
 impl AttentionOptions<'_> {
     /// The factor of the scores of these queries.
     fn scale_for(&self, q: &Tensor<4>) -> f64 {
-        self.scale.unwrap_or_else(|| (q.dims()[3] as f64).powf(-0.5))
+        // Without channels all scores are 0, whatever the factor; but it has to be a number.
+        self.scale.unwrap_or_else(|| (q.dims()[3].max(1) as f64).powf(-0.5))
     }
 
     /// `[heads]`: of how many queries statistics are the mean.
@@ -197,11 +259,14 @@ impl HeadMap {
     fn of(&self, heads: usize, n: usize) -> Vec<usize> {
         match self {
             Self::Even => {
-                assert!(heads.is_multiple_of(n), "{heads} query heads over {n} heads");
+                assert!(heads.is_multiple_of(n), "attention: {heads} query heads cannot share {n} heads evenly");
                 (0..heads).map(|head| head / (heads / n)).collect()
             }
             Self::Each(map) => {
-                assert_eq!(map.len(), heads, "one entry per query head");
+                assert!(map.len() == heads, "attention: a map of {} entries for {heads} query heads", map.len());
+                if let Some(head) = map.iter().position(|&of| of >= n) {
+                    panic!("attention: query head {head} is to read head {} of {n}", map[head]);
+                }
                 map.clone()
             }
         }

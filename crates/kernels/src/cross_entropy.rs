@@ -6,18 +6,18 @@
 //! comes back, so the backward only has to scale them. Below for the CPU, in
 //! `cross_entropy/chunks.rs` for every backend.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::cpu::{Destination, Matrix};
-use crate::{cpu, simd};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::matrix::{Matrix, MatrixMut, product};
+use crate::scratch::ScratchBuffer;
+use crate::shapes::assert_shapes;
+use crate::{cpu, in_type, simd};
 
 mod chunks;
 
@@ -36,6 +36,16 @@ impl Targets {
     /// Targets from the host; negative ids are ignored positions.
     pub fn new(ids: &[i64]) -> Self {
         Self { ids: ids.into() }
+    }
+
+    /// How many tokens there are, ignored ones too.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
     }
 
     /// `[tokens]`: the ids, 0 where ignored; and 1 where a token counts, else 0.
@@ -67,10 +77,23 @@ pub struct CrossEntropy {
 /// - hidden: `[tokens, d_model]`
 /// - head: `[d_model, vocab]`
 /// - targets: `[tokens]`, every id below vocab
+///
+/// # Panics
+/// If the shapes are others, or an id is not below vocab.
 pub fn cross_entropy(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> CrossEntropy {
+    let ([tokens, d_model], [rows, vocab]) = (hidden.dims(), head.dims());
+    assert_shapes!("cross_entropy", hidden, head, targets;
+        "head must have a row per channel of hidden": rows == d_model,
+        "there must be a target per token": targets.len() == tokens,
+    );
+    if let Some(token) = targets.ids.iter().position(|&id| id >= vocab as i64) {
+        let id = targets.ids[token];
+        panic!("cross_entropy: every target must be below the vocabulary's size, {vocab}; token {token} has {id}");
+    }
     if !cpu::fuses(&hidden) {
         return chunks::cross_entropy(hidden, head, targets);
     }
+    let head = in_type(head, DType::F32);
     let (sum, per_token) =
         Dispatch::linear_cross_entropy(hidden.into_dispatch(), head.into_dispatch(), targets.clone());
     let per_token = Tensor::<2>::from_dispatch(per_token);
@@ -105,7 +128,7 @@ trait LinearCrossEntropy: Backend {
 
 impl LinearCrossEntropy for Flex {
     fn linear_cross_entropy(hidden: FlexTensor, head: FlexTensor, targets: Targets) -> (FlexTensor, FlexTensor) {
-        let made = forward(&hidden.to_contiguous(), &head, &targets, false);
+        let made = forward(&hidden.to_contiguous(), &cpu::not_backwards(head), &targets, [false; 2]);
         (made.sum, made.per_token)
     }
 }
@@ -116,34 +139,11 @@ impl<C: CheckpointStrategy> LinearCrossEntropy for Autodiff<Flex, C> {
         head: FloatTensor<Self>,
         targets: Targets,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 2> for Step {
-            type State = [FlexTensor; 2];
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let factor = cpu::values(&grads.consume::<Flex>(&ops.node))[0];
-                for (parent, mut grad) in ops.parents.into_iter().zip(ops.state) {
-                    if let Some(node) = parent {
-                        grad.storage_mut::<f32>().par_chunks_mut(1 << 15).for_each(|part| simd::scale(part, factor));
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((hidden, hidden_node), (head, head_node)) = (hidden.into_parts(), head.into_parts());
-        let hidden = hidden.to_contiguous();
-        let (sum, per_token) = match Step.prepare::<C>([hidden_node, head_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => {
-                let made = forward(&hidden, &head, &targets, true);
-                let grads = made.grads.unwrap_or_else(|| unreachable!("asked for"));
-                (step.finish(grads, made.sum), made.per_token)
-            }
-            OpsKind::UnTracked(step) => {
-                let made = forward(&hidden, &head, &targets, false);
-                (step.finish(made.sum), made.per_token)
-            }
+        let run = |[hidden, head]: [FlexTensor; 2], wanted: Wanted<2>| {
+            let made = forward(&hidden.to_contiguous(), &cpu::not_backwards(head), &targets, wanted);
+            (made.sum, made.grads, made.per_token)
         };
+        let (sum, per_token) = differentiable::<Flex, C, _, _, 2>([hidden, head], run, backward);
         (sum, <Self as AutodiffBackend>::from_inner(per_token))
     }
 }
@@ -151,65 +151,70 @@ impl<C: CheckpointStrategy> LinearCrossEntropy for Autodiff<Flex, C> {
 struct Made {
     sum: FlexTensor,
     per_token: FlexTensor,
-    /// Of hidden and head, for a gradient of 1.
-    grads: Option<[FlexTensor; 2]>,
+    /// Of hidden and head, for a gradient of 1; those that are wanted.
+    grads: InputGrads<Flex, 2>,
 }
 
-fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, with_grads: bool) -> Made {
-    let all = cpu::values(hidden);
-    let ([d_model, vocab], strides) = (cpu::sizes(head), head.layout().strides());
-    let tokens = targets.ids.len();
-    assert_eq!(all.len(), tokens * d_model, "one target per token");
-    let head_matrix = Matrix::new(head);
+fn backward(grads: InputGrads<Flex, 2>, sum_grad: FlexTensor, _: Wanted<2>) -> InputGrads<Flex, 2> {
+    let factor = cpu::values(&sum_grad)[0];
+    grads.map(|grad| {
+        grad.map(|mut grad| {
+            grad.storage_mut::<f32>().par_chunks_mut(1 << 15).for_each(|part| simd::scale(part, factor));
+            grad
+        })
+    })
+}
+
+/// `of_hidden`, `of_head`: whose gradients to make right with it.
+fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, [of_hidden, of_head]: Wanted<2>) -> Made {
+    let (strides, hidden, head) = (head.layout().strides(), cpu::matrix(hidden), Matrix::of(head));
+    let ([d_model, vocab], tokens, with_grads) = (head.sizes(), targets.len(), of_hidden || of_head);
+    assert_eq!(hidden.sizes(), [tokens, d_model], "one target per token");
     let rows = (LOGITS / vocab.max(1)).max(FEWEST_ROWS).min(tokens.max(1));
-    let mut logits = cpu::room(rows * vocab);
-    let mut per_token = cpu::room(2 * tokens);
+    let mut logits_buffer = ScratchBuffer::new(rows * vocab);
+    let mut per_token = vec![0.0; 2 * tokens];
     let (losses, correct) = per_token.split_at_mut(tokens);
-    let mut hidden_grad = if with_grads { cpu::room(tokens * d_model) } else { Vec::new() };
+    let mut hidden_grad = Vec::with_capacity(if of_hidden { tokens * d_model } else { 0 });
     // The head's gradient lies as the head does: a tied one is the embedding, seen from the side.
     let tied = strides[0] == 1 && strides[1] != 1;
-    let mut head_grad = if with_grads { cpu::room(d_model * vocab) } else { Vec::new() };
-    let into = |start: *mut f32, rows: usize, add: bool| Destination { start, rows, add, parallel: true };
+    let mut head_grad: Option<Vec<f32>> = None;
 
     for from in (0..tokens).step_by(rows) {
-        let count = rows.min(tokens - from);
-        let chunk = Matrix::by_rows(all[from * d_model..].as_ptr(), d_model);
-        let logits = &mut logits[..count * vocab];
-        // SAFETY: `logits` is `[count, vocab]`, and nobody else has it.
-        unsafe {
-            cpu::product([count, d_model, vocab], chunk, head_matrix, 1.0, into(logits.as_mut_ptr(), vocab, false))
-        };
-        let ids = &targets.ids[from..from + count];
-        let outs = losses[from..from + count].par_iter_mut().zip(&mut correct[from..from + count]);
-        logits.par_chunks_mut(vocab).zip(ids).zip(outs).for_each(|((logits, &id), (loss, correct))| {
-            (*loss, *correct) = loss_of_row(logits, id, with_grads);
-        });
-        if !with_grads {
-            continue;
+        let part = from..(from + rows).min(tokens);
+        let chunk = hidden.rows(part.clone());
+        let logits = product(chunk, head).parallel().write_into(logits_buffer.unwritten());
+        let outs = losses[part.clone()].par_iter_mut().zip(&mut correct[part.clone()]);
+        logits.par_chunks_mut(vocab.max(1)).zip(&targets.ids[part.clone()]).zip(outs).for_each(
+            |((logits, &id), (loss, correct))| {
+                (*loss, *correct) = loss_of_row(logits, id, with_grads);
+            },
+        );
+        let scores = Matrix::by_rows(logits, [part.len(), vocab]);
+        if of_hidden {
+            product(scores, head.transposed()).parallel().append_to(&mut hidden_grad);
         }
-        let scores = Matrix::by_rows(logits.as_ptr(), vocab);
-        let hidden_into = into(hidden_grad[from * d_model..].as_mut_ptr(), d_model, false);
-        // SAFETY: both results are this function's own, and of the sizes given.
-        unsafe {
-            cpu::product([count, vocab, d_model], scores, head_matrix.transposed(), 1.0, hidden_into);
-            if tied {
-                let head_into = into(head_grad.as_mut_ptr(), d_model, from > 0);
-                cpu::product([vocab, count, d_model], scores.transposed(), chunk, 1.0, head_into);
-            } else {
-                let head_into = into(head_grad.as_mut_ptr(), vocab, from > 0);
-                cpu::product([d_model, count, vocab], chunk.transposed(), scores, 1.0, head_into);
+        if of_head {
+            let (sizes, of_chunk) = match tied {
+                true => ([vocab, d_model], product(scores.transposed(), chunk)),
+                false => ([d_model, vocab], product(chunk.transposed(), scores)),
+            };
+            match &mut head_grad {
+                Some(sum) => of_chunk.parallel().add_to(&mut MatrixMut::new(sum, sizes, sizes[1])),
+                None => head_grad = Some(of_chunk.parallel().values()),
             }
         }
     }
     // In f64: sums of many losses must not depend on how many there are.
     let sum = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() as f32;
-    let grads = with_grads.then(|| {
-        let head_grad = match tied {
-            true => transposed(cpu::tensor(head_grad, [vocab, d_model])),
-            false => cpu::tensor(head_grad, [d_model, vocab]),
-        };
-        [cpu::tensor(hidden_grad, [tokens, d_model]), head_grad]
-    });
+    let head_grad = || {
+        // Without any token, nothing has written it.
+        let values = head_grad.unwrap_or_else(|| vec![0.0; d_model * vocab]);
+        match tied {
+            true => transposed(cpu::tensor(values, [vocab, d_model])),
+            false => cpu::tensor(values, [d_model, vocab]),
+        }
+    };
+    let grads = [of_hidden.then(|| cpu::tensor(hidden_grad, [tokens, d_model])), of_head.then(head_grad)];
     Made { sum: cpu::tensor(vec![sum], [1]), per_token: cpu::tensor(per_token, [2, tokens]), grads }
 }
 
@@ -237,7 +242,7 @@ fn loss_of_row(logits: &mut [f32], id: i64, with_grads: bool) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree, agree_with_gradients, leaf, numbers};
+    use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, leaf, numbers};
 
     #[test]
     fn fused_agrees_with_plain() {
@@ -298,5 +303,23 @@ mod tests {
             })
         };
         assert!(run(1) == run(3));
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        let targets = Targets::new(&(0..90).map(|i| i % 50 - 3).collect::<Vec<i64>>());
+        every_subset_of_gradients(&[&[90, 6], &[6, 30_000]], |[hidden, head]| {
+            cross_entropy(hidden.reshape([90, 6]), head.reshape([6, 30_000]), &targets).sum
+        });
+    }
+
+    #[test]
+    fn no_tokens_give_gradients_of_zero() {
+        let (hidden, head) = (leaf([0, 4]), leaf([4, 7]));
+        let out = cross_entropy(hidden.clone(), head.clone(), &Targets::new(&[]));
+        assert_eq!((numbers(out.sum.clone()), numbers(out.losses).len()), (vec![0.0], 0));
+        let grads = out.sum.backward();
+        assert_eq!(numbers(head.grad(&grads).expect("gradient")), [0.0; 28]);
+        assert_eq!(hidden.grad(&grads).expect("gradient").dims(), [0, 4]);
     }
 }

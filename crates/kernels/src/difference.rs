@@ -1,16 +1,18 @@
 //! The combination of heads in differential attention (arXiv 2410.05258, eq. 3; grouped: arXiv 2510.06949): subtract,
 //! normalise, scale, as one operation.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use std::mem::MaybeUninit;
+
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::scratch::{ScratchBuffer, write_chunks, write_rows};
+use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, rms_norm, simd};
 
 /// Positions of a task.
@@ -33,12 +35,27 @@ pub struct Combination {
 /// - heads: `[batch, groups * (ratio + 1), seq, width]`: each group's signal heads, then its noise head
 /// - lambda: `[1]`, weight: `[width]`
 /// - output: `[batch, groups * ratio, seq, width]`
+///
+/// # Panics
+/// If the shapes are others, or the ratio is 0.
 pub fn subtract_noise(heads: Tensor<4>, lambda: Tensor<1>, weight: Tensor<1>, how: Combination) -> Tensor<4> {
+    assert_groups(&heads, &lambda, how.ratio);
+    assert_shapes!("subtract_noise", heads, lambda, weight;
+        "weight must have a value per channel of a head": weight.dims()[0] == heads.dims()[3]);
     if cpu::fuses(&heads) {
+        let [lambda, weight] = [lambda, weight].map(|x| in_type(x, DType::F32));
         let parts = (heads.into_dispatch(), lambda.into_dispatch(), weight.into_dispatch());
         return Tensor::from_dispatch(Dispatch::subtract_noise(parts.0, parts.1, parts.2, how));
     }
     plain(heads, lambda, weight, how)
+}
+
+fn assert_groups(heads: &Tensor<4>, lambda: &Tensor<1>, ratio: usize) {
+    assert_shapes!("difference of heads", heads, lambda;
+        "a group must have a signal head at least (ratio 0)": ratio > 0,
+        "heads must come in groups of ratio signal heads and a noise head": heads.dims()[1].is_multiple_of(ratio + 1),
+        "lambda must be one number": lambda.dims() == [1],
+    );
 }
 
 fn plain(heads: Tensor<4>, lambda: Tensor<1>, weight: Tensor<1>, how: Combination) -> Tensor<4> {
@@ -48,7 +65,11 @@ fn plain(heads: Tensor<4>, lambda: Tensor<1>, weight: Tensor<1>, how: Combinatio
 }
 
 /// `signal - λ noise` for every signal head, neither normalised nor scaled; shapes as [`subtract_noise`].
+///
+/// # Panics
+/// If the shapes are others, or the ratio is 0.
 pub fn difference(heads: Tensor<4>, lambda: Tensor<1>, ratio: usize) -> Tensor<4> {
+    assert_groups(&heads, &lambda, ratio);
     let [batch, all, seq, width] = heads.dims();
     let groups = all / (ratio + 1);
     let grouped = heads.reshape([batch, groups, ratio + 1, seq, width]);
@@ -70,7 +91,7 @@ trait SubtractNoise: Backend {
 
 impl SubtractNoise for Flex {
     fn subtract_noise(heads: FlexTensor, lambda: FlexTensor, weight: FlexTensor, how: Combination) -> FlexTensor {
-        forward(&cpu::row_major(heads), &lambda, &weight.to_contiguous(), how)
+        forward(&cpu::row_major(heads), &lambda.to_contiguous(), &weight.to_contiguous(), how)
     }
 }
 
@@ -81,29 +102,14 @@ impl<C: CheckpointStrategy> SubtractNoise for Autodiff<Flex, C> {
         weight: FloatTensor<Self>,
         how: Combination,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 3> for Step {
-            type State = ([FlexTensor; 3], Combination);
-
-            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = cpu::row_major(grads.consume::<Flex>(&ops.node));
-                let (inputs, how) = ops.state;
-                for (parent, grad) in ops.parents.into_iter().zip(backward(&inputs, &y_grad, how)) {
-                    if let Some(node) = parent {
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let (heads, heads_node) = heads.into_parts();
-        let ((lambda, lambda_node), (weight, weight_node)) = (lambda.into_parts(), weight.into_parts());
-        let (heads, weight) = (cpu::row_major(heads), weight.to_contiguous());
-        let y = forward(&heads, &lambda, &weight, how);
-        match Step.prepare::<C>([heads_node, lambda_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(([heads, lambda, weight], how), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |[heads, lambda, weight]: [FlexTensor; 3], _: Wanted<3>| {
+            let inputs = [cpu::row_major(heads), lambda.to_contiguous(), weight.to_contiguous()];
+            (forward(&inputs[0], &inputs[1], &inputs[2], how), (inputs, how), ())
+        };
+        let back = |(inputs, how): ([FlexTensor; 3], Combination), y_grad: FlexTensor, wanted: Wanted<3>| {
+            backward(&inputs, &cpu::row_major(y_grad), how, wanted)
+        };
+        differentiable::<Flex, C, _, _, 3>([heads, lambda, weight], run, back).0
     }
 }
 
@@ -112,77 +118,145 @@ fn forward(heads: &FlexTensor, lambda: &FlexTensor, weight: &FlexTensor, how: Co
     let [batch, all, seq, width] = view.shape;
     let Combination { ratio, eps, factor } = how;
     let signals = all / (ratio + 1) * ratio;
-    let mut y = cpu::room(batch * seq * signals * width);
-    y.par_chunks_mut((signals * width).max(1)).enumerate().for_each_init(
-        || cpu::room(width),
-        |difference, (row, y)| {
+    let (len, chunk) = (batch * seq * signals * width, (POSITIONS * signals * width).max(1));
+    let (y, _) = write_chunks(len, chunk, (0..len.div_ceil(chunk)).into_par_iter(), |y, task| {
+        let mut difference = vec![0.0; width];
+        let written = write_rows(y, width, |index, y| {
+            let (row, signal) = (task * POSITIONS + index / signals, index % signals);
             let (b, position) = (row / seq, row % seq);
-            for (signal, y) in y.chunks_mut(width).enumerate() {
-                let (group, own) = (signal / ratio, signal % ratio);
-                let head = |index: usize| view.row(b, group * (ratio + 1) + index, position);
-                simd::subtract(head(own), head(ratio), lambda, difference);
-                simd::rms_norm(difference, weight, eps as f32, y);
-                simd::scale(y, factor as f32);
-            }
-        },
-    );
+            let (group, own) = (signal / ratio, signal % ratio);
+            let head = |index: usize| view.row(b, group * (ratio + 1) + index, position);
+            simd::subtract(head(own), head(ratio), lambda, &mut difference);
+            let (y, _) = simd::rms_norm(&difference, weight, eps as f32, y);
+            simd::scale(y, factor as f32);
+            y
+        });
+        (written, ())
+    });
     cpu::tensor_by_position(y, [batch, signals, seq, width])
 }
 
-/// What a task adds up over its positions.
-struct Sums {
-    weight: Vec<f32>,
-    lambda: f64,
+/// A task of the backward: some positions, what it computes in, and what it adds up over them.
+struct Task<'a> {
+    heads: cpu::View<'a>,
+    y_grads: cpu::View<'a>,
+    lambda: f32,
+    weight: &'a [f32],
+    how: Combination,
+    wanted: Wanted<3>,
+    /// `signal - λ noise`
+    difference: Vec<f32>,
+    /// The gradient of the normalised difference.
+    scaled: Vec<f32>,
+    weight_grad: Vec<f32>,
+    lambda_grad: f64,
+}
+
+impl Task<'_> {
+    /// The gradient of a signal head at a position, written to `to`, if it is needed for anything; adds to the sums.
+    fn signal<'y>(
+        &mut self,
+        [b, position, group, own]: [usize; 4],
+        to: &'y mut [MaybeUninit<f32>],
+    ) -> Option<&'y mut [f32]> {
+        let Combination { ratio, eps, factor } = self.how;
+        let (heads, [of_heads, of_lambda, of_weight]) = (self.heads, self.wanted);
+        let head = |index: usize| heads.row(b, group * (ratio + 1) + index, position);
+        simd::subtract(head(own), head(ratio), self.lambda, &mut self.difference);
+        let inverse = simd::rms_inverse(&self.difference, eps as f32);
+        self.scaled.copy_from_slice(self.y_grads.row(b, group * ratio + own, position));
+        simd::scale(&mut self.scaled, factor as f32);
+        let (x, dy, dw) = (&self.difference, &self.scaled, &mut self.weight_grad);
+        let grad = match (of_heads || of_lambda, of_weight) {
+            (true, true) => simd::rms_norm_backward(x, self.weight, dy, inverse, to, dw),
+            (true, false) => simd::rms_norm_back_to_x(x, self.weight, dy, inverse, to),
+            (false, _) => {
+                simd::rms_norm_back_to_weight(x, dy, inverse, dw);
+                return None;
+            }
+        };
+        if of_lambda {
+            self.lambda_grad -= f64::from(simd::dot(grad, head(ratio)));
+        }
+        Some(grad)
+    }
+
+    fn sums(self) -> (Vec<f32>, f64) {
+        (self.weight_grad, self.lambda_grad)
+    }
 }
 
 /// Gradients of heads, λ and the weight.
-fn backward([heads, lambda, weight]: &[FlexTensor; 3], y_grad: &FlexTensor, how: Combination) -> [FlexTensor; 3] {
-    let (view, y_grads) = (cpu::View::new(heads), cpu::View::new(y_grad));
-    let (lambda, weight) = (cpu::values(lambda)[0], cpu::values(weight));
+fn backward(
+    [heads, lambda, weight]: &[FlexTensor; 3],
+    y_grad: &FlexTensor,
+    how: Combination,
+    wanted: Wanted<3>,
+) -> InputGrads<Flex, 3> {
+    let (view, weight) = (cpu::View::new(heads), cpu::values(weight));
     let [batch, all, seq, width] = view.shape;
-    let Combination { ratio, eps, factor } = how;
-    let mut heads_grad = cpu::room(batch * seq * all * width);
-    let parts: Vec<Sums> = heads_grad
-        .par_chunks_mut((POSITIONS * all * width).max(1))
-        .enumerate()
-        .map(|(task, grads)| {
-            let mut sums = Sums { weight: vec![0.0; width], lambda: 0.0 };
-            let (mut difference, mut scaled, mut unused) = (cpu::room(width), cpu::room(width), cpu::room(width));
-            for (offset, grads) in grads.chunks_mut(all * width).enumerate() {
-                let row = task * POSITIONS + offset;
-                let (b, position) = (row / seq, row % seq);
-                for (group, grads) in grads.chunks_mut((ratio + 1) * width).enumerate() {
-                    let head = |index: usize| view.row(b, group * (ratio + 1) + index, position);
-                    let (signal_grads, noise_grad) = grads.split_at_mut(ratio * width);
+    let [of_heads, of_lambda, of_weight] = wanted;
+    let task = || Task {
+        heads: view,
+        y_grads: cpu::View::new(y_grad),
+        lambda: cpu::values(lambda)[0],
+        weight,
+        how,
+        wanted,
+        difference: vec![0.0; width],
+        scaled: vec![0.0; width],
+        weight_grad: vec![0.0; width],
+        lambda_grad: 0.0,
+    };
+    // Row by row of the heads' gradient: each group's signal heads, then its noise head.
+    let place = |index: usize, row: usize| {
+        let (row, head) = (index * POSITIONS + row / all, row % all);
+        [row / seq, row % seq, head / (how.ratio + 1), head % (how.ratio + 1)]
+    };
+    let (len, chunk) = (batch * seq * all * width, (POSITIONS * all * width).max(1));
+    let tasks = (0..len.div_ceil(chunk)).into_par_iter();
+    let (heads_grad, sums) = if of_heads {
+        let (heads_grad, sums) = write_chunks(len, chunk, tasks, |grads, index| {
+            let (mut task, mut noise_grad) = (task(), vec![0.0; width]);
+            let written = write_rows(grads, width, |row, grad| {
+                let place = place(index, row);
+                if place[3] == how.ratio {
+                    let written = grad.write_copy_of_slice(&noise_grad);
                     noise_grad.fill(0.0);
-                    for (own, signal_grad) in signal_grads.chunks_mut(width).enumerate() {
-                        simd::subtract(head(own), head(ratio), lambda, &mut difference);
-                        let inverse = simd::rms_norm(&difference, weight, eps as f32, &mut unused);
-                        scaled.copy_from_slice(y_grads.row(b, group * ratio + own, position));
-                        simd::scale(&mut scaled, factor as f32);
-                        let (dy, dw) = (&scaled, &mut sums.weight);
-                        simd::rms_norm_backward(&difference, weight, dy, inverse, signal_grad, dw);
-                        simd::add_scaled(noise_grad, signal_grad, -lambda);
-                        sums.lambda -= f64::from(simd::dot(signal_grad, head(ratio)));
-                    }
+                    return written;
                 }
-            }
-            sums
-        })
-        .collect();
-    let lambda_grad = parts.iter().map(|part| part.lambda).sum::<f64>() as f32;
-    let parts: Vec<Vec<f32>> = parts.into_iter().map(|part| part.weight).collect();
+                let grad = task.signal(place, grad).unwrap_or_default();
+                simd::add_scaled(&mut noise_grad, grad, -task.lambda);
+                grad
+            });
+            (written, task.sums())
+        });
+        (Some(cpu::tensor_by_position(heads_grad, view.shape)), sums)
+    } else {
+        let sums = tasks.map(|index| {
+            let (mut task, mut grad) = (task(), ScratchBuffer::new(width));
+            let rows = (batch * seq - index * POSITIONS).min(POSITIONS) * all;
+            let places = (0..rows).map(|row| place(index, row)).filter(|place| place[3] < how.ratio);
+            places.for_each(|place| {
+                task.signal(place, grad.unwritten());
+            });
+            task.sums()
+        });
+        (None, sums.collect())
+    };
+    let lambda_grad = sums.iter().map(|(_, lambda)| lambda).sum::<f64>() as f32;
+    let parts: Vec<Vec<f32>> = sums.into_iter().map(|(weight, _)| weight).collect();
     [
-        cpu::tensor_by_position(heads_grad, view.shape),
-        cpu::tensor(vec![lambda_grad], [1]),
-        cpu::tensor(cpu::sum_in_order(width, &parts), [width]),
+        heads_grad,
+        of_lambda.then(|| cpu::tensor(vec![lambda_grad], [1])),
+        of_weight.then(|| cpu::tensor(cpu::sum_in_order(width, &parts), [width])),
     ]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree_with_gradients, leaf};
+    use crate::testing::{agree_with_gradients, every_subset_of_gradients, leaf};
 
     #[test]
     fn fused_agrees_with_plain() {
@@ -204,5 +278,13 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        let how = Combination { ratio: 2, eps: 1e-5, factor: 0.7 };
+        every_subset_of_gradients(&[&[2, 6, 19, 33], &[1], &[33]], |[heads, lambda, weight]| {
+            subtract_noise(heads.reshape([2, 6, 19, 33]), lambda, weight, how).reshape([-1])
+        });
     }
 }

@@ -1,16 +1,15 @@
 //! The gated feed-forward layer (Shazeer 2020, arXiv 2002.05202) as one operation: what lies between its products is made
 //! again in the backward instead of being kept, and the gradient of the input is added up inside the products.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Tensor, module};
+use burn::tensor::{DType, Tensor, module};
 use burn_flex::FlexTensor;
 
-use crate::linear::{self, back_to_input, back_to_weight};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::linear::{self, add_back_to_input, back_to_input, back_to_weight};
+use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, swiglu};
 
 /// `(silu(x · gate) * (x · up)) · down`
@@ -18,12 +17,21 @@ use crate::{cpu, in_type, swiglu};
 /// # Shapes
 /// - x, output: `[batch, seq, d_model]`
 /// - gate, up: `[d_model, d_ff]`, down: `[d_ff, d_model]`
+///
+/// # Panics
+/// If the shapes are others.
 pub fn gated_mlp(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tensor<3> {
+    let ([_, _, d_model], [_, d_ff]) = (x.dims(), gate.dims());
+    assert_shapes!("gated_mlp", x, gate, up, down;
+        "gate must have a row per channel of x": gate.dims()[0] == d_model,
+        "up must be of gate's shape": up.dims() == gate.dims(),
+        "down must be of gate's shape, transposed": down.dims() == [d_ff, d_model],
+    );
     if !cpu::fuses(&x) {
         return plain(x, gate, up, down);
     }
-    let [x, gate, up, down] = [x.into_dispatch(), gate.into_dispatch(), up.into_dispatch(), down.into_dispatch()];
-    Tensor::from_dispatch(Dispatch::gated_mlp(x, gate, up, down))
+    let [gate, up, down] = [gate, up, down].map(|weight| in_type(weight, DType::F32).into_dispatch());
+    Tensor::from_dispatch(Dispatch::gated_mlp(x.into_dispatch(), gate, up, down))
 }
 
 fn plain(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tensor<3> {
@@ -44,8 +52,7 @@ trait GatedMlp: Backend {
 
 impl GatedMlp for Flex {
     fn gated_mlp(x: FlexTensor, gate: FlexTensor, up: FlexTensor, down: FlexTensor) -> FlexTensor {
-        let x = x.to_contiguous();
-        linear::forward(&swiglu::forward(&linear::forward(&x, &gate), &linear::forward(&x, &up)), &down)
+        forward([x, gate, up, down]).0
     }
 }
 
@@ -56,29 +63,11 @@ impl<C: CheckpointStrategy> GatedMlp for Autodiff<Flex, C> {
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 4> for Step {
-            type State = Kept;
-
-            fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                for (parent, grad) in ops.parents.into_iter().zip(backward(ops.state, &y_grad)) {
-                    if let Some(node) = parent {
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((x, x_node), (gate, gate_node)) = (x.into_parts(), gate.into_parts());
-        let ((up, up_node), (down, down_node)) = (up.into_parts(), down.into_parts());
-        let x = x.to_contiguous();
-        let (gated, upped) = (linear::forward(&x, &gate), linear::forward(&x, &up));
-        let y = linear::forward(&swiglu::forward(&gated, &upped), &down);
-        match Step.prepare::<C>([x_node, gate_node, up_node, down_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(Kept { x, weights: [gate, up, down], gated, upped }, y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |inputs: [FlexTensor; 4], _: Wanted<4>| {
+            let (y, kept) = forward(inputs);
+            (y, kept, ())
+        };
+        differentiable::<Flex, C, _, _, 4>([x, gate, up, down], run, backward).0
     }
 }
 
@@ -94,25 +83,41 @@ struct Kept {
     upped: FlexTensor,
 }
 
+fn forward([x, gate, up, down]: [FlexTensor; 4]) -> (FlexTensor, Kept) {
+    let x = x.to_contiguous();
+    let [gate, up, down] = [gate, up, down].map(cpu::not_backwards);
+    let (gated, upped) = (linear::forward(&x, &gate), linear::forward(&x, &up));
+    let y = linear::forward(&swiglu::forward(&gated, &upped), &down);
+    (y, Kept { x, weights: [gate, up, down], gated, upped })
+}
+
 /// Gradients of x, gate, up and down.
-fn backward(kept: Kept, y_grad: &FlexTensor) -> [FlexTensor; 4] {
+fn backward(kept: Kept, y_grad: FlexTensor, wanted: Wanted<4>) -> InputGrads<Flex, 4> {
     let Kept { x, weights: [gate, up, down], gated, upped } = kept;
-    let down_grad = back_to_weight(&swiglu::forward(&gated, &upped), y_grad);
-    let mut inner_grad = cpu::room(gated.layout().num_elements());
-    back_to_input(y_grad, &down, &mut inner_grad, false);
-    let inner_grad = cpu::tensor(inner_grad, gated.layout().shape().to_vec());
-    let [gated_grad, upped_grad] = swiglu::backward(&gated, &upped, &inner_grad);
-    let mut x_grad = cpu::room(x.layout().num_elements());
-    back_to_input(&gated_grad, &gate, &mut x_grad, false);
-    back_to_input(&upped_grad, &up, &mut x_grad, true);
-    let (gate_grad, up_grad) = (back_to_weight(&x, &gated_grad), back_to_weight(&x, &upped_grad));
-    [cpu::tensor(x_grad, x.layout().shape().to_vec()), gate_grad, up_grad, down_grad]
+    let (y_grad, [of_x, of_gate, of_up, of_down]) = (y_grad.to_contiguous(), wanted);
+    let down_grad = of_down.then(|| back_to_weight(&swiglu::forward(&gated, &upped), &y_grad));
+    if !(of_x || of_gate || of_up) {
+        return [None, None, None, down_grad];
+    }
+    let inner_grad = back_to_input(&y_grad, &down);
+    let [gated_grad, upped_grad] = swiglu::backward(&gated, &upped, &inner_grad, [of_x || of_gate, of_x || of_up]);
+    let x_grad = match (of_x, &gated_grad, &upped_grad) {
+        (true, Some(gated_grad), Some(upped_grad)) => {
+            let mut x_grad = back_to_input(gated_grad, &gate);
+            add_back_to_input(&mut x_grad, upped_grad, &up);
+            Some(x_grad)
+        }
+        _ => None,
+    };
+    let weight_grad =
+        |wanted: bool, grad: Option<FlexTensor>| grad.filter(|_| wanted).map(|grad| back_to_weight(&x, &grad));
+    [x_grad, weight_grad(of_gate, gated_grad), weight_grad(of_up, upped_grad), down_grad]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree_with_gradients, leaf};
+    use crate::testing::{agree_with_gradients, every_subset_of_gradients, leaf};
 
     #[test]
     fn fused_agrees_with_plain() {
@@ -127,5 +132,13 @@ mod tests {
             };
             agree_with_gradients(&[&x, &gate, &up, &down], |x| apply(gated_mlp, x), |x| apply(plain, x));
         }
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        every_subset_of_gradients(&[&[2, 7, 5], &[5, 6], &[5, 6], &[6, 5]], |[x, gate, up, down]| {
+            let (x, [gate, up]) = (x.reshape([2, 7, 5]), [gate, up].map(|x| x.reshape([5, 6])));
+            gated_mlp(x, gate, up, down.reshape([6, 5])).reshape([-1])
+        });
     }
 }

@@ -4,6 +4,10 @@
 //! vocabulary, its norms, its rotary positions and its gated units. Each file holds an operation twice: in plain tensor
 //! operations that Burn differentiates by itself, and fused for the CPU, with a backward of its own. The public function
 //! chooses (`cpu::fuses`); the tests compare outputs and every gradient.
+//!
+//! No public function can be called so that it reads or writes what is not its own: shapes are checked first
+//! (`shapes.rs`), matrices are views that know their sizes (`matrix.rs`), and memory without values cannot be read
+//! (`scratch.rs`). A backward computes the gradients that somebody wants, and no others (`differentiable.rs`).
 
 mod active;
 mod adamw;
@@ -14,15 +18,19 @@ pub mod comparison;
 mod cpu;
 mod cross_entropy;
 mod difference;
+mod differentiable;
 mod gated_mlp;
 mod layer_norm;
 mod linear;
 mod mask;
+mod matrix;
 mod precision;
 mod random;
 mod rms_norm;
 mod rope;
 mod routed_linear;
+mod scratch;
+mod shapes;
 mod simd;
 mod swiglu;
 #[cfg(test)]

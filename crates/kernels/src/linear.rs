@@ -3,31 +3,39 @@
 //! Burn's own multiplies batch by batch where it takes that to be better; on the CPU it is not: the weight is then packed
 //! once per row of the batch.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Tensor, module};
+use burn::tensor::{DType, Tensor, module};
 use burn_flex::FlexTensor;
 
-use crate::cpu::{self, Matrix};
-use crate::in_type;
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::matrix::{Matrix, MatrixMut, product};
+use crate::shapes::assert_shapes;
+use crate::{cpu, in_type};
 
 /// `x · weight + bias`, in the type of x
 ///
 /// # Shapes
 /// - x: `[.., d_input]`, weight: `[d_input, d_output]`, bias: `[d_output]`
 /// - output: `[.., d_output]`
+///
+/// # Panics
+/// If the shapes are others.
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    assert_shapes!("linear", x, weight; "weight must have a row per channel of x": x.dims()[D - 1] == weight.dims()[0]);
+    if let Some(bias) = &bias {
+        assert_shapes!("linear", x, weight, bias;
+            "bias must have a value per column of weight": bias.dims()[0] == weight.dims()[1]);
+    }
     if !cpu::fuses(&x) {
         let dtype = x.dtype();
         return module::linear(x, in_type(weight, dtype), bias.map(|bias| in_type(bias, dtype)));
     }
+    let weight = in_type(weight, DType::F32);
     let y = Tensor::<D>::from_dispatch(Dispatch::linear_map(x.into_dispatch(), weight.into_dispatch()));
     match bias {
-        Some(bias) => y + bias.unsqueeze::<D>(),
+        Some(bias) => y + in_type(bias, DType::F32).unsqueeze::<D>(),
         None => y,
     }
 }
@@ -39,87 +47,65 @@ trait LinearMap: Backend {
 
 impl LinearMap for Flex {
     fn linear_map(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-        forward(&x.to_contiguous(), &weight)
+        forward(&x.to_contiguous(), &cpu::not_backwards(weight))
     }
 }
 
 impl<C: CheckpointStrategy> LinearMap for Autodiff<Flex, C> {
     fn linear_map(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 2> for Step {
-            type State = [FlexTensor; 2];
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                let ([x, weight], [x_node, weight_node]) = (ops.state, ops.parents);
-                if let Some(node) = x_node {
-                    let mut x_grad = cpu::room(x.layout().num_elements());
-                    back_to_input(&y_grad, &weight, &mut x_grad, false);
-                    grads.register::<Flex>(node.id, cpu::tensor(x_grad, x.layout().shape().to_vec()));
-                }
-                if let Some(node) = weight_node {
-                    grads.register::<Flex>(node.id, back_to_weight(&x, &y_grad));
-                }
-            }
-        }
-        let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
-        let x = x.to_contiguous();
-        let y = forward(&x, &weight);
-        match Step.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish([x, weight], y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |[x, weight]: [FlexTensor; 2], _: Wanted<2>| {
+            let (x, weight) = (x.to_contiguous(), cpu::not_backwards(weight));
+            (forward(&x, &weight), [x, weight], ())
+        };
+        differentiable::<Flex, C, _, _, 2>([x, weight], run, backward).0
     }
+}
+
+fn backward([x, weight]: [FlexTensor; 2], y_grad: FlexTensor, [of_x, of_weight]: Wanted<2>) -> InputGrads<Flex, 2> {
+    let y_grad = y_grad.to_contiguous();
+    [of_x.then(|| back_to_input(&y_grad, &weight)), of_weight.then(|| back_to_weight(&x, &y_grad))]
 }
 
 /// `x · weight` for a contiguous x, `[.., d_input]`.
 pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
-    let [d_input, d_output] = cpu::sizes(weight);
-    let all = cpu::values(x);
-    let rows = all.len() / d_input.max(1);
-    let mut y = cpu::room(rows * d_output);
-    let to = cpu::Destination { start: y.as_mut_ptr(), rows: d_output, add: false, parallel: true };
-    let left = Matrix::by_rows(all.as_ptr(), d_input);
-    // SAFETY: y is `[rows, d_output]`, and nobody else has it.
-    unsafe { cpu::product([rows, d_input, d_output], left, Matrix::new(weight), 1.0, to) };
-    let mut shape = x.layout().shape().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = d_output;
-    }
-    cpu::tensor(y, shape)
+    let weight = Matrix::of(weight);
+    let y = product(cpu::matrix(x), weight).parallel().values();
+    cpu::tensor(y, with_last(cpu::shape(x), weight.sizes()[1]))
 }
 
-/// `x_grad (+)= y_grad · weightᵀ`
-pub(crate) fn back_to_input(y_grad: &FlexTensor, weight: &FlexTensor, x_grad: &mut [f32], add: bool) {
-    let [d_input, d_output] = cpu::sizes(weight);
-    let all = cpu::values(y_grad);
-    let rows = all.len() / d_output.max(1);
-    assert_eq!(x_grad.len(), rows * d_input);
-    let to = cpu::Destination { start: x_grad.as_mut_ptr(), rows: d_input, add, parallel: true };
-    let left = Matrix::by_rows(all.as_ptr(), d_output);
-    // SAFETY: x_grad is `[rows, d_input]`, and nobody else has it.
-    unsafe { cpu::product([rows, d_output, d_input], left, Matrix::new(weight).transposed(), 1.0, to) };
+/// `y_grad · weightᵀ`
+pub(crate) fn back_to_input(y_grad: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
+    let weight = Matrix::of(weight);
+    let x_grad = product(cpu::matrix(y_grad), weight.transposed()).parallel().values();
+    cpu::tensor(x_grad, with_last(cpu::shape(y_grad), weight.sizes()[0]))
+}
+
+/// `x_grad += y_grad · weightᵀ`
+pub(crate) fn add_back_to_input(x_grad: &mut FlexTensor, y_grad: &FlexTensor, weight: &FlexTensor) {
+    let (y_grad, weight) = (cpu::matrix(y_grad), Matrix::of(weight).transposed());
+    let sizes = [y_grad.sizes()[0], weight.sizes()[1]];
+    let mut sum = MatrixMut::new(x_grad.storage_mut::<f32>(), sizes, sizes[1]);
+    product(y_grad, weight).parallel().add_to(&mut sum);
 }
 
 /// `xᵀ · y_grad`
 pub(crate) fn back_to_weight(x: &FlexTensor, y_grad: &FlexTensor) -> FlexTensor {
-    let last = |tensor: &FlexTensor| tensor.layout().shape().last().copied().unwrap_or(1);
-    let (d_input, d_output) = (last(x), last(y_grad));
-    let (all, grads) = (cpu::values(x), cpu::values(y_grad));
-    let rows = all.len() / d_input.max(1);
-    let mut weight_grad = cpu::room(d_input * d_output);
-    let to = cpu::Destination { start: weight_grad.as_mut_ptr(), rows: d_output, add: false, parallel: true };
-    let left = Matrix::by_rows(all.as_ptr(), d_input).transposed();
-    // SAFETY: the gradient is `[d_input, d_output]`, and nobody else has it.
-    unsafe { cpu::product([d_input, rows, d_output], left, Matrix::by_rows(grads.as_ptr(), d_output), 1.0, to) };
-    cpu::tensor(weight_grad, [d_input, d_output])
+    let (x, y_grad) = (cpu::matrix(x), cpu::matrix(y_grad));
+    let weight_grad = product(x.transposed(), y_grad).parallel().values();
+    cpu::tensor(weight_grad, [x.sizes()[1], y_grad.sizes()[1]])
+}
+
+fn with_last(mut shape: Vec<usize>, last: usize) -> Vec<usize> {
+    if let Some(size) = shape.last_mut() {
+        *size = last;
+    }
+    shape
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree_with_gradients, leaf};
+    use crate::testing::{agree_with_gradients, every_subset_of_gradients, leaf};
 
     #[test]
     fn fused_agrees_with_burn() {
@@ -148,5 +134,12 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        every_subset_of_gradients(&[&[2, 7, 5], &[5, 6]], |[x, weight]| {
+            linear(x.reshape([2, 7, 5]), weight.reshape([5, 6]), None).reshape([-1])
+        });
     }
 }

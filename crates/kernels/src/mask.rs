@@ -8,13 +8,16 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
+use crate::attention::spreads;
+
 /// A description of what is hidden from whom; the parts add up (a key is hidden if any part hides it).
 #[derive(Debug, Clone, Default)]
 pub struct Mask {
     causal: bool,
     lengths: Option<Arc<[usize]>>,
     documents: Option<Arc<[u32]>>,
-    turn_ends: Option<Arc<[u32]>>,
+    /// Per token, the end of what it may see; and how many tokens a row has.
+    turn_ends: Option<(Arc<[u32]>, usize)>,
     dense: Option<Tensor<4, Bool>>,
     // Layers of one forward pass ask for the same numbers; they are made once.
     made: Arc<OnceLock<(Shape, Option<Tensor<4, Bool>>)>>,
@@ -120,7 +123,11 @@ impl Mask {
     ///
     /// `assistant[b * seq + j]` says whose token `j` of row `b` is; a turn ends where that changes. Takes the place of
     /// causality; documents and lengths add to it.
+    ///
+    /// # Panics
+    /// If there are not whole rows of `seq` tokens.
     pub fn turns(assistant: &[bool], seq: usize) -> Self {
+        assert!(assistant.len().is_multiple_of(seq), "mask: {} tokens are no rows of {seq}", assistant.len());
         let mut ends = Vec::with_capacity(assistant.len());
         for row in assistant.chunks(seq.max(1)) {
             for (index, &own) in row.iter().enumerate() {
@@ -128,7 +135,7 @@ impl Mask {
                 ends.push((index + if own { 1 } else { turn }) as u32);
             }
         }
-        Self { turn_ends: Some(ends.into()), ..Self::default() }
+        Self { turn_ends: Some((ends.into(), seq)), ..Self::default() }
     }
 
     fn afresh(self) -> Self {
@@ -143,7 +150,7 @@ impl Mask {
     /// `[batch, queries]`, row by row: whether a query is no padding. `None` where none is.
     pub fn real_queries(&self, batch: usize, offset: usize, queries: usize) -> Option<Vec<bool>> {
         let lengths = self.lengths.as_ref()?;
-        assert_eq!(lengths.len(), batch, "one length per row of the batch");
+        self.assert_lengths(batch);
         Some(lengths.iter().flat_map(|&length| (0..queries).map(move |query| offset + query < length)).collect())
     }
 
@@ -152,7 +159,7 @@ impl Mask {
     /// `offset` is the position of the first query among the keys (the number of cached keys while decoding).
     ///
     /// # Panics
-    /// If lengths or document ids were described for another batch or number of keys.
+    /// If lengths, document ids, turns or a dense mask were described for another batch or number of keys.
     pub fn hidden(
         &self,
         batch: usize,
@@ -184,7 +191,7 @@ impl Mask {
 
     fn ranges_of(&self, shape: Shape) -> Visible {
         let Shape { batch, offset, queries, keys } = shape;
-        self.check(shape);
+        self.check_rows(shape);
         let shared = self.lengths.is_none() && self.documents.is_none() && self.turn_ends.is_none();
         let mut ranges = Vec::with_capacity(if shared { queries } else { batch * queries });
         let mut in_pieces = false;
@@ -195,7 +202,7 @@ impl Mask {
             for query in 0..queries {
                 let own = offset + query;
                 let mut to = if self.causal { (own + 1).min(length) } else { length };
-                if let Some(ends) = &self.turn_ends {
+                if let Some((ends, _)) = &self.turn_ends {
                     to = to.min(ends[row * keys + own] as usize);
                 }
                 let mut from = 0;
@@ -210,21 +217,49 @@ impl Mask {
         Visible { queries, ranges, shared, pieces }
     }
 
-    fn check(&self, Shape { batch, keys, .. }: Shape) {
-        if let Some(lengths) = &self.lengths {
-            assert_eq!(lengths.len(), batch, "one length per row of the batch");
+    /// Panics if this mask was not described for queries of `[batch, heads, queries, keys]`.
+    pub(crate) fn check(&self, [batch, heads, queries, keys]: [usize; 4], offset: usize) {
+        self.check_rows(Shape { batch, offset, queries, keys });
+        if let Some(dense) = &self.dense {
+            let (sizes, full) = (dense.dims(), [batch, heads, queries, keys]);
+            assert!(
+                spreads(sizes, full),
+                "mask: a dense mask must be [batch or 1, heads or 1, queries, keys]; dense {sizes:?}, [batch, heads, queries, keys] {full:?}"
+            );
         }
+    }
+
+    fn check_rows(&self, Shape { batch, offset, queries, keys }: Shape) {
+        self.assert_lengths(batch);
         if let Some(documents) = &self.documents {
-            assert_eq!(documents.len(), batch * keys, "one document id per key");
+            let found = documents.len();
+            assert!(
+                found == batch * keys,
+                "mask: one document id per key; documents [{found}], batch {batch}, keys {keys}"
+            );
         }
-        if let Some(ends) = &self.turn_ends {
-            assert_eq!(ends.len(), batch * keys, "one turn per key");
+        if let Some((ends, seq)) = &self.turn_ends {
+            let found = [ends.len() / seq.max(&1), *seq];
+            assert!(found == [batch, keys], "mask: one turn per key; turns {found:?}, batch {batch}, keys {keys}");
+        }
+        // Each query is looked up among the keys.
+        let inside = (self.documents.is_none() && self.turn_ends.is_none()) || offset + queries <= keys;
+        assert!(
+            inside,
+            "mask: documents and turns need every query among the keys; query_offset {offset}, queries {queries}, keys {keys}"
+        );
+    }
+
+    fn assert_lengths(&self, batch: usize) {
+        if let Some(lengths) = &self.lengths {
+            let found = lengths.len();
+            assert!(found == batch, "mask: one length per row of the batch; lengths [{found}], batch {batch}");
         }
     }
 
     fn spell_out(&self, shape: Shape, device: &Device) -> Option<Tensor<4, Bool>> {
         let Shape { batch, offset, queries, keys } = shape;
-        self.check(shape);
+        self.check_rows(shape);
         let mut parts: Vec<Tensor<4, Bool>> = Vec::new();
         // A single query at the end of the keys sees all of them.
         if self.causal && offset + 1 < keys {
@@ -247,7 +282,7 @@ impl Mask {
             let full = [batch, 1, queries, keys];
             parts.push(of_queries.expand(full).not_equal(ids.expand(full)));
         }
-        if let Some(ends) = &self.turn_ends {
+        if let Some((ends, _)) = &self.turn_ends {
             let ends: Vec<i32> = ends.iter().map(|&end| end as i32).collect();
             let ends =
                 Tensor::<1, Int>::from_data(TensorData::new(ends, [batch * keys]), device).reshape([batch, 1, keys, 1]);

@@ -1,16 +1,16 @@
 //! Root mean square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{cpu, simd};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::scratch::{write_chunks, write_rows};
+use crate::shapes::assert_shapes;
+use crate::{cpu, in_type, simd};
 
 /// Rows that one task normalises.
 const ROWS: usize = 64;
@@ -20,8 +20,14 @@ const ROWS: usize = 64;
 /// # Shapes
 /// - x, output: `[.., channels]`
 /// - weight: `[channels]`
+///
+/// # Panics
+/// If the shapes are others.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    assert_shapes!("rms_norm", x, weight;
+        "weight must have a value per channel of x": weight.dims()[0] == x.dims()[D - 1]);
     if cpu::fuses(&x) {
+        let weight = in_type(weight, DType::F32);
         return Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps as f32));
     }
     plain(x, weight, eps)
@@ -48,29 +54,12 @@ impl RmsNorm for Flex {
 
 impl<C: CheckpointStrategy> RmsNorm for Autodiff<Flex, C> {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 2> for Step {
-            type State = (FlexTensor, FlexTensor, Vec<f32>);
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                let (x, weight, inverses) = ops.state;
-                let both = backward(&x, &weight, &inverses, &y_grad);
-                for (parent, grad) in ops.parents.into_iter().zip(both) {
-                    if let Some(node) = parent {
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
-        let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
-        let (y, inverses) = forward(&x, &weight, eps);
-        match Step.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish((x, weight, inverses), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |inputs: [FlexTensor; 2], _: Wanted<2>| {
+            let [x, weight] = inputs.map(|input| input.to_contiguous());
+            let (y, inverses) = forward(&x, &weight, eps);
+            (y, (x, weight, inverses), ())
+        };
+        differentiable::<Flex, C, _, _, 2>([x, weight], run, backward).0
     }
 }
 
@@ -78,43 +67,62 @@ impl<C: CheckpointStrategy> RmsNorm for Autodiff<Flex, C> {
 fn forward(x: &FlexTensor, weight: &FlexTensor, eps: f32) -> (FlexTensor, Vec<f32>) {
     let (all, weight) = (cpu::values(x), cpu::values(weight));
     let channels = weight.len();
-    let mut y = cpu::room(all.len());
-    let mut inverses = cpu::room(all.len() / channels.max(1));
-    let chunk = ROWS * channels;
-    y.par_chunks_mut(chunk).zip(inverses.par_chunks_mut(ROWS)).zip(all.par_chunks(chunk)).for_each(|((y, inv), x)| {
-        for ((y, inverse), x) in y.chunks_mut(channels).zip(inv).zip(x.chunks(channels)) {
-            *inverse = simd::rms_norm(x, weight, eps, y);
-        }
+    let mut inverses = vec![0.0; all.len() / channels.max(1)];
+    let chunk = (ROWS * channels).max(1);
+    let inputs = (inverses.par_chunks_mut(ROWS), all.par_chunks(chunk)).into_par_iter();
+    let (y, _) = write_chunks(all.len(), chunk, inputs, |y, (inverses, x)| {
+        let written = write_rows(y, channels, |row, y| {
+            let (y, inverse) = simd::rms_norm(&x[row * channels..][..channels], weight, eps, y);
+            inverses[row] = inverse;
+            y
+        });
+        (written, ())
     });
-    (cpu::tensor(y, x.layout().shape().to_vec()), inverses)
+    (cpu::tensor(y, cpu::shape(x)), inverses)
 }
 
 /// Gradients of x and of the weight.
-fn backward(x: &FlexTensor, weight: &FlexTensor, inverses: &[f32], y_grad: &FlexTensor) -> [FlexTensor; 2] {
-    let (all, weight, y_grads) = (cpu::values(x), cpu::values(weight), cpu::values(y_grad));
+fn backward(
+    (x, weight, inverses): (FlexTensor, FlexTensor, Vec<f32>),
+    y_grad: FlexTensor,
+    [of_x, of_weight]: Wanted<2>,
+) -> InputGrads<Flex, 2> {
+    let y_grad = y_grad.to_contiguous();
+    let (all, weight, y_grads) = (cpu::values(&x), cpu::values(&weight), cpu::values(&y_grad));
     let channels = weight.len();
-    let mut x_grad = cpu::room(all.len());
-    let chunk = ROWS * channels;
-    let parts: Vec<Vec<f32>> = (x_grad.par_chunks_mut(chunk), all.par_chunks(chunk), y_grads.par_chunks(chunk))
-        .into_par_iter()
-        .zip(inverses.par_chunks(ROWS))
-        .map(|((x_grad, x, y_grad), inverses)| {
+    let chunk = (ROWS * channels).max(1);
+    let inputs = (all.par_chunks(chunk), y_grads.par_chunks(chunk), inverses.par_chunks(ROWS)).into_par_iter();
+    let row = |index: usize| index * channels..(index + 1) * channels;
+    let (x_grad, parts) = if of_x {
+        let (x_grad, parts) = write_chunks(all.len(), chunk, inputs, |x_grad, (x, y_grad, inverses)| {
+            let mut weight_grad = vec![0.0; if of_weight { channels } else { 0 }];
+            let written = write_rows(x_grad, channels, |at, x_grad| {
+                let (x, y_grad, inverse) = (&x[row(at)], &y_grad[row(at)], inverses[at]);
+                match of_weight {
+                    true => simd::rms_norm_backward(x, weight, y_grad, inverse, x_grad, &mut weight_grad),
+                    false => simd::rms_norm_back_to_x(x, weight, y_grad, inverse, x_grad),
+                }
+            });
+            (written, weight_grad)
+        });
+        (Some(cpu::tensor(x_grad, cpu::shape(&x))), parts)
+    } else {
+        let parts = inputs.map(|(x, y_grad, inverses)| {
             let mut weight_grad = vec![0.0; channels];
-            let rows = x_grad.chunks_mut(channels).zip(x.chunks(channels)).zip(y_grad.chunks(channels));
-            for (((x_grad, x), y_grad), &inverse) in rows.zip(inverses) {
-                simd::rms_norm_backward(x, weight, y_grad, inverse, x_grad, &mut weight_grad);
+            for (at, &inverse) in inverses.iter().enumerate() {
+                simd::rms_norm_back_to_weight(&x[row(at)], &y_grad[row(at)], inverse, &mut weight_grad);
             }
             weight_grad
-        })
-        .collect();
-    let weight_grad = cpu::sum_in_order(channels, &parts);
-    [cpu::tensor(x_grad, x.layout().shape().to_vec()), cpu::tensor(weight_grad, [channels])]
+        });
+        (None, parts.collect())
+    };
+    [x_grad, of_weight.then(|| cpu::tensor(cpu::sum_in_order(channels, &parts), [channels]))]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree_with_gradients, leaf};
+    use crate::testing::{agree_with_gradients, every_subset_of_gradients, leaf};
 
     #[test]
     fn fused_agrees_with_plain() {
@@ -134,5 +142,12 @@ mod tests {
                 |[x, weight]| plain(x.reshape([rows, channels, 2]).swap_dims(1, 2), weight, eps).reshape([-1]),
             );
         }
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        every_subset_of_gradients(&[&[130, 33], &[33]], |[x, weight]| {
+            rms_norm(x.reshape([130, 33]), weight, 1e-5).reshape([-1])
+        });
     }
 }

@@ -1,9 +1,6 @@
 //! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor};
@@ -11,6 +8,9 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::differentiable::{Wanted, differentiable};
+use crate::scratch::{write_chunks, write_rows};
+use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, simd};
 
 /// Which channels of a head form the pairs that are rotated together.
@@ -29,9 +29,19 @@ pub enum RopeLayout {
 ///
 /// # Shapes
 /// - x, output: `[batch, n_heads, seq, head_dim]`, head_dim even
-/// - cos, sin: `[seq, head_dim / 2]`
+/// - cos, sin: `[seq, head_dim / 2]`, which get no gradient
+///
+/// # Panics
+/// If the shapes are others.
 pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
+    let [_, _, seq, head_dim] = x.dims();
+    assert_shapes!("rope", x, cos, sin;
+        "head_dim, the last size of x, must be even": head_dim.is_multiple_of(2),
+        "cos must be [seq, head_dim / 2]": cos.dims() == [seq, head_dim / 2],
+        "sin must be [seq, head_dim / 2]": sin.dims() == [seq, head_dim / 2],
+    );
     if cpu::fuses(&x) {
+        let [cos, sin] = [cos, sin].map(|table| in_type(table, DType::F32));
         let turned = Dispatch::rope(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), layout);
         return Tensor::from_dispatch(turned);
     }
@@ -88,27 +98,16 @@ impl<C: CheckpointStrategy> Rotary for Autodiff<Flex, C> {
         sin: FloatTensor<Self>,
         layout: RopeLayout,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 1> for Step {
-            type State = (FlexTensor, FlexTensor, RopeLayout);
-
-            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node);
-                let ((cos, sin, layout), [parent]) = (ops.state, ops.parents);
-                if let Some(node) = parent {
-                    // The inverse of a rotation is its transpose.
-                    grads.register::<Flex>(node.id, turn(y_grad, &cos, &sin, layout, -1.0));
-                }
-            }
-        }
-        let (x, node) = x.into_parts();
-        let (cos, sin) = (cos.into_primitive().to_contiguous(), sin.into_primitive().to_contiguous());
-        let y = turn(x, &cos, &sin, layout, 1.0);
-        match Step.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish((cos, sin, layout), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let tables = [cos, sin].map(|table| table.into_primitive().to_contiguous());
+        let run = |[x]: [FlexTensor; 1], _: Wanted<1>| {
+            let y = turn(x, &tables[0], &tables[1], layout, 1.0);
+            (y, (tables, layout), ())
+        };
+        // The inverse of a rotation is its transpose.
+        let back = |([cos, sin], layout): ([FlexTensor; 2], RopeLayout), y_grad: FlexTensor, [of_x]: Wanted<1>| {
+            [of_x.then(|| turn(y_grad, &cos, &sin, layout, -1.0))]
+        };
+        differentiable::<Flex, C, _, _, 1>([x], run, back).0
     }
 }
 
@@ -118,17 +117,19 @@ fn turn(x: FlexTensor, cos: &FlexTensor, sin: &FlexTensor, layout: RopeLayout, s
     let view = cpu::View::new(&x);
     let [batch, n_heads, seq, head_dim] = view.shape;
     let (cos, sin, half) = (cpu::values(cos), cpu::values(sin), head_dim / 2);
-    let mut y = cpu::room(batch * n_heads * seq * head_dim);
-    y.par_chunks_mut((n_heads * head_dim).max(1)).enumerate().for_each(|(row, y)| {
+    let row = n_heads * head_dim;
+    let len = batch * seq * row;
+    let (y, _) = write_chunks(len, row, (0..len.div_ceil(row.max(1))).into_par_iter(), |y, row| {
         let (b, position) = (row / seq, row % seq);
         let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
-        for (head, y) in y.chunks_mut(head_dim).enumerate() {
+        let written = write_rows(y, head_dim, |head, y| {
             let x = view.row(b, head, position);
             match layout {
                 RopeLayout::RotateHalf => simd::rotate_halves(x, cos, sin, sign, y),
                 RopeLayout::Interleaved => simd::rotate_pairs(x, cos, sin, sign, y),
             }
-        }
+        });
+        (written, ())
     });
     cpu::tensor_by_position(y, view.shape)
 }

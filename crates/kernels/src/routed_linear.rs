@@ -5,16 +5,15 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::{ActiveRows, cpu, linear};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::shapes::assert_shapes;
+use crate::{ActiveRows, cpu, in_type, linear};
 
 mod maps;
 
@@ -26,11 +25,22 @@ mod tests;
 /// # Shapes
 /// - x: `[batch, seq, d_model]`, weight: `[d_model, heads * width]`
 /// - output: `[batch, seq, heads * width]`
+///
+/// # Panics
+/// If the shapes are others.
 pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
-    let [batch, seq, _] = x.dims();
-    assert_eq!(active.shape()[..2], [batch, seq], "active rows of another call");
+    let ([batch, seq, d_model], [rows, channels]) = (x.dims(), weight.dims());
+    let [active_batch, active_seq, heads] = active.shape();
+    assert_shapes!("linear_into_heads", x, weight, active;
+        "active rows must be [batch, seq, heads]": [active_batch, active_seq] == [batch, seq],
+        "weight must have a row per channel of x": rows == d_model,
+        "the columns of weight must be heads of one width": channels.is_multiple_of(heads),
+    );
+    if channels == 0 {
+        return linear(x, weight, None);
+    }
     if cpu::fuses(&x) {
-        let parts = (x.into_dispatch(), weight.into_dispatch());
+        let parts = (x.into_dispatch(), in_type(weight, DType::F32).into_dispatch());
         return Tensor::from_dispatch(Dispatch::into_heads(parts.0, parts.1, active.clone()));
     }
     into_heads_plain(x, weight, active)
@@ -41,15 +51,28 @@ pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRow
 /// # Shapes
 /// - heads: `[batch, seq, heads * width]`, gates: `[batch, seq, heads]`, weight: `[heads * width, d_model]`
 /// - output: `[batch, seq, d_model]`
+///
+/// # Panics
+/// If the shapes are others.
 pub fn linear_out_of_heads(
     heads: Tensor<3>,
     gates: Tensor<3>,
     weight: Tensor<2>,
     active: &Arc<ActiveRows>,
 ) -> Tensor<3> {
-    assert_eq!(active.shape(), gates.dims(), "active rows of another call");
+    let ([batch, seq, channels], n_heads) = (heads.dims(), gates.dims()[2]);
+    assert_shapes!("linear_out_of_heads", heads, gates, weight, active;
+        "gates must be [batch, seq, heads]": gates.dims() == [batch, seq, n_heads],
+        "active rows must be [batch, seq, heads]": active.shape() == [batch, seq, n_heads],
+        "the channels of heads must be heads of one width": channels.is_multiple_of(n_heads),
+        "weight must have a row per channel of heads": weight.dims()[0] == channels,
+    );
+    if channels == 0 {
+        return linear(heads, weight, None);
+    }
     if cpu::fuses(&heads) {
-        let parts = (heads.into_dispatch(), gates.into_dispatch(), weight.into_dispatch());
+        let [gates, weight] = [in_type(gates, DType::F32).into_dispatch(), in_type(weight, DType::F32).into_dispatch()];
+        let parts = (heads.into_dispatch(), gates, weight);
         return Tensor::from_dispatch(Dispatch::out_of_heads(parts.0, parts.1, parts.2, active.clone()));
     }
     out_of_heads_plain(heads, gates, weight, active)
@@ -89,39 +112,22 @@ trait RoutedLinear: Backend {
 
 impl RoutedLinear for Flex {
     fn into_heads(x: FlexTensor, weight: FlexTensor, active: Arc<ActiveRows>) -> FlexTensor {
-        maps::into_heads(&x.to_contiguous(), &weight, &active)
+        maps::into_heads(&x.to_contiguous(), &cpu::not_backwards(weight), &active)
     }
 
     fn out_of_heads(heads: FlexTensor, gates: FlexTensor, weight: FlexTensor, active: Arc<ActiveRows>) -> FlexTensor {
+        let weight = cpu::not_backwards(weight);
         maps::out_of_heads([&heads.to_contiguous(), &gates.to_contiguous(), &weight], &active)
     }
 }
 
 impl<C: CheckpointStrategy> RoutedLinear for Autodiff<Flex, C> {
     fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, active: Arc<ActiveRows>) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 2> for Step {
-            type State = ([FlexTensor; 2], Arc<ActiveRows>);
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                let (([x, weight], active), [x_node, weight_node]) = (ops.state, ops.parents);
-                if let Some(node) = x_node {
-                    grads.register::<Flex>(node.id, maps::into_heads_back_to_x(&weight, &y_grad, &active));
-                }
-                if let Some(node) = weight_node {
-                    grads.register::<Flex>(node.id, maps::into_heads_back_to_weight(&x, &y_grad, &active));
-                }
-            }
-        }
-        let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
-        let x = x.to_contiguous();
-        let y = maps::into_heads(&x, &weight, &active);
-        match Step.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(([x, weight], active), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |[x, weight]: [FlexTensor; 2], _: Wanted<2>| {
+            let (x, weight) = (x.to_contiguous(), cpu::not_backwards(weight));
+            (maps::into_heads(&x, &weight, &active), ([x, weight], active), ())
+        };
+        differentiable::<Flex, C, _, _, 2>([x, weight], run, into_heads_backward).0
     }
 
     fn out_of_heads(
@@ -130,38 +136,35 @@ impl<C: CheckpointStrategy> RoutedLinear for Autodiff<Flex, C> {
         weight: FloatTensor<Self>,
         active: Arc<ActiveRows>,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 3> for Step {
-            type State = ([FlexTensor; 3], Arc<ActiveRows>);
-
-            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                let ([heads, gates, weight], active) = ops.state;
-                let [heads_node, gates_node, weight_node] = ops.parents;
-                if heads_node.is_some() || gates_node.is_some() {
-                    let input_grads = maps::out_of_heads_back_to_heads([&heads, &gates, &weight], &y_grad, &active);
-                    for (parent, grad) in [heads_node, gates_node].into_iter().zip(input_grads) {
-                        if let Some(node) = parent {
-                            grads.register::<Flex>(node.id, grad);
-                        }
-                    }
-                }
-                if let Some(node) = weight_node {
-                    grads.register::<Flex>(
-                        node.id,
-                        maps::out_of_heads_back_to_weight([&heads, &gates], &y_grad, &active),
-                    );
-                }
-            }
-        }
-        let (heads, heads_node) = heads.into_parts();
-        let ((gates, gates_node), (weight, weight_node)) = (gates.into_parts(), weight.into_parts());
-        let (heads, gates) = (heads.to_contiguous(), gates.to_contiguous());
-        let y = maps::out_of_heads([&heads, &gates, &weight], &active);
-        match Step.prepare::<C>([heads_node, gates_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(([heads, gates, weight], active), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |[heads, gates, weight]: [FlexTensor; 3], _: Wanted<3>| {
+            let inputs = [heads.to_contiguous(), gates.to_contiguous(), cpu::not_backwards(weight)];
+            (maps::out_of_heads(inputs.each_ref(), &active), (inputs, active), ())
+        };
+        differentiable::<Flex, C, _, _, 3>([heads, gates, weight], run, out_of_heads_backward).0
     }
+}
+
+fn into_heads_backward(
+    ([x, weight], active): ([FlexTensor; 2], Arc<ActiveRows>),
+    y_grad: FlexTensor,
+    [of_x, of_weight]: Wanted<2>,
+) -> InputGrads<Flex, 2> {
+    let y_grad = y_grad.to_contiguous();
+    [
+        of_x.then(|| maps::into_heads_back_to_x(&weight, &y_grad, &active)),
+        of_weight.then(|| maps::into_heads_back_to_weight(&x, &y_grad, &active)),
+    ]
+}
+
+fn out_of_heads_backward(
+    (inputs, active): ([FlexTensor; 3], Arc<ActiveRows>),
+    y_grad: FlexTensor,
+    [of_heads, of_gates, of_weight]: Wanted<3>,
+) -> InputGrads<Flex, 3> {
+    let y_grad = y_grad.to_contiguous();
+    let [heads_grad, gates_grad] =
+        maps::out_of_heads_back_to_heads(inputs.each_ref(), &y_grad, &active, [of_heads, of_gates]);
+    let [heads, gates, _] = &inputs;
+    let weight_grad = of_weight.then(|| maps::out_of_heads_back_to_weight([heads, gates], &y_grad, &active));
+    [heads_grad, gates_grad, weight_grad]
 }

@@ -2,6 +2,10 @@
 //!
 //! Every function is plain Rust that the compiler vectorises: sums and maxima go through [`LANES`] independent lanes, so
 //! that the order of additions, and with it the result, is fixed by the code and not by the number of threads.
+//!
+//! What a function only writes need not hold values before; it is given back as values.
+
+use std::mem::MaybeUninit;
 
 /// Lanes of a sum or maximum: two AVX-512 registers, four of AVX2, eight of NEON.
 const LANES: usize = 32;
@@ -53,6 +57,59 @@ fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
+/// `1 / sqrt(mean(x^2) + eps)`
+#[inline(always)]
+fn inverse_root(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+}
+
+/// By how much of x the gradient of a normalised row is reduced.
+#[inline(always)]
+fn along(x: &[f32], w: &[f32], dy: &[f32], inverse: f32) -> f32 {
+    let n = x.len();
+    let (w, dy) = (&w[..n], &dy[..n]);
+    sum(n, |i| x[i] * w[i] * dy[i]) * inverse * inverse * inverse / n as f32
+}
+
+/// The gradient of the gate of a gated unit; `s` is its sigmoid.
+#[inline(always)]
+fn gate_gradient(gate: f32, up: f32, dy: f32, s: f32) -> f32 {
+    dy * up * s * (1.0 + gate * (1.0 - s))
+}
+
+/// `y = value(i)`
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices alike in all slices are what the compiler vectorises
+fn write(y: &mut [MaybeUninit<f32>], value: impl Fn(usize) -> f32) -> &mut [f32] {
+    for i in 0..y.len() {
+        y[i].write(value(i));
+    }
+    // SAFETY: the loop has written every value.
+    unsafe { y.assume_init_mut() }
+}
+
+/// `(y, z) = values(i)`
+///
+/// # Panics
+/// If they differ in length.
+#[inline(always)]
+fn write_both<'y, 'z>(
+    y: &'y mut [MaybeUninit<f32>],
+    z: &'z mut [MaybeUninit<f32>],
+    values: impl Fn(usize) -> (f32, f32),
+) -> (&'y mut [f32], &'z mut [f32]) {
+    let n = y.len();
+    assert!(n == z.len(), "results of one length");
+    for i in 0..n {
+        let (of_y, of_z) = values(i);
+        y[i].write(of_y);
+        z[i].write(of_z);
+    }
+    // SAFETY: the loop has written every value of both.
+    unsafe { (y.assume_init_mut(), z.assume_init_mut()) }
+}
+
+/// Exactly what the widest functions below are compiled for.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn has_avx512() -> bool {
@@ -60,6 +117,7 @@ fn has_avx512() -> bool {
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512dq")
         && std::is_x86_feature_detected!("avx512vl")
+        && has_avx2()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -85,31 +143,31 @@ pub fn instruction_set() -> &'static str {
 
 /// Defines functions that pick the widest instruction set of the machine at each call (a load and a branch).
 macro_rules! vectorized {
-    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => { $(
+    ($($(#[$doc:meta])* fn $name:ident $(<$($life:lifetime),+>)? ($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => { $(
         $(#[$doc])*
         // Flat arguments keep every instruction set's copy a plain function.
         #[allow(clippy::too_many_arguments)]
-        pub(crate) fn $name($($arg: $type),*) $(-> $result)? {
+        pub(crate) fn $name $(<$($life),+>)? ($($arg: $type),*) $(-> $result)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn portable($($arg: $type),*) $(-> $result)? $body
+            fn portable $(<$($life),+>)? ($($arg: $type),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
+                fn avx512 $(<$($life),+>)? ($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
 
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
+                fn avx2 $(<$($life),+>)? ($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
 
                 if has_avx512() {
-                    // SAFETY: the features were just detected.
+                    // SAFETY: all features that it is compiled for were just detected.
                     return unsafe { avx512($($arg),*) };
                 }
                 if has_avx2() {
-                    // SAFETY: the features were just detected.
+                    // SAFETY: all features that it is compiled for were just detected.
                     return unsafe { avx2($($arg),*) };
                 }
             }
@@ -166,6 +224,7 @@ vectorized! {
 
     /// `x += y`
     fn add(x: &mut [f32], y: &[f32]) {
+        let y = &y[..x.len()];
         for (x, y) in x.iter_mut().zip(y) {
             *x += y;
         }
@@ -179,73 +238,125 @@ vectorized! {
 
     /// Backward of the softmax: `dp = p * (dp - delta) * factor`.
     fn softmax_backward(dp: &mut [f32], p: &[f32], delta: f32, factor: f32) {
+        let p = &p[..dp.len()];
         for (dp, p) in dp.iter_mut().zip(p) {
             *dp = *p * (*dp - delta) * factor;
         }
     }
 
-    /// `y = x * w / sqrt(mean(x^2) + eps)`; gives the reciprocal of the root.
-    fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32 {
+    /// `y = x * w / sqrt(mean(x^2) + eps)`; gives the reciprocal of the root too.
+    fn rms_norm<'y>(x: &[f32], w: &[f32], eps: f32, y: &'y mut [MaybeUninit<f32>]) -> (&'y mut [f32], f32) {
         let n = x.len();
         let (w, y) = (&w[..n], &mut y[..n]);
-        let inverse = 1.0 / (sum(n, |i| x[i] * x[i]) / n as f32 + eps).sqrt();
-        for i in 0..n {
-            y[i] = x[i] * inverse * w[i];
-        }
-        inverse
+        let inverse = inverse_root(x, eps);
+        (write(y, |i| x[i] * inverse * w[i]), inverse)
+    }
+
+    /// The reciprocal of the root, `1 / sqrt(mean(x^2) + eps)`.
+    fn rms_inverse(x: &[f32], eps: f32) -> f32 {
+        inverse_root(x, eps)
     }
 
     /// Backward of the norm: writes dx and adds to dw.
-    fn rms_norm_backward(x: &[f32], w: &[f32], dy: &[f32], inverse: f32, dx: &mut [f32], dw: &mut [f32]) {
+    fn rms_norm_backward<'y>(
+        x: &[f32], w: &[f32], dy: &[f32], inverse: f32, dx: &'y mut [MaybeUninit<f32>], dw: &mut [f32],
+    ) -> &'y mut [f32] {
         let n = x.len();
         let (w, dy, dx, dw) = (&w[..n], &dy[..n], &mut dx[..n], &mut dw[..n]);
-        let along = sum(n, |i| x[i] * w[i] * dy[i]) * inverse * inverse * inverse / n as f32;
+        let along = along(x, w, dy, inverse);
         for i in 0..n {
-            dx[i] = w[i] * dy[i] * inverse - x[i] * along;
+            dx[i].write(w[i] * dy[i] * inverse - x[i] * along);
+            dw[i] += dy[i] * x[i] * inverse;
+        }
+        // SAFETY: the loop has written every value.
+        unsafe { dx.assume_init_mut() }
+    }
+
+    /// The part of [`rms_norm_backward`] that writes dx.
+    fn rms_norm_back_to_x<'y>(
+        x: &[f32], w: &[f32], dy: &[f32], inverse: f32, dx: &'y mut [MaybeUninit<f32>],
+    ) -> &'y mut [f32] {
+        let n = x.len();
+        let (w, dy, dx) = (&w[..n], &dy[..n], &mut dx[..n]);
+        let along = along(x, w, dy, inverse);
+        write(dx, |i| w[i] * dy[i] * inverse - x[i] * along)
+    }
+
+    /// The part of [`rms_norm_backward`] that adds to dw.
+    fn rms_norm_back_to_weight(x: &[f32], dy: &[f32], inverse: f32, dw: &mut [f32]) {
+        let n = dw.len();
+        let (x, dy) = (&x[..n], &dy[..n]);
+        for i in 0..n {
             dw[i] += dy[i] * x[i] * inverse;
         }
     }
 
     /// `y = silu(gate) * up`
-    fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    fn swiglu<'y>(gate: &[f32], up: &[f32], y: &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] {
         let n = y.len();
         let (gate, up) = (&gate[..n], &up[..n]);
-        for i in 0..n {
-            y[i] = gate[i] * sigmoid(gate[i]) * up[i];
-        }
+        write(y, |i| gate[i] * sigmoid(gate[i]) * up[i])
     }
 
-    /// Backward of [`swiglu`].
-    fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-        let n = gate.len();
-        let (up, dy, dgate, dup) = (&up[..n], &dy[..n], &mut dgate[..n], &mut dup[..n]);
-        for i in 0..n {
+    /// Backward of [`swiglu`]: writes dgate and dup.
+    fn swiglu_backward<'y, 'z>(
+        gate: &[f32], up: &[f32], dy: &[f32], dgate: &'y mut [MaybeUninit<f32>], dup: &'z mut [MaybeUninit<f32>],
+    ) -> (&'y mut [f32], &'z mut [f32]) {
+        let n = dgate.len();
+        let (gate, up, dy) = (&gate[..n], &up[..n], &dy[..n]);
+        write_both(dgate, dup, |i| {
             let s = sigmoid(gate[i]);
-            dup[i] = dy[i] * gate[i] * s;
-            dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-        }
+            (gate_gradient(gate[i], up[i], dy[i], s), dy[i] * gate[i] * s)
+        })
+    }
+
+    /// The part of [`swiglu_backward`] that writes dgate.
+    fn swiglu_back_to_gate<'y>(
+        gate: &[f32], up: &[f32], dy: &[f32], dgate: &'y mut [MaybeUninit<f32>],
+    ) -> &'y mut [f32] {
+        let n = dgate.len();
+        let (gate, up, dy) = (&gate[..n], &up[..n], &dy[..n]);
+        write(dgate, |i| gate_gradient(gate[i], up[i], dy[i], sigmoid(gate[i])))
+    }
+
+    /// The part of [`swiglu_backward`] that writes dup.
+    fn swiglu_back_to_up<'y>(gate: &[f32], dy: &[f32], dup: &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] {
+        let n = dup.len();
+        let (gate, dy) = (&gate[..n], &dy[..n]);
+        write(dup, |i| dy[i] * gate[i] * sigmoid(gate[i]))
     }
 
     /// Turns the pairs (i, i + half) of one head; `sign` -1 turns back.
-    fn rotate_halves(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, y: &mut [f32]) {
+    fn rotate_halves<'y>(
+        x: &[f32], cos: &[f32], sin: &[f32], sign: f32, y: &'y mut [MaybeUninit<f32>],
+    ) -> &'y mut [f32] {
         let half = x.len() / 2;
+        assert!(y.len() == 2 * half, "pairs into {} values", y.len());
         let (first, second) = x.split_at(half);
         let (y_first, y_second) = y.split_at_mut(half);
-        let (second, cos, sin, y_second) = (&second[..half], &cos[..half], &sin[..half], &mut y_second[..half]);
-        for i in 0..half {
+        let (second, cos, sin) = (&second[..half], &cos[..half], &sin[..half]);
+        write_both(y_first, y_second, |i| {
             let s = sign * sin[i];
-            y_first[i] = first[i] * cos[i] - second[i] * s;
-            y_second[i] = second[i] * cos[i] + first[i] * s;
-        }
+            (first[i] * cos[i] - second[i] * s, second[i] * cos[i] + first[i] * s)
+        });
+        // SAFETY: both halves are written, and there is nothing else.
+        unsafe { y.assume_init_mut() }
     }
 
     /// Turns the pairs (2i, 2i + 1) of one head; `sign` -1 turns back.
-    fn rotate_pairs(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, y: &mut [f32]) {
-        for (((x, y), cos), sin) in x.chunks_exact(2).zip(y.chunks_exact_mut(2)).zip(cos).zip(sin) {
+    fn rotate_pairs<'y>(
+        x: &[f32], cos: &[f32], sin: &[f32], sign: f32, y: &'y mut [MaybeUninit<f32>],
+    ) -> &'y mut [f32] {
+        let half = x.len() / 2;
+        assert!(y.len() == 2 * half, "pairs into {} values", y.len());
+        let pairs = x.chunks_exact(2).zip(y.chunks_exact_mut(2)).zip(&cos[..half]).zip(&sin[..half]);
+        for (((x, y), cos), sin) in pairs {
             let s = sign * sin;
-            y[0] = x[0] * cos - x[1] * s;
-            y[1] = x[1] * cos + x[0] * s;
+            y[0].write(x[0] * cos - x[1] * s);
+            y[1].write(x[1] * cos + x[0] * s);
         }
+        // SAFETY: every pair is written, and there is nothing else.
+        unsafe { y.assume_init_mut() }
     }
 
     /// One update of AdamW; the numbers are those of `adamw.rs`, in its order.
@@ -263,13 +374,16 @@ vectorized! {
 
     /// `y = a - factor * b`
     fn subtract(a: &[f32], b: &[f32], factor: f32, y: &mut [f32]) {
-        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-            *y = a - factor * b;
+        let n = y.len();
+        let (a, b) = (&a[..n], &b[..n]);
+        for i in 0..n {
+            y[i] = a[i] - factor * b[i];
         }
     }
 
     /// `y += factor * x`
     fn add_scaled(y: &mut [f32], x: &[f32], factor: f32) {
+        let x = &x[..y.len()];
         for (y, x) in y.iter_mut().zip(x) {
             *y += factor * x;
         }

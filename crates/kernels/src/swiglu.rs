@@ -1,16 +1,16 @@
 //! The gated unit of LLaMA-like feed-forward layers (Shazeer 2020, arXiv 2002.05202).
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{cpu, simd};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::scratch::{write_chunks, write_two_in_chunks};
+use crate::shapes::assert_shapes;
+use crate::{cpu, in_type, simd};
 
 /// Elements of a task.
 const CHUNK: usize = 1 << 14;
@@ -19,8 +19,13 @@ const CHUNK: usize = 1 << 14;
 ///
 /// # Shapes
 /// - gate, up, output: `[batch, seq, d_ff]`
+///
+/// # Panics
+/// If the shapes differ.
 pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    assert_shapes!("swiglu", gate, up; "gate and up must be of one shape": gate.dims() == up.dims());
     if cpu::fuses(&gate) {
+        let up = in_type(up, DType::F32);
         return Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()));
     }
     plain(gate, up)
@@ -43,55 +48,58 @@ impl Swiglu for Flex {
 
 impl<C: CheckpointStrategy> Swiglu for Autodiff<Flex, C> {
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 2> for Step {
-            type State = (FlexTensor, FlexTensor);
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let y_grad = grads.consume::<Flex>(&ops.node).to_contiguous();
-                let both = backward(&ops.state.0, &ops.state.1, &y_grad);
-                for (parent, grad) in ops.parents.into_iter().zip(both) {
-                    if let Some(node) = parent {
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
-        let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
-        let y = forward(&gate, &up);
-        match Step.prepare::<C>([gate_node, up_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish((gate, up), y),
-            OpsKind::UnTracked(step) => step.finish(y),
-        }
+        let run = |inputs: [FlexTensor; 2], _: Wanted<2>| {
+            let [gate, up] = inputs.map(|input| input.to_contiguous());
+            (forward(&gate, &up), [gate, up], ())
+        };
+        let back = |[gate, up]: [FlexTensor; 2], y_grad: FlexTensor, wanted: Wanted<2>| -> InputGrads<Flex, 2> {
+            backward(&gate, &up, &y_grad.to_contiguous(), wanted)
+        };
+        differentiable::<Flex, C, _, _, 2>([gate, up], run, back).0
     }
 }
 
 pub(crate) fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let (gates, ups) = (cpu::values(gate), cpu::values(up));
-    let mut y = cpu::room(gates.len());
-    let chunks = (y.par_chunks_mut(CHUNK), gates.par_chunks(CHUNK), ups.par_chunks(CHUNK)).into_par_iter();
-    chunks.for_each(|(y, gate, up)| simd::swiglu(gate, up, y));
-    cpu::tensor(y, gate.layout().shape().to_vec())
+    let inputs = (gates.par_chunks(CHUNK), ups.par_chunks(CHUNK)).into_par_iter();
+    let (y, _) = write_chunks(gates.len(), CHUNK, inputs, |y, (gate, up)| (simd::swiglu(gate, up, y), ()));
+    cpu::tensor(y, cpu::shape(gate))
 }
 
-pub(crate) fn backward(gate: &FlexTensor, up: &FlexTensor, y_grad: &FlexTensor) -> [FlexTensor; 2] {
+pub(crate) fn backward(
+    gate: &FlexTensor,
+    up: &FlexTensor,
+    y_grad: &FlexTensor,
+    wanted: Wanted<2>,
+) -> [Option<FlexTensor>; 2] {
+    let shape = cpu::shape(gate);
     let (gates, ups, y_grads) = (cpu::values(gate), cpu::values(up), cpu::values(y_grad));
-    let (mut gate_grad, mut up_grad) = (cpu::room(gates.len()), cpu::room(gates.len()));
-    let results = gate_grad.par_chunks_mut(CHUNK).zip(up_grad.par_chunks_mut(CHUNK));
+    let (len, tensor) = (gates.len(), |values| Some(cpu::tensor(values, shape.clone())));
     let inputs = (gates.par_chunks(CHUNK), ups.par_chunks(CHUNK), y_grads.par_chunks(CHUNK)).into_par_iter();
-    results.zip(inputs).for_each(|((gate_grad, up_grad), (gate, up, y_grad))| {
-        simd::swiglu_backward(gate, up, y_grad, gate_grad, up_grad);
-    });
-    let shape = gate.layout().shape().to_vec();
-    [cpu::tensor(gate_grad, shape.clone()), cpu::tensor(up_grad, shape)]
+    match wanted {
+        [false, false] => [None, None],
+        [true, false] => {
+            let write = simd::swiglu_back_to_gate;
+            [tensor(write_chunks(len, CHUNK, inputs, |to, (gate, up, dy)| (write(gate, up, dy, to), ())).0), None]
+        }
+        [false, true] => {
+            let write = simd::swiglu_back_to_up;
+            [None, tensor(write_chunks(len, CHUNK, inputs, |to, (gate, _, dy)| (write(gate, dy, to), ())).0)]
+        }
+        [true, true] => {
+            let write = simd::swiglu_backward;
+            write_two_in_chunks(len, CHUNK, inputs, |of_gate, of_up, (gate, up, dy)| {
+                write(gate, up, dy, of_gate, of_up)
+            })
+            .map(tensor)
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{agree_with_gradients, leaf};
+    use crate::testing::{agree_with_gradients, every_subset_of_gradients, leaf};
 
     #[test]
     fn fused_agrees_with_plain() {
@@ -108,5 +116,13 @@ mod tests {
                 agree_with_gradients(&[&gate, &up], |x| apply(swiglu, x), |x| apply(plain, x));
             }
         }
+    }
+
+    #[test]
+    fn gradients_are_the_same_whichever_are_asked_for() {
+        every_subset_of_gradients(&[&[2, 129, 80], &[2, 129, 80]], |inputs| {
+            let [gate, up] = inputs.map(|x| x.reshape([2, 129, 80]));
+            swiglu(gate, up).reshape([-1])
+        });
     }
 }

@@ -40,3 +40,29 @@ pub(crate) fn agree_with_gradients<const N: usize>(
         agree(&format!("gradient {index}"), &grad(&got), &grad(&want));
     }
 }
+
+/// The gradient of each input has the same bits whichever others are asked for with it, and none comes where none is.
+pub(crate) fn every_subset_of_gradients<const N: usize>(
+    shapes: &[&[usize]; N],
+    operation: impl Fn([Tensor<1>; N]) -> Tensor<1>,
+) {
+    let device = Device::flex().autodiff();
+    let inputs = shapes.map(|shape| normal([shape.iter().product()], &device));
+    let cotangent = normal(operation(inputs.clone()).dims(), &device);
+    let gradients = |asked: usize| {
+        let leaves: [Tensor<1>; N] = std::array::from_fn(|index| match asked >> index & 1 {
+            0 => inputs[index].clone(),
+            _ => inputs[index].clone().detach().require_grad(),
+        });
+        let grads = (operation(leaves.clone()) * cotangent.clone()).sum().backward();
+        leaves.map(|leaf| leaf.grad(&grads).map(numbers))
+    };
+    let all = gradients((1 << N) - 1);
+    for asked in 1..1 << N {
+        for (index, (got, want)) in gradients(asked).into_iter().zip(&all).enumerate() {
+            let want = want.as_ref().filter(|_| asked >> index & 1 == 1);
+            assert!(got.as_ref() == want, "gradient {index} of those asked for ({asked:b})");
+            assert!(want.is_none_or(|grad| grad.iter().any(|&value| value != 0.0)), "gradient {index} is zero");
+        }
+    }
+}

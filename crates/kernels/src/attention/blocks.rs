@@ -7,10 +7,7 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{
     Autodiff, Backend, Dispatch, Flex, Scalar, TensorMetadata, backend_extension, get_or_init_device_settings,
@@ -19,6 +16,7 @@ use burn::tensor::{Bool, DType, Int, Shape, Slice, Tensor, TensorData};
 
 use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Statistics, plain};
 use crate::Mask;
+use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::mask::Visible;
 use crate::precision::cast;
 
@@ -211,31 +209,12 @@ impl<B: BlockAttention, C: CheckpointStrategy> BlockAttention for Autodiff<B, C>
         hidden: BoolTensor<Self>,
         block: Block,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct Step;
-        impl<B: Backend> Backward<B, 4> for Step {
-            /// Inputs, log of the sums.
-            type State = (Inputs<B>, FloatTensor<B>);
-
-            fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let out_grad = grads.consume::<B>(&ops.node);
-                let (inputs, log_sum) = ops.state;
-                let all = backward(inputs, log_sum, out_grad);
-                for (parent, grad) in ops.parents.into_iter().zip(all) {
-                    if let (Some(node), Some(grad)) = (parent, grad) {
-                        grads.register::<B>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
-        let (bias, bias_node) = bias.into_parts();
-        let inputs = Inputs::<B> { q, k, v, bias, ranges, hidden, block };
-        let (out, log_sum) = forward::<B>(&inputs);
-        match Step.prepare::<C>([q_node, k_node, v_node, bias_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish((inputs, log_sum), out),
-            OpsKind::UnTracked(step) => step.finish(out),
-        }
+        let run = |[q, k, v, bias]: [FloatTensor<B>; 4], _: Wanted<4>| {
+            let inputs = Inputs::<B> { q, k, v, bias, ranges, hidden, block };
+            let (out, log_sum) = forward::<B>(&inputs);
+            (out, (inputs, log_sum), ())
+        };
+        differentiable::<B, C, _, _, 4>([q, k, v, bias], run, backward::<B>).0
     }
 }
 
@@ -263,27 +242,30 @@ fn forward<B: Backend>(inputs: &Inputs<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     (matmul_shared::<B>(cast::<B>(weights, inputs.v.dtype()), inputs.v.clone()), log_sum)
 }
 
-/// Gradients of q, k, v and, where there is one, the bias.
+/// Gradients of q, k, v and, where there is one, the bias; from the inputs and the log of the sums.
 fn backward<B: Backend>(
-    inputs: Inputs<B>,
-    log_sum: FloatTensor<B>,
+    (inputs, log_sum): (Inputs<B>, FloatTensor<B>),
     out_grad: FloatTensor<B>,
-) -> [Option<FloatTensor<B>>; 4] {
+    [of_q, of_k, of_v, of_bias]: Wanted<4>,
+) -> InputGrads<B, 4> {
     let dtype = inputs.q.dtype();
     let weights = hide(B::float_exp(B::float_sub(scores(&inputs), log_sum)), &inputs, 0.0);
-    let v_grad = gather_shared::<B>(cast::<B>(weights.clone(), dtype), out_grad.clone(), &inputs.v);
+    let v_grad = of_v.then(|| gather_shared::<B>(cast::<B>(weights.clone(), dtype), out_grad.clone(), &inputs.v));
+    if !(of_q || of_k || of_bias) {
+        return [None, None, v_grad, None];
+    }
     let weight_grad = cast::<B>(matmul_shared::<B>(out_grad, B::float_swap_dims(inputs.v, 2, 3)), DType::F32);
     // Of the weights rather than of the output: where a row has one key, its scores get no gradient at all.
     let row_sum = B::float_sum_dim(B::float_mul(weights.clone(), weight_grad.clone()), 3);
     let score_grad = B::float_mul(weights, B::float_sub(weight_grad, row_sum));
-    let bias_grad = inputs.block.biased.then(|| {
+    let bias_grad = (of_bias && inputs.block.biased).then(|| {
         let grad = reduce_to::<B>(score_grad.clone(), inputs.bias.shape());
         cast::<B>(grad, inputs.bias.dtype())
     });
     let score_grad = cast::<B>(B::float_mul_scalar(score_grad, number(inputs.block.scale)), dtype);
-    let k_grad = gather_shared::<B>(score_grad.clone(), inputs.q, &inputs.k);
-    let q_grad = matmul_shared::<B>(score_grad, inputs.k);
-    [Some(q_grad), Some(k_grad), Some(v_grad), bias_grad]
+    let k_grad = of_k.then(|| gather_shared::<B>(score_grad.clone(), inputs.q, &inputs.k));
+    let q_grad = of_q.then(|| matmul_shared::<B>(score_grad, inputs.k));
+    [q_grad, k_grad, v_grad, bias_grad]
 }
 
 /// `[batch, heads, rows, keys]` in f32, those of hidden keys out of reach.

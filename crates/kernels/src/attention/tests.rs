@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::comparison::{Tolerance, assert_tensors_close};
-use crate::testing::{agree, normal, numbers};
+use crate::testing::{agree, every_subset_of_gradients, normal, numbers};
 use burn::tensor::Device;
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -384,4 +384,36 @@ fn inactive_queries_are_never_read() {
         (numbers(out), [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))))
     };
     assert!(run(0.0) == run(f32::NAN));
+}
+
+#[test]
+fn gradients_are_the_same_whichever_are_asked_for() {
+    let mask = Mask::causal();
+    let active = Arc::new(ActiveRows::new(&choices(2, 300, 4), [2, 300, 4]));
+    for active in [None, Some(active)] {
+        let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
+        every_subset_of_gradients(&[&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5]], |[q, k, v]| {
+            let (k, v) = (k.reshape([2, 2, 300, 8]), v.reshape([2, 1, 300, 5]));
+            attention(q.reshape([2, 4, 300, 8]), k, v, &options).hidden.reshape([-1])
+        });
+    }
+}
+
+#[test]
+fn calls_with_nothing_to_compute_give_zeros_on_every_form() {
+    let bias = Tensor::<4>::zeros([2, 1, 3, 0], &Device::flex());
+    for (queries, keys, bias) in [(0, 3, None), (3, 0, None), (3, 0, Some(bias))] {
+        let device = Device::flex().autodiff();
+        let of = |heads, rows, width| normal([2, heads, rows, width], &device).require_grad();
+        let (q, k, v) = (of(4, queries, 6), of(2, keys, 6), of(1, keys, 5));
+        let options = AttentionOptions { bias, statistics: Measure::Weights, ..Default::default() };
+        let out = attention(q.clone(), k.clone(), v.clone(), &options);
+        assert_eq!(out.hidden.dims(), [2, 4, queries, 5]);
+        assert!(numbers(out.hidden.clone()).iter().all(|&value| value == 0.0));
+        assert_eq!(out.statistics.and_then(|seen| seen.weights).expect("asked for").dims(), [4, queries, keys]);
+        let grads = out.hidden.sum().backward();
+        for leaf in [q, k, v] {
+            assert!(numbers(leaf.grad(&grads).expect("gradient")).iter().all(|&value| value == 0.0));
+        }
+    }
 }

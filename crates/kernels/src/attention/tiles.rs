@@ -10,22 +10,20 @@ mod forward;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
 use self::backward::backward;
 use self::forward::forward;
 use super::{Attention, AttentionOptions, Measure, Statistics};
 use crate::active::{ActiveRows, Rows};
-use crate::cpu::{self, View, room, row_major};
+use crate::cpu::{View, row_major};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::mask::Visible;
-use crate::simd;
+use crate::{in_type, simd};
 
 /// Queries of a tile.
 const QUERIES: usize = 128;
@@ -59,11 +57,6 @@ impl Plan {
             }
         }
     }
-
-    /// Room that every value of is written to before it is read, but those of queries that are not computed.
-    fn room(&self, len: usize) -> Vec<f32> {
-        if self.active.is_some() { vec![0.0; len] } else { room(len) }
-    }
 }
 
 /// The tiles as an operation of Burn's dispatching backend.
@@ -86,13 +79,9 @@ pub(super) fn attention(
     visible: Arc<Visible>,
     options: &AttentionOptions<'_>,
 ) -> Attention {
-    let [batch, heads, queries, width] = q.dims();
-    let ([k_batch, key_heads, keys, k_width], [v_batch, value_heads, v_keys, _]) = (k.dims(), v.dims());
-    assert!(k_batch == batch && v_batch == batch && keys == v_keys && width == k_width, "q, k and v disagree");
-    if let Some(active) = &options.active {
-        assert_eq!(active.shape(), [batch, queries, heads], "active rows of another call");
-    }
-    let (key_of, value_of) = (options.keys.of(heads, key_heads), options.values.of(heads, value_heads));
+    let [batch, heads, queries, _] = q.dims();
+    let (key_of, value_of) = (options.keys.of(heads, k.dims()[1]), options.values.of(heads, v.dims()[1]));
+    let [k, v] = [k, v].map(|x| in_type(x, DType::F32));
     let plan = Plan {
         scale: options.scale_for(&q) as f32,
         families: families(&key_of, &value_of),
@@ -175,7 +164,7 @@ fn softmax_of_visible(row: &mut [f32], visible: &Visible, query: usize) {
 impl TiledAttention for Flex {
     fn tiled_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, plan: Arc<Plan>) -> (FlexTensor, FlexTensor) {
         let (q, k, v) = (row_major(q), row_major(k), row_major(v));
-        forward(View::new(&q), View::new(&k), View::new(&v), &plan)
+        forward([&q, &k, &v].map(View::new), &plan)
     }
 }
 
@@ -186,32 +175,18 @@ impl<C: CheckpointStrategy> TiledAttention for Autodiff<Flex, C> {
         v: FloatTensor<Self>,
         plan: Arc<Plan>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        #[derive(Debug)]
-        struct Step;
-        impl Backward<Flex, 3> for Step {
-            type State = ([FlexTensor; 5], Arc<Plan>);
-
-            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let output_grad = row_major(grads.consume::<Flex>(&ops.node));
-                let ([q, k, v, output, facts], plan) = ops.state;
-                let views = [&q, &k, &v, &output, &output_grad].map(View::new);
-                let input_grads = backward(views, cpu::values(&facts), &plan);
-                for (parent, grad) in ops.parents.into_iter().zip(input_grads) {
-                    if let Some(node) = parent {
-                        grads.register::<Flex>(node.id, grad);
-                    }
-                }
-            }
-        }
-        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
-        let (q, k, v) = (row_major(q), row_major(k), row_major(v));
-        let (output, facts) = forward(View::new(&q), View::new(&k), View::new(&v), &plan);
-        let seen = <Self as AutodiffBackend>::from_inner(facts.clone());
-        let output = match Step.prepare::<C>([q_node, k_node, v_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(([q, k, v, output.clone(), facts], plan), output),
-            OpsKind::UnTracked(step) => step.finish(output),
+        let run = |inputs: [FlexTensor; 3], _: Wanted<3>| {
+            let [q, k, v] = inputs.map(row_major);
+            let (output, facts) = forward([&q, &k, &v].map(View::new), &plan);
+            (output.clone(), ([q, k, v, output, facts.clone()], plan), facts)
         };
-        (output, seen)
+        let back = |(kept, plan): ([FlexTensor; 5], Arc<Plan>), output_grad: FlexTensor, wanted: Wanted<3>| {
+            let ([q, k, v, output, facts], output_grad) = (kept, row_major(output_grad));
+            let views = [&q, &k, &v, &output, &output_grad].map(View::new);
+            backward(views, crate::cpu::values(&facts), &plan, wanted) as InputGrads<Flex, 3>
+        };
+        let (output, facts) = differentiable::<Flex, C, _, _, 3>([q, k, v], run, back);
+        (output, <Self as AutodiffBackend>::from_inner(facts))
     }
 }
 

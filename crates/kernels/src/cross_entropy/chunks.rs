@@ -2,10 +2,7 @@
 //! and what comes back to both factors is made right with them. Logits and losses are f32 whatever the type of the hidden
 //! states; the products run in that type.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata, backend_extension, get_or_init_device_settings,
@@ -13,6 +10,7 @@ use burn::backend::{
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, Tensor};
 
 use super::{CrossEntropy, Targets};
+use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::precision::cast;
 
 /// Logits of a chunk at most: 256 MiB in f32. Chosen by us.
@@ -51,7 +49,7 @@ trait ChunkedCrossEntropy: Backend {
         counted: FloatTensor<Self>,
         rows: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let made = forward::<Self>(Inputs { hidden, head, ids, counted }, rows, false);
+        let made = forward::<Self>(Inputs { hidden, head, ids, counted }, rows, [false; 2]);
         (made.sum, made.losses, made.correct)
     }
 }
@@ -72,37 +70,25 @@ impl<B: ChunkedCrossEntropy, C: CheckpointStrategy> ChunkedCrossEntropy for Auto
         counted: FloatTensor<Self>,
         rows: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        #[derive(Debug)]
-        struct Step;
-        impl<B: Backend> Backward<B, 2> for Step {
-            type State = [FloatTensor<B>; 2];
-
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let factor = B::float_reshape(grads.consume::<B>(&ops.node), Shape::new([1, 1]));
-                for (parent, grad) in ops.parents.into_iter().zip(ops.state) {
-                    if let Some(node) = parent {
-                        let factor = cast::<B>(factor.clone(), grad.dtype());
-                        grads.register::<B>(node.id, B::float_mul(grad, factor));
-                    }
-                }
-            }
-        }
-        let ((hidden, hidden_node), (head, head_node)) = (hidden.into_parts(), head.into_parts());
-        let inputs = Inputs::<B> { hidden, head, ids, counted: counted.into_parts().0 };
-        let (sum, losses, correct) = match Step.prepare::<C>([hidden_node, head_node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => {
-                let made = forward::<B>(inputs, rows, true);
-                let grads = made.grads.unwrap_or_else(|| unreachable!("asked for"));
-                (step.finish(grads, made.sum), made.losses, made.correct)
-            }
-            OpsKind::UnTracked(step) => {
-                let made = forward::<B>(inputs, rows, false);
-                (step.finish(made.sum), made.losses, made.correct)
-            }
+        let counted = counted.into_primitive();
+        let run = |[hidden, head]: [FloatTensor<B>; 2], wanted: Wanted<2>| {
+            let made = forward::<B>(Inputs { hidden, head, ids, counted }, rows, wanted);
+            (made.sum, made.grads, (made.losses, made.correct))
         };
+        let (sum, (losses, correct)) = differentiable::<B, C, _, _, 2>([hidden, head], run, backward::<B>);
         let constant = <Self as AutodiffBackend>::from_inner;
         (sum, constant(losses), constant(correct))
     }
+}
+
+fn backward<B: Backend>(grads: InputGrads<B, 2>, sum_grad: FloatTensor<B>, _: Wanted<2>) -> InputGrads<B, 2> {
+    let factor = B::float_reshape(sum_grad, Shape::new([1, 1]));
+    grads.map(|grad| {
+        grad.map(|grad| {
+            let factor = cast::<B>(factor.clone(), grad.dtype());
+            B::float_mul(grad, factor)
+        })
+    })
 }
 
 struct Inputs<B: Backend> {
@@ -116,11 +102,12 @@ struct Made<B: Backend> {
     sum: FloatTensor<B>,
     losses: FloatTensor<B>,
     correct: FloatTensor<B>,
-    /// Of hidden and head, for a gradient of 1.
-    grads: Option<[FloatTensor<B>; 2]>,
+    /// Of hidden and head, for a gradient of 1; those that are wanted.
+    grads: InputGrads<B, 2>,
 }
 
-fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, with_grads: bool) -> Made<B> {
+/// `of_hidden`, `of_head`: whose gradients to make right with it.
+fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, [of_hidden, of_head]: Wanted<2>) -> Made<B> {
     let Inputs { hidden, head, ids, counted } = inputs;
     let [tokens, d_model] = hidden.shape().dims::<2>();
     let (dtype, head_dtype, device) = (hidden.dtype(), head.dtype(), hidden.device());
@@ -144,17 +131,21 @@ fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, with_grads: bool) -> Made
         let exponentials = B::float_exp(shifted);
         let total = B::float_sum_dim(exponentials.clone(), 1);
         losses.push(B::float_mul(B::float_sub(B::float_log(total.clone()), picked), counted.clone()));
-        if with_grads {
+        if of_hidden || of_head {
             let weights = B::float_mul(exponentials, B::float_div(counted.clone(), total));
             let grad = B::float_scatter(1, weights, ids, B::float_neg(counted), IndexingUpdateOp::Add);
             let grad = cast::<B>(grad, dtype);
-            hidden_grads.push(B::float_matmul(grad.clone(), B::float_swap_dims(head.clone(), 0, 1)));
-            // Summed in the head's own type.
-            let part = cast::<B>(B::float_matmul(B::float_swap_dims(hidden, 0, 1), grad), head_dtype);
-            head_grad = Some(match head_grad {
-                Some(sum) => B::float_add(sum, part),
-                None => part,
-            });
+            if of_hidden {
+                hidden_grads.push(B::float_matmul(grad.clone(), B::float_swap_dims(head.clone(), 0, 1)));
+            }
+            if of_head {
+                // Summed in the head's own type.
+                let part = cast::<B>(B::float_matmul(B::float_swap_dims(hidden, 0, 1), grad), head_dtype);
+                head_grad = Some(match head_grad {
+                    Some(sum) => B::float_add(sum, part),
+                    None => part,
+                });
+            }
         }
     }
     if tokens == 0 {
@@ -164,8 +155,7 @@ fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, with_grads: bool) -> Made
         head_grad = Some(B::float_zeros(head.shape(), &device, FloatDType::from(head_dtype)));
     }
     let losses = B::float_cat(losses, 0);
-    let head_grad = head_grad.filter(|_| with_grads);
-    let grads = head_grad.map(|head_grad| [B::float_cat(hidden_grads, 0), head_grad]);
+    let grads = [of_hidden.then(|| B::float_cat(hidden_grads, 0)), head_grad.filter(|_| of_head)];
     Made { sum: B::float_sum(losses.clone()), losses, correct: B::float_cat(correct, 0), grads }
 }
 

@@ -11,12 +11,15 @@
 //! crossed    the sum over positions of gathered rowsᵀ · rows        gradients of the weights
 //! ```
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::cpu::{self, Destination, Matrix, Shared};
+use crate::cpu;
+use crate::matrix::{Matrix, MatrixMut, product};
+use crate::scratch::{ScratchBuffer, Shared, write_chunks, write_rows};
 use crate::{ActiveRows, simd};
 
 /// Positions of a block; with 512 channels its gathered rows take 512 KiB.
@@ -70,30 +73,39 @@ impl<'a> Call<'a> {
         &all[at..at + self.width]
     }
 
-    /// Room for what all heads write to, zero where they rest.
-    fn room(&self, len: usize) -> Vec<f32> {
-        if self.complete == self.n_heads { cpu::room(len) } else { vec![0.0; len] }
+    /// `[tokens, heads * width]`: `left · block` of each head where it takes part, zero elsewhere; `right` is the heads'
+    /// blocks side by side.
+    fn by_head(&self, left: Matrix<'_>, right: Matrix<'_>) -> Vec<f32> {
+        if self.complete == self.n_heads {
+            return product(left, right).parallel().values();
+        }
+        let mut y = vec![0.0; self.tokens * self.channels()];
+        let complete = self.complete_channels();
+        let mut of_complete = MatrixMut::new(&mut y, [self.tokens, complete], self.channels());
+        product(left, right.columns(0..complete)).parallel().replace(&mut of_complete);
+        y
+    }
+
+    /// The channels of a head.
+    fn channels_of(&self, head: usize) -> Range<usize> {
+        head * self.width..(head + 1) * self.width
     }
 }
 
 pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, active: &ActiveRows) -> FlexTensor {
-    let [d_model, channels] = cpu::sizes(weight);
+    let (x, weight) = (cpu::matrix(x), Matrix::of(weight));
+    let [d_model, channels] = weight.sizes();
     let call = Call::new(active, d_model, channels);
-    let (x, weight) = (cpu::values(x), Matrix::new(weight));
-    let mut y = call.room(call.tokens * channels);
-    let to = Destination { start: y.as_mut_ptr(), rows: channels, add: false, parallel: true };
-    let sizes = [call.tokens, d_model, call.complete_channels()];
-    // SAFETY: the first columns of y, `[tokens, channels]`, which nobody else has.
-    unsafe { cpu::product(sizes, Matrix::by_rows(x.as_ptr(), d_model), weight, 1.0, to) };
+    let mut y = call.by_head(x, weight);
     let into = Shared::new(&mut y);
     gathered(
         &call,
         x,
-        |head| weight.columns_from(head * call.width),
+        |head| weight.columns(call.channels_of(head)),
         |head, tokens, products| {
             for (&token, product) in tokens.iter().zip(products.chunks_exact(call.width)) {
-                // SAFETY: a position of a head comes once.
-                unsafe { into.slice(call.at(token, head), call.width) }.copy_from_slice(product);
+                // SAFETY: a position of a head comes once, and the tasks are positions of heads.
+                unsafe { into.part(call.at(token, head), call.width) }.copy_from_slice(product);
             }
         },
     );
@@ -102,97 +114,126 @@ pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, active: &ActiveRow
 }
 
 pub(super) fn into_heads_back_to_x(weight: &FlexTensor, y_grad: &FlexTensor, active: &ActiveRows) -> FlexTensor {
-    let [d_model, channels] = cpu::sizes(weight);
-    let call = Call::new(active, d_model, channels);
-    let (weight, y_grads) = (Matrix::new(weight).transposed(), cpu::values(y_grad));
-    let complete = (Matrix::by_rows(y_grads.as_ptr(), channels), weight);
-    let block = |head: usize| weight.rows_from(head * call.width);
-    let x_grad = scattered(&call, complete, block, |head, token, row| {
-        row.copy_from_slice(call.head(y_grads, token, head));
-    });
+    let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
+    let [channels, d_model] = weight.sizes();
+    let (call, values) = (Call::new(active, d_model, channels), cpu::values(y_grad));
+    let of_complete = 0..call.complete_channels();
+    let complete = (y_grads.columns(of_complete.clone()), weight.rows(of_complete));
+    let block = |head: usize| weight.rows(call.channels_of(head));
+    let x_grad =
+        scattered(&call, complete, block, |head, token, row| row.write_copy_of_slice(call.head(values, token, head)));
     let [batch, seq, _] = active.shape();
     cpu::tensor(x_grad, [batch, seq, d_model])
 }
 
 pub(super) fn into_heads_back_to_weight(x: &FlexTensor, y_grad: &FlexTensor, active: &ActiveRows) -> FlexTensor {
-    let d_model = *x.layout().shape().last().unwrap_or(&1);
-    let channels = *y_grad.layout().shape().last().unwrap_or(&1);
+    let (x, y_grads, values) = (cpu::matrix(x), cpu::matrix(y_grad), cpu::values(y_grad));
+    let ([_, d_model], [_, channels]) = (x.sizes(), y_grads.sizes());
     let call = Call::new(active, d_model, channels);
-    let (x, y_grads) = (cpu::values(x), cpu::values(y_grad));
-    let mut weight_grad = cpu::room(d_model * channels);
-    let to = Destination { start: weight_grad.as_mut_ptr(), rows: channels, add: false, parallel: true };
-    let (left, right) =
-        (Matrix::by_rows(x.as_ptr(), d_model).transposed(), Matrix::by_rows(y_grads.as_ptr(), channels));
-    // SAFETY: the first columns of the gradient, `[d_model, channels]`, which nobody else has.
-    unsafe { cpu::product([d_model, call.tokens, call.complete_channels()], left, right, 1.0, to) };
+    let mut weight_grad = vec![0.0; d_model * channels];
+    let of_complete = 0..call.complete_channels();
+    let mut to = MatrixMut::new(&mut weight_grad, [d_model, of_complete.len()], channels);
+    product(x.transposed(), y_grads.columns(of_complete)).parallel().replace(&mut to);
     let into = Shared::new(&mut weight_grad);
-    let fill = |head: usize, token: u32, row: &mut [f32]| row.copy_from_slice(call.head(y_grads, token, head));
+    let fill = rows_filled_by(|head, token, row| copy(row, call.head(values, token, head)));
     crossed(&call, x, fill, |head, part, x_rows, head_rows, add| {
-        let at = into.pointer(part.start * channels + head * call.width);
-        let to = Destination { start: at, rows: channels, add, parallel: false };
-        // SAFETY: a task owns its rows and columns of the gradient.
-        unsafe { cpu::product([part.len(), x_rows.1, call.width], x_rows.0.transposed(), head_rows, 1.0, to) };
+        let at = part.start * channels + head * call.width;
+        // SAFETY: a task owns the rows of its part in the columns of its head.
+        let mut to = unsafe { MatrixMut::of_shared(&into, at, [part.len(), call.width], channels) };
+        let product = product(x_rows.transposed(), head_rows);
+        if add { product.add_to(&mut to) } else { product.replace(&mut to) }
     });
     cpu::tensor(weight_grad, [d_model, channels])
 }
 
 pub(super) fn out_of_heads([heads, gates, weight]: [&FlexTensor; 3], active: &ActiveRows) -> FlexTensor {
-    let [channels, d_model] = cpu::sizes(weight);
+    let weight = Matrix::of(weight);
+    let [channels, d_model] = weight.sizes();
     let call = Call::new(active, d_model, channels);
-    let (heads, gates, weight) = (cpu::values(heads), cpu::values(gates), Matrix::new(weight));
+    let (heads, gates) = (cpu::values(heads), cpu::values(gates));
     let scaled = scaled_complete_heads(&call, heads, gates);
-    let complete = (Matrix::by_rows(scaled.as_ptr(), call.complete_channels()), weight);
-    let block = |head: usize| weight.rows_from(head * call.width);
-    let y = scattered(&call, complete, block, |head, token, row| scale_head(&call, heads, gates, head, token, row));
+    let of_complete = 0..call.complete_channels();
+    let scaled = Matrix::by_rows(&scaled, [call.tokens, of_complete.len()]);
+    let block = |head: usize| weight.rows(call.channels_of(head));
+    let y = scattered(&call, (scaled, weight.rows(of_complete)), block, |head, token, row| {
+        scale_head(&call, heads, gates, head, token, row)
+    });
     let [batch, seq, _] = active.shape();
     cpu::tensor(y, [batch, seq, d_model])
 }
 
+/// Tells the compiler that `fill` writes rows of any lifetime.
+fn rows_filled_by<F>(fill: F) -> F
+where
+    F: for<'y> Fn(usize, u32, &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] + Sync,
+{
+    fill
+}
+
+fn copy<'y>(row: &'y mut [MaybeUninit<f32>], values: &[f32]) -> &'y mut [f32] {
+    row.write_copy_of_slice(values)
+}
+
 /// `gate · head` at a position.
-fn scale_head(call: &Call<'_>, heads: &[f32], gates: &[f32], head: usize, token: u32, row: &mut [f32]) {
-    row.copy_from_slice(call.head(heads, token, head));
+fn scale_head<'y>(
+    call: &Call<'_>,
+    heads: &[f32],
+    gates: &[f32],
+    head: usize,
+    token: u32,
+    row: &'y mut [MaybeUninit<f32>],
+) -> &'y mut [f32] {
+    let row = row.write_copy_of_slice(call.head(heads, token, head));
     simd::scale(row, gates[token as usize * call.n_heads + head]);
+    row
 }
 
 /// `[tokens, complete channels]`: `gate · head` of the heads that go through one product.
 fn scaled_complete_heads(call: &Call<'_>, heads: &[f32], gates: &[f32]) -> Vec<f32> {
-    let mut scaled = cpu::room(call.tokens * call.complete_channels());
-    scaled.par_chunks_mut(call.complete_channels().max(1)).enumerate().for_each(|(token, rows)| {
-        for (head, row) in rows.chunks_exact_mut(call.width).enumerate() {
-            scale_head(call, heads, gates, head, token as u32, row);
-        }
+    let channels = call.complete_channels();
+    let tokens = if channels == 0 { 0 } else { call.tokens };
+    let (scaled, _) = write_chunks(tokens * channels, channels, (0..tokens).into_par_iter(), |rows, token| {
+        let written = write_rows(rows, call.width, |head, row| scale_head(call, heads, gates, head, token as u32, row));
+        (written, ())
     });
     scaled
 }
 
-/// Gradients of heads and gates.
+/// Gradients of heads and gates, as far as they are wanted.
 pub(super) fn out_of_heads_back_to_heads(
     [heads, gates, weight]: [&FlexTensor; 3],
     y_grad: &FlexTensor,
     active: &ActiveRows,
-) -> [FlexTensor; 2] {
-    let [channels, d_model] = cpu::sizes(weight);
+    [of_heads, of_gates]: [bool; 2],
+) -> [Option<FlexTensor>; 2] {
+    if !(of_heads || of_gates) {
+        return [None, None];
+    }
+    let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
+    let [d_model, channels] = weight.sizes();
     let call = Call::new(active, d_model, channels);
-    let (heads, gates, y_grads) = (cpu::values(heads), cpu::values(gates), cpu::values(y_grad));
-    let weight = Matrix::new(weight).transposed();
-    let (mut heads_grad, mut gates_grad) = (call.room(heads.len()), call.room(gates.len()));
-    let (heads_into, gates_into) = (Shared::new(&mut heads_grad), Shared::new(&mut gates_grad));
+    let (heads, gates) = (cpu::values(heads), cpu::values(gates));
+    let mut heads_grad = of_heads.then(|| vec![0.0; heads.len()]);
+    let mut gates_grad = of_gates.then(|| vec![0.0; gates.len()]);
+    let [heads_into, gates_into] = [&mut heads_grad, &mut gates_grad].map(|grad| grad.as_deref_mut().map(Shared::new));
     // What comes back to a gated head: its product with the head is the gate's gradient, times the gate it is the head's.
     let take = |head: usize, token: u32, row: &[f32]| {
         let gate_at = token as usize * call.n_heads + head;
-        // SAFETY: a position of a head comes once.
-        let (head_grad, gate_grad) =
-            unsafe { (heads_into.slice(call.at(token, head), call.width), gates_into.slice(gate_at, 1)) };
-        gate_grad[0] = simd::dot(call.head(heads, token, head), row);
-        head_grad.copy_from_slice(row);
-        simd::scale(head_grad, gates[gate_at]);
+        if let Some(into) = &gates_into {
+            // SAFETY: a position of a head comes once.
+            let gate_grad = unsafe { into.part(gate_at, 1) };
+            gate_grad[0] = simd::dot(call.head(heads, token, head), row);
+        }
+        if let Some(into) = &heads_into {
+            // SAFETY: as above.
+            let head_grad = unsafe { into.part(call.at(token, head), call.width) };
+            head_grad.copy_from_slice(row);
+            simd::scale(head_grad, gates[gate_at]);
+        }
     };
-    let mut complete = cpu::room(call.tokens * call.complete_channels());
-    let to = Destination { start: complete.as_mut_ptr(), rows: call.complete_channels(), add: false, parallel: true };
-    let sizes = [call.tokens, d_model, call.complete_channels()];
-    // SAFETY: the room is `[tokens, complete channels]`.
-    unsafe { cpu::product(sizes, Matrix::by_rows(y_grads.as_ptr(), d_model), weight, 1.0, to) };
-    complete.par_chunks(call.complete_channels().max(1)).enumerate().for_each(|(token, rows)| {
+    let of_complete = 0..call.complete_channels();
+    let complete = product(y_grads, weight.columns(of_complete.clone())).parallel().values();
+    complete.par_chunks(of_complete.len().max(1)).enumerate().for_each(|(token, rows)| {
         for (head, row) in rows.chunks_exact(call.width).enumerate() {
             take(head, token as u32, row);
         }
@@ -200,7 +241,7 @@ pub(super) fn out_of_heads_back_to_heads(
     gathered(
         &call,
         y_grads,
-        |head| weight.columns_from(head * call.width),
+        |head| weight.columns(call.channels_of(head)),
         |head, tokens, products| {
             for (&token, row) in tokens.iter().zip(products.chunks_exact(call.width)) {
                 take(head, token, row);
@@ -208,7 +249,10 @@ pub(super) fn out_of_heads_back_to_heads(
         },
     );
     let [batch, seq, n_heads] = active.shape();
-    [cpu::tensor(heads_grad, [batch, seq, channels]), cpu::tensor(gates_grad, [batch, seq, n_heads])]
+    [
+        heads_grad.map(|values| cpu::tensor(values, [batch, seq, channels])),
+        gates_grad.map(|values| cpu::tensor(values, [batch, seq, n_heads])),
+    ]
 }
 
 pub(super) fn out_of_heads_back_to_weight(
@@ -216,34 +260,34 @@ pub(super) fn out_of_heads_back_to_weight(
     y_grad: &FlexTensor,
     active: &ActiveRows,
 ) -> FlexTensor {
-    let d_model = *y_grad.layout().shape().last().unwrap_or(&1);
-    let channels = *heads.layout().shape().last().unwrap_or(&1);
+    let ([_, channels], y_grads) = (cpu::matrix(heads).sizes(), cpu::matrix(y_grad));
+    let [_, d_model] = y_grads.sizes();
     let call = Call::new(active, d_model, channels);
-    let (heads, gates, y_grads) = (cpu::values(heads), cpu::values(gates), cpu::values(y_grad));
+    let (heads, gates) = (cpu::values(heads), cpu::values(gates));
     let scaled = scaled_complete_heads(&call, heads, gates);
-    let mut weight_grad = cpu::room(channels * d_model);
-    let to = Destination { start: weight_grad.as_mut_ptr(), rows: d_model, add: false, parallel: true };
-    let left = Matrix::by_rows(scaled.as_ptr(), call.complete_channels()).transposed();
-    let right = Matrix::by_rows(y_grads.as_ptr(), d_model);
-    // SAFETY: the first rows of the gradient, `[channels, d_model]`, which nobody else has.
-    unsafe { cpu::product([call.complete_channels(), call.tokens, d_model], left, right, 1.0, to) };
+    let of_complete = call.complete_channels();
+    let scaled = Matrix::by_rows(&scaled, [call.tokens, of_complete]);
+    let mut weight_grad = vec![0.0; channels * d_model];
+    let mut to = MatrixMut::new(&mut weight_grad, [of_complete, d_model], d_model);
+    product(scaled.transposed(), y_grads).parallel().replace(&mut to);
     let into = Shared::new(&mut weight_grad);
-    let fill = |head: usize, token: u32, row: &mut [f32]| scale_head(&call, heads, gates, head, token, row);
+    let fill = rows_filled_by(|head, token, row| scale_head(&call, heads, gates, head, token, row));
     crossed(&call, y_grads, fill, |head, part, y_rows, head_rows, add| {
-        let at = into.pointer(head * call.width * d_model + part.start);
-        let to = Destination { start: at, rows: d_model, add, parallel: false };
-        // SAFETY: a task owns its rows and columns of the gradient.
-        unsafe { cpu::product([call.width, y_rows.1, part.len()], head_rows.transposed(), y_rows.0, 1.0, to) };
+        let at = head * call.width * d_model + part.start;
+        // SAFETY: a task owns the columns of its part in the rows of its head.
+        let mut to = unsafe { MatrixMut::of_shared(&into, at, [call.width, part.len()], d_model) };
+        let product = product(head_rows.transposed(), y_rows);
+        if add { product.add_to(&mut to) } else { product.replace(&mut to) }
     });
     cpu::tensor(weight_grad, [channels, d_model])
 }
 
 /// Rows of `x`, `[tokens, d_model]`, at the positions of each gathered head, times the head's `block`, `[d_model, width]`;
 /// `take` is handed a head, some of its positions, and their products.
-fn gathered(
+fn gathered<'w>(
     call: &Call<'_>,
-    x: &[f32],
-    block: impl Fn(usize) -> Matrix + Sync,
+    x: Matrix<'_>,
+    block: impl Fn(usize) -> Matrix<'w> + Sync,
     take: impl Fn(usize, &[u32], &[f32]) + Sync,
 ) {
     let d_model = call.d_model;
@@ -252,43 +296,33 @@ fn gathered(
         .flat_map(|head| call.active.of_head(head).chunks(ROWS).map(move |tokens| (head, tokens)))
         .collect();
     tasks.into_par_iter().for_each_init(
-        || [cpu::room(ROWS * d_model), cpu::room(ROWS * call.width)],
+        || [ScratchBuffer::new(ROWS * d_model), ScratchBuffer::new(ROWS * call.width)],
         |[rows, products], (head, tokens)| {
-            gather(x, d_model, 0..d_model, tokens, rows);
-            let to = Destination { start: products.as_mut_ptr(), rows: call.width, add: false, parallel: false };
-            let sizes = [tokens.len(), d_model, call.width];
-            // SAFETY: there is room for ROWS products.
-            unsafe { cpu::product(sizes, Matrix::by_rows(rows.as_ptr(), d_model), block(head), 1.0, to) };
-            take(head, tokens, &products[..tokens.len() * call.width]);
+            let rows = gather(x, 0..d_model, tokens, rows);
+            take(head, tokens, product(rows, block(head)).write_into(products.unwritten()));
         },
     );
 }
 
 /// `[tokens, d_model]`: the sum over heads of their rows times their blocks: `left · right` for those that go through one
 /// product; of the others, `fill` writes a head's row at a position, and `block` is `[width, d_model]`.
-fn scattered(
+fn scattered<'w>(
     call: &Call<'_>,
-    (left, right): (Matrix, Matrix),
-    block: impl Fn(usize) -> Matrix + Sync,
-    fill: impl Fn(usize, u32, &mut [f32]) + Sync,
+    (left, right): (Matrix<'_>, Matrix<'_>),
+    block: impl Fn(usize) -> Matrix<'w> + Sync,
+    fill: impl for<'y> Fn(usize, u32, &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] + Sync,
 ) -> Vec<f32> {
     let (d_model, width) = (call.d_model, call.width);
-    let mut y = if call.complete == 0 { vec![0.0; call.tokens * d_model] } else { cpu::room(call.tokens * d_model) };
-    let to = Destination { start: y.as_mut_ptr(), rows: d_model, add: false, parallel: true };
-    // SAFETY: y is `[tokens, d_model]`, and nobody else has it.
-    unsafe { cpu::product([call.tokens, call.complete_channels(), d_model], left, right, 1.0, to) };
+    let mut y = product(left, right).parallel().values();
     // A task owns the rows of a block of positions, so that nobody else adds to them.
     y.par_chunks_mut((ROWS * d_model).max(1)).enumerate().for_each_init(
-        || [cpu::room(ROWS * width), cpu::room(ROWS * d_model)],
+        || [ScratchBuffer::new(ROWS * width), ScratchBuffer::new(ROWS * d_model)],
         |[rows, products], (index, y)| {
             let from = index * ROWS;
             for head in call.gathered_heads() {
                 let tokens = call.active.of_head_within(head, from..from + ROWS);
-                tokens.iter().zip(rows.chunks_exact_mut(width)).for_each(|(&token, row)| fill(head, token, row));
-                let to = Destination { start: products.as_mut_ptr(), rows: d_model, add: false, parallel: false };
-                let sizes = [tokens.len(), width, d_model];
-                // SAFETY: there is room for ROWS products.
-                unsafe { cpu::product(sizes, Matrix::by_rows(rows.as_ptr(), width), block(head), 1.0, to) };
+                let rows = head_rows(tokens, width, rows, |token, row| fill(head, token, row));
+                let products = product(rows, block(head)).write_into(products.unwritten());
                 for (&token, product) in tokens.iter().zip(products.chunks_exact(d_model)) {
                     let at = (token as usize - from) * d_model;
                     simd::add(&mut y[at..at + d_model], product);
@@ -300,13 +334,13 @@ fn scattered(
 }
 
 /// For each gathered head and each part of the channels of `x`: block by block of the head's positions, `multiply` is
-/// handed the head, the part, the gathered part of the rows of `x` with their number, the head's rows as `fill` writes
-/// them, and whether to add to what the blocks before gave.
+/// handed the head, the part, the gathered part of the rows of `x`, the head's rows as `fill` writes them, and whether to
+/// add to what the blocks before gave.
 fn crossed(
     call: &Call<'_>,
-    x: &[f32],
-    fill: impl Fn(usize, u32, &mut [f32]) + Sync,
-    multiply: impl Fn(usize, Range<usize>, (Matrix, usize), Matrix, bool) + Sync,
+    x: Matrix<'_>,
+    fill: impl for<'y> Fn(usize, u32, &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] + Sync,
+    multiply: impl Fn(usize, Range<usize>, Matrix<'_>, Matrix<'_>, bool) + Sync,
 ) {
     let (d_model, width) = (call.d_model, call.width);
     let part = |from: usize| from..(from + CHANNELS).min(d_model);
@@ -315,25 +349,30 @@ fn crossed(
         .flat_map(|head| (0..d_model).step_by(CHANNELS).map(move |from| (head, part(from))))
         .collect();
     tasks.into_par_iter().for_each_init(
-        || [cpu::room(ROWS * CHANNELS), cpu::room(ROWS * width)],
-        |[x_rows, head_rows], (head, part)| {
-            let all = call.active.of_head(head);
-            // A head that takes part nowhere still has a gradient: zero.
-            let blocks = all.chunks(ROWS).chain(all.is_empty().then_some(all));
-            for (index, tokens) in blocks.enumerate() {
-                gather(x, d_model, part.clone(), tokens, x_rows);
-                tokens.iter().zip(head_rows.chunks_exact_mut(width)).for_each(|(&token, row)| fill(head, token, row));
-                let x_rows = (Matrix::by_rows(x_rows.as_ptr(), part.len()), tokens.len());
-                multiply(head, part.clone(), x_rows, Matrix::by_rows(head_rows.as_ptr(), width), index > 0);
+        || [ScratchBuffer::new(ROWS * CHANNELS), ScratchBuffer::new(ROWS * width)],
+        |[x_rows, of_head], (head, part)| {
+            // A head that takes part nowhere keeps its gradient of zero.
+            for (index, tokens) in call.active.of_head(head).chunks(ROWS).enumerate() {
+                let x_rows = gather(x, part.clone(), tokens, x_rows);
+                let of_head = head_rows(tokens, width, of_head, |token, row| fill(head, token, row));
+                multiply(head, part.clone(), x_rows, of_head, index > 0);
             }
         },
     );
 }
 
-/// Copies a part of some rows behind each other.
-fn gather(x: &[f32], d_model: usize, part: Range<usize>, tokens: &[u32], rows: &mut [f32]) {
-    for (&token, row) in tokens.iter().zip(rows.chunks_exact_mut(part.len())) {
-        let at = token as usize * d_model;
-        row.copy_from_slice(&x[at + part.start..at + part.end]);
-    }
+/// `[tokens, part]`: a part of some rows, one behind the other in `buffer`.
+fn gather<'b>(x: Matrix<'_>, part: Range<usize>, tokens: &[u32], buffer: &'b mut ScratchBuffer) -> Matrix<'b> {
+    head_rows(tokens, part.len(), buffer, |token, row| copy(row, &x.row(token as usize)[part.clone()]))
+}
+
+/// `[tokens, width]`: rows as `fill` writes them, one behind the other in `buffer`.
+fn head_rows<'b>(
+    tokens: &[u32],
+    width: usize,
+    buffer: &'b mut ScratchBuffer,
+    fill: impl for<'y> Fn(u32, &'y mut [MaybeUninit<f32>]) -> &'y mut [f32],
+) -> Matrix<'b> {
+    let part = &mut buffer.unwritten()[..tokens.len() * width];
+    Matrix::by_rows(write_rows(part, width, |r, row| fill(tokens[r], row)), [tokens.len(), width])
 }

@@ -1,7 +1,7 @@
 //! The routed maps against their plain forms, and both against maps of all heads.
 
 use super::*;
-use crate::testing::{agree, agree_with_gradients, leaf, normal, numbers};
+use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, leaf, normal, numbers};
 use burn::tensor::Device;
 
 /// The first `shared` heads everywhere, the last one nowhere, the others here and there.
@@ -119,4 +119,16 @@ fn any_number_of_threads_gives_the_same_bits() {
         })
     };
     assert!(run(1) == run(5));
+}
+
+#[test]
+fn gradients_are_the_same_whichever_are_asked_for() {
+    let active = active(2, 300, 5, 2);
+    every_subset_of_gradients(&[&[2, 300, 24], &[24, 40]], |[x, weight]| {
+        linear_into_heads(x.reshape([2, 300, 24]), weight.reshape([24, 40]), &active).reshape([-1])
+    });
+    every_subset_of_gradients(&[&[2, 300, 40], &[2, 300, 5], &[40, 24]], |[heads, gates, weight]| {
+        let (heads, gates) = (heads.reshape([2, 300, 40]), gates.reshape([2, 300, 5]));
+        linear_out_of_heads(heads, gates, weight.reshape([40, 24]), &active).reshape([-1])
+    });
 }

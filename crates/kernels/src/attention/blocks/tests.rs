@@ -3,7 +3,7 @@
 use super::super::Measure;
 use super::super::tests::{Case, case, masks};
 use super::*;
-use crate::testing::{agree, agree_with_gradients, leaf, normal, numbers};
+use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, leaf, normal, numbers};
 use burn::tensor::Device;
 
 fn sizes(batch: usize, heads: usize, key_heads: usize, seq: usize, width: usize) -> Case {
@@ -126,4 +126,15 @@ fn bf16_stays_within_its_precision() {
         let difference: Vec<f32> = got.iter().zip(want).map(|(a, b)| a - b).collect();
         assert!(norm(&difference) < 2e-2 * norm(want), "{} of {}", norm(&difference), norm(want));
     }
+}
+
+#[test]
+fn gradients_are_the_same_whichever_are_asked_for() {
+    let mask = Mask::causal();
+    every_subset_of_gradients(&[&[2, 4, 30, 8], &[2, 2, 30, 8], &[2, 2, 30, 5], &[1, 4, 30, 30]], |[q, k, v, bias]| {
+        let options =
+            AttentionOptions { mask: Some(&mask), bias: Some(bias.reshape([1, 4, 30, 30])), ..Default::default() };
+        let (k, v) = (k.reshape([2, 2, 30, 8]), v.reshape([2, 2, 30, 5]));
+        in_blocks(q.reshape([2, 4, 30, 8]), k, v, &options, 7 * 2 * 4 * 30).hidden.reshape([-1])
+    });
 }

@@ -2,6 +2,7 @@
 //! value heads, so that nobody else adds to the same gradients; where there are too few such families to use all cores,
 //! each is cut into chunks of keys, whose parts of the query gradients are added up in order.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn_flex::FlexTensor;
@@ -9,7 +10,10 @@ use rayon::prelude::*;
 
 use super::{KEYS, Plan, QUERIES, inside, reach};
 use crate::active::Rows;
-use crate::cpu::{self, Destination, Matrix, Shared, View, product, room};
+use crate::cpu::{self, View};
+use crate::differentiable::Wanted;
+use crate::matrix::{Matrix, MatrixMut, product};
+use crate::scratch::{ScratchBuffer, Shared, write_zeros};
 use crate::simd;
 
 /// Tasks that the work is cut into at least, where sequences are long enough: more than any usual number of cores.
@@ -17,60 +21,74 @@ const TASKS: usize = 16;
 /// Keys of a chunk at least.
 const CHUNK: usize = 256;
 
-/// Gradients of q, k and v.
-pub(super) fn backward([q, k, v, output, output_grad]: [View<'_>; 5], facts: &[f32], plan: &Plan) -> [FlexTensor; 3] {
+/// Gradients of q, k and v, as far as they are wanted.
+pub(super) fn backward(
+    [q, k, v, output, output_grad]: [View<'_>; 5],
+    facts: &[f32],
+    plan: &Plan,
+    [of_q, of_k, of_v]: Wanted<3>,
+) -> [Option<FlexTensor>; 3] {
     let [batch, heads, queries, width] = q.shape;
-    let [_, key_heads, keys, _] = k.shape;
-    let [_, value_heads, _, value_width] = v.shape;
+    let keys = k.shape[2];
     let n_families = plan.families.len();
     let chunks = TASKS.div_ceil(batch * n_families).min(keys.div_ceil(CHUNK)).max(1);
     let chunk = keys.div_ceil(chunks);
-    let mut q_grad = room(chunks * batch * queries * heads * width);
-    let mut k_grad = room_of_heads(batch * keys * width, key_heads, &plan.key_of);
-    let mut v_grad = room_of_heads(batch * keys * value_width, value_heads, &plan.value_of);
-    let deltas = deltas(output, output_grad, plan);
-    let grads = Grads { q: Shared::new(&mut q_grad), k: Shared::new(&mut k_grad), v: Shared::new(&mut v_grad) };
+    let size = batch * queries * heads * width;
+    let mut q_grad = of_q.then(|| ScratchBuffer::new(chunks * size));
+    let mut k_grad = of_k.then(|| buffer_of_heads(k.shape, &plan.key_of));
+    let mut v_grad = of_v.then(|| buffer_of_heads(v.shape, &plan.value_of));
+    let deltas = if of_q || of_k { deltas(output, output_grad, plan) } else { Vec::new() };
+    let call = Call {
+        views: [q, k, v, output_grad],
+        facts,
+        deltas: &deltas,
+        plan,
+        q_grad: q_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
+        k_grad: k_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
+        v_grad: v_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
+    };
     (0..batch * n_families * chunks).into_par_iter().for_each_init(
-        || Rooms {
-            tiles: [room(QUERIES * KEYS), room(QUERIES * KEYS)],
-            q: room(QUERIES * width),
-            output_grad: room(QUERIES * value_width),
-            q_grad: room(QUERIES * width),
-        },
-        |rooms, task| {
+        || Workspace::new([width, v.shape[3]]),
+        |workspace, task| {
             let (b, rest) = (task / (n_families * chunks), task % (n_families * chunks));
             let part = Part {
                 b,
                 family: &plan.families[rest / chunks],
                 keys: (rest % chunks * chunk).min(keys)..((rest % chunks + 1) * chunk).min(keys),
-                q_grad_at: rest % chunks * batch * queries * heads * width,
+                q_grad_at: rest % chunks * size,
             };
-            backward_part([q, k, v, output_grad], facts, &deltas, plan, &part, rooms, &grads);
+            call.run(&part, workspace);
         },
     );
-    let size = batch * queries * heads * width;
-    let (sum, others) = q_grad.split_at_mut(size);
-    for other in others.chunks(size.max(1)) {
-        sum.par_chunks_mut(1 << 15).zip(other.par_chunks(1 << 15)).for_each(|(sum, other)| simd::add(sum, other));
-    }
-    q_grad.truncate(size);
-    [
-        cpu::tensor_by_position(q_grad, q.shape),
-        cpu::tensor_by_position(k_grad, k.shape),
-        cpu::tensor_by_position(v_grad, v.shape),
-    ]
+    // SAFETY: every query head is in one family, and every key and value head that is read too (the others are full of
+    // zeros); the chunks cover all keys, each with queries of its own. `Call::run` begins by writing zeros to all of them.
+    let [q_grad, k_grad, v_grad] =
+        [q_grad, k_grad, v_grad].map(|grad| grad.map(|buffer| unsafe { buffer.into_values() }));
+    let q_grad = q_grad.map(|mut q_grad| {
+        let (sum, others) = q_grad.split_at_mut(size);
+        for other in others.chunks(size.max(1)) {
+            sum.par_chunks_mut(1 << 15).zip(other.par_chunks(1 << 15)).for_each(|(sum, other)| simd::add(sum, other));
+        }
+        q_grad.truncate(size);
+        q_grad
+    });
+    let tensor = |grad: Option<Vec<f32>>, shape| grad.map(|values| cpu::tensor_by_position(values, shape));
+    [tensor(q_grad, q.shape), tensor(k_grad, k.shape), tensor(v_grad, v.shape)]
 }
 
-/// Room for the gradients of `heads` heads, each of `len` values: those that no query head reads get nothing written to them.
-fn room_of_heads(len: usize, heads: usize, read: &[usize]) -> Vec<f32> {
-    let all_read = (0..heads).all(|head| read.contains(&head));
-    if all_read { room(len * heads) } else { vec![0.0; len * heads] }
+/// For the gradients of key or value heads: those that no query head reads get nothing written to them.
+fn buffer_of_heads([batch, heads, keys, width]: [usize; 4], read: &[usize]) -> ScratchBuffer {
+    let mut buffer = ScratchBuffer::new(batch * heads * keys * width);
+    if !(0..heads).all(|head| read.contains(&head)) {
+        write_zeros(buffer.unwritten());
+    }
+    buffer
 }
 
 /// `[batch, heads, queries]`: the product of each output with its gradient, which the softmax's backward subtracts.
 fn deltas(output: View<'_>, output_grad: View<'_>, plan: &Plan) -> Vec<f32> {
     let [batch, heads, queries, _] = output.shape;
-    let mut deltas = plan.room(batch * heads * queries);
+    let mut deltas = vec![0.0; batch * heads * queries];
     deltas.par_chunks_mut(queries.max(1)).enumerate().for_each(|(task, deltas)| {
         let (b, h) = (task / heads, task % heads);
         for query in plan.blocks(b, h, queries).into_iter().flat_map(Rows::queries) {
@@ -80,21 +98,26 @@ fn deltas(output: View<'_>, output_grad: View<'_>, plan: &Plan) -> Vec<f32> {
     deltas
 }
 
-/// Where gradients are written; rows of a head lie as in `cpu::tensor_by_position`.
-struct Grads {
-    q: Shared,
-    k: Shared,
-    v: Shared,
+/// What a task of the backward computes in.
+struct Workspace {
+    weights: ScratchBuffer,
+    score_grads: ScratchBuffer,
+    // Copies of rows that are no neighbours.
+    q: ScratchBuffer,
+    output_grad: ScratchBuffer,
+    q_grad: ScratchBuffer,
 }
 
-/// What a task of the backward computes in.
-struct Rooms {
-    /// Weights, and gradients of scores.
-    tiles: [Vec<f32>; 2],
-    // Copies of rows that are no neighbours.
-    q: Vec<f32>,
-    output_grad: Vec<f32>,
-    q_grad: Vec<f32>,
+impl Workspace {
+    fn new([width, value_width]: [usize; 2]) -> Self {
+        Self {
+            weights: ScratchBuffer::new(QUERIES * KEYS),
+            score_grads: ScratchBuffer::new(QUERIES * KEYS),
+            q: ScratchBuffer::new(QUERIES * width),
+            output_grad: ScratchBuffer::new(QUERIES * value_width),
+            q_grad: ScratchBuffer::new(QUERIES * width),
+        }
+    }
 }
 
 /// The work of one task of the backward.
@@ -107,90 +130,169 @@ struct Part<'a> {
     q_grad_at: usize,
 }
 
-fn backward_part(
-    [q, k, v, output_grad]: [View<'_>; 4],
-    facts: &[f32],
-    deltas: &[f32],
-    plan: &Plan,
-    part: &Part<'_>,
-    rooms: &mut Rooms,
-    grads: &Grads,
-) {
-    let Rooms { tiles: [weights, score_grads], q: q_room, output_grad: grad_room, q_grad: q_grad_room } = rooms;
-    let [_, heads, queries, width] = q.shape;
-    let ([_, key_heads, all_keys, _], [_, value_heads, _, value_width]) = (k.shape, v.shape);
-    let b = part.b;
-    let q_at = |h: usize, query: usize| part.q_grad_at + ((b * queries + query) * heads + h) * width;
-    let k_at = |h: usize, key: usize| ((b * all_keys + key) * key_heads + h) * width;
-    let v_at = |h: usize, key: usize| ((b * all_keys + key) * value_heads + h) * value_width;
-    for &h in part.family {
-        // SAFETY: nobody but this family touches gradients of its heads, nor another chunk this chunk's.
-        unsafe {
-            (0..queries).for_each(|query| grads.q.slice(q_at(h, query), width).fill(0.0));
-            part.keys.clone().for_each(|key| grads.k.slice(k_at(plan.key_of[h], key), width).fill(0.0));
-            part.keys.clone().for_each(|key| grads.v.slice(v_at(plan.value_of[h], key), value_width).fill(0.0));
+/// The gradients that a task writes, full of zeros at first: by head, those of its queries, keys and values.
+struct Grads<'a> {
+    q: Vec<MatrixMut<'a, f32>>,
+    k: ByHead<'a>,
+    v: ByHead<'a>,
+}
+
+/// Heads that are read, each once, with their gradients.
+type ByHead<'a> = Vec<(usize, MatrixMut<'a, f32>)>;
+
+/// The gradient of a head; `None` where nobody wants any.
+fn of_head<'g, 'a>(grads: &'g mut ByHead<'a>, head: usize) -> Option<&'g mut MatrixMut<'a, f32>> {
+    grads.iter_mut().find(|(of, _)| *of == head).map(|(_, grad)| grad)
+}
+
+/// What all tasks share; rows of gradients lie as in `cpu::tensor_by_position`.
+struct Call<'a> {
+    /// q, k, v and the gradient of the output.
+    views: [View<'a>; 4],
+    facts: &'a [f32],
+    deltas: &'a [f32],
+    plan: &'a Plan,
+    q_grad: Option<Shared<'a, MaybeUninit<f32>>>,
+    k_grad: Option<Shared<'a, MaybeUninit<f32>>>,
+    v_grad: Option<Shared<'a, MaybeUninit<f32>>>,
+}
+
+impl<'a> Call<'a> {
+    fn grads(&self, part: &Part<'_>) -> Grads<'a> {
+        let [q, k, v, _] = self.views;
+        let [_, heads, queries, width] = q.shape;
+        let of_query_head = |grad: &Shared<'a, MaybeUninit<f32>>, h: usize| {
+            let at = part.q_grad_at + (part.b * queries * heads + h) * width;
+            // SAFETY: a query head is in one family, a family is one task in each row of the batch and chunk of keys, and
+            // each chunk has a part of its own: nobody else has these rows.
+            unsafe { MatrixMut::of_shared(grad, at, [queries, width], heads * width) }.zeroed()
+        };
+        let of_heads = |grad: Option<&Shared<'a, MaybeUninit<f32>>>, view: View<'_>, read: &[usize]| -> ByHead<'a> {
+            let [_, heads, keys, width] = view.shape;
+            let mut here: Vec<usize> = part.family.iter().map(|&h| read[h]).collect();
+            here.sort_unstable();
+            here.dedup();
+            let zeroed = |grad: &Shared<'a, MaybeUninit<f32>>, head: usize| {
+                let at = ((part.b * keys + part.keys.start) * heads + head) * width;
+                // SAFETY: all query heads that read this head are in this family, which is one task in each row of the
+                // batch and chunk of keys: nobody else has these rows, and here each head comes once.
+                unsafe { MatrixMut::of_shared(grad, at, [part.keys.len(), width], heads * width) }.zeroed()
+            };
+            grad.map(|grad| here.iter().map(|&head| (head, zeroed(grad, head))).collect()).unwrap_or_default()
+        };
+        let of_queries = self.q_grad.as_ref().map(|grad| part.family.iter().map(|&h| of_query_head(grad, h)).collect());
+        Grads {
+            q: of_queries.unwrap_or_default(),
+            k: of_heads(self.k_grad.as_ref(), k, &self.plan.key_of),
+            v: of_heads(self.v_grad.as_ref(), v, &self.plan.value_of),
         }
     }
-    for from in part.keys.clone().step_by(KEYS) {
-        let block = from..(from + KEYS).min(part.keys.end);
-        let blocks = |&h: &usize| plan.blocks(b, h, queries).into_iter().map(move |rows| (h, rows));
-        for (h, rows) in part.family.iter().flat_map(blocks) {
-            let reach = reach(&plan.visible, b, rows);
-            let keys = reach.start.max(block.start)..reach.end.min(block.end);
-            if keys.is_empty() {
-                continue;
-            }
-            let (m, n) = (rows.len(), keys.len());
-            let (key_head, value_head) = (plan.key_of[h], plan.value_of[h]);
-            let q_rows = rows.matrix(q, [b, h], q_room);
-            let k_rows = Matrix::by_rows(k.pointer(b, key_head, keys.start), k.row_stride());
-            let v_rows = Matrix::by_rows(v.pointer(b, value_head, keys.start), v.row_stride());
-            let grad_rows = rows.matrix(output_grad, [b, h], grad_room);
-            let tile =
-                |start: &mut [f32]| Destination { start: start.as_mut_ptr(), rows: n, add: false, parallel: false };
-            // SAFETY: `m <= QUERIES` and `n <= KEYS`, so the tiles have room.
-            unsafe {
-                product([m, width, n], q_rows, k_rows.transposed(), plan.scale, tile(weights));
-                product([m, value_width, n], grad_rows, v_rows.transposed(), 1.0, tile(score_grads));
-            }
-            for (r, query) in rows.queries().enumerate() {
-                let seen = inside(plan.visible.range(b, query), &keys);
-                let (weights, score_grads) = (&mut weights[r * n..(r + 1) * n], &mut score_grads[r * n..(r + 1) * n]);
-                for row in [&mut *weights, &mut *score_grads] {
-                    row[..seen.start].fill(0.0);
-                    row[seen.end..].fill(0.0);
+
+    fn run(&self, part: &Part<'_>, workspace: &mut Workspace) {
+        let mut grads = self.grads(part);
+        let queries = self.views[0].shape[2];
+        for from in part.keys.clone().step_by(KEYS) {
+            let block = from..(from + KEYS).min(part.keys.end);
+            for (index, &h) in part.family.iter().enumerate() {
+                for rows in self.plan.blocks(part.b, h, queries) {
+                    let reach = reach(&self.plan.visible, part.b, rows);
+                    let keys = reach.start.max(block.start)..reach.end.min(block.end);
+                    if !keys.is_empty() {
+                        let q_grad = grads.q.get_mut(index);
+                        let (k_grads, v_grads) = (&mut grads.k, &mut grads.v);
+                        let tile = Tile { b: part.b, h, rows, keys, chunk_from: part.keys.start };
+                        self.tile(tile, workspace, q_grad, k_grads, v_grads);
+                    }
                 }
-                let fact = (b * heads + h) * queries + query;
-                let seen_keys = keys.start + seen.start..keys.start + seen.end;
-                let weights = &mut weights[seen.clone()];
-                simd::exp_only(weights, facts[fact]);
-                plan.visible.hide_inside(b, query, seen_keys, weights, 0.0);
-                simd::softmax_backward(&mut score_grads[seen], weights, deltas[fact], plan.scale);
             }
-            let (weights, score_grads) =
-                (Matrix::by_rows(weights.as_ptr(), n), Matrix::by_rows(score_grads.as_ptr(), n));
-            let add = |start: *mut f32, rows: usize| Destination { start, rows, add: true, parallel: false };
-            let q_into = match rows {
-                Rows::Span { from, .. } => add(grads.q.pointer(q_at(h, from)), heads * width),
-                Rows::Listed { .. } => {
-                    Destination { start: q_grad_room.as_mut_ptr(), rows: width, add: false, parallel: false }
-                }
+        }
+    }
+
+    /// Adds what one tile gives to the gradients that there are.
+    fn tile(
+        &self,
+        Tile { b, h, rows, keys, chunk_from }: Tile<'_>,
+        workspace: &mut Workspace,
+        q_grad: Option<&mut MatrixMut<'_, f32>>,
+        k_grads: &mut ByHead<'_>,
+        v_grads: &mut ByHead<'_>,
+    ) {
+        let (plan, [q, k, v, output_grad]) = (self.plan, self.views);
+        let [_, heads, queries, _] = q.shape;
+        let (key_head, value_head) = (plan.key_of[h], plan.value_of[h]);
+        let (k_grad, v_grad) = (of_head(k_grads, key_head), of_head(v_grads, value_head));
+        let of_scores = q_grad.is_some() || k_grad.is_some();
+        let q_rows = rows.matrix(q, [b, h], workspace.q.unwritten());
+        let k_rows = k.rows(b, key_head, keys.clone());
+        let grad_rows = rows.matrix(output_grad, [b, h], workspace.output_grad.unwritten());
+        let (m, n) = (rows.len(), keys.len());
+        let weights = product(q_rows, k_rows.transposed()).scaled(plan.scale).write_into(workspace.weights.unwritten());
+        let score_grads: &mut [f32] = if of_scores {
+            let v_rows = v.rows(b, value_head, keys.clone());
+            product(grad_rows, v_rows.transposed()).write_into(workspace.score_grads.unwritten())
+        } else {
+            &mut []
+        };
+        for (r, query) in rows.queries().enumerate() {
+            let seen = inside(plan.visible.range(b, query), &keys);
+            let (row, fact) = (r * n..(r + 1) * n, (b * heads + h) * queries + query);
+            let hide = |row: &mut [f32]| {
+                row[..seen.start].fill(0.0);
+                row[seen.end..].fill(0.0);
             };
-            let (k_into, v_into) = (
-                add(grads.k.pointer(k_at(key_head, keys.start)), key_heads * width),
-                add(grads.v.pointer(v_at(value_head, keys.start)), value_heads * value_width),
-            );
-            // SAFETY: as above, these gradients are this task's own.
-            unsafe {
-                product([m, n, width], score_grads, k_rows, 1.0, q_into);
-                product([n, m, width], score_grads.transposed(), q_rows, 1.0, k_into);
-                product([n, m, value_width], weights.transposed(), grad_rows, 1.0, v_into);
+            let weights = &mut weights[row.clone()];
+            hide(weights);
+            let weights = &mut weights[seen.clone()];
+            simd::exp_only(weights, self.facts[fact]);
+            let seen_keys = keys.start + seen.start..keys.start + seen.end;
+            plan.visible.hide_inside(b, query, seen_keys, weights, 0.0);
+            if of_scores {
+                let score_grads = &mut score_grads[row];
+                hide(score_grads);
+                simd::softmax_backward(&mut score_grads[seen.clone()], weights, self.deltas[fact], plan.scale);
             }
-            if let Rows::Listed { .. } = rows {
-                for (query, row) in rows.queries().zip(q_grad_room.chunks_exact(width)) {
-                    // SAFETY: as above.
-                    simd::add(unsafe { grads.q.slice(q_at(h, query), width) }, row);
-                }
+        }
+        let here = keys.start - chunk_from..keys.end - chunk_from;
+        if of_scores {
+            let score_grads = Matrix::by_rows(score_grads, [m, n]);
+            if let Some(q_grad) = q_grad {
+                add_rows(q_grad, rows, product(score_grads, k_rows), workspace.q_grad.unwritten());
+            }
+            if let Some(k_grad) = k_grad {
+                product(score_grads.transposed(), q_rows).add_to(&mut k_grad.rows(here.clone()));
+            }
+        }
+        if let Some(v_grad) = v_grad {
+            let weights = Matrix::by_rows(weights, [m, n]);
+            product(weights.transposed(), grad_rows).add_to(&mut v_grad.rows(here));
+        }
+    }
+}
+
+/// Some queries of a head against some keys.
+struct Tile<'a> {
+    b: usize,
+    h: usize,
+    rows: Rows<'a>,
+    keys: Range<usize>,
+    /// The first key of the task's chunk.
+    chunk_from: usize,
+}
+
+/// Adds a product to rows of a head's gradient; those that are no neighbours through `buffer`.
+fn add_rows(
+    grad: &mut MatrixMut<'_, f32>,
+    rows: Rows<'_>,
+    product: crate::matrix::Product<'_>,
+    buffer: &mut [MaybeUninit<f32>],
+) {
+    match rows {
+        Rows::Span { from, len } => product.add_to(&mut grad.rows(from..from + len)),
+        Rows::Listed { .. } => {
+            let products = product.write_into(buffer);
+            let width = products.len() / rows.len().max(1);
+            for (query, row) in rows.queries().zip(products.chunks_exact(width.max(1))) {
+                simd::add(grad.row(query), row);
             }
         }
     }

@@ -1,37 +1,117 @@
 //! The forward (algorithm 1): a task takes a block of queries of one head and walks over blocks of keys with a running
 //! maximum and sum per query. The log of the sum is kept.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::{FACTS, KEYS, Plan, QUERIES, inside, reach};
 use crate::active::Rows;
-use crate::cpu::{self, Destination, Matrix, Shared, View, product, room};
+use crate::cpu::{self, View};
+use crate::matrix::{Matrix, MatrixMut, Product, product};
+use crate::scratch::{ScratchBuffer, Shared, write_zeros};
 use crate::simd;
 
 /// The output, and the facts about each query.
-pub(super) fn forward(q: View<'_>, k: View<'_>, v: View<'_>, plan: &Plan) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward([q, k, v]: [View<'_>; 3], plan: &Plan) -> (FlexTensor, FlexTensor) {
     let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
-    let facts = if plan.measure { FACTS } else { 1 };
-    let mut output = plan.room(batch * queries * heads * value_width);
-    let mut seen = plan.room(facts * batch * heads * queries);
-    if plan.measure && plan.active.is_some() {
-        // A query that is not computed has no largest score.
-        seen[(FACTS - 1) * batch * heads * queries..].fill(f32::NEG_INFINITY);
+    let mut output = ScratchBuffer::new(batch * queries * heads * value_width);
+    if plan.active.is_some() {
+        write_zeros(output.unwritten()); // where queries are not computed
     }
-    let (output_at, seen_at) = (Shared::new(&mut output), Shared::new(&mut seen));
+    let facts = Facts::new(plan, [batch, heads, queries]);
+    let shared = Shared::new(output.unwritten());
     let every_head = (0..batch).flat_map(|b| (0..heads).map(move |h| [b, h]));
     let tasks: Vec<([usize; 2], Rows<'_>)> =
         every_head.flat_map(|[b, h]| plan.blocks(b, h, queries).into_iter().map(move |rows| ([b, h], rows))).collect();
     tasks.into_par_iter().for_each_init(
-        || [room(QUERIES * KEYS), room(QUERIES * width), room(QUERIES * value_width)],
-        |rooms, (head, rows)| forward_block([q, k, v], plan, head, rows, rooms, output_at, seen_at),
+        || Workspace {
+            tile: ScratchBuffer::new(QUERIES * KEYS),
+            q: ScratchBuffer::new(QUERIES * width),
+            sums: ScratchBuffer::new(QUERIES * value_width),
+        },
+        |workspace, (head, rows)| forward_block([q, k, v], plan, head, rows, workspace, &shared, &facts),
     );
-    let output = cpu::tensor_by_position(output, [batch, heads, queries, value_width]);
-    (output, cpu::tensor(seen, [facts, batch, heads, queries]))
+    // SAFETY: where some queries are not computed, it was full of zeros. Else the blocks of a head cover all its queries,
+    // and `forward_block` writes every row of its own.
+    let output = unsafe { output.into_values() };
+    (cpu::tensor_by_position(output, [batch, heads, queries, value_width]), facts.into_tensor())
+}
+
+/// `[kept, batch, heads, queries]`: what is kept of each query. Whole numbers that hold the bits of an f32, because threads
+/// write them at places between each other's.
+struct Facts {
+    values: Vec<AtomicU32>,
+    kept: usize,
+    shape: [usize; 3],
+}
+
+impl Facts {
+    fn new(plan: &Plan, shape: [usize; 3]) -> Self {
+        let kept = if plan.measure { FACTS } else { 1 };
+        // A query that is not computed has no largest score, the last of the facts.
+        let none = |fact: usize| if fact == FACTS - 1 { f32::NEG_INFINITY } else { 0.0 };
+        let count: usize = shape.iter().product();
+        let values = (0..kept * count).map(|at| AtomicU32::new(none(at / count).to_bits())).collect();
+        Self { values, kept, shape }
+    }
+
+    fn set(&self, fact: usize, [b, h, query]: [usize; 3], value: f32) {
+        let [batch, heads, queries] = self.shape;
+        self.values[((fact * batch + b) * heads + h) * queries + query].store(value.to_bits(), Ordering::Relaxed);
+    }
+
+    fn into_tensor(self) -> FlexTensor {
+        let [batch, heads, queries] = self.shape;
+        let values = self.values.into_iter().map(|bits| f32::from_bits(bits.into_inner())).collect();
+        cpu::tensor(values, [self.kept, batch, heads, queries])
+    }
+}
+
+/// What a task of the forward computes in.
+struct Workspace {
+    /// Scores, then weights.
+    tile: ScratchBuffer,
+    // Copies of rows that are no neighbours.
+    q: ScratchBuffer,
+    sums: ScratchBuffer,
+}
+
+/// The weighted values of a block of queries, added up over blocks of keys.
+enum Sums<'a> {
+    /// No block of keys has come by.
+    Unwritten(MatrixMut<'a, MaybeUninit<f32>>),
+    Summed(MatrixMut<'a, f32>),
+}
+
+impl<'a> Sums<'a> {
+    fn add(self, product: Product<'_>) -> Self {
+        match self {
+            Self::Unwritten(to) => Self::Summed(product.write_to(to)),
+            Self::Summed(mut sums) => {
+                product.add_to(&mut sums);
+                Self::Summed(sums)
+            }
+        }
+    }
+
+    /// A query's sum so far, times a factor.
+    fn scale(&mut self, row: usize, factor: f32) {
+        if let Self::Summed(sums) = self {
+            simd::scale(sums.row(row), factor);
+        }
+    }
+
+    fn finished(self) -> MatrixMut<'a, f32> {
+        match self {
+            Self::Unwritten(to) => to.zeroed(),
+            Self::Summed(sums) => sums,
+        }
+    }
 }
 
 /// What is known of a query while its keys come by.
@@ -47,27 +127,27 @@ struct Running {
     first: f32,
 }
 
-/// One block of queries of one head.
+/// One block of queries of one head: writes their rows of the output and their facts.
 fn forward_block(
     [q, k, v]: [View<'_>; 3],
     plan: &Plan,
     [b, h]: [usize; 2],
     rows: Rows<'_>,
-    [tile, q_room, output_room]: &mut [Vec<f32>; 3],
-    output: Shared,
-    facts: Shared,
+    workspace: &mut Workspace,
+    output: &Shared<'_, MaybeUninit<f32>>,
+    facts: &Facts,
 ) {
-    let [batch, heads, queries, width] = q.shape;
-    let value_width = v.shape[3];
+    let Workspace { tile, q: q_rows, sums } = workspace;
+    let ([_, heads, queries, _], value_width) = (q.shape, v.shape[3]);
     let output_at = |query: usize| ((b * queries + query) * heads + h) * value_width;
-    // Neighbours are summed up where they belong, others in a room of their own.
-    let (sums, sums_at, stride) = match rows {
-        Rows::Span { from, .. } => (output, output_at(from), heads * value_width),
-        Rows::Listed { .. } => (Shared::new(output_room), 0, value_width),
-    };
-    // SAFETY: one task owns these rows of this head.
-    let sum = |r: usize| unsafe { sums.slice(sums_at + r * stride, value_width) };
-    let queries_here = rows.matrix(q, [b, h], q_room);
+    let sizes = [rows.len(), value_width];
+    // Neighbours are summed up where they belong, others in a buffer of their own.
+    let mut sums = Sums::Unwritten(match rows {
+        // SAFETY: a query of a head is in one block, and a block is one task: nobody else has these rows.
+        Rows::Span { from, .. } => unsafe { MatrixMut::of_shared(output, output_at(from), sizes, heads * value_width) },
+        Rows::Listed { .. } => MatrixMut::new(sums.unwritten(), sizes, value_width),
+    });
+    let queries_here = rows.matrix(q, [b, h], q_rows.unwritten());
     let start = Running { largest: f32::NEG_INFINITY, total: 0.0, weighted: 0.0, first: 0.0 };
     let mut running = [start; QUERIES];
     let mut scores = if plan.measure { vec![0.0; KEYS] } else { Vec::new() };
@@ -75,11 +155,8 @@ fn forward_block(
     for from in reach.clone().step_by(KEYS) {
         let keys = from..(from + KEYS).min(reach.end);
         let n = keys.len();
-        let keys_here = Matrix::by_rows(k.pointer(b, plan.key_of[h], keys.start), k.row_stride());
-        let into_tile = Destination { start: tile.as_mut_ptr(), rows: n, add: false, parallel: false };
-        // SAFETY: `rows.len() <= QUERIES` and `n <= KEYS`, so the tile has room.
-        unsafe { product([rows.len(), width, n], queries_here, keys_here.transposed(), plan.scale, into_tile) };
-        let later = from > reach.start;
+        let keys_here = k.rows(b, plan.key_of[h], keys.clone());
+        let tile = product(queries_here, keys_here.transposed()).scaled(plan.scale).write_into(tile.unwritten());
         for (r, query) in rows.queries().enumerate() {
             let row = &mut tile[r * n..(r + 1) * n];
             let seen = inside(plan.visible.range(b, query), &keys);
@@ -88,38 +165,32 @@ fn forward_block(
             let first_key = keys.start == 0 && seen.start == 0;
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
             let keep = advance(&mut running[r], &mut row[seen], plan, [b, query], seen_keys, first_key, &mut scores);
-            if later && keep != 1.0 {
-                simd::scale(sum(r), keep);
+            if keep != 1.0 {
+                sums.scale(r, keep);
             }
         }
-        let weights = Matrix::by_rows(tile.as_ptr(), n);
-        let values = Matrix::by_rows(v.pointer(b, plan.value_of[h], keys.start), v.row_stride());
-        let into_sums = Destination { start: sums.pointer(sums_at), rows: stride, add: later, parallel: false };
-        // SAFETY: one task owns these rows of this head.
-        unsafe { product([rows.len(), n, value_width], weights, values, 1.0, into_sums) };
+        let weights = Matrix::by_rows(tile, [rows.len(), n]);
+        sums = sums.add(product(weights, v.rows(b, plan.value_of[h], keys)));
     }
-    let fact = |index: usize, query: usize, value: f32| {
-        // SAFETY: one task owns this query of this head.
-        unsafe { facts.slice(((index * batch + b) * heads + h) * queries + query, 1)[0] = value };
-    };
+    let mut sums = sums.finished();
     for (r, query) in rows.queries().enumerate() {
         let Running { largest, total, weighted, first } = running[r];
-        let blind = total == 0.0;
+        let (blind, sum) = (total == 0.0, sums.row(r));
         if blind {
-            sum(r).fill(0.0);
+            sum.fill(0.0);
         } else {
-            simd::scale(sum(r), 1.0 / total);
+            simd::scale(sum, 1.0 / total);
         }
         if let Rows::Listed { .. } = rows {
-            // SAFETY: one task owns these rows of this head.
-            unsafe { output.slice(output_at(query), value_width) }.copy_from_slice(sum(r));
+            // SAFETY: as above, nobody else has this query of this head.
+            unsafe { output.part(output_at(query), value_width) }.write_copy_of_slice(sum);
         }
         let log_sum = if blind { f32::INFINITY } else { largest + total.ln() };
-        fact(0, query, log_sum);
+        facts.set(0, [b, h, query], log_sum);
         if plan.measure {
-            fact(1, query, if blind { 0.0 } else { log_sum - weighted / total });
-            fact(2, query, if blind { 0.0 } else { first / total });
-            fact(3, query, largest);
+            facts.set(1, [b, h, query], if blind { 0.0 } else { log_sum - weighted / total });
+            facts.set(2, [b, h, query], if blind { 0.0 } else { first / total });
+            facts.set(3, [b, h, query], largest);
         }
     }
 }

@@ -1,0 +1,363 @@
+//! Views of matrices, and their products.
+//!
+//! A view knows its rows, columns and strides and has checked, when it was made, that all of them lie in memory that it
+//! borrows. So a product can check sizes alone, and is safe; the one place that hands pointers to `gemm` is here.
+
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use burn_flex::FlexTensor;
+
+use crate::scratch::{Shared, write_zeros};
+
+/// A matrix to read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    /// From the first value on.
+    values: &'a [f32],
+    rows: usize,
+    columns: usize,
+    /// Distances from row to row and from column to column.
+    strides: [usize; 2],
+}
+
+/// A matrix to write; its columns lie together. Of [`MaybeUninit`] values until they are written.
+#[derive(Debug)]
+pub(crate) struct MatrixMut<'a, T> {
+    start: *mut T,
+    rows: usize,
+    columns: usize,
+    /// Distance from row to row.
+    stride: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for a `&mut [T]` of each of its rows.
+unsafe impl<T: Send> Send for MatrixMut<'_, T> {}
+
+/// How many values a matrix reaches over; `None` where that is no number.
+fn reach([rows, columns]: [usize; 2], strides: [usize; 2]) -> Option<usize> {
+    if rows == 0 || columns == 0 {
+        return Some(0);
+    }
+    let down = (rows - 1).checked_mul(strides[0])?;
+    let along = (columns - 1).checked_mul(strides[1])?;
+    // Pointers count in `isize`.
+    down.checked_add(along)?.checked_add(1).filter(|&reach| reach <= isize::MAX as usize)
+}
+
+fn assert_inside(sizes: [usize; 2], strides: [usize; 2], len: usize) {
+    let inside = reach(sizes, strides).is_some_and(|reach| reach <= len);
+    assert!(inside, "a matrix {sizes:?} with strides {strides:?} is larger than the {len} values it is made of");
+}
+
+impl<'a> Matrix<'a> {
+    /// Rows and columns of `values`, at these distances.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub(crate) fn new(values: &'a [f32], sizes: [usize; 2], strides: [usize; 2]) -> Self {
+        assert_inside(sizes, strides, values.len());
+        Self { values, rows: sizes[0], columns: sizes[1], strides }
+    }
+
+    /// Rows that lie one behind the other.
+    pub(crate) fn by_rows(values: &'a [f32], [rows, columns]: [usize; 2]) -> Self {
+        Self::new(values, [rows, columns], [columns, 1])
+    }
+
+    /// A whole tensor of two dimensions, wherever its values lie (but not backwards: `cpu::not_backwards`).
+    pub(crate) fn of(tensor: &'a FlexTensor) -> Self {
+        let layout = tensor.layout();
+        let strides = [layout.strides()[0], layout.strides()[1]];
+        assert!(strides.iter().all(|&stride| stride >= 0), "a matrix that lies backwards");
+        let values = tensor.storage::<f32>().get(layout.start_offset()..).unwrap_or_default();
+        Self::new(values, [layout.shape()[0], layout.shape()[1]], strides.map(|stride| stride as usize))
+    }
+
+    /// `[rows, columns]`
+    pub(crate) fn sizes(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// A row of a matrix whose columns lie together.
+    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+        assert!(self.strides[1] == 1 && row < self.rows, "row {row} of {}, columns at {}", self.rows, self.strides[1]);
+        &self.values[row * self.strides[0]..][..self.columns]
+    }
+
+    /// Some of the rows.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // Nothing may be left, and then nothing need be behind the offset.
+        let values = self.values.get(rows.start.saturating_mul(self.strides[0])..).unwrap_or_default();
+        Self { values, rows: rows.len(), ..self }
+    }
+
+    /// Some of the columns.
+    pub(crate) fn columns(self, columns: Range<usize>) -> Self {
+        self.transposed().rows(columns).transposed()
+    }
+
+    /// The same values, transposed.
+    pub(crate) fn transposed(self) -> Self {
+        let [rows, columns] = self.strides;
+        Self { rows: self.columns, columns: self.rows, strides: [columns, rows], ..self }
+    }
+}
+
+impl<'a, T> MatrixMut<'a, T> {
+    /// Rows of `values` at a distance of `stride`, to be written.
+    ///
+    /// # Panics
+    /// If they are not all there, or overlap.
+    pub(crate) fn new(values: &'a mut [T], sizes: [usize; 2], stride: usize) -> Self {
+        let len = values.len();
+        // SAFETY: the values are borrowed for 'a, so nobody else reaches them.
+        unsafe { Self::from_raw(values.as_mut_ptr(), len, sizes, stride) }
+    }
+
+    /// Rows of shared memory, from `memory[at]` on.
+    ///
+    /// # Safety
+    /// As long as it lives, nobody else reads or writes any of its rows.
+    pub(crate) unsafe fn of_shared(memory: &Shared<'a, T>, at: usize, sizes: [usize; 2], stride: usize) -> Self {
+        let (start, len) = memory.from(at);
+        // SAFETY: `start` is followed by `len` values that live for 'a; the rest is the caller's promise.
+        unsafe { Self::from_raw(start, len, sizes, stride) }
+    }
+
+    /// # Safety
+    /// `start` is followed by `len` values that live for 'a, and nobody else reaches the rows for as long.
+    unsafe fn from_raw(start: *mut T, len: usize, [rows, columns]: [usize; 2], stride: usize) -> Self {
+        assert_inside([rows, columns], [stride, 1], len);
+        assert!(rows <= 1 || columns <= stride, "rows of {columns} values overlap at a distance of {stride}");
+        Self { start, rows, columns, stride, memory: PhantomData }
+    }
+
+    /// A row.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        if self.columns == 0 {
+            return &mut [];
+        }
+        // SAFETY: `new` has checked that the row is inside of the memory, which is borrowed mutably through `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
+    }
+
+    /// Some of the rows.
+    pub(crate) fn rows(&mut self, rows: Range<usize>) -> MatrixMut<'_, T> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // `wrapping_add`, because nothing may be left, and then nothing need be behind the offset.
+        let start = self.start.wrapping_add(rows.start.wrapping_mul(self.stride));
+        MatrixMut { start, rows: rows.len(), columns: self.columns, stride: self.stride, memory: PhantomData }
+    }
+}
+
+impl<'a> MatrixMut<'a, MaybeUninit<f32>> {
+    /// Full of zeros.
+    pub(crate) fn zeroed(mut self) -> MatrixMut<'a, f32> {
+        for row in 0..self.rows {
+            write_zeros(self.row(row));
+        }
+        // SAFETY: every row was just written.
+        unsafe { self.written() }
+    }
+
+    /// # Safety
+    /// Every row has been written.
+    unsafe fn written(self) -> MatrixMut<'a, f32> {
+        let Self { start, rows, columns, stride, .. } = self;
+        MatrixMut { start: start.cast(), rows, columns, stride, memory: PhantomData }
+    }
+}
+
+/// `factor · left right`, before it is known where to.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
+    left: Matrix<'a>,
+    right: Matrix<'a>,
+    factor: f32,
+    parallel: bool,
+}
+
+/// `left right`, on this thread.
+///
+/// # Panics
+/// If there are not as many columns on the left as rows on the right.
+pub(crate) fn product<'a>(left: Matrix<'a>, right: Matrix<'a>) -> Product<'a> {
+    let [[_, inner], [rows, _]] = [left.sizes(), right.sizes()];
+    assert!(inner == rows, "a product of matrices {:?} and {:?}", left.sizes(), right.sizes());
+    Product { left, right, factor: 1.0, parallel: false }
+}
+
+impl Product<'_> {
+    /// Times a factor.
+    pub(crate) fn scaled(self, factor: f32) -> Self {
+        Self { factor, ..self }
+    }
+
+    /// Spread over all threads.
+    pub(crate) fn parallel(self) -> Self {
+        Self { parallel: true, ..self }
+    }
+
+    fn sizes(&self) -> [usize; 2] {
+        [self.left.rows, self.right.columns]
+    }
+
+    /// Written over what is there, if anything.
+    pub(crate) fn write_to<'o>(self, out: MatrixMut<'o, MaybeUninit<f32>>) -> MatrixMut<'o, f32> {
+        self.assert_fits(&out);
+        // SAFETY: a matrix of this size that nobody else reaches, from which nothing is read.
+        unsafe { self.run(out.start.cast(), out.stride, false) };
+        // SAFETY: the product has written all of it.
+        unsafe { out.written() }
+    }
+
+    /// Written over the values of `out`.
+    pub(crate) fn replace(self, out: &mut MatrixMut<'_, f32>) {
+        self.assert_fits(out);
+        // SAFETY: a matrix of this size that nobody else reaches.
+        unsafe { self.run(out.start, out.stride, false) };
+    }
+
+    /// Added to the values of `out`.
+    pub(crate) fn add_to(self, out: &mut MatrixMut<'_, f32>) {
+        self.assert_fits(out);
+        // SAFETY: a matrix of this size that nobody else reaches, full of values.
+        unsafe { self.run(out.start, out.stride, true) };
+    }
+
+    /// Written row by row into the beginning of `buffer`; gives that part.
+    pub(crate) fn write_into(self, buffer: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+        let [rows, columns] = self.sizes();
+        let part = &mut buffer[..rows * columns];
+        self.write_to(MatrixMut::new(part, [rows, columns], columns));
+        // SAFETY: the product has written all of its rows, which lie one behind the other.
+        unsafe { part.assume_init_mut() }
+    }
+
+    /// Written row by row behind what is in `values` already.
+    pub(crate) fn append_to(self, values: &mut Vec<f32>) {
+        let [rows, columns] = self.sizes();
+        let (before, added) = (values.len(), rows * columns);
+        values.reserve_exact(added);
+        self.write_into(values.spare_capacity_mut());
+        // SAFETY: there is room, and the product has written these values.
+        unsafe { values.set_len(before + added) };
+    }
+
+    /// Its rows one behind the other.
+    pub(crate) fn values(self) -> Vec<f32> {
+        let mut values = Vec::new();
+        self.append_to(&mut values);
+        values
+    }
+
+    fn assert_fits<T>(&self, out: &MatrixMut<'_, T>) {
+        let (sizes, found) = (self.sizes(), [out.rows, out.columns]);
+        assert!(sizes == found, "a product of size {sizes:?} into a matrix {found:?}");
+    }
+
+    /// # Safety
+    /// From `start` on there is a matrix of this product's size with rows at a distance of `stride`, which nobody else
+    /// reads or writes meanwhile; if the product is to be added to it, it is full of values.
+    unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
+        let Self { left, right, factor, parallel } = self;
+        let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+        // SAFETY: operands: a view has checked that its rows and columns at its strides lie in the slice that it borrows,
+        // and `product` that the inner sizes agree. Output: the caller's promise; nothing is read from it unless `add`.
+        unsafe {
+            gemm::gemm(
+                left.rows,
+                right.columns,
+                left.columns,
+                start,
+                1,
+                stride as isize,
+                add,
+                left.values.as_ptr(),
+                left.strides[1] as isize,
+                left.strides[0] as isize,
+                right.values.as_ptr(),
+                right.strides[1] as isize,
+                right.strides[0] as isize,
+                1.0,
+                factor,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scratch::ScratchBuffer;
+
+    const LEFT: [f32; 6] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+
+    #[test]
+    fn products_of_parts_and_of_transposed_matrices() {
+        let left = Matrix::by_rows(&LEFT, [2, 3]);
+        assert_eq!(product(left, left.transposed()).values(), [14.0, 32.0, 32.0, 77.0]);
+        assert_eq!(product(left.columns(1..3), left.rows(1..2).columns(0..2).transposed()).values(), [23.0, 50.0]);
+        // One column of a matrix of three, added to what is there.
+        let mut out = [1.0; 6];
+        let mut column = MatrixMut::new(&mut out[1..], [2, 1], 3);
+        product(left, left.rows(0..1).transposed()).scaled(2.0).add_to(&mut column);
+        assert_eq!(out, [1.0, 29.0, 1.0, 1.0, 65.0, 1.0]);
+    }
+
+    #[test]
+    fn nothing_times_something() {
+        let (none, some) = (Matrix::by_rows(&[], [2, 0]), Matrix::by_rows(&[], [0, 2]));
+        assert_eq!(product(none, some).values(), [0.0; 4]);
+        assert_eq!(product(some, none).values(), [0.0; 0]);
+        assert_eq!(Matrix::by_rows(&LEFT, [2, 3]).rows(2..2).sizes(), [0, 3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a matrix [2, 4] with strides [4, 1] is larger than the 6 values it is made of")]
+    fn a_view_beyond_its_values_is_refused() {
+        Matrix::by_rows(&LEFT, [2, 4]);
+    }
+
+    #[test]
+    #[should_panic(expected = "larger than the 6 values")]
+    fn sizes_that_overflow_are_refused() {
+        Matrix::new(&LEFT, [usize::MAX, 2], [usize::MAX, 1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "rows 1..3 of 2")]
+    fn rows_beyond_the_last_are_refused() {
+        Matrix::by_rows(&LEFT, [2, 3]).rows(1..3);
+    }
+
+    #[test]
+    #[should_panic(expected = "a product of matrices [2, 3] and [2, 3]")]
+    fn inner_sizes_that_disagree_are_refused() {
+        let left = Matrix::by_rows(&LEFT, [2, 3]);
+        product(left, left);
+    }
+
+    #[test]
+    #[should_panic(expected = "a product of size [2, 2] into a matrix [2, 3]")]
+    fn a_result_of_another_size_is_refused() {
+        let left = Matrix::by_rows(&LEFT, [2, 3]);
+        let mut buffer = ScratchBuffer::new(6);
+        product(left, left.transposed()).write_to(MatrixMut::new(buffer.unwritten(), [2, 3], 3));
+    }
+
+    #[test]
+    #[should_panic(expected = "rows of 3 values overlap at a distance of 2")]
+    fn rows_to_write_may_not_overlap() {
+        MatrixMut::new(&mut [0.0; 6], [2, 3], 2);
+    }
+}
