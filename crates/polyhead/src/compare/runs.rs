@@ -180,12 +180,15 @@ pub mod children {
             let follow = move || {
                 // SAFETY: two system calls without pointers, which may be made between fork and exec.
                 let (set, now) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM), libc::getppid()) };
-                match set == 0 && now as u32 == parent {
-                    true => Ok(()),
-                    false => Err(std::io::Error::other("the comparison has ended")),
+                // An error of a number, not of words: those would be allocated, and another thread of the parent may have
+                // held the allocator's lock at the fork.
+                match (set, now as u32 == parent) {
+                    (0, true) => Ok(()),
+                    (0, false) => Err(std::io::Error::from_raw_os_error(libc::ESRCH)), // the comparison has ended
+                    _ => Err(std::io::Error::last_os_error()),
                 }
             };
-            // SAFETY: `follow` allocates nothing but in the case in which the child ends at once.
+            // SAFETY: `follow` makes system calls and reads `errno`, and takes no lock: it allocates in no case.
             unsafe { command.pre_exec(follow) };
         }
     }
