@@ -167,7 +167,8 @@ pub fn open(
     let file = TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
     let tracked_share = options.tracking.map_or(0.0, |tracking| tracking.fraction);
     let split = split(&file, options.validation_fraction, tracked_share)?;
-    let texts = options.tracking.map_or(Vec::new(), |tracking| file.texts(&split.tracking, seq_len, tracking.texts));
+    let texts =
+        options.tracking.map_or(Ok(Vec::new()), |tracking| file.texts(&split.tracking, seq_len, tracking.texts))?;
     let tracking = texts.into_iter().map(Batch::text).collect();
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(seed))?;
     let held_out = Windows::new(file.clone(), split.validation, seq_len, packing, None)?;

@@ -70,7 +70,7 @@ impl Windows {
     }
 
     /// Reads a part of the stream; with each token, whether a document starts at it.
-    fn read(&self, part: Range<u64>) -> (Vec<u32>, Vec<bool>) {
+    fn read(&self, part: Range<u64>) -> Result<(Vec<u32>, Vec<bool>), DataError> {
         let (mut ids, mut fresh) = (Vec::new(), Vec::new());
         let mut index = self.starts.partition_point(|&start| start <= part.start) - 1;
         let mut at = part.start;
@@ -78,14 +78,14 @@ impl Windows {
             let skipped = at - self.starts[index];
             let length = (self.starts[index + 1] - at).min(part.end - at);
             let first = self.ranges[index].start + skipped;
-            self.file.read(first..first + length, &mut ids);
+            self.file.read(first..first + length, &mut ids)?;
             // The first token of a range starts a document even where the split has cut one in two.
             let starts = |token: u64| token == self.ranges[index].start || self.file.starts_document(token);
             fresh.extend((first..first + length).map(starts));
             at += length;
             index += 1;
         }
-        (ids, fresh)
+        Ok((ids, fresh))
     }
 }
 
@@ -100,7 +100,7 @@ impl Samples for Windows {
         let room = self.total() - 1 - self.per_epoch() * self.seq_len;
         let offset = self.seed.map_or(0, |seed| mix(seed, epoch) % self.seq_len.min(room + 1));
         let start = offset + index * self.seq_len;
-        let (ids, fresh) = self.read(start..start + self.seq_len + 1);
+        let (ids, fresh) = self.read(start..start + self.seq_len + 1)?;
         let length = self.seq_len as usize;
         let mut targets: Vec<i64> = ids[1..].iter().map(|&id| i64::from(id)).collect();
         let documents = (self.packing == Packing::Documents).then(|| {

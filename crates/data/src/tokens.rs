@@ -2,10 +2,10 @@
 
 use std::io::{ErrorKind, Write};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use polyhead_models::MappedFile;
 
 use crate::error::At;
 use crate::text::TextDocument;
@@ -22,7 +22,8 @@ const ENOUGH_DOCUMENTS: usize = 20;
 /// The tokens of a set of documents, one after the other.
 pub struct TokenFile {
     key: String,
-    map: Mmap,
+    path: PathBuf,
+    file: MappedFile,
     tokens: u64,
     width: usize,
     // Whether a token that ends it follows each document.
@@ -79,10 +80,9 @@ impl TokenFile {
 
     /// The file if it is there and whole. `ends`: whether a token that ends it follows each document.
     fn open(path: &Path, ends: bool) -> Option<Self> {
-        let file = std::fs::File::open(path).ok()?;
-        // SAFETY: the file is only ever replaced as a whole (by rename), never written in place by us; its content is
-        // checked against its hash before use.
-        let map = unsafe { Mmap::map(&file) }.ok()?;
+        // Only ever replaced as a whole (by rename), never written in place by us; checked against its hash before use.
+        let file = MappedFile::open(path).ok()?;
+        let map = file.all().ok()?;
         let number = |at: usize| Some(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?));
         let (tokens, documents, width) = (number(8)?, number(16)? as usize, number(24)? as usize);
         let table = documents.checked_mul(ENTRY)?;
@@ -94,7 +94,7 @@ impl TokenFile {
         let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
         let hashes = (0..documents).map(|i| number(HEADER + i * ENTRY + 8)).collect::<Option<_>>()?;
         let key = path.file_stem()?.to_str()?.to_owned();
-        Some(Self { key, tokens, width, ends, starts, hashes, map })
+        Some(Self { key, path: path.to_owned(), tokens, width, ends, starts, hashes, file })
     }
 
     /// Tells texts and tokenizers apart: the hash of both.
@@ -125,7 +125,10 @@ impl TokenFile {
 
     /// The beginnings of pieces of the ranges, up to `seq_len` tokens each: one per document, or where documents are few
     /// as many as follow each other; at most `most`, spread evenly.
-    pub fn texts(&self, ranges: &[Range<u64>], seq_len: usize, most: usize) -> Vec<Vec<u32>> {
+    ///
+    /// # Errors
+    /// If the file is shorter by now.
+    pub fn texts(&self, ranges: &[Range<u64>], seq_len: usize, most: usize) -> Result<Vec<Vec<u32>>, DataError> {
         let long = seq_len as u64;
         let pieces: Vec<Range<u64>> = match ranges.len() >= most {
             true => ranges.to_vec(),
@@ -136,21 +139,26 @@ impl TokenFile {
         let text = |index: usize| {
             let piece = &pieces[index * pieces.len() / count];
             let mut ids = Vec::new();
-            self.read(piece.start..piece.end.min(piece.start + long), &mut ids);
-            ids
+            self.read(piece.start..piece.end.min(piece.start + long), &mut ids)?;
+            Ok(ids)
         };
         (0..count).map(text).collect()
     }
 
     /// Appends the ids of a range.
-    pub fn read(&self, range: Range<u64>, into: &mut Vec<u32>) {
+    ///
+    /// # Errors
+    /// If the file is shorter by now.
+    pub fn read(&self, range: Range<u64>, into: &mut Vec<u32>) -> Result<(), DataError> {
         let start = HEADER + self.starts.len() * ENTRY;
-        let bytes = &self.map[start + range.start as usize * self.width..start + range.end as usize * self.width];
+        let place = start + range.start as usize * self.width..start + range.end as usize * self.width;
+        let bytes = self.file.bytes(place).at(&self.path)?;
         if self.width == 2 {
             into.extend(bytes.as_chunks::<2>().0.iter().map(|&id| u32::from(u16::from_le_bytes(id))));
         } else {
             into.extend(bytes.as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id)));
         }
+        Ok(())
     }
 }
 
@@ -305,7 +313,7 @@ mod tests {
 
     fn ids(file: &TokenFile, range: Range<u64>) -> Vec<u32> {
         let mut ids = Vec::new();
-        file.read(range, &mut ids);
+        file.read(range, &mut ids).unwrap();
         ids
     }
 
@@ -394,7 +402,7 @@ mod tests {
             let mut all: Vec<u64> = [train, validation, tracking.clone()].concat().into_iter().flatten().collect();
             all.sort_unstable();
             assert_eq!(all, (0..file.len()).collect::<Vec<_>>(), "every token once");
-            let texts = file.texts(&tracking, 7, 4);
+            let texts = file.texts(&tracking, 7, 4).unwrap();
             assert!((2..=4).contains(&texts.len()) && texts.iter().all(|text| (2..=7).contains(&text.len())));
         }
     }

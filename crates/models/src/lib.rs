@@ -18,6 +18,7 @@ pub mod hf;
 mod layer_features;
 mod learner;
 mod loss;
+mod mapped_file;
 mod per_layer;
 mod pooling;
 mod question;
@@ -48,6 +49,7 @@ pub use generate::{Continuation, Sampling, continuations, generate};
 pub use layer_features::TokenPooling;
 pub use learner::{Learner, Lesson, Matrix, Sums};
 pub use loss::{Evaluated, Loss};
+pub use mapped_file::{MappedFile, mapped_file_at};
 pub use per_layer::PerLayer;
 pub use pooling::{
     GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,

@@ -9,6 +9,7 @@ mod commands;
 mod compare;
 mod console;
 mod costs;
+mod cut_files;
 #[cfg(feature = "tui")]
 mod dashboard;
 mod device;
@@ -34,6 +35,7 @@ use allowed::Allowed;
 fn main() -> ExitCode {
     allocator::keep_large_buffers();
     signals::outlive_file_limit();
+    cut_files::name_them();
     let cli = match cli::Cli::try_parse() {
         Ok(cli) => cli,
         // Help and version are our own words; a mistake repeats what was typed.

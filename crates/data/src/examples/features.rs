@@ -311,7 +311,7 @@ impl File {
             if let Some(value) = self.features.floats(self.numbers(row))?.iter().find(|value| !value.is_finite()) {
                 return Err(DataError::Unusable(format!("{}: row {row} holds {value}", self.features.name)));
             }
-            hash.update(self.features.bytes(self.numbers(row))).update(&label.to_le_bytes());
+            hash.update(self.features.bytes(self.numbers(row))?).update(&label.to_le_bytes());
         }
         Ok(())
     }

@@ -4,16 +4,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use safetensors::tensor::Dtype;
 
 use super::{WeightsError, header};
+use crate::MappedFile;
 
 /// The tensors of one or more files, by name.
 #[derive(Debug)]
 pub struct TensorFiles {
-    paths: Vec<PathBuf>,
-    maps: Vec<Mmap>,
+    files: Vec<(PathBuf, MappedFile)>,
     places: BTreeMap<String, Place>,
 }
 
@@ -32,7 +31,7 @@ impl TensorFiles {
     /// # Errors
     /// If one cannot be read, is broken, or repeats a tensor of another.
     pub fn open(paths: &[PathBuf]) -> Result<Self, WeightsError> {
-        let mut files = Self { paths: Vec::new(), maps: Vec::new(), places: BTreeMap::new() };
+        let mut files = Self { files: Vec::new(), places: BTreeMap::new() };
         for path in paths {
             files.add(path)?;
         }
@@ -41,22 +40,18 @@ impl TensorFiles {
 
     fn add(&mut self, path: &Path) -> Result<(), WeightsError> {
         let at = |cause: std::io::Error| WeightsError::File { path: path.to_owned(), cause };
-        let file = std::fs::File::open(path).map_err(at)?;
-        // SAFETY: the map is only read. Files of weights are replaced, not rewritten in place; whoever writes into one that
-        // is in use gives wrong numbers, as with any program that maps its weights.
-        let map = unsafe { Mmap::map(&file) }.map_err(at)?;
+        let file = MappedFile::open(path).map_err(at)?;
         let broken = |cause| WeightsError::Broken { path: path.to_owned(), cause };
-        let header = header::read(&map).map_err(broken)?;
+        let header = header::read(file.all().map_err(at)?).map_err(broken)?;
         for (name, info) in header.tensors {
             let bytes = header.start + info.data_offsets.0..header.start + info.data_offsets.1;
-            let place = Place { file: self.maps.len(), dtype: info.dtype, shape: info.shape, bytes };
+            let place = Place { file: self.files.len(), dtype: info.dtype, shape: info.shape, bytes };
             if let Some(other) = self.places.insert(name.clone(), place) {
-                let files = [self.paths[other.file].clone(), path.to_owned()];
-                return Err(WeightsError::Twice { name, files });
+                let other = self.files.get(other.file).map_or(path, |(other, _)| other);
+                return Err(WeightsError::Twice { name, files: [other.to_owned(), path.to_owned()] });
             }
         }
-        self.paths.push(path.to_owned());
-        self.maps.push(map);
+        self.files.push((path.to_owned(), file));
         Ok(())
     }
 
@@ -72,17 +67,19 @@ impl TensorFiles {
 
     /// The file that a tensor is in, if there is one of that name.
     pub fn file(&self, name: &str) -> Option<&Path> {
-        self.places.get(name).map(|place| self.paths[place.file].as_path())
+        self.places.get(name).map(|place| self.files[place.file].0.as_path())
     }
 
     /// A tensor's values in f32, row-major.
     ///
     /// # Errors
-    /// If there is no such tensor, or its type is none of f32, f16, bf16.
+    /// If there is no such tensor, its type is none of f32, f16, bf16, or its file is shorter by now.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
         let unfit = |problem: String| WeightsError::Unfit(vec![problem]);
         let place = self.places.get(name).ok_or_else(|| unfit(format!("{name} is missing")))?;
-        let bytes = &self.maps[place.file][place.bytes.clone()];
+        let (path, file) = &self.files[place.file];
+        let cut = |cause| WeightsError::File { path: path.clone(), cause };
+        let bytes = file.bytes(place.bytes.clone()).map_err(cut)?;
         let two = |value: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|&chunk| value(chunk)).collect();
         match place.dtype {
             Dtype::F32 => Ok(bytes.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use polyhead_models::MappedFile;
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::DataError;
@@ -16,7 +16,8 @@ use crate::sniff::not_text;
 /// An array whose values are read when they are asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Array {
-    map: Arc<Mmap>,
+    path: Arc<Path>,
+    map: Arc<MappedFile>,
     /// Where in the file the values stand.
     place: Range<usize>,
     number: Number,
@@ -98,9 +99,9 @@ impl Array {
     /// Numbers `range` of a floating-point array, in f32.
     ///
     /// # Errors
-    /// If they are whole numbers.
+    /// If they are whole numbers, or the file is shorter by now.
     pub(crate) fn floats(&self, range: Range<usize>) -> Result<Vec<f32>, DataError> {
-        let bytes = self.bytes(range);
+        let bytes = self.bytes(range)?;
         let two = |value: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|&chunk| value(chunk)).collect();
         Ok(match self.number {
             Number::F32 => bytes.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
@@ -117,13 +118,13 @@ impl Array {
     /// All numbers of an array of whole ones.
     ///
     /// # Errors
-    /// If they are fractions, or too large to be labels.
+    /// If they are fractions, or too large to be labels, or the file is shorter by now.
     pub(crate) fn labels(&self) -> Result<Vec<u32>, DataError> {
         if self.number.is_float() {
             let problem = format!("{} holds {:?}: labels are whole numbers", self.name, self.number);
             return Err(DataError::Unusable(problem));
         }
-        let bytes = self.bytes(0..self.shape.iter().product());
+        let bytes = self.bytes(0..self.shape.iter().product())?;
         let label = |(row, chunk): (usize, &[u8])| {
             let mut wide = [0; 8];
             let negative = !matches!(self.number, Number::U64 | Number::U32 | Number::U16 | Number::U8)
@@ -144,9 +145,13 @@ impl Array {
     }
 
     /// The bytes of numbers `range`.
-    pub(crate) fn bytes(&self, range: Range<usize>) -> &[u8] {
+    ///
+    /// # Errors
+    /// If the file is shorter by now.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> Result<&[u8], DataError> {
         let width = self.number.width();
-        &self.map[self.place.start + range.start * width..self.place.start + range.end * width]
+        let place = self.place.start + range.start * width..self.place.start + range.end * width;
+        self.map.bytes(place).at(&self.path)
     }
 }
 
@@ -163,13 +168,14 @@ pub(crate) fn tensors<const N: usize>(
     path: &Path,
     names: [&str; N],
 ) -> Result<([Array; N], Option<Vec<String>>), DataError> {
-    let map = Arc::new(open(path)?);
+    let mapped = Arc::new(open(path)?);
+    let map = mapped.all().at(path)?;
     let broken = |cause: String| DataError::Unusable(format!("{}: {cause}", path.display()));
-    let read = |cause: safetensors::SafeTensorError| match not_text(&map).filter(|what| what != "safetensors") {
+    let read = |cause: safetensors::SafeTensorError| match not_text(map).filter(|what| what != "safetensors") {
         Some(what) => broken(format!("no safetensors file: it is {what}")),
         None => broken(format!("no safetensors file, or one that is cut off: {cause}")),
     };
-    let file = SafeTensors::deserialize(&map).map_err(read)?;
+    let file = SafeTensors::deserialize(map).map_err(read)?;
     let find = |name: &str| {
         let view = file.tensor(name).map_err(|_| {
             let mut there: Vec<String> = file.names().into_iter().map(|name| format!("\"{name}\"")).collect();
@@ -184,7 +190,8 @@ pub(crate) fn tensors<const N: usize>(
         })?;
         let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
         Ok(Array {
-            map: map.clone(),
+            path: path.into(),
+            map: mapped.clone(),
             place: start..start + view.data().len(),
             number,
             shape: view.shape().to_vec(),
@@ -195,7 +202,7 @@ pub(crate) fn tensors<const N: usize>(
     for name in names {
         found.push(find(name)?);
     }
-    let (_, header) = SafeTensors::read_metadata(&map).map_err(read)?;
+    let (_, header) = SafeTensors::read_metadata(map).map_err(read)?;
     let classes = header.metadata().as_ref().and_then(|all| all.get("classes")).map(|text| {
         serde_json::from_str(text)
             .map_err(|cause| broken(format!("the metadata \"classes\" is no list of names: {cause}")))
@@ -209,9 +216,10 @@ pub(crate) fn tensors<const N: usize>(
 /// # Errors
 /// If the file cannot be read or is none, or holds what is neither floats nor whole numbers in rows.
 pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
-    let map = open(path)?;
+    let mapped = open(path)?;
+    let map = mapped.all().at(path)?;
     let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", path.display()));
-    let none = || match not_text(&map) {
+    let none = || match not_text(map) {
         Some(what) if !what.contains("NumPy") => unusable(format!("no .npy file: it is {what}")),
         _ => unusable("no .npy file".into()),
     };
@@ -253,15 +261,14 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let end = count.and_then(|bytes| start.checked_add(bytes)).filter(|end| *end == map.len());
     let end = end
         .ok_or_else(|| unusable(format!("its length is not that of {shape:?} numbers of {} bytes", number.width())))?;
-    Ok(Array { map: Arc::new(map), place: start..end, number, shape, name: path.display().to_string() })
+    let name = path.display().to_string();
+    Ok(Array { path: path.into(), map: Arc::new(mapped), place: start..end, number, shape, name })
 }
 
-fn open(path: &Path) -> Result<Mmap, DataError> {
-    let file = open_file(path)?;
-    if file.metadata().at(path)?.len() == 0 {
+fn open(path: &Path) -> Result<MappedFile, DataError> {
+    let mapped = MappedFile::of(open_file(path)?, path).at(path)?;
+    if mapped.is_empty() {
         return Err(DataError::Unusable(format!("{} is empty", path.display())));
     }
-    // SAFETY: the map is only read. Files of features are replaced, not rewritten in place; whoever writes into one that is
-    // in use gives wrong numbers, as with any program that maps its data.
-    unsafe { Mmap::map(&file) }.at(path)
+    Ok(mapped)
 }
