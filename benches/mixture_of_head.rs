@@ -15,8 +15,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use polyhead_attention::{
-    Adapters, Call, Dims, GateNorm, Mask, Mechanism, MechanismConfig, MixtureOfHead, MixtureOfHeadConfig, Observe,
-    PerLayerCount, Rope, RopeLayout, RouterConfig, Softmax, SoftmaxConfig,
+    Call, Dims, GateNorm, Mask, Mechanism, MechanismConfig, MixtureOfHead, MixtureOfHeadConfig, PerLayerCount, Rope,
+    RopeLayout, RouterConfig, Softmax, SoftmaxConfig,
 };
 use polyhead_kernels::{AttentionOptions, attention, linear};
 
@@ -51,17 +51,9 @@ enum Layer {
 impl Layer {
     fn forward(&self, x: Tensor<3>, rope: &Rope) -> Tensor<3> {
         let mask = Mask::causal();
-        let call = || Call {
-            rope: Some(rope),
-            mask: &mask,
-            bias: None,
-            cache: None,
-            observe: Observe::Nothing,
-            adapters: Adapters::default(),
-        };
         match self {
-            Self::Dense(layer) => layer.forward(x, call()).hidden,
-            Self::Routed(layer) => layer.forward(x, call()).hidden,
+            Self::Dense(layer) => layer.forward(x, Call { rope: Some(rope), ..Call::new(&mask) }).hidden,
+            Self::Routed(layer) => layer.forward(x, Call { rope: Some(rope), ..Call::new(&mask) }).hidden,
             Self::Masked(layer) => masked(layer, x, rope, &mask),
         }
     }
@@ -90,7 +82,7 @@ fn masked(layer: &MixtureOfHead, x: Tensor<3>, rope: &Rope, mask: &Mask) -> Tens
 }
 
 fn variants(device: &Device) -> Vec<(String, Layer)> {
-    let dims = Dims { d_model: D_MODEL, n_layers: 8, layer: 0, rope: true, norm_eps: 1e-5 };
+    let dims = Dims { d_model: D_MODEL, n_layers: 8, layer: 0, rope: true, norm_eps: 1e-5, grid: None };
     let dense = SoftmaxConfig {
         n_heads: HEADS,
         n_kv_heads: None,

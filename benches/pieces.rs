@@ -12,9 +12,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
-use polyhead_attention::{
-    Adapters, Call, Dims, Mask, Mechanism, MechanismConfig, Observe, Rope, RopeLayout, SoftmaxConfig,
-};
+use polyhead_attention::{Call, Dims, Mask, Mechanism, MechanismConfig, Rope, RopeLayout, SoftmaxConfig};
 use polyhead_kernels::{gated_mlp, linear, rms_norm};
 
 const HEADS: usize = 6;
@@ -56,7 +54,7 @@ fn main() {
         let (q, k, v) = (random([channels, channels]), random([channels, channels]), random([channels, channels]));
         let qkv = random([channels, 3 * channels]);
         let (gate, up, down) = (random([channels, d_ff]), random([channels, d_ff]), random([d_ff, channels]));
-        let dims = Dims { d_model: channels, n_layers: 1, layer: 0, rope: true, norm_eps: 1e-5 };
+        let dims = Dims { d_model: channels, n_layers: 1, layer: 0, rope: true, norm_eps: 1e-5, grid: None };
         let config = SoftmaxConfig {
             n_heads: HEADS,
             n_kv_heads: None,
@@ -68,14 +66,7 @@ fn main() {
         let layer = config.init(&dims, &device);
         let rope = Rope::new(0..args.tokens, channels / HEADS, 1e4, RopeLayout::RotateHalf, &device);
         let mask = Mask::causal();
-        let call = || Call {
-            rope: Some(&rope),
-            mask: &mask,
-            bias: None,
-            cache: None,
-            observe: Observe::Nothing,
-            adapters: Adapters::default(),
-        };
+        let call = || Call { rope: Some(&rope), ..Call::new(&mask) };
         let block = || {
             let x = x.clone() + layer.forward(rms_norm(x.clone(), norm.clone(), 1e-5), call()).hidden;
             let inner = gated_mlp(rms_norm(x.clone(), norm.clone(), 1e-5), gate.clone(), up.clone(), down.clone());

@@ -6,7 +6,7 @@ use crate::resume::fingerprint;
 use crate::world::{SMALL, World};
 
 /// Three large shapes, without clutter.
-const SHAPES: &str = r#"
+pub const SHAPES: &str = r#"
 [model.classifier.vision_transformer]
 patch_size = 4
 d_model = 32

@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{
-    Adapters, Attention, AttentionConfig, Call, DecoupledHeadConfig, Dims, Mask, Observe, Rope, RopeLayout,
-    SoftmaxConfig,
+    Attention, AttentionConfig, Call, DecoupledHeadConfig, Dims, Mask, Rope, RopeLayout, SoftmaxConfig,
 };
 use polyhead_models::surgery::{Heads, Pool, allocate, allocate_by_need, labels_after};
 use polyhead_models::weights::{Named, load};
@@ -68,7 +67,7 @@ impl Case {
     /// A layer with the file's queries and outputs, and the keys and values of these names.
     fn layer(&self, config: &AttentionConfig, keys: &str, values: &str, more: Vec<Named>) -> Attention {
         let d_model = size(&self.golden.config, "d_model");
-        let dims = Dims { d_model, n_layers: 1, layer: 0, rope: true, norm_eps: 1e-5 };
+        let dims = Dims { d_model, n_layers: 1, layer: 0, rope: true, norm_eps: 1e-5, grid: None };
         config.validate(&dims).unwrap_or_else(|error| panic!("{}: {error}", self.golden.name));
         let projections = [("q_proj", "w.q"), ("k_proj", keys), ("v_proj", values), ("o_proj", "w.o")];
         let projections =
@@ -103,8 +102,7 @@ impl Case {
         let (seq, width) = (size(config, "tokens"), size(config, "head_dim"));
         let rope = Rope::new(0..seq, width, theta, RopeLayout::RotateHalf, &self.device);
         let mask = Mask::causal();
-        let (observe, adapters) = (Observe::Nothing, Adapters::default());
-        layer.forward(x, Call { rope: Some(&rope), mask: &mask, bias: None, cache: None, observe, adapters })
+        layer.forward(x, Call { rope: Some(&rope), ..Call::new(&mask) })
     }
 
     fn close(&self, key: &str, got: &[f32], tolerance: f32, relative: bool) {

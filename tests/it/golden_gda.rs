@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{
-    Adapters, Attention, AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Observe, Rope,
-    RopeLayout, SoftmaxConfig,
+    Attention, AttentionConfig, Call, Dims, GroupedDifferentialConfig, LambdaInit, Mask, Rope, RopeLayout,
+    SoftmaxConfig,
 };
 use polyhead_models::weights::{self, Named};
 
@@ -67,15 +67,7 @@ pub fn attend(config: &Config, layer: &Attention, x: Tensor<3>) -> Tensor<3> {
     let theta = config["rope_theta"].as_f64().unwrap();
     let rope = config["rope"].as_bool().unwrap().then(|| Rope::new(0..seq, head_dim, theta, layout, &x.device()));
     let mask = if config["causal"].as_bool().unwrap() { Mask::causal() } else { Mask::none() };
-    let call = Call {
-        rope: rope.as_ref(),
-        mask: &mask,
-        bias: None,
-        cache: None,
-        observe: Observe::Nothing,
-        adapters: Adapters::default(),
-    };
-    layer.forward(x, call).hidden
+    layer.forward(x, Call { rope: rope.as_ref(), ..Call::new(&mask) }).hidden
 }
 
 fn check(golden: &Golden, described: &AttentionConfig) {
@@ -110,7 +102,7 @@ fn check_difference(golden: &Golden, described: &AttentionConfig) {
 fn load(golden: &Golden, described: &AttentionConfig, stored: BTreeMap<String, Named>) -> Attention {
     let (name, config) = (&golden.name, &golden.config);
     let rope = config["rope"].as_bool().unwrap();
-    let dims = Dims { d_model: size(config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5 };
+    let dims = Dims { d_model: size(config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5, grid: None };
     described.validate(&dims).unwrap_or_else(|error| panic!("{name}: {error}"));
     let layer = described.init(&dims, &Device::flex().autodiff());
     weights::load(layer, stored).unwrap_or_else(|error| panic!("{name}: {error}"))

@@ -1,7 +1,7 @@
 //! HiLo attention by the code of LITv2, for classification and for detection (which fills up windows with zeros).
 
 use burn::tensor::{Device, Tensor};
-use polyhead_attention::HiLoConfig;
+use polyhead_attention::{Call, Dims, HiloConfig, Mask, Mechanism, MechanismConfig};
 use polyhead_models::weights;
 
 use crate::golden::{Golden, Layout, Names, compare, compare_gradients, files, renamed, size, tensor, values};
@@ -34,7 +34,7 @@ fn check_file(golden: &Golden) {
     let Golden { name, config, tensors: file, .. } = golden;
     let device = Device::flex().autodiff();
     let size = |key: &str| size(config, key);
-    let described = HiLoConfig {
+    let described = HiloConfig {
         n_heads: size("num_heads"),
         window: size("window_size"),
         alpha: config["alpha"].as_f64().unwrap(),
@@ -44,11 +44,13 @@ fn check_file(golden: &Golden) {
     let heads = [size("l_heads"), size("h_heads")];
     assert_eq!([described.lofi_heads(), described.n_heads - described.lofi_heads()], heads, "{name}");
     let d_model = size("dim");
-    described.validate(d_model).unwrap();
-    let layer = weights::load(described.init(d_model, &device), renamed(file, "w.", NAMES));
+    let grid = [size("H"), size("W")];
+    let dims = Dims { d_model, n_layers: 1, layer: 0, rope: false, norm_eps: 1e-5, grid: Some(grid) };
+    described.validate(&dims).unwrap();
+    let layer = weights::load(described.init(&dims, &device), renamed(file, "w.", NAMES));
     let layer = layer.unwrap_or_else(|error| panic!("{name}: {error}"));
     let x: Tensor<3> = tensor(file, "x", &device).require_grad();
-    let out = layer.forward(x.clone(), [size("H"), size("W")], None);
+    let out = layer.forward(x.clone(), Call { grid: Some(grid), ..Call::new(&Mask::none()) }).hidden;
     compare(name, "out", &file["out"].values, &values(out.clone()), OUTPUT, true);
     let hifi = size("h_heads") * d_model / size("num_heads");
     for (part, start, width) in [("aux.hifi", 0, hifi), ("aux.lofi", hifi, d_model - hifi)] {

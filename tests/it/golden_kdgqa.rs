@@ -7,9 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::key_driven::{
     AllocationConfig, EvenConfig, EvolvingConfig, Form, Measured, PerCallConfig, allocation, key_norms, perturbed,
 };
-use polyhead_attention::{
-    Adapters, Attended, Call, Dims, KeyDriven, KeyDrivenConfig, Mask, Mechanism, MechanismConfig, Observe,
-};
+use polyhead_attention::{Attended, Call, Dims, KeyDriven, KeyDrivenConfig, Mask, Mechanism, MechanismConfig, Observe};
 use polyhead_kernels::{AttentionOptions, attention, linear};
 use polyhead_models::surgery::{Heads, Pool};
 use polyhead_models::weights::{self, Named};
@@ -79,8 +77,9 @@ fn layer(golden: &Golden, allocation: AllocationConfig, more: Vec<Named>) -> Key
         allocation,
         perturb: false,
     };
-    let dims = Dims { d_model: size(&golden.config, "dim"), n_layers: 1, layer: 0, rope: false, norm_eps: 1e-6 };
-    assert_eq!(size(&golden.config, "dim") / config.n_heads, size(&golden.config, "head_dim"), "{}", golden.name);
+    let d_model = size(&golden.config, "dim");
+    let dims = Dims { d_model, n_layers: 1, layer: 0, rope: false, norm_eps: 1e-6, grid: None };
+    assert_eq!(d_model / config.n_heads, size(&golden.config, "head_dim"), "{}", golden.name);
     config.validate(&dims).unwrap_or_else(|error| panic!("{}: {error}", golden.name));
     let mut stored = renamed(&golden.tensors, "w.", NAMES);
     stored.extend(more.into_iter().map(|tensor| (tensor.name.clone(), tensor)));
@@ -88,8 +87,7 @@ fn layer(golden: &Golden, allocation: AllocationConfig, more: Vec<Named>) -> Key
 }
 
 fn run(layer: &KeyDriven, x: Tensor<3>) -> Attended {
-    let (mask, adapters) = (Mask::none(), Adapters::default());
-    layer.forward(x, Call { rope: None, mask: &mask, bias: None, cache: None, observe: Observe::Numbers, adapters })
+    layer.forward(x, Call { observe: Observe::Numbers, ..Call::new(&Mask::none()) })
 }
 
 /// How many query heads read each key/value head, as the layer tells.
@@ -244,7 +242,9 @@ fn check_dgqa(golden: &Golden, by: Measured) {
         let key = |kind: &str| format!("step{step}.{kind}");
         let x = tensor(golden, &key("x")).require_grad();
         check_norms(golden, &key("k_norms"), &layer, x.clone());
-        layer.regroup(x.clone(), &Mask::none(), step);
+        if layer.is_due(step) {
+            layer.before_step(x.clone(), &Mask::none(), step);
+        }
         let remembered = values(layer.memory.as_ref().unwrap().magnitudes.val());
         compare(
             name,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Int, Tensor, activation};
 use polyhead_attention::{
-    Adapters, Call, Dims, GateNorm, Mask, Mechanism, MechanismConfig, MixtureOfHead, MixtureOfHeadConfig, Observe,
-    PerLayerCount, QueryNormConfig, Rope, RopeLayout, RouterConfig, StraightThrough,
+    Call, Dims, GateNorm, Mask, Mechanism, MechanismConfig, MixtureOfHead, MixtureOfHeadConfig, Observe, PerLayerCount,
+    QueryNormConfig, Rope, RopeLayout, RouterConfig, StraightThrough,
 };
 use polyhead_kernels::{AttentionOptions, attention, linear, linear_out_of_heads};
 use polyhead_models::weights::{self, Named};
@@ -98,7 +98,8 @@ const VISION: [&str; 2] = ["temperature", "query_embedding"];
 
 fn layer(golden: &Golden, device: &Device) -> MixtureOfHead {
     let rope = golden.config["rope"].as_bool() == Some(true);
-    let dims = Dims { d_model: size(&golden.config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5 };
+    let dims =
+        Dims { d_model: size(&golden.config, "d_model"), n_layers: 1, layer: 0, rope, norm_eps: 1e-5, grid: None };
     let config = config(golden);
     config.validate(&dims).unwrap_or_else(|error| panic!("{}: {error}", golden.name));
     let fresh = config.init(&dims, device);
@@ -177,10 +178,7 @@ fn check(golden: &Golden) {
         Rope::new(0..size(config, "seq"), size(config, "head_dim"), theta, RopeLayout::RotateHalf, &device)
     });
     let mask = if config["causal"].as_bool().unwrap() { Mask::causal() } else { Mask::none() };
-    let run = |observe| {
-        let adapters = Adapters::default();
-        layer.forward(x.clone(), Call { rope: rope.as_ref(), mask: &mask, bias: None, cache: None, observe, adapters })
-    };
+    let run = |observe| layer.forward(x.clone(), Call { rope: rope.as_ref(), observe, ..Call::new(&mask) });
     let out = run(Observe::Nothing);
     compare(name, "out", &golden.tensors["out"].values, &values(out.hidden.clone()), OUTPUT, false);
     let grads = (out.hidden * tensor(golden, "cotangent", &device)).sum().backward();

@@ -1,41 +1,67 @@
-//! Keys and values of earlier tokens, kept while decoding.
+//! What layers keep of earlier tokens while decoding: each mechanism its own kind ([`MechanismCache`]), most of them
+//! keys and values ([`KvCache`]).
 
 use burn::tensor::Tensor;
 
+use crate::LayerCache;
+
+/// What a mechanism keeps of earlier tokens.
+pub trait MechanismCache: Clone + std::fmt::Debug + Default {
+    /// Tokens so far.
+    fn len(&self) -> usize;
+
+    /// Whether there have been no tokens yet.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Elements kept for one row of the batch.
+    fn elements(&self) -> usize;
+}
+
+/// The cache of a mechanism that cannot decode, because every position reads all others.
+#[derive(Debug, Clone, Default)]
+pub struct NoCache;
+
+impl MechanismCache for NoCache {
+    fn len(&self) -> usize {
+        0
+    }
+
+    fn elements(&self) -> usize {
+        0
+    }
+}
+
 /// One layer's keys and values: un-expanded heads, already rotated.
 #[derive(Debug, Clone, Default)]
-pub struct LayerCache {
+pub struct KvCache {
     kept: Option<Kept>,
 }
 
-/// Room for more tokens than there are, so that appending one does not copy all others.
+/// Buffers with space for more tokens than there are, so that appending one does not copy all others.
 #[derive(Debug, Clone)]
 struct Kept {
-    /// `[batch, key heads, room, width]`
+    /// `[batch, key heads, capacity, width]`
     keys: Tensor<4>,
-    /// `[batch, value heads, room, value width]`
+    /// `[batch, value heads, capacity, value width]`
     values: Tensor<4>,
     /// Tokens so far.
     len: usize,
 }
 
-impl LayerCache {
-    /// How many tokens are kept.
-    pub fn len(&self) -> usize {
+impl MechanismCache for KvCache {
+    fn len(&self) -> usize {
         self.kept.as_ref().map_or(0, |kept| kept.len)
     }
 
-    /// Whether nothing has been kept yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    fn elements(&self) -> usize {
+        let per_token = |buffer: &Tensor<4>| buffer.dims()[1] * buffer.dims()[3];
+        self.kept.as_ref().map_or(0, |kept| kept.len * (per_token(&kept.keys) + per_token(&kept.values)))
     }
+}
 
-    /// How many numbers are kept per token of a row of the batch.
-    pub fn numbers_per_token(&self) -> usize {
-        let numbers = |room: &Tensor<4>| room.dims()[1] * room.dims()[3];
-        self.kept.as_ref().map_or(0, |kept| numbers(&kept.keys) + numbers(&kept.values))
-    }
-
+impl KvCache {
     /// Appends this call's keys and values and gives all of them back.
     ///
     /// # Shapes
@@ -54,22 +80,30 @@ impl LayerCache {
     }
 }
 
-/// Writes `new` behind the first `len` tokens; room doubles where it is too small.
-fn put(room: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
+/// A call's keys and values behind those of earlier tokens, where a cache keeps them.
+pub(crate) fn extended(cache: Option<&mut KvCache>, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    match cache {
+        Some(cache) => cache.append(keys, values),
+        None => (keys, values),
+    }
+}
+
+/// Writes `new` behind the first `len` tokens; the capacity doubles where it is too small.
+fn put(buffer: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
     let [batch, heads, count, width] = new.dims();
     let at = |from: usize, to: usize| [0..batch, 0..heads, from..to, 0..width];
-    let room = match room {
-        Some(room) if room.dims()[2] >= len + count => room,
+    let buffer = match buffer {
+        Some(buffer) if buffer.dims()[2] >= len + count => buffer,
         smaller => {
-            let more =
+            let larger =
                 Tensor::zeros([batch, heads, (len + count).next_power_of_two(), width], (&new.device(), new.dtype()));
             match smaller {
-                Some(smaller) => more.slice_assign(at(0, len), smaller.narrow(2, 0, len)),
-                None => more,
+                Some(smaller) => larger.slice_assign(at(0, len), smaller.narrow(2, 0, len)),
+                None => larger,
             }
         }
     };
-    room.slice_assign(at(len, len + count), new)
+    buffer.slice_assign(at(len, len + count), new)
 }
 
 /// The caches of all layers of a model.

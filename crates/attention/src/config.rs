@@ -17,19 +17,24 @@ pub struct Dims {
     pub rope: bool,
     /// Inside the square root of the model's norms.
     pub norm_eps: f64,
+    /// Rows and columns of the grid that the positions form, where they form one; [`UNKNOWN_GRID`] before the data is known.
+    pub grid: Option<[usize; 2]>,
 }
+
+/// A grid of any size.
+pub const UNKNOWN_GRID: [usize; 2] = [usize::MAX; 2];
 
 impl Dims {
     /// The model that [`MechanismConfig::example`](crate::MechanismConfig::example) fits into.
     pub fn example() -> Self {
-        Self { d_model: 24, n_layers: 4, layer: 1, rope: true, norm_eps: 1e-5 }
+        Self { d_model: 24, n_layers: 4, layer: 1, rope: true, norm_eps: 1e-5, grid: Some([1, 8]) }
     }
 }
 
 /// A setting that breaks a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    /// Where the setting stands, from the outermost table: `softmax.n_heads`.
+    /// Where the setting stands, from the outermost table: `softmax.n_heads`. Empty for a table as a whole.
     pub field: String,
     /// The value, the rule and the way out, as a sentence about the field.
     pub problem: String,
@@ -43,7 +48,8 @@ impl ConfigError {
 
     /// The same error, seen from the table around.
     pub fn within(self, table: &str) -> Self {
-        Self { field: format!("{table}.{}", self.field), ..self }
+        let field = if self.field.is_empty() { table.to_owned() } else { format!("{table}.{}", self.field) };
+        Self { field, ..self }
     }
 }
 
@@ -98,6 +104,24 @@ pub struct Cost {
     pub flops_per_token: u64,
     /// Operations of a forward pass per pair of a query and a key that it sees.
     pub flops_per_pair: u64,
-    /// Numbers kept per token while decoding.
-    pub cached_numbers_per_token: u64,
+    /// Elements kept per token while decoding.
+    pub kv_cache_elements_per_token: u64,
+    /// Elements kept while decoding however many tokens there are: the state of a recurrent mechanism.
+    pub state_elements: u64,
+}
+
+impl std::ops::Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            parameters: self.parameters.saturating_add(other.parameters),
+            flops_per_token: self.flops_per_token.saturating_add(other.flops_per_token),
+            flops_per_pair: self.flops_per_pair.saturating_add(other.flops_per_pair),
+            kv_cache_elements_per_token: self
+                .kv_cache_elements_per_token
+                .saturating_add(other.kv_cache_elements_per_token),
+            state_elements: self.state_elements.saturating_add(other.state_elements),
+        }
+    }
 }

@@ -23,6 +23,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{KvCache, extended};
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
@@ -121,7 +122,8 @@ impl MechanismConfig for DecoupledHeadConfig {
             parameters: weights + biases + counted(self.fusing, 2 * heads * heads + 3),
             flops_per_token: 2 * weights + counted(self.fusing, 4 * heads * heads * width),
             flops_per_pair: 4 * heads * width,
-            cached_numbers_per_token: (keys + values) * width,
+            kv_cache_elements_per_token: (keys + values) * width,
+            ..Cost::default()
         }
     }
 
@@ -275,7 +277,9 @@ fn mix(heads: Tensor<4>, operator: Tensor<2>) -> Tensor<4> {
 }
 
 impl Mechanism for DecoupledHead {
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let (adapters, n_heads) = (call.adapters, self.key_map.len());
         let counts = match &self.fusion {
             Some(_) => [n_heads; 2],
@@ -289,11 +293,8 @@ impl Mechanism for DecoupledHead {
             None => (k, v),
         };
         let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
-        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
-        let (k, v) = match call.cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
+        let query_offset = call.past();
+        let (k, v) = extended(call.cache, k, v);
         let map = |map: &[usize]| if self.fusion.is_some() { HeadMap::Even } else { HeadMap::Each(map.to_vec()) };
         let options = AttentionOptions {
             mask: Some(call.mask),

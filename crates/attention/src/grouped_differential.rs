@@ -27,6 +27,7 @@ use polyhead_kernels::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{KvCache, extended};
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
@@ -191,7 +192,8 @@ impl MechanismConfig for GroupedDifferentialConfig {
             flops_per_token: 2 * matrices,
             // Scores have width d, values width 2d.
             flops_per_pair: 2 * heads * width + 4 * heads * width,
-            cached_numbers_per_token: 2 * kv_heads * width,
+            kv_cache_elements_per_token: 2 * kv_heads * width,
+            ..Cost::default()
         }
     }
 
@@ -286,7 +288,9 @@ impl GroupedDifferential {
 }
 
 impl Mechanism for GroupedDifferential {
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let ratio = self.n_heads / self.n_noise - 1;
         let adapters = call.adapters;
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
@@ -295,11 +299,8 @@ impl Mechanism for GroupedDifferential {
         let q = rotate(call.rope, split_heads(q, self.n_heads));
         let k = rotate(call.rope, split_heads(k, 2 * self.n_pairs));
         let v = split_heads(v, self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
-        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
-        let (k, v) = match call.cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
+        let query_offset = call.past();
+        let (k, v) = extended(call.cache, k, v);
         let keys = self.key_heads();
         let values = keys.iter().map(|key_head| key_head / 2).collect();
         let options = AttentionOptions {

@@ -17,19 +17,19 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::{Bool, Device, Tensor};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use polyhead_kernels::{AttentionOptions, Mask, attention};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, split_heads};
-use crate::{Adapters, ConfigError};
+use crate::{Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, NoCache, Observation};
 
 /// Settings of HiLo attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-pub struct HiLoConfig {
+pub struct HiloConfig {
     /// Heads of both kinds together; they divide d_model.
     pub n_heads: usize,
     /// Side of a window, in tokens. Default: 2, as in LITv2's third stage.
@@ -59,33 +59,64 @@ fn yes() -> bool {
     true
 }
 
-impl HiLoConfig {
+impl HiloConfig {
     /// Heads for low frequencies; the others are for high ones.
     pub fn lofi_heads(&self) -> usize {
         // Rounded down after the product in f64, as the authors' code does: 12 heads and 0.7 give 8.
         if self.window == 1 { self.n_heads } else { (self.n_heads as f64 * self.alpha) as usize }
     }
 
-    /// Checks everything that a user can get wrong.
-    ///
-    /// # Errors
-    /// Names the field, its value and the rule.
-    pub fn validate(&self, d_model: usize) -> Result<(), ConfigError> {
+    /// Channels of the heads for low frequencies and of those for high ones.
+    fn widths(&self, d_model: usize) -> [u64; 2] {
+        let low = self.lofi_heads() * (d_model / self.n_heads);
+        [low as u64, (d_model - low) as u64]
+    }
+
+    /// Multiplications of a forward pass over `tokens`, each with its addition, as the authors count them: projections, scores
+    /// and sums of values, without padding. Twice that is what the rest of Polyhead calls operations.
+    pub fn multiply_adds(&self, d_model: usize, tokens: usize) -> u64 {
+        let (d, n, area) = (d_model as u64, tokens as u64, (self.window * self.window) as u64);
+        let [low, high] = self.widths(d_model);
+        let hifi = n * high * (3 * d + high) + 2 * area * n * high;
+        let lofi = n * low * (d + low) + 2 * n / area * d * low + 2 * n * n / area * low;
+        hifi + lofi
+    }
+}
+
+impl MechanismConfig for HiloConfig {
+    type Layer = Hilo;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        let d_model = dims.d_model;
         require(self.n_heads > 0 && d_model.is_multiple_of(self.n_heads), "n_heads", || {
             format!("n_heads ({}) must be at least 1 and divide d_model ({d_model})", self.n_heads)
         })?;
         require(self.window > 0, "window", || "window (0) must be at least 1; 1 gives ordinary attention".into())?;
         require((0.0..=1.0).contains(&self.alpha), "alpha", || {
             format!("alpha ({}) must lie between 0 (windows only) and 1 (their means only)", self.alpha)
+        })?;
+        let [rows, columns] = dims.grid.ok_or_else(|| {
+            ConfigError::new(
+                "",
+                "hilo mixes a grid, in which neither texts nor a class token have a place: take it for \
+                 model.classifier.vision_transformer, with another pooling than class_token",
+            )
+        })?;
+        require(self.window <= rows.max(columns), "window", || {
+            format!("window ({}) must not be larger than the {rows} x {columns} patches", self.window)
         })
     }
 
-    /// A layer with fresh weights. Cannot fail after [`validate`](Self::validate).
-    pub fn init(&self, d_model: usize, device: &Device) -> HiLo {
+    fn check_causal(&self) -> Result<(), ConfigError> {
+        Err(ConfigError::new("", "hilo reads all positions of a grid, which a decoder must not: it is for pictures"))
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> Hilo {
+        let d_model = dims.d_model;
         let (low, width) = (self.lofi_heads(), d_model / self.n_heads);
         let high = self.n_heads - low;
         let project = |d_input, d_output, bias| linear(d_input, d_output, bias, INIT_STD, device);
-        HiLo {
+        Hilo {
             hifi: (high > 0).then(|| HiFi {
                 qkv_proj: project(d_model, 3 * high * width, self.qkv_bias),
                 o_proj: project(high * width, high * width, true),
@@ -102,21 +133,43 @@ impl HiLoConfig {
         }
     }
 
-    /// Multiplications of a forward pass over `tokens`, each with its addition, as the authors count them: projections, scores
-    /// and sums of values, without padding. Twice that is what the rest of Polyhead calls operations.
-    pub fn multiply_adds(&self, d_model: usize, tokens: usize) -> u64 {
-        let (d, n, area) = (d_model as u64, tokens as u64, (self.window * self.window) as u64);
-        let low = (self.lofi_heads() * (d_model / self.n_heads)) as u64;
-        let high = d - low;
-        let hifi = n * high * (3 * d + high) + 2 * area * n * high;
-        let lofi = n * low * (d + low) + 2 * n / area * d * low + 2 * n * n / area * low;
-        hifi + lofi
+    fn head_dim(&self, dims: &Dims) -> usize {
+        dims.d_model / self.n_heads.max(1)
+    }
+
+    /// Only the parameters: what a pass costs depends on the grid, see [`multiply_adds`](Self::multiply_adds).
+    fn cost(&self, dims: &Dims) -> Cost {
+        let part = |width: u64| {
+            let biases = if self.qkv_bias { 3 * width } else { 0 };
+            3 * dims.d_model as u64 * width + width * width + width + biases
+        };
+        let parameters = self.widths(dims.d_model).into_iter().filter(|width| *width > 0).map(part).sum();
+        Cost { parameters, ..Cost::default() }
+    }
+
+    fn encoder_flops(&self, dims: &Dims, positions: u64) -> u64 {
+        2 * self.multiply_adds(dims.d_model, positions as usize)
+    }
+
+    fn example() -> Self {
+        Self { n_heads: 4, window: 2, alpha: 0.5, qkv_bias: true, compat_padding: false }
+    }
+
+    fn exemptions() -> &'static [(&'static str, &'static str)] {
+        const BOTH_WAYS: &str = "every position reads its whole window and the means of all others";
+        &[
+            ("no_look_ahead", BOTH_WAYS),
+            ("cached_decoding", BOTH_WAYS),
+            ("documents", "pictures are not packed"),
+            ("maps", "its windows and their means have no map over all positions"),
+            ("adapters", "adapters are for decoders"),
+        ]
     }
 }
 
 /// A layer of HiLo attention.
 #[derive(Module, Debug)]
-pub struct HiLo {
+pub struct Hilo {
     /// Attention inside windows; `None` where all heads are for low frequencies.
     pub hifi: Option<HiFi>,
     /// Attention to the means of windows; `None` where all heads are for high frequencies.
@@ -155,31 +208,52 @@ struct Windows {
     present: Option<Tensor<4>>,
 }
 
-impl HiLo {
+impl Mechanism for Hilo {
+    type Cache = NoCache;
+
+    /// High frequencies first, along the channels.
+    ///
+    /// # Panics
+    /// If the call names no grid, which `validate` refuses.
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, NoCache>) -> Attended {
+        let grid = call.grid.expect("validate: a grid");
+        let [batch, tokens, _] = hidden.dims();
+        let padding = call.mask.real_queries(batch, 0, tokens).map(|real| {
+            let padding: Vec<i32> = real.into_iter().map(|real| i32::from(!real)).collect();
+            Tensor::<2, Int>::from_data(TensorData::new(padding, [batch, tokens]), &hidden.device()).equal_elem(1)
+        });
+        let hidden = self.mix(hidden, grid, padding.as_ref());
+        // There are no maps to show, but layers are counted.
+        let seen = call.observe.wanted().then(Observation::default);
+        Attended { hidden, penalty: None, seen }
+    }
+}
+
+impl Hilo {
     /// # Shapes
     /// - x: `[batch, rows * columns, d_model]`, row by row; grid: `[rows, columns]`
-    /// - hidden: `[batch, rows * columns]`, true where a token is padding, which nobody sees
+    /// - padding: `[batch, rows * columns]`, true where a token is padding, which no other attends to
     /// - output: `[batch, rows * columns, d_model]`, high frequencies first
-    pub fn forward(&self, x: Tensor<3>, grid: [usize; 2], hidden: Option<&Tensor<2, Bool>>) -> Tensor<3> {
+    fn mix(&self, x: Tensor<3>, grid: [usize; 2], padding: Option<&Tensor<2, Bool>>) -> Tensor<3> {
         let dims = x.dims();
-        let x = match hidden {
-            Some(hidden) => x.mask_fill(hidden.clone().unsqueeze_dim::<3>(2).expand(dims), 0.0),
+        let x = match padding {
+            Some(padding) => x.mask_fill(padding.clone().unsqueeze_dim::<3>(2).expand(dims), 0.0),
             None => x,
         };
-        let windows = self.windows(&x, grid, hidden);
+        let windows = self.windows(&x, grid, padding);
         let high = self.hifi.as_ref().map(|part| join(part.forward(&windows), grid, self.window));
         let low = self.lofi.as_ref().map(|part| part.forward(x, &windows));
         Tensor::cat(high.into_iter().chain(low).collect(), 2)
     }
 
-    fn windows(&self, x: &Tensor<3>, grid: [usize; 2], hidden: Option<&Tensor<2, Bool>>) -> Windows {
+    fn windows(&self, x: &Tensor<3>, grid: [usize; 2], padding: Option<&Tensor<2, Bool>>) -> Windows {
         let [batch, _, d_model] = x.dims();
         let [rows, columns] = grid;
         let tokens = cut(x.clone().reshape([batch, rows, columns, d_model]), self.window, 0.0);
         let whole = grid.iter().all(|size| size.is_multiple_of(self.window)) || self.compat_padding;
-        let present = (hidden.is_some() || !whole).then(|| {
-            let present = match hidden {
-                Some(hidden) => hidden.clone().bool_not().float().reshape([batch, rows, columns, 1]),
+        let present = (padding.is_some() || !whole).then(|| {
+            let present = match padding {
+                Some(padding) => padding.clone().bool_not().float().reshape([batch, rows, columns, 1]),
                 None => Tensor::ones([batch, rows, columns, 1], &x.device()),
             };
             cut(present, self.window, if self.compat_padding { 1.0 } else { 0.0 })

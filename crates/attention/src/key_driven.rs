@@ -33,6 +33,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type, random};
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{KvCache, extended};
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
@@ -212,23 +213,6 @@ pub struct KeyDriven {
 }
 
 impl KeyDriven {
-    /// Whether the allocation may change before `step` of training, counted from 0.
-    pub fn regroups_at(&self, step: u64) -> bool {
-        matches!(&self.config.allocation, AllocationConfig::Evolving(evolving) if step.is_multiple_of(evolving.window))
-    }
-
-    /// Moves the memory on, before a step of training, by what the layer is about to read: `[batch, seq, d_model]`. Nothing
-    /// happens at steps at which [`regroups_at`](Self::regroups_at) is false.
-    pub fn regroup(&mut self, hidden: Tensor<3>, mask: &Mask, step: u64) {
-        if !self.regroups_at(step) {
-            return;
-        }
-        let norms = key_norms(self.keys(hidden, Adapters::default()), mask, 0);
-        if let (Some(memory), AllocationConfig::Evolving(evolving)) = (&mut self.memory, &self.config.allocation) {
-            memory.update(evolving, &norms, self.config.n_heads);
-        }
-    }
-
     /// For each key/value head, how many query heads read it in a call with these keys, before rotation.
     fn query_heads(&self, keys: &Tensor<4>, mask: &Mask, query_offset: usize) -> Vec<usize> {
         let KeyDrivenConfig { n_heads, n_kv_heads, .. } = self.config;
@@ -273,19 +257,30 @@ pub fn key_norms(keys: Tensor<4>, mask: &Mask, query_offset: usize) -> Vec<f64> 
 }
 
 impl Mechanism for KeyDriven {
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+    type Cache = KvCache;
+
+    fn is_due(&self, step: u64) -> bool {
+        matches!(&self.config.allocation, AllocationConfig::Evolving(evolving) if step.is_multiple_of(evolving.window))
+    }
+
+    /// Allocates anew, by the keys of what the layer is about to read.
+    fn before_step(&mut self, hidden: Tensor<3>, mask: &Mask, _step: u64) {
+        let norms = key_norms(self.keys(hidden, Adapters::default()), mask, 0);
+        if let (Some(memory), AllocationConfig::Evolving(evolving)) = (&mut self.memory, &self.config.allocation) {
+            memory.update(evolving, &norms, self.config.n_heads);
+        }
+    }
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let (adapters, device) = (call.adapters, hidden.device());
         let KeyDrivenConfig { n_heads, n_kv_heads, .. } = self.config;
-        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let query_offset = call.past();
         let q = split_heads(adapters.project("q_proj", &self.q_proj, hidden.clone()), n_heads);
         let k = self.keys(hidden.clone(), adapters);
         let v = split_heads(adapters.project("v_proj", &self.v_proj, hidden), n_kv_heads);
         let query_heads = self.query_heads(&k, call.mask, query_offset);
         let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
-        let (k, v) = match call.cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
+        let (k, v) = extended(call.cache, k, v);
         let map = HeadMap::Each(allocation::head_map(&query_heads));
         let options = AttentionOptions {
             mask: Some(call.mask),

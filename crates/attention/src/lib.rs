@@ -4,8 +4,7 @@
 //! below lists them all. A new mechanism is a file that implements the two traits, a `mod` line and a line in the
 //! table; from the table it gets its recipe key, its place in every model and its law test (`laws.rs`).
 //!
-//! Two things here are no [`Mechanism`]: [`GaussianAdaptive`] is a gate over features and mixes no positions, and [`HiLo`]
-//! needs to know the grid that its tokens come from.
+//! One thing here is not a [`Mechanism`]: [`GaussianAdaptive`] is a gate over features and mixes no positions.
 //!
 //! This crate depends on Burn and serde only: it knows nothing of losses, optimisers or files.
 
@@ -30,15 +29,15 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use adapter::{Adapter, Adapters};
-pub use cache::{Cache, LayerCache};
-pub use config::{ConfigError, Cost, Dims, PerLayerCount};
+pub use cache::{Cache, KvCache, MechanismCache, NoCache};
+pub use config::{ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
 pub use gaussian_adaptive::{
     GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, Importance,
     MixtureGate, MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit,
 };
 pub use grouped_differential::{GroupedDifferential, GroupedDifferentialConfig, LambdaInit};
-pub use hilo::{HiLo, HiLoConfig};
+pub use hilo::{Hilo, HiloConfig};
 pub use key_driven::{KeyDriven, KeyDrivenConfig};
 pub use mixture_of_head::{
     Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
@@ -52,8 +51,20 @@ pub use softmax::{Softmax, SoftmaxConfig};
 
 /// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.
 pub trait Mechanism: Module {
+    /// What decoding keeps of earlier tokens: [`KvCache`] for most, [`NoCache`] for what cannot decode.
+    type Cache: MechanismCache;
+
     /// Mixes the positions of `hidden`, `[batch, seq, d_model]`.
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended;
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, Self::Cache>) -> Attended;
+
+    /// Whether [`before_step`](Self::before_step) has something to do before `step` of training, counted from 0.
+    fn is_due(&self, _step: u64) -> bool {
+        false
+    }
+
+    /// What the layer does before a step of training, given what it is about to read: `[batch, seq, d_model]`. Only called
+    /// where [`is_due`](Self::is_due).
+    fn before_step(&mut self, _hidden: Tensor<3>, _mask: &Mask, _step: u64) {}
 }
 
 /// How a mechanism is described in a recipe.
@@ -81,28 +92,76 @@ pub trait MechanismConfig: Sized {
     /// Channels of a query or key head, which are what rotary positions turn.
     fn head_dim(&self, dims: &Dims) -> usize;
 
+    /// Whether queries and keys are rotated by position in a model with rotary positions.
+    fn rotates(&self) -> bool {
+        true
+    }
+
     /// What one layer costs, for `plan`.
     fn cost(&self, dims: &Dims) -> Cost;
 
+    /// Operations of a forward pass over `positions` that all attend to each other.
+    fn encoder_flops(&self, dims: &Dims, positions: u64) -> u64 {
+        let cost = self.cost(dims);
+        let pairs = positions.saturating_mul(positions).saturating_mul(cost.flops_per_pair);
+        positions.saturating_mul(cost.flops_per_token).saturating_add(pairs)
+    }
+
     /// A small valid description for a model of [`Dims::example`], for the laws.
     fn example() -> Self;
+
+    /// The laws of `laws.rs` that do not apply: the name of each, and the reason.
+    fn exemptions() -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
 }
 
 /// What a layer is told about one call.
 #[derive(Debug)]
-pub struct Call<'a> {
+pub struct Call<'a, C = LayerCache> {
     /// Rotary positions of this call's tokens; `None` for a model without.
     pub rope: Option<&'a Rope>,
     /// Which keys are hidden from whom.
     pub mask: &'a Mask,
     /// `[batch or 1, heads or 1, queries, keys]`, added to the scores of every head.
     pub bias: Option<&'a Tensor<4>>,
-    /// Keys and values of earlier tokens; this call's are appended.
-    pub cache: Option<&'a mut LayerCache>,
+    /// Rows and columns of the grid that the positions form, row by row; `None` for a sequence.
+    pub grid: Option<[usize; 2]>,
+    /// What was kept of earlier tokens; this call's are added.
+    pub cache: Option<&'a mut C>,
     /// What to measure on the way.
     pub observe: Observe,
     /// What is added to the layer's projections: hand each of them to [`Adapters::project`].
     pub adapters: Adapters<'a>,
+}
+
+impl<'a, C> Call<'a, C> {
+    /// A call with a mask and nothing else.
+    pub fn new(mask: &'a Mask) -> Self {
+        Self {
+            rope: None,
+            mask,
+            bias: None,
+            grid: None,
+            cache: None,
+            observe: Observe::Nothing,
+            adapters: Adapters::default(),
+        }
+    }
+
+    /// Tokens before this call's.
+    fn past(&self) -> usize
+    where
+        C: MechanismCache,
+    {
+        self.cache.as_ref().map_or(0, |cache| cache.len())
+    }
+
+    /// The same call with the cache seen as one mechanism's own.
+    fn with_cache<D>(self, own: impl FnOnce(&'a mut C) -> &'a mut D) -> Call<'a, D> {
+        let Self { rope, mask, bias, grid, cache, observe, adapters } = self;
+        Call { rope, mask, bias, grid, cache: cache.map(own), observe, adapters }
+    }
 }
 
 /// What a layer gives back.
@@ -166,16 +225,75 @@ macro_rules! mechanisms {
                 match self { $(Self::$Layer(config) => config.head_dim(dims),)+ }
             }
 
+            /// See [`MechanismConfig::rotates`].
+            pub fn rotates(&self) -> bool {
+                match self { $(Self::$Layer(config) => config.rotates(),)+ }
+            }
+
             /// See [`MechanismConfig::cost`].
             pub fn cost(&self, dims: &Dims) -> Cost {
                 match self { $(Self::$Layer(config) => config.cost(dims),)+ }
+            }
+
+            /// See [`MechanismConfig::encoder_flops`].
+            pub fn encoder_flops(&self, dims: &Dims, positions: u64) -> u64 {
+                match self { $(Self::$Layer(config) => config.encoder_flops(dims, positions),)+ }
+            }
+        }
+
+        /// What a layer of any mechanism keeps of earlier tokens.
+        #[derive(Debug, Clone, Default)]
+        pub enum LayerCache {
+            /// There have been no tokens yet.
+            #[default]
+            Empty,
+            $($(#[$doc])* $Layer(<$Layer as Mechanism>::Cache),)+
+        }
+
+        impl LayerCache {
+            /// See [`MechanismCache::len`].
+            pub fn len(&self) -> usize {
+                match self { Self::Empty => 0, $(Self::$Layer(cache) => cache.len(),)+ }
+            }
+
+            /// Whether there have been no tokens yet.
+            pub fn is_empty(&self) -> bool {
+                self.len() == 0
+            }
+
+            /// See [`MechanismCache::elements`].
+            pub fn elements(&self) -> usize {
+                match self { Self::Empty => 0, $(Self::$Layer(cache) => cache.elements(),)+ }
             }
         }
 
         impl Attention {
             /// See [`Mechanism::forward`].
+            ///
+            /// # Panics
+            /// If the cache was filled by a layer of another mechanism.
             pub fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
-                match self { $(Self::$Layer(layer) => layer.forward(hidden, call),)+ }
+                match self {
+                    $(Self::$Layer(layer) => layer.forward(hidden, call.with_cache(|cache| {
+                        if let LayerCache::Empty = cache {
+                            *cache = LayerCache::$Layer(Default::default());
+                        }
+                        match cache {
+                            LayerCache::$Layer(own) => own,
+                            other => panic!("a layer of {} was handed the cache {other:?}", stringify!($key)),
+                        }
+                    })),)+
+                }
+            }
+
+            /// See [`Mechanism::is_due`].
+            pub fn is_due(&self, step: u64) -> bool {
+                match self { $(Self::$Layer(layer) => layer.is_due(step),)+ }
+            }
+
+            /// See [`Mechanism::before_step`].
+            pub fn before_step(&mut self, hidden: Tensor<3>, mask: &Mask, step: u64) {
+                match self { $(Self::$Layer(layer) => layer.before_step(hidden, mask, step),)+ }
             }
         }
 
@@ -183,8 +301,9 @@ macro_rules! mechanisms {
         mod laws_of {
             $(#[test]
             fn $key() {
-                let config = <super::$Config as super::MechanismConfig>::example();
-                crate::laws::hold(&super::AttentionConfig::$Layer(config));
+                use super::{AttentionConfig, $Config, MechanismConfig};
+                let config = AttentionConfig::$Layer($Config::example());
+                crate::laws::hold(&config, $Config::exemptions());
             })+
         }
     };
@@ -201,4 +320,6 @@ mechanisms! {
     decoupled_head => DecoupledHead, DecoupledHeadConfig;
     /// Key-driven grouping: groups of query heads as large as the norms of their keys say.
     key_driven => KeyDriven, KeyDrivenConfig;
+    /// HiLo: windows of a grid for high frequencies, their means for low ones. For pictures.
+    hilo => Hilo, HiloConfig;
 }

@@ -23,6 +23,7 @@ use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, in_type, linear_into_heads, linear_out_of_heads};
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{KvCache, extended};
 use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
@@ -245,9 +246,11 @@ impl MixtureOfHead {
 }
 
 impl Mechanism for MixtureOfHead {
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
-        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
+        let query_offset = call.past();
         let real = call.mask.real_queries(batch, query_offset, seq);
         let (q, routing) = self.route(hidden.clone(), real.as_deref(), adapters);
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
@@ -255,10 +258,7 @@ impl Mechanism for MixtureOfHead {
         let q = rotate(call.rope, split_heads(q, self.split.heads()));
         let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
         let v = split_heads(v, self.n_kv_heads);
-        let (k, v) = match call.cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
+        let (k, v) = extended(call.cache, k, v);
         let options = AttentionOptions {
             mask: Some(call.mask),
             query_offset,

@@ -21,6 +21,11 @@ pub enum Observe {
 }
 
 impl Observe {
+    /// Whether anything is to be measured.
+    pub fn wanted(&self) -> bool {
+        !matches!(self, Self::Nothing)
+    }
+
     /// The same, as the kernel is asked.
     pub(crate) fn measure(&self) -> Measure {
         match self {

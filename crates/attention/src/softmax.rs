@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, rms_norm};
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{KvCache, extended};
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
@@ -85,7 +86,8 @@ impl MechanismConfig for SoftmaxConfig {
             parameters: weights + biases + counted(self.qk_norm, 2 * width),
             flops_per_token: 2 * weights,
             flops_per_pair: 4 * heads * width,
-            cached_numbers_per_token: 2 * kv_heads * width,
+            kv_cache_elements_per_token: 2 * kv_heads * width,
+            ..Cost::default()
         }
     }
 
@@ -169,7 +171,9 @@ impl Softmax {
 }
 
 impl Mechanism for Softmax {
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_>) -> Attended {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let adapters = call.adapters;
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
@@ -177,11 +181,8 @@ impl Mechanism for Softmax {
         let q = rotate(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
         let k = rotate(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = split_heads(v, self.n_kv_heads);
-        let query_offset = call.cache.as_ref().map_or(0, |cache| cache.len());
-        let (k, v) = match call.cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
+        let query_offset = call.past();
+        let (k, v) = extended(call.cache, k, v);
         let options = AttentionOptions {
             mask: Some(call.mask),
             query_offset,

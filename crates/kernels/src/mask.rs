@@ -147,6 +147,11 @@ impl Mask {
         self.lengths.is_some() || self.dense.is_some()
     }
 
+    /// The document of each key, row by row, where there are documents.
+    pub fn documents(&self) -> Option<&[u32]> {
+        self.documents.as_deref()
+    }
+
     /// `[batch, queries]`, row by row: whether a query is no padding. `None` where none is.
     pub fn real_queries(&self, batch: usize, offset: usize, queries: usize) -> Option<Vec<bool>> {
         let lengths = self.lengths.as_ref()?;

@@ -6,7 +6,6 @@
 
 mod config;
 mod encoder;
-mod mixing;
 mod objective;
 mod sums;
 
@@ -19,11 +18,10 @@ use serde::{Deserialize, Serialize};
 use crate::gaussian_adaptive_transformer::{
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
-use crate::{ContextMask, Examples, InputShape, Inputs, Learner, Loss, Part};
+use crate::{ContextMask, Examples, InputShape, Inputs, Learner, Loss, Part, Precision};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
-pub use encoder::{Encoder, EncoderBlock, InputLayer, Mixer};
-pub use mixing::MixerConfig;
+pub use encoder::{Encoder, InputLayer};
 pub use objective::{ClassWeights, LossConfig, Objective};
 pub use sums::{Bin, ClassScore, ClassSums, GroupCount, MOST_CONFUSED};
 
@@ -75,20 +73,28 @@ impl ClassifierConfig {
                 None => Ok(()),
             },
         };
-        checked.map_err(|error| match error.field.is_empty() {
-            true => ConfigError::new(self.name(), error.problem),
-            false => error.within(self.name()),
-        })
+        checked.map_err(|error| error.within(self.name()))
+    }
+
+    /// Checks that the classifier can run in this precision.
+    ///
+    /// # Errors
+    /// Says which one it is made for.
+    pub fn check_precision(&self, precision: Precision) -> Result<(), String> {
+        match (self, precision) {
+            (Self::GaussianAdaptiveTransformer(_), Precision::Bf16) => {
+                Err(format!("must be \"f32\" for {}: bf16 is for transformers", self.name()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A classifier with fresh weights. Call [`validate`](Self::validate) with the same shape first, and
     /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, sizes: Sizes, device: &Device) -> Classifier {
         let body = match self {
-            Self::VisionTransformer(config) => {
-                Body::Encoder(config.blueprint(sizes.input).init(sizes.n_classes, device))
-            }
-            Self::TextEncoder(config) => Body::Encoder(config.blueprint(sizes.input).init(sizes.n_classes, device)),
+            Self::VisionTransformer(config) => Body::Encoder(config.encoder(sizes.input).init(sizes.n_classes, device)),
+            Self::TextEncoder(config) => Body::Encoder(config.encoder(sizes.input).init(sizes.n_classes, device)),
             Self::GaussianAdaptiveTransformer(config) => {
                 Body::GaussianAdaptiveTransformer(config.init(features_of(sizes), device))
             }
@@ -99,8 +105,8 @@ impl ClassifierConfig {
     /// Parameters and costs by part; operations are those of a whole example.
     pub fn parts(&self, sizes: Sizes) -> Vec<Part> {
         match self {
-            Self::VisionTransformer(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
-            Self::TextEncoder(config) => config.blueprint(sizes.input).parts(sizes.n_classes),
+            Self::VisionTransformer(config) => config.encoder(sizes.input).parts(sizes.n_classes),
+            Self::TextEncoder(config) => config.encoder(sizes.input).parts(sizes.n_classes),
             Self::GaussianAdaptiveTransformer(config) => config.parts(features_of(sizes)),
         }
     }
@@ -114,11 +120,11 @@ impl ClassifierConfig {
         }
     }
 
-    /// What mixes the positions, layer by layer.
+    /// The mechanism of each layer.
     pub fn layers(&self) -> Vec<&'static str> {
         match self {
-            Self::VisionTransformer(config) => config.mixers(),
-            Self::TextEncoder(config) => config.mixers(),
+            Self::VisionTransformer(config) => config.mechanisms(),
+            Self::TextEncoder(config) => config.mechanisms(),
             Self::GaussianAdaptiveTransformer(config) => vec![config.mixer_name()],
         }
     }
@@ -126,8 +132,8 @@ impl ClassifierConfig {
     /// Numbers that a layer keeps of an example for its backward pass, roughly, as for decoders.
     pub fn kept_numbers(&self, sizes: Sizes) -> usize {
         match self {
-            Self::VisionTransformer(config) => config.blueprint(sizes.input).kept_numbers(),
-            Self::TextEncoder(config) => config.blueprint(sizes.input).kept_numbers(),
+            Self::VisionTransformer(config) => config.encoder(sizes.input).kept_numbers(),
+            Self::TextEncoder(config) => config.encoder(sizes.input).kept_numbers(),
             Self::GaussianAdaptiveTransformer(config) => config.kept_numbers(features_of(sizes)),
         }
     }
@@ -196,6 +202,16 @@ impl Classifier {
         Self { objective, ..self }
     }
 
+    /// The model with its products in another precision, where it is a transformer; see
+    /// [`ClassifierConfig::check_precision`].
+    pub fn with_precision(self, precision: Precision) -> Self {
+        let body = match self.body {
+            Body::Encoder(encoder) => Body::Encoder(encoder.with_precision(precision)),
+            other => other,
+        };
+        Self { body, ..self }
+    }
+
     /// Scores of the classes.
     ///
     /// # Panics
@@ -236,7 +252,7 @@ impl Learner for Classifier {
 
     fn before_step(&mut self, batch: &Examples, step: u64) {
         match &mut self.body {
-            Body::Encoder(encoder) => encoder.regroup(&batch.inputs, step),
+            Body::Encoder(encoder) => encoder.before_step(&batch.inputs, step),
             Body::GaussianAdaptiveTransformer(_) => {}
         }
     }

@@ -23,8 +23,7 @@ use burn::nn::Linear;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation, module};
 use polyhead_attention::{
-    Adapters, Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask,
-    Observe,
+    Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask,
 };
 use polyhead_kernels::random;
 use schemars::JsonSchema;
@@ -231,7 +230,7 @@ impl GaussianAdaptiveTransformerConfig {
 
 /// Attention over features stands alone and knows no positions.
 fn dims(d_model: usize) -> Dims {
-    Dims { d_model, n_layers: 1, layer: 0, rope: false, norm_eps: 1e-5 }
+    Dims { d_model, n_layers: 1, layer: 0, rope: false, norm_eps: 1e-5, grid: None }
 }
 
 /// The classifier.
@@ -337,15 +336,7 @@ impl FeatureAttention {
             Between::Layers => x,
             Between::Samples => x.swap_dims(0, 1),
         };
-        let call = Call {
-            rope: None,
-            mask: &Mask::none(),
-            bias: None,
-            cache: None,
-            observe: Observe::Nothing,
-            adapters: Adapters::default(),
-        };
-        let mixed = turn(self.attention.forward(turn(features.clone()), call).hidden);
+        let mixed = turn(self.attention.forward(turn(features.clone()), Call::new(&Mask::none())).hidden);
         if self.residual { features + mixed } else { mixed }
     }
 }

@@ -28,16 +28,16 @@ pub mod surgery;
 #[cfg(test)]
 mod testing;
 mod trained;
+mod transformer;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use classifier::{
-    Bin, Body, ClassScore, ClassSums, ClassWeights, Classifier, ClassifierConfig, Encoder, EncoderBlock, GroupCount,
-    InputLayer, LossConfig, MOST_CONFUSED, Mixer, MixerConfig, Objective, Scored, Sizes, TextEncoderConfig,
-    VisionTransformerConfig,
+    Bin, Body, ClassScore, ClassSums, ClassWeights, Classifier, ClassifierConfig, Encoder, GroupCount, InputLayer,
+    LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
-pub use decoder::{Decoder, DecoderConfig, Forward, MlpKind, ModelCosts, NormKind, Part, Pass, Precision};
+pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};
 pub use embedder::{EmbedSums, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};
@@ -59,3 +59,4 @@ pub use question::{Known, Question};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trained::{Parameter, parameters, train_only};
+pub use transformer::{Block, Mlp, MlpKind, Norm, NormKind, Part, Precision};

@@ -240,6 +240,7 @@ impl Resolved {
     pub fn first_classifier(&self, labelled: &Labelled, device: &Device) -> Result<Classifier, Failure> {
         seed_random(self.recipe.debug.seed);
         let model = self.classifier()?.init(sizes(labelled), device);
+        let model = model.with_precision(self.recipe.training.precision);
         Ok(self.recipe.freeze.apply(model.with_objective(self.recipe.loss.objective(&labelled.counts)))?)
     }
 

@@ -64,7 +64,7 @@ pub fn open_classifier(path: &Path, device_name: Option<&str>) -> Result<Option<
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
     let model = config.init(Sizes { input, n_classes: classes.len() }, &device);
-    let model = state::read_model(&path, model, allowed().nonfinite)?;
+    let model = state::read_model(&path, model, allowed().nonfinite)?.with_precision(recipe.training.precision);
     let tokenizer = tokenizer_of(&path)?;
     Ok(Some(TrainedClassifier { path, model, recipe, classes, tokenizer }))
 }

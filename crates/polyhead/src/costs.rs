@@ -70,7 +70,7 @@ impl Totals {
         Self {
             parameters: cost.parameters,
             flops_per_token: cost.flops_per_token.saturating_add(cost.flops_per_pair.saturating_mul(seq_len + 1) / 2),
-            cached_bytes_per_token: cost.cached_numbers_per_token.saturating_mul(4),
+            cached_bytes_per_token: cost.kv_cache_elements_per_token.saturating_mul(4),
         }
     }
 

@@ -7,7 +7,7 @@ use super::*;
 use crate::laws::{Spread, draw};
 use crate::{Attention, Observe};
 
-const DIMS: Dims = Dims { d_model: 24, n_layers: 4, layer: 1, rope: false, norm_eps: 1e-5 };
+const DIMS: Dims = Dims { d_model: 24, n_layers: 4, layer: 1, rope: false, norm_eps: 1e-5, grid: None };
 
 fn config(allocation: AllocationConfig) -> KeyDrivenConfig {
     KeyDrivenConfig { n_heads: 6, n_kv_heads: 3, allocation, ..KeyDrivenConfig::example() }
@@ -25,9 +25,8 @@ fn input(batch: usize, seq: usize, device: &Device) -> Tensor<3> {
     draw([batch, seq, 24], [0.0, 1.0], device)
 }
 
-fn call<'a>(mask: &'a Mask) -> Call<'a> {
-    let adapters = Adapters::default();
-    Call { rope: None, mask, bias: None, cache: None, observe: Observe::Numbers, adapters }
+fn call<C>(mask: &Mask) -> Call<'_, C> {
+    Call { observe: Observe::Numbers, ..Call::new(mask) }
 }
 
 /// How many query heads read each key/value head, as the layer tells.
@@ -82,9 +81,8 @@ fn training_remembers_and_evaluation_does_not() {
             let device = Device::flex().autodiff();
             let x = input(2, 5, &device);
             assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), [2, 2, 2], "{form:?} {by:?}");
-            layer.regroup(x.clone(), &Mask::none(), 1);
-            assert_eq!(layer.memory.as_ref().unwrap().query_heads(), [2, 2, 2]);
-            layer.regroup(x.clone(), &Mask::none(), 2);
+            assert!(!layer.is_due(1) && layer.is_due(2));
+            layer.before_step(x.clone(), &Mask::none(), 2);
             let learnt = layer.memory.as_ref().unwrap().query_heads();
             assert_eq!(learnt, [1, 4, 1], "the second head's keys are large");
             assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), learnt);

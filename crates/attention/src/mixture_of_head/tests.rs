@@ -55,8 +55,7 @@ fn input(device: &Device) -> Tensor<3> {
 
 fn run(layer: &impl Mechanism, x: &Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
     let rope = Rope::new(0..SEQ, 4, 100.0, RopeLayout::RotateHalf, &x.device());
-    let adapters = Adapters::default();
-    layer.forward(x.clone(), Call { rope: Some(&rope), mask, bias: None, cache: None, observe, adapters })
+    layer.forward(x.clone(), Call { rope: Some(&rope), observe, ..Call::new(mask) })
 }
 
 fn close(a: Tensor<3>, b: Tensor<3>) {
@@ -160,10 +159,10 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
 #[test]
 fn routing_by_norms_obeys_the_laws() {
     let router = query_norm(StraightThrough::Nobody);
-    crate::laws::hold(&crate::AttentionConfig::MixtureOfHead(MixtureOfHeadConfig {
-        router,
-        ..MixtureOfHeadConfig::example()
-    }));
+    crate::laws::hold(
+        &crate::AttentionConfig::MixtureOfHead(MixtureOfHeadConfig { router, ..MixtureOfHeadConfig::example() }),
+        &[],
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! input -> linear or embedding (, class token in front), + learned positions
-//!   ->  layers: x + mixer(norm(x)), x + mlp(norm(x))  ->  norm  ->  pooling  ->  linear to classes
+//!   ->  layers: x + attention(norm(x)), x + mlp(norm(x))  ->  norm  ->  pooling  ->  linear to classes
 //! ```
 //! Nothing is causal and nothing rotates. With `pooling = "class_token"` a learned token stands in front; other poolings have
 //! none. Trainable pooling over all layers reads each of them behind the last norm. Left out of ViT: dropout, and the hidden
@@ -11,15 +11,12 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
-use polyhead_attention::{
-    Adapters, Attended, Attention, Call, Cost, GaussianAdaptive, HiLo, HiLoConfig, INIT_STD, Mask, Observation,
-    Observe, linear,
-};
+use polyhead_attention::{Attended, Call, INIT_STD, Mask, Observe, linear};
 use polyhead_kernels::random;
 
-use super::config::{Blueprint, Source};
-use super::{MixerConfig, Scored};
-use crate::decoder::{Mlp, Norm, Part};
+use super::Scored;
+use super::config::{EncoderConfig, Source};
+use crate::transformer::{Block, Norm, Part, Precision};
 use crate::{Inputs, Pooling};
 
 /// A bidirectional transformer with a class at its end.
@@ -32,7 +29,7 @@ pub struct Encoder {
     /// `[positions, d_model]`: learned positions, that of the class token first.
     pub positions: Param<Tensor<2>>,
     /// Layers, first to last.
-    pub layers: Vec<EncoderBlock>,
+    pub layers: Vec<Block>,
     /// Before the pooling.
     pub norm: Norm,
     /// From positions to one vector.
@@ -40,7 +37,9 @@ pub struct Encoder {
     /// `[d_model, classes]`
     pub head: Linear,
     #[module(skip)]
-    blueprint: Blueprint,
+    config: EncoderConfig,
+    #[module(skip)]
+    precision: Precision,
 }
 
 /// From the input to the residual stream.
@@ -52,36 +51,11 @@ pub enum InputLayer {
     Embedding(Param<Tensor<2>>),
 }
 
-/// One layer.
-#[derive(Module, Debug)]
-pub struct EncoderBlock {
-    /// Before the mixer.
-    pub attention_norm: Norm,
-    /// What mixes the positions.
-    pub attention: Mixer,
-    /// On what the mixer writes; `None` without.
-    pub attention_gate: Option<GaussianAdaptive>,
-    /// Before the feed-forward layer.
-    pub mlp_norm: Norm,
-    /// The feed-forward layer.
-    pub mlp: Mlp,
-}
-
-/// What mixes the positions.
-// A model has a handful of layers: boxing would buy nothing.
-#[allow(clippy::large_enum_variant)]
-#[derive(Module, Debug)]
-pub enum Mixer {
-    /// See [`MixerConfig::Mechanism`].
-    Mechanism(Attention),
-    /// See [`MixerConfig::HiLo`].
-    HiLo(HiLo),
-}
-
-impl Blueprint {
+impl EncoderConfig {
     /// Fresh weights.
     pub(super) fn init(self, n_classes: usize, device: &Device) -> Encoder {
-        let (d_model, class_token) = (self.d_model, self.has_class_token());
+        let (d_model, n_layers) = (self.transformer.d_model, self.transformer.n_layers);
+        let class_token = self.has_class_token();
         let normal =
             |rows: usize| Param::from_tensor(random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device));
         let input = match self.source {
@@ -90,89 +64,42 @@ impl Blueprint {
             }
             Source::Tokens { vocab_size, .. } => InputLayer::Embedding(normal(vocab_size)),
         };
-        let layer = |index| EncoderBlock {
-            attention_norm: Norm::init(self.norm, d_model, device),
-            attention: match self.mixer(index) {
-                MixerConfig::Mechanism(config) => Mixer::Mechanism(config.init(&self.dims(index), device)),
-                MixerConfig::HiLo(config) => Mixer::HiLo(config.init(d_model, device)),
-            },
-            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&self.gated(), device)),
-            mlp_norm: Norm::init(self.norm, d_model, device),
-            mlp: Mlp::init(self.mlp, [d_model, self.d_ff], self.n_layers, device),
-        };
         Encoder {
             input,
             class_token: class_token.then(|| normal(1)),
             positions: normal(self.source.positions() + usize::from(class_token)),
-            layers: (0..self.n_layers).map(layer).collect(),
-            norm: Norm::init(self.norm, d_model, device),
-            pooling: self.pooling.init(d_model, self.n_layers, device),
+            layers: (0..n_layers).map(|index| self.transformer.init_layer(index, device)).collect(),
+            norm: self.transformer.init_norm(device),
+            pooling: self.pooling.init(d_model, n_layers, device),
             head: linear(d_model, n_classes, true, INIT_STD, device),
-            blueprint: self,
+            config: self,
+            precision: Precision::F32,
         }
     }
 
     /// Costs by part, operations per example.
     pub(super) fn parts(&self, n_classes: usize) -> Vec<Part> {
-        let (d_model, d_ff, layers) = (self.d_model as u64, self.d_ff as u64, self.n_layers as u64);
+        let (d_model, n_layers) = (self.transformer.d_model as u64, self.transformer.n_layers);
         let front = u64::from(self.has_class_token());
         let positions = self.source.positions() as u64 + front;
-        let part = |name: &str, parameters: u64, flops_per_token: u64| Part {
-            name: name.into(),
-            cost: Cost { parameters, flops_per_token, ..Cost::default() },
-        };
-        let mut parts = vec![match self.source {
+        let input = match self.source {
             Source::Patches { channels, side, .. } => {
                 let width = (channels * side * side) as u64;
-                part("patches", (width + 1) * d_model, 2 * (positions - front) * width * d_model)
+                Part::new("patches", (width + 1) * d_model, 2 * (positions - front) * width * d_model)
             }
-            Source::Tokens { vocab_size, .. } => part("embedding", vocab_size as u64 * d_model, 0),
-        }];
-        parts.push(part("positions", (positions + front) * d_model, 0));
-        for layer in 0..self.n_layers {
-            let (parameters, flops) = match self.mixer(layer) {
-                MixerConfig::Mechanism(mechanism) => {
-                    let cost = mechanism.cost(&self.dims(layer));
-                    let pairs = positions * positions;
-                    (cost.parameters, positions * cost.flops_per_token + pairs * cost.flops_per_pair)
-                }
-                MixerConfig::HiLo(hilo) => {
-                    (hilo_parameters(hilo, d_model), 2 * hilo.multiply_adds(self.d_model, positions as usize))
-                }
-            };
-            let name = format!("attention: {}", self.mixer(layer).name());
-            match parts.iter_mut().find(|part| part.name == name) {
-                Some(Part { cost, .. }) => {
-                    cost.parameters += parameters;
-                    cost.flops_per_token += flops;
-                }
-                None => parts.push(part(&name, parameters, flops)),
-            }
-        }
-        let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
-        parts.push(part("feed-forward", layers * (matrices + biases), 2 * positions * layers * matrices));
-        if let Some(gate) = &self.attention_gate {
-            parts.push(part("attention gates", layers * gate.parameters(&self.gated()), 0));
-        }
-        parts.push(part("norms", (2 * layers + 1) * self.norm.vectors() * d_model, 0));
-        parts.push(part("pooling", self.pooling.parameters(self.d_model, self.n_layers), 0));
-        parts.push(part("head", (d_model + 1) * n_classes as u64, 2 * d_model * n_classes as u64));
+            Source::Tokens { vocab_size, .. } => Part::new("embedding", vocab_size as u64 * d_model, 0),
+        };
+        let mut parts = vec![input, Part::new("positions", (positions + front) * d_model, 0)];
+        parts.extend(self.transformer.parts(Some(positions)));
+        parts.push(Part::new("pooling", self.pooling.parameters(self.transformer.d_model, n_layers), 0));
+        parts.push(Part::new("head", (d_model + 1) * n_classes as u64, 2 * d_model * n_classes as u64));
         parts
     }
 
     pub(super) fn kept_numbers(&self) -> usize {
-        self.source.positions() * self.n_layers * (10 * self.d_model + 4 * self.d_ff)
+        let transformer = &self.transformer;
+        self.source.positions() * transformer.n_layers * (10 * transformer.d_model + 4 * transformer.d_ff)
     }
-}
-
-/// Weights of a HiLo layer.
-fn hilo_parameters(hilo: &HiLoConfig, d_model: u64) -> u64 {
-    let low = hilo.lofi_heads() as u64 * (d_model / hilo.n_heads as u64);
-    let part = |width: u64| {
-        let biases = if hilo.qkv_bias { 3 * width } else { 0 };
-        3 * d_model * width + width * width + width + biases
-    };
-    [low, d_model - low].into_iter().filter(|width| *width > 0).map(part).sum()
 }
 
 /// What a batch is, on the device.
@@ -197,7 +124,7 @@ impl Encoder {
     /// If the inputs are of another kind or size than the model was made for.
     pub fn forward(&self, inputs: &Inputs, observe: Observe) -> Scored {
         let Batched { mut hidden, padding, mask } = self.embed(inputs);
-        let eps = self.blueprint.norm_eps;
+        let eps = self.config.transformer.norm_eps;
         let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for layer in &self.layers {
             let attended = self.through(layer, hidden, &mask, observe.clone());
@@ -214,46 +141,26 @@ impl Encoder {
         Scored { logits, penalties, seen, factor: None }
     }
 
-    /// What a layer makes of the residual stream, `[batch, positions, d_model]`.
-    fn through(&self, layer: &EncoderBlock, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
-        let eps = self.blueprint.norm_eps;
-        let normed = layer.attention_norm.forward(hidden.clone(), eps);
-        let attended = match (&layer.attention, self.blueprint.source) {
-            (Mixer::Mechanism(mechanism), _) => {
-                let adapters = Adapters::default();
-                mechanism.forward(normed, Call { rope: None, mask, bias: None, cache: None, observe, adapters })
-            }
-            (Mixer::HiLo(hilo), Source::Patches { grid, .. }) => {
-                // There is nothing to see in it, but layers are counted.
-                let seen = (!matches!(observe, Observe::Nothing)).then(Observation::default);
-                Attended { hidden: hilo.forward(normed, grid, None), penalty: None, seen }
-            }
-            (Mixer::HiLo(_), Source::Tokens { .. }) => unreachable!("texts have no grid"),
-        };
-        let written = match &layer.attention_gate {
-            Some(gate) => gate.forward(attended.hidden, None).0,
-            None => attended.hidden,
-        };
-        let hidden = hidden + written;
-        let normed = layer.mlp_norm.forward(hidden.clone(), eps);
-        let hidden = hidden + layer.mlp.forward(normed, Adapters::default());
-        Attended { hidden, ..attended }
+    /// The model with its products in another precision.
+    pub(super) fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
-    /// Before the step `step` of training, from 0: moves on the allocations of key-driven layers whose time has come, each by
-    /// what it reads once those before it have moved.
-    pub(super) fn regroup(&mut self, inputs: &Inputs, step: u64) {
-        let due = |layer: &EncoderBlock| match &layer.attention {
-            Mixer::Mechanism(Attention::KeyDriven(heads)) => heads.regroups_at(step),
-            _ => false,
-        };
-        let Some(last) = self.layers.iter().rposition(due) else { return };
+    fn through(&self, layer: &Block, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
+        let transformer = &self.config.transformer;
+        let call = Call { grid: transformer.grid, observe, ..Call::new(mask) };
+        layer.forward(hidden, call, transformer, self.precision)
+    }
+
+    /// What layers do before the step `step` of training, from 0: each by what it reads once those before it are done.
+    pub(super) fn before_step(&mut self, inputs: &Inputs, step: u64) {
+        let Some(last) = self.layers.iter().rposition(|layer| layer.attention.is_due(step)) else { return };
         let Batched { mut hidden, mask, .. } = self.embed(inputs);
         for index in 0..=last {
             let layer = &mut self.layers[index];
-            if let Mixer::Mechanism(Attention::KeyDriven(heads)) = &mut layer.attention {
-                let read = layer.attention_norm.forward(hidden.clone(), self.blueprint.norm_eps);
-                heads.regroup(read, &mask, step);
+            if layer.attention.is_due(step) {
+                let read = layer.attention_norm.forward(hidden.clone(), self.config.transformer.norm_eps);
+                layer.attention.before_step(read, &mask, step);
             }
             hidden = self.through(&self.layers[index], hidden, &mask, Observe::Nothing).hidden;
         }
@@ -262,7 +169,7 @@ impl Encoder {
     fn embed(&self, inputs: &Inputs) -> Batched {
         let device = self.device();
         let front = usize::from(self.class_token.is_some());
-        let (embedded, lengths) = match (inputs, &self.input, self.blueprint.source) {
+        let (embedded, lengths) = match (inputs, &self.input, self.config.source) {
             (Inputs::Images { pixels, channels, height, width }, InputLayer::Projection(layer), source) => {
                 let Source::Patches { side, grid, .. } = source else { unreachable!("a projection is of patches") };
                 assert_eq!([height / side, width / side], grid, "pictures have another size than the model's");
@@ -276,7 +183,8 @@ impl Encoder {
                 let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
                 let count = ids.len();
                 let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), &device);
-                let rows = table.val().select(0, ids).reshape([lengths.len(), *seq_len, self.blueprint.d_model]);
+                let rows =
+                    table.val().select(0, ids).reshape([lengths.len(), *seq_len, self.config.transformer.d_model]);
                 let lengths: Vec<usize> = lengths.iter().map(|&length| length as usize + front).collect();
                 (rows, Some(lengths))
             }

@@ -1,11 +1,12 @@
 //! Settings of a decoder: what can be wrong with them, and what they cost.
 
-use polyhead_attention::{AttentionConfig, ConfigError, Cost, Dims, GaussianAdaptiveConfig, RopeLayout};
+use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig, RopeLayout};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::PerLayer;
 use crate::rope_scaling::RopeScaling;
+use crate::transformer::{MlpKind, NormKind, Part, TransformerConfig, check_positive};
 
 /// Settings of a decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -71,83 +72,13 @@ fn norm_eps() -> f64 {
     1e-5
 }
 
-/// The kind of a decoder's norms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum NormKind {
-    /// Root mean square, without a bias.
-    #[default]
-    Rms,
-    /// Mean and variance, with a bias.
-    Layer,
-}
-
-impl NormKind {
-    /// Vectors of a norm.
-    pub(crate) fn vectors(self) -> u64 {
-        match self {
-            Self::Rms => 1,
-            Self::Layer => 2,
-        }
-    }
-}
-
-/// The kind of a decoder's feed-forward layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum MlpKind {
-    /// `down(silu(gate(x)) * up(x))`
-    #[default]
-    Swiglu,
-    /// `down(gelu(up(x)))` with biases.
-    Gelu,
-}
-
-impl MlpKind {
-    /// Weights of a layer's matrices, and of its biases.
-    pub(crate) fn parameters(self, d_model: u64, d_ff: u64) -> [u64; 2] {
-        match self {
-            Self::Swiglu => [3 * d_model * d_ff, 0],
-            Self::Gelu => [2 * d_model * d_ff, d_model + d_ff],
-        }
-    }
-}
-
-/// A part of a model with what it costs, for `plan`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Part {
-    /// What it is: `embedding`, `layer 0-3: softmax`, ...
-    pub name: String,
-    /// Its cost, over all its layers.
-    pub cost: Cost,
-}
-
 /// What a whole model costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ModelCosts {
     /// Weights.
     pub parameters: u64,
-    /// Numbers kept per token while decoding.
-    pub cached_numbers_per_token: u64,
-}
-
-/// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers: channels, layers,
-/// channels of the feed-forward layers. The limits are chosen by us.
-///
-/// # Errors
-/// Names the field, its value and the rule.
-pub(crate) fn check_sizes([d_model, n_layers, d_ff]: [usize; 3]) -> Result<(), ConfigError> {
-    for (field, value, most) in
-        [("d_model", d_model, 1 << 20), ("n_layers", n_layers, 1 << 14), ("d_ff", d_ff, 1 << 24)]
-    {
-        if value == 0 {
-            return Err(ConfigError::new(field, format!("{field} (0) must be at least 1")));
-        }
-        if value > most {
-            return Err(ConfigError::new(field, format!("{field} ({value}) must be at most {most}")));
-        }
-    }
-    Ok(())
+    /// Elements kept per token while decoding.
+    pub kv_cache_elements_per_token: u64,
 }
 
 impl DecoderConfig {
@@ -156,8 +87,22 @@ impl DecoderConfig {
         self.d_ff.unwrap_or_else(|| self.d_model.saturating_mul(8).div_ceil(3).next_multiple_of(16))
     }
 
-    pub(super) fn dims(&self, layer: usize) -> Dims {
-        Dims { d_model: self.d_model, n_layers: self.n_layers, layer, rope: self.rope, norm_eps: self.norm_eps }
+    /// The settings of the layers.
+    pub(super) fn transformer(&self) -> TransformerConfig {
+        TransformerConfig {
+            d_model: self.d_model,
+            n_layers: self.n_layers,
+            d_ff: self.feed_forward(),
+            norm: self.norm,
+            norm_eps: self.norm_eps,
+            mlp: self.mlp,
+            rope: self.rope,
+            parallel_residual: self.parallel_residual,
+            attention: self.attention.clone(),
+            attention_gate: self.attention_gate.clone(),
+            gated: [1, self.d_model],
+            grid: None,
+        }
     }
 
     /// The mechanism of a layer.
@@ -170,7 +115,8 @@ impl DecoderConfig {
 
     /// Channels of a query head in a layer.
     pub fn head_dim(&self, layer: usize) -> usize {
-        self.mechanism(layer).head_dim(&self.dims(layer))
+        let Self { d_model, n_layers, rope, norm_eps, .. } = *self;
+        self.mechanism(layer).head_dim(&Dims { d_model, n_layers, layer, rope, norm_eps, grid: None })
     }
 
     /// Channels of a query head in a layer that rotate.
@@ -183,12 +129,7 @@ impl DecoderConfig {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        check_sizes([self.d_model, self.n_layers, self.feed_forward()])?;
-        for (field, value) in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));
-            }
-        }
+        check_positive("rope_theta", self.rope_theta)?;
         if let Some(scaling) = &self.rope_scaling {
             scaling.validate().map_err(|error| error.within("rope_scaling"))?;
         }
@@ -196,73 +137,41 @@ impl DecoderConfig {
             gate.validate_channels(self.d_model, "a causal model must not look ahead")
                 .map_err(|error| error.within("attention_gate"))?;
         }
-        if let PerLayer::Each(list) = &self.attention
-            && list.len() != self.n_layers
-        {
-            let problem = format!(
-                "attention lists {} mechanisms for n_layers ({}): give one per layer",
-                list.len(),
-                self.n_layers
-            );
-            return Err(ConfigError::new("attention", problem));
-        }
-        for layer in 0..self.n_layers {
-            let table = match &self.attention {
-                PerLayer::Same(_) => "attention".to_owned(),
-                PerLayer::Each(_) => format!("attention.{layer}"),
-            };
-            let mechanism = self.mechanism(layer);
-            mechanism.validate(&self.dims(layer)).map_err(|e| e.within(&table))?;
-            mechanism.check_causal().map_err(|e| e.within(&table))?;
-            let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
-            if !(fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2)) && self.rope {
-                let problem = format!(
-                    "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head \
-                     ({}) to rotate, not {rotated}",
-                    self.head_dim(layer)
-                );
-                return Err(ConfigError::new("rope_fraction", problem));
-            }
-        }
-        Ok(())
+        self.transformer().validate(|_, mechanism| mechanism.check_causal())?;
+        (0..self.n_layers).try_for_each(|layer| self.check_rotation(layer))
     }
 
-    /// Parameters and costs by part. Neighbouring layers of one mechanism are one part.
+    fn check_rotation(&self, layer: usize) -> Result<(), ConfigError> {
+        let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
+        if !self.rope
+            || !self.mechanism(layer).rotates()
+            || (fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2))
+        {
+            return Ok(());
+        }
+        let problem = format!(
+            "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head ({}) to \
+             rotate, not {rotated}",
+            self.head_dim(layer)
+        );
+        Err(ConfigError::new("rope_fraction", problem))
+    }
+
+    /// Parameters and costs by part.
     pub fn parts(&self, vocab_size: usize) -> Vec<Part> {
-        let (d_model, d_ff, vocab) = (self.d_model as u64, self.feed_forward() as u64, vocab_size as u64);
-        let plain = |parameters: u64, flops_per_token: u64| Cost { parameters, flops_per_token, ..Default::default() };
-        let mut parts = vec![Part { name: "embedding".into(), cost: plain(vocab * d_model, 0) }];
-        for layer in 0..self.n_layers {
-            let cost = self.mechanism(layer).cost(&self.dims(layer));
-            let name = format!("attention: {}", self.mechanism(layer).name());
-            match parts.iter_mut().find(|part| part.name == name) {
-                Some(part) => {
-                    part.cost.parameters += cost.parameters;
-                    part.cost.flops_per_token += cost.flops_per_token;
-                    part.cost.flops_per_pair += cost.flops_per_pair;
-                    part.cost.cached_numbers_per_token += cost.cached_numbers_per_token;
-                }
-                None => parts.push(Part { name, cost }),
-            }
-        }
-        let layers = self.n_layers as u64;
-        let [matrices, biases] = self.mlp.parameters(d_model, d_ff);
-        let cost = plain(layers * (matrices + biases), 2 * layers * matrices);
-        parts.push(Part { name: "feed-forward".into(), cost });
-        parts.push(Part { name: "norms".into(), cost: plain((2 * layers + 1) * self.norm.vectors() * d_model, 0) });
-        if let Some(gate) = &self.attention_gate {
-            let parameters = layers * gate.parameters(&[1, self.d_model]);
-            parts.push(Part { name: "attention gates".into(), cost: plain(parameters, 0) });
-        }
-        let head = if self.tie_embeddings { 0 } else { vocab * d_model };
-        parts.push(Part { name: "head".into(), cost: plain(head, 2 * vocab * d_model) });
+        let embedding = (vocab_size * self.d_model) as u64;
+        let head = if self.tie_embeddings { 0 } else { embedding };
+        let mut parts = vec![Part::new("embedding", embedding, 0)];
+        parts.extend(self.transformer().parts(None));
+        parts.push(Part::new("head", head, 2 * embedding));
         parts
     }
+
     /// The sums over all [`parts`](Self::parts).
     pub fn costs(&self, vocab_size: usize) -> ModelCosts {
         let add = |sum: ModelCosts, part: Part| ModelCosts {
             parameters: sum.parameters + part.cost.parameters,
-            cached_numbers_per_token: sum.cached_numbers_per_token + part.cost.cached_numbers_per_token,
+            kv_cache_elements_per_token: sum.kv_cache_elements_per_token + part.cost.kv_cache_elements_per_token,
         };
         self.parts(vocab_size).into_iter().fold(ModelCosts::default(), add)
     }

@@ -77,12 +77,12 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     let (family, json) = match first {
         AttentionConfig::Softmax(softmax) => softmax_config(model, softmax, options)?,
         AttentionConfig::GroupedDifferential(gda) => (Family::Motif, motif_config(model, gda, options)?),
-        AttentionConfig::MixtureOfHead(_) => {
-            return unsupported(
-                "mixture_of_head: the format has no such model; model.safetensors of the checkpoint holds it",
-            );
+        other => {
+            let name = other.name();
+            return unsupported(&format!(
+                "{name}: the format has no such model; model.safetensors of the checkpoint holds it"
+            ));
         }
-        AttentionConfig::DecoupledHead(_) | AttentionConfig::KeyDriven(_) => unreachable!("written above"),
     };
     files(model, family, json, options)
 }

@@ -260,7 +260,9 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
         }
         _ => refuse(false, &key, "is for decoders; a classifier is trained by procedure.standard"),
     }
-    refuse(recipe.training.precision == Precision::F32, "training.precision", "must be \"f32\" for a classifier");
+    if let Err(words) = classifier.check_precision(recipe.training.precision) {
+        refuse(false, "training.precision", &words);
+    }
     refuse(
         recipe.augmentation.is_nothing() || recipe.data.shows_pictures(),
         "augmentation",

@@ -65,7 +65,7 @@ pub fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> R
     };
     line("", ["before".into(), "after".into()])?;
     line("parameters", cost(|costs| costs.parameters))?;
-    line("KV bytes per token, computed", cost(|costs| 4 * costs.cached_numbers_per_token))?;
+    line("KV bytes per token, computed", cost(|costs| 4 * costs.kv_cache_elements_per_token))?;
     line("KV bytes per token, measured", models.map(|model| thousands(cached_bytes(model))))?;
     line("loss", sums.map(|sums| format!("{:.4}", sums.mean_loss())))?;
     line("perplexity", sums.map(|sums| format!("{:.3}", sums.mean_loss().exp())))?;
@@ -92,7 +92,7 @@ pub fn cached_bytes(model: &Decoder) -> u64 {
     let tokens = model.tokens(&Batch { batch: 1, seq: 1, tokens: vec![0], ..Default::default() });
     let mut cache = Cache::new(model.layers.len());
     model.forward(tokens, &Mask::causal(), Some(&mut cache), Observe::Nothing);
-    cache.layers.iter().map(|layer| 4 * layer.numbers_per_token() as u64).sum()
+    cache.layers.iter().map(|layer| 4 * layer.elements() as u64).sum()
 }
 
 /// How a layer's heads are shared.

@@ -1,0 +1,316 @@
+//! The pre-norm transformer layer, which decoders and encoders stack: `x + attention(norm(x))`, then `x + mlp(norm(x))`, in
+//! the form of LLaMA (Touvron et al. 2023, arXiv 2302.13971) or, by its settings, of ViT or GPT-NeoX.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::activation::gelu;
+use burn::tensor::{DType, Device, Tensor};
+use polyhead_attention::{
+    Adapters, Attended, Attention, AttentionConfig, Call, ConfigError, Cost, Dims, GaussianAdaptive,
+    GaussianAdaptiveConfig, INIT_STD, linear,
+};
+use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::PerLayer;
+
+/// The kind of norms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// Root mean square, without a bias.
+    #[default]
+    Rms,
+    /// Mean and variance, with a bias.
+    Layer,
+}
+
+/// The kind of feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MlpKind {
+    /// `down(silu(gate(x)) * up(x))`
+    #[default]
+    Swiglu,
+    /// `down(gelu(up(x)))` with biases.
+    Gelu,
+}
+
+/// What products run in. Parameters, the residual stream, norms, softmax, λ and the loss are f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of f32: for GPUs; on a CPU it is slower.
+    Bf16,
+}
+
+impl Precision {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// The settings of a stack of layers, whatever is before and behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TransformerConfig {
+    pub d_model: usize,
+    pub n_layers: usize,
+    pub d_ff: usize,
+    pub norm: NormKind,
+    pub norm_eps: f64,
+    pub mlp: MlpKind,
+    /// Whether queries and keys are rotated by position.
+    pub rope: bool,
+    /// Attention and feed-forward layer read the same input, and both are added to it.
+    pub parallel_residual: bool,
+    pub attention: PerLayer<AttentionConfig>,
+    pub attention_gate: Option<GaussianAdaptiveConfig>,
+    /// Positions and channels that the gates are made for.
+    pub gated: [usize; 2],
+    /// Rows and columns of the grid that the positions form, where they form one.
+    pub grid: Option<[usize; 2]>,
+}
+
+/// A part of a model with what it costs, for `plan`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// What it is: `embedding`, `attention: softmax`, ...
+    pub name: String,
+    /// Its cost, over all its layers.
+    pub cost: Cost,
+}
+
+impl Part {
+    pub(crate) fn new(name: impl Into<String>, parameters: u64, flops_per_token: u64) -> Self {
+        Self { name: name.into(), cost: Cost { parameters, flops_per_token, ..Cost::default() } }
+    }
+}
+
+impl TransformerConfig {
+    pub fn dims(&self, layer: usize) -> Dims {
+        let Self { d_model, n_layers, rope, norm_eps, grid, .. } = *self;
+        Dims { d_model, n_layers, layer, rope, norm_eps, grid }
+    }
+
+    fn mechanism(&self, layer: usize) -> &AttentionConfig {
+        self.attention.of_layer(layer).expect("validate: one mechanism per layer")
+    }
+
+    /// Checks everything that a user can get wrong; `check` adds what a mechanism must obey in this model.
+    pub fn validate(
+        &self,
+        check: impl Fn(usize, &AttentionConfig) -> Result<(), ConfigError>,
+    ) -> Result<(), ConfigError> {
+        check_sizes([self.d_model, self.n_layers, self.d_ff])?;
+        check_positive("norm_eps", self.norm_eps)?;
+        if let PerLayer::Each(list) = &self.attention
+            && list.len() != self.n_layers
+        {
+            let (listed, n_layers) = (list.len(), self.n_layers);
+            let problem = format!("attention lists {listed} mechanisms for n_layers ({n_layers}): give one per layer");
+            return Err(ConfigError::new("attention", problem));
+        }
+        for layer in 0..self.n_layers {
+            let table = match &self.attention {
+                PerLayer::Same(_) => "attention".to_owned(),
+                PerLayer::Each(_) => format!("attention.{layer}"),
+            };
+            let mechanism = self.mechanism(layer);
+            mechanism.validate(&self.dims(layer)).map_err(|error| error.within(&table))?;
+            check(layer, mechanism).map_err(|error| error.within(&table))?;
+        }
+        Ok(())
+    }
+
+    /// A layer with fresh weights.
+    pub fn init_layer(&self, index: usize, device: &Device) -> Block {
+        let norm = || Norm::init(self.norm, self.d_model, device);
+        Block {
+            attention_norm: norm(),
+            attention: self.mechanism(index).init(&self.dims(index), device),
+            attention_gate: self.attention_gate.as_ref().map(|gate| gate.init(&self.gated, device)),
+            mlp_norm: norm(),
+            mlp: Mlp::init(self.mlp, [self.d_model, self.d_ff], self.n_layers, device),
+        }
+    }
+
+    /// The norm behind the last layer, with fresh weights.
+    pub fn init_norm(&self, device: &Device) -> Norm {
+        Norm::init(self.norm, self.d_model, device)
+    }
+
+    /// Costs of the layers and of the last norm, by part: attention by mechanism, feed-forward, gates, norms. Operations are
+    /// per token, or, where all `positions` attend to each other, per example.
+    pub fn parts(&self, positions: Option<u64>) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        for layer in 0..self.n_layers {
+            let (mechanism, dims) = (self.mechanism(layer), self.dims(layer));
+            let cost = match (mechanism.cost(&dims), positions) {
+                (cost, None) => cost,
+                (Cost { parameters, .. }, Some(positions)) => {
+                    let flops_per_token = mechanism.encoder_flops(&dims, positions);
+                    Cost { parameters, flops_per_token, ..Cost::default() }
+                }
+            };
+            let name = format!("attention: {}", mechanism.name());
+            match parts.iter_mut().find(|part| part.name == name) {
+                Some(part) => part.cost = part.cost + cost,
+                None => parts.push(Part { name, cost }),
+            }
+        }
+        let (d_model, d_ff, layers) = (self.d_model as u64, self.d_ff as u64, self.n_layers as u64);
+        let [matrices, biases] = match self.mlp {
+            MlpKind::Swiglu => [3 * d_model * d_ff, 0],
+            MlpKind::Gelu => [2 * d_model * d_ff, d_model + d_ff],
+        };
+        let flops = positions.unwrap_or(1).saturating_mul(2 * layers * matrices);
+        parts.push(Part::new("feed-forward", layers * (matrices + biases), flops));
+        if let Some(gate) = &self.attention_gate {
+            parts.push(Part::new("attention gates", layers * gate.parameters(&self.gated), 0));
+        }
+        let vectors = match self.norm {
+            NormKind::Rms => 1,
+            NormKind::Layer => 2,
+        };
+        parts.push(Part::new("norms", (2 * layers + 1) * vectors * d_model, 0));
+        parts
+    }
+}
+
+/// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers: channels, layers,
+/// channels of the feed-forward layers. The limits are chosen by us.
+///
+/// # Errors
+/// Names the field, its value and the rule.
+fn check_sizes([d_model, n_layers, d_ff]: [usize; 3]) -> Result<(), ConfigError> {
+    for (field, value, most) in
+        [("d_model", d_model, 1 << 20), ("n_layers", n_layers, 1 << 14), ("d_ff", d_ff, 1 << 24)]
+    {
+        if value == 0 {
+            return Err(ConfigError::new(field, format!("{field} (0) must be at least 1")));
+        }
+        if value > most {
+            return Err(ConfigError::new(field, format!("{field} ({value}) must be at most {most}")));
+        }
+    }
+    Ok(())
+}
+
+/// `Ok` for a finite number above 0.
+pub(crate) fn check_positive(field: &str, value: f64) -> Result<(), ConfigError> {
+    match value.is_finite() && value > 0.0 {
+        true => Ok(()),
+        false => Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number"))),
+    }
+}
+
+/// A norm's weights; the epsilon is the model's.
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// `[d_model]`
+    pub weight: Param<Tensor<1>>,
+    /// `[d_model]`: makes it a LayerNorm; without it, it is an RMSNorm
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Norm {
+    fn init(kind: NormKind, d_model: usize, device: &Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::ones([d_model], device)),
+            bias: (kind == NormKind::Layer).then(|| Param::from_tensor(Tensor::zeros([d_model], device))),
+        }
+    }
+
+    pub(crate) fn forward(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
+        match &self.bias {
+            Some(bias) => layer_norm(hidden, self.weight.val(), bias.val(), eps),
+            None => rms_norm(hidden, self.weight.val(), eps),
+        }
+    }
+}
+
+/// A feed-forward layer: gated SwiGLU, or GELU where there is no gate.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[d_model, d_ff]`
+    pub gate_proj: Option<Linear>,
+    /// `[d_model, d_ff]`
+    pub up_proj: Linear,
+    /// `[d_ff, d_model]`
+    pub down_proj: Linear,
+}
+
+impl Mlp {
+    fn init(kind: MlpKind, [d_model, d_ff]: [usize; 2], n_layers: usize, device: &Device) -> Self {
+        let biases = kind == MlpKind::Gelu;
+        // What writes into the residual stream begins smaller, as the output projections of attention do.
+        let residual = INIT_STD / (2.0 * n_layers as f64).sqrt();
+        Self {
+            gate_proj: (kind == MlpKind::Swiglu).then(|| linear(d_model, d_ff, false, INIT_STD, device)),
+            up_proj: linear(d_model, d_ff, biases, INIT_STD, device),
+            down_proj: linear(d_ff, d_model, biases, residual, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
+        let Self { gate_proj, up_proj, down_proj } = self;
+        let touched = adapters.touch(&["gate_proj", "up_proj", "down_proj"]);
+        let up = |x| adapters.project("up_proj", up_proj, x);
+        let inner = match gate_proj {
+            Some(gate) if !touched => {
+                return gated_mlp(x, gate.weight.val(), up_proj.weight.val(), down_proj.weight.val());
+            }
+            Some(gate) => swiglu(adapters.project("gate_proj", gate, x.clone()), up(x)),
+            None => gelu(up(x)),
+        };
+        adapters.project("down_proj", down_proj, inner)
+    }
+}
+
+/// One layer.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before attention
+    pub attention_norm: Norm,
+    /// The mechanism
+    pub attention: Attention,
+    /// On what the mechanism writes; `None` without
+    pub attention_gate: Option<GaussianAdaptive>,
+    /// Before the feed-forward layer
+    pub mlp_norm: Norm,
+    /// The feed-forward layer
+    pub mlp: Mlp,
+}
+
+impl Block {
+    /// What the layer makes of the residual stream, `[batch, seq, d_model]`. The adapters of the call are those of the
+    /// feed-forward layer too.
+    pub(crate) fn forward(
+        &self,
+        hidden: Tensor<3>,
+        call: Call<'_>,
+        config: &TransformerConfig,
+        precision: Precision,
+    ) -> Attended {
+        let (eps, inner, adapters) = (config.norm_eps, precision.dtype(), call.adapters);
+        let normed = self.attention_norm.forward(hidden.clone(), eps);
+        let attended = self.attention.forward(in_type(normed, inner), call);
+        let written = in_type(attended.hidden, DType::F32);
+        let written = match &self.attention_gate {
+            Some(gate) => gate.forward(written, None).0,
+            None => written,
+        };
+        let mixed = hidden.clone() + written;
+        let read = if config.parallel_residual { hidden } else { mixed.clone() };
+        let normed = self.mlp_norm.forward(read, eps);
+        let hidden = mixed + in_type(self.mlp.forward(in_type(normed, inner), adapters), DType::F32);
+        Attended { hidden, ..attended }
+    }
+}
