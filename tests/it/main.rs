@@ -16,6 +16,7 @@ mod golden;
 mod golden_dha;
 mod golden_focusft;
 mod golden_gaam;
+mod golden_gated_delta_net;
 mod golden_gda;
 mod golden_hf;
 mod golden_hilo;

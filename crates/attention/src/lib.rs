@@ -12,6 +12,7 @@ mod adapter;
 mod cache;
 mod config;
 mod decoupled_head;
+mod gated_delta_net;
 mod gaussian_adaptive;
 mod grouped_differential;
 mod hilo;
@@ -32,6 +33,7 @@ pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, KvCache, MechanismCache, NoCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
+pub use gated_delta_net::{DeltaState, GatedDeltaNet, GatedDeltaNetConfig};
 pub use gaussian_adaptive::{
     GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, Importance,
     MixtureGate, MixtureGateConfig, PaperGate, PaperGateConfig, ProductGate, ProductGateConfig, WidthInit,
@@ -322,4 +324,6 @@ mechanisms! {
     key_driven => KeyDriven, KeyDrivenConfig;
     /// HiLo: windows of a grid for high frequencies, their means for low ones. For pictures.
     hilo => Hilo, HiloConfig;
+    /// Gated DeltaNet: a recurrent state for each head, corrected by the delta rule.
+    gated_delta_net => GatedDeltaNet, GatedDeltaNetConfig;
 }
