@@ -112,11 +112,12 @@ fn a_validation_is_put_off_and_made_up_for() {
     }
 }
 
-/// Opening the data may take minutes; here it waits for a pipe that nobody writes to.
+/// Opening the data may take minutes; here its tokenizer is a pipe that nobody writes to.
 #[test]
 fn signals_are_heard_while_the_data_is_opened() {
-    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"pipe.txt\"]"));
-    assert!(Command::new("mkfifo").arg(world.dir.path().join("pipe.txt")).status().unwrap().success());
+    let text = "[tokenizer.huggingface]\npath = \"pipe.json\"\n[data.text]\npaths = [\"recipe.toml\"]";
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", text));
+    assert!(Command::new("mkfifo").arg(world.dir.path().join("pipe.json")).status().unwrap().success());
     for (signal, code) in [("-TERM", 143), ("-INT", 130), ("-HUP", 129)] {
         let run = format!("run{signal}");
         let mut child =
