@@ -273,7 +273,13 @@ fn texts() -> Vec<Specimen> {
         specimen("chat", DECODER, &format!("{chat_data}template = \"chatml\"\n"), &["c.jsonl"], one("c.jsonl", chat)),
         specimen("template", DECODER, &format!("{chat_data}template = \"t.jinja\"\n"), &["t.jinja"], template),
         specimen("jsonl", DECODER, "[data.jsonl]\npaths = [\"t.jsonl\"]\n", &["t.jsonl"], one("t.jsonl", text.clone())),
-        specimen("text", DECODER, "[data.text]\npaths = [\"t.txt\"]\n", &["t.txt"], one("t.txt", text)),
+        specimen(
+            "text",
+            DECODER,
+            "[data.text]\npaths = [\"t.txt\"]\nsyntax = \"any\"\n",
+            &["t.txt"],
+            one("t.txt", text),
+        ),
         specimen("html", DECODER, "[data.text]\npaths = [\"t.html\"]\n", &["t.html"], one("t.html", html)),
         specimen(
             "labelled",
