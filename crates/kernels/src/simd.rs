@@ -303,11 +303,15 @@ vectorized! {
         gate: &[f32], up: &[f32], dy: &[f32], dgate: &'y mut [MaybeUninit<f32>], dup: &'z mut [MaybeUninit<f32>],
     ) -> (&'y mut [f32], &'z mut [f32]) {
         let n = dgate.len();
-        let (gate, up, dy) = (&gate[..n], &up[..n], &dy[..n]);
-        write_both(dgate, dup, |i| {
+        let (gate, up, dy, dup) = (&gate[..n], &up[..n], &dy[..n], &mut dup[..n]);
+        // Not through `write_both`: a closure as large as this one is compiled by itself, without vectors.
+        for i in 0..n {
             let s = sigmoid(gate[i]);
-            (gate_gradient(gate[i], up[i], dy[i], s), dy[i] * gate[i] * s)
-        })
+            dgate[i].write(gate_gradient(gate[i], up[i], dy[i], s));
+            dup[i].write(dy[i] * gate[i] * s);
+        }
+        // SAFETY: the loop has written every value of both.
+        unsafe { (dgate.assume_init_mut(), dup.assume_init_mut()) }
     }
 
     /// The part of [`swiglu_backward`] that writes dgate.
@@ -316,7 +320,11 @@ vectorized! {
     ) -> &'y mut [f32] {
         let n = dgate.len();
         let (gate, up, dy) = (&gate[..n], &up[..n], &dy[..n]);
-        write(dgate, |i| gate_gradient(gate[i], up[i], dy[i], sigmoid(gate[i])))
+        for i in 0..n {
+            dgate[i].write(gate_gradient(gate[i], up[i], dy[i], sigmoid(gate[i])));
+        }
+        // SAFETY: the loop has written every value.
+        unsafe { dgate.assume_init_mut() }
     }
 
     /// The part of [`swiglu_backward`] that writes dup.
