@@ -1,4 +1,4 @@
-//! Polyhead beside PyTorch: the same decoder, first weights and first batch, trained in turns in one sitting.
+//! Polyhead beside PyTorch: the same decoder, first weights and first batch, trained in turns in one session.
 //!
 //! ```sh
 //! cargo bench --bench side_by_side -- --python venv/bin/python --out benches/RESULTS.md

@@ -174,7 +174,7 @@ fraction = 0.2
     assert_eq!(result["classes"]["scores"][0]["name"], "bad");
     let (out, _) = world.succeeds(&["eval", "run"]);
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["classes"], result["classes"]);
-    // Groups are told apart, and the worst of them is learnt from the most.
+    // Groups are told apart, and the worst of them is learned from the most.
     let groups = ["data.labelled_text.group_field=who", "loss.worst_group=5"];
     world.succeeds(&[["train", RECIPE, "--out", "groups"].as_slice(), &groups].concat());
     let result = json(&world, "groups/result.json");

@@ -80,7 +80,7 @@ fn extends_and_overrides_are_layers() {
 }
 
 #[test]
-fn text_is_learnt_looked_at_and_generated() {
+fn text_is_learned_looked_at_and_generated() {
     let world = World::new(&SMALL.replace(
         "[data.markov]\nstates = 6",
         "[data.text]\npaths = [\"book.txt\"]\n[loader]\npacking = \"documents\"",

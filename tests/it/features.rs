@@ -256,7 +256,7 @@ fn an_embedder_learns_which_texts_belong_together() {
     let told: Value = serde_json::from_str(&world.succeeds(&["eval", "run"]).0).unwrap();
     assert!(told["recall_at_5"].as_f64() > Some(0.4), "chance is a quarter: {told}");
 
-    // Comparisons know its runs by the texts they learnt from; each arm is trained at every setting.
+    // Comparisons know its runs by the texts they learned from; each arm is trained at every setting.
     let arms = "extends = \"embedder.toml\"\nseeds = [0]\nmetric = \"accuracy\"\nrecipe.training.steps = 2\n\
                 [[setting]]\nname = \"slow\"\nrecipe.optimizer.adamw.lr = 1e-3\n[[setting]]\nname = \"fast\"\n\
                 [[arm]]\nname = \"few\"\n[[arm]]\nname = \"many\"\nrecipe.model.embedder.pooling.mltp.n_latents = 8\n";
@@ -277,7 +277,7 @@ fn an_embedder_learns_which_texts_belong_together() {
     let measured: Value = serde_json::from_str(&out).unwrap();
     let mrr = |told: &Value| told["mrr"].as_f64().unwrap();
     let best = measured["layers"].as_array().unwrap().iter().map(mrr).fold(0.0, f64::max);
-    assert!(mrr(&measured["embedder"]) > best, "training helps on what was learnt from: {measured:#}");
+    assert!(mrr(&measured["embedder"]) > best, "training helps on what was learned from: {measured:#}");
     let bytes = world.read("made.safetensors");
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let embeddings = file.tensor("embeddings").unwrap();

@@ -66,7 +66,7 @@ fn a_model_is_pretrained_fine_tuned_asked_and_exported() {
         "chat.toml",
         "model.pretrained=sft",
         "procedure.bilevel.rank=2",
-        // The mask of the plain loss: what is left is what the fast weights have learnt.
+        // The mask of the plain loss: what is left is what the fast weights have learned.
         "procedure.bilevel.context_mask=causal",
         "procedure.bilevel.inner_lr=0.1",
         "--out",

@@ -56,7 +56,7 @@ fn batch(tokens: Vec<u32>, attention: &[f32], loss: &[f32], seq: usize) -> Batch
         _ if loss[at + 1] == 1.0 => i64::from(tokens[at + 1]),
         _ => IGNORE,
     };
-    let role = |(&real, &learnt): (&f32, &f32)| match (real == 1.0, learnt == 1.0) {
+    let role = |(&real, &learned): (&f32, &f32)| match (real == 1.0, learned == 1.0) {
         (false, _) => Role::Padding,
         (true, true) => Role::Assistant,
         (true, false) => Role::User,

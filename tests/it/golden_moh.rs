@@ -201,7 +201,7 @@ fn check_penalty(golden: &Golden, layer: &MixtureOfHead, x: &Tensor<3>, penalty:
     compare_gradients(golden, "aux_grad.", found);
 }
 
-/// The authors' vision attention around our router, kernel and output: queries and keys of length one, a learnt
+/// The authors' vision attention around our router, kernel and output: queries and keys of length one, a learned
 /// temperature, and a bias by relative position.
 fn check_vision(golden: &Golden) {
     let (name, config) = (&golden.name, &golden.config);

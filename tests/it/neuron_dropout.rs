@@ -78,7 +78,7 @@ fn tracked_facts_are_as_likely_as_evaluation_finds_them() {
 }
 
 #[test]
-fn text_that_is_tracked_is_not_learnt_and_mistakes_are_told() {
+fn text_that_is_tracked_is_not_learned_and_mistakes_are_told() {
     let recipe =
         format!("{SMALL}{PROCEDURE}").replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]");
     let world = World::new(&recipe);

@@ -87,7 +87,7 @@ fn the_tokenizer_comes_with_the_weights() {
         &format!("[model]\npretrained = \"parent\"\n[data.text]{}", text.split_once("[data.text]").unwrap().1),
     );
     let err = world.fails(2, &["train", "child.toml", "tokenizer.huggingface.path=other.json", "--out", "child"]);
-    assert!(err.contains("not the one that parent learnt with") && err.contains("leave [tokenizer] out"), "{err}");
+    assert!(err.contains("not the one that parent learned with") && err.contains("leave [tokenizer] out"), "{err}");
     world.succeeds(&["train", "child.toml", "--out", "child"]);
     std::fs::remove_dir_all(world.dir.path().join("parent")).unwrap();
     world.succeeds(&["train", "child.toml", "training.steps=14", "--out", "child"]);

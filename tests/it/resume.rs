@@ -224,7 +224,10 @@ fn a_changed_text_is_refused() {
     world.succeeds(&["train", RECIPE, "--out", "run"]);
     write("The dog sat on the mat and thought. ");
     let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.steps=20"]);
-    assert!(err.contains("the text is not the one that run/step-00000012 learnt from, which was 1 text file"), "{err}");
+    assert!(
+        err.contains("the text is not the one that run/step-00000012 learned from, which was 1 text file"),
+        "{err}"
+    );
     assert!(world.succeeds(&["eval", "run"]).1.contains("warning: the text is not the one"));
     write("The cat sat on the mat and thought. ");
     world.succeeds(&["train", RECIPE, "--out", "run", "training.steps=13"]);

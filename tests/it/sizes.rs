@@ -46,7 +46,7 @@ fn what_does_not_fit_the_memory_is_planned_and_not_trained() {
 }
 
 #[test]
-fn very_many_classes_are_learnt_without_a_matrix_of_them() {
+fn very_many_classes_are_learned_without_a_matrix_of_them() {
     let world = World::new(
         "[model.classifier.text_encoder]\nd_model = 8\nn_layers = 1\n[model.classifier.text_encoder.attention.softmax]\n\
          n_heads = 2\n[data.labelled_text]\npaths = [\"rows.jsonl\"]\n[training]\nsteps = 1\nseq_len = 4\nbatch_size = 2\n\

@@ -166,9 +166,9 @@ pub struct Fusion {
     pub key_operator: Param<Tensor<1>>,
     /// `[n_heads * n_heads]`, row-major: Ω of the values.
     pub value_operator: Param<Tensor<1>>,
-    /// `[1]`: how far every operator is pulled to the average of its group, 0 to 1. Set, not learnt.
+    /// `[1]`: how far every operator is pulled to the average of its group, 0 to 1. Set, not learned.
     pub anneal: Param<Tensor<1>>,
-    /// `[2]`: Z, the squared norms of the key and value projections when fusion began. Not learnt.
+    /// `[2]`: Z, the squared norms of the key and value projections when fusion began. Not learned.
     pub energy: Param<Tensor<1>>,
 }
 

@@ -20,7 +20,7 @@
 //! finds it), and obeys the same laws as any other attention.
 //!
 //! **State.** A forward pass changes nothing. What DGQA remembers are two vectors among the layer's parameters
-//! ([`Memory`], not learnt): they lie in every checkpoint, and whoever trains moves them on, with [`KeyDriven::regroup`]
+//! ([`Memory`], not learned): they lie in every checkpoint, and whoever trains moves them on, with [`KeyDriven::regroup`]
 //! before a step. In evaluation the authors' DGQA allocates by each batch and remembers it for the next; here it allocates
 //! by each batch too, and forgets it, so that the order of evaluation does not matter. In the paper's form what training
 //! left is kept.

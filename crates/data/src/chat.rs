@@ -1,7 +1,7 @@
 //! Conversations to rows: `[data.chat]`.
 //!
 //! A conversation is rendered by a chat template, as at generation; what the assistant says in it, from behind the header
-//! of its turn to the end of the turn, is learnt. Context and answers are turned into tokens apart, so that an answer
+//! of its turn to the end of the turn, is learned. Context and answers are turned into tokens apart, so that an answer
 //! begins with the token with which a model has to begin it, too.
 //!
 //! Where answers stand is found by rendering the conversation up to answers, with and without them (`turns.rs`), unless the
@@ -72,7 +72,7 @@ pub struct ChatConfig {
     /// Default: false, as the row has them; many templates then write a text in a text. How many there are is counted in the log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub decode_arguments: bool,
-    /// What is learnt: "assistant" (default), the answers; "last", the last answer only; "all", every token. Messages with
+    /// What is learned: "assistant" (default), the answers; "last", the last answer only; "all", every token. Messages with
     /// weight = 0, train = false, training = false or loss = false are not, which is counted in the log.
     #[serde(default)]
     pub learn: Learn,
@@ -144,7 +144,7 @@ fn yes() -> bool {
     true
 }
 
-/// Which tokens are learnt.
+/// Which tokens are learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Learn {
@@ -189,7 +189,7 @@ pub struct ChatTokens {
     /// Whose each is.
     pub roles: Vec<Role>,
     /// Whether it is to be predicted.
-    pub learnt: Vec<bool>,
+    pub learned: Vec<bool>,
     /// Of those that were read, counted from 0. Several may come of one row.
     pub row: usize,
 }

@@ -293,7 +293,7 @@ fn loader(
 
 /// What files of pictures hold: one set that is to be divided, or one for each side.
 pub(crate) struct Found {
-    pub learnt: Pictures,
+    pub learned: Pictures,
     pub held_out: Option<Pictures>,
     pub notes: Vec<String>,
 }
@@ -303,15 +303,15 @@ fn of_pictures(
     what: &str,
     (data, augment, options): (&DataConfig, &AugmentConfig, &OpenOptions),
 ) -> Result<Labelled, DataError> {
-    let Found { learnt, held_out, mut notes } = found;
+    let Found { learned, held_out, mut notes } = found;
     let mut hash = blake3::Hasher::new();
-    learnt.hash(&mut hash);
+    learned.hash(&mut hash);
     if let Some(held_out) = &held_out {
         held_out.hash(&mut hash);
-        if held_out.shape != learnt.shape {
+        if held_out.shape != learned.shape {
             return Err(DataError::Unusable("the pictures to validate on have another size than the others".into()));
         }
-        if held_out.labels.iter().any(|&label| label as usize >= learnt.classes.len()) {
+        if held_out.labels.iter().any(|&label| label as usize >= learned.classes.len()) {
             return Err(DataError::Unusable(
                 "the pictures to validate on have classes that the others have not".into(),
             ));
@@ -319,26 +319,29 @@ fn of_pictures(
     }
     let field = matches!(data, DataConfig::CsvImages(_)).then_some("label");
     let held_out_labels = held_out.iter().flat_map(|held_out| &held_out.labels);
-    let labels = learnt.labels.iter().chain(held_out_labels).copied();
-    notes.extend(Classes { names: &learnt.classes, data: data.name(), field }.check(labels)?);
-    let all = learnt.labels.len();
+    let labels = learned.labels.iter().chain(held_out_labels).copied();
+    notes.extend(Classes { names: &learned.classes, data: data.name(), field }.check(labels)?);
+    let all = learned.labels.len();
     let (train, validation) = match held_out {
         Some(held_out) => {
             let count = held_out.labels.len();
-            (pictures::Part::all(Arc::new(learnt)), pictures::Part::of(Arc::new(held_out), (0..count as u32).collect()))
+            (
+                pictures::Part::all(Arc::new(learned)),
+                pictures::Part::of(Arc::new(held_out), (0..count as u32).collect()),
+            )
         }
         None => {
             let [train, validation] = divide(all, options.validation_fraction)?;
-            let learnt = Arc::new(learnt);
-            (pictures::Part::of(learnt.clone(), train), pictures::Part::of(learnt, validation))
+            let learned = Arc::new(learned);
+            (pictures::Part::of(learned.clone(), train), pictures::Part::of(learned, validation))
         }
     };
     let (counts, classes) = (train.counts(), train.set.classes.clone());
     let InputShape::Images { channels, height, width } = train.shape() else { unreachable!("pictures") };
-    let (learnt, kept) = (train.per_epoch(), validation.per_epoch());
+    let (learned, kept) = (train.per_epoch(), validation.per_epoch());
     Ok(Labelled {
         description: format!(
-            "{what}: {width} x {height} pixels of {channels} channels, {} classes; {learnt} for training, {kept} for \
+            "{what}: {width} x {height} pixels of {channels} channels, {} classes; {learned} for training, {kept} for \
              validation",
             classes.len()
         ),
@@ -353,7 +356,7 @@ fn of_pictures(
     })
 }
 
-/// Which of `n` examples are learnt from and which are validated on. The same whatever the seed, so that runs are compared on
+/// Which of `n` examples are learned from and which are validated on. The same whatever the seed, so that runs are compared on
 /// the same.
 ///
 /// # Errors
@@ -361,7 +364,7 @@ fn of_pictures(
 pub(crate) fn divide(n: usize, fraction: f64) -> Result<[Vec<u32>; 2], DataError> {
     const KEY: u64 = 0x0064_6976_6964_6564; // "divided"
     if n < 2 {
-        return Err(DataError::Unusable(format!("{n} examples cannot be both learnt and validated on: give more")));
+        return Err(DataError::Unusable(format!("{n} examples cannot be both learned and validated on: give more")));
     }
     let kept = ((n as f64 * fraction).ceil() as u64).clamp(1, n as u64 - 1);
     let (validation, train) =

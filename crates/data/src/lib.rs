@@ -74,7 +74,7 @@ pub struct OpenOptions {
     pub project_root: PathBuf,
 }
 
-/// Texts that are neither learnt from nor validated on.
+/// Texts that are neither learned from nor validated on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tracking {
     /// Share of a text.
@@ -97,7 +97,7 @@ pub struct Opened {
     pub vocab_size: usize,
     /// What the data is, in words.
     pub description: String,
-    /// What else there is to know before it is learnt from.
+    /// What else there is to know before it is learned from.
     pub notes: Vec<String>,
     /// For text: a hash of the texts and the tokenizer, which tells whether files have changed.
     pub text_hash: Option<String>,
@@ -222,8 +222,8 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         }
     }
     let sizes = (train.len(), validation.len());
-    let (tokens, learnt) = chats.iter().fold((0, 0), |(tokens, learnt), chat| {
-        (tokens + chat.tokens.len(), learnt + chat.learnt.iter().filter(|&&learnt| learnt).count())
+    let (tokens, learned) = chats.iter().fold((0, 0), |(tokens, learned), chat| {
+        (tokens + chat.tokens.len(), learned + chat.learned.iter().filter(|&&learned| learned).count())
     });
     let chats = Arc::new(chats);
     let rows = |which: Vec<usize>, pack: bool| ChatRows::new(chats.clone(), which, (seq_len, pack, tokenizer.pad()));
@@ -236,7 +236,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     let mut left_out = String::new();
     for (count, what) in [
         (counts.bad, "bad rows skipped"),
-        (counts.weightless, "with nothing that is to be learnt"),
+        (counts.weightless, "with nothing that is to be learned"),
         (counts.dropped, "too long, dropped"),
         (counts.truncated, "too long, cut"),
     ] {
@@ -245,7 +245,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         }
     }
     let description = format!(
-        "{} rows of chat{left_out}: {tokens} tokens, {learnt} of them learnt; {} conversations for training in {} rows \
+        "{} rows of chat{left_out}: {tokens} tokens, {learned} of them learned; {} conversations for training in {} rows \
          ({:.0} % padding), {} for validation{followed}",
         counts.rows,
         sizes.0,
@@ -255,8 +255,8 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
     );
     let several = (counts.several > 0).then(|| {
         format!(
-            "{} conversations are learnt as several each ({} in all): the template renders their answers otherwise once more \
-             follow, so that each is learnt where it stands as it has to be written",
+            "{} conversations are learned as several each ({} in all): the template renders their answers otherwise once more \
+             follow, so that each is learned where it stands as it has to be written",
             counts.several,
             chats.len()
         )
@@ -272,7 +272,7 @@ fn open_chats(config: &ChatConfig, tokenizer: &Tokenizer, options: &OpenOptions)
         validation: loader(validation, Order::Once),
         tracking,
         vocab_size: tokenizer.vocab_size(),
-        // Whoever uses the model has to write as it has learnt to read.
+        // Whoever uses the model has to write as it has learned to read.
         tokenizer: Some(tokenizer.clone().with_chat_template(template.source().to_owned())),
         description,
         notes: several.into_iter().chain(markers).chain(note).chain(told).chain(counts.left_out).collect(),
@@ -318,7 +318,7 @@ fn known(bytes: Result<Vec<u32>, String>) -> (Option<Vec<u32>>, Option<String>) 
     }
 }
 
-/// The first samples, `most` or as many as there are, to watch a model on: as they would be learnt from, less what pads them.
+/// The first samples, `most` or as many as there are, to watch a model on: as they would be learned from, less what pads them.
 fn watched(samples: &dyn Samples, most: u64) -> Result<Vec<Batch>, DataError> {
     let row = |index: u64| {
         let Sample { mut tokens, mut targets, mut documents, mut roles } = samples.sample(0, index)?;
@@ -427,13 +427,13 @@ mod tests {
     #[test]
     fn tracked_rows_are_what_would_be_learnt_from() {
         let rows = opened(r#"{"facts":{}}"#, 4).unwrap();
-        let learnt = rows.train.batch(0).unwrap().row(0);
+        let learned = rows.train.batch(0).unwrap().row(0);
         assert_eq!(rows.tracking.len(), 3);
         for row in rows.tracking {
             // Statements of five tokens, whose answers and ends are asked for.
-            assert_eq!(row.documents, learnt.documents);
+            assert_eq!(row.documents, learned.documents);
             let asked = |row: &Batch| row.targets.iter().map(|&target| target != IGNORE).collect::<Vec<_>>();
-            assert_eq!((asked(&row), row.seq), (asked(&learnt), 32));
+            assert_eq!((asked(&row), row.seq), (asked(&learned), 32));
         }
         let file = chats(0, 40);
         let rows = opened(&chat_data(&file), 4).unwrap();

@@ -37,7 +37,7 @@ pub struct LongContextConfig {
     pub keys: [usize; 2],
     /// The chat template, as in data.chat. Default: "plain".
     pub template: String,
-    /// What is learnt, as in data.chat: "assistant" (default), "last" or "all".
+    /// What is learned, as in data.chat: "assistant" (default), "last" or "all".
     pub learn: Learn,
 }
 
@@ -87,7 +87,7 @@ pub struct Problems<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Writes around what is said.
     pub template: &'a ChatTemplate,
-    /// Which tokens are learnt.
+    /// Which tokens are learned.
     pub learn: Learn,
     /// Questions in a conversation, at most.
     pub questions: usize,
@@ -148,7 +148,7 @@ impl Problems<'_> {
         let Some(tokens) = texts.pop().filter(|_| texts.is_empty()) else {
             return Err(DataError::Unusable(format!(
                 "data.long_context.questions ({}): the chat template renders answers otherwise once more questions follow, so \
-                 that they cannot be learnt in one text; set questions = 1, or template = \"plain\"",
+                 that they cannot be learned in one text; set questions = 1, or template = \"plain\"",
                 self.questions
             )));
         };
@@ -235,12 +235,12 @@ impl Samples for LongContext {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        let ChatTokens { mut tokens, mut roles, learnt, .. } = self.problem(index)?.tokens;
+        let ChatTokens { mut tokens, mut roles, learned, .. } = self.problem(index)?.tokens;
         let mut targets: Vec<i64> = tokens
             .iter()
-            .zip(&learnt)
+            .zip(&learned)
             .skip(1)
-            .map(|(&id, &learnt)| if learnt { i64::from(id) } else { IGNORE })
+            .map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORE })
             .collect();
         let mut documents = vec![0; tokens.len()];
         targets.resize(self.seq_len, IGNORE);
@@ -295,10 +295,10 @@ mod tests {
                 assert!(found <= length && found > length - 60, "{}: {found} of {length}", task.name());
                 assert_eq!(problem, make(task, length, 0.5, 3));
                 assert_ne!(problem, make(task, length, 0.5, 4));
-                let learnt = problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
+                let learned = problem.tokens.learned.iter().filter(|&&learned| learned).count();
                 // " answer", the token that ends it, a new line.
                 let [_, said] = &problem.text[0];
-                assert_eq!(learnt, 1 + said.len() + 2);
+                assert_eq!(learned, 1 + said.len() + 2);
                 let answer = &problem.tokens.tokens[problem.answer.clone()];
                 assert_eq!(Tokenizer::bytes().decode(answer), format!(" {said}"));
             }
@@ -368,8 +368,8 @@ mod tests {
         let four = make_with(9, LongTask::MultiHop, 1500, 0.5, 3);
         assert_eq!((one.text.len(), four.text.len()), (1, 4));
         assert_eq!(make_with(9, LongTask::MultiHop, 420, 0.5, 3).text.len(), 2, "as many as there is room for");
-        let learnt = |problem: &LongProblem| problem.tokens.learnt.iter().filter(|&&learnt| learnt).count();
-        assert_eq!(learnt(&four), four.text.iter().map(|[_, answer]| answer.len() + 3).sum::<usize>());
+        let learned = |problem: &LongProblem| problem.tokens.learned.iter().filter(|&&learned| learned).count();
+        assert_eq!(learned(&four), four.text.iter().map(|[_, answer]| answer.len() + 3).sum::<usize>());
         for [question, answer] in &four.text[1..] {
             let thing = question.strip_prefix("Where is the ").unwrap().strip_suffix('?').unwrap();
             let who = four.text[0][0].split_once(&format!(" took the {thing}.")).unwrap().0.rsplit(' ').next().unwrap();

@@ -40,7 +40,7 @@ impl DataConfig {
     }
 
     /// The source by which files that are written into `folder` would be read as data, if there is one: they would change the
-    /// data while it is learnt from.
+    /// data while it is learned from.
     pub fn would_read(&self, folder: &Path) -> Option<String> {
         let folder = real(folder);
         self.sources().into_iter().find(|source| reads(source, &folder))

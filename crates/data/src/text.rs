@@ -124,7 +124,7 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
         let text = if html { html_to_text(text) } else { text.to_owned() };
         documents.push(TextDocument { name: path.display().to_string(), text });
     }
-    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learnt"));
+    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learned"));
     let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
     match documents.is_empty() {
         true => {

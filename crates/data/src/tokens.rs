@@ -232,14 +232,14 @@ fn encode(
     Ok(file)
 }
 
-/// Which tokens are learnt from and which are kept back.
+/// Which tokens are learned from and which are kept back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Split {
     /// Ranges of tokens to learn from.
     pub train: Vec<Range<u64>>,
     /// Ranges of tokens kept back.
     pub validation: Vec<Range<u64>>,
-    /// Ranges of tokens that are neither learnt from nor validated on.
+    /// Ranges of tokens that are neither learned from nor validated on.
     pub tracking: Vec<Range<u64>>,
     /// How the split was made, in words.
     pub description: String,
@@ -247,7 +247,7 @@ pub struct Split {
 
 /// Keeps back about `fraction` of the documents, each by the hash of its own text, so that adding documents moves none.
 /// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file). In the
-/// same way a share of `tracking` is kept out of both, taken from what would be learnt from.
+/// same way a share of `tracking` is kept out of both, taken from what would be learned from.
 ///
 /// # Errors
 /// If `fraction` is not between 0 and 1, or a side would be empty.

@@ -181,7 +181,7 @@ impl Task<'_> {
         Some(grad)
     }
 
-    fn sums(self) -> (Vec<f32>, f64) {
+    fn totals(self) -> (Vec<f32>, f64) {
         (self.weight_grad, self.lambda_grad)
     }
 }
@@ -229,7 +229,7 @@ fn backward(
                 simd::add_scaled(&mut noise_grad, grad, -task.lambda);
                 grad
             });
-            (written, task.sums())
+            (written, task.totals())
         });
         (Some(cpu::tensor_by_position(heads_grad, view.shape)), sums)
     } else {
@@ -240,7 +240,7 @@ fn backward(
             places.for_each(|place| {
                 task.signal(place, grad.unwritten());
             });
-            task.sums()
+            task.totals()
         });
         (None, sums.collect())
     };

@@ -1,5 +1,5 @@
 //! Low-rank pairs for the projections of a whole decoder, and LoRA (Hu et al. 2021, arXiv 2106.09685): such pairs as
-//! parameters, which are learnt while the weights stay as they are.
+//! parameters, which are learned while the weights stay as they are.
 //!
 //! As in the authors' code and PEFT: A is drawn from U(-1/sqrt(d_input), 1/sqrt(d_input)) (Kaiming's initialisation with
 //! a = sqrt(5)), B is zero, and the product is scaled by alpha / rank. Left out: dropout, adapters on embeddings.
@@ -218,9 +218,9 @@ impl Decoder {
                 pairs.fold(param, |param, Adapter { a, b, scale, .. }| {
                     let product = (a.matmul(b) * scale).detach();
                     param.map(|weight| {
-                        let learnt = weight.is_require_grad();
+                        let learned = weight.is_require_grad();
                         let shape = weight.dims();
-                        (weight.detach() + product.reshape(shape)).set_require_grad(learnt)
+                        (weight.detach() + product.reshape(shape)).set_require_grad(learned)
                     })
                 })
             }

@@ -120,7 +120,7 @@ mod tests {
             ..Batch::default()
         };
         let said = Some([User, User, Assistant, User, Assistant]);
-        // Learnt from: the last turn; every answer; everything. An answer that is not learnt stays one.
+        // Learned from: the last turn; every answer; everything. An answer that is not learned stays one.
         let last = [IGNORE, IGNORE, IGNORE, 5, IGNORE];
         assert_eq!(batch(last, said).answers(), [false, false, true, false, true]);
         assert_eq!(batch([IGNORE, 3, IGNORE, 5, IGNORE], said).answers(), [false, false, true, false, true]);

@@ -1,7 +1,7 @@
 //! Classifiers: a class for a picture, a text or the features of another model.
 //!
 //! A classifier is a body ([`ClassifierConfig`] has one variant for each) that turns inputs into scores of the classes, what
-//! its scores are trained by ([`Objective`]), and what an evaluation adds up ([`ClassSums`]). What the inputs are and how
+//! its scores are trained by ([`Objective`]), and what an evaluation adds up ([`ClassTotals`]). What the inputs are and how
 //! many classes there are is told by the data ([`Sizes`]). A new body is a file, a variant here and in [`Body`].
 
 mod config;
@@ -18,12 +18,12 @@ use serde::{Deserialize, Serialize};
 use crate::gaussian_adaptive_transformer::{
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
-use crate::{ContextMask, Examples, InputShape, Inputs, Learner, Loss, Part, Precision};
+use crate::{ContextMask, Examples, InputShape, Inputs, Loss, Part, Precision, Trainable};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
 pub use encoder::{Encoder, InputLayer};
 pub use objective::{ClassWeights, LossConfig, Objective};
-pub use sums::{Bin, ClassScore, ClassSums, GroupCount, MOST_CONFUSED};
+pub use sums::{Bin, ClassScore, ClassTotals, GroupCount, MOST_CONFUSED};
 
 /// `[model.classifier]`: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -231,9 +231,9 @@ impl Classifier {
     }
 }
 
-impl Learner for Classifier {
+impl Trainable for Classifier {
     type Batch = Examples;
-    type Sums = ClassSums;
+    type Totals = ClassTotals;
 
     fn device(&self) -> Device {
         match &self.body {
@@ -268,17 +268,17 @@ impl Learner for Classifier {
         }
     }
 
-    fn sums(&self, batch: &Examples) -> ClassSums {
+    fn totals(&self, batch: &Examples) -> ClassTotals {
         let Scored { logits, factor, .. } = self.forward(&batch.inputs, Observe::Nothing);
         let logits: Vec<f32> = logits.into_data().iter::<f32>().collect();
-        let sums = ClassSums::of(&logits, &batch.labels, &batch.groups);
+        let sums = ClassTotals::of(&logits, &batch.labels, &batch.groups);
         match factor {
             Some(factor) => sums.with_gates(factor),
             None => sums,
         }
     }
 
-    fn look(&self, batch: &Examples, observe: Observe) -> Vec<Observation> {
+    fn observe_layers(&self, batch: &Examples, observe: Observe) -> Vec<Observation> {
         self.forward(&batch.row(0).inputs, observe).seen
     }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 use crate::pooling::{PoolInput, Pooling, PoolingConfig, unit};
 use crate::retrieval::Retrieval;
-use crate::{ContextMask, Evaluated, Learner, Lesson, Loss, Part, Sums};
+use crate::{ContextMask, EvalTotals, Evaluated, Loss, Part, TrainBatch, Trainable};
 
 /// `[model.embedder]`: what makes one vector of the features of all layers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -57,7 +57,7 @@ impl Pairs {
     }
 }
 
-impl Lesson for Pairs {
+impl TrainBatch for Pairs {
     fn inputs(&self) -> u64 {
         (self.len() * self.parts) as u64
     }
@@ -140,7 +140,7 @@ impl Embedder {
 
 /// What an evaluation adds up: all embeddings, because every query looks among all documents.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct EmbedSums {
+pub struct EmbedTotals {
     loss: f64,
     dim: usize,
     /// `[n, dim]`
@@ -149,14 +149,14 @@ pub struct EmbedSums {
     documents: Vec<f32>,
 }
 
-impl EmbedSums {
+impl EmbedTotals {
     /// How well each query finds its document among all that were evaluated.
     pub fn retrieval(&self) -> Retrieval {
         Retrieval::of(&self.queries, &self.documents, self.dim)
     }
 }
 
-impl Sums for EmbedSums {
+impl EvalTotals for EmbedTotals {
     fn add(&mut self, other: Self) {
         self.loss += other.loss;
         self.dim = other.dim;
@@ -177,9 +177,9 @@ impl Sums for EmbedSums {
     }
 }
 
-impl Learner for Embedder {
+impl Trainable for Embedder {
     type Batch = Pairs;
-    type Sums = EmbedSums;
+    type Totals = EmbedTotals;
 
     fn device(&self) -> Device {
         match &self.pooling {
@@ -199,10 +199,10 @@ impl Learner for Embedder {
         Loss { cross_entropy: self.loss_of(&self.parts(batch)), penalty: None, seen: Vec::new() }
     }
 
-    fn sums(&self, batch: &Pairs) -> EmbedSums {
+    fn totals(&self, batch: &Pairs) -> EmbedTotals {
         let parts = self.parts(batch);
         let values = |part: &Tensor<2>| part.clone().into_data().iter::<f32>().collect::<Vec<f32>>();
-        EmbedSums {
+        EmbedTotals {
             loss: f64::from(self.loss_of(&parts).into_scalar::<f32>()),
             dim: batch.dim,
             queries: values(&parts[0]),
@@ -210,7 +210,7 @@ impl Learner for Embedder {
         }
     }
 
-    fn look(&self, _batch: &Pairs, _observe: Observe) -> Vec<Observation> {
+    fn observe_layers(&self, _batch: &Pairs, _observe: Observe) -> Vec<Observation> {
         Vec::new()
     }
 }
@@ -275,17 +275,17 @@ mod tests {
     fn an_evaluation_looks_among_the_documents_of_all_batches() {
         let model = model("mean_of_each_layer").valid();
         let (a, b) = (pairs(3, 2), pairs(4, 2));
-        let mut sums = EmbedSums::default();
-        sums.add(model.sums(&a));
-        sums.add(model.sums(&b));
+        let mut sums = EmbedTotals::default();
+        sums.add(model.totals(&a));
+        sums.add(model.totals(&b));
         let both = Pairs { values: [a.values, b.values].concat(), ..pairs(1, 2) };
-        let whole = model.sums(&both);
+        let whole = model.totals(&both);
         assert_eq!(sums.retrieval(), whole.retrieval());
         assert_eq!((sums.evaluated().targets, sums.evaluated().correct), (7, whole.evaluated().correct));
         // A text is its own best document.
         let own =
             Pairs { values: both.values.chunks(4 * DIM).step_by(2).flat_map(|x| [x, x].concat()).collect(), ..both };
-        assert_eq!(model.sums(&own).retrieval().recall, [1.0; 3]);
+        assert_eq!(model.totals(&own).retrieval().recall, [1.0; 3]);
     }
 
     #[test]

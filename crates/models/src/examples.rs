@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Lesson;
+use crate::TrainBatch;
 
 /// One batch of labelled examples.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,7 +123,7 @@ impl Examples {
     }
 }
 
-impl Lesson for Examples {
+impl TrainBatch for Examples {
     fn inputs(&self) -> u64 {
         self.len() as u64
     }

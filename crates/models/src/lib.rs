@@ -1,6 +1,6 @@
 //! Models built from attention mechanisms: what they compute, what they learn from, and their weights as files.
 //!
-//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Learner`] what both are to
+//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Trainable`] what both are to
 //! the loop; [`Batch`] and [`Examples`] are what they are given, [`loss`](Decoder::loss) what it is told,
 //! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
 
@@ -16,7 +16,6 @@ mod gaussian_adaptive_transformer;
 mod generate;
 pub mod hf;
 mod layer_features;
-mod learner;
 mod loss;
 mod mapped_file;
 mod per_layer;
@@ -27,18 +26,19 @@ mod rope_scaling;
 pub mod surgery;
 #[cfg(test)]
 mod testing;
+mod trainable;
 mod trained;
 mod transformer;
 pub mod weights;
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use classifier::{
-    Bin, Body, ClassScore, ClassSums, ClassWeights, Classifier, ClassifierConfig, Encoder, GroupCount, InputLayer,
+    Bin, Body, ClassScore, ClassTotals, ClassWeights, Classifier, ClassifierConfig, Encoder, GroupCount, InputLayer,
     LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};
-pub use embedder::{EmbedSums, Embedder, EmbedderConfig, Pairs};
+pub use embedder::{EmbedTotals, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
@@ -47,7 +47,6 @@ pub use gaussian_adaptive_transformer::{
 };
 pub use generate::{Continuation, Sampling, continuations, generate};
 pub use layer_features::TokenPooling;
-pub use learner::{Learner, Lesson, Matrix, Sums};
 pub use loss::{Evaluated, Loss};
 pub use mapped_file::{MappedFile, mapped_file_at};
 pub use per_layer::PerLayer;
@@ -58,5 +57,6 @@ pub use pooling::{
 pub use question::{Known, Question};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
+pub use trainable::{EvalTotals, Matrix, TrainBatch, Trainable};
 pub use trained::{Parameter, parameters, train_only};
 pub use transformer::{Block, Mlp, MlpKind, Norm, NormKind, Part, Precision};

@@ -1,4 +1,4 @@
-//! Stretching rotary positions over contexts longer than those first learnt.
+//! Stretching rotary positions over contexts longer than those first learned.
 
 use std::f64::consts::TAU;
 

@@ -1,14 +1,14 @@
-//! Which parameters are learnt.
+//! Which parameters are learned.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
 use crate::weights::Path;
 
-/// The model in which only the parameters are learnt whose names `learnt` accepts; a parameter that is not learnt already
-/// stays so. What is not learnt requires no gradient: no backward pass computes one, no optimiser moves it, and it counts
+/// The model in which only the parameters are learned whose names `learned` accepts; a parameter that is not learned already
+/// stays so. What is not learned requires no gradient: no backward pass computes one, no optimiser moves it, and it counts
 /// in no norm.
-pub fn train_only<M: Module>(model: M, learnt: impl Fn(&str) -> bool) -> M {
+pub fn train_only<M: Module>(model: M, learned: impl Fn(&str) -> bool) -> M {
     struct Choose<F>(Path, F);
     impl<F: Fn(&str) -> bool> ModuleMapper for Choose<F> {
         fn enter_module(&mut self, name: &str, container: &str) {
@@ -21,7 +21,7 @@ pub fn train_only<M: Module>(model: M, learnt: impl Fn(&str) -> bool) -> M {
             if (self.1)(&self.0.name()) { param } else { param.set_require_grad(false) }
         }
     }
-    model.map(&mut Choose(Path::default(), learnt))
+    model.map(&mut Choose(Path::default(), learned))
 }
 
 /// A parameter without its values.
@@ -31,8 +31,8 @@ pub struct Parameter {
     pub name: String,
     /// How many numbers it holds.
     pub numbers: usize,
-    /// Whether it is learnt.
-    pub learnt: bool,
+    /// Whether it is learned.
+    pub trainable: bool,
 }
 
 /// All parameters of a model, in the order of its fields.
@@ -47,7 +47,7 @@ pub fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let (name, numbers) = (self.0.name(), param.dims().iter().product());
-            self.1.push(Parameter { name, numbers, learnt: param.val().is_require_grad() });
+            self.1.push(Parameter { name, numbers, trainable: param.val().is_require_grad() });
         }
     }
     let mut collect = Collect(Path::default(), Vec::new());

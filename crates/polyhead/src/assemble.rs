@@ -66,7 +66,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Resolved, Failure> {
         (Some(_), theirs) => {
             let ours = open_tokenizer(&recipe)?;
             if theirs.as_ref().is_some_and(|theirs| theirs.fingerprint() != ours.fingerprint()) {
-                let problem = format!("tokenizer is not the one that {} learnt with", path.display());
+                let problem = format!("tokenizer is not the one that {} learned with", path.display());
                 let hint = "leave [tokenizer] out: the folder's own is used";
                 return Err(loaded.problem("tokenizer", problem).hint(Some(hint.into())).into());
             }
@@ -205,12 +205,12 @@ impl Resolved {
     pub fn labelled(&self) -> Result<Labelled, Failure> {
         let labelled = labelled(&self.recipe, &self.tokenizer)?;
         refuse_one_class(&labelled, self.recipe.data.name())?;
-        let unlearnt = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count == 0);
-        let unlearnt: Vec<&str> = unlearnt.map(|(class, _)| class.as_str()).take(5).collect();
-        if !unlearnt.is_empty() {
+        let untrained = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count == 0);
+        let untrained: Vec<&str> = untrained.map(|(class, _)| class.as_str()).take(5).collect();
+        if !untrained.is_empty() {
             talk!(
                 "warning: no example to learn from of {} (a smaller validation.fraction leaves more)",
-                unlearnt.join(", ")
+                untrained.join(", ")
             );
         }
         let checked = self.classifier()?.validate(Some(labelled.train.shape()));
@@ -286,16 +286,16 @@ impl Resolved {
 
 /// Examples that all belong to one class teach nothing: any answer but that class would be wrong.
 fn refuse_one_class(labelled: &Labelled, data: &str) -> Result<(), Failure> {
-    let learnt = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count > 0);
-    let learnt: Vec<&str> = learnt.map(|(class, _)| class.as_str()).collect();
-    if learnt.len() > 1 {
+    let learned = labelled.classes.iter().zip(&labelled.counts).filter(|(_, count)| **count > 0);
+    let learned: Vec<&str> = learned.map(|(class, _)| class.as_str()).collect();
+    if learned.len() > 1 {
         return Ok(());
     }
     Err(Failure::Run(format!(
         "data.{data}: all {} examples to learn from are of one class ({}), so that there is nothing to tell apart\n  hint: give \
          examples of another class, or name the field that holds the classes; a smaller validation.fraction leaves more",
         labelled.counts.iter().sum::<u64>(),
-        learnt.join(", ")
+        learned.join(", ")
     )))
 }
 

@@ -73,13 +73,13 @@ impl TrainedClassifier {
     /// Opens the examples that its recipe names.
     ///
     /// # Errors
-    /// If they are missing or malformed, or are no longer of the kind that it learnt.
+    /// If they are missing or malformed, or are no longer of the kind that it learned.
     pub fn data(&self) -> Result<Labelled, Failure> {
         let labelled = labelled(&self.recipe, self.tokenizer.as_ref().unwrap_or(&Tokenizer::bytes()))?;
         match labelled.classes == self.classes && labelled.train.shape() == self.model.sizes().input {
             true => Ok(labelled),
             false => Err(Failure::Run(format!(
-                "the data has other classes or inputs than {} learnt: put it back",
+                "the data has other classes or inputs than {} learned: put it back",
                 self.path.display()
             ))),
         }

@@ -141,7 +141,7 @@ Examples:
     /// standard error, the numbers as JSON to standard output.
     ///
     /// --task eigenscore tells how far the answers to each prompt of a file lie apart inside the model (EigenScore, EES).
-    /// --task facts asks a model that learnt [data.facts] everything: what it was taught, what it was taught in other words,
+    /// --task facts asks a model that learned [data.facts] everything: what it was taught, what it was taught in other words,
     /// and what it cannot know.
     #[command(after_help = "\
 Examples:
@@ -328,7 +328,7 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
 pub struct InspectArgs {
     /// A checkpoint or a run folder.
     pub checkpoint: PathBuf,
-    /// The text to look at. Default: held-out rows of the data that the model learnt from.
+    /// The text to look at. Default: held-out rows of the data that the model learned from.
     #[arg(long)]
     pub text: Option<String>,
     /// Held-out rows that importance is averaged over.
@@ -407,7 +407,7 @@ pub struct GenerateArgs {
 pub enum TokenizerCommand {
     /// Learn a byte-level BPE from the text of a recipe.
     Train {
-        /// The recipe whose data is learnt from.
+        /// The recipe whose data is learned from.
         #[command(flatten)]
         recipe: RecipeArgs,
         /// Ids, the 256 bytes and 2 special tokens included.

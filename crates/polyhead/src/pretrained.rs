@@ -31,7 +31,7 @@ pub struct Pretrained {
     pub max_positions: usize,
     /// Tokens of a sequence at most, where its attention has a window that is not made here.
     pub window: Option<usize>,
-    /// How it reads text; `None` where it learnt generated data, or the folder has none.
+    /// How it reads text; `None` where it learned generated data, or the folder has none.
     pub tokenizer: Option<Tokenizer>,
     /// The recipe that trained it, if it is one of ours.
     pub recipe: Option<Recipe>,

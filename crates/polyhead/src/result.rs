@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use polyhead_models::{ClassScore, ClassSums, Learner, Sums};
+use polyhead_models::{ClassScore, ClassTotals, EvalTotals, Trainable};
 use polyhead_training::evaluate::{Batches, evaluate_range};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
@@ -24,7 +24,7 @@ pub const FILE: &str = "result.json";
 pub struct RunResult {
     /// See [`id`].
     pub id: String,
-    /// What was learnt from, in words.
+    /// What was learned from, in words.
     pub data: String,
     /// Optimiser steps.
     pub steps: u64,
@@ -35,7 +35,7 @@ pub struct RunResult {
     pub unit: String,
     /// Input tokens.
     pub tokens: u64,
-    /// Targets learnt from.
+    /// Targets learned from.
     pub targets: u64,
     /// Weights of the model.
     pub parameters: u64,
@@ -52,13 +52,13 @@ pub struct RunResult {
     /// For classifiers: how well each class is told, on all held-out batches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classes: Option<ClassTable>,
-    /// Time spent in steps, over all sittings; without validation and saving.
+    /// Time spent in steps, over all sessions; without validation and saving.
     pub seconds: f64,
     /// Input tokens per second of that time.
     pub tokens_per_second: f64,
     /// Median over logged intervals of the time of a step.
     pub median_step_seconds: Option<f64>,
-    /// The largest resident set of any sitting.
+    /// The largest resident set of any session.
     pub peak_memory_bytes: Option<u64>,
     /// Where it ran.
     pub environment: Environment,
@@ -129,7 +129,7 @@ pub struct NamedScore {
 
 impl ClassTable {
     /// Of an evaluation, with the names of classes and groups.
-    pub fn of(sums: &ClassSums, names: &[String], groups: &[String]) -> Self {
+    pub fn of(sums: &ClassTotals, names: &[String], groups: &[String]) -> Self {
         let group = |(name, group): (&String, u32)| {
             let count = sums.groups().get(&group).copied().unwrap_or_default();
             GroupScore { name: name.clone(), examples: count.examples, accuracy: count.accuracy() }
@@ -185,7 +185,7 @@ impl Environment {
 pub struct About {
     /// See [`id`].
     pub id: String,
-    /// What is learnt from, in words.
+    /// What is learned from, in words.
     pub data: String,
     /// What is counted: see [`RunResult::unit`].
     pub unit: &'static str,
@@ -208,17 +208,17 @@ pub fn id(recipe: &str, text_hash: Option<&str>) -> String {
 ///
 /// # Errors
 /// If the data cannot be read or the file cannot be written.
-pub fn write<M: Learner>(
+pub fn write<M: Trainable>(
     run_dir: &Path,
     about: About,
     outcome: &Outcome<M>,
     (held_out, batches): (&dyn Batches<M::Batch>, u64),
-    classes: &dyn Fn(&M::Sums) -> Option<ClassTable>,
+    classes: &dyn Fn(&M::Totals) -> Option<ClassTable>,
 ) -> Result<(), Failure> {
     let all = held_out.per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
-    let mut validation = M::Sums::default();
-    let mut halves = [M::Sums::default(), M::Sums::default()];
+    let mut validation = M::Totals::default();
+    let mut halves = [M::Totals::default(), M::Totals::default()];
     for (half, range) in halves.iter_mut().zip([0..count / 2, count / 2..count]) {
         *half = evaluate_range(&outcome.model, held_out, range)?;
         validation.add(half.clone());
@@ -256,7 +256,7 @@ pub fn write<M: Learner>(
 
 impl Score {
     /// Of an evaluation.
-    pub fn of(sums: &impl Sums) -> Self {
+    pub fn of(sums: &impl EvalTotals) -> Self {
         let (told, numbers) = (sums.evaluated(), sums.numbers());
         let number = |name: &str| numbers.iter().find(|(tag, _)| tag.starts_with(name)).map(|(_, value)| *value);
         Self {

@@ -155,7 +155,7 @@ pub struct Bilevel {
 }
 
 impl Bilevel {
-    /// A loop body around an optimiser, fresh or with the state of an earlier sitting.
+    /// A loop body around an optimiser, fresh or with the state of an earlier session.
     pub fn new(config: BilevelConfig, optimizer: Optimizer, training: &TrainingConfig) -> Self {
         Self { config, updater: Updater::new(optimizer, training) }
     }
@@ -210,7 +210,7 @@ impl Procedure for Bilevel {
         self.updater.finish(model, step, context)
     }
 
-    /// Under `adapted/`: with fast weights that have learnt the very answers, under the mask of training; a model as it is
+    /// Under `adapted/`: with fast weights that have learned the very answers, under the mask of training; a model as it is
     /// generated with is never that good. Under `plain/` without fast weights, causal, as the validation loss is.
     fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
         let plain = model.valid();

@@ -17,13 +17,13 @@ use crate::run_folder::FileError;
 
 mod best;
 mod draft;
-mod shelf;
+mod retention;
 mod verify;
 
 pub(crate) use best::info;
 pub use best::{Best, read_best, recover_best, write_best};
 pub use draft::{Draft, now_utc};
-pub use shelf::{Hold, Whole, clean_leftovers, discard_after, hold, list, newest_good, prune};
+pub use retention::{Hold, Whole, clean_leftovers, discard_after, hold, list, newest_good, prune};
 pub use verify::{read_file, verify};
 
 /// The version of the layout that this code writes; it reads no other.

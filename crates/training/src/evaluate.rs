@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use polyhead_models::{Batch, Learner, Sums};
+use polyhead_models::{Batch, EvalTotals, Trainable};
 
 use crate::TrainError;
 
@@ -24,27 +24,27 @@ pub(crate) fn count<B>(data: &dyn Batches<B>, limit: u64) -> u64 {
     if limit == 0 { all } else { limit.min(all) }
 }
 
-/// Sums over the first `limit` batches (0: one epoch), on the inner device, where no tape grows.
+/// EvalTotals over the first `limit` batches (0: one epoch), on the inner device, where no tape grows.
 ///
 /// # Errors
 /// If the data cannot be read.
-pub fn evaluate<M: Learner>(model: &M, data: &dyn Batches<M::Batch>, limit: u64) -> Result<M::Sums, TrainError> {
+pub fn evaluate<M: Trainable>(model: &M, data: &dyn Batches<M::Batch>, limit: u64) -> Result<M::Totals, TrainError> {
     evaluate_range(model, data, 0..count(data, limit))
 }
 
-/// Sums over the batches at these positions.
+/// EvalTotals over the batches at these positions.
 ///
 /// # Errors
 /// If the data cannot be read.
-pub fn evaluate_range<M: Learner>(
+pub fn evaluate_range<M: Trainable>(
     model: &M,
     data: &dyn Batches<M::Batch>,
     positions: Range<u64>,
-) -> Result<M::Sums, TrainError> {
+) -> Result<M::Totals, TrainError> {
     let model = model.valid();
-    let mut sums = M::Sums::default();
+    let mut sums = M::Totals::default();
     for position in positions {
-        sums.add(model.sums(&data.batch(position)?));
+        sums.add(model.totals(&data.batch(position)?));
     }
     Ok(sums)
 }

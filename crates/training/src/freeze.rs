@@ -2,7 +2,7 @@
 
 use glob::Pattern;
 use polyhead_models::weights::layer_of;
-use polyhead_models::{Learner, parameters, train_only};
+use polyhead_models::{Trainable, parameters, train_only};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +62,7 @@ impl FreezeConfig {
     ///
     /// # Errors
     /// If a pattern means no parameter, or nothing is left to train.
-    pub fn apply<M: Learner>(&self, model: M) -> Result<M, TrainError> {
+    pub fn apply<M: Trainable>(&self, model: M) -> Result<M, TrainError> {
         if *self == Self::default() {
             return Ok(model);
         }
@@ -71,7 +71,7 @@ impl FreezeConfig {
         let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
         self.find(&names).map_err(TrainError::Freeze)?;
         let left: Vec<&str> =
-            all.iter().filter(|one| one.learnt && !self.freezes(&one.name)).map(|one| one.name.as_str()).collect();
+            all.iter().filter(|one| one.trainable && !self.freezes(&one.name)).map(|one| one.name.as_str()).collect();
         if left.is_empty() {
             return Err(TrainError::Freeze("freeze: nothing is left to train".into()));
         }

@@ -43,7 +43,7 @@ pub struct NeuronDropout {
 }
 
 impl NeuronDropout {
-    /// The procedure, with the state of an earlier sitting where there is one.
+    /// The procedure, with the state of an earlier session where there is one.
     ///
     /// # Errors
     /// If settings do not fit the model or the data, or the state is not one of this procedure's.
@@ -312,10 +312,10 @@ fn without_neurons(mut model: Decoder, layer: usize, neurons: &[usize]) -> Decod
 /// A parameter multiplied by `keep`, reshaped to spread over it.
 fn times<const D: usize>(weight: &Param<Tensor<D>>, keep: TensorData, shape: [usize; D]) -> Param<Tensor<D>> {
     weight.clone().map(|value| {
-        let (learnt, device) = (value.is_require_grad(), value.device());
+        let (learned, device) = (value.is_require_grad(), value.device());
         let keep = Tensor::<1>::from_data(keep, &device.clone().inner()).reshape(shape);
         // Through the host: a leaf of its own, on the device that the model trains on.
-        Tensor::from_data((value.inner() * keep).into_data(), &device).set_require_grad(learnt)
+        Tensor::from_data((value.inner() * keep).into_data(), &device).set_require_grad(learned)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use polyhead_attention::Observe;
-use polyhead_models::{Learner, weights};
+use polyhead_models::{Trainable, weights};
 use serde_json::json;
 
 use crate::picture::{attention_grid, head_gates};
@@ -19,12 +19,12 @@ pub(crate) struct Look {
 
 /// Looks at `model` on the first row of `batch`. Numbers go to both logs, as their mean over heads; how they are spread
 /// over heads, the maps and the histograms go to TensorBoard.
-pub(crate) fn write<M: Learner>(look: Look, record: &mut Record, (model, batch): (&M, &M::Batch), step: u64) {
+pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch): (&M, &M::Batch), step: u64) {
     let model = model.valid();
     let observe = if look.maps { Observe::Maps } else { Observe::Numbers };
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
     let mut line = json!({ "step": step });
-    for (layer, seen) in model.look(batch, observe).into_iter().enumerate() {
+    for (layer, seen) in model.observe_layers(batch, observe).into_iter().enumerate() {
         let tag = format!("attention/layer_{layer:02}");
         for (name, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
             let numbers = values(numbers);

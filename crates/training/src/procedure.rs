@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Classifier, ContextMask, Decoder, DecoderConfig, Embedder, Gate, Learner};
+use polyhead_models::{Classifier, ContextMask, Decoder, DecoderConfig, Embedder, Gate, Trainable};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +83,7 @@ impl ProcedureConfig {
 }
 
 /// A model that there are procedures for.
-pub trait Trainee: Learner {
+pub trait Trainee: Trainable {
     /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed. Plain training, where a kind of
     /// model has no other.
     ///
@@ -153,8 +153,8 @@ impl Trainee for Classifier {}
 impl Trainee for Embedder {}
 
 /// What a procedure is made of.
-pub struct Parts<'a, M: Learner = Decoder> {
-    /// Fresh, or with the state of an earlier sitting.
+pub struct Parts<'a, M: Trainable = Decoder> {
+    /// Fresh, or with the state of an earlier session.
     pub optimizer: Optimizer,
     /// The loop's settings.
     pub training: &'a TrainingConfig,
@@ -162,12 +162,12 @@ pub struct Parts<'a, M: Learner = Decoder> {
     pub model: &'a M,
     /// Texts that are kept out of training, a row each, for procedures that watch the model on some.
     pub tracking: &'a [M::Batch],
-    /// Batches until everything has been learnt from once.
+    /// Batches until everything has been learned from once.
     pub batches_per_epoch: u64,
 }
 
 /// One step of training: forward, backward, update.
-pub trait Procedure<M: Learner = Decoder> {
+pub trait Procedure<M: Trainable = Decoder> {
     /// The model after a step over `batches` (one per forward pass).
     ///
     /// # Errors
@@ -198,7 +198,7 @@ pub trait Procedure<M: Learner = Decoder> {
 }
 
 /// What a procedure may measure with.
-pub struct HeldOut<'a, M: Learner = Decoder> {
+pub struct HeldOut<'a, M: Trainable = Decoder> {
     /// The batches.
     pub batches: &'a dyn Batches<M::Batch>,
     /// How many of them were validated on, from the first on.
@@ -210,13 +210,13 @@ pub struct HeldOut<'a, M: Learner = Decoder> {
 }
 
 // Derived, these would ask the model to be `Copy`.
-impl<M: Learner> Clone for HeldOut<'_, M> {
+impl<M: Trainable> Clone for HeldOut<'_, M> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<M: Learner> Copy for HeldOut<'_, M> {}
+impl<M: Trainable> Copy for HeldOut<'_, M> {}
 
 /// What a procedure is told about a step.
 #[derive(Debug, Clone, Copy)]

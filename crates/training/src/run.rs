@@ -6,7 +6,7 @@ use polyhead_kernels::seed_random;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use polyhead_models::{Lesson, Sums};
+use polyhead_models::{EvalTotals, TrainBatch};
 use serde_json::json;
 
 use crate::TrainError;
@@ -79,7 +79,7 @@ struct Run<'a, 'v, M: Trainee> {
     record: Record,
     best: Option<Best>,
     /// The last validation of this process.
-    validation: Option<M::Sums>,
+    validation: Option<M::Totals>,
     /// The validation loss after this very step.
     loss_here: Option<f64>,
     /// Whether it is the smallest so far, and not saved yet.
@@ -172,7 +172,7 @@ impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
         }
 
         let micros = started.elapsed().as_micros() as u64;
-        self.tokens_since += batches.iter().map(Lesson::inputs).sum::<u64>();
+        self.tokens_since += batches.iter().map(TrainBatch::inputs).sum::<u64>();
         self.micros_since += micros;
         let progress = &mut self.progress;
         progress.step = step;
@@ -184,7 +184,7 @@ impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
         progress.microseconds += micros;
         (self.unsaved, self.is_best, self.loss_here) = (true, false, None);
 
-        let bytes: u64 = batches.iter().map(Lesson::target_bytes).sum();
+        let bytes: u64 = batches.iter().map(TrainBatch::target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
         let mut logged = Logged {
             step,

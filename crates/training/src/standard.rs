@@ -27,7 +27,7 @@ pub struct Standard {
 }
 
 impl Standard {
-    /// A loop body around an optimiser, fresh or with the state of an earlier sitting.
+    /// A loop body around an optimiser, fresh or with the state of an earlier session.
     pub fn new(config: &StandardConfig, optimizer: Optimizer, training: &TrainingConfig) -> Self {
         Self { updater: Updater::new(optimizer, training), context_mask: config.context_mask }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::Device;
-use polyhead_models::Learner;
+use polyhead_models::Trainable;
 use polyhead_models::weights::{
     Named, NonFinite, WeightsError, check_finite, from_safetensors, held, load, write_safetensors,
 };
@@ -26,14 +26,14 @@ pub struct Progress {
     pub position: u64,
     /// Updates of the optimiser.
     pub updates: u64,
-    /// Targets learnt from.
+    /// Targets learned from.
     pub targets: u64,
     /// Steps left out because something was not finite.
     pub skipped: u64,
     /// How many of them the run has left out in a row, up to its last step.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub skipped_in_row: u64,
-    /// Time spent in steps, in microseconds, over all sittings.
+    /// Time spent in steps, in microseconds, over all sessions.
     pub microseconds: u64,
     /// What should have followed the last step and was put off.
     #[serde(default, skip_serializing_if = "Owed::is_nothing")]
@@ -70,7 +70,7 @@ impl Owed {
 pub type Companions = Vec<(String, Vec<u8>)>;
 
 /// What a checkpoint is made of.
-pub struct Saving<'a, M: Learner> {
+pub struct Saving<'a, M: Trainable> {
     /// The weights.
     pub model: &'a M,
     /// The optimiser and whatever else the procedure keeps.
@@ -91,7 +91,7 @@ pub struct Saving<'a, M: Learner> {
 ///
 /// # Errors
 /// If a weight is not finite, or a file cannot be written; nothing half-written remains.
-pub fn save<M: Learner>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<PathBuf, TrainError> {
+pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<PathBuf, TrainError> {
     let Saving { model, procedure, progress, companions, .. } = *saving;
     let mut draft = Draft::begin(run_dir, progress.step)?;
     let metadata = [("format", "polyhead".to_owned())];

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Gradients, Tensor};
-use polyhead_models::{Decoder, Learner, Lesson, Loss};
+use polyhead_models::{Decoder, Loss, TrainBatch, Trainable};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, TrainingConfig};
@@ -23,10 +23,10 @@ pub(crate) struct Step<M = Decoder> {
     pub(crate) measured: Vec<(String, f64)>,
 }
 
-impl<M: Learner> Step<M> {
+impl<M: Trainable> Step<M> {
     /// A step over these batches.
     pub(crate) fn over(batches: &[M::Batch]) -> Self {
-        let targets = batches.iter().map(Lesson::targets).sum();
+        let targets = batches.iter().map(TrainBatch::targets).sum();
         Self {
             targets,
             loss_sum: 0.0,
@@ -74,7 +74,7 @@ pub(crate) struct Updater {
 }
 
 impl Updater {
-    /// An optimiser, fresh or with the state of an earlier sitting.
+    /// An optimiser, fresh or with the state of an earlier session.
     pub(crate) fn new(optimizer: Optimizer, training: &TrainingConfig) -> Self {
         let TrainingConfig { max_norm, on_nonfinite, penalty_weight, .. } = *training;
         Self { optimizer, penalty_weight, max_norm, on_nonfinite }

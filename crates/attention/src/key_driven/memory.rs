@@ -53,7 +53,7 @@ pub enum Form {
     Paper,
 }
 
-/// What a layer remembers of its keys. Parameters, so that checkpoints hold them; not learnt.
+/// What a layer remembers of its keys. Parameters, so that checkpoints hold them; not learned.
 #[derive(Module, Debug)]
 pub struct Memory {
     /// `[n_kv_heads]`: magnitudes of keys; the authors' `cache`

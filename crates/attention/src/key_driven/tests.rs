@@ -83,15 +83,15 @@ fn training_remembers_and_evaluation_does_not() {
             assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), [2, 2, 2], "{form:?} {by:?}");
             assert!(!layer.is_due(1) && layer.is_due(2));
             layer.before_step(x.clone(), &Mask::none(), 2);
-            let learnt = layer.memory.as_ref().unwrap().query_heads();
-            assert_eq!(learnt, [1, 4, 1], "the second head's keys are large");
-            assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), learnt);
+            let learned = layer.memory.as_ref().unwrap().query_heads();
+            assert_eq!(learned, [1, 4, 1], "the second head's keys are large");
+            assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), learned);
 
             // Keys of the third head grow: evaluation in the code's form sees it, in the paper's form it does not.
             let eval = layer.valid();
             let loud = Tensor::cat(vec![x.clone().narrow(2, 0, 23), x.narrow(2, 23, 1) * 50.0], 2).inner();
             let seen = told(&eval.forward(loud.clone(), call(&Mask::none())));
-            assert_eq!(seen == learnt, form == Form::Paper, "{seen:?}");
+            assert_eq!(seen == learned, form == Form::Paper, "{seen:?}");
             assert_eq!(told(&eval.forward(loud, call(&Mask::none()))), seen, "nothing was remembered");
         }
     }

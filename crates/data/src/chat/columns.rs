@@ -170,7 +170,7 @@ impl ColumnsConfig {
     }
 }
 
-/// What a message of ShareGPT's may say besides: its calls of tools, and whether it is learnt (`weights.rs`).
+/// What a message of ShareGPT's may say besides: its calls of tools, and whether it is learned (`weights.rs`).
 const KEPT: [&str; 7] = ["tool_calls", "weight", "train", "training", "loss", "train_detail", "training_detail"];
 
 impl SharegptColumns {
@@ -293,7 +293,7 @@ fn check(chat: &mut Conversation) -> Result<(), String> {
             Some(Value::Array(parts)) => {
                 if let Some(other) = parts.iter().find(|part| part_text(part).is_none()) {
                     let what = other.get("type").map_or_else(|| kind(other).to_owned(), Value::to_string);
-                    return Err(format!("message {number} has a part that is {what}: only text can be learnt from"));
+                    return Err(format!("message {number} has a part that is {what}: only text can be learned from"));
                 }
             }
             _ if calls => {}

@@ -21,15 +21,15 @@ pub struct Counts {
     pub dropped: usize,
     /// Cut.
     pub truncated: usize,
-    /// Of which several conversations are learnt, as the template renders answers otherwise once more follow.
+    /// Of which several conversations are learned, as the template renders answers otherwise once more follow.
     pub several: usize,
     /// Calls of tools whose arguments are JSON in a text.
     pub arguments: usize,
-    /// Answers that are not learnt, as their messages say so.
-    pub unlearnt: usize,
-    /// Messages that are no answers and say that they are to be learnt, which they are not.
+    /// Answers that are not learned, as their messages say so.
+    pub untrained: usize,
+    /// Messages that are no answers and say that they are to be learned, which they are not.
     pub asked_in_vain: usize,
-    /// Rows that say that nothing of them is to be learnt, left out.
+    /// Rows that say that nothing of them is to be learned, left out.
     pub weightless: usize,
     /// Files that were found and not read, in words.
     pub left_out: Option<String>,
@@ -58,9 +58,9 @@ pub fn read_chats(
     if chats.is_empty() {
         return Err(DataError::Unusable(format!("data.chat: of {} rows none is left to learn from", counts.rows)));
     }
-    if chats.iter().all(|chat| chat.learnt.iter().skip(1).all(|&learnt| !learnt)) {
+    if chats.iter().all(|chat| chat.learned.iter().skip(1).all(|&learned| !learned)) {
         return Err(DataError::Unusable(format!(
-            "data.chat.template \"{}\": of {} conversations nothing is learnt: the template writes no answer that a token stands \
+            "data.chat.template \"{}\": of {} conversations nothing is learned: the template writes no answer that a token stands \
              before",
             config.template,
             chats.len()
@@ -81,7 +81,7 @@ struct Reader<'a> {
 #[derive(Default)]
 struct Said {
     arguments: usize,
-    unlearnt: usize,
+    untrained: usize,
     asked_in_vain: usize,
 }
 
@@ -108,7 +108,7 @@ impl Reader<'_> {
             Err(problem) => return self.bad(problem, place),
         };
         self.counts.arguments += said.arguments;
-        self.counts.unlearnt += said.unlearnt;
+        self.counts.untrained += said.untrained;
         self.counts.asked_in_vain += said.asked_in_vain;
         self.counts.several += usize::from(texts.len() > 1);
         self.counts.weightless += usize::from(texts.is_empty());
@@ -140,7 +140,7 @@ impl Reader<'_> {
         for message in &chat.messages {
             let answer = message["role"] == "assistant";
             match weight(message)? {
-                Some(false) if answer => said.unlearnt += 1,
+                Some(false) if answer => said.untrained += 1,
                 Some(true) if !answer => said.asked_in_vain += 1,
                 _ => {}
             }
@@ -185,15 +185,15 @@ pub(crate) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplat
             ),
         });
     }
-    if counts.unlearnt > 0 {
+    if counts.untrained > 0 {
         notes.push(format!(
-            "{} answers are not learnt, as their messages say so (weight 0, or train false)",
-            counts.unlearnt
+            "{} answers are not learned, as their messages say so (weight 0, or train false)",
+            counts.untrained
         ));
     }
     if counts.asked_in_vain > 0 && config.learn != super::Learn::All {
         notes.push(format!(
-            "{} messages that are no answers say that they are to be learnt (weight 1, or train true) and are not: data.chat.learn = \
+            "{} messages that are no answers say that they are to be learned (weight 1, or train true) and are not: data.chat.learn = \
              \"all\" learns every message",
             counts.asked_in_vain
         ));

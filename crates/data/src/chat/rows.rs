@@ -72,8 +72,8 @@ impl Samples for ChatRows {
         let (mut documents, mut roles) = (Vec::with_capacity(self.seq_len), Vec::with_capacity(self.seq_len));
         for (document, &index) in self.rows[index as usize].iter().enumerate() {
             let chat = &self.chats[index];
-            let ahead = chat.tokens.iter().zip(&chat.learnt).skip(1);
-            targets.extend(ahead.map(|(&id, &learnt)| if learnt { i64::from(id) } else { IGNORE }));
+            let ahead = chat.tokens.iter().zip(&chat.learned).skip(1);
+            targets.extend(ahead.map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORE }));
             targets.push(IGNORE);
             documents.resize(documents.len() + chat.tokens.len(), document as u32);
             tokens.extend(&chat.tokens);

@@ -1,4 +1,4 @@
-//! Which conversations are learnt from, which are validated on, and which a model is watched on.
+//! Which conversations are learned from, which are validated on, and which a model is watched on.
 
 use crate::DataError;
 

@@ -48,8 +48,8 @@ fn chat(said: &[(&str, &str)]) -> Conversation {
     Conversation { messages: said.iter().map(message).collect(), tools: None }
 }
 
-/// The conversation's tokens (bytes) as text, in runs of one role; those that are learnt in brackets. One line for each text
-/// that is learnt from.
+/// The conversation's tokens (bytes) as text, in runs of one role; those that are learned in brackets. One line for each text
+/// that is learned from.
 fn runs(said: &[(&str, &str)], learn: Learn, source: &str) -> Result<String, String> {
     let tokenizer = Tokenizer::bytes();
     let template = ChatTemplate::new(source, tokenizer.special()).unwrap();
@@ -60,12 +60,12 @@ fn shown(chat: &Conversation, learn: Learn, template: &ChatTemplate) -> Result<S
     let tokenizer = Tokenizer::bytes();
     let lines = tokenize(chat, learn, template, &tokenizer)?.into_iter().map(|tokens| {
         let (mut out, mut last) = (String::new(), None);
-        for ((&id, &role), &learnt) in tokens.tokens.iter().zip(&tokens.roles).zip(&tokens.learnt) {
-            if last != Some((role, learnt)) {
+        for ((&id, &role), &learned) in tokens.tokens.iter().zip(&tokens.roles).zip(&tokens.learned) {
+            if last != Some((role, learned)) {
                 let name = format!("{role:?}").to_lowercase();
-                out.push_str(&if learnt { format!(" [{name}] ") } else { format!(" {name}: ") });
+                out.push_str(&if learned { format!(" [{name}] ") } else { format!(" {name}: ") });
             }
-            last = Some((role, learnt));
+            last = Some((role, learned));
             out.push_str(&tokenizer.token_text(id));
         }
         out
@@ -122,7 +122,7 @@ fn answers_that_are_rendered_otherwise_later_are_learnt_as_they_are_written() {
         .replace("{{ '<' + m.role[0] + '>' + m.content }}", "{{ '<' + m.role[0] + '>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
     let shown = runs(&talk, Learn::Assistant, &marked).unwrap();
     assert!(shown.contains("<a> [assistant] 1 template: <u> user: r template: <a> [assistant] hm|2"), "{shown}");
-    // An answer that begins otherwise than the template asks for it can be learnt in no text.
+    // An answer that begins otherwise than the template asks for it can be learned in no text.
     let opens = strips.replace("%}<a>{%", "%}<a><think>{%");
     let error = runs(&talk, Learn::Assistant, &opens).unwrap_err();
     assert!(error.contains("message 2") && error.contains("{% generation %}"), "{error}");
@@ -178,7 +178,7 @@ fn what_is_learnt_of_one_row_stays_on_one_side() {
     };
     let opened = open(12).unwrap();
     assert!(
-        opened.notes[0].starts_with("12 conversations are learnt as several each (36 in all)"),
+        opened.notes[0].starts_with("12 conversations are learned as several each (36 in all)"),
         "{:?}",
         opened.notes
     );
@@ -231,7 +231,7 @@ fn a_conversation_has_the_tokens_of_its_whole_text_where_beginnings_are_marked()
             let which = (0..tokens.tokens.len()).filter(|&at| wanted(at));
             which.map(|at| tokenizer.token_text(tokens.tokens[at])).collect()
         };
-        assert_eq!(of(&|at| tokens.learnt[at]), "a▁b</s>b</s>");
+        assert_eq!(of(&|at| tokens.learned[at]), "a▁b</s>b</s>");
         assert_eq!(of(&|at| tokens.roles[at] == Role::User), "q▁rr");
     }
 }
@@ -513,7 +513,7 @@ fn packed_rows_hold_every_conversation_once_and_predict_across_no_border() {
     assert_eq!(loose.per_epoch(), 12);
     assert!(packed.per_epoch() < 9 && packed.padding() < loose.padding());
     for rows in [loose, packed] {
-        let (mut tokens, mut learnt) = (0, 0);
+        let (mut tokens, mut learned) = (0, 0);
         for index in 0..rows.per_epoch() {
             let row = rows.sample(0, index).unwrap();
             let (documents, roles) = (row.documents.unwrap(), row.roles.unwrap());
@@ -523,14 +523,14 @@ fn packed_rows_hold_every_conversation_once_and_predict_across_no_border() {
                 tokens += usize::from(real);
                 assert_eq!(real, row.tokens[at] != 257);
                 if row.targets[at] != IGNORE {
-                    learnt += 1;
+                    learned += 1;
                     assert_eq!(row.targets[at], i64::from(row.tokens[at + 1]));
                     assert_eq!((documents[at], roles[at + 1]), (documents[at + 1], Role::Assistant));
                 }
             }
         }
         assert_eq!(tokens, total);
-        assert_eq!(learnt, chats.iter().flat_map(|chat| &chat.learnt).filter(|&&learnt| learnt).count());
+        assert_eq!(learned, chats.iter().flat_map(|chat| &chat.learned).filter(|&&learned| learned).count());
     }
 }
 

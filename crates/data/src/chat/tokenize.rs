@@ -1,8 +1,8 @@
-//! A conversation as tokens: which of them are learnt, and whose each is.
+//! A conversation as tokens: which of them are learned, and whose each is.
 //!
-//! What is learnt of an answer is what a model has to write itself (`turns.rs`). Templates that render an answer otherwise once
+//! What is learned of an answer is what a model has to write itself (`turns.rs`). Templates that render an answer otherwise once
 //! more follows (Qwen 3's strips the thoughts of earlier answers) give several texts: the whole conversation, of which those
-//! answers are learnt that stand in it as they are written, and for the others the conversation up to them.
+//! answers are learned that stand in it as they are written, and for the others the conversation up to them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -61,7 +61,7 @@ pub(super) struct Rules<'a> {
 }
 
 /// A conversation in tokens: one text, or several that begin alike, the whole conversation first where anything of it is
-/// learnt.
+/// learned.
 ///
 /// # Errors
 /// If the template refuses it, leaves something out, or answers cannot be told from the rest.
@@ -80,7 +80,7 @@ pub(crate) fn tokenize(
     Ok(texts.into_iter().filter_map(tokens).collect())
 }
 
-/// The texts of a conversation, in tokens where they fit. None where the conversation says that none of it is to be learnt.
+/// The texts of a conversation, in tokens where they fit. None where the conversation says that none of it is to be learned.
 pub(super) fn texts(chat: &Conversation, rules: Rules<'_>) -> Result<Vec<Text>, String> {
     let Rules { learn, template, .. } = rules;
     let weights = chat.messages.iter().map(|message| Ok(weight(message)? != Some(false)));
@@ -88,13 +88,13 @@ pub(super) fn texts(chat: &Conversation, rules: Rules<'_>) -> Result<Vec<Text>, 
     let (chat, given, whole) = written(chat, template)?;
     let Rendered { text: whole, generated } = whole;
     let this = Whole { chat: &chat, given: &given, text: &whole, wanted: &wanted, rules, spots: Default::default() };
-    let nothing = || "nothing is learnt from it: no answer of the assistant".to_owned();
+    let nothing = || "nothing is learned from it: no answer of the assistant".to_owned();
     if let Some(generated) = generated {
         if generated.is_empty() && learn != Learn::All {
             return Err(nothing());
         }
         let answers = this.generated(generated)?;
-        if learn != Learn::All && answers.iter().all(|(_, learnt)| !learnt) {
+        if learn != Learn::All && answers.iter().all(|(_, learned)| !learned) {
             return Ok(Vec::new());
         }
         this.says_something(&[&whole])?;
@@ -103,7 +103,7 @@ pub(super) fn texts(chat: &Conversation, rules: Rules<'_>) -> Result<Vec<Text>, 
     let places = || this.places().iter().map(|(range, index)| (*index, range.clone())).collect::<BTreeMap<_, _>>();
     let turns = match (turns((&chat, &given), &whole, template, &places), learn) {
         (turns, Learn::Assistant | Learn::Last) => turns?,
-        // Everything is learnt: where answers stand is of interest only to whom shows them.
+        // Everything is learned: where answers stand is of interest only to whom shows them.
         (turns, Learn::All) => turns.unwrap_or_default(),
     };
     if turns.is_empty() && learn != Learn::All {
@@ -127,7 +127,7 @@ struct Whole<'a> {
     chat: &'a Conversation,
     given: &'a Given,
     text: &'a str,
-    /// Of each message, whether it may be learnt.
+    /// Of each message, whether it may be learned.
     wanted: &'a [bool],
     rules: Rules<'a>,
     spots: std::cell::OnceCell<Vec<(Range<usize>, usize)>>,
@@ -141,7 +141,7 @@ impl Whole<'_> {
         self.spots.get_or_init(|| spots((self.chat, self.given), whole, &all, self.rules.template))
     }
 
-    /// What the template marks as answers, and which of it is learnt.
+    /// What the template marks as answers, and which of it is learned.
     fn generated(&self, ranges: Vec<Range<usize>>) -> Result<Vec<(Range<usize>, bool)>, String> {
         let last = ranges.len();
         let of_learn = |index: usize| self.rules.learn != Learn::Last || index + 1 == last;
@@ -161,7 +161,7 @@ impl Whole<'_> {
             let Some(found) = found else {
                 let number = index + 1;
                 return Err(format!(
-                    "message {number} is not to be learnt (weight 0), and where the template writes it cannot be told"
+                    "message {number} is not to be learned (weight 0), and where the template writes it cannot be told"
                 ));
             };
             answers[found].1 = false;
@@ -214,12 +214,12 @@ impl Whole<'_> {
             let stands = |turn: &Turn| turn.index < part.count && turn.stands_in(self.text, part.shared, part.tail);
             let (inside, rest): (Vec<&Turn>, Vec<&Turn>) = left.iter().partition(|turn| stands(turn));
             if !inside.is_empty() || learn == Learn::All {
-                let learnt: std::collections::BTreeSet<usize> = inside.iter().map(|turn| turn.index).collect();
+                let learned: std::collections::BTreeSet<usize> = inside.iter().map(|turn| turn.index).collect();
                 let mut answers: Vec<(Range<usize>, bool)> = Vec::new();
                 for turn in turns.iter().filter(|turn| stands(turn)) {
                     // An answer that follows another directly begins where that one ends.
                     let start = turn.start.max(answers.last().map_or(0, |(last, _)| last.end));
-                    answers.push((start..turn.len(), learnt.contains(&turn.index)));
+                    answers.push((start..turn.len(), learned.contains(&turn.index)));
                 }
                 out.push(self.tokens(part, answers)?);
                 // It ends the run: the others need not be made.
@@ -247,7 +247,7 @@ impl Whole<'_> {
         };
         // So many bytes cannot be few enough tokens.
         let surely = longest.is_some_and(|longest| length.div_ceil(longest) > most);
-        let first = answers.iter().find(|(_, learnt)| *learnt).map_or(length, |(range, _)| range.start);
+        let first = answers.iter().find(|(_, learned)| *learned).map_or(length, |(range, _)| range.start);
         let hopeless = longest.is_some_and(|longest| first.div_ceil(longest) > most) && learn != Learn::All;
         let left_out = match room {
             Room::Any => false,
@@ -285,7 +285,7 @@ impl Whole<'_> {
         let said = self.said(part, &text, answers.len());
         let within = |at: usize| {
             let next = answers.partition_point(|(range, _)| range.end <= at);
-            answers.get(next).filter(|(range, _)| range.contains(&at)).map(|(_, learnt)| *learnt)
+            answers.get(next).filter(|(range, _)| range.contains(&at)).map(|(_, learned)| *learned)
         };
         let whose = |at: usize| {
             let next = said.partition_point(|(range, _)| range.end <= at);
@@ -297,10 +297,10 @@ impl Whole<'_> {
             let role = message.map_or(Role::Template, |index| role(&self.chat.messages[index]));
             out.roles.push(answer.map_or(role, |_| Role::Assistant));
             let all = learn == Learn::All && message.is_none_or(|index| self.wanted[index]);
-            out.learnt.push(answer.unwrap_or(all));
+            out.learned.push(answer.unwrap_or(all));
         }
         Ok(match long {
-            true if out.learnt.iter().skip(1).any(|&learnt| learnt) => Text::Cut(out),
+            true if out.learned.iter().skip(1).any(|&learned| learned) => Text::Cut(out),
             true => Text::TooLong,
             false => Text::Tokens(out),
         })

@@ -1,4 +1,4 @@
-//! Which messages say of themselves that they are to be learnt or not: `weight` (OpenAI's and Mistral's format), `train` and
+//! Which messages say of themselves that they are to be learned or not: `weight` (OpenAI's and Mistral's format), `train` and
 //! `training` (axolotl's), `loss` (ms-swift's).
 
 use serde_json::Value;
@@ -6,17 +6,17 @@ use serde_json::Value;
 use super::numbers;
 
 const NAMES: [&str; 4] = ["weight", "train", "training", "loss"];
-/// Say which parts of a message are learnt, which we cannot do.
+/// Say which parts of a message are learned, which we cannot do.
 const PARTS: [&str; 2] = ["train_detail", "training_detail"];
 
-/// Whether a message is to be learnt, where it says so.
+/// Whether a message is to be learned, where it says so.
 ///
 /// # Errors
 /// If it says something other than yes or no: key and value.
 pub(super) fn weight(message: &Value) -> Result<Option<bool>, String> {
     let mut said: Option<(bool, &str)> = None;
     if let Some(key) = PARTS.iter().find(|key| message.get(**key).is_some_and(|value| !value.is_null())) {
-        return Err(format!("{key}, which learns parts of a message, where only whole ones are learnt or not"));
+        return Err(format!("{key}, which learns parts of a message, where only whole ones are learned or not"));
     }
     for key in NAMES {
         let yes = match message.get(key) {
@@ -27,7 +27,7 @@ pub(super) fn weight(message: &Value) -> Result<Option<bool>, String> {
             Some(other) => {
                 let shown = other.as_str().and_then(numbers::literal).map_or(other.to_string(), str::to_owned);
                 return Err(format!(
-                    "{key} = {shown}, where 0 (not learnt) or 1 (learnt) belongs: there are no shares"
+                    "{key} = {shown}, where 0 (not learned) or 1 (learned) belongs: there are no shares"
                 ));
             }
         };

@@ -61,8 +61,8 @@ impl CifarConfig {
             true => None,
             false => Some(self.pictures(&self.validation_paths, &mut left_out)?),
         };
-        let learnt = self.pictures(&self.paths, &mut left_out)?;
-        Ok(Found { learnt, held_out, notes: left_out.note().into_iter().collect() })
+        let learned = self.pictures(&self.paths, &mut left_out)?;
+        Ok(Found { learned, held_out, notes: left_out.note().into_iter().collect() })
     }
 
     fn pictures(&self, paths: &[String], left_out: &mut LeftOut) -> Result<Pictures, DataError> {

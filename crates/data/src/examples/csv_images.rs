@@ -95,8 +95,8 @@ impl CsvImagesConfig {
         if !headed.is_empty() {
             notes.push(format!("the first row is taken for headings, no picture, in {}", headed.join(", ")));
         }
-        let learnt = Pictures { shape: InputShape::Images { channels: 1, height, width }, pixels, labels, classes };
-        Ok(Found { learnt, held_out: None, notes })
+        let learned = Pictures { shape: InputShape::Images { channels: 1, height, width }, pixels, labels, classes };
+        Ok(Found { learned, held_out: None, notes })
     }
 }
 

@@ -128,7 +128,7 @@ pub struct Paired {
 pub fn open_pairs(config: &FeaturePairsConfig, options: &OpenOptions) -> Result<Paired, DataError> {
     let open = |paths: &[PathBuf]| paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>, _>>();
     let mut files = open(&config.paths)?;
-    let learnt: usize = files.iter().map(File::rows).sum();
+    let learned: usize = files.iter().map(File::rows).sum();
     files.extend(open(&config.validation_paths)?);
     let mut hash = blake3::Hasher::new();
     for file in &files {
@@ -150,9 +150,9 @@ pub fn open_pairs(config: &FeaturePairsConfig, options: &OpenOptions) -> Result<
     }
     let places: Vec<(usize, usize)> =
         files.iter().enumerate().flat_map(|(at, file)| (0..file.rows()).map(move |row| (at, row))).collect();
-    let [train, validation] = match places.len() > learnt {
-        true => [places[..learnt].to_vec(), places[learnt..].to_vec()],
-        false => divide(learnt, options.validation_fraction)?
+    let [train, validation] = match places.len() > learned {
+        true => [places[..learned].to_vec(), places[learned..].to_vec()],
+        false => divide(learned, options.validation_fraction)?
             .map(|side| side.into_iter().map(|index| places[index as usize]).collect()),
     };
     let [parts, layers, dim] = files[0].shape;

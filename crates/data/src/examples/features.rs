@@ -158,7 +158,7 @@ impl ExampleSet for Rows {
 pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Labelled, DataError> {
     let mut files = File::open_all(&config.paths, &config.labels)?;
     let count = |files: &[File]| files.iter().map(|file| file.labels.len()).sum::<usize>();
-    let learnt = count(&files);
+    let learned = count(&files);
     files.extend(File::open_all(&config.validation_paths, &config.validation_labels)?);
     let first = &files[0];
     let (layers, dim) = (first.n_layers, first.dim);
@@ -196,9 +196,9 @@ pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Lab
     }
     let places: Vec<(usize, usize)> =
         files.iter().enumerate().flat_map(|(at, file)| (0..file.labels.len()).map(move |row| (at, row))).collect();
-    let [train, validation] = match places.len() > learnt {
-        true => [places[..learnt].to_vec(), places[learnt..].to_vec()],
-        false => divide(learnt, options.validation_fraction)?
+    let [train, validation] = match places.len() > learned {
+        true => [places[..learned].to_vec(), places[learned..].to_vec()],
+        false => divide(learned, options.validation_fraction)?
             .map(|side| side.into_iter().map(|index| places[index as usize]).collect()),
     };
     let mut counts = vec![0; classes.len()];

@@ -44,12 +44,12 @@ impl IdxConfig {
     }
 
     pub(super) fn read(&self) -> Result<Found, DataError> {
-        let learnt = read_pair(&self.images, &self.labels)?;
+        let learned = read_pair(&self.images, &self.labels)?;
         let held_out = match (&self.validation_images, &self.validation_labels) {
             (Some(images), Some(labels)) => Some(read_pair(images, labels)?),
             _ => None,
         };
-        Ok(Found { learnt, held_out, notes: Vec::new() })
+        Ok(Found { learned, held_out, notes: Vec::new() })
     }
 }
 

@@ -62,13 +62,13 @@ impl ImageFolderConfig {
 
     pub(super) fn read(&self) -> Result<Found, DataError> {
         let mut told = Told::default();
-        let learnt = self.pictures(&self.path, None, &mut told)?;
+        let learned = self.pictures(&self.path, None, &mut told)?;
         let held_out = self
             .validation_path
             .as_ref()
-            .map(|path| self.pictures(path, Some(&learnt.classes), &mut told))
+            .map(|path| self.pictures(path, Some(&learned.classes), &mut told))
             .transpose()?;
-        Ok(Found { learnt, held_out, notes: told.notes() })
+        Ok(Found { learned, held_out, notes: told.notes() })
     }
 
     fn pictures(&self, folder: &Path, known: Option<&[String]>, told: &mut Told) -> Result<Pictures, DataError> {
@@ -114,7 +114,7 @@ impl Told {
         let mut notes: Vec<String> = self.left_out.note().into_iter().collect();
         for (count, what) in [
             (self.turned, "pictures were turned the way up that their EXIF orientation says"),
-            (self.of_several, "files hold several frames or pages, of which the first is learnt"),
+            (self.of_several, "files hold several frames or pages, of which the first is learned"),
         ] {
             if count > 0 {
                 notes.push(format!("{count} {what}"));
@@ -169,7 +169,7 @@ pub(super) fn class_files(folder: &Path, endings: &[&str], known: Option<&[Strin
     let mut files = Vec::new();
     for name in names {
         let label = classes.iter().position(|class| *class == name);
-        let label = label.ok_or_else(|| unusable(format!("class `{name}` is not among those learnt")))?;
+        let label = label.ok_or_else(|| unusable(format!("class `{name}` is not among those learned")))?;
         let inside = search(&[folder.join(&name).display().to_string()], endings)?;
         let Search { files: more, left_out: besides } = inside;
         files.extend(more.into_keys().map(|path| (path, label as u32)));

@@ -98,10 +98,10 @@ pub(super) fn open(
     let classes = distinct_names(rows.iter().map(|row| &row.label));
     let groups = distinct_names(rows.iter().chain(&held_out).filter_map(|row| row.group.as_ref()));
     let places: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
-    // Of what is learnt from: a class that occurs among what is validated on only is refused below.
+    // Of what is learned from: a class that occurs among what is validated on only is refused below.
     let labels = rows.iter().filter_map(|row| places.get(row.label.as_str()).copied());
     notes.extend(Classes { names: &classes, data: "labelled_text", field: Some("label_field") }.check(labels)?);
-    let (learnt, seq_len) = (rows.len(), options.seq_len);
+    let (learned, seq_len) = (rows.len(), options.seq_len);
     let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
     for LabelledText { text, label, group, .. } in rows.into_iter().chain(held_out) {
         for part in [&text, &label].into_iter().chain(&group) {
@@ -119,9 +119,9 @@ pub(super) fn open(
         let group = groups.iter().position(|name| Some(name) == group.as_ref()).unwrap_or(0);
         texts.push(Example { content: Content::Tokens(tokens), label: class, group: group as u32 });
     }
-    let [train, validation] = match texts.len() > learnt {
-        true => [(0..learnt as u32).collect(), (learnt as u32..texts.len() as u32).collect()],
-        false => divide(learnt, options.validation_fraction)?,
+    let [train, validation] = match texts.len() > learned {
+        true => [(0..learned as u32).collect(), (learned as u32..texts.len() as u32).collect()],
+        false => divide(learned, options.validation_fraction)?,
     };
     let mut counts = vec![0; classes.len()];
     train.iter().for_each(|&index| counts[texts[index as usize].label as usize] += 1);

@@ -20,7 +20,7 @@ pub(crate) struct Pictures {
 }
 
 impl Pictures {
-    /// Adds everything that decides what is learnt.
+    /// Adds everything that decides what is learned.
     pub(super) fn hash(&self, hasher: &mut blake3::Hasher) {
         hasher.update(format!("{:?} {:?}", self.shape, self.classes).as_bytes());
         hasher.update(&self.pixels);

@@ -95,9 +95,9 @@ pub(super) fn open(
         sides.push(more.files);
     }
     let (mut hash, mut pictures, mut cut, mut streamed) = (blake3::Hasher::new(), Vec::new(), 0, 0);
-    let mut learnt = 0;
+    let mut learned = 0;
     for files in sides {
-        learnt = pictures.len();
+        learned = pictures.len();
         for (path, label) in files {
             let sound =
                 match (wav::read(&read_file(&path)?).and_then(|sound| config.checked(sound)), config.on_bad_file) {
@@ -121,7 +121,7 @@ pub(super) fn open(
         }
     }
     let [train, validation] = match config.validation_path.is_some() {
-        true => [(0..learnt as u32).collect(), (learnt as u32..pictures.len() as u32).collect()],
+        true => [(0..learned as u32).collect(), (learned as u32..pictures.len() as u32).collect()],
         false => divide(pictures.len(), options.validation_fraction)?,
     };
     if train.is_empty() || validation.is_empty() {

@@ -1,4 +1,4 @@
-//! Byte-level tokenizers of our own: plain bytes, and BPE that is learnt from texts.
+//! Byte-level tokenizers of our own: plain bytes, and BPE that is learned from texts.
 
 use std::collections::BTreeMap;
 use std::path::Path;

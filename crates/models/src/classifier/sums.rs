@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use polyhead_attention::{GateMean, Importance};
 use serde::{Deserialize, Serialize};
 
-use crate::{Evaluated, Matrix, Sums};
+use crate::{EvalTotals, Evaluated, Matrix};
 
 /// Bins of confidence, as in Guo et al. (2017, arXiv 1706.04599).
 const BINS: usize = 15;
@@ -16,7 +16,7 @@ pub const MOST_CONFUSED: usize = 1000;
 
 /// The sums over evaluated examples.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct ClassSums {
+pub struct ClassTotals {
     loss: f64,
     n_classes: usize,
     /// How many, by truth and answer; those that came.
@@ -70,7 +70,7 @@ pub struct ClassScore {
     pub f1: f64,
 }
 
-impl ClassSums {
+impl ClassTotals {
     /// The sums of a batch: `logits` are `[batch, classes]`. Everything beyond a score is computed in f64, example by example,
     /// so that it does not matter how batches are cut. Of equal scores the first class wins.
     pub fn of(logits: &[f32], labels: &[u32], groups: &[u32]) -> Self {
@@ -173,7 +173,7 @@ impl ClassSums {
     }
 }
 
-impl Sums for ClassSums {
+impl EvalTotals for ClassTotals {
     fn add(&mut self, other: Self) {
         if self.n_classes == 0 {
             *self = other;
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn numbers_are_those_worked_by_hand() {
-        let sums = ClassSums::of(&LOGITS, &LABELS, &GROUPS);
+        let sums = ClassTotals::of(&LOGITS, &LABELS, &GROUPS);
         assert_eq!(sums.confusion().expect("few classes"), [1, 0, 0, 1, 2, 0, 1, 0, 1]);
         assert_eq!((sums.evaluated().correct, sums.evaluated().targets), (4, 6));
         let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-9, "{got} against {want}");
@@ -266,7 +266,7 @@ mod tests {
         near(told(0), 1.0);
         near(told(3), 1.0 / 3.0);
         near(sums.worst_group_accuracy().expect("groups"), 1.0 / 3.0);
-        assert_eq!(ClassSums::of(&LOGITS, &LABELS, &[0; 6]).worst_group_accuracy(), None);
+        assert_eq!(ClassTotals::of(&LOGITS, &LABELS, &[0; 6]).worst_group_accuracy(), None);
         let (sure, unsure) = (1.0 / (1.0 + 2.0 * (-9f64).exp()), 1.0 / (2.0 + (-1f64).exp()));
         near(sums.calibration_error(), ((5.0 * sure - 4.0).abs() + unsure) / 6.0);
         let right = -(sure.ln());
@@ -275,11 +275,11 @@ mod tests {
 
     #[test]
     fn a_class_that_is_only_answered_with_lowers_the_mean() {
-        let sums = ClassSums::of(&[9., 0., 0., 0., 9., 0., 0., 0., 9.], &[0, 1, 1], &[0; 3]);
+        let sums = ClassTotals::of(&[9., 0., 0., 0., 9., 0., 0., 0., 9.], &[0, 1, 1], &[0; 3]);
         assert_eq!((sums.classes()[2].examples, sums.classes()[2].answers), (0, 1));
         assert!((sums.macro_f1() - (1.0 + 2.0 / 3.0 + 0.0) / 3.0).abs() < 1e-9, "{}", sums.macro_f1());
         // A class that nobody speaks of does not count.
-        let sums = ClassSums::of(&[9., 0., 0., 0., 9., 0.], &[0, 1], &[0; 2]);
+        let sums = ClassTotals::of(&[9., 0., 0., 0., 9., 0.], &[0, 1], &[0; 2]);
         assert!((sums.macro_f1() - 1.0).abs() < 1e-9);
     }
 
@@ -288,8 +288,8 @@ mod tests {
         let n = 60_000;
         let mut logits = vec![0.0; 2 * n];
         (logits[n - 1], logits[n + 7]) = (9.0, 9.0);
-        let mut sums = ClassSums::of(&logits, &[n as u32 - 1, 3], &[0; 2]);
-        sums.add(ClassSums::of(&logits[..n], &[0], &[0]));
+        let mut sums = ClassTotals::of(&logits, &[n as u32 - 1, 3], &[0; 2]);
+        sums.add(ClassTotals::of(&logits[..n], &[0], &[0]));
         assert_eq!((sums.evaluated().correct, sums.examples(), sums.confusion()), (1, 3, None));
         assert!(sums.matrices().is_empty());
         let classes = sums.classes();
@@ -299,10 +299,10 @@ mod tests {
 
     #[test]
     fn batches_may_be_cut_anywhere() {
-        let mut parts = ClassSums::default();
-        parts.add(ClassSums::of(&LOGITS[..6], &LABELS[..2], &GROUPS[..2]));
-        parts.add(ClassSums::of(&LOGITS[6..], &LABELS[2..], &GROUPS[2..]));
-        let whole = ClassSums::of(&LOGITS, &LABELS, &GROUPS);
+        let mut parts = ClassTotals::default();
+        parts.add(ClassTotals::of(&LOGITS[..6], &LABELS[..2], &GROUPS[..2]));
+        parts.add(ClassTotals::of(&LOGITS[6..], &LABELS[2..], &GROUPS[2..]));
+        let whole = ClassTotals::of(&LOGITS, &LABELS, &GROUPS);
         assert_eq!((parts.confusion(), parts.groups()), (whole.confusion(), whole.groups()));
         assert!((parts.evaluated().loss - whole.evaluated().loss).abs() < 1e-12);
         assert!((parts.calibration_error() - whole.calibration_error()).abs() < 1e-12);

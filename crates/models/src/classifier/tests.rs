@@ -108,10 +108,10 @@ fn everybody_sees_everybody_and_positions_are_known() {
 fn layers_can_be_looked_into() {
     let hilo_then_softmax = format!("[{HILO}, {SOFTMAX}]");
     let model = model(PICTURES, &hilo_then_softmax, MEAN);
-    let seen = model.valid().look(&batch(PICTURES, 2), Observe::Maps);
+    let seen = model.valid().observe_layers(&batch(PICTURES, 2), Observe::Maps);
     assert!(seen.len() == 2 && seen[0].maps.is_none());
     assert_eq!(seen[1].maps.as_ref().unwrap().dims(), [2, 24, 24]);
-    assert!(model.valid().look(&batch(PICTURES, 2), Observe::Nothing).is_empty());
+    assert!(model.valid().observe_layers(&batch(PICTURES, 2), Observe::Nothing).is_empty());
 }
 
 #[test]

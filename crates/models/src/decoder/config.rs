@@ -31,7 +31,7 @@ pub struct DecoderConfig {
     /// Share of each head's channels that rotate, the first ones. Default: 1.
     #[serde(default = "one")]
     pub rope_fraction: f64,
-    /// How the frequencies are stretched for contexts longer than those first learnt. Default: not.
+    /// How the frequencies are stretched for contexts longer than those first learned. Default: not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
     /// The kind of norms: "rms" or "layer". Default: "rms".

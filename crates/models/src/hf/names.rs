@@ -78,7 +78,7 @@ impl Family {
         }
     }
 
-    /// Whether a tensor of the files holds nothing that was learnt: buffers that old versions saved, and the copy of tied
+    /// Whether a tensor of the files holds nothing that was learned: buffers that old versions saved, and the copy of tied
     /// embeddings.
     pub(super) fn is_left_over(name: &str, config: &DecoderConfig) -> bool {
         let buffers = ["rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"];

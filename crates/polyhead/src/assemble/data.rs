@@ -48,7 +48,7 @@ impl Data {
         }
     }
 
-    /// What else there is to know before it is learnt from.
+    /// What else there is to know before it is learned from.
     pub fn notes(&self) -> &[String] {
         match self {
             Self::Tokens(opened) => &opened.notes,
@@ -75,7 +75,7 @@ impl Data {
         }
     }
 
-    /// Batches until everything has been learnt from once.
+    /// Batches until everything has been learned from once.
     pub fn batches_per_epoch(&self) -> u64 {
         match self {
             Self::Tokens(opened) => opened.train.batches_per_epoch(),
@@ -84,7 +84,7 @@ impl Data {
         }
     }
 
-    /// What `data.json` of a checkpoint says about what was learnt from.
+    /// What `data.json` of a checkpoint says about what was learned from.
     pub fn record(&self) -> Vec<u8> {
         match self {
             Self::Tokens(opened) => data_record(opened),
@@ -120,7 +120,7 @@ pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64
     Ok(polyhead_data::open(&recipe.data, tokenizer, &options(recipe), progress)?)
 }
 
-/// Refuses tokens of which none is a target, so that nothing would be learnt; gives what else there is to know about them.
+/// Refuses tokens of which none is a target, so that nothing would be learned; gives what else there is to know about them.
 ///
 /// # Errors
 /// If no token is a target, or the data cannot be read.
@@ -129,8 +129,8 @@ pub fn check_targets(opened: &Opened, data: &str) -> Result<Vec<String>, Failure
     let (tokens, targets) = count_targets(&opened.train)?;
     if targets == 0 {
         return Err(Failure::Run(format!(
-            "data.{data}: none of {tokens} tokens to learn from is a target, so that nothing would be learnt\n  hint: `polyhead \
-             preview RECIPE` shows what is learnt of each row; a chat template that finds no messages, and rows cut before \
+            "data.{data}: none of {tokens} tokens to learn from is a target, so that nothing would be learned\n  hint: `polyhead \
+             preview RECIPE` shows what is learned of each row; a chat template that finds no messages, and rows cut before \
              the first answer (training.seq_len), leave none"
         )));
     }
@@ -225,7 +225,7 @@ pub fn project_root() -> PathBuf {
     built.ancestors().nth(2).unwrap_or(built).to_owned()
 }
 
-/// How the text is another one than a checkpoint learnt from, if it is: its files may have changed since.
+/// How the text is another one than a checkpoint learned from, if it is: its files may have changed since.
 ///
 /// # Errors
 /// If the checkpoint's record is damaged. One without a record is taken at its word.
@@ -237,14 +237,14 @@ pub fn changed_text(checkpoint: &Path, text_hash: Option<&str>) -> Result<Option
     let same = record["text_hash"].as_str() == text_hash;
     Ok((!same).then(|| {
         format!(
-            "the text is not the one that {} learnt from, which was {}",
+            "the text is not the one that {} learned from, which was {}",
             checkpoint.display(),
             record["description"].as_str().unwrap_or("another")
         )
     }))
 }
 
-/// What a checkpoint says about what was learnt from.
+/// What a checkpoint says about what was learned from.
 pub const RECORD: &str = "data.json";
 
 /// What it says.

@@ -15,10 +15,10 @@ use crate::recipe::Recipe;
 use crate::report::{Failure, Problems};
 
 mod conversion;
-mod told;
+mod summary;
 
 pub use conversion::Conversion;
-pub use told::{Measured, cached_bytes};
+pub use summary::{Measured, cached_bytes};
 
 /// What is converted, into what, and where to.
 #[derive(Debug, Args)]
@@ -76,7 +76,7 @@ pub fn perform(
     opened.notes.iter().for_each(|note| talk!("note: {note}"));
     let models = [&parent.model, &child];
     let measured = Measured::on(models, first_batches(&opened.validation, batches))?;
-    told::print(&measured, models, opened.vocab_size)?;
+    summary::print(&measured, models, opened.vocab_size)?;
 
     let recipe = parent.recipe.clone().unwrap_or(recipe);
     let mut companions = vec![("data.json".to_owned(), assemble::data_record(&opened))];
@@ -85,8 +85,8 @@ pub fn perform(
         companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
     assemble::begin_run(out, &child, recipe, companions)?;
-    told::draw(out, models)?;
-    told::summarize(out, conversion, models, &measured)?;
+    summary::draw(out, models)?;
+    summary::summarize(out, conversion, models, &measured)?;
     Ok(measured)
 }
 

@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, TensorData};
 use clap::Args;
 use polyhead_data::read_features;
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{Learner, Retrieval};
+use polyhead_models::{Retrieval, Trainable};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::{Value, json};
 
@@ -22,7 +22,7 @@ use crate::report::{Failure, Problems};
 pub struct EmbedArgs {
     /// A run of model.embedder, or a checkpoint of one.
     pub checkpoint: PathBuf,
-    /// What `polyhead features` made of texts, from the model whose features the embedder learnt; with --pairs, retrieval is
+    /// What `polyhead features` made of texts, from the model whose features the embedder learned; with --pairs, retrieval is
     /// measured.
     #[arg(long)]
     pub features: PathBuf,
@@ -55,7 +55,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     };
     if [layers, dim] != trained.input {
         let problem = format!(
-            "{} holds features of {layers} layers of {dim} numbers; {} learnt {} of {}",
+            "{} holds features of {layers} layers of {dim} numbers; {} learned {} of {}",
             args.features.display(),
             trained.path.display(),
             trained.input[0],

@@ -110,8 +110,8 @@ pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result
     let found = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
     talk!("learning {vocab_size} tokens from {}", found.description);
     found.notes.iter().for_each(|note| talk!("note: {note}"));
-    let learnt = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;
-    talk!("wrote {learnt} tokens to {}", out.display());
+    let learned = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;
+    talk!("wrote {learned} tokens to {}", out.display());
     talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())
 }

@@ -16,7 +16,7 @@ mod train;
 mod trained;
 
 pub use plan::probe;
-pub use train::told::{program, quoted};
+pub use train::summary::{program, quoted};
 
 use std::path::Path;
 

@@ -16,7 +16,7 @@ use crate::console::{harmless, put, talk};
 use crate::recipe::Loaded;
 use crate::report::Failure;
 
-const LEARNT: Style = AnsiColor::Green.on_default();
+const TARGET: Style = AnsiColor::Green.on_default();
 const IGNORED: Style = Style::new().dimmed();
 const SYSTEM: Style = AnsiColor::Magenta.on_default();
 const USER: Style = AnsiColor::Cyan.on_default();
@@ -46,14 +46,14 @@ struct Row<'a> {
 /// How a piece of a row is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shade {
-    Learnt,
+    Target,
     Read(Option<Role>),
 }
 
 impl Shade {
     fn style(self) -> Style {
         match self {
-            Self::Learnt => LEARNT,
+            Self::Target => TARGET,
             Self::Read(Some(Role::System)) => SYSTEM,
             Self::Read(Some(Role::User)) => USER,
             Self::Read(Some(Role::Tool)) => TOOL,
@@ -77,11 +77,11 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     if coloured {
         let mut stderr = AutoStream::auto(std::io::stderr());
         let mut legend =
-            format!("{LEARNT}what the model learns to predict{LEARNT:#}, {IGNORED}what it only reads{IGNORED:#}");
+            format!("{TARGET}what the model learns to predict{TARGET:#}, {IGNORED}what it only reads{IGNORED:#}");
         if matches!(loaded.recipe.data, DataConfig::Chat(_)) {
             legend.push_str(&format!(
                 ": {SYSTEM}system{SYSTEM:#}, {USER}user{USER:#}, {TOOL}tool{TOOL:#}, {ANSWER}answers that are not \
-                 learnt{ANSWER:#}"
+                 learned{ANSWER:#}"
             ));
         }
         let _ = writeln!(stderr, "{legend}");
@@ -204,10 +204,10 @@ fn tabulate(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Resu
 }
 
 fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<(), Failure> {
-    let learnt = row.targets.iter().filter(|&&target| target != IGNORE).count();
+    let learned = row.targets.iter().filter(|&&target| target != IGNORE).count();
     let documents = count_documents(row).map_or(String::new(), |count| format!(", {count} document(s)"));
     let mut text = format!(
-        "{HEADING}row {number}{HEADING:#}: {learnt} of {} positions are learnt from{documents}\n",
+        "{HEADING}row {number}{HEADING:#}: {learned} of {} positions are learned from{documents}\n",
         row.tokens.len()
     );
     for (shade, piece) in pieces(row, tokenizer) {
@@ -227,7 +227,7 @@ fn count_documents(row: &Row<'_>) -> Option<usize> {
     Some(documents.len())
 }
 
-/// The row's text in order, each piece with whether it is learnt. What is predicted at a position stands behind it: it is
+/// The row's text in order, each piece with whether it is learned. What is predicted at a position stands behind it: it is
 /// the next token, except in data that asks for something else.
 fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(Shade, String)> {
     let mut pieces: Vec<(Shade, String)> = Vec::new();
@@ -254,7 +254,7 @@ fn pieces(row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Vec<(Shade, String)> 
         // A row is padded with one token: once is enough.
         let again = position > 0 && row.roles.is_some_and(|roles| roles[position - 1] == Role::Padding);
         token.filter(|_| !again).into_iter().for_each(|token| add(Shade::Read(role), token));
-        asked.into_iter().for_each(|target| add(Shade::Learnt, target));
+        asked.into_iter().for_each(|target| add(Shade::Target, target));
     }
     pieces
 }
@@ -264,7 +264,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    const LEARNT: Shade = Shade::Learnt;
+    const TARGET: Shade = Shade::Target;
     const READ: Shade = Shade::Read(None);
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
         targets[5] = IGNORE; // across the end of the first text
         let row = Row { tokens: &tokens, targets: &targets, documents: None, roles: None };
         let shown = pieces(&row, Some(&tokenizer));
-        let expected = [(READ, "a"), (LEARNT, "é\\u{1b}b<|endoftext|>"), (READ, "c"), (LEARNT, "d")];
+        let expected = [(READ, "a"), (TARGET, "é\\u{1b}b<|endoftext|>"), (READ, "c"), (TARGET, "d")];
         assert_eq!(shown, expected.map(|(shade, text)| (shade, text.to_owned())));
     }
 
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn an_answer_that_is_not_the_next_token_stands_beside_it() {
         let row = Row { tokens: &[1, 2, 3], targets: &[IGNORE, 7, IGNORE], documents: None, roles: None };
-        let expected = [(READ, "1 2 3 "), (LEARNT, "7 ")];
+        let expected = [(READ, "1 2 3 "), (TARGET, "7 ")];
         assert_eq!(pieces(&row, None), expected.map(|(shade, text)| (shade, text.to_owned())));
     }
 }

@@ -10,7 +10,7 @@ use polyhead_training::state;
 use super::convert::{self, Measured, cached_bytes};
 use super::new_folder::must_not_be_data;
 use super::plan;
-use super::train::{self, Sitting};
+use super::train::{self, TrainSession};
 use crate::assemble::{self, Trained};
 use crate::cli::TrainArgs;
 use crate::console::{put, talk, thousands};
@@ -79,7 +79,7 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
     talk!(
         "\nlies in  {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
         out.display(),
-        train::told::program()
+        train::summary::program()
     );
     Ok(())
 }
@@ -103,7 +103,7 @@ fn run(
         return convert::perform(conversion, &parent, loaded.recipe, (folder, convert::BATCHES));
     }
     if !finished {
-        train::sit(Sitting {
+        train::train_session(TrainSession {
             loaded: &loaded,
             run_dir: folder,
             resume: "auto",

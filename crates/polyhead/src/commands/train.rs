@@ -1,6 +1,6 @@
 //! `polyhead train`.
 
-pub mod told;
+pub mod summary;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -43,7 +43,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
-    sit(Sitting {
+    train_session(TrainSession {
         loaded: &loaded,
         run_dir: &run_dir,
         resume: &args.resume,
@@ -54,7 +54,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
 }
 
 /// What is done until a run is at its end, or is told to stop.
-pub struct Sitting<'a> {
+pub struct TrainSession<'a> {
     /// What to train.
     pub loaded: &'a Loaded,
     /// Where the run is written.
@@ -74,20 +74,20 @@ pub struct Sitting<'a> {
 ///
 /// # Errors
 /// If something is missing or wrong, or a signal came; what was saved before stays whole.
-pub fn sit(sitting: Sitting<'_>) -> Result<(), Failure> {
-    let Sitting { loaded, run_dir, .. } = sitting;
+pub fn train_session(session: TrainSession<'_>) -> Result<(), Failure> {
+    let TrainSession { loaded, run_dir, .. } = session;
     let device = assemble::training_device(&loaded.recipe)?;
     must_not_be_data(&loaded.recipe, run_dir)?;
     let lock = RunLock::acquire(run_dir)?;
     for left in clean_leftovers(run_dir)? {
         talk!("cleaned up after an interrupted save: {}", left.display());
     }
-    let resume = choose_checkpoint(sitting.resume, run_dir)?;
+    let resume = choose_checkpoint(session.resume, run_dir)?;
     let resolved = match &resume {
         Some(checkpoint) => assemble::resume(loaded, checkpoint)?,
         None => assemble::resolve(loaded)?,
     };
-    let task = Task { sitting, resume, resolved };
+    let task = Task { session, resume, resolved };
     let model = &task.resolved.recipe.model;
     match (model.classifier.is_some(), model.embedder.is_some()) {
         (true, _) => train_classifier(&task, lock, &device),
@@ -96,9 +96,9 @@ pub fn sit(sitting: Sitting<'_>) -> Result<(), Failure> {
     }
 }
 
-/// A sitting whose beginning is known.
+/// A session whose beginning is known.
 struct Task<'a> {
-    sitting: Sitting<'a>,
+    session: TrainSession<'a>,
     /// The checkpoint to go on from.
     resume: Option<PathBuf>,
     resolved: Resolved,
@@ -115,7 +115,7 @@ struct Material<'a, M: Trainee> {
     tokenizer: Option<&'a Tokenizer>,
     tracking: Vec<M::Batch>,
     probe: Option<&'a Probe<'a, M>>,
-    classes: &'a dyn Fn(&M::Sums) -> Option<ClassTable>,
+    classes: &'a dyn Fn(&M::Totals) -> Option<ClassTable>,
 }
 
 /// What is known about the data once it is open.
@@ -170,8 +170,8 @@ fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), 
         },
     )?;
     task.tell_end(&outcome, &facts.description, opened.floor);
-    if let Some(tokenizer) = opened.tokenizer.as_ref().filter(|_| task.sitting.asked.is_some()) {
-        told::sample(&resolved.recipe, &outcome.model, tokenizer)?;
+    if let Some(tokenizer) = opened.tokenizer.as_ref().filter(|_| task.session.asked.is_some()) {
+        summary::sample(&resolved.recipe, &outcome.model, tokenizer)?;
     }
     Ok(())
 }
@@ -230,7 +230,7 @@ fn train_embedder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(),
 }
 
 impl Task<'_> {
-    /// Opens the data, which must be what a run that goes on has learnt from.
+    /// Opens the data, which must be what a run that goes on has learned from.
     fn open(&self) -> Result<(Data, Facts), Failure> {
         let started = Instant::now();
         let data = self.resolved.open(&mut tokenizing())?;
@@ -261,7 +261,7 @@ impl Task<'_> {
     /// Trains to the end and writes what was reached.
     fn learn<M: Trainee>(&self, lock: RunLock, material: Material<'_, M>) -> Result<Outcome<M>, Failure> {
         let Material { model, layers, train, held_out, facts, tokenizer, tracking, probe, classes } = material;
-        let (recipe, Sitting { run_dir, signals, .. }) = (&self.resolved.recipe, &self.sitting);
+        let (recipe, TrainSession { run_dir, signals, .. }) = (&self.resolved.recipe, &self.session);
         self.tell_model(&model, layers);
         let start = self.tell_start()?;
         let text = recipe::resolved(recipe)?;
@@ -303,7 +303,7 @@ impl Task<'_> {
         };
         #[cfg(feature = "tui")]
         let dashboard = self
-            .sitting
+            .session
             .tui
             .then(|| crate::dashboard::Dashboard::open(recipe.training.steps, signals.requests.clone()));
         #[cfg(not(feature = "tui"))]

@@ -12,7 +12,7 @@ use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{ClassScore, Decoder, Evaluated, Sampling, Sums};
+use polyhead_models::{ClassScore, Decoder, EvalTotals, Evaluated, Sampling};
 use polyhead_training::evaluate::evaluate;
 use polyhead_training::run_folder::atomic_write;
 
@@ -38,7 +38,7 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     let opened = trained.data()?;
     talk!("data: {}", opened.description);
     if let Some(problem) = assemble::changed_text(&trained.path, opened.text_hash.as_deref())? {
-        talk!("warning: {problem}: some of what is held out now may have been learnt");
+        talk!("warning: {problem}: some of what is held out now may have been learned");
     }
     let all = opened.validation.batches_per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
@@ -63,7 +63,7 @@ fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure>
     let paired = paired(&trained.recipe)?;
     talk!("data: {}", paired.description);
     if let Some(problem) = assemble::changed_text(&trained.path, Some(&paired.text_hash))? {
-        talk!("warning: {problem}: some of what is held out now may have been learnt");
+        talk!("warning: {problem}: some of what is held out now may have been learned");
     }
     let sums = evaluate(&trained.model, &PairSource(paired.validation), batches)?;
     let mut result = serde_json::json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
@@ -78,7 +78,7 @@ fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Fail
     let labelled = trained.data()?;
     talk!("data: {}", labelled.description);
     if let Some(problem) = assemble::changed_text(&trained.path, labelled.text_hash.as_deref())? {
-        talk!("warning: {problem}: some of what is held out now may have been learnt");
+        talk!("warning: {problem}: some of what is held out now may have been learned");
     }
     let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), batches)?;
     let table = ClassTable::of(&sums, &labelled.classes, &labelled.groups);
@@ -209,7 +209,7 @@ pub fn write_text(
 /// If it has none.
 pub fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
     let problem =
-        || format!("{} has no tokenizer: it learnt generated data, or its tokenizer.json is missing", path.display());
+        || format!("{} has no tokenizer: it learned generated data, or its tokenizer.json is missing", path.display());
     tokenizer.ok_or_else(|| Failure::Run(problem()))
 }
 

@@ -9,8 +9,8 @@ use serde_json::Value;
 use crate::page::{escape, figure, page, table};
 use crate::report::Failure;
 
+use super::extra_metrics;
 use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
-use super::further;
 use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics, spread};
 use super::metric::Metric;
 use super::outcome::{Outcome, Point, curve};
@@ -42,7 +42,7 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
     let rows = difference_rows(outcome, metric).into_iter().map(|row| row.to_vec()).collect();
     let base = outcome.comparison.base_in_words();
     let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(&base), metric.label(), table(&head, rows));
-    let more = table(&further::head(outcome), further::rows(outcome));
+    let more = table(&extra_metrics::head(outcome), extra_metrics::rows(outcome));
     let _ =
         write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
     let runs = table(&run_head(outcome), run_rows(outcome));
@@ -221,9 +221,9 @@ fn mean_curve(runs: impl Iterator<Item = Vec<Point>>, x: fn(&Point) -> f64) -> V
 /// What runs logged besides, a small figure each: what mechanisms tell about themselves, then the rest.
 fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String> {
     let logs = outcome.arms[group.clone()].iter().flat_map(|arm| &arm.runs).map(|run| &run.history);
-    let names: BTreeSet<String> = logs.flat_map(|history| further::names(history)).collect();
+    let names: BTreeSet<String> = logs.flat_map(|history| extra_metrics::names(history)).collect();
     let (mechanisms, others): (Vec<_>, Vec<_>) =
-        names.into_iter().partition(|name| name.starts_with(further::MECHANISM));
+        names.into_iter().partition(|name| name.starts_with(extra_metrics::MECHANISM));
     let (mut out, units) = (String::new(), outcome.in_units("tokens"));
     for (names, heading, small) in [
         (mechanisms, "What the mechanisms do", "Observed on a held-out row; means over heads, layers and seeds."),
@@ -237,8 +237,8 @@ fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String
             "<h2>{heading}</h2>\n<p class=\"quiet\">{small} Horizontal: {units}.</p>\n<div class=\"figures small\">"
         );
         for name in names {
-            let found = curves_of(outcome, group.clone(), tokens, |line| further::value(line, &name));
-            let title = capital(&name.trim_start_matches(further::MECHANISM).replace('_', " "));
+            let found = curves_of(outcome, group.clone(), tokens, |line| extra_metrics::value(line, &name));
+            let title = capital(&name.trim_start_matches(extra_metrics::MECHANISM).replace('_', " "));
             let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, names: &[], size: (340, 220) };
             if let Some(svg) = curves(&plot)? {
                 out.push_str(&figure(&title, "", &svg));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::further;
+use super::extra_metrics;
 use super::metric::{METRICS, Metric};
 use super::outcome::Outcome;
 use super::statistics::Summary;
@@ -22,9 +22,9 @@ pub fn report(outcome: &Outcome) -> String {
         let _ = writeln!(out, "| {} |", row.join(" | "));
     }
     out.push_str("\n## Further numbers\n\n");
-    let head = further::head(outcome);
+    let head = extra_metrics::head(outcome);
     out.push_str(&format!("{}|{}\n", row(&head), "---|".repeat(head.len())));
-    for cells in further::rows(outcome) {
+    for cells in extra_metrics::rows(outcome) {
         out.push_str(&row(&cells));
     }
     out.push_str("\n## Every run\n\n");

@@ -8,9 +8,9 @@
 
 pub mod comparison;
 mod evaluate;
+mod extra_metrics;
 mod figures;
 mod finding;
-mod further;
 mod html;
 mod markdown;
 mod matching;

@@ -92,7 +92,7 @@ impl<'a> Progress<'a> {
     }
 
     /// Looks how far the runs are.
-    pub fn look(&mut self) {
+    pub fn observe_layers(&mut self) {
         for &at in &self.running {
             self.steps[at] = steps_taken(&self.runs[at].folder).min(self.runs[at].steps);
         }

@@ -17,7 +17,7 @@ use crate::report::Failure;
 use crate::result::Environment;
 
 use super::comparison::Looked;
-use super::further::further;
+use super::extra_metrics::further;
 use super::metric::METRICS;
 use super::outcome::Outcome;
 use super::statistics::Summary;
@@ -30,7 +30,7 @@ pub struct Record {
     pub comparison: String,
     /// When it was recorded, in UTC.
     pub recorded: String,
-    /// What was learnt from.
+    /// What was learned from.
     pub data: String,
     /// Input tokens of a run.
     pub tokens_per_run: u64,

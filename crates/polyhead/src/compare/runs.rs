@@ -102,7 +102,7 @@ pub fn run_all(plan: &Plan, share: Share, requests: &Requests, progress: &mut Pr
             }
         }
         running = still;
-        progress.look();
+        progress.observe_layers();
     }
     match stop.load(Ordering::SeqCst) {
         0 => Ok(ends.into_iter().flatten().collect()),

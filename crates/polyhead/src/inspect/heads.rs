@@ -40,7 +40,7 @@ pub struct Head {
 }
 
 /// Looks at all layers. Maps are of the first row; importance is the mean over all rows.
-pub fn look(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
+pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
     let importance = importance(model, rows);
     let plain = model.valid();
     let forward = plain.forward(plain.tokens(&rows[0]), &Mask::causal(), None, Observe::Maps);
@@ -185,7 +185,7 @@ mod tests {
             ["softmax]\nn_heads = 4", "grouped_differential]\nn_heads = 4\nn_noise_heads = 1\nhead_dim = 4"]
         {
             let model = model(attention);
-            let layers = look(&model, &[row()]);
+            let layers = observe_layers(&model, &[row()]);
             let mut largest = 0.0;
             let heads = layers[0].heads.len();
             assert_eq!(heads, if attention.starts_with("soft") { 4 } else { 3 });

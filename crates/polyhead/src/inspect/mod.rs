@@ -46,7 +46,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let rows = probe(args, &trained)?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
-    let layers = heads::look(&model, &rows);
+    let layers = heads::observe_layers(&model, &rows);
     let chosen = choose("--layers", &args.layers, layers.len())?;
     let out = args.out.clone().unwrap_or_else(|| default_folder(&trained.path));
     std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
@@ -170,7 +170,7 @@ fn probe(args: &InspectArgs, trained: &Trained) -> Result<Vec<Batch>, Failure> {
         return Ok((0..batch.batch.min(args.rows as usize)).map(|row| batch.row(row)).collect());
     };
     let Some(tokenizer) = &trained.tokenizer else {
-        let problem = format!("--text: {} learnt generated data, not text; leave it out", trained.path.display());
+        let problem = format!("--text: {} learned generated data, not text; leave it out", trained.path.display());
         return Err(Problems::plain(problem).into());
     };
     let tokens = tokenizer.encode_prompt(text)?;

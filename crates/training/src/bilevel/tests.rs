@@ -84,7 +84,7 @@ fn without_inner_steps_it_is_plain_training_under_the_mask_bit_for_bit() {
         let losses = |reports: &[StepReport]| reports.iter().map(|one| one.loss.to_bits()).collect::<Vec<_>>();
         assert_eq!(losses(&ours), losses(&reports));
     }
-    assert_ne!(named(&train(bilevel(config())).0), named(&expected), "inner steps change what is learnt");
+    assert_ne!(named(&train(bilevel(config())).0), named(&expected), "inner steps change what is learned");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{CheckpointError, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, folder_name, is_plain, shelf, verify};
+use super::{CheckpointError, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, folder_name, is_plain, retention, verify};
 use crate::run_folder::{At, TEMPORARY, sync_folder};
 
 /// A checkpoint that is being written. Dropped without [`commit`](Draft::commit), it leaves nothing.
@@ -125,7 +125,7 @@ impl Draft {
         reached(Stage::ManifestWritten);
 
         let target = self.run_dir.join(folder_name(self.step));
-        let aside = shelf::set_aside(&target)?;
+        let aside = retention::set_aside(&target)?;
         reached(Stage::OldSetAside);
         if let Err(cause) = fs::rename(&self.folder, &target) {
             if let Some(aside) = aside {
@@ -138,7 +138,7 @@ impl Draft {
         reached(Stage::Renamed);
         if let Some(aside) = aside {
             // The new checkpoint counts whether or not the old one goes; the next start tidies up.
-            let _ = shelf::discard(&aside);
+            let _ = retention::discard(&aside);
         }
         reached(Stage::OldRemoved);
         Ok(target)

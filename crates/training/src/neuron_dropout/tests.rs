@@ -114,8 +114,8 @@ fn rows_are_watched_as_evaluation_reads_them() {
 fn what_is_continued_ends_before_the_first_answer() {
     assert_eq!(watch::beginning(&statements(10)), [10, 1]);
     assert_eq!(watch::beginning(&Batch::text(vec![3, 1, 4, 1, 5])), [3, 1, 4]);
-    let learnt = Batch { targets: (1..10).collect(), ..statements(10) };
-    assert_eq!(watch::beginning(&learnt), [10, 1], "half of the first document");
+    let learned = Batch { targets: (1..10).collect(), ..statements(10) };
+    assert_eq!(watch::beginning(&learned), [10, 1], "half of the first document");
 }
 
 #[test]

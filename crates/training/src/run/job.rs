@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use polyhead_models::weights::NonFinite;
-use polyhead_models::{Decoder, Evaluated, Learner};
+use polyhead_models::{Decoder, Evaluated, Trainable};
 
 use super::Requests;
 use crate::checkpoint::Best;
@@ -14,7 +14,7 @@ use crate::run_folder::RunLock;
 use crate::state::{Companions, Progress};
 
 /// Everything that a run is made of.
-pub struct Job<'a, M: Learner = Decoder> {
+pub struct Job<'a, M: Trainable = Decoder> {
     /// Where the run is written; the caller holds its lock.
     pub run_dir: PathBuf,
     /// Proof that nobody else writes there.
@@ -97,13 +97,13 @@ pub struct Logged {
 
 /// How a run ended.
 #[derive(Debug)]
-pub struct Outcome<M: Learner = Decoder> {
+pub struct Outcome<M: Trainable = Decoder> {
     /// The trained model.
     pub model: M,
     /// Counters at the end.
     pub progress: Progress,
-    /// The last validation, if there was one in this sitting.
-    pub validation: Option<M::Sums>,
+    /// The last validation, if there was one in this session.
+    pub validation: Option<M::Totals>,
     /// The best checkpoint by validation loss.
     pub best: Option<Best>,
     /// The last checkpoint.

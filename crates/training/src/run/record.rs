@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use polyhead_models::Sums;
+use polyhead_models::EvalTotals;
 use serde_json::json;
 
 use super::Logged;
@@ -133,7 +133,7 @@ impl Record {
         });
     }
 
-    pub(super) fn validation(&mut self, step: u64, sums: &impl Sums, measured: &[(String, f64)]) {
+    pub(super) fn validation(&mut self, step: u64, sums: &impl EvalTotals, measured: &[(String, f64)]) {
         let told = sums.evaluated();
         let (loss, bits, accuracy) = (told.mean_loss(), told.bits_per_byte(), told.accuracy());
         let line = json!({

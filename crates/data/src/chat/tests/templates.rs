@@ -173,13 +173,13 @@ fn what_messages_say_of_being_learnt_is_obeyed() {
         }
         json!({ "messages": messages }).to_string()
     };
-    let learnt = |row: &str, more: Value| {
+    let learned = |row: &str, more: Value| {
         let (chats, counts) = World::new(&[row, GOOD]).read(200, more)?;
         let of = |chat: &ChatTokens| {
-            let ids = chat.tokens.iter().zip(&chat.learnt).filter(|(_, learnt)| **learnt).map(|(&id, _)| id);
+            let ids = chat.tokens.iter().zip(&chat.learned).filter(|(_, learned)| **learned).map(|(&id, _)| id);
             Tokenizer::bytes().decode(&ids.collect::<Vec<_>>()).trim().to_owned()
         };
-        Ok::<_, String>((chats.iter().map(of).collect::<Vec<_>>(), counts.unlearnt, counts.weightless))
+        Ok::<_, String>((chats.iter().map(of).collect::<Vec<_>>(), counts.untrained, counts.weightless))
     };
     for no in [
         json!({ "weight": 0 }),
@@ -188,11 +188,11 @@ fn what_messages_say_of_being_learnt_is_obeyed() {
         json!({ "training": false, "loss": false }),
     ] {
         let row = talk(no.clone(), json!({ "weight": 1 }));
-        assert_eq!(learnt(&row, json!({})).unwrap(), (vec!["right".into(), "4".into()], 1, 0), "{no}");
-        let all = learnt(&row, json!({ "learn": "all" })).unwrap().0;
+        assert_eq!(learned(&row, json!({})).unwrap(), (vec!["right".into(), "4".into()], 1, 0), "{no}");
+        let all = learned(&row, json!({ "learn": "all" })).unwrap().0;
         assert!(all[0].contains("User: no") && !all[0].contains("wrong"), "{all:?}");
         let both = talk(no.clone(), no.clone());
-        assert_eq!(learnt(&both, json!({})).unwrap(), (vec!["4".into()], 2, 1));
+        assert_eq!(learned(&both, json!({})).unwrap(), (vec!["4".into()], 2, 1));
     }
     for (more, words) in [
         (json!({ "weight": 0.5 }), "message 2 has weight = 0.5, where 0"),
@@ -200,21 +200,21 @@ fn what_messages_say_of_being_learnt_is_obeyed() {
         (json!({ "weight": 0, "train": true }), "weight says false and train says true"),
         (json!({ "train_detail": [] }), "train_detail"),
     ] {
-        let problem = learnt(&talk(more, json!({})), json!({})).unwrap_err();
+        let problem = learned(&talk(more, json!({})), json!({})).unwrap_err();
         assert!(problem.contains(words) && problem.contains("chats.jsonl:1"), "{problem}");
     }
     let shared = r#"{"conversations": [{"from": "human", "value": "q", "train": true}, {"from": "gpt", "value": "a", "weight": 0},
         {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]}"#.replace('\n', "");
     let (chats, counts) = World::new(&[&shared]).read(200, json!({ "columns": { "sharegpt": {} } })).unwrap();
-    assert_eq!((counts.unlearnt, counts.asked_in_vain), (1, 1));
-    assert_eq!(chats[0].learnt.iter().filter(|&&learnt| learnt).count(), " b\n".len() + 1);
+    assert_eq!((counts.untrained, counts.asked_in_vain), (1, 1));
+    assert_eq!(chats[0].learned.iter().filter(|&&learned| learned).count(), " b\n".len() + 1);
     // Marked answers, too; one whose place is not known is refused.
     let marked = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}|{{ m.content }}|{% endif %}{% endfor %}";
     let world = World::new(&[&talk(json!({ "weight": 0 }), json!({}))]);
     let file = world.dir.path().join("t.jinja");
     std::fs::write(&file, marked).unwrap();
     let (chats, _) = world.read(200, json!({ "template": file })).unwrap();
-    assert_eq!(chats[0].learnt.iter().filter(|&&learnt| learnt).count(), "right".len());
+    assert_eq!(chats[0].learned.iter().filter(|&&learned| learned).count(), "right".len());
 }
 
 #[test]
@@ -265,7 +265,7 @@ fn long_conversations_are_as_short_ones_are() {
     std::fs::write(&file, thinks).unwrap();
     let (chats, counts) = world.read(300, json!({ "template": file, "too_long": "drop" })).unwrap();
     assert!(chats.len() > 3 && chats.len() + counts.dropped == 61, "{} {counts:?}", chats.len());
-    assert!(chats.iter().all(|chat| chat.tokens.len() <= 300 && chat.learnt.contains(&true)));
+    assert!(chats.iter().all(|chat| chat.tokens.len() <= 300 && chat.learned.contains(&true)));
 }
 
 #[test]

@@ -14,8 +14,8 @@ fn read(text: &[u8], settings: &str) -> Result<Read, String> {
     let json = format!(r#"{{"paths": ["{}"], "size": [1, 2], "white": 16{settings}}}"#, path.display());
     let config: CsvImagesConfig = serde_json::from_str(&json).unwrap();
     config.validate().map_err(|(_, problem)| problem)?;
-    let Found { learnt, notes, .. } = config.read().map_err(|error| error.to_string())?;
-    Ok((learnt.pixels, learnt.labels, learnt.classes, notes))
+    let Found { learned, notes, .. } = config.read().map_err(|error| error.to_string())?;
+    Ok((learned.pixels, learned.labels, learned.classes, notes))
 }
 
 #[test]

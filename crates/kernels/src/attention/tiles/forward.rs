@@ -82,13 +82,13 @@ struct Workspace {
 }
 
 /// The weighted values of a block of queries, added up over blocks of keys.
-enum Sums<'a> {
+enum EvalTotals<'a> {
     /// No block of keys has come by.
     Unwritten(MatrixMut<'a, MaybeUninit<f32>>),
     Summed(MatrixMut<'a, f32>),
 }
 
-impl<'a> Sums<'a> {
+impl<'a> EvalTotals<'a> {
     fn add(self, product: Product<'_>) -> Self {
         match self {
             Self::Unwritten(to) => Self::Summed(product.write_to(to)),
@@ -142,7 +142,7 @@ fn forward_block(
     let output_at = |query: usize| ((b * queries + query) * heads + h) * value_width;
     let sizes = [rows.len(), value_width];
     // Neighbours are summed up where they belong, others in a buffer of their own.
-    let mut sums = Sums::Unwritten(match rows {
+    let mut sums = EvalTotals::Unwritten(match rows {
         // SAFETY: a query of a head is in one block, and a block is one task: nobody else has these rows.
         Rows::Span { from, .. } => unsafe { MatrixMut::of_shared(output, output_at(from), sizes, heads * value_width) },
         Rows::Listed { .. } => MatrixMut::new(sums.unwritten(), sizes, value_width),

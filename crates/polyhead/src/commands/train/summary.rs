@@ -4,23 +4,23 @@ use std::time::Duration;
 
 use burn::module::Module;
 use polyhead_data::{DataConfig, Tokenizer};
-use polyhead_models::{Decoder, Learner, Sums, parameters};
+use polyhead_models::{Decoder, EvalTotals, Trainable, parameters};
 use polyhead_training::checkpoint::list;
 use polyhead_training::run::Outcome;
 use polyhead_training::{peak_memory_bytes, state};
 
 use super::super::trained::{plain_prompt, write_text};
-use super::{Sitting, Task};
+use super::{Task, TrainSession};
 use crate::console::{bytes, clock, talk, thousands};
 use crate::recipe::Recipe;
 use crate::report::Failure;
 
 impl Task<'_> {
     /// What is trained, and from what.
-    pub(super) fn tell_model(&self, model: &impl Learner, mut layers: Vec<&'static str>) {
+    pub(super) fn tell_model(&self, model: &impl Trainable, mut layers: Vec<&'static str>) {
         let (all, n_layers) = (model.num_params(), layers.len());
         layers.dedup();
-        let learning: usize = parameters(model).iter().filter(|one| one.learnt).map(|one| one.numbers).sum();
+        let learning: usize = parameters(model).iter().filter(|one| one.trainable).map(|one| one.numbers).sum();
         let frozen = match all - learning {
             0 => String::new(),
             frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
@@ -37,7 +37,7 @@ impl Task<'_> {
         let Some(checkpoint) = &self.resume else { return Ok(0) };
         let step = state::read_progress(checkpoint)?.step;
         talk!("resume: from {} (step {step})", checkpoint.display());
-        let given_up = list(self.sitting.run_dir)?.into_iter().filter(|(later, _)| *later > step);
+        let given_up = list(self.session.run_dir)?.into_iter().filter(|(later, _)| *later > step);
         let given_up: Vec<String> = given_up.map(|(_, path)| path.display().to_string()).collect();
         if !given_up.is_empty() {
             talk!("resume: what came after that step is given up: {}", given_up.join(", "));
@@ -46,8 +46,8 @@ impl Task<'_> {
     }
 
     /// What was reached, where a run is all that was asked for.
-    pub(super) fn tell_end<M: Learner>(&self, outcome: &Outcome<M>, data: &str, floor: Option<f64>) {
-        let Sitting { run_dir, asked: Some(asked), .. } = self.sitting else { return };
+    pub(super) fn tell_end<M: Trainable>(&self, outcome: &Outcome<M>, data: &str, floor: Option<f64>) {
+        let TrainSession { run_dir, asked: Some(asked), .. } = self.session else { return };
         let recipe = &self.resolved.recipe;
         let progress = &outcome.progress;
         let time = Duration::from_micros(progress.microseconds);

@@ -7,11 +7,11 @@ use polyhead_attention::{Mask, Observation, Observe};
 use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass};
 
 /// A model that can be trained.
-pub trait Learner: Module + 'static {
+pub trait Trainable: Module + 'static {
     /// What it learns from at once.
-    type Batch: Lesson;
+    type Batch: TrainBatch;
     /// What its evaluation adds up.
-    type Sums: Sums;
+    type Totals: EvalTotals;
 
     /// The device of the weights.
     fn device(&self) -> Device;
@@ -19,7 +19,7 @@ pub trait Learner: Module + 'static {
     /// Layers.
     fn n_layers(&self) -> usize;
 
-    /// Moves on what follows the course of training without being learnt, before the step `step` (from 0) that begins with
+    /// Moves on what follows the course of training without being learned, before the step `step` (from 0) that begins with
     /// `batch`. Most models have nothing of the kind.
     fn before_step(&mut self, batch: &Self::Batch, step: u64) {
         let _ = (batch, step);
@@ -30,14 +30,14 @@ pub trait Learner: Module + 'static {
     fn loss_under(&self, batch: &Self::Batch, context: ContextMask) -> Loss;
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
-    fn sums(&self, batch: &Self::Batch) -> Self::Sums;
+    fn totals(&self, batch: &Self::Batch) -> Self::Totals;
 
     /// What each layer sees of the first row of a batch; empty where layers cannot be looked into.
-    fn look(&self, batch: &Self::Batch, observe: Observe) -> Vec<Observation>;
+    fn observe_layers(&self, batch: &Self::Batch, observe: Observe) -> Vec<Observation>;
 }
 
 /// What a model learns from at once.
-pub trait Lesson {
+pub trait TrainBatch {
     /// How much the model reads, in what its speed is counted in: tokens, or examples.
     fn inputs(&self) -> u64;
 
@@ -51,7 +51,7 @@ pub trait Lesson {
 }
 
 /// What an evaluation adds up over its batches.
-pub trait Sums: Clone + std::fmt::Debug + Default {
+pub trait EvalTotals: Clone + std::fmt::Debug + Default {
     /// Adds another batch.
     fn add(&mut self, other: Self);
 
@@ -85,7 +85,7 @@ pub struct Matrix {
     pub values: Vec<f32>,
 }
 
-impl Lesson for Batch {
+impl TrainBatch for Batch {
     fn inputs(&self) -> u64 {
         self.tokens.len() as u64
     }
@@ -99,7 +99,7 @@ impl Lesson for Batch {
     }
 }
 
-impl Sums for Evaluated {
+impl EvalTotals for Evaluated {
     fn add(&mut self, other: Self) {
         Evaluated::add(self, other);
     }
@@ -109,9 +109,9 @@ impl Sums for Evaluated {
     }
 }
 
-impl Learner for Decoder {
+impl Trainable for Decoder {
     type Batch = Batch;
-    type Sums = Evaluated;
+    type Totals = Evaluated;
 
     fn device(&self) -> Device {
         self.device()
@@ -125,11 +125,11 @@ impl Learner for Decoder {
         self.loss_of_pass(batch, Pass::new(&batch.mask(context)))
     }
 
-    fn sums(&self, batch: &Batch) -> Evaluated {
+    fn totals(&self, batch: &Batch) -> Evaluated {
         self.evaluate(batch)
     }
 
-    fn look(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {
+    fn observe_layers(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {
         self.forward(self.tokens(&batch.row(0)), &Mask::causal(), None, observe).seen
     }
 }
