@@ -161,10 +161,7 @@ fn texts_become_features_of_a_trained_decoder_and_features_classes() {
         "run",
     ];
     let (_, err) = world.succeeds(&run);
-    assert!(
-        err.contains("features of 2 layers of 16 numbers, 2 classes: 42 rows for training, 18 for validation"),
-        "{err}"
-    );
+    assert!(err.contains("features of 2 layers of 16 numbers, 2 classes: 42 for training, 18 for validation"), "{err}");
     let found = score(&world, "run");
     assert!(found["accuracy"].as_f64() > Some(0.9) && found["targets"] == 18, "{found}");
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use polyhead_data::synthetic::{FactsConfig, Generated, Side};
-use polyhead_data::{DataConfig, Loader, LoaderOptions, OpenOptions, Order, Packing, Tokenizer, Tracking, open};
+use polyhead_data::{DataConfig, Loader, LoaderOptions, OpenOptions, Order, Packing, Tokenizer, Tracking};
 use polyhead_models::DecoderConfig;
 use polyhead_training::neuron_dropout::Texts;
 
@@ -58,6 +58,7 @@ fn tracked_facts_are_as_likely_as_evaluation_finds_them() {
         batch_size: 2,
         seed,
         packing: Packing::Stream,
+        augmentation: Default::default(),
         validation_fraction: 0.1,
         tracking: Some(Tracking { fraction: 0.1, texts: 5 }),
         validation_samples: 4,
@@ -65,11 +66,11 @@ fn tracked_facts_are_as_likely_as_evaluation_finds_them() {
         project_root: Default::default(),
     };
     let facts = FactsConfig { n_entities: 6, ..FactsConfig::default() };
-    let opened = open(&DataConfig::Facts(facts.clone()), &Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+    let opened = DataConfig::Facts(facts.clone()).open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
     let config: DecoderConfig =
         serde_json::from_str(r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 2}}}"#).unwrap();
     let model = config.init(opened.vocab_size, &Device::flex());
-    let rows = Generated { task: Box::new(facts.world(seed)), seq_len, seed, side: Side::Tracking(5) };
+    let rows = Generated { task: Arc::new(facts.world(seed)), seq_len, seed, side: Side::Tracking(5) };
     let loader = LoaderOptions { batch_size: 5, seed, order: Order::Once };
     let evaluated = model.evaluate(&Loader::new(Arc::new(rows), None, loader).batch(0).unwrap());
     assert!(evaluated.targets > 0);

@@ -18,6 +18,7 @@ mod jinja;
 mod markers;
 mod methods;
 mod numbers;
+mod open;
 mod python;
 mod read;
 mod rows;
@@ -36,16 +37,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::source::{Source, some_path};
 use crate::synthetic::Problem;
-use crate::{DataError, Tokenizer};
+use crate::{Data, DataError, Modality, Opening, Tokenizer, Yields};
 
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
 pub use markers::end_of_answer;
 pub(crate) use markers::note;
-pub(crate) use read::notes;
-pub use read::{Counts, read_chats};
-pub use rows::ChatRows;
-pub(crate) use sides::Sides;
 pub use template::{BUILT_IN, ChatTemplate, Special};
 pub(crate) use tokenize::tokenize;
 
@@ -91,18 +89,15 @@ pub struct ChatConfig {
     pub pack: bool,
 }
 
-impl ChatConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
+impl Source for ChatConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Chat;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         /// What each row, or the tokenizer, tells a template.
         const GIVEN: [&str; 7] =
             ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"];
-        if self.paths.is_empty() {
-            return Err(("paths", "paths is empty: name at least one file, folder or pattern".to_owned()));
-        }
+        some_path(&self.paths)?;
         if let Some(date) = self.date.as_ref().filter(|date| dates::Day::parse(date).is_none()) {
             return Err(("date", format!("date (\"{date}\") must be a day such as \"2025-07-26\"")));
         }
@@ -121,6 +116,16 @@ impl ChatConfig {
         Ok(())
     }
 
+    fn paths(&self) -> Vec<String> {
+        self.paths.clone()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open::open(self, opening)
+    }
+}
+
+impl ChatConfig {
     /// The chat template with its variables.
     ///
     /// # Errors
@@ -210,7 +215,7 @@ pub fn chat_template(key: &str, name: &str, tokenizer: &Tokenizer) -> Result<Cha
                     .into(),
             )
         })?,
-        (path, None) => crate::encoding::read_text(std::path::Path::new(path)).map_err(|cause| {
+        (path, None) => crate::files::read_text(std::path::Path::new(path)).map_err(|cause| {
             let here = std::env::current_dir().unwrap_or_default();
             unusable(format!(
                 " \"{path}\": {cause} (looked from {}); it may be \"tokenizer\", \"chatml\", \"llama3\", \"plain\", or a file \

@@ -1,27 +1,16 @@
-//! Labelled examples for classifiers: pictures, texts, sounds, from files or generated.
+//! Labelled examples for classifiers: images, audio, texts and features, from files or generated.
 //!
-//! [`open_labelled`] turns `[data]` of a recipe into two [`ExampleLoader`]s. A source is a file here with its settings and an
-//! [`ExampleSet`]. An example is a pure function of (seed, side, epoch, index), what augmentation draws included.
+//! An example is a pure function of (seed, side, epoch, index), what augmentation draws included. Sources that read files
+//! hand over [`Found`], those that generate implement [`Maker`].
 
-mod augment;
-mod chirps;
-mod cifar;
+mod audio;
+mod class_folders;
 mod classes;
-mod csv_images;
-mod decode;
 mod feature_pairs;
 mod features;
-mod fourier;
-mod idx;
-mod image_folder;
+mod images;
 mod labelled_text;
 mod layer_features;
-mod log_mel;
-mod packed;
-mod pictures;
-mod shapes;
-mod wav;
-mod wav_folder;
 
 use std::sync::Arc;
 
@@ -30,39 +19,31 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::loader::{LoaderOptions, Order};
 use crate::synthetic::{EPOCH, Side};
-use crate::{DataConfig, DataError, OpenOptions, Tokenizer};
+use crate::{Data, DataError, OpenOptions, Opening, Tokenizer};
 
-pub use augment::AugmentConfig;
-pub use chirps::ChirpsConfig;
-pub use cifar::{CifarConfig, CifarLabels};
-pub use csv_images::{Column, CsvImagesConfig};
-pub use feature_pairs::{FeaturePairsConfig, PairLoader, Paired, open_pairs, read_features};
+pub use audio::{ChirpsConfig, WavFolderConfig};
+pub use feature_pairs::{FeaturePairsConfig, PairLoader, Paired, read_features};
 pub use features::{FeaturesConfig, NewFeatures, NewPairs};
-pub use idx::IdxConfig;
-pub use image_folder::ImageFolderConfig;
+pub use images::{AugmentConfig, CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, ShapesConfig};
 pub use labelled_text::LabelledTextConfig;
 pub use layer_features::LayerFeaturesConfig;
-pub use log_mel::LogMelConfig;
-pub use shapes::ShapesConfig;
-pub use wav_folder::WavFolderConfig;
 
 use classes::Classes;
-use pictures::Pictures;
 
 /// An example with its class.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Example {
+pub(crate) struct Example {
     /// What is classified.
     pub content: Content,
     /// Its class.
     pub label: u32,
-    /// Its group; 0 where data tells none.
+    /// Its group; 0 where the data has none.
     pub group: u32,
 }
 
 /// What is classified: of the shape that its set tells.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Content {
+pub(crate) enum Content {
     /// Pixels, or features.
     Numbers(Vec<f32>),
     /// Token ids, not padded.
@@ -70,7 +51,7 @@ pub enum Content {
 }
 
 /// A set of examples of one shape.
-pub trait ExampleSet: Send + Sync {
+pub(crate) trait ExampleSet: Send + Sync {
     /// The shape of an input.
     fn shape(&self) -> InputShape;
 
@@ -93,9 +74,10 @@ pub struct ExampleLoader {
 }
 
 impl ExampleLoader {
-    /// A loader over `set`, which augments pictures if told how.
-    pub fn new(set: Arc<dyn ExampleSet>, augment: Option<AugmentConfig>, options: LoaderOptions) -> Self {
-        Self { set, augment, options }
+    fn new(set: Arc<dyn ExampleSet>, (options, order): (&OpenOptions, Order)) -> Self {
+        // Nothing is augmented in validation.
+        let augment = Some(&options.augmentation).filter(|augment| order != Order::Once && !augment.is_nothing());
+        Self { set, augment: augment.cloned(), options: LoaderOptions::of(options, order) }
     }
 
     /// The shape of an input.
@@ -163,15 +145,15 @@ fn collate(all: Vec<Example>, shape: InputShape) -> Examples {
 
 /// Labelled data, ready to use.
 pub struct Labelled {
-    /// Batches to learn from, without end.
+    /// Batches to train on, without end.
     pub train: ExampleLoader,
     /// Batches to validate on.
     pub validation: ExampleLoader,
     /// The names of the classes.
     pub classes: Vec<String>,
-    /// Examples of each class to learn from; where they are generated without end, equally many.
+    /// Training examples of each class; where they are generated without end, equally many.
     pub counts: Vec<u64>,
-    /// The names of the groups by which a model is asked to be equally good; none where data tells none.
+    /// The names of the groups by which a model is asked to be equally good; none where the data has none.
     pub groups: Vec<String>,
     /// For text.
     pub tokenizer: Option<Tokenizer>,
@@ -183,7 +165,7 @@ pub struct Labelled {
     pub text_hash: Option<String>,
 }
 
-/// What an example of each side is drawn from, for data that is generated.
+/// Generated examples of one side.
 pub(crate) struct Drawn<T> {
     /// What makes examples.
     pub task: T,
@@ -191,6 +173,8 @@ pub(crate) struct Drawn<T> {
     pub seed: u64,
     /// Training or validation.
     pub side: Side,
+    /// Examples of an epoch.
+    pub samples: u64,
 }
 
 /// A way of making examples.
@@ -221,10 +205,10 @@ impl<T: Maker> ExampleSet for Drawn<T> {
     }
 
     fn per_epoch(&self) -> u64 {
-        self.side.per_epoch()
+        self.samples
     }
 
-    /// Classes come in turn, so that any stretch of examples has all of them equally often.
+    /// Classes take turns, so that any stretch of examples has all of them equally often.
     fn example(&self, index: u64) -> Result<Example, DataError> {
         let class = (index % self.task.classes().len() as u64) as usize;
         let mut rng = self.side.rng(self.seed, index);
@@ -234,137 +218,126 @@ impl<T: Maker> ExampleSet for Drawn<T> {
     }
 }
 
-/// Opens what a recipe names.
-///
-/// # Errors
-/// If a setting breaks a rule, files are missing or malformed, or there is too little to divide.
-pub fn open_labelled(
-    data: &DataConfig,
-    tokenizer: &Tokenizer,
-    augment: &AugmentConfig,
-    options: &OpenOptions,
-) -> Result<Labelled, DataError> {
-    if options.batch_size == 0 {
-        return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
-    }
-    match data {
-        DataConfig::Shapes(config) => Ok(generated(config.clone(), "shapes", augment, options)),
-        DataConfig::Chirps(config) => Ok(generated(chirps::Chirps::new(config), "chirps", augment, options)),
-        DataConfig::Idx(config) => of_pictures(config.read()?, "IDX files", (data, augment, options)),
-        DataConfig::Cifar(config) => of_pictures(config.read()?, "CIFAR files", (data, augment, options)),
-        DataConfig::CsvImages(config) => of_pictures(config.read()?, "rows of pixels", (data, augment, options)),
-        DataConfig::ImageFolder(config) => of_pictures(config.read()?, "image files", (data, augment, options)),
-        DataConfig::WavFolder(config) => wav_folder::open(config, augment, options),
-        DataConfig::LabelledText(config) => labelled_text::open(config, tokenizer, options),
-        DataConfig::Features(config) => features::open(config, options),
-        DataConfig::LayerFeatures(config) => Ok(layer_features::open(config, options)),
-        other => {
-            Err(DataError::Unusable(format!("data.{} has no classes: a classifier cannot learn it", other.name())))
-        }
-    }
-}
-
-fn generated<T: Maker>(task: T, name: &str, augment: &AugmentConfig, options: &OpenOptions) -> Labelled {
-    let classes = task.classes();
-    let set = |side| Arc::new(Drawn { task: task.clone(), seed: options.seed, side });
-    let (train, held_out) = (set(Side::Train), set(Side::Validation(options.validation_samples.max(1))));
-    Labelled {
-        train: loader(train, Some(augment), options, Order::Endless),
-        validation: loader(held_out, None, options, Order::Once),
-        counts: vec![EPOCH / classes.len() as u64; classes.len()],
-        description: format!("generated: {name} of {} classes, new samples without end", classes.len()),
+/// Generated examples: new ones without end, or `samples` of them again and again. `what` describes them.
+fn generated(task: impl Maker, what: &str, samples: Option<u64>, opening: Opening<'_>) -> Result<Data, DataError> {
+    let (options, seed, classes) = (opening.options, opening.options.seed, task.classes());
+    let (n, in_all) = (classes.len() as u64, samples.unwrap_or(EPOCH));
+    let held_out = options.validation_samples.max(1);
+    let loader = |side, samples, order| {
+        ExampleLoader::new(Arc::new(Drawn { task: task.clone(), seed, side, samples }), (options, order))
+    };
+    let order = if samples.is_some() { Order::Shuffled } else { Order::Endless };
+    let count = samples.map_or("new samples without end".into(), |samples| format!("{samples} samples to train on"));
+    Ok(Data::Examples(Box::new(Labelled {
+        train: loader(Side::Train, in_all, order),
+        validation: loader(Side::Validation(held_out), held_out, Order::Once),
+        counts: (0..n).map(|class| (in_all + n - 1 - class) / n).collect(),
+        description: format!("generated: {what}, {n} classes, {count}"),
         classes,
         groups: task.groups(),
         tokenizer: None,
         notes: Vec::new(),
         text_hash: None,
-    }
+    })))
 }
 
-fn loader(
-    set: Arc<dyn ExampleSet>,
-    augment: Option<&AugmentConfig>,
-    options: &OpenOptions,
-    order: Order,
-) -> ExampleLoader {
-    let augment = augment.filter(|augment| !augment.is_nothing()).cloned();
-    ExampleLoader::new(set, augment, LoaderOptions { batch_size: options.batch_size, seed: options.seed, order })
-}
-
-/// What files of pictures hold: one set that is to be divided, or one for each side.
+/// Labelled examples that were found in files, not yet divided.
 pub(crate) struct Found {
-    pub learned: Pictures,
-    pub held_out: Option<Pictures>,
+    /// What they are, in words: goes before ", 10 classes".
+    pub what: String,
+    /// Of each example.
+    pub shape: InputShape,
+    /// The class of each example.
+    pub labels: Vec<u32>,
+    /// So many at the beginning are to train on. If these are all, some of them are held out.
+    pub to_train: usize,
+    /// The names of the classes.
+    pub classes: Vec<String>,
+    /// The key of the recipe that says where classes are, where there is one.
+    pub label_field: Option<&'static str>,
+    /// The names of the groups, where there are some.
+    pub groups: Vec<String>,
+    /// Reads an example by its number.
+    pub example: Box<dyn Fn(usize) -> Result<Example, DataError> + Send + Sync>,
+    /// What was left out, changed or guessed.
     pub notes: Vec<String>,
+    /// Of everything that was read.
+    pub hash: blake3::Hasher,
 }
 
-fn of_pictures(
-    found: Found,
-    what: &str,
-    (data, augment, options): (&DataConfig, &AugmentConfig, &OpenOptions),
-) -> Result<Labelled, DataError> {
-    let Found { learned, held_out, mut notes } = found;
-    let mut hash = blake3::Hasher::new();
-    learned.hash(&mut hash);
-    if let Some(held_out) = &held_out {
-        held_out.hash(&mut hash);
-        if held_out.shape != learned.shape {
-            return Err(DataError::Unusable("the pictures to validate on have another size than the others".into()));
-        }
-        if held_out.labels.iter().any(|&label| label as usize >= learned.classes.len()) {
-            return Err(DataError::Unusable(
-                "the pictures to validate on have classes that the others have not".into(),
-            ));
-        }
+/// Some of the examples that were found.
+struct Part {
+    found: Arc<Found>,
+    indices: Vec<u32>,
+}
+
+impl ExampleSet for Part {
+    fn shape(&self) -> InputShape {
+        self.found.shape
     }
-    let field = matches!(data, DataConfig::CsvImages(_)).then_some("label");
-    let held_out_labels = held_out.iter().flat_map(|held_out| &held_out.labels);
-    let labels = learned.labels.iter().chain(held_out_labels).copied();
-    notes.extend(Classes { names: &learned.classes, data: data.name(), field }.check(labels)?);
-    let all = learned.labels.len();
-    let (train, validation) = match held_out {
-        Some(held_out) => {
-            let count = held_out.labels.len();
-            (
-                pictures::Part::all(Arc::new(learned)),
-                pictures::Part::of(Arc::new(held_out), (0..count as u32).collect()),
-            )
-        }
-        None => {
-            let [train, validation] = divide(all, options.validation_fraction)?;
-            let learned = Arc::new(learned);
-            (pictures::Part::of(learned.clone(), train), pictures::Part::of(learned, validation))
-        }
-    };
-    let (counts, classes) = (train.counts(), train.set.classes.clone());
-    let InputShape::Images { channels, height, width } = train.shape() else { unreachable!("pictures") };
-    let (learned, kept) = (train.per_epoch(), validation.per_epoch());
-    Ok(Labelled {
-        description: format!(
-            "{what}: {width} x {height} pixels of {channels} channels, {} classes; {learned} for training, {kept} for \
-             validation",
-            classes.len()
-        ),
-        train: loader(Arc::new(train), Some(augment), options, Order::Shuffled),
-        validation: loader(Arc::new(validation), None, options, Order::Once),
-        classes,
-        counts,
-        groups: Vec::new(),
-        tokenizer: None,
-        notes,
-        text_hash: Some(hash.finalize().to_hex().to_string()),
-    })
+
+    fn per_epoch(&self) -> u64 {
+        self.indices.len() as u64
+    }
+
+    fn example(&self, index: u64) -> Result<Example, DataError> {
+        (self.found.example)(self.indices[index as usize] as usize)
+    }
 }
 
-/// Which of `n` examples are learned from and which are validated on. The same whatever the seed, so that runs are compared on
-/// the same.
+impl Found {
+    /// Checks the classes and divides the examples. `also` ends the description.
+    fn open(mut self, also: &str, opening: Opening<'_>) -> Result<Data, DataError> {
+        let Opening { name, options, tokenizer, .. } = opening;
+        let mut notes = std::mem::take(&mut self.notes);
+        if self.to_train == 0 || self.labels.is_empty() {
+            let problem = format!("data.{name}: no example to train on can be read; {}", notes.join("; "));
+            return Err(DataError::Unusable(problem));
+        }
+        let classes = Classes { names: &self.classes, data: name, field: self.label_field };
+        notes.extend(classes.check(self.labels[..self.to_train].iter().copied())?);
+        let [train, validation] = divide(self.labels.len(), self.to_train, options.validation_fraction)?;
+        let mut counts = vec![0; self.classes.len()];
+        train.iter().for_each(|&index| counts[self.labels[index as usize] as usize] += 1);
+        let description = format!(
+            "{}, {} classes: {} for training, {} for validation{also}",
+            self.what,
+            self.classes.len(),
+            train.len(),
+            validation.len()
+        );
+        let (classes, groups) = (self.classes.clone(), self.groups.clone());
+        let is_text = matches!(self.shape, InputShape::Tokens { .. });
+        let text_hash = Some(self.hash.finalize().to_hex().to_string());
+        let found = Arc::new(self);
+        let loader =
+            |indices, order| ExampleLoader::new(Arc::new(Part { found: found.clone(), indices }), (options, order));
+        Ok(Data::Examples(Box::new(Labelled {
+            train: loader(train, Order::Shuffled),
+            validation: loader(validation, Order::Once),
+            classes,
+            counts,
+            groups,
+            tokenizer: is_text.then(|| tokenizer.clone()),
+            description,
+            notes,
+            text_hash,
+        })))
+    }
+}
+
+/// Which of `n` examples are to train on and which to validate on: the first `to_train` and the others, or if these are all, a
+/// share of them. The same whatever the seed, so that runs are compared on the same.
 ///
 /// # Errors
 /// If there are too few for both sides.
-pub(crate) fn divide(n: usize, fraction: f64) -> Result<[Vec<u32>; 2], DataError> {
+fn divide(n: usize, to_train: usize, fraction: f64) -> Result<[Vec<u32>; 2], DataError> {
     const KEY: u64 = 0x0064_6976_6964_6564; // "divided"
+    if n > to_train {
+        return Ok([(0..to_train as u32).collect(), (to_train as u32..n as u32).collect()]);
+    }
     if n < 2 {
-        return Err(DataError::Unusable(format!("{n} examples cannot be both learned and validated on: give more")));
+        return Err(DataError::Unusable(format!("{n} examples cannot be both trained and validated on: give more")));
     }
     let kept = ((n as f64 * fraction).ceil() as u64).clamp(1, n as u64 - 1);
     let (validation, train) =

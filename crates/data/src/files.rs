@@ -1,5 +1,10 @@
 //! Files that the paths of a recipe mean: files, folders and patterns. Whatever is found and not read is counted and named.
 
+mod encoding;
+mod packed;
+mod sniff;
+mod would_read;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{File, FileType};
 use std::io::Read;
@@ -11,6 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::DataError;
 use crate::error::At;
+
+pub(crate) use encoding::{read_rows, read_text};
+pub(crate) use packed::Packed;
+pub(crate) use sniff::{not_text, structured};
 
 /// What is done where a file cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -1,13 +1,11 @@
 //! Samples into batches. A batch is a pure function of its position, so a run resumes from a number.
 
-use std::error::Error;
 use std::sync::Arc;
 
-use burn_dataset::Dataset;
 use polyhead_models::{Batch, IGNORE, Role};
 
-use crate::DataError;
 use crate::order::{mix, permute};
+use crate::{DataError, OpenOptions};
 
 /// One row of a batch.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -34,17 +32,19 @@ pub trait Samples: Send + Sync {
     fn sample(&self, epoch: u64, index: u64) -> Result<Sample, DataError>;
 }
 
-/// Any Burn dataset of samples, the same in every epoch.
-pub struct FromDataset<E>(pub Arc<dyn Dataset<Sample, E>>);
-
-impl<E: Error + Send + Sync + 'static> Samples for FromDataset<E> {
-    fn per_epoch(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        self.0.get(index as usize).map_err(|cause| DataError::Unusable(cause.to_string()))
-    }
+/// The first samples, `most` or as many as there are, to track a model on: as in training, without padding.
+pub(crate) fn first_rows(samples: &dyn Samples, most: u64) -> Result<Vec<Batch>, DataError> {
+    let row = |index: u64| {
+        let Sample { mut tokens, mut targets, mut documents, mut roles } = samples.sample(0, index)?;
+        let filled = roles.as_ref().and_then(|roles| roles.iter().rposition(|&role| role != Role::Padding));
+        let seq = filled.map_or(tokens.len(), |last| last + 1);
+        tokens.truncate(seq);
+        targets.truncate(seq);
+        documents.iter_mut().for_each(|documents| documents.truncate(seq));
+        roles.iter_mut().for_each(|roles| roles.truncate(seq));
+        Ok(Batch { batch: 1, seq, tokens, targets, documents, roles, target_bytes: 0 })
+    };
+    (0..most.min(samples.per_epoch())).map(row).collect()
 }
 
 /// How samples become batches.
@@ -70,6 +70,11 @@ pub enum Order {
 }
 
 impl LoaderOptions {
+    /// Batches of the size and the seed that data is opened with.
+    pub(crate) fn of(options: &OpenOptions, order: Order) -> Self {
+        Self { batch_size: options.batch_size, seed: options.seed, order }
+    }
+
     /// The numbers since the start of the rows of batch `position`, of a set of `n`.
     pub(crate) fn rows(&self, n: u64, position: u64) -> std::ops::Range<u64> {
         let rows = self.batch_size.max(1) as u64;
@@ -160,7 +165,7 @@ impl Loader {
     }
 }
 
-/// Rows come from any data set, so that their shapes are not certain.
+/// Rows come from any set of samples, so that their shapes are not certain.
 fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
     let problem = |problem: String| Err(DataError::Unusable(format!("sample {number}: {problem}")));
     let (tokens, seq) = (row.tokens.len(), batch.seq);
@@ -191,12 +196,21 @@ fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use burn_dataset::InMemDataset;
+
+    impl Samples for Vec<Sample> {
+        fn per_epoch(&self) -> u64 {
+            self.len() as u64
+        }
+
+        fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
+            Ok(self[index as usize].clone())
+        }
+    }
 
     fn loader(n: u32, batch_size: usize, order: Order) -> Loader {
         let sample = |i| Sample { tokens: vec![i], targets: vec![i64::from(i)], ..Sample::default() };
-        let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new((0..n).map(sample).collect()));
-        Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 100]), LoaderOptions { batch_size, seed: 5, order })
+        let set: Vec<Sample> = (0..n).map(sample).collect();
+        Loader::new(Arc::new(set), Some(vec![1; 100]), LoaderOptions { batch_size, seed: 5, order })
     }
 
     #[test]
@@ -239,9 +253,8 @@ mod tests {
             roles: None,
         };
         let message = |samples: Vec<Sample>, batch_size: usize| {
-            let set: Arc<dyn Dataset<Sample>> = Arc::new(InMemDataset::new(samples));
             let options = LoaderOptions { batch_size, seed: 5, order: Order::Endless };
-            let loader = Loader::new(Arc::new(FromDataset(set)), Some(vec![1; 3]), options);
+            let loader = Loader::new(Arc::new(samples), Some(vec![1; 3]), options);
             assert!(loader.batches_per_epoch() <= 2);
             loader.batch(0).unwrap_err().to_string()
         };

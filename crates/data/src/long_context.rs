@@ -7,6 +7,9 @@
 mod tasks;
 mod words;
 
+use std::path::Path;
+use std::sync::Arc;
+
 use polyhead_models::{IGNORE, Role};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,11 +17,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::{ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
-use crate::loader::{Sample, Samples};
+use crate::chat::{self, ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
+use crate::documents::{Documents, FromFiles, TextDocument, bytes_per_token};
+use crate::loader::{LoaderOptions, Order, Sample, Samples, first_rows};
 use crate::synthetic::{Problem, Side};
-use crate::text::TextDocument;
-use crate::{DataError, Tokenizer};
+use crate::{Data, DataError, Loader, Modality, Opened, Opening, Source, Tokenizer, Yields};
 
 use tasks::Facts;
 pub use tasks::{EIGHT, LongTask};
@@ -53,12 +56,12 @@ impl Default for LongContextConfig {
     }
 }
 
-impl LongContextConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
+impl Source for LongContextConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Chat;
+    const GENERATED: bool = true;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         if self.tasks.is_empty() {
             return Err(("tasks", "tasks is empty: name at least one".to_owned()));
         }
@@ -67,6 +70,39 @@ impl LongContextConfig {
             return Err(("keys", format!("keys ([{fewest}, {most}]) must be 2 to 8, the fewest first")));
         }
         Ok(())
+    }
+
+    fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
+        let read = texts(self).map(|items| FromFiles { items, notes: Vec::new() });
+        Some(read.and_then(|read| Documents::counted(read, "generated conversation", "long_context")))
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let Opening { tokenizer, options, .. } = opening;
+        let rows = |side| LongContext::new(self, tokenizer, options.seq_len, (options.seed, side));
+        let (train, held_out) = (rows(Side::Train)?, rows(Side::Validation(options.validation_samples.max(1)))?);
+        let template = &train.template;
+        let markers = chat::note(template, tokenizer, "data.long_context.template", &self.template)?;
+        let with_template = tokenizer.clone().with_chat_template(template.source().to_owned());
+        let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
+        let (bytes, note) = bytes_per_token(tokenizer.token_bytes_of_sample());
+        let loader = |rows, order| Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions::of(options, order));
+        let tasks: Vec<&str> = self.tasks.iter().map(|task| task.name()).collect();
+        Ok(Data::Tokens(Box::new(Opened {
+            train: loader(train, Order::Endless),
+            validation: loader(held_out, Order::Once),
+            tracking: first_rows(&rows(Side::Tracking(most))?, most)?,
+            vocab_size: tokenizer.vocab_size(),
+            tokenizer: Some(with_template),
+            description: format!(
+                "generated: questions about texts of up to {} tokens ({})",
+                options.seq_len,
+                tasks.join(", ")
+            ),
+            notes: markers.into_iter().chain(note).collect(),
+            text_hash: None,
+            floor: None,
+        })))
     }
 }
 
@@ -188,7 +224,7 @@ pub fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
 }
 
 /// Rows of one problem each, without end.
-pub(crate) struct LongContext {
+struct LongContext {
     config: LongContextConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -199,7 +235,7 @@ pub(crate) struct LongContext {
 
 impl LongContext {
     /// Checks that the longest problem fits.
-    pub(crate) fn new(
+    fn new(
         config: &LongContextConfig,
         tokenizer: &Tokenizer,
         seq_len: usize,
@@ -212,11 +248,6 @@ impl LongContext {
             rows.problem(index)?;
         }
         Ok(rows)
-    }
-
-    /// The chat template.
-    pub(crate) fn template(&self) -> &ChatTemplate {
-        &self.template
     }
 
     fn problem(&self, index: u64) -> Result<LongProblem, DataError> {
@@ -252,7 +283,7 @@ impl Samples for LongContext {
 }
 
 /// Conversations as texts, for training a tokenizer on.
-pub(crate) fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, DataError> {
+fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, DataError> {
     const TEXTS: u64 = 400;
     let tokenizer = Tokenizer::bytes();
     let template = chat_template("data.long_context.template", &config.template, &tokenizer)?;
@@ -394,7 +425,7 @@ mod tests {
         assert_eq!(counts([3, 5]), (3..=5).collect());
         for wrong in [[1, 8], [2, 9], [5, 4]] {
             let config = LongContextConfig { keys: wrong, ..Default::default() };
-            assert_eq!(config.validate().unwrap_err().0, "keys");
+            assert_eq!(config.validate(0).unwrap_err().0, "keys");
         }
     }
 

@@ -101,7 +101,7 @@ impl Tokenizer {
                 let [config, template] =
                     ["tokenizer_config.json", "chat_template.jinja"].map(|name| file.with_file_name(name));
                 // There or not; what is there and cannot be read is not passed over.
-                let beside = |path: &Path| match crate::encoding::read_text(path) {
+                let beside = |path: &Path| match crate::files::read_text(path) {
                     Ok(text) => Ok(Some(text)),
                     Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
                     Err(cause) => Err(DataError::Tokenizer { path: path.to_owned(), problem: cause.to_string() }),

@@ -26,9 +26,10 @@ use crate::stages;
 mod data;
 mod trained;
 pub use data::{
-    Data, RECORD, Source, changed_text, check_targets, data, data_record, labelled, options, project_root, record,
-    world,
+    RECORD, Source, changed_text, check_targets, data, data_record, known, labelled, options, project_root, record,
+    record_of, world,
 };
+pub use polyhead_data::Data;
 pub use trained::{Trained, open_trained};
 
 /// A recipe as it is run: everything about its model is at hand.
@@ -150,7 +151,7 @@ impl Resolved {
         }
         match &self.recipe.model.classifier {
             None => {
-                let of_data = || polyhead_data::vocab_size(&self.recipe.data, &self.tokenizer);
+                let of_data = || self.recipe.data.vocab_size(&self.tokenizer);
                 Ok(Known::Ids(self.vocab_size.unwrap_or_else(of_data)))
             }
             Some(_) => Ok(Known::Examples(sizes(&self.labelled()?))),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use polyhead_data::{DataConfig, PairLoader, Paired, open_pairs};
+use polyhead_data::{PairLoader, Paired};
 use polyhead_models::{Embedder, Pairs};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::{TrainError, state};
@@ -12,7 +12,7 @@ use crate::assemble::{RECORD, options, record};
 use crate::device;
 use crate::pretrained::{find_checkpoint, recipe_of};
 use crate::recipe::Recipe;
-use crate::report::{Failure, Problems};
+use crate::report::Failure;
 
 /// A loader of pairs as the loop sees it.
 pub struct PairSource(pub PairLoader);
@@ -38,10 +38,7 @@ pub fn layers_and_dim(paired: &Paired) -> [usize; 2] {
 /// # Errors
 /// If they are missing or malformed, or it has none.
 pub fn paired(recipe: &Recipe) -> Result<Paired, Failure> {
-    match &recipe.data {
-        DataConfig::FeaturePairs(config) => Ok(open_pairs(config, &options(recipe))?),
-        other => Err(Problems::plain(format!("data.{} has no pairs for model.embedder to learn", other.name())).into()),
-    }
+    Ok(recipe.data.open_pairs(&options(recipe))?)
 }
 
 /// A trained embedder with what belongs to it.

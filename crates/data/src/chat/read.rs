@@ -7,12 +7,12 @@ use serde_json::Value;
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
 use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, bounds, columns, numbers};
-use crate::files::{Search, search, without_mark};
-use crate::{DataError, Tokenizer, encoding};
+use crate::files::{Search, read_rows, search, without_mark};
+use crate::{DataError, Tokenizer};
 
 /// What became of the rows of a data set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Counts {
+pub(super) struct Counts {
     /// Rows that there are.
     pub rows: usize,
     /// Left out because they cannot be used.
@@ -39,7 +39,7 @@ pub struct Counts {
 ///
 /// # Errors
 /// If files are missing, or a row cannot be used and is not to be left out: file, line and reason.
-pub fn read_chats(
+pub(super) fn read_chats(
     config: &ChatConfig,
     tokenizer: &Tokenizer,
     seq_len: usize,
@@ -90,7 +90,7 @@ impl Reader<'_> {
         let Search { files, left_out } = search(&self.config.paths, &["jsonl", "ndjson"])?;
         self.counts.left_out = left_out.note();
         for path in files.into_keys() {
-            let content = encoding::read_rows(&path)?;
+            let content = read_rows(&path)?;
             for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
                 if !line.trim_ascii().is_empty() {
                     self.row(line, (&path, index + 1))?;
@@ -173,7 +173,7 @@ fn row((path, line): (&Path, usize), problem: String) -> DataError {
 }
 
 /// What the log says of all rows, one sentence for each thing that is left out or changed of them.
-pub(crate) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplate) -> Vec<String> {
+pub(super) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplate) -> Vec<String> {
     let mut notes = Vec::new();
     if counts.arguments > 0 {
         notes.push(match config.decode_arguments {

@@ -7,6 +7,8 @@ use polyhead_models::IGNORE;
 use serde_json::json;
 use std::sync::Arc;
 
+use super::read::{Counts, notes, read_chats};
+use super::rows::ChatRows;
 use super::template::Given;
 use super::*;
 use crate::loader::Samples;
@@ -163,22 +165,12 @@ fn what_is_learnt_of_one_row_stays_on_one_side() {
     let open = |rows: usize| {
         let lines: Vec<String> = (0..rows).map(row).collect();
         std::fs::write(world.dir.path().join("chats.jsonl"), lines.join("\n")).unwrap();
-        let options = crate::OpenOptions {
-            seq_len: 400,
-            batch_size: 1,
-            seed: 1,
-            packing: crate::Packing::Documents,
-            validation_fraction: 0.3,
-            tracking: None,
-            validation_samples: 1,
-            cache_dir: world.dir.path().into(),
-            project_root: world.dir.path().into(),
-        };
-        crate::open(&crate::DataConfig::Chat(config.clone()), &Tokenizer::bytes(), &options, &mut |_, _| {})
+        let options = crate::OpenOptions { validation_fraction: 0.3, ..crate::tests::options(400, 1, 1) };
+        crate::DataConfig::Chat(config.clone()).open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {})
     };
     let opened = open(12).unwrap();
     assert!(
-        opened.notes[0].starts_with("12 conversations are learned as several each (36 in all)"),
+        opened.notes[0].starts_with("12 conversations are split into several samples (36 in all)"),
         "{:?}",
         opened.notes
     );
@@ -258,7 +250,7 @@ fn variables_of_a_template_are_set_and_kept_as_defaults() {
     for (name, words) in [("messages", "rows and tokenizer"), ("a-b", "no name in Jinja"), ("1", "no name in Jinja")] {
         let config = json!({ "paths": ["x"], "template_variables": { name: 1 } });
         let config: ChatConfig = serde_json::from_value(config).unwrap();
-        assert!(config.validate().unwrap_err().1.contains(words), "{name}");
+        assert!(config.validate(0).unwrap_err().1.contains(words), "{name}");
     }
 }
 

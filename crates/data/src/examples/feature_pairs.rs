@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::divide;
 use super::features::{Array, tensors};
 use crate::loader::{LoaderOptions, Order};
+use crate::source::{Source, shown, some_path};
 use crate::synthetic::Problem;
-use crate::{DataError, OpenOptions};
+use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.feature_pairs]`: features of texts that belong together, for model.embedder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -27,16 +28,62 @@ pub struct FeaturePairsConfig {
     pub validation_paths: Vec<PathBuf>,
 }
 
-impl FeaturePairsConfig {
-    /// Checks the settings without touching a file.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
-        match self.paths.is_empty() {
-            true => Err(("paths", "paths is empty: name at least one file".into())),
-            false => Ok(()),
+impl Source for FeaturePairsConfig {
+    const YIELDS: Yields = Yields::Pairs;
+    const MODALITY: Modality = Modality::Features;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
+        some_path(&self.paths)
+    }
+
+    fn paths(&self) -> Vec<String> {
+        shown(self.paths.iter().chain(&self.validation_paths))
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let options = opening.options;
+        let open = |paths: &[PathBuf]| paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>, _>>();
+        let mut files = open(&self.paths)?;
+        let to_train: usize = files.iter().map(File::rows).sum();
+        files.extend(open(&self.validation_paths)?);
+        let mut hash = blake3::Hasher::new();
+        for file in &files {
+            if file.shape != files[0].shape {
+                return Err(DataError::Unusable(format!(
+                    "{} holds {:?} a row, {} {:?}: files of one set agree",
+                    file.features.name, file.shape, files[0].features.name, files[0].shape
+                )));
+            }
+            for row in 0..file.rows() {
+                let values = file.row(row)?;
+                if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+                    return Err(DataError::Unusable(format!("{}: row {row} holds {value}", file.features.name)));
+                }
+                for value in values {
+                    hash.update(&value.to_le_bytes());
+                }
+            }
         }
+        let places: Vec<(usize, usize)> =
+            files.iter().enumerate().flat_map(|(at, file)| (0..file.rows()).map(move |row| (at, row))).collect();
+        let [train, validation] = divide(places.len(), to_train, options.validation_fraction)?
+            .map(|side| side.into_iter().map(|index| places[index as usize]).collect::<Vec<_>>());
+        let [parts, layers, dim] = files[0].shape;
+        let description = format!(
+            "features of {layers} layers of {dim} numbers: {} {} for training, {} for validation",
+            train.len(),
+            if parts == 3 { "pairs with a wrong document each" } else { "pairs" },
+            validation.len()
+        );
+        let files = Arc::new(files);
+        let loader =
+            |places, order| PairLoader { files: files.clone(), places, options: LoaderOptions::of(options, order) };
+        Ok(Data::Pairs(Box::new(Paired {
+            train: loader(train, Order::Shuffled),
+            validation: loader(validation, Order::Once),
+            description,
+            text_hash: hash.finalize().to_hex().to_string(),
+        })))
     }
 }
 
@@ -110,7 +157,7 @@ impl PairLoader {
 
 /// Pairs, ready to use.
 pub struct Paired {
-    /// Batches to learn from, without end.
+    /// Batches to train on, without end.
     pub train: PairLoader,
     /// Batches to validate on.
     pub validation: PairLoader,
@@ -118,62 +165,6 @@ pub struct Paired {
     pub description: String,
     /// A hash of what was read.
     pub text_hash: String,
-}
-
-/// Opens pairs and reads them once.
-///
-/// # Errors
-/// If a file is missing, broken or of the wrong shape, files do not fit together, a number is not finite, or there are too few
-/// pairs to divide.
-pub fn open_pairs(config: &FeaturePairsConfig, options: &OpenOptions) -> Result<Paired, DataError> {
-    let open = |paths: &[PathBuf]| paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>, _>>();
-    let mut files = open(&config.paths)?;
-    let learned: usize = files.iter().map(File::rows).sum();
-    files.extend(open(&config.validation_paths)?);
-    let mut hash = blake3::Hasher::new();
-    for file in &files {
-        if file.shape != files[0].shape {
-            return Err(DataError::Unusable(format!(
-                "{} holds {:?} a row, {} {:?}: files of one set agree",
-                file.features.name, file.shape, files[0].features.name, files[0].shape
-            )));
-        }
-        for row in 0..file.rows() {
-            let values = file.row(row)?;
-            if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-                return Err(DataError::Unusable(format!("{}: row {row} holds {value}", file.features.name)));
-            }
-            for value in values {
-                hash.update(&value.to_le_bytes());
-            }
-        }
-    }
-    let places: Vec<(usize, usize)> =
-        files.iter().enumerate().flat_map(|(at, file)| (0..file.rows()).map(move |row| (at, row))).collect();
-    let [train, validation] = match places.len() > learned {
-        true => [places[..learned].to_vec(), places[learned..].to_vec()],
-        false => divide(learned, options.validation_fraction)?
-            .map(|side| side.into_iter().map(|index| places[index as usize]).collect()),
-    };
-    let [parts, layers, dim] = files[0].shape;
-    let description = format!(
-        "features of {layers} layers of {dim} numbers: {} {} for training, {} for validation",
-        train.len(),
-        if parts == 3 { "pairs with a wrong document each" } else { "pairs" },
-        validation.len()
-    );
-    let files = Arc::new(files);
-    let loader = |places, order| PairLoader {
-        files: files.clone(),
-        places,
-        options: LoaderOptions { batch_size: options.batch_size, seed: options.seed, order },
-    };
-    Ok(Paired {
-        train: loader(train, Order::Shuffled),
-        validation: loader(validation, Order::Once),
-        description,
-        text_hash: hash.finalize().to_hex().to_string(),
-    })
 }
 
 /// The features `[n, layers, dim]` of a file that `polyhead features` wrote, with or without pairs: of pairs the parts follow

@@ -13,7 +13,6 @@ mod array;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use polyhead_models::InputShape;
 use safetensors::SafeTensorError;
@@ -21,10 +20,10 @@ use safetensors::tensor::{Dtype, TensorView};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Classes, Content, Example, ExampleSet, Labelled, divide, loader};
-use crate::loader::Order;
+use super::{Content, Example, Found};
+use crate::source::{Source, shown, some_path};
 use crate::synthetic::Problem;
-use crate::{DataError, OpenOptions};
+use crate::{Data, DataError, Modality, Opening, Yields};
 
 pub(super) use array::{Array, tensors};
 
@@ -45,15 +44,12 @@ pub struct FeaturesConfig {
     pub validation_labels: Vec<PathBuf>,
 }
 
-impl FeaturesConfig {
-    /// Checks the settings without touching a file.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
-        if self.paths.is_empty() {
-            return Err(("paths", "paths is empty: name at least one file".into()));
-        }
+impl Source for FeaturesConfig {
+    const YIELDS: Yields = Yields::Examples;
+    const MODALITY: Modality = Modality::Features;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
+        some_path(&self.paths)?;
         for (field, files, beside, labels) in [
             ("labels", "paths", &self.paths, &self.labels),
             ("validation_labels", "validation_paths", &self.validation_paths, &self.validation_labels),
@@ -68,6 +64,72 @@ impl FeaturesConfig {
             }
         }
         Ok(())
+    }
+
+    fn paths(&self) -> Vec<String> {
+        shown([&self.paths, &self.labels, &self.validation_paths, &self.validation_labels].into_iter().flatten())
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        // All files are read once: to tell rows that cannot be used, and for the hash.
+        let mut files = File::open_all(&self.paths, &self.labels)?;
+        let count = |files: &[File]| files.iter().map(|file| file.labels.len()).sum::<usize>();
+        let to_train = count(&files);
+        files.extend(File::open_all(&self.validation_paths, &self.validation_labels)?);
+        let first = &files[0];
+        let (layers, dim) = (first.n_layers, first.dim);
+        for file in &files {
+            let name = &file.features.name;
+            if (file.n_layers, file.dim) != (layers, dim) {
+                return Err(DataError::Unusable(format!(
+                    "{name} holds {} layers of {} numbers, {} holds {layers} of {dim}: files of one set agree",
+                    file.n_layers, file.dim, first.features.name
+                )));
+            }
+            if file.classes != first.classes {
+                return Err(DataError::Unusable(format!(
+                    "{name} names the classes {:?}, {} names {:?}: files of one set agree (`polyhead features --classes` says which \
+                     there are)",
+                    file.classes, first.features.name, first.classes
+                )));
+            }
+        }
+        let most = files.iter().flat_map(|file| &file.labels).max().map_or(0, |label| *label as usize);
+        let classes = first.classes.clone().unwrap_or_else(|| (0..=most).map(|class| class.to_string()).collect());
+        if most >= classes.len() || classes.len() < 2 {
+            let problem = format!(
+                "{}: labels go up to {most}, and {} classes are named: two or more are needed, and a name for each",
+                first.features.name,
+                classes.len()
+            );
+            return Err(DataError::Unusable(problem));
+        }
+        let mut hash = blake3::Hasher::new();
+        for file in &files {
+            file.read_through(&mut hash)?;
+        }
+        let labels = files.iter().flat_map(|file| &file.labels).copied().collect();
+        let places: Vec<(usize, usize)> =
+            files.iter().enumerate().flat_map(|(at, file)| (0..file.labels.len()).map(move |row| (at, row))).collect();
+        let example = move |at: usize| {
+            let (file, row) = places[at];
+            let file: &File = &files[file];
+            let content = Content::Numbers(file.features.floats(file.numbers(row))?);
+            Ok(Example { content, label: file.labels[row], group: 0 })
+        };
+        let found = Found {
+            what: format!("features of {layers} layers of {dim} numbers"),
+            shape: InputShape::Features { layers, dim },
+            labels,
+            to_train,
+            classes,
+            label_field: None,
+            groups: Vec::new(),
+            example: Box::new(example),
+            notes: Vec::new(),
+            hash,
+        };
+        found.open("", opening)
     }
 }
 
@@ -120,107 +182,6 @@ struct File {
     n_layers: usize,
     dim: usize,
     classes: Option<Vec<String>>,
-}
-
-/// Some rows of feature files.
-struct Rows {
-    files: Arc<Vec<File>>,
-    /// File and row.
-    places: Vec<(usize, usize)>,
-    shape: InputShape,
-}
-
-impl ExampleSet for Rows {
-    fn shape(&self) -> InputShape {
-        self.shape
-    }
-
-    fn per_epoch(&self) -> u64 {
-        self.places.len() as u64
-    }
-
-    fn example(&self, index: u64) -> Result<Example, DataError> {
-        let (file, row) = self.places[index as usize];
-        let file = &self.files[file];
-        Ok(Example {
-            content: Content::Numbers(file.features.floats(file.numbers(row))?),
-            label: file.labels[row],
-            group: 0,
-        })
-    }
-}
-
-/// Opens and reads all files once.
-///
-/// # Errors
-/// If one is missing or broken, of the wrong shape or type, or does not fit the others; if a number is not finite; if there
-/// are too few rows to divide.
-pub(super) fn open(config: &FeaturesConfig, options: &OpenOptions) -> Result<Labelled, DataError> {
-    let mut files = File::open_all(&config.paths, &config.labels)?;
-    let count = |files: &[File]| files.iter().map(|file| file.labels.len()).sum::<usize>();
-    let learned = count(&files);
-    files.extend(File::open_all(&config.validation_paths, &config.validation_labels)?);
-    let first = &files[0];
-    let (layers, dim) = (first.n_layers, first.dim);
-    for file in &files {
-        let name = &file.features.name;
-        if (file.n_layers, file.dim) != (layers, dim) {
-            return Err(DataError::Unusable(format!(
-                "{name} holds {} layers of {} numbers, {} holds {layers} of {dim}: files of one set agree",
-                file.n_layers, file.dim, first.features.name
-            )));
-        }
-        if file.classes != first.classes {
-            return Err(DataError::Unusable(format!(
-                "{name} names the classes {:?}, {} names {:?}: files of one set agree (`polyhead features --classes` says which \
-                 there are)",
-                file.classes, first.features.name, first.classes
-            )));
-        }
-    }
-    let most = files.iter().flat_map(|file| &file.labels).max().map_or(0, |label| *label as usize);
-    let classes = first.classes.clone().unwrap_or_else(|| (0..=most).map(|class| class.to_string()).collect());
-    if most >= classes.len() || classes.len() < 2 {
-        let problem = format!(
-            "{}: labels go up to {most}, and {} classes are named: two or more are needed, and a name for each",
-            first.features.name,
-            classes.len()
-        );
-        return Err(DataError::Unusable(problem));
-    }
-    let labels = files.iter().flat_map(|file| &file.labels).copied();
-    let notes = Classes { names: &classes, data: "features", field: None }.check(labels)?;
-    let mut hash = blake3::Hasher::new();
-    for file in &files {
-        file.read_through(&mut hash)?;
-    }
-    let places: Vec<(usize, usize)> =
-        files.iter().enumerate().flat_map(|(at, file)| (0..file.labels.len()).map(move |row| (at, row))).collect();
-    let [train, validation] = match places.len() > learned {
-        true => [places[..learned].to_vec(), places[learned..].to_vec()],
-        false => divide(learned, options.validation_fraction)?
-            .map(|side| side.into_iter().map(|index| places[index as usize]).collect()),
-    };
-    let mut counts = vec![0; classes.len()];
-    train.iter().for_each(|&(file, row)| counts[files[file].labels[row] as usize] += 1);
-    let files = Arc::new(files);
-    let set = |places| Arc::new(Rows { files: files.clone(), places, shape: InputShape::Features { layers, dim } });
-    Ok(Labelled {
-        description: format!(
-            "features of {layers} layers of {dim} numbers, {} classes: {} rows for training, {} for validation",
-            classes.len(),
-            train.len(),
-            validation.len()
-        ),
-        train: loader(set(train), None, options, Order::Shuffled),
-        validation: loader(set(validation), None, options, Order::Once),
-        classes,
-        counts,
-        groups: Vec::new(),
-        tokenizer: None,
-        notes,
-        text_hash: Some(hash.finalize().to_hex().to_string()),
-    })
 }
 
 /// Features that are to be written.

@@ -1,17 +1,16 @@
 //! Texts with their classes, one a line of JSON.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Classes, Content, Example, ExampleSet, Labelled, divide, loader};
-use crate::loader::Order;
+use super::{Content, Example, Found};
+use crate::documents::{FromFiles, LabelledFields, LabelledText, distinct_names, read_labelled};
+use crate::source::{Source, some_path};
 use crate::synthetic::Problem;
-use crate::text::{FromFiles, LabelledFields, LabelledText, distinct_names, read_labelled};
-use crate::{DataError, OpenOptions, Tokenizer};
+use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.labelled_text]`: texts with their classes, one a line of JSON. Texts longer than training.seq_len are cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -42,108 +41,68 @@ fn label() -> String {
     "label".into()
 }
 
-impl LabelledTextConfig {
-    /// Checks the settings without touching a file.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
-        match self.paths.is_empty() {
-            true => Err(("paths", "paths is empty: name at least one file, folder or pattern".into())),
-            false => Ok(()),
-        }
+impl Source for LabelledTextConfig {
+    const YIELDS: Yields = Yields::Examples;
+    const MODALITY: Modality = Modality::Text;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
+        some_path(&self.paths)
     }
 
+    fn paths(&self) -> Vec<String> {
+        [&self.paths[..], &self.validation_paths].concat()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let (tokenizer, seq_len) = (opening.tokenizer, opening.options.seq_len);
+        let FromFiles { items: mut rows, mut notes } = self.rows(&self.paths)?;
+        let to_train = rows.len();
+        let classes = distinct_names(rows.iter().map(|row| &row.label));
+        if !self.validation_paths.is_empty() {
+            let FromFiles { items, notes: more } = self.rows(&self.validation_paths)?;
+            rows.extend(items);
+            notes.extend(more);
+        }
+        let groups = distinct_names(rows.iter().filter_map(|row| row.group.as_ref()));
+        let places: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
+        let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
+        for LabelledText { name, text, label, group } in rows {
+            for part in [&text, &label].into_iter().chain(&group) {
+                hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
+            }
+            let label = places.get(label.as_str()).copied().ok_or_else(|| {
+                let problem = format!("{name}: class \"{label}\" occurs in data.labelled_text.validation_paths only");
+                DataError::Unusable(problem)
+            })?;
+            let mut tokens = tokenizer.encode(&text)?;
+            cut += usize::from(tokens.len() > seq_len);
+            tokens.truncate(seq_len);
+            if tokens.is_empty() {
+                tokens.push(tokenizer.end_of_text().unwrap_or(0));
+            }
+            let group = groups.iter().position(|name| Some(name) == group.as_ref()).unwrap_or(0);
+            texts.push(Example { content: Content::Tokens(tokens), label, group: group as u32 });
+        }
+        let also = if cut > 0 { format!("; {cut} cut to {seq_len} tokens") } else { String::new() };
+        let found = Found {
+            what: "labelled texts".into(),
+            shape: InputShape::Tokens { vocab_size: tokenizer.vocab_size(), seq_len },
+            labels: texts.iter().map(|text| text.label).collect(),
+            to_train,
+            classes,
+            label_field: Some("label_field"),
+            groups,
+            example: Box::new(move |at| Ok(texts[at].clone())),
+            notes,
+            hash,
+        };
+        found.open(&also, opening)
+    }
+}
+
+impl LabelledTextConfig {
     fn rows(&self, paths: &[String]) -> Result<FromFiles<LabelledText>, DataError> {
         let Self { text_field, label_field, group_field, .. } = self;
         read_labelled(paths, LabelledFields { text: text_field, label: label_field, group: group_field.as_deref() })
     }
-}
-
-/// Texts as tokens.
-struct Texts {
-    texts: Arc<Vec<Example>>,
-    indices: Vec<u32>,
-    shape: InputShape,
-}
-
-impl ExampleSet for Texts {
-    fn shape(&self) -> InputShape {
-        self.shape
-    }
-
-    fn per_epoch(&self) -> u64 {
-        self.indices.len() as u64
-    }
-
-    fn example(&self, index: u64) -> Result<Example, DataError> {
-        Ok(self.texts[self.indices[index as usize] as usize].clone())
-    }
-}
-
-pub(super) fn open(
-    config: &LabelledTextConfig,
-    tokenizer: &Tokenizer,
-    options: &OpenOptions,
-) -> Result<Labelled, DataError> {
-    let FromFiles { items: rows, mut notes } = config.rows(&config.paths)?;
-    let held_out = match config.validation_paths.is_empty() {
-        true => Vec::new(),
-        false => {
-            let FromFiles { items, notes: more } = config.rows(&config.validation_paths)?;
-            notes.extend(more);
-            items
-        }
-    };
-    let classes = distinct_names(rows.iter().map(|row| &row.label));
-    let groups = distinct_names(rows.iter().chain(&held_out).filter_map(|row| row.group.as_ref()));
-    let places: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
-    // Of what is learned from: a class that occurs among what is validated on only is refused below.
-    let labels = rows.iter().filter_map(|row| places.get(row.label.as_str()).copied());
-    notes.extend(Classes { names: &classes, data: "labelled_text", field: Some("label_field") }.check(labels)?);
-    let (learned, seq_len) = (rows.len(), options.seq_len);
-    let (mut hash, mut texts, mut cut) = (blake3::Hasher::new(), Vec::new(), 0);
-    for LabelledText { text, label, group, .. } in rows.into_iter().chain(held_out) {
-        for part in [&text, &label].into_iter().chain(&group) {
-            hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
-        }
-        let class = places.get(label.as_str()).copied().ok_or_else(|| {
-            DataError::Unusable(format!("data.labelled_text: class \"{label}\" occurs among what is validated on only"))
-        })?;
-        let mut tokens = tokenizer.encode(&text)?;
-        cut += usize::from(tokens.len() > seq_len);
-        tokens.truncate(seq_len);
-        if tokens.is_empty() {
-            tokens.push(tokenizer.end_of_text().unwrap_or(0));
-        }
-        let group = groups.iter().position(|name| Some(name) == group.as_ref()).unwrap_or(0);
-        texts.push(Example { content: Content::Tokens(tokens), label: class, group: group as u32 });
-    }
-    let [train, validation] = match texts.len() > learned {
-        true => [(0..learned as u32).collect(), (learned as u32..texts.len() as u32).collect()],
-        false => divide(learned, options.validation_fraction)?,
-    };
-    let mut counts = vec![0; classes.len()];
-    train.iter().for_each(|&index| counts[texts[index as usize].label as usize] += 1);
-    let description = format!(
-        "labelled texts of {} classes: {} for training, {} for validation{}",
-        classes.len(),
-        train.len(),
-        validation.len(),
-        if cut > 0 { format!("; {cut} cut to {seq_len} tokens") } else { String::new() }
-    );
-    let shape = InputShape::Tokens { vocab_size: tokenizer.vocab_size(), seq_len };
-    let texts = Arc::new(texts);
-    let set = |indices| Arc::new(Texts { texts: texts.clone(), indices, shape });
-    Ok(Labelled {
-        train: loader(set(train), None, options, Order::Shuffled),
-        validation: loader(set(validation), None, options, Order::Once),
-        classes,
-        counts,
-        groups,
-        tokenizer: Some(tokenizer.clone()),
-        description,
-        notes,
-        text_hash: Some(hash.finalize().to_hex().to_string()),
-    })
 }

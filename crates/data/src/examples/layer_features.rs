@@ -8,18 +8,15 @@
 //! The prototypes P and the amplitudes a_l, from U(0.25, 1), are the seed's; everything else is drawn for each sample.
 //! The paper has no such set: impulses and drift are what its prose holds its gate to be good at (arXiv 2401.11143).
 
-use std::sync::Arc;
-
 use polyhead_models::InputShape;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Drawn, Example, ExampleSet, Labelled, Maker, loader};
-use crate::loader::Order;
-use crate::synthetic::{EPOCH, Problem, Side};
-use crate::{DataError, OpenOptions};
+use super::{Maker, generated};
+use crate::synthetic::{EPOCH, Problem, require};
+use crate::{Data, DataError, Modality, Opening, Source, Yields};
 
 /// Numbers of a sample at most, so that a mistake in a size is told and does not fill memory.
 const MOST_NUMBERS: usize = 1 << 22;
@@ -61,12 +58,12 @@ impl Default for LayerFeaturesConfig {
     }
 }
 
-impl LayerFeaturesConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
+impl Source for LayerFeaturesConfig {
+    const YIELDS: Yields = Yields::Examples;
+    const MODALITY: Modality = Modality::Features;
+    const GENERATED: bool = true;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         let Self { n_layers, dim, n_classes, train_samples, .. } = *self;
         require(n_layers > 0, "n_layers", || "n_layers (0) must be at least 1".into())?;
         require(dim > 0, "dim", || "dim (0) must be at least 1".into())?;
@@ -88,6 +85,22 @@ impl LayerFeaturesConfig {
         require((0.0..=0.9).contains(&drift), "drift", || format!("drift ({drift}) must be 0 to 0.9"))
     }
 
+    fn is_endless(&self) -> bool {
+        self.train_samples == 0
+    }
+
+    fn shape(&self) -> Option<InputShape> {
+        Some(InputShape::Features { layers: self.n_layers, dim: self.dim })
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let what = format!("features of {} layers of {} numbers", self.n_layers, self.dim);
+        let samples = Some(self.train_samples).filter(|&samples| samples > 0);
+        generated(self.encoder(opening.options.seed), &what, samples, opening)
+    }
+}
+
+impl LayerFeaturesConfig {
     /// What a seed makes samples of.
     fn encoder(&self, seed: u64) -> Encoder {
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6C61_7965_7273);
@@ -95,11 +108,6 @@ impl LayerFeaturesConfig {
         let prototypes = (0..self.n_classes * self.n_layers * self.dim).map(|_| normal(&mut rng)).collect();
         Encoder { config: self.clone(), amplitudes, prototypes }
     }
-}
-
-/// `Ok` if `rule` holds.
-fn require(rule: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Problem> {
-    if rule { Ok(()) } else { Err((field, problem())) }
 }
 
 /// What makes the features.
@@ -141,56 +149,6 @@ impl Maker for Encoder {
     }
 }
 
-/// The first samples of an endless set, as a set of their own.
-struct First {
-    set: Drawn<Encoder>,
-    samples: u64,
-}
-
-impl ExampleSet for First {
-    fn shape(&self) -> InputShape {
-        self.set.shape()
-    }
-
-    fn per_epoch(&self) -> u64 {
-        self.samples
-    }
-
-    fn example(&self, index: u64) -> Result<Example, DataError> {
-        self.set.example(index)
-    }
-}
-
-pub(super) fn open(config: &LayerFeaturesConfig, options: &OpenOptions) -> Labelled {
-    let task = config.encoder(options.seed);
-    let (classes, seed) = (task.classes(), options.seed);
-    let samples = if config.train_samples == 0 { EPOCH } else { config.train_samples };
-    let set = |side| Drawn { task: task.clone(), seed, side };
-    let held_out = set(Side::Validation(options.validation_samples.max(1)));
-    let count = match config.train_samples {
-        0 => "new samples without end".to_owned(),
-        samples => format!("{samples} samples to learn from"),
-    };
-    let order = if config.train_samples > 0 { Order::Shuffled } else { Order::Endless };
-    Labelled {
-        description: format!(
-            "generated: features of {} layers of {} numbers, {} classes, {count}",
-            config.n_layers, config.dim, config.n_classes
-        ),
-        train: loader(Arc::new(First { set: set(Side::Train), samples }), None, options, order),
-        validation: loader(Arc::new(held_out), None, options, Order::Once),
-        // Classes come in turn.
-        counts: (0..classes.len() as u64)
-            .map(|class| (samples + classes.len() as u64 - 1 - class) / classes.len() as u64)
-            .collect(),
-        classes,
-        groups: Vec::new(),
-        tokenizer: None,
-        notes: Vec::new(),
-        text_hash: None,
-    }
-}
-
 /// About N(0, 1), within ±6: the sum of twelve uniform numbers. Whole numbers until the last step, so that every machine
 /// draws the same.
 fn normal(rng: &mut ChaCha8Rng) -> f32 {
@@ -203,12 +161,13 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::Content;
+    use crate::examples::{Content, Drawn, ExampleSet};
+    use crate::synthetic::Side;
 
     fn drawn(config: &str, seed: u64, side: Side) -> Drawn<Encoder> {
         let config: LayerFeaturesConfig = serde_json::from_str(config).unwrap();
-        config.validate().unwrap();
-        Drawn { task: config.encoder(seed), seed, side }
+        config.validate(0).unwrap();
+        Drawn { task: config.encoder(seed), seed, side, samples: EPOCH }
     }
 
     fn row(set: &Drawn<Encoder>, index: u64) -> (Vec<f32>, u32) {
@@ -306,7 +265,7 @@ mod tests {
             (r#"{"train_samples": 18446744073709551615}"#, "train_samples"),
         ] {
             let config: LayerFeaturesConfig = serde_json::from_str(json).unwrap();
-            let (named, problem) = config.validate().unwrap_err();
+            let (named, problem) = config.validate(0).unwrap_err();
             assert!(named == field && problem.contains(field), "{json}: {named} {problem}");
         }
     }

@@ -1,28 +1,18 @@
 #![allow(clippy::unwrap_used)]
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::*;
-use crate::Packing;
-
-fn options(batch_size: usize) -> OpenOptions {
-    OpenOptions {
-        seq_len: 12,
-        batch_size,
-        seed: 3,
-        packing: Packing::Stream,
-        validation_fraction: 0.2,
-        tracking: None,
-        validation_samples: 10,
-        cache_dir: PathBuf::new(),
-        project_root: PathBuf::new(),
-    }
-}
+use crate::DataConfig;
 
 fn open(json: &str, augment: &AugmentConfig, batch_size: usize) -> Result<Labelled, DataError> {
     let data: DataConfig = serde_json::from_str(json).unwrap();
-    data.validate(12).unwrap();
-    open_labelled(&data, &Tokenizer::bytes(), augment, &options(batch_size))
+    let options = OpenOptions {
+        validation_fraction: 0.2,
+        augmentation: augment.clone(),
+        ..crate::tests::options(12, batch_size, 3)
+    };
+    data.open_examples(&Tokenizer::bytes(), &options)
 }
 
 fn plain(json: &str) -> Labelled {

@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, distinct, require};
+use super::{Problem, Task, answers_only, below, countable, distinct, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.associative_recall]`. A row: `key value` n_pairs times, then n_queries of the keys with their values behind
 /// them, then padding. The answer is asked for at the queried key.
@@ -30,12 +31,12 @@ impl Default for AssociativeRecallConfig {
     }
 }
 
-impl AssociativeRecallConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+impl Source for AssociativeRecallConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_pairs, n_queries, n_keys, n_values } = *self;
         require(n_pairs > 0 && n_pairs <= n_keys, "n_pairs", || {
             format!("n_pairs ({n_pairs}) must be 1 to n_keys ({n_keys}): keys of a row differ")
@@ -50,11 +51,19 @@ impl AssociativeRecallConfig {
             format!("2 * (n_pairs + n_queries) = {needed} must fit into training.seq_len ({seq_len})")
         })
     }
+
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.n_ids()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open(self.clone(), 0.0, opening)
+    }
 }
 
 // Ids: keys, then values, then padding.
 impl Task for AssociativeRecallConfig {
-    fn vocab_size(&self) -> usize {
+    fn n_ids(&self) -> usize {
         self.n_keys + self.n_values + 1
     }
 
@@ -69,7 +78,7 @@ impl Task for AssociativeRecallConfig {
             answers.push((tokens.len(), value));
             tokens.extend([key, value]);
         }
-        tokens.resize(seq_len, (self.vocab_size() - 1) as u32);
+        tokens.resize(seq_len, (self.n_ids() - 1) as u32);
         answers_only(tokens, &answers)
     }
 }

@@ -4,8 +4,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, require};
+use super::{Problem, Task, answers_only, below, countable, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for lies behind the separator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -21,20 +22,28 @@ impl Default for CopyConfig {
     }
 }
 
-impl CopyConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+impl Source for CopyConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         countable("vocab", 2, self.vocab)?;
         require(seq_len >= 3, "vocab", || format!("training.seq_len ({seq_len}) must be at least 3 for a copy"))
+    }
+
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.n_ids()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open(self.clone(), 0.0, opening)
     }
 }
 
 // Ids: tokens, then the separator.
 impl Task for CopyConfig {
-    fn vocab_size(&self) -> usize {
+    fn n_ids(&self) -> usize {
         self.vocab + 1
     }
 

@@ -9,8 +9,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Side, Task, below, countable, require};
+use super::{Problem, Side, Task, below, countable, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 use polyhead_models::IGNORE;
 
 /// Tokens of an answer.
@@ -42,12 +43,12 @@ impl Default for FactsConfig {
     }
 }
 
-impl FactsConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+impl Source for FactsConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_entities, n_relations, n_values, n_phrasings, untaught } = *self;
         countable("n_entities", 2, n_entities)?;
         countable("n_relations", 1, n_relations)?;
@@ -61,6 +62,24 @@ impl FactsConfig {
         require(seq_len >= STATEMENT, "n_entities", || {
             format!("a statement takes {STATEMENT} tokens, training.seq_len is {seq_len}")
         })
+    }
+
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.n_ids()
+    }
+
+    fn facts(&self, seed: u64) -> Option<World> {
+        Some(self.world(seed))
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open(self.world(opening.options.seed), 0.0, opening)
+    }
+}
+
+impl FactsConfig {
+    fn n_ids(&self) -> usize {
+        self.n_entities + self.n_values + self.n_relations * self.n_phrasings + 1
     }
 
     /// The world that a seed makes.
@@ -99,7 +118,7 @@ pub struct World {
 impl World {
     /// The token that ends a statement.
     pub fn end(&self) -> u32 {
-        (self.vocab_size() - 1) as u32
+        (self.n_ids() - 1) as u32
     }
 
     /// All that can be asked: each taught fact in a phrasing in which it was stated and in the one in which it was not,
@@ -130,9 +149,8 @@ impl World {
 }
 
 impl Task for World {
-    fn vocab_size(&self) -> usize {
-        let FactsConfig { n_entities, n_relations, n_values, n_phrasings, .. } = self.config;
-        n_entities + n_values + n_relations * n_phrasings + 1
+    fn n_ids(&self) -> usize {
+        self.config.n_ids()
     }
 
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {

@@ -5,8 +5,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, require};
+use super::{Problem, Task, answers_only, below, countable, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for lies in the second half.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -22,19 +23,27 @@ impl Default for InductionConfig {
     }
 }
 
-impl InductionConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+impl Source for InductionConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         countable("vocab", 2, self.vocab)?;
         require(seq_len >= 4, "vocab", || format!("training.seq_len ({seq_len}) must be at least 4 for two halves"))
+    }
+
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.n_ids()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open(self.clone(), 0.0, opening)
     }
 }
 
 impl Task for InductionConfig {
-    fn vocab_size(&self) -> usize {
+    fn n_ids(&self) -> usize {
         self.vocab
     }
 

@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, require};
+use super::{Problem, Task, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.markov]`: tokens from a random Markov chain of order one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,12 +27,12 @@ impl Default for MarkovConfig {
     }
 }
 
-impl MarkovConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), Problem> {
+impl Source for MarkovConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         let Self { states, concentration } = *self;
         require((2..=4096).contains(&states), "states", || format!("states ({states}) must be 2 to 4096"))?;
         require(concentration.is_finite() && concentration >= 0.01, "concentration", || {
@@ -39,6 +40,18 @@ impl MarkovConfig {
         })
     }
 
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.states
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let chain = self.chain(opening.options.seed);
+        let floor = chain.floor();
+        open(chain, floor, opening)
+    }
+}
+
+impl MarkovConfig {
     /// The chain that a seed chooses.
     pub fn chain(&self, seed: u64) -> Markov {
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6D61_726B_6F76);
@@ -107,7 +120,7 @@ fn draw(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
 }
 
 impl Task for Markov {
-    fn vocab_size(&self) -> usize {
+    fn n_ids(&self) -> usize {
         self.transitions.len()
     }
 

@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, distinct, require};
+use super::{Problem, Task, answers_only, below, countable, distinct, open, require};
 use crate::loader::Sample;
+use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.needles]`. A row: filler in which `<needle> key value` and look-alikes `<other> key value` are scattered, then
 /// `<query> key value` n_queried times. The value is asked for at the queried key. Look-alikes use the keys of the
@@ -35,12 +36,12 @@ impl Default for NeedlesConfig {
     }
 }
 
-impl NeedlesConfig {
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// Names the field and the rule.
-    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+impl Source for NeedlesConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Ids;
+    const GENERATED: bool = true;
+
+    fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_needles, n_queried, n_keys, n_values, n_filler, .. } = *self;
         require(n_needles > 0 && n_needles <= n_keys, "n_needles", || {
             format!("n_needles ({n_needles}) must be 1 to n_keys ({n_keys}): keys of a row differ")
@@ -57,11 +58,19 @@ impl NeedlesConfig {
             format!("3 * (n_needles + n_distractors + n_queried) = {needed} must fit into training.seq_len ({seq_len})")
         })
     }
+
+    fn vocab_size(&self, _tokenizer: &Tokenizer) -> usize {
+        self.n_ids()
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        open(self.clone(), 0.0, opening)
+    }
 }
 
 // Ids: keys, values, filler, then the three markers.
 impl Task for NeedlesConfig {
-    fn vocab_size(&self) -> usize {
+    fn n_ids(&self) -> usize {
         self.n_keys + self.n_values + self.n_filler + 3
     }
 
@@ -110,7 +119,7 @@ mod tests {
     fn every_answer_is_in_its_needle_and_not_in_look_alikes() {
         let config = NeedlesConfig::default();
         assert!(config.validate(64).is_ok() && config.validate(29).is_err());
-        let needle = (config.vocab_size() - 3) as u32;
+        let needle = (config.n_ids() - 3) as u32;
         for row in rows(config, 64) {
             let all = answers(&row);
             assert_eq!(all.len(), 2);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use polyhead_data::synthetic::World;
-use polyhead_data::{DataConfig, Labelled, Loader, OpenOptions, Opened, Paired, Tokenizer, Tracking};
+use polyhead_data::{Data, Labelled, Loader, OpenOptions, Opened, Tokenizer, Tracking};
 use polyhead_models::Batch;
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::read_file;
@@ -28,82 +28,27 @@ impl Batches for Source {
     }
 }
 
-/// The data of a recipe, opened.
-pub enum Data {
-    /// For decoders.
-    Tokens(Box<Opened>),
-    /// For classifiers.
-    Examples(Box<Labelled>),
-    /// For embedders.
-    Pairs(Box<Paired>),
+/// What data tells about the size of a model.
+pub fn known(data: &Data) -> Known {
+    match data {
+        Data::Tokens(opened) => Known::Ids(opened.vocab_size),
+        Data::Examples(labelled) => Known::Examples(sizes(labelled)),
+        Data::Pairs(paired) => Known::Pairs(layers_and_dim(paired)),
+    }
 }
 
-impl Data {
-    /// What it is, in words.
-    pub fn description(&self) -> &str {
-        match self {
-            Self::Tokens(opened) => &opened.description,
-            Self::Examples(labelled) => &labelled.description,
-            Self::Pairs(paired) => &paired.description,
+/// What `data.json` of a checkpoint says about what it was trained on.
+pub fn record_of(data: &Data) -> Vec<u8> {
+    let mut record = serde_json::json!({ "description": data.description(), "text_hash": data.text_hash() });
+    match data {
+        Data::Tokens(_) => {}
+        Data::Examples(labelled) => {
+            record["input"] = serde_json::json!(labelled.train.shape());
+            record["classes"] = serde_json::json!(labelled.classes);
         }
+        Data::Pairs(paired) => record["input"] = serde_json::json!(layers_and_dim(paired)),
     }
-
-    /// What else there is to know before it is learned from.
-    pub fn notes(&self) -> &[String] {
-        match self {
-            Self::Tokens(opened) => &opened.notes,
-            Self::Examples(labelled) => &labelled.notes,
-            Self::Pairs(_) => &[],
-        }
-    }
-
-    /// What it tells about the size of a model.
-    pub fn known(&self) -> Known {
-        match self {
-            Self::Tokens(opened) => Known::Ids(opened.vocab_size),
-            Self::Examples(labelled) => Known::Examples(sizes(labelled)),
-            Self::Pairs(paired) => Known::Pairs(layers_and_dim(paired)),
-        }
-    }
-
-    /// For files: a hash of what was read.
-    pub fn text_hash(&self) -> Option<&str> {
-        match self {
-            Self::Tokens(opened) => opened.text_hash.as_deref(),
-            Self::Examples(labelled) => labelled.text_hash.as_deref(),
-            Self::Pairs(paired) => Some(&paired.text_hash),
-        }
-    }
-
-    /// Batches until everything has been learned from once.
-    pub fn batches_per_epoch(&self) -> u64 {
-        match self {
-            Self::Tokens(opened) => opened.train.batches_per_epoch(),
-            Self::Examples(labelled) => labelled.train.batches_per_epoch(),
-            Self::Pairs(paired) => paired.train.batches_per_epoch(),
-        }
-    }
-
-    /// What `data.json` of a checkpoint says about what was learned from.
-    pub fn record(&self) -> Vec<u8> {
-        match self {
-            Self::Tokens(opened) => data_record(opened),
-            Self::Examples(labelled) => {
-                let Labelled { description, text_hash, classes, .. } = &**labelled;
-                let record = serde_json::json!({
-                    "description": description, "text_hash": text_hash, "input": labelled.train.shape(), "classes": classes,
-                });
-                format!("{record:#}\n").into_bytes()
-            }
-            Self::Pairs(paired) => {
-                let Paired { description, text_hash, .. } = &**paired;
-                let record = serde_json::json!({
-                    "description": description, "text_hash": text_hash, "input": layers_and_dim(paired),
-                });
-                format!("{record:#}\n").into_bytes()
-            }
-        }
-    }
+    format!("{record:#}\n").into_bytes()
 }
 
 /// The same for tokens.
@@ -117,7 +62,7 @@ pub fn data_record(opened: &Opened) -> Vec<u8> {
 /// # Errors
 /// If it is missing or malformed.
 pub fn data(recipe: &Recipe, tokenizer: &Tokenizer, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
-    Ok(polyhead_data::open(&recipe.data, tokenizer, &options(recipe), progress)?)
+    Ok(recipe.data.open_tokens(tokenizer, &options(recipe), progress)?)
 }
 
 /// Refuses tokens of which none is a target, so that nothing would be learned; gives what else there is to know about them.
@@ -189,7 +134,7 @@ fn count_targets(loader: &Loader) -> Result<(u64, u64), Failure> {
 /// # Errors
 /// If they are missing or malformed.
 pub fn labelled(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Labelled, Failure> {
-    Ok(polyhead_data::open_labelled(&recipe.data, tokenizer, &recipe.augmentation, &options(recipe))?)
+    Ok(recipe.data.open_examples(tokenizer, &options(recipe))?)
 }
 
 /// Everything about data besides what it is.
@@ -199,6 +144,7 @@ pub fn options(recipe: &Recipe) -> OpenOptions {
         batch_size: recipe.training.batch_size,
         seed: recipe.debug.seed,
         packing: recipe.loader.packing,
+        augmentation: recipe.augmentation.clone(),
         validation_fraction: recipe.validation.fraction,
         tracking: recipe.procedure.tracking().map(|(fraction, texts)| Tracking { fraction, texts }),
         validation_samples: recipe.validation.batches.max(1).saturating_mul(recipe.training.batch_size as u64),
@@ -209,10 +155,7 @@ pub fn options(recipe: &Recipe) -> OpenOptions {
 
 /// The world of facts that a recipe's model learns, if it does.
 pub fn world(recipe: &Recipe) -> Option<World> {
-    match &recipe.data {
-        DataConfig::Facts(config) => Some(config.world(recipe.debug.seed)),
-        _ => None,
-    }
+    recipe.data.facts(recipe.debug.seed)
 }
 
 /// The project's folder: where we stand if it looks like it, else where the binary was built.

@@ -70,7 +70,7 @@ pub fn doctor() -> Result<(), Failure> {
         put!("memory     {} available", bytes(memory))?;
     }
     let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
-    match polyhead_data::documents(&rust_docs, &assemble::project_root()) {
+    match rust_docs.documents(&assemble::project_root()) {
         Ok(found) => put!("text       {}", found.description)?,
         Err(error) => put!("text       {error}")?,
     }
@@ -107,7 +107,7 @@ fn shown(path: &Path) -> &Path {
 /// Learns a tokenizer from the text of a recipe.
 pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
-    let found = polyhead_data::documents(&loaded.recipe.data, &assemble::project_root())?;
+    let found = loaded.recipe.data.documents(&assemble::project_root())?;
     talk!("learning {vocab_size} tokens from {}", found.description);
     found.notes.iter().for_each(|note| talk!("note: {note}"));
     let learned = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;

@@ -6,7 +6,7 @@ use polyhead_training::evaluate::{Batches, evaluate};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::{Parts, StepContext, Trainee, available_memory_bytes, peak_memory_bytes, schedule};
 
-use crate::assemble::{self, Data, Resolved, Source};
+use crate::assemble::{self, Data, Resolved, Source, known};
 use crate::classifier::ExampleSource;
 use crate::console::{bytes, clock, put, talk, thousands};
 use crate::costs::{self, Costs, Totals};
@@ -24,7 +24,7 @@ pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
     let resolved = assemble::resolve(loaded)?;
     let recipe = &resolved.recipe;
     let data = resolved.open(&mut |_, _| {})?;
-    let costs = Costs::of(recipe, data.known());
+    let costs = Costs::of(recipe, known(&data));
     sizes(&resolved, &data, &costs)?;
     if !probe {
         return Ok(());
@@ -41,14 +41,14 @@ pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
 fn sizes(resolved: &Resolved, data: &Data, all: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
-    let unit = data.known().unit();
+    let unit = known(data).unit();
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
     let numbers = |name: &str, values: [u64; 3]| line(name, values.map(thousands).each_ref().map(String::as_str));
     line(
         "part",
         ["parameters", &format!("FLOPs per {unit}"), if unit == "token" { "KV B per token" } else { "KV B" }],
     )?;
-    for part in &costs::parts(recipe, data.known()) {
+    for part in &costs::parts(recipe, known(data)) {
         let Totals { parameters, flops_per_token, cached_bytes_per_token } = Totals::of(&part.cost, seq_len);
         numbers(&part.name, [parameters, flops_per_token, cached_bytes_per_token])?;
     }
@@ -74,7 +74,7 @@ fn time(resolved: &Resolved, data: Data, costs: &Costs) -> Result<(), Failure> {
     let recipe = &resolved.recipe;
     let training = &recipe.training;
     talk!("probe: a few steps on {}, nothing is saved (--no-probe leaves them out)", training.device);
-    let unit = data.known().unit();
+    let unit = known(&data).unit();
     let measured = probe(resolved, data)?;
     let (seconds, in_all) = (measured.step.as_secs_f64().max(1e-9), times(measured.step, training.steps));
     let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{DataConfig, Labelled, Paired, StreamDecoder, Tokenizer};
+use polyhead_data::{Labelled, Modality, Paired, StreamDecoder, Tokenizer};
 use polyhead_models::{Examples, IGNORE, Inputs, Role};
 use polyhead_training::picture::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
@@ -78,7 +78,7 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
         let mut stderr = AutoStream::auto(std::io::stderr());
         let mut legend =
             format!("{TARGET}what the model learns to predict{TARGET:#}, {IGNORED}what it only reads{IGNORED:#}");
-        if matches!(loaded.recipe.data, DataConfig::Chat(_)) {
+        if loaded.recipe.data.modality() == Modality::Chat {
             legend.push_str(&format!(
                 ": {SYSTEM}system{SYSTEM:#}, {USER}user{USER:#}, {TOOL}tool{TOOL:#}, {ANSWER}answers that are not \
                  learned{ANSWER:#}"

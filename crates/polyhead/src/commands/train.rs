@@ -132,8 +132,8 @@ impl Facts {
         Self {
             description: data.description().to_owned(),
             text_hash: data.text_hash().map(Into::into),
-            known: data.known(),
-            record: data.record(),
+            known: assemble::known(data),
+            record: assemble::record_of(data),
         }
     }
 }

@@ -118,7 +118,7 @@ pub fn validate(path: &Path) -> Result<(), Failure> {
 /// A hash of the text that a recipe learns from; each text is read once.
 fn text_hash(run: &Resolved, known: &mut BTreeMap<String, Option<String>>) -> Result<Option<String>, Failure> {
     let Recipe { data, tokenizer, training, .. } = &run.recipe;
-    if !data.is_text() && !data.is_labelled() && !data.is_pairs() {
+    if data.is_generated() {
         return Ok(None);
     }
     let key = format!("{data:?} {tokenizer:?} {}", training.seq_len);

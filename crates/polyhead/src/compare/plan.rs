@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use polyhead_data::Yields;
+
 use crate::assemble::{self, Resolved};
 use crate::costs::{Known, Totals};
 use crate::layers::{Layer, merge, parse_layer};
@@ -84,7 +86,7 @@ pub fn waits_for_files(read: &Read, prepared: &Prepared) -> bool {
         let layers = prepared.filled(layers, read.comparison.seeds[0]);
         let Ok(loaded) = layers.and_then(recipe::from_layers) else { return false };
         let Recipe { data, model, .. } = &loaded.recipe;
-        waits |= (data.is_labelled() || data.is_pairs()) && !data.is_generated();
+        waits |= data.yields() != Yields::Tokens && !data.is_generated();
         waits |= model.pretrained.as_ref().is_some_and(|folder| !folder.exists());
     }
     waits

@@ -1,6 +1,7 @@
 //! The rules about values of a recipe: each table's own, and those between tables.
 
 use burn::tensor::Device;
+use polyhead_data::{Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{
     ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision, parameters,
@@ -31,7 +32,7 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
          in model.pretrained"
             .into(),
     );
-    let labelled = recipe.data.is_labelled();
+    let labelled = recipe.data.yields() == Yields::Examples;
     rule(
         labelled == model.classifier.is_some(),
         "data",
@@ -40,7 +41,7 @@ pub(super) fn validate(recipe: &Recipe) -> Vec<(String, String)> {
             false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
         },
     );
-    let pairs = recipe.data.is_pairs();
+    let pairs = recipe.data.yields() == Yields::Pairs;
     rule(
         pairs == model.embedder.is_some(),
         "data",
@@ -264,13 +265,13 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
         refuse(false, "training.precision", &words);
     }
     refuse(
-        recipe.augmentation.is_nothing() || recipe.data.shows_pictures(),
+        recipe.augmentation.is_nothing() || matches!(recipe.data.modality(), Modality::Images | Modality::Audio),
         "augmentation",
         "changes pictures, which this data has none of",
     );
     let still = recipe.augmentation.crop == 0 && !recipe.augmentation.flip;
     refuse(
-        still || !recipe.data.is_sounds(),
+        still || recipe.data.modality() != Modality::Audio,
         "augmentation",
         "can only add noise to sounds: mirrored (flip) or moved (crop) they are other sounds",
     );

@@ -10,8 +10,7 @@ use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::DataError;
 use crate::error::At;
-use crate::files::open_file;
-use crate::sniff::not_text;
+use crate::files::{not_text, open_file};
 
 /// An array whose values are read when they are asked for.
 #[derive(Debug, Clone)]

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use polyhead_models::Inputs;
 
 use super::*;
-use crate::{ExampleLoader, Packing};
+use crate::{DataConfig, ExampleLoader, Labelled, OpenOptions, Tokenizer};
 
 /// A folder with files of features.
 struct Files(tempfile::TempDir);
@@ -59,18 +59,8 @@ fn config(paths: Vec<PathBuf>) -> FeaturesConfig {
 }
 
 fn open(config: &FeaturesConfig) -> Result<Labelled, DataError> {
-    let options = OpenOptions {
-        seq_len: 1,
-        batch_size: 7,
-        seed: 3,
-        packing: Packing::Stream,
-        validation_fraction: 0.3,
-        tracking: None,
-        validation_samples: 1,
-        cache_dir: PathBuf::new(),
-        project_root: PathBuf::new(),
-    };
-    super::open(config, &options)
+    let options = OpenOptions { validation_fraction: 0.3, ..crate::tests::options(1, 7, 3) };
+    DataConfig::Features(config.clone()).open_examples(&Tokenizer::bytes(), &options)
 }
 
 /// An epoch of a side, in the order of the files.
@@ -196,7 +186,7 @@ fn what_cannot_be_used_is_named() {
         assert!(found.contains(words), "{words}: {found}");
     }
     let pair = config(vec!["x.npy".into()]);
-    assert_eq!(pair.validate().unwrap_err().0, "labels");
+    assert_eq!(pair.validate(0).unwrap_err().0, "labels");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use burn::module::Module;
-use polyhead_data::{DataConfig, Tokenizer};
+use polyhead_data::{Modality, Tokenizer, Yields};
 use polyhead_models::{Decoder, EvalTotals, Trainable, parameters};
 use polyhead_training::checkpoint::list;
 use polyhead_training::run::Outcome;
@@ -77,10 +77,10 @@ impl Task<'_> {
         let run = run_dir.display();
         let polyhead = program();
         talk!("lies in  {run} (picture: {run}/curve.svg; all curves: tensorboard --logdir {run})");
-        if matches!(recipe.data, DataConfig::Chat(_) | DataConfig::LongContext(_)) {
+        if recipe.data.modality() == Modality::Chat {
             talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
             talk!("         {polyhead} eval {run} --task all");
-        } else if recipe.data.is_text() && !recipe.data.is_labelled() {
+        } else if recipe.data.is_text() && recipe.data.yields() == Yields::Tokens {
             talk!("next     {polyhead} generate {run} --prompt \"...\"");
         } else {
             talk!("next     {polyhead} eval {run}");

@@ -1,0 +1,205 @@
+//! Rows of files: JSON objects with named fields.
+
+use serde_json::Value;
+
+use crate::DataError;
+use crate::files::{LeftOut, Search, not_text, read_rows, search, without_mark};
+
+/// Endings that count as rows of JSON when a folder is named.
+const ROW_ENDINGS: [&str; 2] = ["jsonl", "ndjson"];
+
+/// What was read from files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FromFiles<T> {
+    /// In the order of the files.
+    pub items: Vec<T>,
+    /// What was left out or changed, with counts.
+    pub notes: Vec<String>,
+}
+
+/// A text with what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelledText {
+    /// Where it comes from.
+    pub name: String,
+    /// The text.
+    pub text: String,
+    /// The name of its class; a number as it is written.
+    pub label: String,
+    /// The name of its group, where groups were asked for.
+    pub group: Option<String>,
+}
+
+/// The fields of a row of labelled text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LabelledFields<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// Its class.
+    pub label: &'a str,
+    /// Its group, where groups are asked for.
+    pub group: Option<&'a str>,
+}
+
+/// Reads JSON lines that hold a text and a label, and a group if asked, in fields of these names.
+///
+/// # Errors
+/// If a pattern matches nothing, or a line lacks one of them.
+pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
+    let mut texts = Vec::new();
+    let left_out = for_each_row(paths, |name, row| {
+        let text = text_of(row, fields.text)
+            .map_err(|problem| format!("{problem}; text_field names another field"))?
+            .to_owned();
+        let label = name_of(row, "label", fields.label)?;
+        let group = fields.group.map(|field| name_of(row, "group", field)).transpose()?;
+        texts.push(LabelledText { name, text, label, group });
+        Ok(())
+    })?;
+    Ok(FromFiles { items: texts, notes: left_out.note().into_iter().collect() })
+}
+
+/// Texts that belong together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairedText {
+    /// Where they come from.
+    pub name: String,
+    /// A query, a document that belongs to it, and perhaps one that does not.
+    pub parts: Vec<String>,
+}
+
+/// Reads JSON lines that hold a query, a document that belongs to it and, all or none of them, one that does not, in fields of
+/// these names.
+///
+/// # Errors
+/// If a pattern matches nothing, or a line lacks what the others have.
+pub fn read_pairs(
+    paths: &[String],
+    [query, positive, negative]: [&str; 3],
+) -> Result<FromFiles<PairedText>, DataError> {
+    let mut pairs: Vec<PairedText> = Vec::new();
+    let left_out = for_each_row(paths, |name, row| {
+        let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
+        if row.get(negative).is_some() {
+            parts.push(text_of(row, negative)?.to_owned());
+        }
+        match pairs.first() {
+            Some(first) if first.parts.len() != parts.len() => {
+                Err(format!("field \"{negative}\" is there in some rows only: give it in all or in none"))
+            }
+            _ => {
+                pairs.push(PairedText { name, parts });
+                Ok(())
+            }
+        }
+    })?;
+    Ok(FromFiles { items: pairs, notes: left_out.note().into_iter().collect() })
+}
+
+/// All names that occur: numbers by their size, then the others by their letters.
+pub fn distinct_names<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
+    let mut names: Vec<String> = names.cloned().collect();
+    // First, so that as few as there are classes are parsed.
+    names.sort_unstable();
+    names.dedup();
+    names.sort_by_cached_key(|name| name.parse::<i64>().map_or((1, 0), |number| (0, number)));
+    names
+}
+
+/// The text in a field of a row.
+pub(super) fn text_of<'a>(row: &'a Value, field: &str) -> Result<&'a str, String> {
+    row.get(field)
+        .and_then(Value::as_str)
+        .ok_or_else(|| format!("no text in field \"{field}\" ({})", found(row, field)))
+}
+
+/// The name in a field of a row: text, or a number as it is written.
+fn name_of(row: &Value, what: &str, field: &str) -> Result<String, String> {
+    match row.get(field) {
+        Some(Value::String(name)) => Ok(name.clone()),
+        Some(Value::Number(name)) if name.is_i64() || name.is_u64() => Ok(name.to_string()),
+        _ => Err(format!(
+            "no {what} in field \"{field}\" ({}): text or a whole number is expected; {what}_field names another field",
+            found(row, field)
+        )),
+    }
+}
+
+/// What stands where something else was expected.
+fn found(row: &Value, field: &str) -> String {
+    match (row.get(field), row.as_object()) {
+        (Some(other), _) => format!("it holds {other}"),
+        (None, Some(row)) => format!("the row has {}", row.keys().cloned().collect::<Vec<_>>().join(", ")),
+        (None, None) => "the row is no object".into(),
+    }
+}
+
+/// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place. Gives what
+/// was not read.
+pub(super) fn for_each_row(
+    paths: &[String],
+    mut take: impl FnMut(String, &Value) -> Result<(), String>,
+) -> Result<LeftOut, DataError> {
+    let Search { files, mut left_out } = search(paths, &ROW_ENDINGS)?;
+    for path in files.into_keys() {
+        let content = read_rows(&path)?;
+        if content.is_empty() {
+            left_out.add("empty", &path);
+        }
+        let content = std::str::from_utf8(without_mark(&content)).map_err(|error| {
+            let what = not_text(&content).unwrap_or_else(|| error.to_string());
+            DataError::Unusable(format!("{} is {what}: rows of JSON are read", path.display()))
+        })?;
+        for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
+            let value: Value = serde_json::from_str(line).map_err(|error| {
+                // Its own "line 1" would contradict ours.
+                let (problem, column) = (error.to_string(), error.column());
+                row(format!("column {column}: invalid JSON: {}", problem.split(" at line ").next().unwrap_or_default()))
+            })?;
+            take(format!("{}:{}", path.display(), index + 1), &value).map_err(row)?;
+        }
+    }
+    Ok(left_out)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn pairs_have_a_wrong_document_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let read = |rows: &str| {
+            std::fs::write(&path, rows).unwrap();
+            read_pairs(&[path.display().to_string()], ["query", "positive", "negative"])
+        };
+        let two = "{\"query\": \"q\", \"positive\": \"p\"}";
+        let three = "{\"query\": \"q\", \"positive\": \"p\", \"negative\": \"n\"}";
+        assert_eq!(read(two).unwrap().items[0].parts, ["q", "p"]);
+        assert_eq!(read(three).unwrap().items[0].parts, ["q", "p", "n"]);
+        let error = read(&format!("{three}\n{two}")).unwrap_err().to_string();
+        assert!(error.contains("pairs.jsonl:2") && error.contains("all or in none"), "{error}");
+        assert!(read("{\"query\": \"q\"}").unwrap_err().to_string().contains("no text in field \"positive\""));
+    }
+
+    #[test]
+    fn labels_are_text_or_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let read = |rows: &str| {
+            std::fs::write(&path, rows).unwrap();
+            let fields = LabelledFields { text: "text", label: "class", group: None };
+            read_labelled(&[path.display().to_string()], fields)
+        };
+        let rows = read("{\"text\": \"one\", \"class\": \"a\"}\n{\"text\": \"two\", \"class\": 3}\n").unwrap();
+        let found: Vec<[&str; 2]> = rows.items.iter().map(|row| [row.text.as_str(), row.label.as_str()]).collect();
+        assert_eq!(found, [["one", "a"], ["two", "3"]]);
+        for row in ["{\"text\": \"one\"}", "{\"text\": \"one\", \"class\": null}"] {
+            let error = read(row).unwrap_err().to_string();
+            assert!(error.contains("rows.jsonl:1: no label in field \"class\""), "{error}");
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! `[data.text]`: text files.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::html::html_to_text;
+use super::{Documents, FromFiles, TextDocument};
+use crate::files::{Search, not_text, read_file, search, structured, without_mark};
+use crate::source::{Source, some_path};
+use crate::synthetic::Problem;
+use crate::{Data, DataError, Modality, Opening, Yields};
+
+/// Endings that count as text when a folder is named.
+const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py", "toml", "json", "tex", "c", "h"];
+
+/// `[data.text]`: text files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TextConfig {
+    /// Files, folders (searched to the bottom for text files) and patterns such as "books/*.txt". One document a file;
+    /// HTML is stripped.
+    pub paths: Vec<String>,
+    /// What is text: "prose" (default) refuses files that are JSON rows, JSON files or tables by their content, and leaves
+    /// them out where they are found in a folder; "any" takes all that is UTF-8, such as a corpus of source code.
+    #[serde(default, skip_serializing_if = "Syntax::is_default")]
+    pub syntax: Syntax,
+}
+
+/// What counts as text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Syntax {
+    /// Whatever is no data: no JSON, no tables.
+    #[default]
+    Prose,
+    /// All that is UTF-8.
+    Any,
+}
+
+impl Syntax {
+    fn is_default(&self) -> bool {
+        *self == Self::Prose
+    }
+}
+
+impl Source for TextConfig {
+    const YIELDS: Yields = Yields::Tokens;
+    const MODALITY: Modality = Modality::Text;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
+        some_path(&self.paths)
+    }
+
+    fn paths(&self) -> Vec<String> {
+        self.paths.clone()
+    }
+
+    fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
+        Some(read_text(self).and_then(|read| Documents::counted(read, "text file", "text")))
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        Documents::counted(read_text(self)?, "text file", opening.name)?.open(opening)
+    }
+}
+
+/// Reads text files.
+///
+/// # Errors
+/// If a pattern matches nothing, a file that is named cannot be read as text, or nothing is left.
+pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
+    let Search { files, mut left_out } = search(&config.paths, &TEXT_ENDINGS)?;
+    let (mut documents, mut marked) = (Vec::new(), 0);
+    for (path, named) in files {
+        let bytes = read_file(&path)?;
+        marked += usize::from(without_mark(&bytes).len() < bytes.len());
+        let text = match text_of_file(&bytes, &path, config.syntax) {
+            Ok(text) => text,
+            Err((what, instead)) if named => {
+                let instead = instead.map_or(String::new(), |instead| format!(": {instead}"));
+                return Err(DataError::Unusable(format!("{} is {what}{instead}", path.display())));
+            }
+            Err((what, instead)) => {
+                let instead = instead.map_or(String::new(), |instead| format!(", which is no prose: {instead}"));
+                left_out.add(&format!("{what}{instead}"), &path);
+                continue;
+            }
+        };
+        if text.is_empty() {
+            left_out.add("empty", &path);
+            continue;
+        }
+        let html = path.extension().is_some_and(|ending| ending == "html" || ending == "htm");
+        let text = if html { html_to_text(text) } else { text.to_owned() };
+        documents.push(TextDocument { name: path.display().to_string(), text });
+    }
+    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learned"));
+    let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
+    match documents.is_empty() {
+        true => {
+            Err(DataError::Unusable(format!("data.text: the files hold no text to learn from; {}", notes.join("; "))))
+        }
+        false => Ok(FromFiles { items: documents, notes }),
+    }
+}
+
+/// The text of a file, or what it is instead and what reads that.
+fn text_of_file<'a>(bytes: &'a [u8], path: &Path, syntax: Syntax) -> Result<&'a str, (String, Option<String>)> {
+    let no_text = |bytes| not_text(bytes).map_or(Ok(()), |what| Err((what, None)));
+    no_text(bytes)?;
+    let text = std::str::from_utf8(without_mark(bytes)).map_err(|error| (format!("not UTF-8 ({error})"), None))?;
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+    let is = |endings: [&str; 2]| ending.as_ref().is_some_and(|ending| endings.contains(&ending.as_str()));
+    // Lines of HTML may well be alike: its tags are taken out later.
+    let looked_at = syntax == Syntax::Prose && !is(["html", "htm"]);
+    match looked_at.then(|| structured(text, is(["csv", "tsv"]))).flatten() {
+        Some(found) => Err((
+            found.what.to_owned(),
+            Some(format!("{}; data.text.syntax = \"any\" learns it as it is", found.instead)),
+        )),
+        None => Ok(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn prose(paths: &[&Path]) -> TextConfig {
+        TextConfig { paths: paths.iter().map(|path| path.display().to_string()).collect(), syntax: Syntax::Prose }
+    }
+
+    fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
+        all.items.iter().map(|document| document.text.as_str()).collect()
+    }
+
+    #[test]
+    fn lines_of_html_may_be_alike() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("page.html");
+        std::fs::write(&path, "<p>cats &amp; dogs &amp; mice</p>\n".repeat(20)).unwrap();
+        let read = read_text(&prose(&[&path])).unwrap();
+        assert!(texts(&read)[0].contains("cats & dogs & mice"), "{:?}", texts(&read));
+    }
+
+    #[test]
+    fn what_is_no_prose_is_refused_by_name_and_left_out_of_folders_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        let rows = write("rows.txt", b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
+        let info = write("dataset_info.json", b"{\"features\": {}}");
+        let latin = write("latin.txt", b"caf\xe9");
+        let table = write("t.csv", b"a,b\n1,2\n");
+        let config = prose(&[dir.path()]);
+        let error = read_text(&config).unwrap_err().to_string();
+        for part in ["hold no text", "rows.txt", "dataset_info.json", "latin.txt", "not UTF-8", ".csv"] {
+            assert!(error.contains(part), "no {part} in {error}");
+        }
+        write("empty.txt", b"");
+        write("book.txt", b"\xef\xbb\xbfIt was a dark night.");
+        let read = read_text(&config).unwrap();
+        assert_eq!(texts(&read), ["It was a dark night."]);
+        let notes = read.notes.join("; ");
+        for part in [
+            "1 JSON rows, which is no prose: data.jsonl",
+            "1 empty (",
+            "latin.txt",
+            "1 files begin with a byte order mark",
+        ] {
+            assert!(notes.contains(part), "no {part} in {notes}");
+        }
+        for (path, reader) in [(&rows, "data.jsonl"), (&info, "to_json"), (&latin, "Latin-1"), (&table, "csv_images")] {
+            let error = read_text(&prose(&[path])).unwrap_err().to_string();
+            assert!(error.contains(&path.display().to_string()) && error.contains(reader), "{error}");
+        }
+        let any = TextConfig { syntax: Syntax::Any, ..prose(&[&rows, &info, &table]) };
+        assert_eq!(read_text(&any).unwrap().items.len(), 3);
+        assert!(read_text(&TextConfig { syntax: Syntax::Any, ..prose(&[&latin]) }).is_err());
+    }
+
+    #[test]
+    fn folders_and_patterns_are_read_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("b.txt", b"second");
+        write("a/x.MD", b"first");
+        write("a/binary.txt", &[0xff, 0xfe]);
+        write("picture.png", b"no text");
+        let all = read_text(&prose(&[dir.path()])).unwrap();
+        assert_eq!(texts(&all), ["first", "second"]);
+        assert!(all.notes[0].contains("1 that end in .png (") && all.notes[0].contains("1 UTF-16"), "{:?}", all.notes);
+        let pattern = format!("{}/*.csv", dir.path().display());
+        let error = read_text(&prose(&[Path::new(&pattern)])).unwrap_err().to_string();
+        assert!(error.contains(&pattern), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_several_patterns_mean_is_read_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("part[1]");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("a.txt"), "only").unwrap();
+        let all = read_text(&prose(&[&folder, &folder.join("a.txt")])).unwrap();
+        assert_eq!(texts(&all), ["only"]);
+        let pattern = dir.path().join("*/*.txt");
+        let again = read_text(&prose(&[&pattern, &pattern])).unwrap();
+        assert_eq!(again, all);
+    }
+}

@@ -1,0 +1,404 @@
+//! Documents as tokens: made once, kept in a memory-mapped file, split into training and validation.
+
+use std::io::{ErrorKind, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use polyhead_models::MappedFile;
+
+use super::TextDocument;
+use crate::error::At;
+use crate::{DataError, Tokenizer};
+
+const MAGIC: &[u8; 8] = b"polytok1";
+/// Magic, number of tokens, number of documents, bytes per token, hash of what follows.
+const HEADER: usize = 8 + 8 + 8 + 8 + 32;
+/// Bytes kept per document: first token, and a hash of its text that decides its side of the split.
+const ENTRY: usize = 16;
+/// With fewer documents than this, a split by document would be too coarse.
+const ENOUGH_DOCUMENTS: usize = 20;
+
+/// The tokens of a set of documents, one after the other.
+pub struct TokenFile {
+    key: String,
+    path: PathBuf,
+    file: MappedFile,
+    tokens: u64,
+    width: usize,
+    // Whether a token that ends it follows each document.
+    ends: bool,
+    starts: Vec<u64>,
+    hashes: Vec<u64>,
+}
+
+impl TokenFile {
+    /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short; where
+    /// `cache_dir` may not be written to, for this time only. `progress` is told bytes done and bytes in all while it is
+    /// made.
+    ///
+    /// # Errors
+    /// If the tokenizer fails or the file cannot be written.
+    pub fn open_or_build(
+        documents: &[TextDocument],
+        tokenizer: &Tokenizer,
+        cache_dir: &Path,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Arc<Self>, DataError> {
+        let mut key = blake3::Hasher::new();
+        key.update(MAGIC).update(tokenizer.fingerprint().as_bytes());
+        for document in documents {
+            key.update(&(document.text.len() as u64).to_le_bytes()).update(document.text.as_bytes());
+        }
+        let name = &key.finalize().to_hex()[..24];
+        let path = cache_dir.join(format!("{name}.tokens"));
+        let ends = tokenizer.end_of_text().is_some();
+        if let Some(file) = Self::open(&path, ends) {
+            return Ok(Arc::new(file));
+        }
+        let created = std::fs::create_dir_all(cache_dir).and_then(|()| unfinished(cache_dir));
+        let (mut file, kept) = match created {
+            Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+                let folder = std::env::temp_dir();
+                (tempfile::NamedTempFile::new_in(&folder).at(&folder)?, false)
+            }
+            created => (created.at(cache_dir)?, true),
+        };
+        file.write_all(&encode(documents, tokenizer, progress)?).at(&path)?;
+        file.as_file().sync_all().at(&path)?;
+        let opened = if kept {
+            file.persist(&path).map_err(|error| error.error).at(&path)?;
+            Self::open(&path, ends)
+        } else {
+            // Read through the map, which outlives the file's name.
+            Self::open(file.path(), ends).map(|opened| Self { key: name.to_owned(), ..opened })
+        };
+        opened.map(Arc::new).ok_or_else(|| {
+            DataError::Unusable(format!("{}: written, but it does not read back; is the disk sound?", path.display()))
+        })
+    }
+
+    /// The file if it is there and whole. `ends`: whether a token that ends it follows each document.
+    fn open(path: &Path, ends: bool) -> Option<Self> {
+        // Only ever replaced as a whole (by rename), never written in place by us; checked against its hash before use.
+        let file = MappedFile::open(path).ok()?;
+        let map = file.all().ok()?;
+        let number = |at: usize| Some(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?));
+        let (tokens, documents, width) = (number(8)?, number(16)? as usize, number(24)? as usize);
+        let table = documents.checked_mul(ENTRY)?;
+        let whole = HEADER.checked_add(table)?.checked_add((tokens as usize).checked_mul(width)?)? == map.len();
+        let sound = map.get(..8)? == MAGIC && (width == 2 || width == 4) && whole;
+        if !sound || blake3::hash(map.get(HEADER..)?).as_bytes() != map.get(32..64)? {
+            return None;
+        }
+        let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
+        let hashes = (0..documents).map(|i| number(HEADER + i * ENTRY + 8)).collect::<Option<_>>()?;
+        let key = path.file_stem()?.to_str()?.to_owned();
+        Some(Self { key, path: path.to_owned(), tokens, width, ends, starts, hashes, file })
+    }
+
+    /// Tells texts and tokenizers apart: the hash of both.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Tokens in all.
+    pub fn len(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Where each document lies.
+    pub fn documents(&self) -> impl Iterator<Item = Range<u64>> {
+        let ends = self.starts.iter().skip(1).copied().chain([self.tokens]);
+        self.starts.iter().copied().zip(ends).map(|(start, end)| start..end)
+    }
+
+    /// Whether a document starts at this token.
+    pub fn starts_document(&self, token: u64) -> bool {
+        self.starts.binary_search(&token).is_ok()
+    }
+
+    /// The beginnings of pieces of the ranges, up to `seq_len` tokens each: one per document, or where documents are few
+    /// as many as follow each other; at most `most`, spread evenly.
+    ///
+    /// # Errors
+    /// If the file is shorter by now.
+    pub fn texts(&self, ranges: &[Range<u64>], seq_len: usize, most: usize) -> Result<Vec<Vec<u32>>, DataError> {
+        let long = seq_len as u64;
+        let pieces: Vec<Range<u64>> = match ranges.len() >= most {
+            true => ranges.to_vec(),
+            false => ranges.iter().flat_map(|r| r.clone().step_by(seq_len).map(|at| at..r.end)).collect(),
+        };
+        let pieces: Vec<Range<u64>> = pieces.into_iter().filter(|piece| piece.end - piece.start > 1).collect();
+        let count = pieces.len().min(most);
+        let text = |index: usize| {
+            let piece = &pieces[index * pieces.len() / count];
+            let mut ids = Vec::new();
+            self.read(piece.start..piece.end.min(piece.start + long), &mut ids)?;
+            Ok(ids)
+        };
+        (0..count).map(text).collect()
+    }
+
+    /// Appends the ids of a range.
+    ///
+    /// # Errors
+    /// If the file is shorter by now.
+    pub fn read(&self, range: Range<u64>, into: &mut Vec<u32>) -> Result<(), DataError> {
+        let start = HEADER + self.starts.len() * ENTRY;
+        let place = start + range.start as usize * self.width..start + range.end as usize * self.width;
+        let bytes = self.file.bytes(place).at(&self.path)?;
+        if self.width == 2 {
+            into.extend(bytes.as_chunks::<2>().0.iter().map(|&id| u32::from(u16::from_le_bytes(id))));
+        } else {
+            into.extend(bytes.as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id)));
+        }
+        Ok(())
+    }
+}
+
+/// What starts the names of files that are being made.
+const UNFINISHED: &str = ".tokens-";
+
+/// A file to be filled, locked as long as it is; those that killed processes left are swept first.
+fn unfinished(cache_dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    loop {
+        sweep(cache_dir);
+        let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(cache_dir)?;
+        // Another process may sweep it in the moment before it is locked.
+        let locked = file.as_file().try_lock().is_ok();
+        if file.path().exists() {
+            return Ok(file);
+        }
+        if !locked {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Removes unfinished files that nobody makes any more: the system drops a lock with its process. As good as it goes: what
+/// cannot be removed is in nobody's way.
+fn sweep(cache_dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(cache_dir) else { return };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // Before they had a name of their own, they had the usual one and no lock.
+        let usual = name.strip_prefix(".tmp").is_some_and(|rest| rest.len() == 6 && !rest.contains('.'));
+        let old =
+            || path.metadata().and_then(|meta| meta.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > OLD));
+        let free = || std::fs::File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
+        if (name.starts_with(UNFINISHED) || (usual && old())) && free() {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// An unlocked file that was not written for so long is nobody's; chosen by us.
+const OLD: std::time::Duration = std::time::Duration::from_secs(3600);
+
+fn encode(
+    documents: &[TextDocument],
+    tokenizer: &Tokenizer,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<u8>, DataError> {
+    let width: u64 = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
+    let all: u64 = documents.iter().map(|document| document.text.len() as u64).sum();
+    let (mut table, mut body) = (Vec::<u8>::new(), Vec::<u8>::new());
+    let (mut tokens, mut done) = (0u64, 0u64);
+    for document in documents {
+        table.extend(tokens.to_le_bytes());
+        table.extend(&blake3::hash(document.text.as_bytes()).as_bytes()[..8]);
+        let ids = tokenizer.encode(&document.text)?;
+        for id in ids.into_iter().chain(tokenizer.end_of_text()) {
+            body.extend(&id.to_le_bytes()[..width as usize]);
+            tokens += 1;
+        }
+        done += document.text.len() as u64;
+        progress(done, all);
+    }
+    table.extend(body);
+    let mut file = Vec::with_capacity(HEADER + table.len());
+    file.extend(MAGIC);
+    for number in [tokens, documents.len() as u64, width] {
+        file.extend(number.to_le_bytes());
+    }
+    file.extend(blake3::hash(&table).as_bytes());
+    file.extend(table);
+    Ok(file)
+}
+
+/// Which tokens are learned from and which are kept back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Split {
+    /// Ranges of tokens to learn from.
+    pub train: Vec<Range<u64>>,
+    /// Ranges of tokens kept back.
+    pub validation: Vec<Range<u64>>,
+    /// Ranges of tokens that are neither learned from nor validated on.
+    pub tracking: Vec<Range<u64>>,
+    /// How the split was made, in words.
+    pub description: String,
+}
+
+/// Keeps back about `fraction` of the documents, each by the hash of its own text, so that adding documents moves none.
+/// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file). In the
+/// same way a share of `tracking` is kept out of both, taken from what would be learned from.
+///
+/// # Errors
+/// If `fraction` is not between 0 and 1, or a side would be empty.
+pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, DataError> {
+    if !(fraction > 0.0 && fraction < 1.0) {
+        let problem = format!("validation.fraction ({fraction}) must be greater than 0 and less than 1");
+        return Err(DataError::Unusable(problem));
+    }
+    let count = file.starts.len();
+    let (mut train, mut validation, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
+    let description = if count >= ENOUGH_DOCUMENTS {
+        let [held_out, kept_out] = [fraction, fraction + tracking].map(|share| (share * u64::MAX as f64) as u64);
+        for (range, &hash) in file.documents().zip(&file.hashes) {
+            let side = match hash {
+                _ if hash < held_out => &mut validation,
+                _ if hash < kept_out => &mut tracked,
+                _ => &mut train,
+            };
+            side.push(range);
+        }
+        let watched = if tracking > 0.0 { format!(", {} for tracking", tracked.len()) } else { String::new() };
+        format!("{} documents for training, {} for validation{watched}", train.len(), validation.len())
+    } else {
+        for range in file.documents() {
+            // The token that ends the text is not counted, so that the cut is the one nanoGPT makes.
+            let text = (range.end - range.start).saturating_sub(u64::from(file.ends));
+            let at = |share: f64| range.start + ((text as f64) * (1.0 - share)).floor() as u64;
+            let (first, cut) = (at((fraction + tracking).min(1.0)), at(fraction));
+            train.push(range.start..first);
+            tracked.push(first..cut);
+            validation.push(cut..range.end);
+        }
+        let (percent, before) = (fraction * 100.0, tracking * 100.0);
+        let watched = if tracking > 0.0 { format!(", the {before:.0} % before for tracking") } else { String::new() };
+        format!("the last {percent:.0} % of each of the {count} documents is kept for validation{watched}")
+    };
+    let join = |ranges: Vec<Range<u64>>| ranges.into_iter().filter(|range| !range.is_empty()).collect::<Vec<_>>();
+    let (train, validation, tracked) = (join(train), join(validation), join(tracked));
+    let tracking_is_due = tracking > 0.0;
+    for (side, ranges, due) in
+        [("training", &train, true), ("validation", &validation, true), ("tracking", &tracked, tracking_is_due)]
+    {
+        if ranges.is_empty() && due {
+            let problem = format!("no text is left for {side}: {count} documents, validation.fraction = {fraction}");
+            return Err(DataError::Unusable(problem));
+        }
+    }
+    Ok(Split { train, validation, tracking: tracked, description })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
+    use super::*;
+
+    fn documents(texts: impl IntoIterator<Item = String>) -> Vec<TextDocument> {
+        texts.into_iter().map(|text| TextDocument { name: String::new(), text }).collect()
+    }
+
+    fn build(texts: &[TextDocument], dir: &Path) -> Arc<TokenFile> {
+        TokenFile::open_or_build(texts, &Tokenizer::bytes(), dir, &mut |_, _| {}).unwrap()
+    }
+
+    fn ids(file: &TokenFile, range: Range<u64>) -> Vec<u32> {
+        let mut ids = Vec::new();
+        file.read(range, &mut ids).unwrap();
+        ids
+    }
+
+    #[test]
+    fn a_damaged_cache_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let texts = documents(["ab".into(), "c".into()]);
+        let file = build(&texts, dir.path());
+        assert_eq!(ids(&file, 0..5), [97, 98, 256, 99, 256]);
+        assert_eq!(file.documents().collect::<Vec<_>>(), [0..3, 3..5]);
+        let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let good = std::fs::read(&path).unwrap();
+        let mut altered = good.clone();
+        *altered.last_mut().unwrap() ^= 1;
+        for bad in [&good[..good.len() - 1], &altered, b"polytok1", b""] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(TokenFile::open(&path, true).is_none());
+            assert_eq!(ids(&build(&texts, dir.path()), 0..5), [97, 98, 256, 99, 256]);
+        }
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_swept_and_what_others_make_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "half").unwrap();
+            path
+        };
+        let (left, other, notes) = (write(".tokens-dead01"), write(".tmpAbC123"), write(".tmp-notes"));
+        let made = unfinished(dir.path()).unwrap();
+        assert!(!left.exists() && other.exists() && notes.exists(), "recent files of the usual name may be in use");
+        build(&documents(["ab".into()]), dir.path());
+        assert!(made.path().exists(), "locked");
+        let long_ago = std::time::SystemTime::now() - 2 * OLD;
+        std::fs::File::options().write(true).open(&other).unwrap().set_modified(long_ago).unwrap();
+        sweep(dir.path());
+        assert!(!other.exists() && made.path().exists() && notes.exists());
+    }
+
+    #[test]
+    fn one_file_is_cut_at_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        // 999 and 1009: the token that ends the text must not move the cut to the next token.
+        for (length, cut) in [(1000, 900), (999, 899), (1009, 908)] {
+            let text: String = (0..length).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
+            let split = split(&build(&documents([text]), dir.path()), 0.1, 0.0).unwrap();
+            assert_eq!((split.train, split.validation), (vec![0..cut], vec![cut..length + 1]));
+        }
+    }
+
+    #[test]
+    fn a_fraction_that_is_none_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = build(&documents(["some text".into()]), dir.path());
+        for fraction in [-0.5, 0.0, 1.0, 2.0, f64::NAN] {
+            let error = split(&file, fraction, 0.0).unwrap_err().to_string();
+            assert!(error.contains("validation.fraction"), "{error}");
+        }
+    }
+
+    #[test]
+    fn adding_documents_moves_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |i: usize| format!("document number {i}");
+        let kept_back = |n: usize| {
+            let file = build(&documents((0..n).map(text)), dir.path());
+            let split = split(&file, 0.3, 0.0).unwrap();
+            let index = |range: &Range<u64>| file.starts.binary_search(&range.start).unwrap();
+            split.validation.iter().map(index).collect::<Vec<_>>()
+        };
+        let (few, many) = (kept_back(40), kept_back(80));
+        assert_eq!(few, many.into_iter().filter(|&i| i < 40).collect::<Vec<_>>());
+        assert!((5..20).contains(&few.len()), "{few:?}");
+    }
+
+    #[test]
+    fn what_is_tracked_is_on_no_other_side() {
+        let dir = tempfile::tempdir().unwrap();
+        for count in [3, 60] {
+            let texts = (0..count).map(|i| format!("{i} ").repeat(40));
+            let file = build(&documents(texts), dir.path());
+            let without = split(&file, 0.2, 0.0).unwrap();
+            let Split { train, validation, tracking, .. } = split(&file, 0.2, 0.2).unwrap();
+            assert_eq!(validation, without.validation, "tracking takes nothing from validation");
+            let mut all: Vec<u64> = [train, validation, tracking.clone()].concat().into_iter().flatten().collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..file.len()).collect::<Vec<_>>(), "every token once");
+            let texts = file.texts(&tracking, 7, 4).unwrap();
+            assert!((2..=4).contains(&texts.len()) && texts.iter().all(|text| (2..=7).contains(&text.len())));
+        }
+    }
+}

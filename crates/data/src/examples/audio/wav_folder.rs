@@ -1,0 +1,119 @@
+//! Folders of sounds: WAV files, one folder a class, as log-mel pictures.
+
+use std::path::PathBuf;
+
+use polyhead_models::InputShape;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::log_mel::{LogMel, LogMelConfig};
+use super::wav;
+use crate::examples::class_folders::{ClassFolders, Read};
+use crate::examples::{Content, Example, Found};
+use crate::files::OnBadFile;
+use crate::source::{Source, shown};
+use crate::synthetic::Problem;
+use crate::{Data, DataError, Modality, Opening, Yields};
+
+/// `[data.wav_folder]`: WAV files in folders that are named for their classes, PCM of 8 to 32 bits or floats; several channels are
+/// averaged. Sounds are shown from their beginning on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WavFolderConfig {
+    /// The folder with a folder for each class.
+    pub path: PathBuf,
+    /// Such a folder to validate on. Default: a share of the others, validation.fraction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_path: Option<PathBuf>,
+    /// Samples per second that every file must have: none is resampled.
+    pub sample_rate: u32,
+    /// How sounds become pictures.
+    #[serde(default)]
+    pub log_mel: LogMelConfig,
+    /// What is done with a file that is damaged, cut off, of another kind or of another sample rate: "error" (default), or
+    /// "skip", which counts and names what it leaves out.
+    #[serde(default, skip_serializing_if = "OnBadFile::is_default")]
+    pub on_bad_file: OnBadFile,
+}
+
+impl Source for WavFolderConfig {
+    const YIELDS: Yields = Yields::Examples;
+    const MODALITY: Modality = Modality::Audio;
+
+    fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
+        if !(1000..=384_000).contains(&self.sample_rate) {
+            return Err(("sample_rate", format!("sample_rate ({}) must be 1000 to 384000", self.sample_rate)));
+        }
+        self.log_mel.validate(self.sample_rate)
+    }
+
+    fn paths(&self) -> Vec<String> {
+        shown([&self.path].into_iter().chain(&self.validation_path))
+    }
+
+    fn shape(&self) -> Option<InputShape> {
+        Some(self.log_mel.shape())
+    }
+
+    fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
+        let log_mel = LogMel::new(&self.log_mel, self.sample_rate);
+        let (mut hash, mut cut, mut streamed) = (blake3::Hasher::new(), 0, 0);
+        let folders = ClassFolders {
+            name: opening.name,
+            path: &self.path,
+            validation_path: self.validation_path.as_ref(),
+            endings: &["wav"],
+            on_bad_file: self.on_bad_file,
+        };
+        let Read { classes, items, to_train, left_out } = folders.read(|bytes, label| {
+            let sound = self.checked(wav::read(bytes)?)?;
+            cut += usize::from(sound.samples.len() > self.log_mel.samples());
+            streamed += usize::from(sound.streamed);
+            hash.update(&label.to_le_bytes());
+            sound.samples.iter().for_each(|sample| {
+                hash.update(&sample.to_le_bytes());
+            });
+            Ok(log_mel.image(&sound.samples))
+        })?;
+        let mut notes: Vec<String> = left_out.note().into_iter().collect();
+        if streamed > 0 {
+            notes.push(format!(
+                "{streamed} files do not say how long they are (written to a pipe): all up to their end is taken"
+            ));
+        }
+        let seconds = self.log_mel.samples() as f64 / f64::from(self.sample_rate);
+        let also = match cut {
+            0 => String::new(),
+            _ => format!("; {cut} are longer than the {seconds:.2} s of log_mel.n_frames: what is beyond is cut off"),
+        };
+        let found = Found {
+            what: "WAV files".into(),
+            shape: self.log_mel.shape(),
+            labels: items.iter().map(|(_, label)| *label).collect(),
+            to_train,
+            classes,
+            label_field: None,
+            groups: Vec::new(),
+            example: Box::new(move |at| {
+                let (image, label) = &items[at];
+                Ok(Example { content: Content::Numbers(image.clone()), label: *label, group: 0 })
+            }),
+            notes,
+            hash,
+        };
+        found.open(&also, opening)
+    }
+}
+
+impl WavFolderConfig {
+    /// The sound, if it has as many samples a second as all must have.
+    fn checked(&self, sound: wav::Sound) -> Result<wav::Sound, String> {
+        match sound.sample_rate == self.sample_rate {
+            true => Ok(sound),
+            false => Err(format!(
+                "{} samples per second, not {}: set data.wav_folder.sample_rate, or resample",
+                sound.sample_rate, self.sample_rate
+            )),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Sources as their users open them.
+
+#![allow(clippy::unwrap_used)]
+use std::path::PathBuf;
+
+use polyhead_models::{Batch, IGNORE, Role};
+
+use super::*;
+
+/// Options without tracking, files or an own folder.
+pub(crate) fn options(seq_len: usize, batch_size: usize, seed: u64) -> OpenOptions {
+    OpenOptions {
+        seq_len,
+        batch_size,
+        seed,
+        packing: Packing::Stream,
+        augmentation: AugmentConfig::default(),
+        validation_fraction: 0.1,
+        tracking: None,
+        validation_samples: 10,
+        cache_dir: PathBuf::new(),
+        project_root: PathBuf::new(),
+    }
+}
+
+fn opened(data: &str, batch_size: usize) -> Result<Opened, DataError> {
+    let tracking = Some(Tracking { fraction: 0.1, texts: 3 });
+    let options = OpenOptions { tracking, validation_samples: 6, ..options(32, batch_size, 3) };
+    let data: DataConfig = serde_json::from_str(data).unwrap();
+    data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {})
+}
+
+#[test]
+fn generated_sets_open_with_their_optimum() {
+    for (data, vocab_size, floor) in
+        [("induction", 64, Some(0.0)), ("copy", 65, Some(0.0)), ("associative_recall", 129, Some(0.0))]
+    {
+        let config = format!(r#"{{"{data}":{{}}}}"#);
+        let opened = opened(&config, 4).unwrap();
+        let known = serde_json::from_str::<DataConfig>(&config).unwrap().vocab_size(&Tokenizer::bytes());
+        assert_eq!(known, vocab_size);
+        assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
+        assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));
+        assert_ne!(opened.train.batch(0).unwrap(), opened.validation.batch(0).unwrap());
+        let rows = |batch: Batch| batch.tokens.chunks(32).map(<[u32]>::to_vec).collect::<Vec<_>>();
+        assert_eq!(opened.tracking.len(), 3);
+        for position in 0..2 {
+            let used = [rows(opened.train.batch(position).unwrap()), rows(opened.validation.batch(position).unwrap())];
+            assert!(used.concat().iter().all(|row| opened.tracking.iter().all(|tracked| tracked.tokens != *row)));
+        }
+    }
+}
+
+#[test]
+fn tracked_rows_are_what_would_be_trained_on() {
+    let rows = opened(r#"{"facts":{}}"#, 4).unwrap();
+    let learned = rows.train.batch(0).unwrap().row(0);
+    assert_eq!(rows.tracking.len(), 3);
+    for row in rows.tracking {
+        // Statements of five tokens, whose answers and ends are asked for.
+        assert_eq!(row.documents, learned.documents);
+        let asked = |row: &Batch| row.targets.iter().map(|&target| target != IGNORE).collect::<Vec<_>>();
+        assert_eq!((asked(&row), row.seq), (asked(&learned), 32));
+    }
+    let file = chats(0, 40);
+    let rows = opened(&chat_data(&file), 4).unwrap();
+    assert!(!rows.tracking.is_empty());
+    for row in rows.tracking {
+        let roles = row.roles.clone().unwrap();
+        assert!(!roles.contains(&Role::Padding) && roles.len() == row.seq);
+        // As evaluation asks: the answer, and nothing of the question.
+        for (at, &target) in row.targets.iter().enumerate() {
+            let answer = roles.get(at + 1) == Some(&Role::Assistant);
+            assert_eq!(target != IGNORE, answer, "{at}: {roles:?}");
+        }
+    }
+}
+
+/// So many conversations in a file, from a number on.
+fn chats(first: usize, count: usize) -> tempfile::NamedTempFile {
+    let row = |i| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "{i}?"}}, {{"role": "assistant", "content": "{}"}}]}}"#,
+            i % 7
+        )
+    };
+    let file = tempfile::Builder::new().suffix(".jsonl").tempfile().unwrap();
+    std::fs::write(file.path(), (first..first + count).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    file
+}
+
+fn chat_data(file: &tempfile::NamedTempFile) -> String {
+    serde_json::json!({ "chat": { "paths": [file.path()], "template": "plain" } }).to_string()
+}
+
+#[test]
+fn few_conversations_are_each_on_one_side() {
+    // Some of these sets leave nothing to validation, and their last one to tracking, before it is put right.
+    for (first, count) in (0..40).flat_map(|first| [(10 * first, 5), (10 * first, 8)]) {
+        let rows = opened(&chat_data(&chats(first, count)), 1).unwrap();
+        let sizes = [rows.train.per_epoch(), rows.validation.per_epoch(), rows.tracking.len() as u64];
+        assert!(sizes.iter().all(|&side| side > 0), "{first}, {count}: {sizes:?}");
+        assert!(rows.description.ends_with(" for tracking"), "{}", rows.description);
+    }
+    let message = |count| opened(&chat_data(&chats(0, count)), 1).err().unwrap().to_string();
+    assert!(message(1).contains("one conversation") && message(1).contains("at least 2"), "{}", message(1));
+    assert!(message(2).contains("of 2 conversations none is left for "), "{}", message(2));
+}
+
+#[test]
+fn a_setting_that_breaks_a_rule_is_named() {
+    let message = |data, batch_size| opened(data, batch_size).err().unwrap().to_string();
+    let told = message(r#"{"needles":{"n_distractors":9}}"#, 4);
+    assert!(told.starts_with("data.needles.n_needles: 3 * "), "{told}");
+    assert!(message(r#"{"copy":{}}"#, 0).contains("batch_size (0)"));
+}
