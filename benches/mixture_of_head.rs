@@ -83,14 +83,7 @@ fn masked(layer: &MixtureOfHead, x: Tensor<3>, rope: &Rope, mask: &Mask) -> Tens
 
 fn variants(device: &Device) -> Vec<(String, Layer)> {
     let dims = Dims { d_model: D_MODEL, n_layers: 8, layer: 0, rope: true, norm_eps: 1e-5, grid: None };
-    let dense = SoftmaxConfig {
-        n_heads: HEADS,
-        n_kv_heads: None,
-        head_dim: None,
-        qkv_bias: false,
-        o_bias: false,
-        qk_norm: false,
-    };
+    let dense = SoftmaxConfig { n_heads: HEADS, ..SoftmaxConfig::default() };
     let routed = |shared: usize, top_k: usize| MixtureOfHeadConfig {
         n_heads: HEADS,
         n_kv_heads: None,
@@ -101,6 +94,7 @@ fn variants(device: &Device) -> Vec<(String, Layer)> {
         top_k: PerLayerCount::Same(top_k),
         router: RouterConfig::default(),
         penalty_norm: GateNorm::Code,
+        window: None,
     };
     vec![
         ("multi-head".into(), Layer::Dense(dense.init(&dims, device))),

@@ -55,14 +55,7 @@ fn main() {
         let qkv = random([channels, 3 * channels]);
         let (gate, up, down) = (random([channels, d_ff]), random([channels, d_ff]), random([d_ff, channels]));
         let dims = Dims { d_model: channels, n_layers: 1, layer: 0, rope: true, norm_eps: 1e-5, grid: None };
-        let config = SoftmaxConfig {
-            n_heads: HEADS,
-            n_kv_heads: None,
-            head_dim: None,
-            qkv_bias: false,
-            o_bias: false,
-            qk_norm: false,
-        };
+        let config = SoftmaxConfig { n_heads: HEADS, ..SoftmaxConfig::default() };
         let layer = config.init(&dims, &device);
         let rope = Rope::new(0..args.tokens, channels / HEADS, 1e4, RopeLayout::RotateHalf, &device);
         let mask = Mask::causal();

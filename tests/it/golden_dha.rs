@@ -160,8 +160,7 @@ fn check_layers(case: &Case) {
     let n = size(&case.golden.config, "num_heads");
     let x = || case.tensor("x").require_grad();
     let head_dim = Some(size(&case.golden.config, "head_dim"));
-    let softmax =
-        SoftmaxConfig { n_heads: n, n_kv_heads: None, head_dim, qkv_bias: false, o_bias: false, qk_norm: false };
+    let softmax = SoftmaxConfig { n_heads: n, head_dim, ..SoftmaxConfig::default() };
     let parent = case.layer(&AttentionConfig::Softmax(softmax), "w.k", "w.v", Vec::new());
     let out = case.attend(&parent, x()).hidden;
     case.close("mha.out", &values(out.clone()), OUTPUT, false);

@@ -35,7 +35,7 @@ fn golden_softmax() {
             head_dim: Some(size(config, "head_dim")),
             qkv_bias: golden.tensors.contains_key("w.q_proj.bias"),
             o_bias: golden.tensors.contains_key("w.o_proj.bias"),
-            qk_norm: false,
+            ..SoftmaxConfig::default()
         });
         check(&golden, &described);
     }
@@ -52,6 +52,7 @@ pub fn differential(config: &Config, subln: bool) -> GroupedDifferentialConfig {
         lambda_init: LambdaInit::Constant(config["lambda_init"].as_f64().unwrap()),
         subln,
         subln_init: 1.0,
+        window: None,
     }
 }
 

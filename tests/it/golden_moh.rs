@@ -52,6 +52,7 @@ fn config(golden: &Golden) -> MixtureOfHeadConfig {
             RouterConfig::default()
         },
         penalty_norm: GateNorm::Code,
+        window: None,
     }
 }
 

@@ -36,6 +36,8 @@ impl MechanismCache for NoCache {
 /// One layer's keys and values: un-expanded heads, already rotated.
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
+    /// Tokens so far, of which a window keeps the last ones.
+    tokens: usize,
     kept: Option<Kept>,
 }
 
@@ -46,13 +48,13 @@ struct Kept {
     keys: Tensor<4>,
     /// `[batch, value heads, capacity, value width]`
     values: Tensor<4>,
-    /// Tokens so far.
+    /// Tokens that are kept.
     len: usize,
 }
 
 impl MechanismCache for KvCache {
     fn len(&self) -> usize {
-        self.kept.as_ref().map_or(0, |kept| kept.len)
+        self.tokens
     }
 
     fn elements(&self) -> usize {
@@ -68,15 +70,40 @@ impl KvCache {
     /// - keys: `[batch, key heads, new tokens, width]`, values: `[batch, value heads, new tokens, value width]`
     /// - output: the same with all tokens so far
     pub fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let old = self.len();
+        let old = self.tokens;
         let len = old + keys.dims()[2];
         let before = self.kept.take();
         let (old_keys, old_values) = before.map(|kept| (kept.keys, kept.values)).unzip();
         let keys = put(old_keys, old, keys);
         let values = put(old_values, old, values);
         let all = (keys.clone().narrow(2, 0, len), values.clone().narrow(2, 0, len));
-        self.kept = Some(Kept { keys, values, len });
+        (self.tokens, self.kept) = (len, Some(Kept { keys, values, len }));
         all
+    }
+
+    /// Appends this call's keys and values and gives them back behind the `window - 1` tokens before the call; keeps no more
+    /// than a later token can see.
+    ///
+    /// # Shapes
+    /// As in [`append`](Self::append).
+    pub fn append_within(&mut self, window: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        self.tokens += keys.dims()[2];
+        let (keys, values) = match self.kept() {
+            Some([old_keys, old_values]) => {
+                (Tensor::cat(vec![old_keys, keys], 2), Tensor::cat(vec![old_values, values], 2))
+            }
+            None => (keys, values),
+        };
+        let all = keys.dims()[2];
+        let len = all.min(window - 1);
+        let last = |x: &Tensor<4>| x.clone().narrow(2, all - len, len);
+        self.kept = (len > 0).then(|| Kept { keys: last(&keys), values: last(&values), len });
+        (keys, values)
+    }
+
+    /// The keys and values that are kept, `[batch, heads, tokens, width]`; `None` where there are none.
+    pub fn kept(&self) -> Option<[Tensor<4>; 2]> {
+        self.kept.as_ref().map(|kept| [&kept.keys, &kept.values].map(|x| x.clone().narrow(2, 0, kept.len)))
     }
 }
 
@@ -89,7 +116,7 @@ pub(crate) fn extended(cache: Option<&mut KvCache>, keys: Tensor<4>, values: Ten
 }
 
 /// Writes `new` behind the first `len` tokens; the capacity doubles where it is too small.
-fn put(buffer: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
+pub(crate) fn put(buffer: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
     let [batch, heads, count, width] = new.dims();
     let at = |from: usize, to: usize| [0..batch, 0..heads, from..to, 0..width];
     let buffer = match buffer {

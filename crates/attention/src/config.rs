@@ -108,12 +108,40 @@ pub struct Cost {
     pub kv_cache_elements_per_token: u64,
     /// Elements kept while decoding however many tokens there are: the state of a recurrent mechanism.
     pub state_elements: u64,
+    /// Keys that a query of a decoder sees at most, and tokens that are kept at most; `None` without a window.
+    pub window: Option<u64>,
+}
+
+impl Cost {
+    /// Operations of a forward pass per token, on average over a sequence in which query t, counted from 1, sees
+    /// min(t, window) keys.
+    pub fn causal_flops(&self, seq_len: u64) -> u64 {
+        let of_pairs = match self.window.filter(|&window| window < seq_len) {
+            None => self.flops_per_pair.saturating_mul(seq_len + 1) / 2,
+            Some(window) => {
+                let twice = (2 * seq_len).saturating_sub(window - 1).saturating_mul(window);
+                self.flops_per_pair.saturating_mul(twice) / (2 * seq_len)
+            }
+        };
+        self.flops_per_token.saturating_add(of_pairs)
+    }
+
+    /// Elements kept per token of a sequence of `seq_len`: all, or those of the last `window` tokens, shared out.
+    pub fn cached_per_token(&self, seq_len: u64) -> u64 {
+        let all = self.kv_cache_elements_per_token;
+        match self.window.filter(|&window| window < seq_len) {
+            None => all,
+            Some(window) => all.saturating_mul(window) / seq_len,
+        }
+    }
 }
 
 impl std::ops::Add for Cost {
     type Output = Self;
 
+    /// The cost of two layers with the same window.
     fn add(self, other: Self) -> Self {
+        debug_assert_eq!(self.window, other.window, "costs are added up by window");
         Self {
             parameters: self.parameters.saturating_add(other.parameters),
             flops_per_token: self.flops_per_token.saturating_add(other.flops_per_token),
@@ -122,6 +150,7 @@ impl std::ops::Add for Cost {
                 .kv_cache_elements_per_token
                 .saturating_add(other.kv_cache_elements_per_token),
             state_elements: self.state_elements.saturating_add(other.state_elements),
+            window: self.window,
         }
     }
 }

@@ -27,11 +27,12 @@ use polyhead_kernels::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{KvCache, extended};
-use crate::config::require;
+use crate::cache::KvCache;
+use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::check_heads;
+use crate::window::{Within, check_window, window_of, within};
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
 /// Inside the norm of each signal head; from the authors' code.
@@ -68,6 +69,10 @@ pub struct GroupedDifferentialConfig {
     /// 0.3 bits per byte behind softmax attention after 1000 steps, and not behind it with 0.1.
     #[serde(default = "quiet")]
     pub subln_init: f64,
+    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
+    /// per layer, with 0 for full attention. Default: full attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<PerLayerCount>,
 }
 
 fn yes() -> bool {
@@ -133,6 +138,7 @@ impl MechanismConfig for GroupedDifferentialConfig {
         require(noise.is_multiple_of(kv_heads / 2), "n_kv_heads", || {
             format!("n_kv_heads / 2 ({}) must divide n_noise_heads ({noise}): a group shares one pair", kv_heads / 2)
         })?;
+        check_window(self.window.as_ref(), dims)?;
         let below_one = |field: &str, value: f64| {
             require(value.is_finite() && value < 1.0, field, || {
                 format!("{field} ({value}) must be a number below 1: heads are scaled by 1 - lambda_init")
@@ -174,6 +180,7 @@ impl MechanismConfig for GroupedDifferentialConfig {
             n_heads: self.n_heads,
             n_noise: self.n_noise_heads,
             n_pairs: kv_heads / 2,
+            window: window_of(self.window.as_ref(), dims.layer),
         }
     }
 
@@ -193,6 +200,7 @@ impl MechanismConfig for GroupedDifferentialConfig {
             // Scores have width d, values width 2d.
             flops_per_pair: 2 * heads * width + 4 * heads * width,
             kv_cache_elements_per_token: 2 * kv_heads * width,
+            window: window_of(self.window.as_ref(), dims.layer).map(|window| window as u64),
             ..Cost::default()
         }
     }
@@ -206,6 +214,7 @@ impl MechanismConfig for GroupedDifferentialConfig {
             lambda_init: LambdaInit::Paper,
             subln: true,
             subln_init: quiet(),
+            window: Some(PerLayerCount::Same(5)),
         }
     }
 }
@@ -242,6 +251,7 @@ pub struct GroupedDifferential {
     n_heads: usize,
     n_noise: usize,
     n_pairs: usize,
+    window: Option<usize>,
 }
 
 impl GroupedDifferential {
@@ -299,12 +309,11 @@ impl Mechanism for GroupedDifferential {
         let q = rotate(call.rope, split_heads(q, self.n_heads));
         let k = rotate(call.rope, split_heads(k, 2 * self.n_pairs));
         let v = split_heads(v, self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
-        let query_offset = call.past();
-        let (k, v) = extended(call.cache, k, v);
         let keys = self.key_heads();
         let values = keys.iter().map(|key_head| key_head / 2).collect();
+        let Within { keys: k, values: v, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
-            mask: Some(call.mask),
+            mask: Some(&mask),
             query_offset,
             bias: call.bias.cloned(),
             keys: HeadMap::Each(keys),

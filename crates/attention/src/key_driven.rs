@@ -114,7 +114,8 @@ impl KeyDrivenConfig {
     /// The same heads in equal groups.
     fn even(&self) -> SoftmaxConfig {
         let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *self;
-        SoftmaxConfig { n_heads, n_kv_heads: Some(n_kv_heads), head_dim, qkv_bias, o_bias, qk_norm: false }
+        let n_kv_heads = Some(n_kv_heads);
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
     }
 }
 

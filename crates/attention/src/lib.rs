@@ -24,6 +24,7 @@ mod observe;
 mod projection;
 mod rope;
 mod softmax;
+mod window;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -105,7 +106,9 @@ pub trait MechanismConfig: Sized {
     /// Operations of a forward pass over `positions` that all attend to each other.
     fn encoder_flops(&self, dims: &Dims, positions: u64) -> u64 {
         let cost = self.cost(dims);
-        let pairs = positions.saturating_mul(positions).saturating_mul(cost.flops_per_pair);
+        // A window reaches as far behind a position as before it.
+        let seen = cost.window.map_or(positions, |window| positions.min((2 * window).saturating_sub(1)));
+        let pairs = positions.saturating_mul(seen).saturating_mul(cost.flops_per_pair);
         positions.saturating_mul(cost.flops_per_token).saturating_add(pairs)
     }
 

@@ -23,11 +23,12 @@ use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, in_type, linear_into_heads, linear_out_of_heads};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{KvCache, extended};
+use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::SoftmaxConfig;
+use crate::window::{Within, window_of, within};
 use crate::{Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
 mod router;
@@ -68,6 +69,10 @@ pub struct MixtureOfHeadConfig {
     /// (default): balanced heads give top_k in every layer. "paper": smaller by the number of routed heads.
     #[serde(default)]
     pub penalty_norm: GateNorm,
+    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
+    /// per layer, with 0 for full attention. Default: full attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<PerLayerCount>,
 }
 
 impl MixtureOfHeadConfig {
@@ -89,7 +94,8 @@ impl MixtureOfHeadConfig {
     /// The same heads, all of them everywhere.
     fn dense(&self) -> SoftmaxConfig {
         let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *self;
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm: false }
+        let window = self.window.clone();
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, window, ..SoftmaxConfig::default() }
     }
 }
 
@@ -159,6 +165,7 @@ impl MechanismConfig for MixtureOfHeadConfig {
             },
             n_kv_heads: kv_heads,
             split,
+            window: window_of(self.window.as_ref(), dims.layer),
             config: self.clone(),
         }
     }
@@ -196,6 +203,7 @@ impl MechanismConfig for MixtureOfHeadConfig {
             top_k: PerLayerCount::Each(vec![2, 2, 1, 1]),
             router: RouterConfig::default(),
             penalty_norm: GateNorm::default(),
+            window: Some(PerLayerCount::Same(5)),
         }
     }
 }
@@ -214,6 +222,7 @@ pub struct MixtureOfHead {
     /// `None` where the norms of the queries choose
     pub router: Option<LearnedRouter>,
     n_kv_heads: usize,
+    window: Option<usize>,
     #[module(skip)]
     split: HeadSplit,
     #[module(skip)]
@@ -250,24 +259,23 @@ impl Mechanism for MixtureOfHead {
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
-        let query_offset = call.past();
-        let real = call.mask.real_queries(batch, query_offset, seq);
+        let real = call.mask.real_queries(batch, call.past(), seq);
         let (q, routing) = self.route(hidden.clone(), real.as_deref(), adapters);
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
         let q = rotate(call.rope, split_heads(q, self.split.heads()));
         let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
         let v = split_heads(v, self.n_kv_heads);
-        let (k, v) = extended(call.cache, k, v);
+        let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
-            mask: Some(call.mask),
+            mask: Some(&mask),
             query_offset,
             bias: call.bias.cloned(),
             active: Some(routing.active.clone()),
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim], zero where a head rests
+        let attended = attention(q, keys, values, &options); // [batch, n_heads, seq, head_dim], zero where unselected
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
             routing.observe(self.split, &mut seen);

@@ -56,6 +56,9 @@ impl Observation {
     pub(crate) fn of(statistics: Statistics) -> Self {
         let mut seen = Self { maps: statistics.weights, span_mass: statistics.span_mass, ..Self::default() };
         seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);
+        if let Some(mass) = statistics.sink_mass {
+            seen.number("sink_mass", mass);
+        }
         seen
     }
 

@@ -1,5 +1,7 @@
 //! Softmax attention: MHA (Vaswani et al. 2017, arXiv 1706.03762), MQA (Shazeer 2019, arXiv 1911.02150) and
 //! GQA (Ainslie et al. 2023, arXiv 2305.13245), which differ only in how many query heads share a key/value head.
+//!
+//! With a window per layer it is the attention of Mistral and Gemma; Gemma 2 (arXiv 2408.00118) also caps the scores.
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -7,14 +9,15 @@ use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, rms_norm};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{KvCache, extended};
-use crate::config::require;
+use crate::cache::KvCache;
+use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
+use crate::window::{Within, check_window, window_of, within};
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
 
 /// Settings of softmax attention.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SoftmaxConfig {
@@ -35,12 +38,29 @@ pub struct SoftmaxConfig {
     /// Normalise every query and key head before it is rotated, as in Qwen3. Default: false.
     #[serde(default)]
     pub qk_norm: bool,
+    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
+    /// per layer, with 0 for full attention. Default: full attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<PerLayerCount>,
+    /// Bound of the scores, softcap · tanh(score / softcap), as in Gemma 2. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub softcap: Option<f64>,
+    /// Factor of the scores; Gemma 2 has query_pre_attn_scalar^-0.5. Default: head_dim^-0.5.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
 }
 
 impl SoftmaxConfig {
     /// Key/value heads with the default filled in.
     pub fn kv_heads(&self) -> usize {
         self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+
+    /// The first setting that changes scores or hides keys, by name; other mechanisms and formats have none of them.
+    pub fn beyond_plain(&self) -> Option<&'static str> {
+        let set =
+            [("window", self.window.is_some()), ("softcap", self.softcap.is_some()), ("scale", self.scale.is_some())];
+        set.into_iter().find_map(|(name, set)| set.then_some(name))
     }
 }
 
@@ -52,7 +72,13 @@ impl MechanismConfig for SoftmaxConfig {
         let kv_heads = self.kv_heads();
         require(kv_heads > 0 && self.n_heads.is_multiple_of(kv_heads), "n_kv_heads", || {
             format!("n_kv_heads ({kv_heads}) must divide n_heads ({})", self.n_heads)
-        })
+        })?;
+        for (field, value) in [("softcap", self.softcap), ("scale", self.scale)] {
+            require(value.is_none_or(|value| value.is_finite() && value > 0.0), field, || {
+                format!("{field} ({}) must be a number above 0", value.unwrap_or_default())
+            })?;
+        }
+        check_window(self.window.as_ref(), dims)
     }
 
     fn init(&self, dims: &Dims, device: &Device) -> Softmax {
@@ -69,6 +95,9 @@ impl MechanismConfig for SoftmaxConfig {
             n_heads: self.n_heads,
             n_kv_heads: kv_heads,
             norm_eps: dims.norm_eps,
+            window: window_of(self.window.as_ref(), dims.layer),
+            softcap: self.softcap,
+            scale: self.scale,
         }
     }
 
@@ -87,12 +116,23 @@ impl MechanismConfig for SoftmaxConfig {
             flops_per_token: 2 * weights,
             flops_per_pair: 4 * heads * width,
             kv_cache_elements_per_token: 2 * kv_heads * width,
+            window: window_of(self.window.as_ref(), dims.layer).map(|window| window as u64),
             ..Cost::default()
         }
     }
 
     fn example() -> Self {
-        Self { n_heads: 4, n_kv_heads: Some(2), head_dim: None, qkv_bias: true, o_bias: true, qk_norm: true }
+        Self {
+            n_heads: 4,
+            n_kv_heads: Some(2),
+            qkv_bias: true,
+            o_bias: true,
+            qk_norm: true,
+            window: Some(PerLayerCount::Each(vec![0, 5, 0, 5])),
+            softcap: Some(3.0),
+            scale: Some(0.5),
+            ..Self::default()
+        }
     }
 }
 
@@ -155,6 +195,9 @@ pub struct Softmax {
     n_heads: usize,
     n_kv_heads: usize,
     norm_eps: f64,
+    window: Option<usize>,
+    softcap: Option<f64>,
+    scale: Option<f64>,
 }
 
 impl Softmax {
@@ -168,12 +211,9 @@ impl Softmax {
         };
         heads.swap_dims(1, 2)
     }
-}
 
-impl Mechanism for Softmax {
-    type Cache = KvCache;
-
-    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
+    /// See [`Mechanism::forward`]; with the logit of a sink for every query head, `[n_heads]`, where there are sinks.
+    pub(crate) fn attend(&self, hidden: Tensor<3>, call: Call<'_, KvCache>, sinks: Option<Tensor<1>>) -> Attended {
         let adapters = call.adapters;
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
@@ -181,18 +221,28 @@ impl Mechanism for Softmax {
         let q = rotate(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
         let k = rotate(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = split_heads(v, self.n_kv_heads);
-        let query_offset = call.past();
-        let (k, v) = extended(call.cache, k, v);
+        let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
-            mask: Some(call.mask),
+            mask: Some(&mask),
             query_offset,
+            scale: self.scale,
+            softcap: self.softcap,
+            sinks,
             bias: call.bias.cloned(),
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
+        let attended = attention(q, keys, values, &options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(Observation::of);
         let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
         Attended { hidden, penalty: None, seen }
+    }
+}
+
+impl Mechanism for Softmax {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
+        self.attend(hidden, call, None)
     }
 }

@@ -36,6 +36,12 @@ pub enum HeadMap {
 pub struct AttentionOptions<'a> {
     /// Factor of the scores; `None` means 1 / sqrt(width of a query head).
     pub scale: Option<f64>,
+    /// Bound of the scaled scores, above 0: `softcap · tanh(score / softcap)`, before bias and mask (Gemma 2, arXiv
+    /// 2408.00118); `None` leaves them as they are.
+    pub softcap: Option<f64>,
+    /// `[query heads]`: a logit per head that takes part in the denominator of every row and has no value (GPT-OSS, arXiv
+    /// 2508.10925). Neither scaled nor capped; `None` leaves plain softmax, of which it is the limit towards -∞.
+    pub sinks: Option<Tensor<1>>,
     /// Which keys are hidden; `None` hides nothing.
     pub mask: Option<&'a Mask>,
     /// Position of the first query among the keys: the number of keys that were cached by earlier calls.
@@ -86,19 +92,21 @@ pub struct Attention {
 /// Facts about the attention weights, per query head, averaged over batch and queries.
 #[derive(Debug, Clone)]
 pub struct Statistics {
-    /// `[query heads]`, nats: entropy of a row.
+    /// `[query heads]`, nats: entropy of a row, with the sink as one more outcome where there is one.
     pub entropy: Tensor<1>,
     /// `[query heads]`: weight on the first key, the usual attention sink.
     pub first_key_mass: Tensor<1>,
     /// `[query heads]`: the largest scaled score of a visible key; 0 where there is none.
     pub largest_score: Tensor<1>,
+    /// `[query heads]`: weight on the sink; only where there are sinks.
+    pub sink_mass: Option<Tensor<1>>,
     /// `[batch, query heads, queries, sets]`: the sum of a query's weights on each set of keys; only if asked for.
     pub span_mass: Option<Tensor<4>>,
     /// `[query heads, queries, keys]`: the weights of the first row of the batch; only if asked for.
     pub weights: Option<Tensor<3>>,
 }
 
-/// `softmax(scale · q kᵀ + bias, hidden keys left out) v`
+/// `softmax(scale · q kᵀ + bias, hidden keys left out) v`, with a cap and sinks where the options have them.
 ///
 /// # Shapes
 /// - q: `[batch, query heads, queries, width]`
@@ -144,6 +152,12 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
     if let Some(mask) = options.mask {
         mask.check(full, options.query_offset);
     }
+    if let Some(sinks) = &options.sinks {
+        assert_shapes!("attention", q, sinks; "sinks must be [query heads]": sinks.dims() == [heads]);
+    }
+    if let Some(softcap) = options.softcap {
+        assert!(softcap > 0.0, "attention: softcap ({softcap}) must be above 0");
+    }
     if let Some(active) = &options.active {
         assert_shapes!("attention", q, active;
             "active rows must be [batch, queries, query heads]": active.shape() == [batch, queries, heads]);
@@ -167,13 +181,16 @@ fn of_nothing(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptio
         entropy: Tensor::zeros([heads], &device),
         first_key_mass: Tensor::zeros([heads], &device),
         largest_score: Tensor::zeros([heads], &device),
+        sink_mass: options.sinks.as_ref().map(|_| Tensor::zeros([heads], &device)),
         span_mass: match &options.statistics {
             Measure::Spans(spans) => Some(Tensor::zeros([batch, heads, queries, spans.dims()[2]], &device)),
             _ => None,
         },
         weights: matches!(options.statistics, Measure::Weights).then(|| Tensor::zeros([heads, queries, keys], &device)),
     });
+    let dtype = q.dtype();
     let sum = q.sum() + k.sum() + v.sum();
+    let sum = options.sinks.iter().fold(sum, |sum, sinks| sum + in_type(sinks.clone().sum(), dtype));
     let everywhere = Tensor::<1, Bool>::from_data([true], &device);
     let nothing = sum.mask_fill(everywhere, 0.0).reshape([1, 1, 1, 1]);
     Attention { hidden: hidden + nothing, statistics }
@@ -194,7 +211,8 @@ fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<
 /// `[batch, query heads, queries, sets]`: attention whose values tell which set a key belongs to is a sum of weights.
 fn span_mass(q: Tensor<4>, k: Tensor<4>, spans: Tensor<3>, options: &AttentionOptions<'_>) -> Tensor<4> {
     let values = in_type(spans.unsqueeze_dim(1), q.dtype()); // one value head, which all heads read
-    let options = AttentionOptions { values: HeadMap::Even, statistics: Measure::Nothing, ..options.clone() };
+    let sinks = options.sinks.clone().map(Tensor::detach);
+    let options = AttentionOptions { values: HeadMap::Even, statistics: Measure::Nothing, sinks, ..options.clone() };
     in_type(forward(q, k, values, &options).hidden, DType::F32)
 }
 
@@ -206,6 +224,9 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     let hidden = options.mask.and_then(|mask| mask.hidden(batch, options.query_offset, queries, keys, &device));
     let scale = options.scale_for(&q);
     let mut scores = grouped_matmul(q * scale, k.swap_dims(2, 3), &options.keys); // [batch, heads, queries, keys]
+    if let Some(cap) = options.softcap {
+        scores = (scores / cap).tanh() * cap;
+    }
     if let Some(bias) = &options.bias {
         scores = scores + bias.clone();
     }
@@ -218,16 +239,29 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
         Some(inactive) => scores.clone().detach().mask_fill(inactive.clone(), HIDDEN_SCORE),
         None => scores.clone().detach(),
     });
-    let mut weights = activation::softmax(scores, 3);
+    // The sink of a head is one more column, which no value belongs to.
+    let columns = match &options.sinks {
+        Some(sinks) => {
+            let column = in_type(sinks.clone(), scores.dtype()).reshape([1, heads, 1, 1]);
+            Tensor::cat(vec![scores, column.expand([batch, heads, queries, 1])], 3)
+        }
+        None => scores,
+    };
+    let columns = activation::softmax(columns, 3);
+    let sink = options.sinks.is_some().then(|| columns.clone().narrow(3, keys, 1));
+    let mut weights = columns.narrow(3, 0, keys);
     if let Some(hidden) = hidden
         && options.mask.is_some_and(Mask::may_hide_whole_rows)
     {
         weights = weights.mask_fill(hidden.expand(full), 0.0);
     }
-    if let Some(inactive) = inactive {
-        weights = weights.mask_fill(inactive, 0.0);
-    }
-    let statistics = measured.map(|scores| measure(scores, weights.clone().detach(), options));
+    let of_active = |weights: Tensor<4>| match &inactive {
+        Some(inactive) => weights.clone().mask_fill(inactive.clone().narrow(3, 0, weights.dims()[3]), 0.0),
+        None => weights,
+    };
+    let (weights, sink) = (of_active(weights), sink.map(of_active));
+    let statistics =
+        measured.map(|scores| measure(scores, weights.clone().detach(), sink.map(Tensor::detach), options));
     Attention { hidden: grouped_matmul(weights, v, &options.values), statistics }
 }
 
@@ -296,16 +330,25 @@ fn grouped_matmul(left: Tensor<4>, right: Tensor<4>, map: &HeadMap) -> Tensor<4>
     }
 }
 
-fn measure(scores: Tensor<4>, weights: Tensor<4>, options: &AttentionOptions<'_>) -> Statistics {
+fn measure(
+    scores: Tensor<4>,
+    weights: Tensor<4>,
+    sink: Option<Tensor<4>>,
+    options: &AttentionOptions<'_>,
+) -> Statistics {
     let (scores, weights) = (in_type(scores, DType::F32), in_type(weights, DType::F32));
     let [batch, heads, queries, keys] = weights.dims();
     let counted = options.counted(weights.dims(), &weights.device()).clamp_min(1.0);
     let per_head = |x: Tensor<4>| x.swap_dims(0, 1).reshape([heads, batch * queries]).sum_dim(1).squeeze_dim::<1>(1);
-    let entropy = (weights.clone() * weights.clone().clamp_min(1e-30).log()).sum_dim(3).neg();
+    let of_outcomes = |weights: Tensor<4>| (weights.clone() * weights.clamp_min(1e-30).log()).sum_dim(3).neg();
+    let sink = sink.map(|sink| in_type(sink, DType::F32));
+    let entropy = of_outcomes(weights.clone());
+    let entropy = sink.iter().cloned().fold(entropy, |entropy, sink| entropy + of_outcomes(sink));
     let largest = scores.swap_dims(0, 1).reshape([heads, batch * queries * keys]).max_dim(1).squeeze_dim::<1>(1);
     Statistics {
         entropy: per_head(entropy) / counted.clone(),
-        first_key_mass: per_head(weights.clone().narrow(3, 0, 1)) / counted,
+        first_key_mass: per_head(weights.clone().narrow(3, 0, 1)) / counted.clone(),
+        sink_mass: sink.map(|sink| per_head(sink) / counted),
         largest_score: largest,
         span_mass: None,
         weights: matches!(options.statistics, Measure::Weights).then(|| weights.narrow(0, 0, 1).squeeze_dim::<3>(0)),

@@ -14,6 +14,8 @@ use crate::attention::spreads;
 #[derive(Debug, Clone, Default)]
 pub struct Mask {
     causal: bool,
+    /// A query sees only keys that are fewer than so many positions away.
+    window: Option<usize>,
     lengths: Option<Arc<[usize]>>,
     documents: Option<Arc<[u32]>>,
     /// Per token, the end of what it may see; and how many tokens a row has.
@@ -101,6 +103,21 @@ impl Mask {
     /// A query sees the keys up to its own position.
     pub fn causal() -> Self {
         Self { causal: true, ..Self::default() }
+    }
+
+    /// A query sees only keys that are fewer than `window` positions away. With causality these are `window` keys, its own
+    /// included (Mistral, arXiv 2310.06825; flash kernels count one more); without, as many again behind it.
+    ///
+    /// # Panics
+    /// If the window is 0, in which nobody sees anything.
+    pub fn with_window(self, window: usize) -> Self {
+        assert!(window > 0, "mask: a window of 0 keys leaves nothing to see");
+        Self { window: Some(self.window.map_or(window, |own| own.min(window))), ..self }.afresh()
+    }
+
+    /// Its window, where it has one.
+    pub(crate) fn window(&self) -> Option<usize> {
+        self.window
     }
 
     /// Row `b` of the batch has `lengths[b]` keys; those behind are padding and hidden.
@@ -215,6 +232,9 @@ impl Mask {
                     let [first, end] = spans.of_key[own];
                     (from, to) = (first as usize, to.min(end as usize));
                 }
+                if let Some(window) = self.window {
+                    (from, to) = (from.max((own + 1).saturating_sub(window)), to.min(own.saturating_add(window)));
+                }
                 ranges.push(if from < to { [from as u32, to as u32] } else { [0, 0] });
             }
         }
@@ -269,6 +289,16 @@ impl Mask {
         // A single query at the end of the keys sees all of them.
         if self.causal && offset + 1 < keys {
             parts.push(Tensor::<2, Bool>::tril_mask([queries, keys], offset as i64, device).unsqueeze::<4>());
+        }
+        // True above a diagonal, counted from the key at the position of the query.
+        let above = |diagonal: i64| {
+            Tensor::<2, Bool>::tril_mask([queries, keys], offset as i64 + diagonal, device).unsqueeze::<4>()
+        };
+        if let Some(window) = self.window.filter(|&window| window < offset + queries) {
+            parts.push(above(-(window as i64)).bool_not());
+        }
+        if let Some(window) = self.window.filter(|&window| !self.causal && offset.saturating_add(window) < keys) {
+            parts.push(above(window as i64 - 1));
         }
         let key_index = || Tensor::<1, Int>::arange(0..keys as i64, device).reshape([1, 1, 1, keys]);
         if let Some(lengths) = &self.lengths {
@@ -352,6 +382,13 @@ mod tests {
             Mask::none().with_documents(&ids).with_lengths(&[3, 5]),
             Mask::turns(&turns, 5),
             Mask::turns(&turns, 5).with_documents(&ids),
+            Mask::causal().with_window(1),
+            Mask::causal().with_window(3).with_window(4),
+            Mask::causal().with_window(9),
+            Mask::none().with_window(2),
+            Mask::none().with_window(2).with_lengths(&[2, 4]),
+            Mask::causal().with_window(2).with_documents(&ids),
+            Mask::turns(&turns, 5).with_window(2),
         ] {
             for (offset, queries) in [(0, 5), (2, 3), (4, 1)] {
                 let spelt = match mask.hidden(2, offset, queries, 5, &Device::flex()) {
@@ -393,6 +430,14 @@ mod tests {
         assert_eq!(rows(&documents, 1, 0, 4, 4), [".###", "..##", "##.#", "##.."]);
         let lengths = Mask::none().with_lengths(&[1, 3]);
         assert_eq!(rows(&lengths, 2, 0, 2, 3), [".##", ".##", "...", "..."]);
+    }
+
+    #[test]
+    fn windows_count_the_query_itself() {
+        let causal = Mask::causal().with_window(2);
+        assert_eq!(rows(&causal, 1, 0, 4, 4), [".###", "..##", "#..#", "##.."]);
+        assert_eq!(rows(&causal, 1, 2, 2, 4), ["#..#", "##.."]);
+        assert_eq!(rows(&Mask::none().with_window(2), 1, 0, 4, 4), ["..##", "...#", "#...", "##.."]);
     }
 
     #[test]

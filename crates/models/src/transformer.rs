@@ -159,7 +159,8 @@ impl TransformerConfig {
                     Cost { parameters, flops_per_token, ..Cost::default() }
                 }
             };
-            let name = format!("attention: {}", mechanism.name());
+            let window = cost.window.map(|window| format!(", window {window}")).unwrap_or_default();
+            let name = format!("attention: {}{window}", mechanism.name());
             match parts.iter_mut().find(|part| part.name == name) {
                 Some(part) => part.cost = part.cost + cost,
                 None => parts.push(Part { name, cost }),

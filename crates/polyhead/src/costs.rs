@@ -48,7 +48,7 @@ pub struct Totals {
     pub parameters: u64,
     /// Operations of a forward pass per token, at the recipe's seq_len; for classifiers per example.
     pub flops_per_token: u64,
-    /// Bytes kept per token while decoding, in f32.
+    /// Bytes kept per token while decoding, in f32; of a window, those of its tokens shared out over the recipe's seq_len.
     pub cached_bytes_per_token: u64,
 }
 
@@ -65,12 +65,12 @@ pub fn parts(recipe: &Recipe, known: Known) -> Vec<Part> {
 }
 
 impl Totals {
-    /// At a length of sequence: under a causal mask a query sees (seq_len + 1) / 2 keys on average.
+    /// At a length of sequence, under a causal mask.
     pub fn of(cost: &Cost, seq_len: u64) -> Self {
         Self {
             parameters: cost.parameters,
-            flops_per_token: cost.flops_per_token.saturating_add(cost.flops_per_pair.saturating_mul(seq_len + 1) / 2),
-            cached_bytes_per_token: cost.kv_cache_elements_per_token.saturating_mul(4),
+            flops_per_token: cost.causal_flops(seq_len),
+            cached_bytes_per_token: cost.cached_per_token(seq_len).saturating_mul(4),
         }
     }
 

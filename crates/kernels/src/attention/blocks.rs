@@ -15,13 +15,16 @@ use burn::backend::{
 use burn::tensor::{Bool, DType, Int, Shape, Slice, Tensor, TensorData};
 
 use super::{Attention, AttentionOptions, HIDDEN_SCORE, HeadMap, Statistics, plain};
-use crate::Mask;
 use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::mask::Visible;
 use crate::precision::cast;
+use crate::{Mask, in_type};
 
 /// Scores of a block at most: 256 MiB in f32. Chosen by us: few launches, little memory beside a model's.
 const SCORES: usize = 1 << 26;
+
+/// Queries of a block under a narrower window: few launches, and few keys that no query of the block sees. Chosen by us.
+const WINDOW_ROWS: usize = 256;
 
 /// See [`super::attention`].
 pub(super) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
@@ -36,6 +39,7 @@ fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOption
     let mask = options.mask.unwrap_or(&everything);
     let visible = mask.visible(batch, options.query_offset, queries, keys).filter(|visible| !visible.in_pieces());
     let rows = (scores / (batch * heads * keys).max(1)).clamp(1, queries.max(1));
+    let rows = mask.window().map_or(rows, |window| rows.min(window.max(WINDOW_ROWS)));
     let (mut hidden, mut seen) = (Vec::new(), Vec::new());
     for start in (0..queries).step_by(rows) {
         let part = Part { start, rows: rows.min(queries - start), options, mask, visible: visible.as_deref() };
@@ -94,6 +98,8 @@ impl Part<'_> {
         };
         let block = Block {
             scale: options.scale_for(q),
+            softcap: options.softcap,
+            sunk: options.sinks.is_some(),
             biased: bias.is_some(),
             ranged: ranges.is_some(),
             masked: hidden.is_some(),
@@ -104,11 +110,14 @@ impl Part<'_> {
         let ranges = Tensor::<4, Int>::from_data(TensorData::new(ranges, shape), &device);
         let hidden = hidden.unwrap_or_else(|| Tensor::<4, Bool>::from_data([[[[false]]]], &device));
         let bias = bias.unwrap_or_else(|| Tensor::zeros([1; 4], &device));
+        let sinks = options.sinks.clone().map(|sinks| in_type(sinks, DType::F32).reshape([1, -1, 1, 1]));
+        let sinks: Tensor<4> = sinks.unwrap_or_else(|| Tensor::zeros([1; 4], &device));
         Tensor::from_dispatch(Dispatch::block_attention(
             q.clone().narrow(2, start, rows).into_dispatch(),
             own(k).into_dispatch(),
             own(v).into_dispatch(),
             bias.into_dispatch(),
+            sinks.into_dispatch(),
             ranges.into_dispatch(),
             hidden.into_dispatch(),
             block,
@@ -126,6 +135,7 @@ impl Part<'_> {
             bias: options.bias.clone().map(|bias| bias.narrow(2, start, rows).detach()),
             keys: HeadMap::Even,
             values: HeadMap::Even,
+            sinks: options.sinks.clone().map(Tensor::detach),
             active: options.active.as_ref().map(|active| Arc::new(active.of_queries(start..start + rows))),
             ..options.clone()
         };
@@ -141,16 +151,16 @@ fn join(parts: Vec<Option<(Tensor<1>, Statistics)>>) -> Option<Statistics> {
     let parts: Vec<(Tensor<1>, Statistics)> = parts.into_iter().collect::<Option<_>>()?;
     let weights: Option<Vec<_>> = parts.iter().map(|(_, seen)| seen.weights.clone()).collect();
     let weights = weights.filter(|all| !all.is_empty()).map(|all| Tensor::cat(all, 1));
-    let sums = parts.into_iter().map(|(counted, seen)| {
-        (seen.entropy * counted.clone(), seen.first_key_mass * counted.clone(), seen.largest_score, counted)
-    });
-    let (entropy, first_key_mass, largest_score, counted) =
-        sums.reduce(|a, b| (a.0 + b.0, a.1 + b.1, a.2.max_pair(b.2), a.3 + b.3))?;
-    let counted = counted.clamp_min(1.0);
+    let sum = |of: fn(&Statistics) -> Option<&Tensor<1>>| {
+        let sums = parts.iter().map(|(counted, seen)| Some(of(seen)?.clone() * counted.clone()));
+        sums.collect::<Option<Vec<_>>>()?.into_iter().reduce(|a, b| a + b)
+    };
+    let counted = parts.iter().map(|(counted, _)| counted.clone()).reduce(|a, b| a + b)?.clamp_min(1.0);
     Some(Statistics {
-        entropy: entropy / counted.clone(),
-        first_key_mass: first_key_mass / counted,
-        largest_score,
+        entropy: sum(|seen| Some(&seen.entropy))? / counted.clone(),
+        first_key_mass: sum(|seen| Some(&seen.first_key_mass))? / counted.clone(),
+        largest_score: parts.iter().map(|(_, seen)| seen.largest_score.clone()).reduce(Tensor::max_pair)?,
+        sink_mass: sum(|seen| seen.sink_mass.as_ref()).map(|mass| mass / counted),
         span_mass: None,
         weights,
     })
@@ -160,6 +170,9 @@ fn join(parts: Vec<Option<(Tensor<1>, Statistics)>>) -> Option<Statistics> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Block {
     scale: f64,
+    softcap: Option<f64>,
+    /// Whether `sinks` are some.
+    sunk: bool,
     /// Whether `bias` is one.
     biased: bool,
     /// Whether `ranges` hide keys.
@@ -169,13 +182,15 @@ struct Block {
 }
 
 /// One block as an operation of Burn's dispatching backend.
+// Burn passes the tensors of an operation on one by one.
+#[allow(clippy::too_many_arguments)]
 #[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cuda"), Autodiff)]
 trait BlockAttention: Backend {
     /// `softmax(scale q kᵀ + bias) v`
     ///
     /// # Shapes
     /// - q: `[batch, heads, rows, width]`, k: `[batch, key heads, keys, width]`, v: `[batch, value heads, keys, value width]`
-    /// - bias: `[batch or 1, heads or 1, rows, keys]`
+    /// - bias: `[batch or 1, heads or 1, rows, keys]`, sinks: `[1, heads, 1, 1]` in f32
     /// - ranges: `[batch or 1, 1, rows, 2]`, the first visible key and the one behind the last
     /// - hidden: `[batch or 1, heads or 1, rows, keys]`
     fn block_attention(
@@ -183,11 +198,12 @@ trait BlockAttention: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         ranges: IntTensor<Self>,
         hidden: BoolTensor<Self>,
         block: Block,
     ) -> FloatTensor<Self> {
-        forward::<Self>(&Inputs { q, k, v, bias, ranges, hidden, block }).0
+        forward::<Self>(&Inputs { q, k, v, bias, sinks, ranges, hidden, block }).0
     }
 }
 
@@ -205,16 +221,17 @@ impl<B: BlockAttention, C: CheckpointStrategy> BlockAttention for Autodiff<B, C>
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         ranges: IntTensor<Self>,
         hidden: BoolTensor<Self>,
         block: Block,
     ) -> FloatTensor<Self> {
-        let run = |[q, k, v, bias]: [FloatTensor<B>; 4], _: Wanted<4>| {
-            let inputs = Inputs::<B> { q, k, v, bias, ranges, hidden, block };
+        let run = |[q, k, v, bias, sinks]: [FloatTensor<B>; 5], _: Wanted<5>| {
+            let inputs = Inputs::<B> { q, k, v, bias, sinks, ranges, hidden, block };
             let (out, log_sum) = forward::<B>(&inputs);
             (out, (inputs, log_sum), ())
         };
-        differentiable::<B, C, _, _, 4>([q, k, v, bias], run, backward::<B>).0
+        differentiable::<B, C, _, _, 5>([q, k, v, bias, sinks], run, backward::<B>).0
     }
 }
 
@@ -225,6 +242,7 @@ struct Inputs<B: Backend> {
     k: FloatTensor<B>,
     v: FloatTensor<B>,
     bias: FloatTensor<B>,
+    sinks: FloatTensor<B>,
     ranges: IntTensor<B>,
     hidden: BoolTensor<B>,
     block: Block,
@@ -233,49 +251,80 @@ struct Inputs<B: Backend> {
 /// The output, and per row the log of the sum of its exponentials, `[batch, heads, rows, 1]`.
 fn forward<B: Backend>(inputs: &Inputs<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     let scores = scores(inputs);
-    let largest = B::float_max_dim(scores.clone(), 3);
+    let mut largest = B::float_max_dim(scores.clone(), 3);
+    if inputs.block.sunk {
+        // The larger of the two, for every row: `sink + relu(largest - sink)`.
+        let above = B::float_clamp_min(B::float_sub(largest, inputs.sinks.clone()), number(0.0));
+        largest = B::float_add(above, inputs.sinks.clone());
+    }
     // Where a row sees nothing, its largest score is that of hidden keys: all its exponentials are made zero below.
     let exponentials = hide(B::float_exp(B::float_sub(scores, largest.clone())), inputs, 0.0);
-    let sum = B::float_clamp_min(B::float_sum_dim(exponentials.clone(), 3), number(f64::from(f32::MIN_POSITIVE)));
+    let mut sum = B::float_sum_dim(exponentials.clone(), 3);
+    if inputs.block.sunk {
+        sum = B::float_add(sum, B::float_exp(B::float_sub(inputs.sinks.clone(), largest.clone())));
+    }
+    let sum = B::float_clamp_min(sum, number(f64::from(f32::MIN_POSITIVE)));
     let weights = B::float_div(exponentials, sum.clone());
     let log_sum = B::float_add(largest, B::float_log(sum));
     (matmul_shared::<B>(cast::<B>(weights, inputs.v.dtype()), inputs.v.clone()), log_sum)
 }
 
-/// Gradients of q, k, v and, where there is one, the bias; from the inputs and the log of the sums.
+/// Gradients of q, k, v and, where there are some, of bias and sinks; from the inputs and the log of the sums.
 fn backward<B: Backend>(
     (inputs, log_sum): (Inputs<B>, FloatTensor<B>),
     out_grad: FloatTensor<B>,
-    [of_q, of_k, of_v, of_bias]: Wanted<4>,
-) -> InputGrads<B, 4> {
+    [of_q, of_k, of_v, of_bias, of_sinks]: Wanted<5>,
+) -> InputGrads<B, 5> {
     let dtype = inputs.q.dtype();
-    let weights = hide(B::float_exp(B::float_sub(scores(&inputs), log_sum)), &inputs, 0.0);
+    let weights = hide(B::float_exp(B::float_sub(scores(&inputs), log_sum.clone())), &inputs, 0.0);
     let v_grad = of_v.then(|| gather_shared::<B>(cast::<B>(weights.clone(), dtype), out_grad.clone(), &inputs.v));
-    if !(of_q || of_k || of_bias) {
-        return [None, None, v_grad, None];
+    if !(of_q || of_k || of_bias || of_sinks) {
+        return [None, None, v_grad, None, None];
     }
     let weight_grad = cast::<B>(matmul_shared::<B>(out_grad, B::float_swap_dims(inputs.v, 2, 3)), DType::F32);
     // Of the weights rather than of the output: where a row has one key, its scores get no gradient at all.
     let row_sum = B::float_sum_dim(B::float_mul(weights.clone(), weight_grad.clone()), 3);
+    let sink_grad = (of_sinks && inputs.block.sunk).then(|| {
+        let weight = B::float_exp(B::float_sub(inputs.sinks.clone(), log_sum));
+        let of_rows = B::float_neg(B::float_mul(weight, row_sum.clone()));
+        reduce_to::<B>(of_rows, inputs.sinks.shape())
+    });
     let score_grad = B::float_mul(weights, B::float_sub(weight_grad, row_sum));
     let bias_grad = (of_bias && inputs.block.biased).then(|| {
         let grad = reduce_to::<B>(score_grad.clone(), inputs.bias.shape());
         cast::<B>(grad, inputs.bias.dtype())
     });
+    let score_grad = match inputs.block.softcap {
+        Some(cap) => {
+            let relative =
+                B::float_div_scalar(capped::<B>(inputs.q.clone(), inputs.k.clone(), inputs.block), number(cap));
+            B::float_sub(score_grad.clone(), B::float_mul(score_grad, B::float_mul(relative.clone(), relative)))
+        }
+        None => score_grad,
+    };
     let score_grad = cast::<B>(B::float_mul_scalar(score_grad, number(inputs.block.scale)), dtype);
     let k_grad = of_k.then(|| gather_shared::<B>(score_grad.clone(), inputs.q, &inputs.k));
     let q_grad = of_q.then(|| matmul_shared::<B>(score_grad, inputs.k));
-    [q_grad, k_grad, v_grad, bias_grad]
+    [q_grad, k_grad, v_grad, bias_grad, sink_grad]
 }
 
 /// `[batch, heads, rows, keys]` in f32, those of hidden keys out of reach.
 fn scores<B: Backend>(inputs: &Inputs<B>) -> FloatTensor<B> {
-    let products = matmul_shared::<B>(inputs.q.clone(), B::float_swap_dims(inputs.k.clone(), 2, 3));
-    let mut scores = B::float_mul_scalar(cast::<B>(products, DType::F32), number(inputs.block.scale));
+    let mut scores = capped::<B>(inputs.q.clone(), inputs.k.clone(), inputs.block);
     if inputs.block.biased {
         scores = B::float_add(scores, cast::<B>(inputs.bias.clone(), DType::F32));
     }
     hide(scores, inputs, f64::from(HIDDEN_SCORE))
+}
+
+/// `[batch, heads, rows, keys]` in f32: scaled and, where there is a cap, softly bounded by it.
+fn capped<B: Backend>(q: FloatTensor<B>, k: FloatTensor<B>, block: Block) -> FloatTensor<B> {
+    let products = matmul_shared::<B>(q, B::float_swap_dims(k, 2, 3));
+    let scores = B::float_mul_scalar(cast::<B>(products, DType::F32), number(block.scale));
+    match block.softcap {
+        Some(cap) => B::float_mul_scalar(B::float_tanh(B::float_div_scalar(scores, number(cap))), number(cap)),
+        None => scores,
+    }
 }
 
 /// `x`, `[batch, heads, rows, keys]`, with `value` where keys are hidden.

@@ -143,7 +143,7 @@ pub(super) fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, wid
 }
 
 /// A mask of every kind that tiles take.
-pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 6] {
+pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 9] {
     let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
     let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
     let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
@@ -155,6 +155,9 @@ pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 6] {
         Mask::causal().with_documents(&ids),
         Mask::causal().with_documents(&pieces),
         Mask::turns(&turns, seq),
+        Mask::causal().with_window(seq.div_ceil(3)),
+        Mask::none().with_window(9).with_lengths(&lengths),
+        Mask::causal().with_window(33).with_documents(&pieces),
     ]
 }
 
@@ -176,17 +179,20 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
     let run = |form: fn(Tensor<4>, Tensor<4>, Tensor<4>, &AttentionOptions<'_>) -> Attention| {
         let out = form(q.clone(), k.clone(), v.clone(), &options);
         let grads = (out.hidden.clone() * Tensor::from_inner(cotangent.clone())).sum().backward();
-        let grads = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+        let leaves: Vec<Vec<f32>> = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))).into();
+        let of_sinks = options.sinks.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+        let grads: Vec<Vec<f32>> = leaves.into_iter().chain(of_sinks).collect();
         let seen = out.statistics.expect("asked for").settled();
-        let seen = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
+        let sink_mass = seen.sink_mass.unwrap_or_else(|| Tensor::zeros([1], &Device::flex()));
+        let seen = [seen.entropy, seen.first_key_mass, seen.largest_score, sink_mass].map(numbers);
         (numbers(out.hidden), grads, seen, numbers(seen_weights(&q, &k, &v, &options, form)))
     };
     let (got, want) = (run(super::attention), run(plain));
     agree("hidden", &got.0, &want.0);
-    for (index, name) in ["q", "k", "v"].into_iter().enumerate() {
-        agree(&format!("gradient of {name}"), &got.1[index], &want.1[index]);
+    for (name, (got, want)) in ["q", "k", "v", "sinks"].into_iter().zip(got.1.iter().zip(&want.1)) {
+        agree(&format!("gradient of {name}"), got, want);
     }
-    for (index, name) in ["entropy", "first_key_mass", "largest_score"].into_iter().enumerate() {
+    for (index, name) in ["entropy", "first_key_mass", "largest_score", "sink_mass"].into_iter().enumerate() {
         agree(name, &got.2[index], &want.2[index]);
     }
     agree("weights", &got.3, &want.3);
@@ -230,6 +236,72 @@ fn tiles_agree_over_awkward_shapes_and_masks() {
             compare(&case(batch, heads, key_heads, seq, width), &options);
         }
     }
+}
+
+/// Logits of sinks from far below the scores to far above, as a leaf.
+pub(super) fn sinks(heads: usize) -> Tensor<1> {
+    let logits: Vec<f32> = (0..heads).map(|head| [0.5, -3.0, 4.0, -1e4, 1.5][head % 5]).collect();
+    Tensor::<1>::from_floats(logits.as_slice(), &Device::flex().autodiff()).require_grad()
+}
+
+#[test]
+fn tiles_agree_with_sinks_and_caps() {
+    for (batch, heads, key_heads, seq, width) in
+        [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (1, 4, 2, 129, 16), (2, 6, 3, 300, 16), (1, 1, 1, 1030, 8)]
+    {
+        let active = Some(Arc::new(ActiveRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
+        for (index, mask) in masks(batch, seq).iter().enumerate() {
+            let (softcap, active) = ([None, Some(2.0)][index % 2], active.clone().filter(|_| index % 4 == 3));
+            let sinks = (index != 1).then(|| sinks(heads));
+            let options = AttentionOptions { mask: Some(mask), sinks, softcap, active, ..Default::default() };
+            compare(&case(batch, heads, key_heads, seq, width), &options);
+        }
+    }
+}
+
+#[test]
+fn sinks_and_windows_with_maps_wide_values_and_cached_keys() {
+    let mask = Mask::causal().with_window(50);
+    let keys = HeadMap::Each(vec![0, 0, 1, 2, 2, 3]);
+    let options = AttentionOptions { mask: Some(&mask), keys, sinks: Some(sinks(6)), ..Default::default() };
+    compare(&Case { value_heads: 2, value_width: 24, ..case(2, 6, 4, 70, 12) }, &options);
+    for (queries, cached) in [(1, 700), (5, 30), (140, 600)] {
+        let case = Case { queries, keys: cached + queries, ..case(2, 6, 2, 0, 16) };
+        let options = AttentionOptions { query_offset: cached, keys: HeadMap::Even, ..options.clone() };
+        compare(&case, &options);
+    }
+}
+
+#[test]
+fn a_sink_takes_its_share_of_the_sum() {
+    // Three keys of score 0 beside a sink of ln 3: half of the weight is on the sink.
+    let q = Tensor::<4>::zeros([1, 1, 3, 2], &Device::flex());
+    let v = Tensor::<4>::ones([1, 1, 3, 2], &Device::flex());
+    let with = |sink: f32| AttentionOptions {
+        sinks: Some(Tensor::from_floats([sink], &Device::flex())),
+        statistics: Measure::Weights,
+        ..Default::default()
+    };
+    let half = attention(q.clone(), q.clone(), v.clone(), &with(3f32.ln()));
+    agree("hidden", &numbers(half.hidden), &[0.5; 6]);
+    let seen = half.statistics.expect("asked for");
+    agree("sink mass", &numbers(seen.sink_mass.expect("a sink")), &[0.5]);
+    agree("entropy", &numbers(seen.entropy), &[0.5 * 2f32.ln() + 0.5 * 6f32.ln()]);
+    let none = numbers(attention(q.clone(), q.clone(), v.clone(), &with(-1e4)).hidden);
+    assert_eq!(none, numbers(attention(q.clone(), q.clone(), v.clone(), &AttentionOptions::default()).hidden));
+    let all = attention(q.clone(), q, v, &with(1e4));
+    assert!(numbers(all.hidden).iter().all(|value| (0.0..1e-30).contains(value)));
+}
+
+#[test]
+fn a_window_of_one_key_gives_its_value_and_a_wide_one_everything() {
+    let (q, k, v) = (random([2, 4, 300, 8]), random([2, 2, 300, 8]), random([2, 4, 300, 5]));
+    let run = |mask: &Mask| {
+        let options = AttentionOptions { mask: Some(mask), ..Default::default() };
+        numbers(attention(q.clone(), k.clone(), v.clone(), &options).hidden)
+    };
+    agree("its own value", &run(&Mask::causal().with_window(1)), &numbers(v.clone()));
+    assert!(run(&Mask::causal().with_window(300)) == run(&Mask::causal()));
 }
 
 #[test]
@@ -392,8 +464,9 @@ fn gradients_are_the_same_whichever_are_asked_for() {
     let active = Arc::new(ActiveRows::new(&choices(2, 300, 4), [2, 300, 4]));
     for active in [None, Some(active)] {
         let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
-        every_subset_of_gradients(&[&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5]], |[q, k, v]| {
+        every_subset_of_gradients(&[&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5], &[4]], |[q, k, v, sinks]| {
             let (k, v) = (k.reshape([2, 2, 300, 8]), v.reshape([2, 1, 300, 5]));
+            let options = AttentionOptions { sinks: Some(sinks), ..options.clone() };
             attention(q.reshape([2, 4, 300, 8]), k, v, &options).hidden.reshape([-1])
         });
     }

@@ -20,7 +20,7 @@ use self::backward::backward;
 use self::forward::forward;
 use super::{Attention, AttentionOptions, Measure, Statistics};
 use crate::active::{ActiveRows, Rows};
-use crate::cpu::{View, row_major};
+use crate::cpu::{View, row_major, values};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::mask::Visible;
 use crate::{in_type, simd};
@@ -30,12 +30,17 @@ const QUERIES: usize = 128;
 /// Keys of a tile; with [`QUERIES`] it makes 256 KiB, which fits into a core's second-level cache.
 const KEYS: usize = 512;
 /// Facts about a query that are kept: the log of its sum, and what statistics are made of.
-const FACTS: usize = 4;
+const FACTS: usize = 5;
+/// Which of them is the largest score.
+const LARGEST: usize = 3;
 
 /// Everything about a call besides its tensors.
 #[derive(Debug)]
 pub(super) struct Plan {
     scale: f32,
+    softcap: Option<f32>,
+    /// Whether `sinks` are some.
+    sunk: bool,
     key_of: Vec<usize>,
     value_of: Vec<usize>,
     /// Query heads that share key or value heads, directly or through others.
@@ -47,6 +52,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// The logits of the sinks, one per head; `None` where there are none.
+    fn sinks<'a>(&self, tensor: &'a FlexTensor) -> Option<&'a [f32]> {
+        self.sunk.then(|| values(tensor))
+    }
+
     /// The blocks of queries that a head computes in a row of the batch.
     fn blocks(&self, b: usize, h: usize, queries: usize) -> Vec<Rows<'_>> {
         match &self.active {
@@ -62,11 +72,13 @@ impl Plan {
 /// The tiles as an operation of Burn's dispatching backend.
 #[backend_extension(Flex, Autodiff)]
 pub(super) trait TiledAttention: Backend {
-    /// The output, and `[FACTS, batch, heads, queries]` (only the first of them where nothing is measured).
+    /// The output, and `[FACTS, batch, heads, queries]` (only the first of them where nothing is measured). Sinks that are
+    /// none are a single number.
     fn tiled_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         plan: Arc<Plan>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 }
@@ -84,6 +96,8 @@ pub(super) fn attention(
     let [k, v] = [k, v].map(|x| in_type(x, DType::F32));
     let plan = Plan {
         scale: options.scale_for(&q) as f32,
+        softcap: options.softcap.map(|cap| cap as f32),
+        sunk: options.sinks.is_some(),
         families: families(&key_of, &value_of),
         key_of,
         value_of,
@@ -94,18 +108,27 @@ pub(super) fn attention(
     // The matrix of one row is asked for by whoever looks at pictures; it is made beside the tiles.
     let weights = matches!(options.statistics, Measure::Weights).then(|| {
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
-        weights_of_first_row(first(&q), first(&k), &plan)
+        let sinks = options.sinks.as_ref().map(|sinks| sinks.to_data().iter::<f32>().collect::<Vec<f32>>());
+        weights_of_first_row(first(&q), first(&k), sinks.as_deref(), &plan)
     });
+    let sinks = options.sinks.clone().map(|sinks| in_type(sinks, DType::F32));
+    let sinks = sinks.unwrap_or_else(|| Tensor::zeros([1], &q.device()));
     let (measure, counted) = (plan.measure, options.counted(q.dims(), &q.device()).clamp_min(1.0));
-    let (hidden, facts) =
-        Dispatch::tiled_attention(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), Arc::new(plan));
+    let (hidden, facts) = Dispatch::tiled_attention(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        sinks.into_dispatch(),
+        Arc::new(plan),
+    );
     let statistics = measure.then(|| {
         let facts = Tensor::<4>::from_dispatch(facts).swap_dims(1, 2); // [FACTS, heads, batch, queries]
         let fact = |index| facts.clone().narrow(0, index, 1).reshape([heads, batch * queries]);
         Statistics {
             entropy: fact(1).sum_dim(1).squeeze_dim::<1>(1) / counted.clone(),
-            first_key_mass: fact(2).sum_dim(1).squeeze_dim::<1>(1) / counted,
-            largest_score: fact(3).max_dim(1).squeeze_dim::<1>(1),
+            first_key_mass: fact(2).sum_dim(1).squeeze_dim::<1>(1) / counted.clone(),
+            largest_score: fact(LARGEST).max_dim(1).squeeze_dim::<1>(1),
+            sink_mass: options.sinks.is_some().then(|| fact(4).sum_dim(1).squeeze_dim::<1>(1) / counted),
             span_mass: None,
             weights,
         }
@@ -128,7 +151,7 @@ fn families(key_of: &[usize], value_of: &[usize]) -> Vec<Vec<usize>> {
 }
 
 /// `[heads, queries, keys]`, with zeros where keys are hidden and where queries are not computed.
-fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, plan: &Plan) -> Tensor<3> {
+fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, sinks: Option<&[f32]>, plan: &Plan) -> Tensor<3> {
     let [_, heads, queries, _] = q.dims();
     let (keys, device) = (k.dims()[2], q.device());
     let all: Vec<f32> = (0..heads)
@@ -136,10 +159,13 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, plan: &Plan) -> Tensor<3> {
             let own = |x: &Tensor<4>, head| x.clone().narrow(1, head, 1).squeeze_dims::<2>(&[0, 1]);
             let scores = own(&q, head).matmul(own(&k, plan.key_of[head]).transpose()) * f64::from(plan.scale);
             let mut scores: Vec<f32> = scores.into_data().iter::<f32>().collect();
+            if let Some(cap) = plan.softcap {
+                soften(&mut scores, cap);
+            }
             let mut weights = vec![0.0; queries * keys];
             for query in plan.blocks(0, head, queries).into_iter().flat_map(Rows::queries) {
                 let of_query = query * keys..(query + 1) * keys;
-                softmax_of_visible(&mut scores[of_query.clone()], &plan.visible, query);
+                softmax_of_visible(&mut scores[of_query.clone()], &plan.visible, query, sinks.map(|sinks| sinks[head]));
                 weights[of_query.clone()].copy_from_slice(&scores[of_query]);
             }
             weights
@@ -149,22 +175,35 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, plan: &Plan) -> Tensor<3> {
 }
 
 /// One row of the first row of the batch, in place.
-fn softmax_of_visible(row: &mut [f32], visible: &Visible, query: usize) {
+fn softmax_of_visible(row: &mut [f32], visible: &Visible, query: usize, sink: Option<f32>) {
     let range = visible.range(0, query);
     row[..range.start].fill(0.0);
     row[range.end..].fill(0.0);
     let seen = &mut row[range.clone()];
     visible.hide_inside(0, query, range.clone(), seen, f32::NEG_INFINITY);
-    let largest = simd::max(seen);
-    let total = simd::exp_shifted(seen, largest);
+    let largest = simd::max(seen).max(sink.unwrap_or(f32::NEG_INFINITY));
+    let total = simd::exp_shifted(seen, largest) + sink.map_or(0.0, |sink| simd::exp(sink - largest));
     visible.hide_inside(0, query, range, seen, 0.0);
     simd::scale(seen, 1.0 / total);
 }
 
+/// `cap · tanh(score / cap)` of every score.
+fn soften(scores: &mut [f32], cap: f32) {
+    for score in scores {
+        *score = cap * (*score / cap).tanh();
+    }
+}
+
 impl TiledAttention for Flex {
-    fn tiled_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, plan: Arc<Plan>) -> (FlexTensor, FlexTensor) {
-        let (q, k, v) = (row_major(q), row_major(k), row_major(v));
-        forward([&q, &k, &v].map(View::new), &plan)
+    fn tiled_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        sinks: FlexTensor,
+        plan: Arc<Plan>,
+    ) -> (FlexTensor, FlexTensor) {
+        let [q, k, v, sinks] = [q, k, v, sinks].map(row_major);
+        forward([&q, &k, &v].map(View::new), plan.sinks(&sinks), &plan)
     }
 }
 
@@ -173,19 +212,20 @@ impl<C: CheckpointStrategy> TiledAttention for Autodiff<Flex, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         plan: Arc<Plan>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let run = |inputs: [FlexTensor; 3], _: Wanted<3>| {
-            let [q, k, v] = inputs.map(row_major);
-            let (output, facts) = forward([&q, &k, &v].map(View::new), &plan);
-            (output.clone(), ([q, k, v, output, facts.clone()], plan), facts)
+        let run = |inputs: [FlexTensor; 4], _: Wanted<4>| {
+            let [q, k, v, sinks] = inputs.map(row_major);
+            let (output, facts) = forward([&q, &k, &v].map(View::new), plan.sinks(&sinks), &plan);
+            (output.clone(), ([q, k, v, sinks, output, facts.clone()], plan), facts)
         };
-        let back = |(kept, plan): ([FlexTensor; 5], Arc<Plan>), output_grad: FlexTensor, wanted: Wanted<3>| {
-            let ([q, k, v, output, facts], output_grad) = (kept, row_major(output_grad));
+        let back = |(kept, plan): ([FlexTensor; 6], Arc<Plan>), output_grad: FlexTensor, wanted: Wanted<4>| {
+            let ([q, k, v, sinks, output, facts], output_grad) = (kept, row_major(output_grad));
             let views = [&q, &k, &v, &output, &output_grad].map(View::new);
-            backward(views, crate::cpu::values(&facts), &plan, wanted) as InputGrads<Flex, 3>
+            backward(views, plan.sinks(&sinks), values(&facts), &plan, wanted) as InputGrads<Flex, 4>
         };
-        let (output, facts) = differentiable::<Flex, C, _, _, 3>([q, k, v], run, back);
+        let (output, facts) = differentiable::<Flex, C, _, _, 4>([q, k, v, sinks], run, back);
         (output, <Self as AutodiffBackend>::from_inner(facts))
     }
 }

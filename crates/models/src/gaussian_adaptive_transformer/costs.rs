@@ -23,9 +23,8 @@ impl GaussianAdaptiveTransformerConfig {
             FeatureMixerConfig::Identity => None,
             FeatureMixerConfig::GaussianAdaptive(gate) => Some(part(&name, gate.parameters(&read), 0)),
             FeatureMixerConfig::Attention(FeatureAttentionConfig { mechanism, .. }) => {
-                let cost = mechanism.cost(&dims(d_model));
-                let flops = cost.flops_per_token * rows + cost.flops_per_pair * rows * rows;
-                Some(part(&name, cost.parameters, flops))
+                let dims = dims(d_model);
+                Some(part(&name, mechanism.cost(&dims).parameters, mechanism.encoder_flops(&dims, rows)))
             }
             FeatureMixerConfig::Gqdaam(config) => Some(part(&name, config.parameters(&read), config.flops(&read))),
         };

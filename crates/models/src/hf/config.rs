@@ -124,6 +124,7 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         qkv_bias: family == Family::Qwen2 || biases,
         o_bias: family != Family::Qwen2 && biases,
         qk_norm: family == Family::Qwen3,
+        ..SoftmaxConfig::default()
     };
     let decoder = DecoderConfig {
         d_model: config.hidden_size,

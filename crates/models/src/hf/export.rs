@@ -163,6 +163,9 @@ fn softmax_config(
 ) -> Result<(Family, Value), ExportError> {
     let config = model.config();
     let unsupported = |problem: String| Err(ExportError::Unsupported(problem));
+    if let Some(setting) = softmax.beyond_plain() {
+        return unsupported(format!("softmax attention with {setting} is in no format that can be written"));
+    }
     let SoftmaxConfig { n_heads, qkv_bias, o_bias, qk_norm, .. } = *softmax;
     let (whole, gated) = (config.rope_fraction == 1.0, (config.norm, config.mlp) == (NormKind::Rms, MlpKind::Swiglu));
     let heads = json!({ "num_attention_heads": n_heads, "num_key_value_heads": softmax.kv_heads() });

@@ -78,7 +78,12 @@ pub fn heads_of_layer(model: &Decoder, layer: usize, cell: Cell) -> Result<Heads
 
 pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
     match model.config().mechanism(layer) {
-        AttentionConfig::Softmax(softmax) => Ok(softmax),
+        AttentionConfig::Softmax(softmax) => match softmax.beyond_plain() {
+            None => Ok(softmax),
+            Some(setting) => {
+                refused(format!("layer {layer} has softmax attention with {setting}; without it, it can be converted"))
+            }
+        },
         other => refused(format!("layer {layer} has {} attention; softmax attention can be converted", other.name())),
     }
 }
@@ -248,7 +253,7 @@ pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
 
 pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig, n_kv_heads: Option<usize>) -> SoftmaxConfig {
     let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
-    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm: false }
+    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
 }
 
 fn whole(config: &DecoderConfig, layer: usize) -> Result<&DecoupledHeadConfig, SurgeryError> {

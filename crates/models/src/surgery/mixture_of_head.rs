@@ -66,6 +66,7 @@ impl Routed {
             top_k: PerLayerCount::Same(self.top_k),
             router: self.router,
             penalty_norm: GateNorm::Code,
+            window: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The form in blocks against the plain one.
 
 use super::super::Measure;
-use super::super::tests::{Case, case, masks};
+use super::super::tests::{Case, case, masks, sinks};
 use super::*;
 use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, leaf, normal, numbers};
 use burn::tensor::Device;
@@ -17,18 +17,21 @@ fn compare(sizes: &Case, bias: Option<[usize; 2]>, options: &AttentionOptions<'_
     let (q, k) = (leaf([batch * heads * queries * width]), leaf([batch * key_heads * keys * width]));
     let v = leaf([batch * value_heads * keys * value_width]);
     let bias = leaf([bias_shape.map_or(1, |shape| shape.iter().product())]);
+    let sinks = options.sinks.clone().unwrap_or_else(|| leaf([1]));
     for scores in [SCORES, 40 * batch * heads * keys] {
-        let run = |blocks: bool, [q, k, v, bias]: [Tensor<1>; 4]| {
+        let run = |blocks: bool, [q, k, v, bias, sinks]: [Tensor<1>; 5]| {
             // By position, as projections leave them.
             let q = q.reshape([batch, queries, heads, width]).swap_dims(1, 2);
             let k = k.reshape([batch, key_heads, keys, width]);
             let v = v.reshape([batch, value_heads, keys, value_width]);
-            let options = AttentionOptions { bias: bias_shape.map(|s| bias.clone().reshape(s)), ..options.clone() };
+            let bias_here = bias_shape.map(|s| bias.clone().reshape(s));
+            let sinks_here = options.sinks.is_some().then(|| sinks.clone());
+            let options = AttentionOptions { bias: bias_here, sinks: sinks_here, ..options.clone() };
             let out = if blocks { in_blocks(q, k, v, &options, scores) } else { plain(q, k, v, &options) };
             // So that every input has a gradient, though it may be zero.
-            out.hidden.reshape([-1]) + bias.sum() * 0.0
+            out.hidden.reshape([-1]) + bias.sum() * 0.0 + sinks.sum() * 0.0
         };
-        agree_with_gradients(&[&q, &k, &v, &bias], |x| run(true, x), |x| run(false, x));
+        agree_with_gradients(&[&q, &k, &v, &bias, &sinks], |x| run(true, x), |x| run(false, x));
     }
 }
 
@@ -46,6 +49,20 @@ fn blocks_agree_over_awkward_shapes_and_masks() {
                 bias,
                 &AttentionOptions { mask: Some(&mask), ..Default::default() },
             );
+        }
+    }
+}
+
+#[test]
+fn blocks_agree_with_sinks_and_caps() {
+    for (batch, heads, key_heads, seq, width) in [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (2, 6, 3, 100, 16)] {
+        let dense = normal([1, heads, seq, seq], &Device::flex()).greater_elem(0.3);
+        let with_dense = masks(batch, seq).into_iter().chain([Mask::causal().with_window(5).with_dense(dense)]);
+        for (index, mask) in with_dense.enumerate() {
+            let (bias, softcap) = ([None, Some([1, heads])][index % 2], [None, None, Some(1.5)][index % 3]);
+            let options =
+                AttentionOptions { mask: Some(&mask), sinks: Some(sinks(heads)), softcap, ..Default::default() };
+            compare(&sizes(batch, heads, key_heads, seq, width), bias, &options);
         }
     }
 }
@@ -71,8 +88,9 @@ fn compare_statistics(options: &AttentionOptions<'_>) {
     let options = AttentionOptions { statistics: Measure::Weights, ..options.clone() };
     let read = |seen: Option<Statistics>| {
         let seen = seen.expect("asked for").settled();
-        let [a, b, c] = [seen.entropy, seen.first_key_mass, seen.largest_score].map(numbers);
-        [a, b, c, numbers(seen.weights.expect("asked for"))]
+        let sink_mass = seen.sink_mass.unwrap_or_else(|| Tensor::zeros([1], &Device::flex()));
+        let [a, b, c, d] = [seen.entropy, seen.first_key_mass, seen.largest_score, sink_mass].map(numbers);
+        [a, b, c, d, numbers(seen.weights.expect("asked for"))]
     };
     let got = read(in_blocks(q.clone(), k.clone(), v.clone(), &options, 7 * 2 * 4 * 50).statistics);
     let want = read(plain(q, k, v, &options).statistics);
@@ -84,7 +102,9 @@ fn compare_statistics(options: &AttentionOptions<'_>) {
 #[test]
 fn statistics_of_parts_are_those_of_the_whole() {
     let mask = Mask::causal();
-    compare_statistics(&AttentionOptions { mask: Some(&mask), ..Default::default() });
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    compare_statistics(&options);
+    compare_statistics(&AttentionOptions { sinks: Some(sinks(4)), softcap: Some(2.0), ..options });
 }
 
 #[test]
@@ -131,9 +151,10 @@ fn bf16_stays_within_its_precision() {
 #[test]
 fn gradients_are_the_same_whichever_are_asked_for() {
     let mask = Mask::causal();
-    every_subset_of_gradients(&[&[2, 4, 30, 8], &[2, 2, 30, 8], &[2, 2, 30, 5], &[1, 4, 30, 30]], |[q, k, v, bias]| {
-        let options =
-            AttentionOptions { mask: Some(&mask), bias: Some(bias.reshape([1, 4, 30, 30])), ..Default::default() };
+    let shapes: [&[usize]; 5] = [&[2, 4, 30, 8], &[2, 2, 30, 8], &[2, 2, 30, 5], &[1, 4, 30, 30], &[4]];
+    every_subset_of_gradients(&shapes, |[q, k, v, bias, sinks]| {
+        let (bias, sinks) = (Some(bias.reshape([1, 4, 30, 30])), Some(sinks));
+        let options = AttentionOptions { mask: Some(&mask), bias, sinks, ..Default::default() };
         let (k, v) = (k.reshape([2, 2, 30, 8]), v.reshape([2, 2, 30, 5]));
         in_blocks(q.reshape([2, 4, 30, 8]), k, v, &options, 7 * 2 * 4 * 30).hidden.reshape([-1])
     });

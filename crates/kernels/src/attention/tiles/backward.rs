@@ -8,7 +8,7 @@ use std::ops::Range;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{KEYS, Plan, QUERIES, inside, reach};
+use super::{KEYS, Plan, QUERIES, inside, reach, soften};
 use crate::active::Rows;
 use crate::cpu::{self, View};
 use crate::differentiable::Wanted;
@@ -21,13 +21,15 @@ const TASKS: usize = 16;
 /// Keys of a chunk at least.
 const CHUNK: usize = 256;
 
-/// Gradients of q, k and v, as far as they are wanted.
+/// Gradients of q, k, v and the sinks, as far as they are wanted. A sink is in the kept sums and has no value: the other
+/// gradients need nothing more.
 pub(super) fn backward(
     [q, k, v, output, output_grad]: [View<'_>; 5],
+    sinks: Option<&[f32]>,
     facts: &[f32],
     plan: &Plan,
-    [of_q, of_k, of_v]: Wanted<3>,
-) -> [Option<FlexTensor>; 3] {
+    [of_q, of_k, of_v, of_sinks]: Wanted<4>,
+) -> [Option<FlexTensor>; 4] {
     let [batch, heads, queries, width] = q.shape;
     let keys = k.shape[2];
     let n_families = plan.families.len();
@@ -37,7 +39,7 @@ pub(super) fn backward(
     let mut q_grad = of_q.then(|| ScratchBuffer::new(chunks * size));
     let mut k_grad = of_k.then(|| buffer_of_heads(k.shape, &plan.key_of));
     let mut v_grad = of_v.then(|| buffer_of_heads(v.shape, &plan.value_of));
-    let deltas = if of_q || of_k { deltas(output, output_grad, plan) } else { Vec::new() };
+    let deltas = if of_q || of_k || of_sinks { deltas(output, output_grad, plan) } else { Vec::new() };
     let call = Call {
         views: [q, k, v, output_grad],
         facts,
@@ -73,7 +75,25 @@ pub(super) fn backward(
         q_grad
     });
     let tensor = |grad: Option<Vec<f32>>, shape| grad.map(|values| cpu::tensor_by_position(values, shape));
-    [tensor(q_grad, q.shape), tensor(k_grad, k.shape), tensor(v_grad, v.shape)]
+    let sink_grads = sinks.filter(|_| of_sinks).map(|sinks| {
+        let grads = sink_grads(sinks, facts, &deltas, plan, [batch, queries]);
+        cpu::tensor(grads, [heads])
+    });
+    [tensor(q_grad, q.shape), tensor(k_grad, k.shape), tensor(v_grad, v.shape), sink_grads]
+}
+
+/// `[heads]`: minus the sink's weight times the product of each output with its gradient, summed over queries.
+fn sink_grads(sinks: &[f32], facts: &[f32], deltas: &[f32], plan: &Plan, [batch, queries]: [usize; 2]) -> Vec<f32> {
+    let of_head = |(h, &sink): (usize, &f32)| {
+        let of_query = |b: usize, query: usize| {
+            let at = (b * sinks.len() + h) * queries + query;
+            f64::from(simd::exp(sink - facts[at]) * deltas[at])
+        };
+        let of_row =
+            |b| plan.blocks(b, h, queries).into_iter().flat_map(Rows::queries).map(move |query| of_query(b, query));
+        -(0..batch).flat_map(of_row).sum::<f64>() as f32
+    };
+    sinks.par_iter().enumerate().map(of_head).collect()
 }
 
 /// For the gradients of key or value heads: those that no query head reads get nothing written to them.
@@ -233,6 +253,7 @@ impl<'a> Call<'a> {
         } else {
             &mut []
         };
+        let mut slopes = plan.softcap.map(|_| vec![0.0; n]).unwrap_or_default();
         for (r, query) in rows.queries().enumerate() {
             let seen = inside(plan.visible.range(b, query), &keys);
             let (row, fact) = (r * n..(r + 1) * n, (b * heads + h) * queries + query);
@@ -243,6 +264,11 @@ impl<'a> Call<'a> {
             let weights = &mut weights[row.clone()];
             hide(weights);
             let weights = &mut weights[seen.clone()];
+            if let Some(cap) = plan.softcap {
+                soften(weights, cap);
+                let slope = |score: &f32| 1.0 - (score / cap) * (score / cap);
+                slopes.iter_mut().zip(&*weights).for_each(|(to, score)| *to = slope(score));
+            }
             simd::exp_only(weights, self.facts[fact]);
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
             plan.visible.hide_inside(b, query, seen_keys, weights, 0.0);
@@ -250,6 +276,9 @@ impl<'a> Call<'a> {
                 let score_grads = &mut score_grads[row];
                 hide(score_grads);
                 simd::softmax_backward(&mut score_grads[seen.clone()], weights, self.deltas[fact], plan.scale);
+                if plan.softcap.is_some() {
+                    score_grads[seen.clone()].iter_mut().zip(&slopes).for_each(|(grad, slope)| *grad *= slope);
+                }
             }
         }
         let here = keys.start - chunk_from..keys.end - chunk_from;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{FACTS, KEYS, Plan, QUERIES, inside, reach};
+use super::{FACTS, KEYS, LARGEST, Plan, QUERIES, inside, reach, soften};
 use crate::active::Rows;
 use crate::cpu::{self, View};
 use crate::matrix::{Matrix, MatrixMut, Product, product};
@@ -16,7 +16,7 @@ use crate::scratch::{ScratchBuffer, Shared, write_zeros};
 use crate::simd;
 
 /// The output, and the facts about each query.
-pub(super) fn forward([q, k, v]: [View<'_>; 3], plan: &Plan) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward([q, k, v]: [View<'_>; 3], sinks: Option<&[f32]>, plan: &Plan) -> (FlexTensor, FlexTensor) {
     let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
     let mut output = ScratchBuffer::new(batch * queries * heads * value_width);
@@ -34,7 +34,9 @@ pub(super) fn forward([q, k, v]: [View<'_>; 3], plan: &Plan) -> (FlexTensor, Fle
             q: ScratchBuffer::new(QUERIES * width),
             sums: ScratchBuffer::new(QUERIES * value_width),
         },
-        |workspace, (head, rows)| forward_block([q, k, v], plan, head, rows, workspace, &shared, &facts),
+        |workspace, (head, rows)| {
+            forward_block(([q, k, v], sinks), plan, head, rows, workspace, &shared, &facts);
+        },
     );
     // SAFETY: where some queries are not computed, it was full of zeros. Else the blocks of a head cover all its queries,
     // and `forward_block` writes every row of its own.
@@ -53,8 +55,8 @@ struct Facts {
 impl Facts {
     fn new(plan: &Plan, shape: [usize; 3]) -> Self {
         let kept = if plan.measure { FACTS } else { 1 };
-        // A query that is not computed has no largest score, the last of the facts.
-        let none = |fact: usize| if fact == FACTS - 1 { f32::NEG_INFINITY } else { 0.0 };
+        // A query that is not computed has no largest score.
+        let none = |fact: usize| if fact == LARGEST { f32::NEG_INFINITY } else { 0.0 };
         let count: usize = shape.iter().product();
         let values = (0..kept * count).map(|at| AtomicU32::new(none(at / count).to_bits())).collect();
         Self { values, kept, shape }
@@ -127,9 +129,23 @@ struct Running {
     first: f32,
 }
 
+impl Running {
+    /// Lets a sink take part: the factor by which everything before has to be scaled, and e^(sink - largest).
+    fn with_sink(&mut self, sink: f32) -> (f32, f32) {
+        let shift = self.largest.max(sink);
+        let (keep, weight) = (simd::exp(self.largest - shift), simd::exp(sink - shift));
+        self.total = self.total * keep + weight;
+        // A sink of negative infinity has weight 0.
+        self.weighted = self.weighted * keep + if weight == 0.0 { 0.0 } else { weight * sink };
+        self.first *= keep;
+        self.largest = shift;
+        (keep, weight)
+    }
+}
+
 /// One block of queries of one head: writes their rows of the output and their facts.
 fn forward_block(
-    [q, k, v]: [View<'_>; 3],
+    ([q, k, v], sinks): ([View<'_>; 3], Option<&[f32]>),
     plan: &Plan,
     [b, h]: [usize; 2],
     rows: Rows<'_>,
@@ -164,6 +180,9 @@ fn forward_block(
             row[seen.end..].fill(0.0);
             let first_key = keys.start == 0 && seen.start == 0;
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
+            if let Some(cap) = plan.softcap {
+                soften(&mut row[seen.clone()], cap);
+            }
             let keep = advance(&mut running[r], &mut row[seen], plan, [b, query], seen_keys, first_key, &mut scores);
             if keep != 1.0 {
                 sums.scale(r, keep);
@@ -174,12 +193,14 @@ fn forward_block(
     }
     let mut sums = sums.finished();
     for (r, query) in rows.queries().enumerate() {
+        let largest_score = running[r].largest;
+        let (blind, sum) = (running[r].total == 0.0, sums.row(r));
+        let in_sink = sinks.filter(|_| !blind).map(|sinks| running[r].with_sink(sinks[h]));
         let Running { largest, total, weighted, first } = running[r];
-        let (blind, sum) = (total == 0.0, sums.row(r));
         if blind {
             sum.fill(0.0);
         } else {
-            simd::scale(sum, 1.0 / total);
+            simd::scale(sum, in_sink.map_or(1.0, |(keep, _)| keep) / total);
         }
         if let Rows::Listed { .. } = rows {
             // SAFETY: as above, nobody else has this query of this head.
@@ -190,7 +211,9 @@ fn forward_block(
         if plan.measure {
             facts.set(1, [b, h, query], if blind { 0.0 } else { log_sum - weighted / total });
             facts.set(2, [b, h, query], if blind { 0.0 } else { first / total });
-            facts.set(3, [b, h, query], largest);
+            facts.set(LARGEST, [b, h, query], largest_score);
+            let alone = if blind && sinks.is_some() { 1.0 } else { 0.0 };
+            facts.set(4, [b, h, query], in_sink.map_or(alone, |(_, weight)| weight / total));
         }
     }
 }
