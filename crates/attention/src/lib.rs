@@ -54,7 +54,7 @@ pub use softmax::{Softmax, SoftmaxConfig};
 
 /// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.
 pub trait Mechanism: Module {
-    /// What decoding keeps of earlier tokens: [`KvCache`] for most, [`NoCache`] for what cannot decode.
+    /// The cache for decoding: [`KvCache`] for most, [`NoCache`] for what cannot decode.
     type Cache: MechanismCache;
 
     /// Mixes the positions of `hidden`, `[batch, seq, d_model]`.
@@ -70,7 +70,7 @@ pub trait Mechanism: Module {
     fn before_step(&mut self, _hidden: Tensor<3>, _mask: &Mask, _step: u64) {}
 }
 
-/// How a mechanism is described in a recipe.
+/// The settings of a mechanism, as in a recipe.
 pub trait MechanismConfig: Sized {
     /// The layer that this describes.
     type Layer: Mechanism;
@@ -100,7 +100,7 @@ pub trait MechanismConfig: Sized {
         true
     }
 
-    /// What one layer costs, for `plan`.
+    /// The cost of one layer, for `plan`.
     fn cost(&self, dims: &Dims) -> Cost;
 
     /// Operations of a forward pass over `positions` that all attend to each other.
@@ -121,22 +121,22 @@ pub trait MechanismConfig: Sized {
     }
 }
 
-/// What a layer is told about one call.
+/// The inputs of one call besides the hidden states.
 #[derive(Debug)]
 pub struct Call<'a, C = LayerCache> {
     /// Rotary positions of this call's tokens; `None` for a model without.
     pub rope: Option<&'a Rope>,
-    /// Which keys are hidden from whom.
+    /// The mask of queries and keys.
     pub mask: &'a Mask,
     /// `[batch or 1, heads or 1, queries, keys]`, added to the scores of every head.
     pub bias: Option<&'a Tensor<4>>,
     /// Rows and columns of the grid that the positions form, row by row; `None` for a sequence.
     pub grid: Option<[usize; 2]>,
-    /// What was kept of earlier tokens; this call's are added.
+    /// The cache of earlier tokens; this call's are added.
     pub cache: Option<&'a mut C>,
-    /// What to measure on the way.
+    /// The statistics to measure.
     pub observe: Observe,
-    /// What is added to the layer's projections: hand each of them to [`Adapters::project`].
+    /// Additions to the layer's projections: hand each of them to [`Adapters::project`].
     pub adapters: Adapters<'a>,
 }
 
@@ -169,7 +169,7 @@ impl<'a, C> Call<'a, C> {
     }
 }
 
-/// What a layer gives back.
+/// The result of a layer.
 #[derive(Debug, Clone)]
 pub struct Attended {
     /// `[batch, seq, d_model]`
@@ -246,7 +246,7 @@ macro_rules! mechanisms {
             }
         }
 
-        /// What a layer of any mechanism keeps of earlier tokens.
+        /// The cache of a layer of any mechanism.
         #[derive(Debug, Clone, Default)]
         pub enum LayerCache {
             /// There have been no tokens yet.
@@ -325,7 +325,7 @@ mechanisms! {
     decoupled_head => DecoupledHead, DecoupledHeadConfig;
     /// Key-driven grouping: groups of query heads as large as the norms of their keys say.
     key_driven => KeyDriven, KeyDrivenConfig;
-    /// HiLo: windows of a grid for high frequencies, their means for low ones. For pictures.
+    /// HiLo: windows of a grid for high frequencies, their means for low ones. For images.
     hilo => Hilo, HiloConfig;
     /// Gated DeltaNet: a recurrent state for each head, corrected by the delta rule.
     gated_delta_net => GatedDeltaNet, GatedDeltaNetConfig;
