@@ -23,6 +23,7 @@ mod mixture_of_head;
 mod observe;
 mod projection;
 mod rope;
+mod sink;
 mod softmax;
 mod window;
 
@@ -50,6 +51,7 @@ pub use observe::{Observation, Observe};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
 pub use rope::{Rope, frequencies};
+pub use sink::{Sink, SinkConfig};
 pub use softmax::{Softmax, SoftmaxConfig};
 
 /// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.
@@ -329,4 +331,6 @@ mechanisms! {
     hilo => Hilo, HiloConfig;
     /// Gated DeltaNet: a recurrent state for each head, corrected by the delta rule.
     gated_delta_net => GatedDeltaNet, GatedDeltaNetConfig;
+    /// Softmax attention with learnable sinks: a logit per head in the denominator, which no value belongs to.
+    sink => Sink, SinkConfig;
 }

@@ -1,0 +1,113 @@
+//! Softmax attention with learnable sinks, as in GPT-OSS (arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453, for what sinks
+//! do).
+//!
+//! Every query head h has a logit s_h that takes part in its softmax and has no value, so that a head can attend to nothing:
+//!
+//! ```text
+//! p_j = e^(z_j) / (e^(s_h) + Σ_i e^(z_i))        over the keys i that the query sees; s_h is not scaled
+//! ```
+//! s = 0 is "softmax off by one", and towards -∞ it is plain softmax. Transformers' GPT-OSS is followed: windows on the even
+//! layers are `window = [128, 0, 128, 0, ...]`. What is on a sink is the metric `sink_mass`.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{PerLayerCount, require};
+use crate::softmax::{Softmax, SoftmaxConfig};
+use crate::{Attended, Call, ConfigError, Cost, Dims, KvCache, Mechanism, MechanismConfig};
+
+/// Settings of softmax attention with sinks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SinkConfig {
+    /// Query heads, each with a sink of its own.
+    pub n_heads: usize,
+    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a head. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Biases on the query, key and value projections, as in GPT-OSS. Default: false.
+    #[serde(default)]
+    pub qkv_bias: bool,
+    /// A bias on the output projection, as in GPT-OSS. Default: false.
+    #[serde(default)]
+    pub o_bias: bool,
+    /// Normalise every query and key head before it is rotated. Default: false.
+    #[serde(default)]
+    pub qk_norm: bool,
+    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
+    /// per layer, with 0 for full attention. Default: full attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<PerLayerCount>,
+    /// Fresh logits of the sinks. Default: 0, as much as one key of score 0.
+    #[serde(default)]
+    pub sink_init: f64,
+}
+
+impl SinkConfig {
+    /// The same heads without sinks.
+    fn plain(&self) -> SoftmaxConfig {
+        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, .. } = *self;
+        let window = self.window.clone();
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, window, ..SoftmaxConfig::default() }
+    }
+}
+
+impl MechanismConfig for SinkConfig {
+    type Layer = Sink;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        self.plain().validate(dims)?;
+        require(self.sink_init.is_finite(), "sink_init", || {
+            format!("sink_init ({}) must be a finite number", self.sink_init)
+        })
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> Sink {
+        let sinks = Tensor::full([self.n_heads], self.sink_init, device);
+        Sink { softmax: self.plain().init(dims, device), sinks: Param::from_tensor(sinks) }
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.plain().head_dim(dims)
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let plain = self.plain().cost(dims);
+        Cost { parameters: plain.parameters + self.n_heads as u64, ..plain }
+    }
+
+    fn example() -> Self {
+        Self {
+            n_heads: 4,
+            n_kv_heads: Some(2),
+            head_dim: None,
+            qkv_bias: true,
+            o_bias: true,
+            qk_norm: false,
+            window: Some(PerLayerCount::Each(vec![0, 5, 0, 5])),
+            sink_init: 0.0,
+        }
+    }
+}
+
+/// A layer of softmax attention with sinks.
+#[derive(Module, Debug)]
+pub struct Sink {
+    /// The projections, and attention without sinks
+    pub softmax: Softmax,
+    /// `[n_heads]`
+    pub sinks: Param<Tensor<1>>,
+}
+
+impl Mechanism for Sink {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
+        self.softmax.attend(hidden, call, Some(self.sinks.val()))
+    }
+}
