@@ -27,6 +27,7 @@ mod golden_optimizer;
 mod golden_pooling;
 mod golden_send;
 mod golden_sink;
+mod golden_sliding_window;
 mod golden_spoilt;
 mod growth;
 mod hallucination;
