@@ -14,6 +14,7 @@ mod finetune;
 mod foreign_models;
 mod golden;
 mod golden_dha;
+mod golden_diff_v2;
 mod golden_focusft;
 mod golden_gaam;
 mod golden_gated_delta_net;

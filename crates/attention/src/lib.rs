@@ -12,6 +12,7 @@ mod adapter;
 mod cache;
 mod config;
 mod decoupled_head;
+mod diff_v2;
 mod gated_delta_net;
 mod gaussian_adaptive;
 mod grouped_differential;
@@ -35,6 +36,7 @@ pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, KvCache, MechanismCache, NoCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
+pub use diff_v2::{DiffV2, DiffV2Config};
 pub use gated_delta_net::{DeltaState, GatedDeltaNet, GatedDeltaNetConfig};
 pub use gaussian_adaptive::{
     GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, Importance,
@@ -333,4 +335,6 @@ mechanisms! {
     gated_delta_net => GatedDeltaNet, GatedDeltaNetConfig;
     /// Softmax attention with learnable sinks: a logit per head in the denominator, which no value belongs to.
     sink => Sink, SinkConfig;
+    /// Differential attention, version 2: of neighbouring heads the second is subtracted, as much as each position says.
+    diff_v2 => DiffV2, DiffV2Config;
 }

@@ -1,0 +1,176 @@
+//! Differential Transformer V2 (Microsoft, January 2026; no paper, unilm's code `Diff-Transformer-V2`, commit 31646c5).
+//!
+//! Query heads come in pairs of neighbours that read the same key and value; the second of a pair is subtracted, with a weight
+//! that each position computes for itself:
+//!
+//! ```text
+//! a   = softmax(q kᵀ / √d) v          2 n_heads query heads
+//! c_i = a_2i - σ(l_i) a_2i+1          l = x W_λ, one number per position and head
+//! out = o_proj(c)
+//! ```
+//! Unlike the first version (`grouped_differential`) there is no λ_init, no norm of the heads and no factor 1 - λ_init, values
+//! are as wide as keys, and both heads of a pair share one key. Subtracting one half of the heads from the other, instead of
+//! neighbours, is the mistake that the authors warn of. Fresh weights are those of the other mechanisms, N(0, 0.02²).
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::activation::sigmoid;
+use burn::tensor::{Device, Tensor};
+use polyhead_kernels::{AttentionOptions, Statistics, attention};
+use serde::{Deserialize, Serialize};
+
+use crate::cache::KvCache;
+use crate::config::PerLayerCount;
+use crate::projection::{INIT_STD, linear, residual_std, split_heads};
+use crate::rope::rotate;
+use crate::softmax::{SoftmaxConfig, check_width};
+use crate::window::{Within, window_of, within};
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+
+/// Settings of differential attention, version 2.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DiffV2Config {
+    /// Output heads: pairs of query heads, of which there are twice as many.
+    pub n_heads: usize,
+    /// Key/value heads: n_heads gives one per pair (the default), a divisor of it shares them among pairs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a head. Default: d_model / n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
+    /// per layer, with 0 for full attention. Default: full attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<PerLayerCount>,
+}
+
+impl DiffV2Config {
+    /// Softmax attention with as many output heads.
+    fn single(&self) -> SoftmaxConfig {
+        let Self { n_heads, n_kv_heads, head_dim, .. } = *self;
+        SoftmaxConfig { n_heads, n_kv_heads, head_dim, window: self.window.clone(), ..SoftmaxConfig::default() }
+    }
+}
+
+impl MechanismConfig for DiffV2Config {
+    type Layer = DiffV2;
+
+    fn validate(&self, dims: &Dims) -> Result<(), ConfigError> {
+        self.single().validate(dims)?;
+        check_width("head_dim", self.head_dim(dims), "2 n_heads", self.n_heads.saturating_mul(2))
+    }
+
+    fn init(&self, dims: &Dims, device: &Device) -> DiffV2 {
+        let (d_model, width, heads) = (dims.d_model, self.head_dim(dims), self.n_heads);
+        let kv_heads = self.single().kv_heads();
+        let project = |d_output| linear(d_model, d_output, false, INIT_STD, device);
+        DiffV2 {
+            q_proj: project(2 * heads * width),
+            k_proj: project(kv_heads * width),
+            v_proj: project(kv_heads * width),
+            lambda_proj: project(heads),
+            o_proj: linear(heads * width, d_model, false, residual_std(dims.n_layers), device),
+            n_heads: heads,
+            n_kv_heads: kv_heads,
+            window: window_of(self.window.as_ref(), dims.layer),
+        }
+    }
+
+    fn head_dim(&self, dims: &Dims) -> usize {
+        self.single().head_dim(dims)
+    }
+
+    fn cost(&self, dims: &Dims) -> Cost {
+        let single = self.single().cost(dims);
+        let (d_model, width, heads) = (dims.d_model as u64, self.head_dim(dims) as u64, self.n_heads as u64);
+        let more = d_model * heads * (width + 1);
+        Cost {
+            parameters: single.parameters + more,
+            flops_per_token: single.flops_per_token + 2 * more,
+            flops_per_pair: 2 * single.flops_per_pair,
+            ..single
+        }
+    }
+
+    fn example() -> Self {
+        Self { n_heads: 4, n_kv_heads: Some(2), head_dim: Some(6), window: None }
+    }
+}
+
+/// A layer of differential attention, version 2.
+#[derive(Module, Debug)]
+pub struct DiffV2 {
+    /// `[d_model, 2 n_heads * head_dim]`: of each pair the head that is kept, then the one that is subtracted
+    pub q_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub k_proj: Linear,
+    /// `[d_model, n_kv_heads * head_dim]`
+    pub v_proj: Linear,
+    /// `[d_model, n_heads]`
+    pub lambda_proj: Linear,
+    /// `[n_heads * head_dim, d_model]`
+    pub o_proj: Linear,
+    n_heads: usize,
+    n_kv_heads: usize,
+    window: Option<usize>,
+}
+
+/// `[batch, seq, n_heads, width]`: of neighbours in `pairs`, `[batch, seq, 2 n_heads, width]`, the first minus λ times the
+/// second; λ is `[batch, seq, n_heads, 1]`.
+fn subtract(pairs: Tensor<4>, lambda: Tensor<4>) -> Tensor<4> {
+    let [batch, seq, heads, width] = pairs.dims();
+    let pairs = pairs.reshape([batch, seq, heads / 2, 2 * width]);
+    pairs.clone().narrow(3, 0, width) - pairs.narrow(3, width, width) * lambda
+}
+
+impl DiffV2 {
+    /// Statistics of the heads, those of the subtracted ones under names of their own.
+    fn observe(&self, seen: Statistics, lambda: &Tensor<4>) -> Observation {
+        let lambda = lambda.clone().detach();
+        let mut observation = Observation::default();
+        for (second, prefix) in ["", "noise_"].into_iter().enumerate() {
+            let of = |numbers: &Tensor<1>| {
+                numbers.clone().reshape([self.n_heads, 2]).narrow(1, second, 1).reshape([self.n_heads])
+            };
+            observation.add(prefix, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(of));
+        }
+        observation.number("lambda", lambda.clone().mean_dim(0).mean_dim(1).reshape([self.n_heads]));
+        let difference = |maps: Tensor<4>, lambda| subtract(maps.swap_dims(1, 2), lambda).swap_dims(1, 2);
+        let first = lambda.clone().narrow(0, 0, 1);
+        observation.maps = seen.weights.map(|maps| difference(maps.unsqueeze::<4>(), first).squeeze_dim::<3>(0));
+        observation.span_mass = seen.span_mass.map(|mass| difference(mass, lambda));
+        observation
+    }
+}
+
+impl Mechanism for DiffV2 {
+    type Cache = KvCache;
+
+    fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
+        let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
+        let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
+        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
+        let v = adapters.project("v_proj", &self.v_proj, hidden.clone());
+        let lambda = sigmoid(adapters.project("lambda_proj", &self.lambda_proj, hidden));
+        let lambda = lambda.reshape([batch, seq, self.n_heads, 1]);
+        let q = rotate(call.rope, split_heads(q, 2 * self.n_heads));
+        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
+        let v = split_heads(v, self.n_kv_heads);
+        let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
+        let options = AttentionOptions {
+            mask: Some(&mask),
+            query_offset,
+            bias: call.bias.cloned(),
+            statistics: call.observe.measure(),
+            ..Default::default()
+        };
+        let attended = attention(q, keys, values, &options); // [batch, 2 n_heads, seq, head_dim]
+        let seen = attended.statistics.map(|seen| self.observe(seen, &lambda));
+        let heads = subtract(attended.hidden.swap_dims(1, 2), lambda);
+        let channels = heads.dims()[2] * heads.dims()[3];
+        let hidden = adapters.project("o_proj", &self.o_proj, heads.reshape([batch, seq, channels]));
+        Attended { hidden, penalty: None, seen }
+    }
+}
