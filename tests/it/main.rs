@@ -17,6 +17,7 @@ mod golden_dha;
 mod golden_diff_v2;
 mod golden_focusft;
 mod golden_gaam;
+mod golden_gated_attention;
 mod golden_gated_delta_net;
 mod golden_gda;
 mod golden_hf;

@@ -13,6 +13,7 @@ mod cache;
 mod config;
 mod decoupled_head;
 mod diff_v2;
+mod gated_attention;
 mod gated_delta_net;
 mod gaussian_adaptive;
 mod grouped_differential;
@@ -37,6 +38,7 @@ pub use cache::{Cache, KvCache, MechanismCache, NoCache};
 pub use config::{ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
 pub use diff_v2::{DiffV2, DiffV2Config};
+pub use gated_attention::{GatedAttention, GatedAttentionConfig, GatedPlace, Granularity};
 pub use gated_delta_net::{DeltaState, GatedDeltaNet, GatedDeltaNetConfig};
 pub use gaussian_adaptive::{
     GateMean, Gated, GaussianAdaptive, GaussianAdaptiveConfig, GaussianGate, GaussianGateConfig, Importance,
@@ -337,4 +339,6 @@ mechanisms! {
     sink => Sink, SinkConfig;
     /// Differential attention, version 2: of neighbouring heads the second is subtracted, as much as each position says.
     diff_v2 => DiffV2, DiffV2Config;
+    /// Gated attention: a sigmoid gate on what heads read, or on values, keys, queries or the output.
+    gated_attention => GatedAttention, GatedAttentionConfig;
 }

@@ -212,12 +212,14 @@ impl Softmax {
         heads.swap_dims(1, 2)
     }
 
-    /// See [`Mechanism::forward`]; with the logit of a sink for every query head, `[n_heads]`, where there are sinks.
-    pub(crate) fn attend(&self, hidden: Tensor<3>, call: Call<'_, KvCache>, sinks: Option<Tensor<1>>) -> Attended {
-        let adapters = call.adapters;
-        let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
-        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
-        let v = adapters.project("v_proj", &self.v_proj, hidden);
+    /// From queries, keys and values as they are projected, `[batch, seq, channels]`, to what goes into the output projection;
+    /// with the logit of a sink for every query head, `[n_heads]`, where there are sinks.
+    pub(crate) fn mix(
+        &self,
+        [q, k, v]: [Tensor<3>; 3],
+        call: Call<'_, KvCache>,
+        sinks: Option<Tensor<1>>,
+    ) -> (Tensor<3>, Option<Observation>) {
         let q = rotate(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
         let k = rotate(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = split_heads(v, self.n_kv_heads);
@@ -233,9 +235,17 @@ impl Softmax {
             ..Default::default()
         };
         let attended = attention(q, keys, values, &options); // [batch, n_heads, seq, head_dim]
-        let seen = attended.statistics.map(Observation::of);
-        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
-        Attended { hidden, penalty: None, seen }
+        (join_heads(attended.hidden), attended.statistics.map(Observation::of))
+    }
+
+    /// See [`Mechanism::forward`]; `sinks` as in [`mix`](Self::mix).
+    pub(crate) fn attend(&self, hidden: Tensor<3>, call: Call<'_, KvCache>, sinks: Option<Tensor<1>>) -> Attended {
+        let adapters = call.adapters;
+        let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
+        let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
+        let v = adapters.project("v_proj", &self.v_proj, hidden);
+        let (heads, seen) = self.mix([q, k, v], call, sinks);
+        Attended { hidden: adapters.project("o_proj", &self.o_proj, heads), penalty: None, seen }
     }
 }
 
