@@ -24,6 +24,7 @@ mod golden_hf;
 mod golden_hilo;
 mod golden_kdgqa;
 mod golden_layer;
+mod golden_mla;
 mod golden_moh;
 mod golden_optimizer;
 mod golden_pooling;

@@ -22,6 +22,7 @@ pub mod key_driven;
 #[cfg(test)]
 mod laws;
 mod mixture_of_head;
+mod mla;
 mod observe;
 mod projection;
 mod rope;
@@ -51,6 +52,7 @@ pub use mixture_of_head::{
     Balance, GateNorm, HeadSplit, LearnedRouter, LearnedRouterConfig, MixtureOfHead, MixtureOfHeadConfig,
     QueryNormConfig, RouterConfig, Routing, StraightThrough,
 };
+pub use mla::{LatentCache, Mla, MlaConfig};
 pub use observe::{Observation, Observe};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
@@ -341,4 +343,6 @@ mechanisms! {
     diff_v2 => DiffV2, DiffV2Config;
     /// Gated attention: a sigmoid gate on what heads read, or on values, keys, queries or the output.
     gated_attention => GatedAttention, GatedAttentionConfig;
+    /// Multi-head latent attention: keys and values are projections of one small latent per token, which is cached.
+    mla => Mla, MlaConfig;
 }
