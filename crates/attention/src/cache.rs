@@ -1,11 +1,11 @@
-//! What layers keep of earlier tokens while decoding: each mechanism its own kind ([`MechanismCache`]), most of them
+//! The caches of layers while decoding: each mechanism its own kind ([`MechanismCache`]), most of them
 //! keys and values ([`KvCache`]).
 
 use burn::tensor::Tensor;
 
 use crate::LayerCache;
 
-/// What a mechanism keeps of earlier tokens.
+/// A mechanism's cache of earlier tokens.
 pub trait MechanismCache: Clone + std::fmt::Debug + Default {
     /// Tokens so far.
     fn len(&self) -> usize;
@@ -146,7 +146,7 @@ impl Cache {
         Self { layers: vec![LayerCache::default(); n_layers] }
     }
 
-    /// How many tokens are kept.
+    /// Tokens so far.
     pub fn len(&self) -> usize {
         self.layers.first().map_or(0, LayerCache::len)
     }

@@ -1,4 +1,4 @@
-//! What mechanisms know about the model around them, and how a mistake in their settings is told.
+//! The model around a layer, errors of settings, and costs.
 
 use std::fmt;
 
@@ -34,7 +34,7 @@ impl Dims {
 /// A setting that breaks a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    /// Where the setting stands, from the outermost table: `softmax.n_heads`. Empty for a table as a whole.
+    /// The path of the setting, from the outermost table: `softmax.n_heads`. Empty for a table as a whole.
     pub field: String,
     /// The value, the rule and the way out, as a sentence about the field.
     pub problem: String,
@@ -95,7 +95,7 @@ impl PerLayerCount {
     }
 }
 
-/// What one attention layer costs. A multiplication with its addition counts as two operations.
+/// The cost of one attention layer. A multiplication with its addition counts as two operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
     /// Weights of the layer.

@@ -159,7 +159,7 @@ pub struct DecoupledHead {
     value_map: Vec<usize>,
 }
 
-/// How the heads of each group are mixed while they are fused.
+/// The mixing weights of each group's heads while they are fused.
 #[derive(Module, Debug)]
 pub struct Fusion {
     /// `[n_heads * n_heads]`, row-major: Ω of the keys. A vector, so that it does not decay towards nothing.

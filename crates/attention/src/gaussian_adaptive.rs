@@ -85,12 +85,12 @@ pub struct GaussianAdaptive {
     residual: bool,
 }
 
-/// What a gate gives back.
+/// The result of a gate.
 #[derive(Debug, Clone)]
 pub struct Gated<const D: usize> {
     /// The shape of the input.
     pub features: Tensor<D>,
-    /// What every element was multiplied by; without gradient. Hidden elements have 0.
+    /// The factor of every element; without gradient. Hidden elements have 0.
     pub weights: Tensor<D>,
 }
 
@@ -198,7 +198,7 @@ impl GaussianAdaptive {
 }
 
 impl GaussianAdaptive {
-    /// What all gates together multiplied every element by, from the weights that [`forward`](Self::forward) gives; `None`
+    /// The factor of every element by all gates together, from the weights that [`forward`](Self::forward) gives; `None`
     /// without a gate.
     pub fn factor<const D: usize>(&self, weights: Vec<Tensor<D>>) -> Option<Tensor<D>> {
         let of_gate = |weights: Tensor<D>| if self.residual { weights + 1.0 } else { weights };

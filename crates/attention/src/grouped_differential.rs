@@ -261,7 +261,7 @@ impl GroupedDifferential {
         exp_dot(&self.lambda_q1, &self.lambda_k1) - exp_dot(&self.lambda_q2, &self.lambda_k2) + self.lambda_init
     }
 
-    /// Which key head each (striped) query head reads: of a pair, the even one serves signals and the odd one noises.
+    /// The key head of each (striped) query head: of a pair, the even one serves signals and the odd one noises.
     fn key_heads(&self) -> Vec<usize> {
         let (stripe, per_pair) = (self.n_heads / self.n_noise, self.n_noise / self.n_pairs);
         (0..self.n_heads)
@@ -269,14 +269,14 @@ impl GroupedDifferential {
             .collect()
     }
 
-    /// Which of the striped heads are signals (or noises).
+    /// The signals (or noises) among the striped heads.
     fn striped(&self, noise: bool, device: &Device) -> Tensor<1, Int> {
         let stripe = self.n_heads / self.n_noise;
         let heads = (0..self.n_heads).filter(|head| (head % stripe == stripe - 1) == noise);
         Tensor::from_data(TensorData::from(heads.map(|head| head as i32).collect::<Vec<_>>().as_slice()), device)
     }
 
-    /// What the heads saw, told apart into signals and noises.
+    /// Statistics of the heads, signals and noises apart.
     fn observe(&self, seen: Statistics, heads: Tensor<4>, lambda: Tensor<1>) -> Observation {
         let ratio = self.n_heads / self.n_noise - 1;
         let (heads, lambda) = (heads.detach(), lambda.detach());

@@ -93,7 +93,7 @@ impl MechanismConfig for HiloConfig {
         })?;
         require(self.window > 0, "window", || "window (0) must be at least 1; 1 gives ordinary attention".into())?;
         require((0.0..=1.0).contains(&self.alpha), "alpha", || {
-            format!("alpha ({}) must lie between 0 (windows only) and 1 (their means only)", self.alpha)
+            format!("alpha ({}) must be between 0 (windows only) and 1 (their means only)", self.alpha)
         })?;
         let [rows, columns] = dims.grid.ok_or_else(|| {
             ConfigError::new(
@@ -108,7 +108,7 @@ impl MechanismConfig for HiloConfig {
     }
 
     fn check_causal(&self) -> Result<(), ConfigError> {
-        Err(ConfigError::new("", "hilo reads all positions of a grid, which a decoder must not: it is for pictures"))
+        Err(ConfigError::new("", "hilo reads all positions of a grid, which a decoder must not: it is for images"))
     }
 
     fn init(&self, dims: &Dims, device: &Device) -> Hilo {
@@ -160,7 +160,7 @@ impl MechanismConfig for HiloConfig {
         &[
             ("no_look_ahead", BOTH_WAYS),
             ("cached_decoding", BOTH_WAYS),
-            ("documents", "pictures are not packed"),
+            ("documents", "images are not packed"),
             ("maps", "its windows and their means have no map over all positions"),
             ("adapters", "adapters are for decoders"),
         ]
@@ -200,7 +200,7 @@ pub struct LoFi {
     n_heads: usize,
 }
 
-/// What the two parts see.
+/// Statistics of the two parts.
 struct Windows {
     /// `[batch, windows, window², d_model]`; zeros where nothing is.
     tokens: Tensor<4>,
@@ -316,7 +316,7 @@ fn cut(map: Tensor<4>, side: usize, filling: f64) -> Tensor<4> {
     windows.reshape([batch, down * across, side * side, channels])
 }
 
-/// What [`cut`] did, undone: `[batch, rows * columns, channels]`.
+/// The inverse of [`cut`]: `[batch, rows * columns, channels]`.
 fn join(windows: Tensor<4>, [rows, columns]: [usize; 2], side: usize) -> Tensor<3> {
     let [batch, _, _, channels] = windows.dims();
     let (down, across) = (rows.div_ceil(side), columns.div_ceil(side));

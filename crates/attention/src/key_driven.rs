@@ -20,7 +20,7 @@
 //! finds it), and obeys the same laws as any other attention.
 //!
 //! **State.** A forward pass changes nothing. What DGQA remembers are two vectors among the layer's parameters
-//! ([`Memory`], not learned): they lie in every checkpoint, and whoever trains moves them on, with [`KeyDriven::regroup`]
+//! ([`Memory`], not learned): they are in every checkpoint, and whoever trains moves them on, with [`KeyDriven::regroup`]
 //! before a step. In evaluation the authors' DGQA allocates by each batch and remembers it for the next; here it allocates
 //! by each batch too, and forgets it, so that the order of evaluation does not matter. In the paper's form what training
 //! left is kept.
@@ -66,7 +66,7 @@ pub struct KeyDrivenConfig {
     /// A bias on the output projection. Default: false.
     #[serde(default)]
     pub o_bias: bool,
-    /// How many query heads read each key/value head.
+    /// The number of query heads of each key/value head.
     pub allocation: AllocationConfig,
     /// PGQA: take noise off the outputs of heads, in training and evaluation alike, so that those of a group differ. It reads
     /// all positions of a row, padding included: for encoders. Default: false.
@@ -74,7 +74,7 @@ pub struct KeyDrivenConfig {
     pub perturb: bool,
 }
 
-/// How many query heads read each key/value head: one of its tables.
+/// The number of query heads of each key/value head: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]

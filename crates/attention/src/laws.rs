@@ -1,4 +1,4 @@
-//! What every mechanism must obey, whatever it computes. The table in `lib.rs` runs [`hold`] for each of them.
+//! The laws that every mechanism must obey. The table in `lib.rs` runs [`hold`] for each of them.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
@@ -9,7 +9,7 @@ use crate::{
     Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout,
 };
 
-/// Room for rounding when the same numbers are computed in another order.
+/// Tolerance for rounding when the same numbers are computed in another order.
 const ROUNDING: Tolerance = Tolerance::absolute(2e-5);
 
 /// A law: its name, for exemptions, and what must hold.

@@ -62,10 +62,10 @@ pub struct MixtureOfHeadConfig {
     /// Routed heads that take part at each position. A number, or a list with one per layer; 0 only where all heads are
     /// shared, which leaves a weighted sum of all heads.
     pub top_k: PerLayerCount,
-    /// Who chooses. Default: learned.
+    /// The router. Default: learned.
     #[serde(default)]
     pub router: RouterConfig,
-    /// How the load-balance penalty is normalised; its weight is training.penalty_weight, 0.01 in the paper. "code"
+    /// The normalisation of the load-balance penalty; its weight is training.penalty_weight, 0.01 in the paper. "code"
     /// (default): balanced heads give top_k in every layer. "paper": smaller by the number of routed heads.
     #[serde(default)]
     pub penalty_norm: GateNorm,
@@ -81,7 +81,7 @@ impl MixtureOfHeadConfig {
         self.n_kv_heads.unwrap_or(self.n_heads)
     }
 
-    /// How the heads of a layer are divided.
+    /// The split of a layer's heads.
     ///
     /// # Panics
     /// If a list is too short, which [`validate`](MechanismConfig::validate) refuses.
@@ -99,14 +99,14 @@ impl MixtureOfHeadConfig {
     }
 }
 
-/// How the heads of a layer are divided.
+/// The split of a layer's heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadSplit {
     /// Heads that take part everywhere.
     pub shared: usize,
     /// Heads that are chosen.
     pub routed: usize,
-    /// How many of the routed ones are chosen at each position.
+    /// Routed heads that are selected at each position.
     pub top_k: usize,
 }
 
@@ -178,16 +178,16 @@ impl MechanismConfig for MixtureOfHeadConfig {
         let dense = self.dense().cost(dims);
         let (d_model, width) = (dims.d_model as u64, self.head_dim(dims) as u64);
         let split = self.split(dims.layer);
-        let resting = (split.heads() - split.active()) as u64;
-        let (router, resting_maps) = match &self.router {
+        let inactive = (split.heads() - split.active()) as u64;
+        let (router, skipped_projections) = match &self.router {
             RouterConfig::Learned(config) => (d_model * config.outputs(split) as u64, 2),
             // Queries are computed everywhere, because their norms choose.
             RouterConfig::QueryNorm(_) => (0, 1),
         };
         Cost {
             parameters: dense.parameters + router,
-            flops_per_token: dense.flops_per_token + 2 * router - 2 * resting_maps * resting * d_model * width,
-            flops_per_pair: dense.flops_per_pair - 4 * resting * width,
+            flops_per_token: dense.flops_per_token + 2 * router - 2 * skipped_projections * inactive * d_model * width,
+            flops_per_pair: dense.flops_per_pair - 4 * inactive * width,
             ..dense
         }
     }
@@ -230,7 +230,7 @@ pub struct MixtureOfHead {
 }
 
 impl MixtureOfHead {
-    /// Which heads would take part in a call with `hidden`, `[batch, seq, d_model]`, and how much each counts.
+    /// The routing of a call with `hidden`, `[batch, seq, d_model]`.
     pub fn routing(&self, hidden: Tensor<3>) -> Routing {
         self.route(hidden, None, Adapters::default()).1
     }

@@ -1,11 +1,11 @@
-//! What a mechanism can tell about a call, measured only when asked, and never changing its output.
+//! Observations of a call, measured only when asked, and never changing its output.
 
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use polyhead_kernels::{Measure, Statistics};
 
-/// What to measure during a call.
+/// The observations to make during a call.
 #[derive(Debug, Clone, Default)]
 pub enum Observe {
     /// Nothing: the default, and free.
@@ -37,7 +37,7 @@ impl Observe {
     }
 }
 
-/// What one layer saw.
+/// The observations of one layer.
 #[derive(Debug, Clone, Default)]
 pub struct Observation {
     /// Name and values, `[heads]` or `[1]` where the layer has one value.
@@ -52,7 +52,7 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// What a single kernel call tells about a layer.
+    /// The observations of a layer with a single kernel call.
     pub(crate) fn of(statistics: Statistics) -> Self {
         let mut seen = Self { maps: statistics.weights, span_mass: statistics.span_mass, ..Self::default() };
         seen.add("", [statistics.entropy, statistics.first_key_mass, statistics.largest_score]);

@@ -28,13 +28,13 @@ pub(crate) fn window_of(window: Option<&PerLayerCount>, layer: usize) -> Option<
     window.and_then(|window| window.of_layer(layer)).filter(|&window| window > 0)
 }
 
-/// What the queries of a call attend to.
+/// The keys and values that a call attends to, with their mask.
 pub(crate) struct Within<'a> {
     /// `[batch, key heads, keys, width]`
     pub keys: Tensor<4>,
     /// `[batch, value heads, keys, value width]`
     pub values: Tensor<4>,
-    /// What is hidden of them.
+    /// The mask, with the window.
     pub mask: Cow<'a, Mask>,
     /// Keys before the first of this call.
     pub query_offset: usize,

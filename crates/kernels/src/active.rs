@@ -1,4 +1,4 @@
-//! Which queries of which heads take part in a call: what routing chose.
+//! The selected queries of each head: the choice of a router.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -60,7 +60,7 @@ impl ActiveRows {
         [self.batch, self.queries, self.heads]
     }
 
-    /// How many (position, head) pairs take part.
+    /// The number of selected (position, head) pairs.
     pub fn count(&self) -> usize {
         self.tokens.len()
     }
@@ -74,7 +74,7 @@ impl ActiveRows {
         &self.tokens[self.starts[head * self.batch]..self.starts[(head + 1) * self.batch]]
     }
 
-    /// Those of [`Self::of_head`] that lie in `tokens`.
+    /// Those of [`Self::of_head`] in `tokens`.
     pub(crate) fn of_head_within(&self, head: usize, tokens: Range<usize>) -> &[u32] {
         let all = self.of_head(head);
         let before = |end: usize| all.partition_point(|&token| (token as usize) < end);
@@ -95,7 +95,7 @@ impl ActiveRows {
         Self::new(&chosen, [self.batch, queries.len(), self.heads])
     }
 
-    /// How many heads, from the first on, take part everywhere.
+    /// The number of leading heads that are selected everywhere.
     pub(crate) fn complete_heads(&self) -> usize {
         let everywhere = self.batch * self.queries;
         (0..self.heads).take_while(|&head| self.of_head(head).len() == everywhere).count()
@@ -133,7 +133,7 @@ pub(crate) enum Rows<'a> {
     Span {
         /// The first query.
         from: usize,
-        /// How many.
+        /// The number of queries.
         len: usize,
     },
     /// Those of a list.
@@ -166,7 +166,7 @@ impl Rows<'_> {
         (0..self.len()).map(move |r| self.query(r))
     }
 
-    /// These rows of a head as a matrix: as they lie where they are neighbours, else copied into `buffer`.
+    /// These rows of a head as a matrix: a view where they are neighbours, else copied into `buffer`.
     pub(crate) fn matrix<'a>(
         self,
         all: View<'a>,

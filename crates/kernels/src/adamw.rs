@@ -15,11 +15,11 @@ const CHUNK: usize = 1 << 14;
 /// The numbers of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamwStep {
-    /// What the gradient is multiplied by first: the clipping factor.
+    /// Factor of the gradient, applied first: the clipping factor.
     pub grad_scale: f64,
     /// The learning rate divided by the bias correction of the first moment, `1 - beta1^t`.
     pub rate: f64,
-    /// What values are multiplied by first: `1 - lr * weight_decay`.
+    /// Factor of the values, applied first: `1 - lr * weight_decay`.
     pub keep: f64,
     /// Decay of the first moment.
     pub beta1: f64,

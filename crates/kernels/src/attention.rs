@@ -21,7 +21,7 @@ mod tests;
 /// Scores of hidden keys. Finite, so that a row without any visible key stays finite and can be set to zero.
 const HIDDEN_SCORE: f32 = -1e30;
 
-/// From which key (or value) head a query head reads.
+/// The key (or value) head that each query head reads.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum HeadMap {
     /// Consecutive query heads share: head `h` of `n` reads head `h / (n / m)` of `m`. Covers MHA, GQA and MQA.
@@ -31,7 +31,7 @@ pub enum HeadMap {
     Each(Vec<usize>),
 }
 
-/// Everything about a call besides q, k and v.
+/// Settings of a call, besides q, k and v.
 #[derive(Debug, Clone, Default)]
 pub struct AttentionOptions<'a> {
     /// Factor of the scores; `None` means 1 / sqrt(width of a query head).
@@ -42,24 +42,24 @@ pub struct AttentionOptions<'a> {
     /// `[query heads]`: a logit per head that takes part in the denominator of every row and has no value (GPT-OSS, arXiv
     /// 2508.10925). Neither scaled nor capped; `None` leaves plain softmax, of which it is the limit towards -∞.
     pub sinks: Option<Tensor<1>>,
-    /// Which keys are hidden; `None` hides nothing.
+    /// The mask; `None` hides nothing.
     pub mask: Option<&'a Mask>,
     /// Position of the first query among the keys: the number of keys that were cached by earlier calls.
     pub query_offset: usize,
     /// `[batch or 1, query heads or 1, queries, keys]`, added to the scaled scores.
     pub bias: Option<Tensor<4>>,
-    /// Which key head each query head reads.
+    /// The key head of each query head.
     pub keys: HeadMap,
-    /// Which value head each query head reads.
+    /// The value head of each query head.
     pub values: HeadMap,
-    /// Which queries of which heads are computed; `None` means all. Elsewhere the output and the gradient of the query
+    /// The selected queries of each head; `None` means all. Elsewhere the output and the gradient of the query
     /// are zero, and statistics leave it out.
     pub active: Option<Arc<ActiveRows>>,
-    /// What to measure on the way.
+    /// The statistics to measure.
     pub statistics: Measure,
 }
 
-/// What to measure during a call.
+/// The statistics that a call measures.
 #[derive(Debug, Clone, Default)]
 pub enum Measure {
     /// Nothing.
@@ -80,7 +80,7 @@ impl Measure {
     }
 }
 
-/// What [`attention`] returns.
+/// The result of [`attention`].
 #[derive(Debug, Clone)]
 pub struct Attention {
     /// `[batch, query heads, queries, value width]`; zeros in rows that see no key.
@@ -173,7 +173,7 @@ pub(crate) fn spreads(sizes: [usize; 4], full: [usize; 4]) -> bool {
     (0..2).all(|axis| sizes[axis] == full[axis] || sizes[axis] == 1) && sizes[2..] == full[2..]
 }
 
-/// What comes of a call in which there is nothing to compute: zeros, which still hang on the inputs.
+/// The result of an empty call: zeros, connected to the inputs in the autodiff graph.
 fn of_nothing(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>) -> Attention {
     let ([batch, heads, queries, _], keys, device) = (q.dims(), k.dims()[2], q.device());
     let hidden = Tensor::<4>::zeros([batch, heads, queries, v.dims()[3]], (&device, q.dtype()));
@@ -289,7 +289,7 @@ impl AttentionOptions<'_> {
 }
 
 impl HeadMap {
-    /// Which of `n` heads each of `heads` query heads reads.
+    /// The head, of `n`, of each of `heads` query heads.
     fn of(&self, heads: usize, n: usize) -> Vec<usize> {
         match self {
             Self::Even => {

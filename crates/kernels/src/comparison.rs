@@ -1,4 +1,4 @@
-//! How numbers are compared, everywhere in the project: element by element, in f64, with the worst place named.
+//! The comparison of numbers, for the whole project: element by element, in f64, with the worst place named.
 //!
 //! Folding differences with `f32::max` drops a NaN, and so does the maximum of a tensor on some backends: a result that is
 //! nothing but NaN then agrees with everything. Here a NaN never agrees, not even with another one; an infinity agrees with
@@ -8,7 +8,7 @@ use std::fmt;
 
 use burn::tensor::Tensor;
 
-/// What two numbers may differ by: a share of the largest number that is wanted, an absolute part, or both.
+/// The allowed difference of two numbers: a share of the largest number that is wanted, an absolute part, or both.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
     share: f64,
@@ -45,12 +45,12 @@ impl Tolerance {
     }
 }
 
-/// How far apart numbers are.
+/// The largest difference of two lists of numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Difference {
     /// The largest difference.
     pub worst: f64,
-    /// Where it is.
+    /// Its index.
     pub at: usize,
     /// The largest finite number that is wanted, without its sign.
     pub largest: f64,
@@ -106,7 +106,7 @@ impl fmt::Display for Disagreement {
 
 impl std::error::Error for Disagreement {}
 
-/// How far `got` is from `want`.
+/// The largest difference of `got` from `want`.
 ///
 /// # Errors
 /// If they cannot be compared: other lengths, no numbers, a NaN, an infinity that only one of them has.

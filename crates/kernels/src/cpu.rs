@@ -1,4 +1,4 @@
-//! What the fused operations share: when they apply, the values of CPU tensors, and tensors of results.
+//! Helpers of the fused operations: when they apply, the values of CPU tensors, and tensors of results.
 
 use burn::backend::DispatchDevice;
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
@@ -27,7 +27,7 @@ fn is_flex(device: &Device) -> bool {
 /// # Panics
 /// If it is not contiguous.
 pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
-    assert!(tensor.is_contiguous(), "values that do not lie together: {:?}", tensor.layout());
+    assert!(tensor.is_contiguous(), "values that are not contiguous: {:?}", tensor.layout());
     let start = tensor.layout().start_offset();
     &tensor.storage::<f32>()[start..start + tensor.layout().num_elements()]
 }
@@ -44,7 +44,7 @@ pub(crate) fn matrix(tensor: &FlexTensor) -> Matrix<'_> {
     Matrix::by_rows(values(tensor), [others.iter().product(), *last])
 }
 
-/// A 4-dimensional tensor, wherever its values lie.
+/// A 4-dimensional tensor of any strides.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
     values: &'a [f32],
@@ -68,7 +68,7 @@ impl<'a> View<'a> {
             panic!("a view of four dimensions of a tensor {:?}", layout.shape());
         };
         let together = strides[3] == 1 || shape[3] <= 1;
-        assert!(together && strides.iter().all(|&stride| stride >= 0), "rows that do not lie together: {layout:?}");
+        assert!(together && strides.iter().all(|&stride| stride >= 0), "rows that are not contiguous: {layout:?}");
         let strides = strides.map(|stride| stride as usize);
         Self { values: tensor.storage::<f32>(), start: layout.start_offset(), shape, strides }
     }
@@ -90,7 +90,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// The tensor with rows that lie together and no negative strides; copies only where it has to.
+/// The tensor with contiguous rows and no negative strides; copies only where it has to.
 pub(crate) fn row_major(tensor: FlexTensor) -> FlexTensor {
     let strides = tensor.layout().strides();
     let together = strides.last().is_none_or(|&stride| stride == 1) && strides.iter().all(|&stride| stride >= 0);
@@ -109,7 +109,7 @@ pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Vec<usize>>) -> FlexTens
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
 }
 
-/// A tensor `[batch, heads, seq, width]` whose values lie as `[batch, seq, heads, width]`: joining its heads, and
+/// A tensor `[batch, heads, seq, width]` laid out as `[batch, seq, heads, width]`: joining its heads, and
 /// splitting the gradient that comes back, costs no copy.
 pub(crate) fn tensor_by_position(values: Vec<f32>, [batch, heads, seq, width]: [usize; 4]) -> FlexTensor {
     assert_eq!(values.len(), batch * heads * seq * width, "values of a tensor {:?}", [batch, heads, seq, width]);

@@ -26,7 +26,7 @@ const LOGITS: usize = 1 << 21;
 /// Tokens of a chunk at least; fewer would make the products slow.
 const FEWEST_ROWS: usize = 64;
 
-/// What is to be predicted, one entry a token.
+/// The ids to predict, one per token.
 #[derive(Debug, Clone)]
 pub struct Targets {
     ids: std::sync::Arc<[i64]>,
@@ -38,7 +38,7 @@ impl Targets {
         Self { ids: ids.into() }
     }
 
-    /// How many tokens there are, ignored ones too.
+    /// The number of tokens, ignored ones too.
     pub fn len(&self) -> usize {
         self.ids.len()
     }
@@ -175,7 +175,7 @@ fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, [of_hidden
     let mut per_token = vec![0.0; 2 * tokens];
     let (losses, correct) = per_token.split_at_mut(tokens);
     let mut hidden_grad = Vec::with_capacity(if of_hidden { tokens * d_model } else { 0 });
-    // The head's gradient lies as the head does: a tied one is the embedding, seen from the side.
+    // The head's gradient has the layout of the head: a tied one is the embedding, transposed.
     let tied = strides[0] == 1 && strides[1] != 1;
     let mut head_grad: Option<Vec<f32>> = None;
 

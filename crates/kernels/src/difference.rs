@@ -18,14 +18,14 @@ use crate::{cpu, in_type, rms_norm, simd};
 /// Positions of a task.
 const POSITIONS: usize = 16;
 
-/// How [`subtract_noise`] combines heads.
+/// Settings of [`subtract_noise`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Combination {
     /// Signal heads per noise head.
     pub ratio: usize,
     /// Inside the root of the norm.
     pub eps: f64,
-    /// What the normalised heads are multiplied by: `1 - λ_init`.
+    /// Factor of the normalised heads: `1 - λ_init`.
     pub factor: f64,
 }
 

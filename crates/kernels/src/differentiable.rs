@@ -13,7 +13,7 @@ pub(crate) type Wanted<const N: usize> = [bool; N];
 /// The gradients of the inputs that are wanted; the others are not computed.
 pub(crate) type InputGrads<B, const N: usize> = [Option<FloatTensor<B>>; N];
 
-/// From what the forward kept, the gradient of the output, and what is wanted.
+/// A backward: from the state that the forward kept, the gradient of the output, and the inputs whose gradient is wanted.
 pub(crate) type BackwardOf<B, K, const N: usize> = fn(K, FloatTensor<B>, Wanted<N>) -> InputGrads<B, N>;
 
 /// Runs `forward` on the inputs' values; it gives the output, what the backward needs, and what else it has to say, which

@@ -1,4 +1,4 @@
-//! The gated feed-forward layer (Shazeer 2020, arXiv 2002.05202) as one operation: what lies between its products is made
+//! The gated feed-forward layer (Shazeer 2020, arXiv 2002.05202) as one operation: what is between its products is made
 //! again in the backward instead of being kept, and the gradient of the input is added up inside the products.
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -71,7 +71,7 @@ impl<C: CheckpointStrategy> GatedMlp for Autodiff<Flex, C> {
     }
 }
 
-/// What the backward needs.
+/// The values kept for the backward.
 #[derive(Debug, Clone)]
 struct Kept {
     x: FlexTensor,

@@ -118,7 +118,7 @@ mod tests {
                         false => weight.reshape([d_input, d_output]),
                         true => weight.reshape([d_output, d_input]).transpose(),
                     };
-                    // Not as positions lie: seq before batch.
+                    // Not in the order of positions: seq before batch.
                     (x.reshape([seq, batch, d_input]).swap_dims(0, 1), weight, Some(bias))
                 };
                 agree_with_gradients(

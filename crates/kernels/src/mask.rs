@@ -1,4 +1,4 @@
-//! Which keys a query may see: described, not spelled out.
+//! Attention masks as descriptions.
 //!
 //! A mask is a description so that no `[queries, keys]` matrix need exist and whole blocks can be skipped. This file
 //! is the only one that turns a description into numbers. One convention everywhere, Burn's: `true` means hidden.
@@ -34,7 +34,7 @@ pub(crate) struct Visible {
     ranges: Vec<[u32; 2]>,
     /// Whether all rows of the batch share their ranges.
     shared: bool,
-    /// Documents that lie in pieces: what else is hidden inside a range. The number of keys and the offset of queries.
+    /// Documents in pieces: what else is hidden inside a range. The number of keys and the offset of queries.
     pieces: Option<(Arc<[u32]>, usize, usize)>,
 }
 
@@ -46,7 +46,7 @@ impl Visible {
         from as usize..to as usize
     }
 
-    /// Whether more is hidden than what lies outside of the ranges.
+    /// Whether more is hidden than what is outside of the ranges.
     pub(crate) fn in_pieces(&self) -> bool {
         self.pieces.is_some()
     }
@@ -331,7 +331,7 @@ impl Mask {
     }
 }
 
-/// Where the documents of a row begin and end.
+/// The documents of a row.
 struct Spans {
     /// For every key: the first key of its document, and the one behind the last.
     of_key: Vec<[u32; 2]>,

@@ -1,6 +1,6 @@
 //! Views of matrices, and their products.
 //!
-//! A view knows its rows, columns and strides and has checked, when it was made, that all of them lie in memory that it
+//! A view knows its rows, columns and strides and has checked, when it was made, that all of them are in memory that it
 //! borrows. So a product can check sizes alone, and is safe; the one place that hands pointers to `gemm` is here.
 
 use std::marker::PhantomData;
@@ -22,7 +22,7 @@ pub(crate) struct Matrix<'a> {
     strides: [usize; 2],
 }
 
-/// A matrix to write; its columns lie together. Of [`MaybeUninit`] values until they are written.
+/// A matrix to write; its columns are contiguous. Of [`MaybeUninit`] values until they are written.
 #[derive(Debug)]
 pub(crate) struct MatrixMut<'a, T> {
     start: *mut T,
@@ -36,7 +36,7 @@ pub(crate) struct MatrixMut<'a, T> {
 // SAFETY: it stands for a `&mut [T]` of each of its rows.
 unsafe impl<T: Send> Send for MatrixMut<'_, T> {}
 
-/// How many values a matrix reaches over; `None` where that is no number.
+/// The number of values from a matrix's first to its last; `None` where it overflows.
 fn reach([rows, columns]: [usize; 2], strides: [usize; 2]) -> Option<usize> {
     if rows == 0 || columns == 0 {
         return Some(0);
@@ -62,16 +62,16 @@ impl<'a> Matrix<'a> {
         Self { values, rows: sizes[0], columns: sizes[1], strides }
     }
 
-    /// Rows that lie one behind the other.
+    /// Contiguous rows.
     pub(crate) fn by_rows(values: &'a [f32], [rows, columns]: [usize; 2]) -> Self {
         Self::new(values, [rows, columns], [columns, 1])
     }
 
-    /// A whole tensor of two dimensions, wherever its values lie (but not backwards: `cpu::not_backwards`).
+    /// A whole tensor of two dimensions, of any strides that are not negative (`cpu::not_backwards`).
     pub(crate) fn of(tensor: &'a FlexTensor) -> Self {
         let layout = tensor.layout();
         let strides = [layout.strides()[0], layout.strides()[1]];
-        assert!(strides.iter().all(|&stride| stride >= 0), "a matrix that lies backwards");
+        assert!(strides.iter().all(|&stride| stride >= 0), "a matrix with a negative stride");
         let values = tensor.storage::<f32>().get(layout.start_offset()..).unwrap_or_default();
         Self::new(values, [layout.shape()[0], layout.shape()[1]], strides.map(|stride| stride as usize))
     }
@@ -81,7 +81,7 @@ impl<'a> Matrix<'a> {
         [self.rows, self.columns]
     }
 
-    /// A row of a matrix whose columns lie together.
+    /// A row of a matrix with contiguous columns.
     pub(crate) fn row(&self, row: usize) -> &'a [f32] {
         assert!(self.strides[1] == 1 && row < self.rows, "row {row} of {}, columns at {}", self.rows, self.strides[1]);
         &self.values[row * self.strides[0]..][..self.columns]
@@ -235,7 +235,7 @@ impl Product<'_> {
         let [rows, columns] = self.sizes();
         let part = &mut buffer[..rows * columns];
         self.write_to(MatrixMut::new(part, [rows, columns], columns));
-        // SAFETY: the product has written all of its rows, which lie one behind the other.
+        // SAFETY: the product has written all of its rows, which are contiguous.
         unsafe { part.assume_init_mut() }
     }
 
@@ -245,7 +245,7 @@ impl Product<'_> {
         let (before, added) = (values.len(), rows * columns);
         values.reserve_exact(added);
         self.write_into(values.spare_capacity_mut());
-        // SAFETY: there is room, and the product has written these values.
+        // SAFETY: the length was checked, and the product has written these values.
         unsafe { values.set_len(before + added) };
     }
 
@@ -267,7 +267,7 @@ impl Product<'_> {
     unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
         let Self { left, right, factor, parallel } = self;
         let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
-        // SAFETY: operands: a view has checked that its rows and columns at its strides lie in the slice that it borrows,
+        // SAFETY: operands: a view has checked that its rows and columns at its strides are inside the slice that it borrows,
         // and `product` that the inner sizes agree. Output: the caller's promise; nothing is read from it unless `add`.
         unsafe {
             gemm::gemm(

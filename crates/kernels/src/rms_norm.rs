@@ -135,7 +135,7 @@ mod tests {
                 |[x, weight]| rms_norm(x.reshape([2, rows, channels]), weight, eps).reshape([-1]),
                 |[x, weight]| plain(x.reshape([2, rows, channels]), weight, eps).reshape([-1]),
             );
-            // Rows that do not lie together.
+            // Rows that are not contiguous.
             agree_with_gradients(
                 &[&x.reshape([-1]), &weight],
                 |[x, weight]| rms_norm(x.reshape([rows, channels, 2]).swap_dims(1, 2), weight, eps).reshape([-1]),

@@ -13,7 +13,7 @@ use crate::scratch::{write_chunks, write_rows};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, simd};
 
-/// Which channels of a head form the pairs that are rotated together.
+/// The layout of the pairs of channels that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -111,7 +111,7 @@ impl<C: CheckpointStrategy> Rotary for Autodiff<Flex, C> {
     }
 }
 
-/// Turns forward (`sign` 1) or back (-1); the result lies by position, as projections leave their outputs.
+/// Turns forward (`sign` 1) or back (-1); the result is laid out by position, as projections lay out their outputs.
 fn turn(x: FlexTensor, cos: &FlexTensor, sin: &FlexTensor, layout: RopeLayout, sign: f32) -> FlexTensor {
     let x = cpu::row_major(x);
     let view = cpu::View::new(&x);

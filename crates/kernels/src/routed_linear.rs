@@ -1,5 +1,5 @@
 //! Linear maps into and out of heads that take part at some positions only (Mixture-of-Head attention, Jin et al. 2024,
-//! arXiv 2410.11842), so that the positions at which a head rests cost nothing.
+//! arXiv 2410.11842), so that the positions at which a head is not selected cost nothing.
 //!
 //! `maps.rs` has both maps and their backwards for the CPU.
 

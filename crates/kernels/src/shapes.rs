@@ -4,7 +4,7 @@ use burn::tensor::{Bool, Tensor};
 
 use crate::{ActiveRows, Targets};
 
-/// What has a shape that a message can name.
+/// A value with a shape that a message can name.
 pub(crate) trait Shaped {
     /// The sizes.
     fn shape(&self) -> Vec<usize>;

@@ -1,4 +1,4 @@
-//! What the tests of fused operations share.
+//! Helpers of the tests of fused operations.
 
 use burn::tensor::{Device, Distribution, Tensor};
 

@@ -4,7 +4,7 @@
 //! ```text
 //! IF = (DA - min DA) / (max DA - min DA),   DA = mean of the gates over all samples
 //! ```
-//! It is high where values lie near the (shifted) mean of their head's rows: for what does not surprise, not for what is large.
+//! It is high where values are near the (shifted) mean of their head's rows: for what does not surprise, not for what is large.
 
 use burn::tensor::Tensor;
 

@@ -32,10 +32,10 @@ use crate::config::require;
 
 /// Elements of a head at least: the unbiased variance divides by one less.
 const FEWEST_ELEMENTS: usize = 2;
-/// Stands for the logarithm of 0.
+/// In place of the logarithm of 0.
 const LOG_ZERO: f64 = -1e30;
 
-/// How the widths c begin.
+/// Fresh widths c.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]

@@ -1,4 +1,4 @@
-//! How many query heads read each key/value head, from numbers about the keys.
+//! The allocation of query heads to key/value heads, from numbers about the keys.
 
 /// Norms closer than this share of the largest one tell nothing apart; chosen by us (rounding in f32 is 6e-8).
 const INDISTINCT: f64 = 1e-6;
@@ -8,7 +8,7 @@ pub fn even(kv_heads: usize, n_heads: usize) -> Vec<usize> {
     (0..kv_heads).map(|head| n_heads / kv_heads + usize::from(head < n_heads % kv_heads)).collect()
 }
 
-/// KDGQA's shares of the query heads: how far each norm lies above the smallest one, so that the smallest has none. `None`
+/// KDGQA's shares of the query heads: how far each norm is above the smallest one, so that the smallest has none. `None`
 /// where the norms do not differ, which divides by zero in the authors' code.
 pub fn shares_of_range(norms: &[f64]) -> Option<Vec<f64>> {
     let (low, high) =

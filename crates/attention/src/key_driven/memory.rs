@@ -1,4 +1,4 @@
-//! What DGQA remembers of the keys while it trains.
+//! DGQA's memory of the keys while it trains.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -29,15 +29,15 @@ impl Default for EvolvingConfig {
     }
 }
 
-/// What decides how many query heads a key/value head has.
+/// The measure that query heads are allocated by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Measured {
-    /// How large its keys are.
+    /// The norms of the keys.
     #[default]
     Average,
-    /// How much that changed.
+    /// The change of the norms.
     Difference,
 }
 
@@ -53,7 +53,7 @@ pub enum Form {
     Paper,
 }
 
-/// What a layer remembers of its keys. Parameters, so that checkpoints hold them; not learned.
+/// A layer's memory of its keys. Parameters, so that checkpoints hold them; not learned.
 #[derive(Module, Debug)]
 pub struct Memory {
     /// `[n_kv_heads]`: magnitudes of keys; the authors' `cache`

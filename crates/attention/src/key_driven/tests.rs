@@ -30,7 +30,7 @@ fn call<C>(mask: &Mask) -> Call<'_, C> {
 }
 
 /// How many query heads read each key/value head, as the layer tells.
-fn told(attended: &Attended) -> Vec<usize> {
+fn counts_of(attended: &Attended) -> Vec<usize> {
     let (_, counts) =
         attended.seen.as_ref().unwrap().numbers.iter().find(|(name, _)| name == "query_heads").unwrap().clone();
     counts.into_data().iter::<f32>().map(|count| count as usize).collect()
@@ -42,11 +42,11 @@ fn keys_of_the_call_decide_and_padding_does_not() {
     let device = Device::flex().autodiff();
     let x = input(2, 5, &device);
     let short = layer.forward(x.clone(), call(&Mask::none()));
-    let counts = told(&short);
+    let counts = counts_of(&short);
     assert!(counts.iter().sum::<usize>() == 6 && counts.contains(&0), "{counts:?}");
     let padded = Tensor::cat(vec![x, input(2, 3, &device) * 100.0], 1);
     let padded = layer.forward(padded, call(&Mask::none().with_lengths(&[5, 5])));
-    assert_eq!(told(&padded), counts);
+    assert_eq!(counts_of(&padded), counts);
     assert_tensors_close("padding", padded.hidden.narrow(1, 0, 5), short.hidden, Tolerance::absolute(2e-5));
 }
 
@@ -80,19 +80,19 @@ fn training_remembers_and_evaluation_does_not() {
             let mut layer = layer(AllocationConfig::Evolving(evolving)).map(&mut Loud);
             let device = Device::flex().autodiff();
             let x = input(2, 5, &device);
-            assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), [2, 2, 2], "{form:?} {by:?}");
+            assert_eq!(counts_of(&layer.forward(x.clone(), call(&Mask::none()))), [2, 2, 2], "{form:?} {by:?}");
             assert!(!layer.is_due(1) && layer.is_due(2));
             layer.before_step(x.clone(), &Mask::none(), 2);
             let learned = layer.memory.as_ref().unwrap().query_heads();
             assert_eq!(learned, [1, 4, 1], "the second head's keys are large");
-            assert_eq!(told(&layer.forward(x.clone(), call(&Mask::none()))), learned);
+            assert_eq!(counts_of(&layer.forward(x.clone(), call(&Mask::none()))), learned);
 
             // Keys of the third head grow: evaluation in the code's form sees it, in the paper's form it does not.
             let eval = layer.valid();
             let loud = Tensor::cat(vec![x.clone().narrow(2, 0, 23), x.narrow(2, 23, 1) * 50.0], 2).inner();
-            let seen = told(&eval.forward(loud.clone(), call(&Mask::none())));
+            let seen = counts_of(&eval.forward(loud.clone(), call(&Mask::none())));
             assert_eq!(seen == learned, form == Form::Paper, "{seen:?}");
-            assert_eq!(told(&eval.forward(loud, call(&Mask::none()))), seen, "nothing was remembered");
+            assert_eq!(counts_of(&eval.forward(loud, call(&Mask::none()))), seen, "nothing was remembered");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which heads take part at a position, and how much each of them counts.
+//! Routers: the heads that are selected at a position, and the weight of each.
 //!
 //! Learned, in two stages, with `p = softmax(x W_r)` over the `E` routed heads, `m` the `k` largest of them, and `a` the
 //! weights of the two kinds:
@@ -33,7 +33,7 @@ use super::HeadSplit;
 use crate::Observation;
 use crate::projection::{INIT_STD, linear};
 
-/// Who chooses heads: one of its tables.
+/// The router: one of its tables.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -84,11 +84,11 @@ pub enum GateNorm {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct QueryNormConfig {
-    /// Which gates pass their gradient on to the norms. Default: "chosen".
+    /// The gates that pass their gradient on to the norms. Default: "chosen".
     pub straight_through: StraightThrough,
 }
 
-/// Which gates pass their gradient on.
+/// The gates that pass their gradient on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -134,18 +134,18 @@ pub struct LearnedRouter {
     gate_norm: GateNorm,
 }
 
-/// What a router decided about one call.
+/// A router's decision about one call.
 #[derive(Debug, Clone)]
 pub struct Routing {
     /// `[batch, seq, heads]`: what outputs of heads are multiplied by.
     pub gates: Tensor<3>,
-    /// Which heads are computed where; all others have a gate of zero.
+    /// The selected queries of each head; all others have a gate of zero.
     pub active: Arc<ActiveRows>,
     /// `None` without routed heads.
     pub balance: Option<Balance>,
 }
 
-/// How evenly the routed heads of one call are used.
+/// The load of the routed heads in one call.
 #[derive(Debug, Clone)]
 pub struct Balance {
     /// `[routed heads]`: P, the mean probability of each, differentiable.

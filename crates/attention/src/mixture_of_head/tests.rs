@@ -8,7 +8,7 @@ use crate::laws::draw;
 use crate::{Mask, Observe, Rope, RopeLayout};
 
 const SEQ: usize = 11;
-/// Room for rounding when the same numbers are computed in another order, as in the laws.
+/// Tolerance for rounding when the same numbers are computed in another order, as in the laws.
 const ROUNDING: f64 = 2e-5;
 
 fn dims() -> Dims {
@@ -149,7 +149,7 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
         let gated = heads.reshape([2, SEQ, 6, 4]) * routing.gates.unsqueeze_dim::<4>(3);
         let want = polyhead_kernels::linear(gated.reshape([2, SEQ, 24]), layer.o_proj.weight.val(), None);
         close(got.clone(), want.clone());
-        // EvalTotals of many products: what rounding does to them is as large as their largest.
+        // Sums of many products: what rounding does to them is as large as their largest.
         let slope = |out: Tensor<3>| x.grad(&(out * cotangent.clone()).sum().backward()).expect("gradient");
         let (got, want) = (slope(got), slope(want));
         assert_tensors_close("gradients", got, want, Tolerance::relative(ROUNDING));

@@ -166,7 +166,7 @@ fn join(parts: Vec<Option<(Tensor<1>, Statistics)>>) -> Option<Statistics> {
     })
 }
 
-/// What a block is told besides its tensors.
+/// The settings of a block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Block {
     scale: f64,

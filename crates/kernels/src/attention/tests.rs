@@ -161,7 +161,7 @@ pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 9] {
     ]
 }
 
-/// Leaves that lie as projections leave them: by position, not by head.
+/// Leaves in the memory layout of projections: by position, not by head.
 fn leaf(batch: usize, heads: usize, seq: usize, width: usize) -> Tensor<4> {
     let device = Device::flex().autodiff();
     let x = normal([batch, seq, heads, width], &device) * 1.5;

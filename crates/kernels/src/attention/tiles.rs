@@ -31,10 +31,10 @@ const QUERIES: usize = 128;
 const KEYS: usize = 512;
 /// Facts about a query that are kept: the log of its sum, and what statistics are made of.
 const FACTS: usize = 5;
-/// Which of them is the largest score.
+/// Index of the largest score among them.
 const LARGEST: usize = 3;
 
-/// Everything about a call besides its tensors.
+/// The settings of a call, besides its tensors.
 #[derive(Debug)]
 pub(super) struct Plan {
     scale: f32,
@@ -46,7 +46,7 @@ pub(super) struct Plan {
     /// Query heads that share key or value heads, directly or through others.
     families: Vec<Vec<usize>>,
     visible: Arc<Visible>,
-    /// Which queries of which heads are computed; `None` means all.
+    /// The selected queries of each head; `None` means all.
     active: Option<Arc<ActiveRows>>,
     measure: bool,
 }
@@ -105,7 +105,7 @@ pub(super) fn attention(
         active: options.active.clone(),
         measure: !options.statistics.is_nothing(),
     };
-    // The matrix of one row is asked for by whoever looks at pictures; it is made beside the tiles.
+    // The maps of one row are needed for images only: they are made beside the tiles.
     let weights = matches!(options.statistics, Measure::Weights).then(|| {
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
         let sinks = options.sinks.as_ref().map(|sinks| sinks.to_data().iter::<f32>().collect::<Vec<f32>>());

@@ -62,7 +62,7 @@ impl<'a> Call<'a> {
         self.complete..self.n_heads
     }
 
-    /// Where a head's channels begin at a position.
+    /// Start of a head's channels at a position.
     fn at(&self, token: u32, head: usize) -> usize {
         token as usize * self.channels() + head * self.width
     }

@@ -78,7 +78,7 @@ fn out_of_heads_agrees_with_the_plain_form() {
 }
 
 #[test]
-fn rows_of_resting_heads_are_never_read() {
+fn rows_of_unselected_heads_are_never_read() {
     let device = Device::flex().autodiff();
     let active = active(2, 30, 4, 1);
     let hidden = active.hidden(&device).swap_dims(1, 2).expand([2, 30, 4, 3]); // [batch, seq, heads, width]

@@ -118,7 +118,7 @@ fn deltas(output: View<'_>, output_grad: View<'_>, plan: &Plan) -> Vec<f32> {
     deltas
 }
 
-/// What a task of the backward computes in.
+/// Scratch buffers of a backward task.
 struct Workspace {
     weights: ScratchBuffer,
     score_grads: ScratchBuffer,
@@ -146,7 +146,7 @@ struct Part<'a> {
     family: &'a [usize],
     /// The chunk of keys.
     keys: Range<usize>,
-    /// Where this chunk's part of the query gradients begins.
+    /// Start of this chunk's part of the query gradients.
     q_grad_at: usize,
 }
 
@@ -165,7 +165,7 @@ fn of_head<'g, 'a>(grads: &'g mut ByHead<'a>, head: usize) -> Option<&'g mut Mat
     grads.iter_mut().find(|(of, _)| *of == head).map(|(_, grad)| grad)
 }
 
-/// What all tasks share; rows of gradients lie as in `cpu::tensor_by_position`.
+/// The state shared by all tasks; rows of gradients are in the order of `cpu::tensor_by_position`.
 struct Call<'a> {
     /// q, k, v and the gradient of the output.
     views: [View<'a>; 4],

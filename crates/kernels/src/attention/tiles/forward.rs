@@ -74,7 +74,7 @@ impl Facts {
     }
 }
 
-/// What a task of the forward computes in.
+/// Scratch buffers of a forward task.
 struct Workspace {
     /// Scores, then weights.
     tile: ScratchBuffer,
@@ -84,13 +84,13 @@ struct Workspace {
 }
 
 /// The weighted values of a block of queries, added up over blocks of keys.
-enum EvalTotals<'a> {
-    /// No block of keys has come by.
+enum WeightedSums<'a> {
+    /// Before the first block of keys.
     Unwritten(MatrixMut<'a, MaybeUninit<f32>>),
     Summed(MatrixMut<'a, f32>),
 }
 
-impl<'a> EvalTotals<'a> {
+impl<'a> WeightedSums<'a> {
     fn add(self, product: Product<'_>) -> Self {
         match self {
             Self::Unwritten(to) => Self::Summed(product.write_to(to)),
@@ -116,7 +116,7 @@ impl<'a> EvalTotals<'a> {
     }
 }
 
-/// What is known of a query while its keys come by.
+/// The running softmax of a query.
 #[derive(Clone, Copy)]
 struct Running {
     /// The largest score.
@@ -158,7 +158,7 @@ fn forward_block(
     let output_at = |query: usize| ((b * queries + query) * heads + h) * value_width;
     let sizes = [rows.len(), value_width];
     // Neighbours are summed up where they belong, others in a buffer of their own.
-    let mut sums = EvalTotals::Unwritten(match rows {
+    let mut sums = WeightedSums::Unwritten(match rows {
         // SAFETY: a query of a head is in one block, and a block is one task: nobody else has these rows.
         Rows::Span { from, .. } => unsafe { MatrixMut::of_shared(output, output_at(from), sizes, heads * value_width) },
         Rows::Listed { .. } => MatrixMut::new(sums.unwritten(), sizes, value_width),
