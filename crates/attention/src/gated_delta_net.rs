@@ -10,14 +10,14 @@
 //! S_t = e^g S_{t-1} + k ⊗ β (v - (e^g S_{t-1})ᵀ k),   o = S_tᵀ q
 //! out = o_proj(rms_norm(o) ⊙ silu(z)),  z = x W_z
 //! ```
-//! There is no softmax, no map and no position: rotary positions are not used. Every document begins with an empty state. Left
-//! out: the form in chunks, which computes the same; this one goes token by token.
+//! There is no softmax, no map and no position: rotary positions are not used. Every document begins with an empty state. The
+//! recurrence is `kernels/delta_rule.rs`, fused on the CPU; other backends go token by token.
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::{sigmoid, silu, softplus};
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use polyhead_kernels::{in_type, random, rms_norm};
+use polyhead_kernels::{DeltaRule, delta_rule, in_type, random, rms_norm};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
@@ -189,7 +189,7 @@ pub struct HeadScale {
     pub weight: Param<Tensor<1>>,
 }
 
-/// What a layer keeps of earlier tokens: as much of ten as of ten thousand.
+/// The cache of a layer: of the same size for ten tokens as for ten thousand.
 #[derive(Debug, Clone, Default)]
 pub struct DeltaState {
     tokens: usize,
@@ -275,7 +275,7 @@ impl Mechanism for GatedDeltaNet {
             None => decay,
         };
         let mean_decay = decay.clone().mean_dim(0).mean_dim(1).reshape([heads]);
-        let (read, state) = recurrence(state, Step { q, k, v, beta, decay }); // [batch, seq, n_heads, head_v_dim]
+        let (read, state) = delta_rule(DeltaRule { q, k, v, beta, decay }, state); // [batch, seq, n_heads, head_v_dim]
         if let Some(cache) = call.cache {
             let inputs = inputs.narrow(1, seq, kernel - 1);
             *cache = DeltaState { tokens: cache.tokens + seq, kept: Some(Kept { state, inputs }) };
@@ -313,39 +313,7 @@ fn unit(x: Tensor<4>) -> Tensor<4> {
     x / length
 }
 
-/// What a step of the recurrence reads, for all tokens.
-struct Step {
-    /// `[batch, seq, n_heads, head_k_dim]`
-    q: Tensor<4>,
-    /// `[batch, seq, n_heads, head_k_dim]`
-    k: Tensor<4>,
-    /// `[batch, seq, n_heads, head_v_dim]`
-    v: Tensor<4>,
-    /// `[batch, seq, n_heads]`
-    beta: Tensor<3>,
-    /// `[batch, seq, n_heads]`
-    decay: Tensor<3>,
-}
-
-/// Token by token: what is read, `[batch, seq, n_heads, head_v_dim]`, and the last state.
-fn recurrence(mut state: Tensor<4>, step: Step) -> (Tensor<4>, Tensor<4>) {
-    let Step { q, k, v, beta, decay } = step;
-    let [batch, seq, heads, k_dim] = q.dims();
-    let v_dim = v.dims()[3];
-    let mut read = Vec::with_capacity(seq);
-    for token in 0..seq {
-        let vector = |x: &Tensor<4>, width: usize| x.clone().narrow(1, token, 1).reshape([batch, heads, 1, width]);
-        let number = |x: &Tensor<3>| x.clone().narrow(1, token, 1).reshape([batch, heads, 1, 1]);
-        let (q, k, v) = (vector(&q, k_dim), vector(&k, k_dim), vector(&v, v_dim));
-        state = state * number(&decay);
-        let correction = (v - k.clone().matmul(state.clone())) * number(&beta);
-        state = state + k.swap_dims(2, 3).matmul(correction);
-        read.push(q.matmul(state.clone()).reshape([batch, 1, heads, v_dim]));
-    }
-    (Tensor::cat(read, 1), state)
-}
-
-/// Where documents begin: nothing of what is before is read.
+/// The starts of documents, which nothing is read across.
 struct Starts {
     /// `[batch, seq]`: how many tokens of the same document are directly before each token.
     before: Vec<usize>,
