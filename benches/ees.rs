@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use nalgebra::DMatrix;
-use polyhead_training::ees::{EesConfig, EesMode, Probes};
+use polyhead_evaluation::ees::{EesConfig, EesMode, Probes};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

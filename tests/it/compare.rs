@@ -211,7 +211,7 @@ recipe.training.steps = 4
 [[prepare]]
 name = "wide"
 from = "parent"
-grow = "--width x2"
+grow = { width = 2 }
 
 [[arm]]
 name = "as it was"
@@ -258,6 +258,12 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     // Nothing is made twice; what has changed is made anew, and with it what was made of it.
     let (_, err) = prepared.succeeds(&COMPARE);
     assert!(!err.contains("started"), "{err}");
+    // Flags in a string, as they were written once, are the same preparation.
+    let flags = PREPARED.replace("{ width = 2 }", "\"--width x2\"");
+    std::fs::write(prepared.dir.path().join("zoo.toml"), flags).unwrap();
+    let (out, err) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    assert!(err.contains("warning: zoo.toml: prepare.1.grow is flags in a string"), "{err}");
+    assert!(out.contains("finished   "), "what was prepared is used again: {out}");
     std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace("steps = 4", "steps = 5")).unwrap();
     let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
     assert!(out.contains("4 models, 0 of them finished"), "{out}");
@@ -265,9 +271,10 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     for (change, with, words) in [
         ("\"{wide}\"", "\"{broad}\"", "arm `grown`: no preparation is called \"broad\""),
         ("from = \"parent\"", "from = \"wide\"", "prepare `wide`: from must name an earlier preparation"),
-        ("--width x2", "--girth x2", "prepare `wide`: unexpected argument '--girth'"),
-        ("train = \"recipe.toml\"", "grow = \"\"", "prepare `parent`: recipe changes what is trained"),
-        ("grow = \"--width x2\"", "", "prepare `wide`: give exactly one of train, convert and grow"),
+        ("{ width = 2 }", "{ girth = 2 }", "unknown key `girth` in prepare.1.grow"),
+        ("{ width = 2 }", "\"--girth x2\"", "unexpected argument '--girth'"),
+        ("train = \"recipe.toml\"", "grow = {}", "prepare `parent`: recipe changes what is trained"),
+        ("grow = { width = 2 }", "", "prepare `wide`: give exactly one of train, convert and grow"),
         ("steps = 4", "stepz = 4", "unknown key"),
     ] {
         std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace(change, with)).unwrap();
@@ -277,7 +284,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     }
 
     // A preparation that fails is told with the end of its log.
-    let fails = PREPARED.replace("--width x2", "--signal-heads x0");
+    let fails = PREPARED.replace("width = 2", "signal_heads = 0");
     std::fs::write(prepared.dir.path().join("zoo.toml"), fails).unwrap();
     let output = prepared.run(&COMPARE);
     let err = String::from_utf8(output.stderr).unwrap();

@@ -2,11 +2,11 @@
 
 use burn::tensor::{Device, Tensor};
 use nalgebra::{DMatrix, DVector};
+use polyhead_evaluation::ees::{self, EesConfig, EesMode, Probes};
+use polyhead_evaluation::eigenscore::{EigenScore, matrix};
+use polyhead_evaluation::sensitivity::{self, Embedding, Pool, Rows};
 use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_models::{Gate, GateKind};
-use polyhead_training::ees::{self, EesConfig, EesMode, Probes};
-use polyhead_training::eigenscore::{EigenScore, matrix};
-use polyhead_training::sensitivity::{self, Embedding, Pool, Rows};
 
 use crate::golden::{self, Config, Golden, files, size};
 

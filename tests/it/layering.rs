@@ -37,12 +37,26 @@ fn kernels_and_attention_depend_on_burn_and_arithmetic_only() {
 
 #[test]
 fn arrows_point_down() {
-    let order = ["kernels", "attention", "models", "data", "training", "polyhead"];
+    let order = [
+        "kernels",
+        "attention",
+        "models",
+        "data",
+        "evaluation",
+        "training",
+        "recipe",
+        "runs",
+        "experiments",
+        "polyhead",
+    ];
     for (height, krate) in order.iter().enumerate() {
         for name in manifest(krate)["dependencies"].as_table().unwrap().keys() {
             if let Some(other) = name.strip_prefix("polyhead-") {
                 let below = order.iter().position(|known| *known == other).unwrap() < height;
-                assert!(below && (*krate, other) != ("training", "data"), "{krate} depends on {other}");
+                assert!(
+                    below && !matches!((*krate, other), ("training" | "evaluation", "data")),
+                    "{krate} depends on {other}"
+                );
             }
         }
     }
@@ -50,11 +64,15 @@ fn arrows_point_down() {
 
 #[test]
 fn libraries_neither_print_nor_name_devices_nor_read_toml() {
-    for krate in ["kernels", "attention", "models", "data", "training"] {
+    for krate in ["kernels", "attention", "models", "data", "evaluation", "training", "recipe", "runs", "experiments"] {
+        let reads_toml = ["recipe", "runs", "experiments"].contains(&krate);
         for (path, text) in sources(krate) {
             let code = text.split("#[cfg(test)]").next().unwrap();
-            for forbidden in ["println!", "process::exit", "Device::default", "Device::cuda", "toml::"] {
-                let tests = ["tests.rs", "laws.rs", "backends.rs"].iter().any(|name| path.ends_with(name));
+            for forbidden in ["println!", "eprint", "process::exit", "Device::default", "Device::cuda", "toml::"] {
+                let tests = ["tests.rs", "laws.rs", "backends.rs", "runs/src/device.rs"]
+                    .iter()
+                    .any(|name| path.ends_with(name))
+                    || (forbidden == "toml::" && reads_toml);
                 assert!(tests || !code.contains(forbidden), "{path} contains {forbidden}");
             }
         }
@@ -72,11 +90,96 @@ fn nothing_panics_where_nobody_reads() {
 
 #[test]
 fn numbers_are_drawn_in_one_place() {
-    for krate in ["kernels", "attention", "models", "training", "polyhead"] {
+    for krate in ["kernels", "attention", "models", "training", "recipe", "runs", "experiments", "polyhead"] {
         for (path, text) in sources(krate) {
             for forbidden in ["Tensor::random", ".random_like(", "device.seed(", ".device().seed("] {
                 assert!(!text.contains(forbidden), "{path} draws with Burn's generator ({forbidden})");
             }
         }
+    }
+}
+
+/// The file of a crate that a path in its code leads to: the one of the longest known beginning.
+fn file_of(files: &[String], module: &[&str]) -> Option<String> {
+    (1..=module.len()).rev().find_map(|length| {
+        let name = module[..length].join("/");
+        files.iter().find(|file| **file == name).cloned()
+    })
+}
+
+/// Which file of a crate uses which others by `crate::` or `super::`, files named by their paths without `.rs` and `/mod`.
+fn uses(krate: &str) -> Vec<(String, String)> {
+    let root = project().join("crates").join(krate).join("src").display().to_string() + "/";
+    let name = |path: &str| path.trim_start_matches(&root).trim_end_matches(".rs").trim_end_matches("/mod").to_owned();
+    let sources = sources(krate);
+    let files: Vec<String> = sources.iter().map(|(path, _)| name(path)).collect();
+    let mut found = Vec::new();
+    for (path, text) in &sources {
+        let (from, code) = (name(path), text.split("#[cfg(test)]").next().unwrap());
+        let here: Vec<&str> = if from == "lib" || from == "main" { Vec::new() } else { from.split('/').collect() };
+        for statement in code.split(';').filter_map(|part| part.split_once("use ").map(|(_, rest)| rest.trim())) {
+            let base: Vec<&str> = match statement.split("::").next() {
+                Some("crate") => Vec::new(),
+                Some("super") => here[..here.len().saturating_sub(1)].to_vec(),
+                _ => continue,
+            };
+            let rest = statement.split_once("::").map_or("", |(_, rest)| rest);
+            // Of `a::{b, c}` both are looked up; of `a::b` the whole.
+            let (stem, leaves) = rest.split_once('{').unwrap_or((rest, ""));
+            let leaves =
+                leaves.trim_end_matches('}').split(',').map(|leaf| leaf.trim().split("::").next().unwrap_or(""));
+            for leaf in std::iter::once("").chain(leaves) {
+                let parts = stem.split("::").chain([leaf]).map(str::trim).filter(|part| !part.is_empty());
+                let module: Vec<&str> = base.iter().copied().chain(parts).collect();
+                if let Some(to) = file_of(&files, &module).filter(|to| *to != from) {
+                    found.push((from.clone(), to));
+                }
+            }
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Files that use each other in a circle; a file and its own parts, in the folder of its name, count as one.
+#[test]
+fn no_files_use_each_other_in_a_circle() {
+    for krate in [
+        "kernels",
+        "attention",
+        "models",
+        "data",
+        "evaluation",
+        "training",
+        "recipe",
+        "runs",
+        "experiments",
+        "polyhead",
+    ] {
+        let whole = |file: &str| file.split('/').next().unwrap().to_owned();
+        let mut edges: Vec<(String, String)> = uses(krate)
+            .into_iter()
+            .map(|(from, to)| match krate {
+                // Its folders are rooms, not parts of a file.
+                "polyhead" if !whole(&from).is_empty() => (from, to),
+                _ => (whole(&from), whole(&to)),
+            })
+            // The trait of a source gives what families of sources open: types that are theirs.
+            .filter(|(from, _)| krate != "data" || from != "source")
+            .filter(|(from, to)| {
+                from != to && !from.starts_with(&format!("{to}/")) && !to.starts_with(&format!("{from}/"))
+            })
+            .collect();
+        // What uses nothing, or is used by nothing, is in no circle.
+        loop {
+            let before = edges.len();
+            let all = edges.clone();
+            edges.retain(|(from, to)| all.iter().any(|(a, _)| a == to) && all.iter().any(|(_, b)| b == from));
+            if edges.len() == before {
+                break;
+            }
+        }
+        assert!(edges.is_empty(), "{krate}: files use each other in a circle: {edges:?}");
     }
 }

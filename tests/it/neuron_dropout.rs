@@ -5,8 +5,8 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use polyhead_data::synthetic::{FactsConfig, Generated, Side};
 use polyhead_data::{DataConfig, Loader, LoaderOptions, OpenOptions, Order, Packing, Tokenizer, Tracking};
+use polyhead_evaluation::texts::Texts;
 use polyhead_models::DecoderConfig;
-use polyhead_training::neuron_dropout::Texts;
 
 use crate::resume::fingerprint;
 use crate::world::{SMALL, World};

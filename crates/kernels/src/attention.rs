@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 
-use crate::shapes::assert_shapes;
+use crate::shapes::{assert_shapes, spreads};
 use crate::{ActiveRows, Mask, cpu, in_type};
 
 mod blocks;
@@ -166,11 +166,6 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
         assert_shapes!("attention", k, spans;
             "spans must be [batch, keys, sets]": spans.dims()[..2] == [batch, keys]);
     }
-}
-
-/// Whether a tensor of these sizes holds for the full ones: where it has one row or head, for all.
-pub(crate) fn spreads(sizes: [usize; 4], full: [usize; 4]) -> bool {
-    (0..2).all(|axis| sizes[axis] == full[axis] || sizes[axis] == 1) && sizes[2..] == full[2..]
 }
 
 /// The result of an empty call: zeros, connected to the inputs in the autodiff graph.

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
-use crate::attention::spreads;
+use crate::shapes::spreads;
 
 /// A description of what is hidden from whom; the parts add up (a key is hidden if any part hides it).
 #[derive(Debug, Clone, Default)]

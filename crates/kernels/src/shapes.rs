@@ -57,3 +57,8 @@ macro_rules! assert_shapes {
     };
 }
 pub(crate) use assert_shapes;
+
+/// Whether a tensor of these sizes holds for the full ones: where it has one row or head, for all.
+pub(crate) fn spreads(sizes: [usize; 4], full: [usize; 4]) -> bool {
+    (0..2).all(|axis| sizes[axis] == full[axis] || sizes[axis] == 1) && sizes[2..] == full[2..]
+}

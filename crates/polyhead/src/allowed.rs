@@ -3,6 +3,9 @@
 use std::sync::OnceLock;
 
 use polyhead_models::weights::NonFinite;
+use polyhead_runs::Caller;
+
+use crate::console::say;
 
 /// What is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,4 +27,9 @@ pub fn decide(allowed: Allowed) {
 /// What is allowed: by default nothing.
 pub fn allowed() -> Allowed {
     ALLOWED.get().copied().unwrap_or_default()
+}
+
+/// This process, as libraries know it.
+pub fn caller() -> Caller {
+    Caller { nonfinite: allowed().nonfinite, tell: say }
 }

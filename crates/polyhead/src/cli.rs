@@ -252,7 +252,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
     pub resume: String,
     /// The same as training.device=...
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
     /// Show a dashboard with curves instead of a progress bar; for binaries that were built with --features tui.
     ///
@@ -307,7 +307,7 @@ pub struct EvalArgs {
     #[arg(long, requires = "task")]
     pub heatmap: Option<PathBuf>,
     /// Default: the recipe's.
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
 }
 
@@ -344,7 +344,7 @@ pub struct InspectArgs {
     #[arg(long)]
     pub out: Option<PathBuf>,
     /// Default: the recipe's.
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
 }
 
@@ -398,7 +398,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Default: the recipe's.
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
 }
 

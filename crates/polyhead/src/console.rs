@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use polyhead_models::Evaluated;
 use polyhead_training::run::{Logged, View};
 
-use crate::report::Failure;
+use polyhead_runs::Failure;
+pub use polyhead_runs::text::{bytes, clock, thousands};
 
 /// A line on standard error, in which nothing steers a terminal; see [`say`].
 macro_rules! talk {
@@ -40,7 +41,15 @@ pub fn print(data: std::fmt::Arguments<'_>) -> Result<(), Failure> {
         true => stdout.write_all(harmless(&data.to_string()).as_bytes()),
         false => stdout.write_fmt(data),
     };
-    written.and_then(|()| stdout.flush()).map_err(Failure::output)
+    written.and_then(|()| stdout.flush()).map_err(output)
+}
+
+/// Standard output could not be written.
+pub fn output(error: std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Failure::Unread,
+        _ => Failure::Run(format!("cannot write to standard output: {error}")),
+    }
 }
 
 /// Shows a run on standard error.
@@ -97,29 +106,6 @@ pub fn harmless(text: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(out)
-}
-
-/// `1:02:03` or `2:03`.
-pub fn clock(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
-}
-
-/// `12,345`
-pub fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
-    groups.join(",")
-}
-
-/// `1.2 GiB`
-pub fn bytes(number: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let power = (0..units.len()).rev().find(|&power| number >= 1 << (10 * power)).unwrap_or(0);
-    let value = number as f64 / (1u64 << (10 * power)) as f64;
-    if power == 0 { format!("{number} B") } else { format!("{value:.1} {}", units[power]) }
 }
 
 impl View for Console {

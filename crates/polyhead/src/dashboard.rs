@@ -23,7 +23,7 @@ use polyhead_training::run::{Logged, Requests, View};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::console::thousands;
-use crate::report::Problems;
+use polyhead_recipe::Problems;
 
 /// How long to wait for the dashboard to take the terminal.
 const OPENING: Duration = Duration::from_secs(2);

@@ -2,33 +2,20 @@
 
 mod allocator;
 mod allowed;
-mod assemble;
-mod classifier;
 mod cli;
 mod commands;
-mod compare;
 mod console;
-mod costs;
 mod cut_files;
 #[cfg(feature = "tui")]
 mod dashboard;
-mod device;
-mod embedder;
 mod inspect;
-mod layers;
-mod page;
-mod pretrained;
-mod recipe;
-mod report;
-mod result;
-mod schema;
 mod signals;
-mod stages;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 use polyhead_models::weights::NonFinite;
+use polyhead_runs::Failure;
 
 use allowed::Allowed;
 
@@ -51,10 +38,20 @@ fn main() -> ExitCode {
     });
     match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(report::Failure::Unread) => ExitCode::SUCCESS,
+        Err(Failure::Unread) => ExitCode::SUCCESS,
         Err(failure) => {
             console::talk!("{failure}");
-            ExitCode::from(failure.code())
+            ExitCode::from(code(&failure))
         }
+    }
+}
+
+/// 2: the recipe or the command line is wrong; 1: the run failed; 128 + signal: a signal ended it.
+fn code(failure: &Failure) -> u8 {
+    match failure {
+        Failure::Usage(_) => 2,
+        Failure::Run(_) => 1,
+        Failure::Unread => 0,
+        Failure::Interrupted(signal) => 128 + *signal as u8,
     }
 }

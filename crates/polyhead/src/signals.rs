@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use polyhead_training::run::Requests;
 
-use crate::report::Failure;
+use polyhead_runs::Failure;
 
 /// What signals asked for, and how the next one is taken.
 #[derive(Clone)]
@@ -76,7 +76,7 @@ mod system {
 
     use super::Signals;
     use crate::console::talk;
-    use crate::report::Failure;
+    use polyhead_runs::Failure;
 
     /// `armed` is true from the first signal to leave on.
     pub fn wait(signals: Signals, armed: Arc<AtomicBool>, dashboard: bool) -> Result<(), Failure> {
@@ -126,7 +126,7 @@ mod system {
     use std::sync::atomic::AtomicBool;
 
     use super::Signals;
-    use crate::report::Failure;
+    use polyhead_runs::Failure;
 
     /// Only Ctrl-C and its like, and always as if there were something to save.
     pub fn wait(signals: Signals, armed: Arc<AtomicBool>, _dashboard: bool) -> Result<(), Failure> {

@@ -12,10 +12,41 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{Adapter, Observe};
-use polyhead_models::{Batch, ContextMask, Decoder, Pass, Role};
+use polyhead_models::{Batch, Classifier, ContextMask, Decoder, Embedder, Pass, Role, Trainable};
 
 use crate::TrainError;
 use crate::procedure::HeldOut;
+
+/// A model whose attention plain training may watch.
+pub trait WatchesAttention: Trainable {
+    /// What plain training measures of attention with each validation, under names that begin with `prefix`.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    fn engagement(
+        &self,
+        prefix: &str,
+        held_out: HeldOut<'_, Self>,
+        context: ContextMask,
+    ) -> Result<Vec<(String, f64)>, TrainError> {
+        let _ = (prefix, held_out, context);
+        Ok(Vec::new())
+    }
+}
+
+impl WatchesAttention for Decoder {
+    fn engagement(
+        &self,
+        prefix: &str,
+        held_out: HeldOut<'_>,
+        context: ContextMask,
+    ) -> Result<Vec<(String, f64)>, TrainError> {
+        of_first_batch(prefix, self, held_out, context, &[])
+    }
+}
+
+impl WatchesAttention for Classifier {}
+impl WatchesAttention for Embedder {}
 
 /// Masses of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

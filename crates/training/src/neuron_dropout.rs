@@ -23,12 +23,14 @@ use rand_chacha::ChaCha8Rng;
 use crate::TrainError;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Parts, Procedure, Shown, StepContext, StepReport};
-use crate::sensitivity::{Pool, Rows, as_published, column_variances, largest, matched, overlap, pooled, variance};
 use crate::standard::{Standard, StandardConfig};
+use polyhead_evaluation::sensitivity::{
+    Pool, Rows, as_published, column_variances, largest, matched, overlap, pooled, variance,
+};
+use polyhead_evaluation::texts::Texts;
 
 pub use config::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, Wrong};
 use state::State;
-pub use watch::{Texts, answer_embeddings};
 
 /// Training that drops sensitive indices.
 pub struct NeuronDropout {
@@ -94,8 +96,8 @@ impl NeuronDropout {
         let config = &self.config;
         let rows = self.texts.embeddings(model, self.layer, config.embedding);
         let ees = match config.ees_prompts {
-            0 => config.ees.of(&crate::eigenscore::matrix(&rows).transpose(), context.seed),
-            prompts => self.texts.sampled_ees(model, self.layer, prompts, config, context.seed),
+            0 => config.ees.of(&polyhead_evaluation::eigenscore::matrix(&rows).transpose(), context.seed),
+            prompts => watch::sampled_ees(&self.texts, model, self.layer, prompts, config, context.seed),
         };
         let state = &mut self.state;
         state.push(rows, config.window);

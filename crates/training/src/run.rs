@@ -13,13 +13,14 @@ use crate::TrainError;
 use crate::checkpoint::{self, Best, recover_best, write_best};
 use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
-use crate::observe::{self, Look};
 use crate::optimizer::Optimizer;
-use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport, Trainee};
+use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport};
+use crate::procedures::Trainee;
 use crate::schedule;
 use crate::state::{self, Owed, Progress, Saving};
 
 mod job;
+mod observe;
 mod record;
 mod requests;
 
@@ -109,7 +110,7 @@ impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
             optimizer,
             training: &job.training,
             model: &model,
-            tracking: &job.tracking,
+            tracking: job.tracking,
             batches_per_epoch: job.train.per_epoch(),
         };
         let procedure = M::procedure(&job.procedure, parts, &progress.procedure)?;
@@ -240,7 +241,7 @@ impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
         let Owed { numbers, maps, .. } = self.progress.owed;
         if numbers || maps {
             let batch = self.held_out().batch(0)?;
-            observe::write(Look { numbers, maps }, &mut self.record, (model, &batch), step);
+            observe::write(observe::Look { numbers, maps }, &mut self.record, (model, &batch), step);
         }
         self.progress.owed = Owed::default();
         Ok(())

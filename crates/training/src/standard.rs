@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::config::TrainingConfig;
+use crate::engagement::WatchesAttention;
 use crate::optimizer::Optimizer;
-use crate::procedure::{HeldOut, Procedure, StepContext, StepReport, Trainee};
+use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
 use crate::update::{Step, Updater};
 
 /// Settings of plain training.
@@ -33,7 +34,7 @@ impl Standard {
     }
 }
 
-impl<M: Trainee> Procedure<M> for Standard {
+impl<M: WatchesAttention> Procedure<M> for Standard {
     fn step(
         &mut self,
         mut model: M,

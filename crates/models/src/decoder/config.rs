@@ -1,12 +1,13 @@
 //! Settings of a decoder: what can be wrong with them, and what they cost.
 
+use burn::tensor::Device;
 use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig, RopeLayout};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::PerLayer;
 use crate::rope_scaling::RopeScaling;
 use crate::transformer::{MlpKind, NormKind, Part, TransformerConfig, check_positive};
+use crate::{PerLayer, parameters};
 
 /// Settings of a decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -174,5 +175,16 @@ impl DecoderConfig {
             kv_cache_elements_per_token: sum.kv_cache_elements_per_token + part.cost.kv_cache_elements_per_token,
         };
         self.parts(vocab_size).into_iter().fold(ModelCosts::default(), add)
+    }
+
+    /// The names of all parameters, read off a decoder of the same names with hardly any numbers; `None` where even that is
+    /// large.
+    pub fn parameter_names(&self) -> Option<Vec<String>> {
+        /// Numbers, which are drawn in less than a second; chosen by us.
+        const MOST: u64 = 50_000_000;
+        let narrow = Self { d_ff: Some(1), ..self.clone() };
+        let small = narrow.costs(1).parameters <= MOST;
+        small
+            .then(|| parameters(&narrow.init(1, &Device::flex())).into_iter().map(|parameter| parameter.name).collect())
     }
 }

@@ -4,20 +4,23 @@ use polyhead_kernels::seed_random;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use polyhead_data::{DataConfig, Loader, Syntax, TextConfig, Tokenizer};
+use polyhead_data::{DataConfig, Loader, Syntax, TextConfig};
 use polyhead_models::Batch;
 
 use super::must_not_exist;
 use super::new_folder::{NewFolder, must_not_be_data};
-use crate::assemble::{self, Trained};
+use crate::allowed::caller;
 use crate::console::talk;
-use crate::recipe::Recipe;
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Conversion;
+use polyhead_recipe::Problems;
+use polyhead_recipe::Recipe;
+use polyhead_runs::Failure;
+use polyhead_runs::data::{TrainingData, open_tokens, record_text};
+use polyhead_runs::resolve::begin_run;
+use polyhead_runs::{Trained, open_trained};
 
-mod conversion;
 mod summary;
 
-pub use conversion::Conversion;
 pub use summary::{Measured, cached_bytes};
 
 /// What is converted, into what, and where to.
@@ -46,7 +49,7 @@ pub const BATCHES: u64 = 20;
 pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
     args.conversion.check().map_err(Problems::plain)?;
-    let parent = assemble::open_trained(&args.checkpoint, None)?.unmasked();
+    let parent = open_trained(&args.checkpoint, None, caller())?.unmasked(caller());
     let recipe = recipe_for(args, &parent)?;
     must_not_be_data(&recipe, &args.out)?;
     let folder = NewFolder::begin(&args.out)?;
@@ -69,9 +72,8 @@ pub fn perform(
 ) -> Result<Measured, Failure> {
     // A fresh router's weights are a function of the recipe's seed.
     seed_random(recipe.debug.seed);
-    let bytes_tokenizer = Tokenizer::bytes();
-    let opened = assemble::data(&recipe, parent.tokenizer.as_ref().unwrap_or(&bytes_tokenizer), &mut |_, _| {})?;
-    let child = conversion.make(parent, &mut first_batches(&opened.train, batches))?;
+    let opened = open_tokens(&recipe, parent.tokenizer.as_ref())?;
+    let child = polyhead_runs::convert(conversion, parent, &mut first_batches(&opened.train, batches), caller())?;
     talk!("compared on: {}", opened.description);
     opened.notes.iter().for_each(|note| talk!("note: {note}"));
     let models = [&parent.model, &child];
@@ -79,12 +81,12 @@ pub fn perform(
     summary::print(&measured, models, opened.vocab_size)?;
 
     let recipe = parent.recipe.clone().unwrap_or(recipe);
-    let mut companions = vec![("data.json".to_owned(), assemble::data_record(&opened))];
+    let mut companions = vec![("data.json".to_owned(), record_text(&opened.record()))];
     if let Some(tokenizer) = &parent.tokenizer {
         companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
         companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
     }
-    assemble::begin_run(out, &child, recipe, companions)?;
+    begin_run(out, &child, recipe, companions, caller())?;
     summary::draw(out, models)?;
     summary::summarize(out, conversion, models, &measured)?;
     Ok(measured)
@@ -105,8 +107,9 @@ fn recipe_for(args: &ConvertArgs, parent: &Trained) -> Result<Recipe, Failure> {
         (Some(recipe), _) => recipe.clone(),
         (None, Some(_)) => {
             let seq_len = parent.max_positions.min(512);
-            let minimal =
-                format!("[model]\n[data.rust_docs]\n[training]\nsteps = 1\nseq_len = {seq_len}\nbatch_size = 4\n");
+            let minimal = format!(
+                "[model]\npretrained = \".\"\n[data.rust_docs]\n[training]\nsteps = 1\nseq_len = {seq_len}\nbatch_size = 4\n"
+            );
             toml::from_str(&minimal).map_err(|error| Failure::Run(error.to_string()))?
         }
         (None, None) => {

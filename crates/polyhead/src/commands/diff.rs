@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::console::put;
-use crate::recipe::{self, Recipe};
-use crate::report::{Failure, Problems};
-use crate::result;
+use crate::console::{put, say};
+use polyhead_recipe::Problems;
+use polyhead_recipe::{self as recipe, Recipe};
+use polyhead_runs::Failure;
+use polyhead_runs::result;
 
 /// Longer values are cut in the middle columns; chosen by us.
 const WIDTH: usize = 36;
@@ -57,7 +58,7 @@ fn read(path: &Path) -> Result<Run, Failure> {
     let recipe = toml::from_str(&text).map_err(|error| Failure::Run(format!("{}: {error}", file.display())))?;
     let result = match result::read(path)? {
         Some(result) => serde_json::to_value(result).map_err(|error| Failure::Run(error.to_string()))?,
-        None => last_numbers(&result::history(path)?),
+        None => last_numbers(&result::history(path, say)?),
     };
     let mut numbers = Vec::new();
     collect(&result, "", &mut numbers);

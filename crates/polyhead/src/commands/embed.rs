@@ -12,10 +12,12 @@ use serde_json::{Value, json};
 
 use super::must_not_exist;
 use super::new_folder::sweep;
+use crate::allowed::caller;
 use crate::cli::at_least_one;
 use crate::console::{put, talk};
-use crate::embedder::open_embedder;
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::embedder::open_embedder;
 
 /// What is embedded by what.
 #[derive(Debug, Args)]
@@ -33,14 +35,14 @@ pub struct EmbedArgs {
     #[arg(long, default_value_t = 256, value_parser = at_least_one)]
     pub batch_size: usize,
     /// Default: the recipe's.
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
 }
 
 /// Embeds features, writes the embeddings and prints what they find.
 pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     args.out.as_deref().map_or(Ok(()), must_not_exist)?;
-    let Some(trained) = open_embedder(&args.checkpoint, args.device.as_deref())? else {
+    let Some(trained) = open_embedder(&args.checkpoint, args.device.as_deref(), caller())? else {
         let problem = format!("{}: a run of model.embedder is needed", args.checkpoint.display());
         return Err(Problems::plain(problem).into());
     };

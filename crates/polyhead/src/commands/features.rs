@@ -14,9 +14,11 @@ use polyhead_training::run_folder::atomic_write;
 use super::must_not_exist;
 use super::new_folder::sweep;
 use super::trained::text_tokenizer;
-use crate::assemble;
+use crate::allowed::caller;
 use crate::console::{bytes, talk};
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::open_trained;
 
 /// What goes through which model.
 #[derive(Debug, Args)]
@@ -61,7 +63,7 @@ pub struct FeaturesArgs {
     #[arg(long)]
     pub out: PathBuf,
     /// Default: the recipe's.
-    #[arg(long, value_parser = crate::device::NAMES)]
+    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
     pub device: Option<String>,
 }
 
@@ -130,7 +132,7 @@ struct Made {
 
 /// Runs texts, each with where it comes from, through the model.
 fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failure> {
-    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let most = args.max_tokens.map_or(trained.max_positions, |most| most as usize);
     let end = tokenizer.end_of_text().filter(|_| args.pool == Pool::Last);

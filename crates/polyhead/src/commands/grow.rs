@@ -9,14 +9,18 @@ use polyhead_attention::{Mask, Observe};
 use polyhead_kernels::comparison::{Disagreement, difference, numbers};
 use polyhead_models::Decoder;
 use polyhead_models::surgery::{self, Growth};
+use polyhead_recipe as recipe;
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::state::Companions;
 
 use super::new_folder::{NewFolder, must_not_be_data};
 use super::{check_memory, must_not_exist};
-use crate::assemble;
+use crate::allowed::caller;
 use crate::console::{put, talk, thousands};
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::open_trained;
+use polyhead_runs::resolve::begin_run;
 
 /// What grows.
 #[derive(Debug, Args)]
@@ -26,26 +30,9 @@ pub struct GrowArgs {
     /// The run folder to write: `model.pretrained`, train, eval, generate and export take it.
     #[arg(long)]
     pub out: PathBuf,
-    /// Make the signal heads of grouped differential attention this many times as many.
-    #[arg(long, value_name = "xN", default_value = "x1", value_parser = times)]
-    pub signal_heads: usize,
-    /// Make channels and units of feed-forward layers this many times as many; heads stay.
-    #[arg(long, value_name = "xN", default_value = "x1", value_parser = times)]
-    pub width: usize,
-    /// Layers afterwards.
-    #[arg(long)]
-    pub depth: Option<usize>,
-    /// Noise that separates replicas, in shares of the weights it is added to; it sums to zero over them.
-    #[arg(long, default_value_t = Growth::NOISE)]
-    pub noise: f64,
-    /// Decides the noise.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-}
-
-/// `x4` or `4`.
-fn times(text: &str) -> Result<usize, String> {
-    text.strip_prefix('x').unwrap_or(text).parse().map_err(|_| "a factor such as x2 is expected".into())
+    /// How it grows.
+    #[command(flatten)]
+    pub growth: recipe::Growth,
 }
 
 /// What grown logits may differ by.
@@ -56,8 +43,8 @@ const COMPARED: usize = 256;
 /// Writes the grown model, if it computes what its parent does.
 pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
-    let parent = assemble::open_trained(&args.checkpoint, None)?.unmasked();
-    let Some(recipe) = &parent.recipe else {
+    let parent = open_trained(&args.checkpoint, None, caller())?.unmasked(caller());
+    let Some(trained_by) = &parent.recipe else {
         let problem = format!(
             "{}: only a checkpoint of ours can grow, because its recipe goes on; a run with model.pretrained = {:?}, \
              training.steps = 1 and optimizer.adamw.lr = 0 makes one",
@@ -66,8 +53,8 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         );
         return Err(Problems::plain(problem).into());
     };
-    must_not_be_data(recipe, &args.out)?;
-    let GrowArgs { signal_heads, width, depth, noise, seed, .. } = *args;
+    must_not_be_data(trained_by, &args.out)?;
+    let recipe::Growth { signal_heads, width, depth, noise, seed } = args.growth;
     let growth = Growth { signal_heads, width, depth, noise, seed };
     let size = surgery::grown_config(parent.model.config(), &growth)?.costs(parent.model.vocab_size()).parameters;
     // The model as it is made, what is put into it, and what is written.
@@ -77,7 +64,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         let (config, parameters) = (model.config(), thousands(model.num_params() as u64));
         talk!("{name}: {parameters} parameters, {} layers of {} channels", config.n_layers, config.d_model);
     }
-    let compared = COMPARED.min(recipe.training.seq_len);
+    let compared = COMPARED.min(trained_by.training.seq_len);
     let difference = largest_difference(&parent.model, &grown, compared);
     match &difference {
         Ok(most) => {
@@ -97,7 +84,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         }
     }
     let folder = NewFolder::begin(&args.out)?;
-    let made = assemble::begin_run(folder.path(), &grown, recipe.clone(), companions)?;
+    let made = begin_run(folder.path(), &grown, trained_by.clone(), companions, caller())?;
     let checkpoint = args.out.join(made.file_name().unwrap_or_default());
     folder.finish()?;
     talk!("the optimiser starts afresh: its state belonged to the parent's weights");

@@ -3,21 +3,23 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use polyhead_data::synthetic::World;
+use polyhead_evaluation::ees::{EesConfig, EesMode, Probes};
+use polyhead_evaluation::eigenscore::{EigenScore, matrix};
+use polyhead_evaluation::hallucination::{Asking, Summary, ask};
+use polyhead_evaluation::sensitivity::Rows;
+use polyhead_evaluation::texts::answer_embeddings;
 use polyhead_models::{Decoder, Sampling};
-use polyhead_training::ees::{EesConfig, EesMode, Probes};
-use polyhead_training::eigenscore::{EigenScore, matrix};
-use polyhead_training::hallucination::{Asking, Summary, ask};
-use polyhead_training::neuron_dropout::answer_embeddings;
-use polyhead_training::sensitivity::Rows;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::trained::text_tokenizer;
-use crate::assemble;
+use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{harmless, put, talk};
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::data::world;
+use polyhead_runs::open_trained;
 
 /// Refuses what says nothing about these tasks, and gives how EES is computed.
 fn ees_of(args: &EvalArgs) -> Result<EesConfig, Failure> {
@@ -62,7 +64,7 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
         Problems::plain("--task eigenscore takes its prompts from a file, one a line: name it with --prompts".into())
     })?;
     let ees = ees_of(args)?;
-    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let layer = layer_of(args, &trained.model)?;
     let sampling = Sampling { max_new_tokens: args.new_tokens, seed: args.seed, ..Sampling::eigenscore() };
@@ -131,12 +133,12 @@ fn layer_of(args: &EvalArgs, model: &Decoder) -> Result<usize, Failure> {
 /// Asks a model all questions about the world of facts that it was trained on.
 pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
     let ees = ees_of(args)?;
-    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
-    let world = trained.recipe.as_ref().and_then(assemble::world).ok_or_else(|| {
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let world = trained.recipe.as_ref().and_then(world).ok_or_else(|| {
         let path = trained.path.display();
         Failure::Run(format!("{path} did not learn generated facts: --task facts asks about those of [data.facts]"))
     })?;
-    let mut asking = asking(&world, trained.model.layers.len());
+    let mut asking = Asking::new(world.end(), trained.model.layers.len());
     asking.samples = args.samples;
     asking.ees.clone_from(&ees);
     asking.sampling.seed = args.seed;
@@ -153,9 +155,4 @@ pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
         "{:#}",
         json!({ "checkpoint": trained.path, "samples": args.samples, "seed": args.seed, "ees": ees, "facts": summary })
     )
-}
-
-/// How a world is asked about.
-pub fn asking(world: &World, n_layers: usize) -> Asking {
-    Asking::new(world.end(), n_layers)
 }

@@ -7,15 +7,15 @@ use polyhead_training::available_memory_bytes;
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
-use crate::assemble;
 use crate::console::{bytes, print, put, talk};
-use crate::device;
-use crate::recipe::{self, Loaded};
-use crate::report::Failure;
+use polyhead_recipe::{self as recipe, Loaded};
+use polyhead_runs::Failure;
+use polyhead_runs::data::project_root;
+use polyhead_runs::device;
 
 /// Lists recipes with the comment that each begins with.
 pub fn ls() -> Result<(), Failure> {
-    let folder = assemble::project_root().join("recipes");
+    let folder = project_root().join("recipes");
     let mut found = Vec::new();
     collect(&folder, &mut found)?;
     found.sort();
@@ -60,7 +60,7 @@ pub fn doctor() -> Result<(), Failure> {
     let slow = if cfg!(debug_assertions) { " (a debug build, which is slow: use cargo build --release)" } else { "" };
     put!("polyhead   {}{slow}", env!("CARGO_PKG_VERSION"))?;
     put!("devices    {}", device::usable().join(", "))?;
-    for problem in device::NAMES.iter().filter_map(|name| device::open(name).err()) {
+    for problem in polyhead_recipe::DEVICES.iter().filter_map(|name| device::open(name).err()) {
         put!("           {problem}")?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -70,11 +70,11 @@ pub fn doctor() -> Result<(), Failure> {
         put!("memory     {} available", bytes(memory))?;
     }
     let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
-    match rust_docs.documents(&assemble::project_root()) {
+    match rust_docs.documents(&project_root()) {
         Ok(found) => put!("text       {}", found.description)?,
         Err(error) => put!("text       {error}")?,
     }
-    let recipes = assemble::project_root().join("recipes");
+    let recipes = project_root().join("recipes");
     match recipes.is_dir() {
         true => put!("recipes    {} (`polyhead ls`)", shown(&recipes).display())?,
         false => put!("recipes    none in {}; `polyhead reference` tells what one may say", recipes.display())?,
@@ -107,7 +107,7 @@ fn shown(path: &Path) -> &Path {
 /// Learns a tokenizer from the text of a recipe.
 pub fn train_tokenizer(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
-    let found = loaded.recipe.data.documents(&assemble::project_root())?;
+    let found = loaded.recipe.data.documents(&project_root())?;
     talk!("learning {vocab_size} tokens from {}", found.description);
     found.notes.iter().for_each(|note| talk!("note: {note}"));
     let learned = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;

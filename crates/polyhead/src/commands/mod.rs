@@ -1,5 +1,6 @@
 //! The verbs. Standard output is data, standard error is talk.
 
+mod compare;
 pub mod convert;
 mod diff;
 pub mod embed;
@@ -15,21 +16,19 @@ mod stages;
 mod train;
 mod trained;
 
-pub use plan::probe;
-pub use train::summary::{program, quoted};
-
 use std::path::Path;
 
 use polyhead_training::available_memory_bytes;
 
 use crate::allowed::allowed;
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
-use crate::compare::{self, comparison, record};
 use crate::console::{bytes, print, put};
 use crate::inspect;
-use crate::recipe::{self, Loaded};
-use crate::report::{Failure, Problems};
-use crate::stages::Staged;
+use polyhead_experiments::{comparison, record};
+use polyhead_recipe::Problems;
+use polyhead_recipe::stages::Staged;
+use polyhead_recipe::{self as recipe, Loaded};
+use polyhead_runs::Failure;
 
 /// Does what was asked.
 ///
@@ -94,7 +93,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut command, "polyhead", &mut script);
             print(format_args!("{}", String::from_utf8_lossy(&script)))
         }
-        Command::Reference => print(format_args!("{}", crate::schema::reference())),
+        Command::Reference => print(format_args!("{}", polyhead_recipe::schema::reference())),
     }
 }
 
@@ -103,7 +102,7 @@ fn load(args: &RecipeArgs) -> Result<Loaded, Failure> {
 }
 
 fn staged(args: &RecipeArgs) -> Result<Option<Staged>, Failure> {
-    Ok(crate::stages::read(&args.recipe, &args.overrides)?)
+    Ok(polyhead_recipe::stages::read(&args.recipe, &args.overrides)?)
 }
 
 /// Refuses what does not fit the memory of this machine, before it is tried: the system would end the process without a word.

@@ -6,8 +6,9 @@ use polyhead_training::run_folder::RunLock;
 
 use super::must_not_exist;
 use crate::console::talk;
-use crate::recipe::Recipe;
-use crate::report::{Failure, Problems};
+use polyhead_recipe::Problems;
+use polyhead_recipe::Recipe;
+use polyhead_runs::Failure;
 
 /// The lock in an unfinished folder; it says that the folder is ours.
 const LOCK: &str = ".lock";

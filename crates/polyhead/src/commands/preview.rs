@@ -6,15 +6,18 @@ use std::path::PathBuf;
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{Labelled, Modality, Paired, StreamDecoder, Tokenizer};
-use polyhead_models::{Examples, IGNORE, Inputs, Role};
+use polyhead_data::{Labelled, Modality, Opened, Paired, StreamDecoder, Tokenizer};
+use polyhead_models::{Classifier, Decoder, Embedder, Examples, IGNORE, Inputs, Role};
 use polyhead_training::picture::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
 
-use crate::assemble::{self, Data};
-use crate::console::{harmless, put, talk};
-use crate::recipe::Loaded;
-use crate::report::Failure;
+use crate::allowed::caller;
+use crate::console::{self, harmless, put, talk};
+use polyhead_recipe::Loaded;
+use polyhead_recipe::ModelConfig;
+use polyhead_runs::Failure;
+use polyhead_runs::kind::Kind;
+use polyhead_runs::resolve::resolve;
 
 const TARGET: Style = AnsiColor::Green.on_default();
 const IGNORED: Style = Style::new().dimmed();
@@ -65,11 +68,16 @@ impl Shade {
 
 /// Shows rows: as coloured text where colours can be shown, as a table everywhere else.
 pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> {
-    let opened = match assemble::resolve(loaded)?.open(&mut |_, _| {})? {
-        Data::Tokens(opened) => opened,
-        Data::Examples(labelled) => return examples(&labelled, options),
-        Data::Pairs(paired) => return pairs(&paired, options),
-    };
+    let (resolved, quiet) = (resolve(loaded, caller())?, &mut |_, _| {});
+    match &resolved.recipe.model {
+        ModelConfig::Decoder { .. } => tokens(loaded, &Decoder::open(&resolved, quiet)?, options),
+        ModelConfig::Classifier(_) => examples(&Classifier::open(&resolved, quiet)?, options),
+        ModelConfig::Embedder(_) => pairs(&Embedder::open(&resolved, quiet)?, options),
+    }
+}
+
+/// Shows rows of tokens.
+fn tokens(loaded: &Loaded, opened: &Opened, options: PreviewOptions) -> Result<(), Failure> {
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
     opened.notes.iter().for_each(|note| talk!("note: {note}"));
@@ -215,7 +223,7 @@ fn paint(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<
         text.push_str(&format!("{style}{piece}{style:#}"));
     }
     let mut stdout = AutoStream::auto(std::io::stdout());
-    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(Failure::output)
+    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(console::output)
 }
 
 /// How many documents a row holds, where it tells. What pads it is none.

@@ -11,16 +11,20 @@ use super::convert::{self, Measured, cached_bytes};
 use super::new_folder::must_not_be_data;
 use super::plan;
 use super::train::{self, TrainSession};
-use crate::assemble::{self, Trained};
+use crate::allowed::caller;
 use crate::cli::TrainArgs;
 use crate::console::{put, talk, thousands};
-use crate::costs::tokens_per_step;
-use crate::pretrained::recipe_of;
-use crate::recipe::Loaded;
-use crate::report::{Failure, Problems};
-use crate::result;
 use crate::signals::Signals;
-use crate::stages::{self, Stage, StageRecord, Staged};
+use polyhead_recipe::Loaded;
+use polyhead_recipe::Problems;
+use polyhead_recipe::stages::{Stage, Staged};
+use polyhead_runs::Failure;
+use polyhead_runs::costs::tokens_per_step;
+use polyhead_runs::pretrained::recipe_of;
+use polyhead_runs::resolve::resume;
+use polyhead_runs::result;
+use polyhead_runs::stages::{self, StageRecord};
+use polyhead_runs::{Trained, open_trained};
 
 /// Runs what has not finished yet, each stage from the weights of the one before.
 ///
@@ -60,7 +64,7 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
             records.truncate(at);
         }
         if records.get(at).is_none() {
-            let fresh = loaded.recipe.model.pretrained.is_none();
+            let fresh = loaded.recipe.model.pretrained().is_none();
             let measured = run(args, stage, loaded, &folder, finished, signals)?;
             records.push(record(stage, &folder, (measured, fresh))?);
             let text = serde_json::to_string_pretty(&records).map_err(|error| Failure::Run(error.to_string()))?;
@@ -93,13 +97,13 @@ fn run(
     finished: bool,
     signals: &Signals,
 ) -> Result<Measured, Failure> {
-    let from = loaded.recipe.model.pretrained.clone();
+    let from = loaded.recipe.model.pretrained().map(Path::to_owned);
     if let (Some(conversion), Some(from), false) = (&stage.convert, &from, finished) {
         // What is there was left by a conversion that did not come to its end.
         if folder.exists() {
             std::fs::remove_dir_all(folder).map_err(|error| Failure::file("remove", folder, error))?;
         }
-        let parent = assemble::open_trained(from, None)?.unmasked();
+        let parent = open_trained(from, None, caller())?.unmasked(caller());
         return convert::perform(conversion, &parent, loaded.recipe, (folder, convert::BATCHES));
     }
     if !finished {
@@ -112,8 +116,8 @@ fn run(
             asked: None,
         })?;
     }
-    let after = assemble::open_trained(folder, None)?;
-    let before = from.map(|from| assemble::open_trained(&from, None)).transpose()?;
+    let after = open_trained(folder, None, caller())?;
+    let before = from.map(|from| open_trained(&from, None, caller())).transpose()?;
     let before = before.as_ref().unwrap_or(&after);
     let opened = after.data()?;
     Measured::on([&before.model, &after.model], convert::first_batches(&opened.validation, convert::BATCHES))
@@ -121,7 +125,7 @@ fn run(
 
 /// `fresh`: there was no model before.
 fn record(stage: &Stage, folder: &Path, (measured, fresh): (Measured, bool)) -> Result<StageRecord, Failure> {
-    let Trained { model, .. } = assemble::open_trained(folder, None)?;
+    let Trained { model, .. } = open_trained(folder, None, caller())?;
     Ok(StageRecord {
         name: stage.name.clone(),
         folder: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -138,7 +142,7 @@ fn record(stage: &Stage, folder: &Path, (measured, fresh): (Measured, bool)) -> 
 fn trained(stage: &Stage, loaded: &Loaded, folder: &Path, left_behind: bool) -> Result<bool, Failure> {
     let Some(result) = result::read(folder)? else { return Ok(false) };
     let (Some((checkpoint, _)), _) = newest_good(folder)? else { return Ok(false) };
-    assemble::resume(loaded, &checkpoint)?;
+    resume(loaded, &checkpoint, caller())?;
     let (before, now) = (recipe_of(&checkpoint)?.training.steps, loaded.recipe.training.steps);
     if before != now && left_behind {
         return Err(Problems::plain(format!(
@@ -236,7 +240,7 @@ pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> 
         put!("{}stage {} of {}: {}", if at > 0 { "\n" } else { "" }, at + 1, staged.stages.len(), stage.name)?;
         let training = &loaded.recipe.training;
         let tokens = tokens_per_step(&loaded.recipe);
-        let waits = loaded.recipe.model.pretrained.as_ref().is_some_and(|from| !from.exists());
+        let waits = loaded.recipe.model.pretrained().is_some_and(|from| !from.exists());
         match &stage.convert {
             Some(conversion) => {
                 let text = toml::Value::try_from(conversion).map_err(|error| Failure::Run(error.to_string()))?;

@@ -6,29 +6,24 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use polyhead_data::Tokenizer;
-use polyhead_models::{Decoder, MOST_CONFUSED};
-use polyhead_training::Trainee;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
-use polyhead_training::evaluate::Batches;
-use polyhead_training::hallucination::{Summary, ask};
-use polyhead_training::run::{Job, Outcome, Probe, View, run};
+use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
 
-use super::hallucination::asking;
 use super::new_folder::must_not_be_data;
-use crate::allowed::allowed;
-use crate::assemble::{self, Data, Resolved, Source};
-use crate::classifier::ExampleSource;
+use crate::allowed::{allowed, caller};
 use crate::cli::{RecipeArgs, TrainArgs};
-use crate::console::{Console, bytes, talk};
-use crate::costs::{Costs, Known, tokens_per_step};
-use crate::embedder::PairSource;
-use crate::pretrained::locate_checkpoint;
-use crate::recipe::{self, Loaded};
-use crate::report::Failure;
-use crate::result::{self, ClassTable};
+use crate::console::{Console, bytes, say, talk};
 use crate::signals::{self, Signals};
+use polyhead_recipe::{self as recipe, Loaded};
+use polyhead_runs::Failure;
+use polyhead_runs::Resolved;
+use polyhead_runs::costs::{Costs, Known, tokens_per_step};
+use polyhead_runs::data::{TrainingData, changed_text, record_text};
+use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
+use polyhead_runs::pretrained::locate_checkpoint;
+use polyhead_runs::resolve::{self, training_device};
+use polyhead_runs::result;
 
 /// Trains what a recipe says, or one after the other the stages of one that has stages.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
@@ -38,7 +33,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let signals = signals::listen(args.tui)?;
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
-    if let Some(staged) = crate::stages::read(&args.recipe.recipe, &overrides)? {
+    if let Some(staged) = polyhead_recipe::stages::read(&args.recipe.recipe, &overrides)? {
         return super::stages::train(&args, &staged, &signals);
     }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
@@ -76,7 +71,7 @@ pub struct TrainSession<'a> {
 /// If something is missing or wrong, or a signal came; what was saved before stays whole.
 pub fn train_session(session: TrainSession<'_>) -> Result<(), Failure> {
     let TrainSession { loaded, run_dir, .. } = session;
-    let device = assemble::training_device(&loaded.recipe)?;
+    let device = training_device(&loaded.recipe)?;
     must_not_be_data(&loaded.recipe, run_dir)?;
     let lock = RunLock::acquire(run_dir)?;
     for left in clean_leftovers(run_dir)? {
@@ -84,16 +79,11 @@ pub fn train_session(session: TrainSession<'_>) -> Result<(), Failure> {
     }
     let resume = choose_checkpoint(session.resume, run_dir)?;
     let resolved = match &resume {
-        Some(checkpoint) => assemble::resume(loaded, checkpoint)?,
-        None => assemble::resolve(loaded)?,
+        Some(checkpoint) => resolve::resume(loaded, checkpoint, caller())?,
+        None => resolve::resolve(loaded, caller())?,
     };
     let task = Task { session, resume, resolved };
-    let model = &task.resolved.recipe.model;
-    match (model.classifier.is_some(), model.embedder.is_some()) {
-        (true, _) => train_classifier(&task, lock, &device),
-        (_, true) => train_embedder(&task, lock, &device),
-        (false, false) => train_decoder(&task, lock, &device),
-    }
+    for_kind(&task.resolved.recipe.model, Train { task: &task, lock, device: &device })
 }
 
 /// A session whose beginning is known.
@@ -104,147 +94,49 @@ struct Task<'a> {
     resolved: Resolved,
 }
 
-/// What is trained on what, whatever kind of model it is.
-struct Material<'a, M: Trainee> {
-    model: M,
-    /// What mixes positions, layer by layer.
-    layers: Vec<&'static str>,
-    train: &'a dyn Batches<M::Batch>,
-    held_out: &'a dyn Batches<M::Batch>,
-    facts: &'a Facts,
-    tokenizer: Option<&'a Tokenizer>,
-    tracking: Vec<M::Batch>,
-    probe: Option<&'a Probe<'a, M>>,
-    classes: &'a dyn Fn(&M::Totals) -> Option<ClassTable>,
+/// Trains a model of any kind.
+struct Train<'a> {
+    task: &'a Task<'a>,
+    lock: RunLock,
+    device: &'a Device,
 }
 
-/// What is known about the data once it is open.
-struct Facts {
-    description: String,
-    text_hash: Option<String>,
-    known: Known,
-    /// `data.json`
-    record: Vec<u8>,
-}
+impl ForAnyKind for Train<'_> {
+    type Output = Result<(), Failure>;
 
-impl Facts {
-    fn of(data: &Data) -> Self {
-        Self {
-            description: data.description().to_owned(),
-            text_hash: data.text_hash().map(Into::into),
-            known: assemble::known(data),
-            record: assemble::record_of(data),
+    fn run<K: Kind>(self) -> Self::Output {
+        let Self { task, lock, device } = self;
+        let data = task.open::<K>()?;
+        for note in data.check(task.resolved.recipe.data.name())? {
+            talk!("warning: {note}");
+        }
+        let model: K = task.resolved.first(&data, device)?;
+        let outcome = task.learn(lock, model, &data)?;
+        task.tell_end(&outcome, data.description(), data.floor());
+        match (outcome.model.as_decoder(), data.tokenizer()) {
+            (Some(model), Some(tokenizer)) if task.session.asked.is_some() => {
+                summary::sample(&task.resolved.recipe, model, tokenizer)
+            }
+            _ => Ok(()),
         }
     }
-}
-
-fn train_decoder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
-    let resolved = &task.resolved;
-    let (data, facts) = task.open()?;
-    let Data::Tokens(opened) = data else { unreachable!("a decoder reads tokens") };
-    for note in assemble::check_targets(&opened, resolved.recipe.data.name())? {
-        talk!("warning: {note}");
-    }
-    let model = resolved.first_model(opened.vocab_size, device)?;
-    let config = model.config().clone();
-    let asked = assemble::world(&resolved.recipe).map(|world| (world.questions(), asking(&world, config.n_layers)));
-    let about_facts = asked.as_ref().map(|(questions, asking)| {
-        move |model: &Decoder, go_on: &dyn Fn() -> bool| {
-            let numbers = Summary::of(&ask(model, questions, asking, go_on)?, asking.confident).numbers();
-            Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
-        }
-    });
-    let (train, held_out) = (Source(opened.train), Source(opened.validation));
-    let outcome = task.learn(
-        lock,
-        Material {
-            model,
-            layers: (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect(),
-            train: &train,
-            held_out: &held_out,
-            facts: &facts,
-            tokenizer: opened.tokenizer.as_ref(),
-            tracking: opened.tracking,
-            probe: about_facts.as_ref().map(|probe| probe as &Probe<'_>),
-            classes: &|_| None,
-        },
-    )?;
-    task.tell_end(&outcome, &facts.description, opened.floor);
-    if let Some(tokenizer) = opened.tokenizer.as_ref().filter(|_| task.session.asked.is_some()) {
-        summary::sample(&resolved.recipe, &outcome.model, tokenizer)?;
-    }
-    Ok(())
-}
-
-fn train_classifier(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
-    let (data, facts) = task.open()?;
-    let Data::Examples(labelled) = data else { unreachable!("a classifier learns examples") };
-    if labelled.classes.len() > MOST_CONFUSED {
-        talk!(
-            "note: {} classes: confusions are counted, but no matrix of classes by classes is written (above {MOST_CONFUSED})",
-            labelled.classes.len()
-        );
-    }
-    let model = task.resolved.first_classifier(&labelled, device)?;
-    let layers = model.config().layers();
-    let (train, held_out) = (ExampleSource(labelled.train), ExampleSource(labelled.validation));
-    let outcome = task.learn(
-        lock,
-        Material {
-            model,
-            layers,
-            train: &train,
-            held_out: &held_out,
-            facts: &facts,
-            tokenizer: labelled.tokenizer.as_ref(),
-            tracking: Vec::new(),
-            probe: None,
-            classes: &|sums| Some(ClassTable::of(sums, &labelled.classes, &labelled.groups)),
-        },
-    )?;
-    task.tell_end(&outcome, &facts.description, None);
-    Ok(())
-}
-
-fn train_embedder(task: &Task<'_>, lock: RunLock, device: &Device) -> Result<(), Failure> {
-    let (data, facts) = task.open()?;
-    let Data::Pairs(paired) = data else { unreachable!("an embedder learns pairs") };
-    let model = task.resolved.first_embedder(&paired, device)?;
-    let (train, held_out) = (PairSource(paired.train), PairSource(paired.validation));
-    let outcome = task.learn(
-        lock,
-        Material {
-            model,
-            layers: vec!["mltp"],
-            train: &train,
-            held_out: &held_out,
-            facts: &facts,
-            tokenizer: None,
-            tracking: Vec::new(),
-            probe: None,
-            classes: &|_| None,
-        },
-    )?;
-    task.tell_end(&outcome, &facts.description, None);
-    Ok(())
 }
 
 impl Task<'_> {
-    /// Opens the data, which must be what a run that goes on has learned from.
-    fn open(&self) -> Result<(Data, Facts), Failure> {
+    /// Opens the data, which must be what a run that goes on has been trained on.
+    fn open<K: Kind>(&self) -> Result<K::Data, Failure> {
         let started = Instant::now();
-        let data = self.resolved.open(&mut tokenizing())?;
+        let data = K::open(&self.resolved, &mut tokenizing())?;
         talk!("data: {} ({:.1} s)", data.description(), started.elapsed().as_secs_f64());
         data.notes().iter().for_each(|note| talk!("note: {note}"));
         if let Some(checkpoint) = &self.resume
-            && let Some(problem) = assemble::changed_text(checkpoint, data.text_hash())?
+            && let Some(problem) = changed_text(checkpoint, data.text_hash())?
         {
             let hint = "put it back, or start another run with --out";
             return Err(Failure::Run(format!("{problem}\n  hint: a run goes on as what it was; {hint}")));
         }
-        let facts = Facts::of(&data);
-        self.check_memory(facts.known)?;
-        Ok((data, facts))
+        self.check_memory(data.known())?;
+        Ok(data)
     }
 
     /// Refuses what does not fit the memory of this machine.
@@ -259,23 +151,26 @@ impl Task<'_> {
     }
 
     /// Trains to the end and writes what was reached.
-    fn learn<M: Trainee>(&self, lock: RunLock, material: Material<'_, M>) -> Result<Outcome<M>, Failure> {
-        let Material { model, layers, train, held_out, facts, tokenizer, tracking, probe, classes } = material;
+    fn learn<K: Kind>(&self, lock: RunLock, model: K, data: &K::Data) -> Result<Outcome<K>, Failure> {
+        let (train, held_out, known) = (data.train(), data.held_out(), data.known());
         let (recipe, TrainSession { run_dir, signals, .. }) = (&self.resolved.recipe, &self.session);
-        self.tell_model(&model, layers);
+        self.tell_model(&model);
+        let probe = model.probe(recipe);
         let start = self.tell_start()?;
         let text = recipe::resolved(recipe)?;
         let about = result::About {
-            id: result::id(&text, facts.text_hash.as_deref()),
-            data: facts.description.clone(),
-            unit: facts.known.unit(),
-            costs: Costs::of(recipe, facts.known),
+            id: result::id(&text, data.text_hash()),
+            data: data.description().to_owned(),
+            unit: known.unit(),
+            costs: Costs::of(recipe, known),
             environment: result::Environment::here(&recipe.training.device),
         };
         atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
-        let mut companions =
-            vec![("recipe.toml".to_owned(), text.clone().into_bytes()), ("data.json".to_owned(), facts.record.clone())];
-        if let Some(tokenizer) = tokenizer {
+        let mut companions = vec![
+            ("recipe.toml".to_owned(), text.clone().into_bytes()),
+            ("data.json".to_owned(), record_text(&data.record())),
+        ];
+        if let Some(tokenizer) = data.tokenizer() {
             companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
             companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
         }
@@ -291,11 +186,11 @@ impl Task<'_> {
             checkpoint: recipe.checkpoint.clone(),
             metrics: recipe.metrics.clone(),
             seed: recipe.debug.seed,
-            train,
-            held_out,
-            probe,
-            validate_first: recipe.model.pretrained.is_some(),
-            tracking,
+            train: &*train,
+            held_out: &*held_out,
+            probe: probe.as_deref(),
+            validate_first: recipe.model.pretrained().is_some(),
+            tracking: data.tracking(),
             companions,
             nonfinite: allowed().nonfinite,
             recipe: text,
@@ -326,7 +221,8 @@ impl Task<'_> {
             let early = if outcome.progress.step < recipe.training.steps { " early" } else { "" };
             talk!("\nended{early} at step {}: {why}", outcome.progress.step);
         }
-        result::write(run_dir, about, &outcome, (held_out, recipe.validation.batches), classes)?;
+        let classes = |totals: &_| K::class_table(data, totals);
+        result::write(run_dir, about, &outcome, (&*held_out, recipe.validation.batches), &classes, say)?;
         match &outcome.missing {
             Some(problem) => Err(Failure::Run(format!(
                 "the run is at its end and saved in {}, but not all of what it logged: {problem}",
@@ -346,7 +242,7 @@ fn check_dashboard() -> Result<(), Failure> {
 fn check_dashboard() -> Result<(), Failure> {
     let problem = "--tui: this binary was built without the dashboard; build with `cargo build --release --features tui`, \
                    or leave it out: a terminal gets a progress bar";
-    Err(crate::report::Problems::plain(problem.into()).into())
+    Err(polyhead_recipe::Problems::plain(problem.into()).into())
 }
 
 /// Where a recipe's run is written if nothing else is said.
@@ -392,7 +288,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             }
         }
         path => {
-            let path = locate_checkpoint(Path::new(path))?.0;
+            let path = locate_checkpoint(Path::new(path), caller())?.0;
             let inside = path.canonicalize()?.parent() == Some(&run_dir.canonicalize()?);
             match inside {
                 true => Ok(Some(path)),

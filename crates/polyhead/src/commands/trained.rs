@@ -18,26 +18,28 @@ use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use super::new_folder::NewFolder;
-use crate::assemble;
-use crate::classifier::{ExampleSource, TrainedClassifier, open_classifier};
+use crate::allowed::caller;
 use crate::cli::GenerateArgs;
 use crate::console::{harmless, print, put, talk};
-use crate::embedder::{PairSource, TrainedEmbedder, open_embedder, paired};
-use crate::report::Failure;
-use crate::result::{ClassTable, GroupScore, NamedScore, Score};
+use polyhead_runs::Failure;
+use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
+use polyhead_runs::data::{Source, changed_text};
+use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
+use polyhead_runs::open_trained;
+use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
 pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
-    if let Some(embedder) = open_embedder(checkpoint, device)? {
+    if let Some(embedder) = open_embedder(checkpoint, device, caller())? {
         return eval_embedder(&embedder, batches);
     }
-    if let Some(classifier) = open_classifier(checkpoint, device)? {
+    if let Some(classifier) = open_classifier(checkpoint, device, caller())? {
         return eval_classifier(&classifier, batches);
     }
-    let trained = assemble::open_trained(checkpoint, device)?;
+    let trained = open_trained(checkpoint, device, caller())?;
     let opened = trained.data()?;
     talk!("data: {}", opened.description);
-    if let Some(problem) = assemble::changed_text(&trained.path, opened.text_hash.as_deref())? {
+    if let Some(problem) = changed_text(&trained.path, opened.text_hash.as_deref())? {
         talk!("warning: {problem}: some of what is held out now may have been learned");
     }
     let all = opened.validation.batches_per_epoch().max(1);
@@ -62,10 +64,10 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
 fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure> {
     let paired = paired(&trained.recipe)?;
     talk!("data: {}", paired.description);
-    if let Some(problem) = assemble::changed_text(&trained.path, Some(&paired.text_hash))? {
+    if let Some(problem) = changed_text(&trained.path, Some(&paired.text_hash))? {
         talk!("warning: {problem}: some of what is held out now may have been learned");
     }
-    let sums = evaluate(&trained.model, &PairSource(paired.validation), batches)?;
+    let sums = evaluate(&trained.model, &Source(&paired.validation), batches)?;
     let mut result = serde_json::json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
     for (name, value) in sums.retrieval().numbers() {
         result[name] = serde_json::json!(value);
@@ -77,10 +79,10 @@ fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure>
 fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Failure> {
     let labelled = trained.data()?;
     talk!("data: {}", labelled.description);
-    if let Some(problem) = assemble::changed_text(&trained.path, labelled.text_hash.as_deref())? {
+    if let Some(problem) = changed_text(&trained.path, labelled.text_hash.as_deref())? {
         talk!("warning: {problem}: some of what is held out now may have been learned");
     }
-    let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), batches)?;
+    let sums = evaluate(&trained.model, &Source(&labelled.validation), batches)?;
     let table = ClassTable::of(&sums, &labelled.classes, &labelled.groups);
     let line = |name: &str, cells: [String; 4]| {
         let [examples, precision, recall, f1] = cells;
@@ -113,9 +115,9 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             "--temperature ({}) must be 0 or more, --top-p ({}) above 0 and up to 1",
             args.temperature, args.top_p
         );
-        return Err(crate::report::Problems::plain(problem).into());
+        return Err(polyhead_recipe::Problems::plain(problem).into());
     }
-    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let sampling = Sampling {
         max_new_tokens: args.max_new_tokens,
@@ -157,7 +159,7 @@ pub fn plain_prompt<'a>(tokenizer: &Tokenizer, text: &'a str) -> Result<Prompt<'
 fn chat_prompt<'a>(tokenizer: &Tokenizer, text: &str) -> Result<Prompt<'a>, Failure> {
     if tokenizer.chat_template().is_none() {
         let problem = "--chat: the model has no chat template: it has not been fine-tuned on conversations";
-        return Err(crate::report::Problems::plain(problem.into()).into());
+        return Err(polyhead_recipe::Problems::plain(problem.into()).into());
     }
     let template = chat_template("chat template", "tokenizer", tokenizer)?;
     let refused = |problem: String| Failure::Run(format!("the chat template refuses the prompt: {problem}"));
@@ -227,7 +229,7 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
     if !to.join("config.json").exists() {
         must_not_exist(to)?;
     }
-    let mut trained = assemble::open_trained(checkpoint, Some("flex"))?;
+    let mut trained = open_trained(checkpoint, Some("flex"), caller())?;
     if let Some(gate) = trained.model.gate().filter(|_| !how.without_mask) {
         let problem = format!(
             "{} is evaluated with a mask behind layer {} (mask_at_eval), which Hugging Face's format has no place for: \
@@ -235,7 +237,7 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
             trained.path.display(),
             gate.after_layer
         );
-        return Err(crate::report::Problems::plain(problem).into());
+        return Err(polyhead_recipe::Problems::plain(problem).into());
     }
     if how.expanded {
         trained.model = surgery::expanded(&trained.model)?;
@@ -281,20 +283,21 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
 
 /// Writes the logits of tokens, or of a text.
 pub fn logits(checkpoint: &Path, tokens: &[u32], text: Option<&str>, out: &Path) -> Result<(), Failure> {
-    let trained = assemble::open_trained(checkpoint, None)?;
+    let trained = open_trained(checkpoint, None, caller())?;
     let vocab = trained.model.vocab_size();
     let tokens = match text {
         None => tokens.to_vec(),
         Some(text) => text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?.encode_prompt(text)?,
     };
     if tokens.is_empty() {
-        return Err(crate::report::Problems::plain("--text is no token long: give a longer one".into()).into());
+        return Err(polyhead_recipe::Problems::plain("--text is no token long: give a longer one".into()).into());
     }
     trained.check_length(tokens.len(), if text.is_some() { "--text" } else { "--tokens" })?;
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
-        return Err(
-            crate::report::Problems::plain(format!("--tokens: id {id} is not below the vocabulary ({vocab})")).into()
-        );
+        return Err(polyhead_recipe::Problems::plain(format!(
+            "--tokens: id {id} is not below the vocabulary ({vocab})"
+        ))
+        .into());
     }
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
     let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &trained.model.device());

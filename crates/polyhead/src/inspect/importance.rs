@@ -9,11 +9,13 @@ use polyhead_training::picture::matrix;
 use polyhead_training::run_folder::atomic_write;
 
 use super::{choose, default_folder, embedded};
-use crate::classifier::{ExampleSource, TrainedClassifier};
 use crate::cli::InspectArgs;
 use crate::console::{put, talk};
-use crate::page::{escape, figure, page, table};
-use crate::report::{Failure, Problems};
+use polyhead_experiments::page::{escape, figure, page, table};
+use polyhead_recipe::{ModelConfig, Problems};
+use polyhead_runs::Failure;
+use polyhead_runs::classifier::TrainedClassifier;
+use polyhead_runs::data::Source;
 
 /// Writes the map and a page, and prints the table of layers, the most important first.
 ///
@@ -26,7 +28,7 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
         return Err(Problems::plain(problem.into()).into());
     }
     let labelled = trained.data()?;
-    let sums = evaluate(&trained.model, &ExampleSource(labelled.validation), 0)?;
+    let sums = evaluate(&trained.model, &Source(&labelled.validation), 0)?;
     let Some(importance) = sums.importance() else {
         let problem = format!(
             "{} has no gate over layers: of classifiers, inspect shows the gates of gaussian_adaptive_transformer (gates \
@@ -36,8 +38,8 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
         return Err(Problems::plain(problem).into());
     };
     let shares = importance.shares();
-    let read = match &trained.recipe.model.classifier {
-        Some(ClassifierConfig::GaussianAdaptiveTransformer(config)) => config.layers.clone(),
+    let read = match &trained.recipe.model {
+        ModelConfig::Classifier(ClassifierConfig::GaussianAdaptiveTransformer(config)) => config.layers.clone(),
         _ => None,
     };
     // Layers are called what they are called in the model whose features are read.

@@ -1,7 +1,6 @@
 //! `polyhead inspect`: what the heads of a trained model look at, and how much each of them matters; of classifiers which
 //! layers and features their gate lets through.
 
-mod heads;
 mod importance;
 
 use std::fmt::Write;
@@ -15,14 +14,16 @@ use polyhead_models::{Batch, IGNORE};
 use polyhead_training::picture::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
-use crate::assemble::{self, Trained};
-use crate::classifier::open_classifier;
+use crate::allowed::caller;
 use crate::cli::InspectArgs;
 use crate::console::{put, talk};
-use crate::page::{escape, figure, page, table};
-use crate::report::{Failure, Problems};
+use polyhead_experiments::page::{escape, figure, page, table};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::classifier::open_classifier;
+use polyhead_runs::{Trained, open_trained};
 
-use heads::{Head, Layer};
+use polyhead_evaluation::heads::{self, Head, Layer};
 
 /// A picture inside a page.
 fn embedded(png: &Png, about: &str) -> String {
@@ -39,10 +40,10 @@ fn embedded(png: &Png, about: &str) -> String {
 /// # Errors
 /// If the model cannot be opened, or has no such layer or head.
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
-    if let Some(classifier) = open_classifier(&args.checkpoint, args.device.as_deref())? {
+    if let Some(classifier) = open_classifier(&args.checkpoint, args.device.as_deref(), caller())? {
         return importance::inspect(args, &classifier);
     }
-    let trained = assemble::open_trained(&args.checkpoint, args.device.as_deref())?;
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let rows = probe(args, &trained)?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();

@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainingConfig;
-use crate::ees::EesConfig;
-use crate::sensitivity::{Embedding, Pool};
+use polyhead_evaluation::ees::EesConfig;
+use polyhead_evaluation::sensitivity::{Embedding, Pool};
 
 /// A setting that breaks a rule: the field, and the problem in words.
 pub type Wrong = (&'static str, String);

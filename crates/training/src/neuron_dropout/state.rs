@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::sensitivity::Rows;
+use polyhead_evaluation::sensitivity::Rows;
 
 /// The procedure's memory.
 #[derive(Debug, Clone, Default, PartialEq)]

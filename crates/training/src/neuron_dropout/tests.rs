@@ -99,7 +99,7 @@ fn rows_are_watched_as_evaluation_reads_them() {
     rows.iter().for_each(|row| sums.add(model.evaluate(row)));
     assert_eq!(sums.targets, 3 + 1 + 3);
     assert!((Texts::new(&rows).loss(&model) - sums.mean_loss()).abs() < 1e-6);
-    let last = |row: Batch| Texts::new(&[row]).embeddings(&model, 1, crate::sensitivity::Embedding::Last);
+    let last = |row: Batch| Texts::new(&[row]).embeddings(&model, 1, polyhead_evaluation::sensitivity::Embedding::Last);
     assert_eq!(last(statements(10)), last(statements(0)), "what another document says is not seen");
     assert_ne!(last(Batch { documents: None, ..statements(10) }), last(Batch { documents: None, ..statements(0) }));
     // Plain texts are predicted token by token, whatever fills them up.
@@ -192,7 +192,7 @@ fn control_arms_drop_as_much_of_something_else() {
 fn as_published_weights_are_zeroed_at_the_start_of_every_interval() {
     let config = NeuronDropoutConfig {
         mode: Mode::WeightsCompat,
-        embedding: crate::sensitivity::Embedding::SecondLast,
+        embedding: polyhead_evaluation::sensitivity::Embedding::SecondLast,
         ..config()
     };
     let run = Run::new(config).steps(4);
@@ -325,7 +325,7 @@ fn settings_that_do_not_fit_are_named() {
     ] {
         assert_eq!(told(right.clone()), [], "{right:?}");
     }
-    let ees = crate::ees::EesConfig { terms: 0, alpha: 2.0, ..Default::default() };
+    let ees = polyhead_evaluation::ees::EesConfig { terms: 0, alpha: 2.0, ..Default::default() };
     let several = told(NeuronDropoutConfig { k: 2.0, window: 1, layer: 9, ees, ..config() });
     let fields: Vec<&str> = several.iter().map(|(field, _)| *field).collect();
     assert_eq!(fields, ["k", "window", "ees.terms", "ees.alpha", "layer"]);

@@ -1,99 +1,29 @@
 //! The tracked texts: what a model makes of them.
 
-use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, IGNORE, Sampling, continuations};
+use polyhead_evaluation::texts::{Texts, answer_embeddings};
+use polyhead_models::{Batch, Decoder, IGNORE, Sampling};
 
 use super::NeuronDropoutConfig;
 use crate::TrainError;
-use crate::eigenscore::matrix;
 use crate::picture::{Options, Png, heat_map};
-use crate::sensitivity::{Embedding, Rows, embed};
+use polyhead_evaluation::eigenscore::matrix;
 
-/// Rows of one forward pass; chosen by us.
-const ROWS: usize = 16;
-
-/// Texts as a model reads them when it is evaluated: who sees whom, and what is to be predicted.
-#[derive(Debug, Clone)]
-pub struct Texts {
-    /// One row each, without padding.
-    rows: Vec<Batch>,
-}
-
-impl Texts {
-    /// Batches of one row each, of at least one token; empty ones are left out.
-    pub fn new(rows: &[Batch]) -> Self {
-        Self { rows: rows.iter().filter(|row| row.seq > 0).cloned().collect() }
-    }
-
-    /// Plain texts as token ids, in which every token sees those before it; empty ones are left out.
-    pub fn plain(texts: impl IntoIterator<Item = Vec<u32>>) -> Self {
-        Self::new(&texts.into_iter().map(Batch::text).collect::<Vec<_>>())
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// One embedding per text, `[texts][d_model]`, of the output of layer `layer`. Padding takes no part. Call it on
-    /// `model.valid()`.
-    pub fn embeddings(&self, model: &Decoder, layer: usize, how: Embedding) -> Rows {
-        let d_model = model.config().d_model;
-        let mut embedded = Rows::new();
-        for rows in self.rows.chunks(ROWS) {
-            let batch = padded(rows);
-            let mask = batch.mask(ContextMask::Causal);
-            let hidden = model.hidden_after(layer, model.tokens(&batch), &mask).into_data();
-            let hidden: Vec<f64> = hidden.iter::<f64>().collect();
-            for (row, hidden) in rows.iter().zip(hidden.chunks(batch.seq * d_model)) {
-                embedded.push(embed(&hidden[..row.seq * d_model], d_model, how));
-            }
-        }
-        embedded
-    }
-
-    /// Mean loss over what is to be predicted in the texts, in nats per target. Call it on `model.valid()`.
-    pub fn loss(&self, model: &Decoder) -> f64 {
-        let mut sums = Evaluated::default();
-        self.rows.chunks(ROWS).for_each(|rows| sums.add(model.evaluate(&padded(rows))));
-        sums.mean_loss()
-    }
-
-    /// Mean EES over the continuations of the beginnings of the first `prompts` texts.
-    pub(super) fn sampled_ees(
-        &self,
-        model: &Decoder,
-        layer: usize,
-        prompts: usize,
-        config: &NeuronDropoutConfig,
-        seed: u64,
-    ) -> f64 {
-        let sampling = Sampling { max_new_tokens: config.ees_new_tokens, seed, ..Sampling::eigenscore() };
-        let of = |row: &Batch| {
-            let rows = answer_embeddings(model, beginning(row), config.ees_samples, &sampling, None, layer);
-            config.ees.of(&matrix(&rows).transpose(), seed)
-        };
-        let rows = &self.rows[..prompts.min(self.rows.len())];
-        rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64
-    }
-}
-
-/// `count` continuations of a prompt, each as the output of layer `layer` at its last token, `[count][d_model]`.
-pub fn answer_embeddings(
+/// Mean EES over the continuations of the beginnings of the first `prompts` texts.
+pub(super) fn sampled_ees(
+    texts: &Texts,
     model: &Decoder,
-    prompt: &[u32],
-    count: usize,
-    sampling: &Sampling,
-    stop: Option<u32>,
     layer: usize,
-) -> Rows {
-    let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stop, &|| true).unwrap_or_default();
-    let whole = answers.into_iter().map(|answer| [prompt, &answer.tokens].concat());
-    Texts::plain(whole).embeddings(model, layer, Embedding::Last)
+    prompts: usize,
+    config: &NeuronDropoutConfig,
+    seed: u64,
+) -> f64 {
+    let sampling = Sampling { max_new_tokens: config.ees_new_tokens, seed, ..Sampling::eigenscore() };
+    let of = |row: &Batch| {
+        let rows = answer_embeddings(model, beginning(row), config.ees_samples, &sampling, None, layer);
+        config.ees.of(&matrix(&rows).transpose(), seed)
+    };
+    let rows = &texts.rows()[..prompts.min(texts.len())];
+    rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64
 }
 
 /// What is to be continued of a row: what comes before its first target, or where that is nothing, the first half of its
@@ -107,28 +37,6 @@ pub(super) fn beginning(row: &Batch) -> &[u32] {
         Some(asked) if asked > 0 => &row.tokens[..asked + 1],
         _ => &row.tokens[..first.div_ceil(2)],
     }
-}
-
-/// Rows filled up to the longest. Where any has documents, what fills up is a document of its own.
-fn padded(rows: &[Batch]) -> Batch {
-    const PADDING: u32 = u32::MAX;
-    let seq = rows.iter().map(|row| row.seq).max().unwrap_or(1);
-    let mut batch = Batch { batch: rows.len(), seq, ..Batch::default() };
-    let mut documents = Vec::with_capacity(rows.len() * seq);
-    for row in rows {
-        let filled = batch.tokens.len() + seq;
-        batch.tokens.extend(&row.tokens);
-        batch.tokens.resize(filled, 0);
-        batch.targets.extend(&row.targets);
-        batch.targets.resize(filled, IGNORE);
-        match &row.documents {
-            Some(own) => documents.extend(own),
-            None => documents.resize(documents.len() + row.seq, 0),
-        }
-        documents.resize(filled, PADDING);
-    }
-    batch.documents = rows.iter().any(|row| row.documents.is_some()).then_some(documents);
-    batch
 }
 
 /// A row per choice, a column per coordinate; what was dropped is bright.

@@ -9,7 +9,7 @@ use super::Requests;
 use crate::checkpoint::Best;
 use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig};
 use crate::evaluate::Batches;
-use crate::procedure::ProcedureConfig;
+use crate::procedures::ProcedureConfig;
 use crate::run_folder::RunLock;
 use crate::state::{Companions, Progress};
 
@@ -46,7 +46,7 @@ pub struct Job<'a, M: Trainable = Decoder> {
     /// Validate before the first step too: what a model that was trained elsewhere starts from.
     pub validate_first: bool,
     /// Texts that the procedure watches the model on, a row each; no part of `train`.
-    pub tracking: Vec<M::Batch>,
+    pub tracking: &'a [M::Batch],
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
     pub companions: Companions,
     /// The recipe as text, for TensorBoard.

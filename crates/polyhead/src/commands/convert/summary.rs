@@ -11,9 +11,9 @@ use polyhead_training::run_folder::atomic_write;
 use polyhead_training::tensorboard::EventWriter;
 use serde_json::json;
 
-use super::Conversion;
 use crate::console::{put, thousands};
-use crate::report::Failure;
+use polyhead_recipe::Conversion;
+use polyhead_runs::Failure;
 
 /// What held-out data says of a model and of what became of it.
 #[derive(Debug, Clone, Copy)]

@@ -12,12 +12,15 @@ use polyhead_training::{peak_memory_bytes, state};
 use super::super::trained::{plain_prompt, write_text};
 use super::{Task, TrainSession};
 use crate::console::{bytes, clock, talk, thousands};
-use crate::recipe::Recipe;
-use crate::report::Failure;
+use polyhead_recipe::Recipe;
+use polyhead_runs::Failure;
+use polyhead_runs::kind::Kind;
+use polyhead_runs::text::quoted;
 
 impl Task<'_> {
     /// What is trained, and from what.
-    pub(super) fn tell_model(&self, model: &impl Trainable, mut layers: Vec<&'static str>) {
+    pub(super) fn tell_model(&self, model: &impl Kind) {
+        let mut layers = model.layers();
         let (all, n_layers) = (model.num_params(), layers.len());
         layers.dedup();
         let learning: usize = parameters(model).iter().filter(|one| one.trainable).map(|one| one.numbers).sum();
@@ -27,7 +30,7 @@ impl Task<'_> {
         };
         let count = thousands(all as u64);
         talk!("model: {count} parameters{frozen}, {n_layers} layers, attention: {}", layers.join(", "));
-        if let Some(path) = self.resolved.recipe.model.pretrained.as_ref().filter(|_| self.resume.is_none()) {
+        if let Some(path) = self.resolved.recipe.model.pretrained().filter(|_| self.resume.is_none()) {
             talk!("starts from the weights of {}", path.display());
         }
     }
@@ -98,12 +101,6 @@ impl Task<'_> {
 /// This program as it was called, so that what is suggested works when typed.
 pub fn program() -> String {
     std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
-}
-
-/// As it is typed into a shell.
-pub fn quoted(argument: &str) -> String {
-    let plain = |sign: char| sign.is_ascii_alphanumeric() || "=._-/:,+".contains(sign);
-    if argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) }
 }
 
 /// A sample of what the model writes, on standard output.

@@ -1,0 +1,404 @@
+//! The file that describes a comparison: a base recipe, what its arms change, and what is held equal.
+
+mod settings;
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use polyhead_recipe::flags::table_or_flags;
+use polyhead_recipe::layers::{self, Layer};
+use polyhead_recipe::schema;
+use polyhead_recipe::{self as recipe, Conversion, Growth, folder_name};
+use polyhead_recipe::{Problem, Problems, in_words};
+
+use settings::{Place, multiplied};
+
+/// A comparison. Its `extends` names the base recipe, as in a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Comparison {
+    /// What the report is called. Default: the file's name.
+    #[serde(default)]
+    pub title: Option<String>,
+    /// Every arm is trained once with each of them; those of one seed see the same data in the same order.
+    pub seeds: Vec<u64>,
+    /// The arm that the others are compared with. Default: the first.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// What is made equal to the base arm's. Default: "none".
+    #[serde(default, rename = "match")]
+    pub matched: Matched,
+    /// The key whose value is sought to make it equal. Default: "model.decoder.d_ff".
+    #[serde(default = "d_ff")]
+    pub solve: String,
+    /// By which share a matched arm may miss the target. Default: 0.01, chosen by us.
+    #[serde(default = "tolerance")]
+    pub tolerance: f64,
+    /// What the findings are about. Default: "validation_loss".
+    #[serde(default)]
+    pub metric: Quality,
+    /// Refuse arms that would see other data, in another order, or another number of tokens. Default: true.
+    #[serde(default = "yes")]
+    pub same_data: bool,
+    /// Keys with values to choose from: every arm is trained with each of them (all combinations), its best one is chosen on
+    /// the first half of the held-out batches and reported on the other half.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub sweep: toml::Table,
+    /// What is made once for every seed before the arms run: models that arms start from with
+    /// `model.pretrained = "{name}"`.
+    #[serde(default)]
+    pub prepare: Vec<Preparation>,
+    /// Tasks that every trained run is put to, as flags of `polyhead eval`: "--task needles_multi --lengths 1,2,4,8". The
+    /// report shows them as `needles_multi/4x` and so on.
+    #[serde(default)]
+    pub evaluate: Vec<String>,
+    /// What all arms change of the base recipe.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// A dial that every arm is trained at: each is compared with the base arm at the same setting.
+    #[serde(default)]
+    pub setting: Vec<Setting>,
+    /// What is compared.
+    pub arm: Vec<Arm>,
+    /// What others found, and which arms show it; each is a row of the replication table.
+    #[serde(default)]
+    pub claim: Vec<Claim>,
+}
+
+fn d_ff() -> String {
+    "model.decoder.d_ff".into()
+}
+
+fn tolerance() -> f64 {
+    0.01
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A model that arms start from, trained or made of an earlier one. Exactly one of `train`, `convert` and `grow` is given.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Preparation {
+    /// Its name, as arms and later preparations write it.
+    pub name: String,
+    /// The earlier preparation that it is made of; `train` may do without.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// Train this recipe, which is found as `extends` is; the seed is the arms'.
+    #[serde(default)]
+    pub train: Option<PathBuf>,
+    /// What to change of the recipe that is trained.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// Convert it: `{ to = "grouped_query", kv_heads = 2 }`, as a stage does.
+    #[serde(default, deserialize_with = "table_or_flags")]
+    pub convert: Option<Conversion>,
+    /// Grow it: `{ signal_heads = 4 }`.
+    #[serde(default, deserialize_with = "table_or_flags")]
+    pub grow: Option<Growth>,
+}
+
+/// A setting of the dial.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    /// Its name; arms are reported as `ARM; SETTING`.
+    pub name: String,
+    /// What it changes of the base recipe, before an arm does.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+}
+
+/// One of the things that are compared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Arm {
+    /// Its name in the report.
+    pub name: String,
+    /// What it changes of the base recipe.
+    #[serde(default)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub recipe: toml::Table,
+    /// The key that is sought for this arm, where it is another one.
+    #[serde(default)]
+    pub solve: Option<String>,
+    /// Where it stands in the file.
+    #[serde(skip)]
+    pub place: Place,
+}
+
+/// What is made equal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Matched {
+    /// Nothing.
+    #[default]
+    None,
+    /// Weights of the model.
+    Parameters,
+    /// Operations of a forward pass per token.
+    Flops,
+    /// Bytes kept per token while decoding.
+    KvCache,
+}
+
+/// What findings are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Quality {
+    /// Nats per target on held-out data.
+    #[default]
+    ValidationLoss,
+    /// Bits per byte of held-out text.
+    BitsPerByte,
+    /// Share of held-out targets that were the first choice.
+    Accuracy,
+}
+
+/// A finding of others that a comparison tries again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    /// What they found.
+    pub claim: String,
+    /// Where: authors, year, arXiv id.
+    pub paper: String,
+    /// What their code does, where that matters.
+    #[serde(default)]
+    pub code: String,
+    /// The arms that show it; the first one is what the others are compared with.
+    pub arms: Vec<String>,
+    /// The setting that it is about. Default: each, a row for every one.
+    #[serde(default)]
+    pub setting: Option<String>,
+    /// What is looked at: "validation_loss", "bits_per_byte", "accuracy", or a further number of the report by its name,
+    /// such as "facts/ees". Default: the comparison's metric.
+    #[serde(default)]
+    pub metric: Option<Looked>,
+}
+
+/// What a claim is about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Looked {
+    /// A score.
+    Quality(Quality),
+    /// The last value of what runs logged under this name.
+    Logged(String),
+}
+
+/// A comparison with where its keys stand.
+pub struct Read {
+    /// What it says, every arm at every setting.
+    pub comparison: Comparison,
+    /// Its own layer.
+    pub layer: Layer,
+    /// The layers of the recipe that it extends.
+    pub base: Vec<Layer>,
+    /// What is written as it will not be read much longer.
+    pub warnings: Vec<String>,
+}
+
+/// Says what is wrong with flags of `polyhead eval`.
+pub type CheckTask = fn(&str) -> Result<(), String>;
+
+/// Whether a file describes a comparison rather than a recipe.
+pub fn is_one(path: &Path) -> bool {
+    recipe::read_layer(path).is_ok_and(|layer| layer.values().contains_key("arm"))
+}
+
+/// Reads a comparison and checks what can be told without looking into its recipes.
+///
+/// # Errors
+/// All problems of the first stage that has any: reading, unknown keys, types, rules.
+pub fn read(path: &Path, check_task: CheckTask) -> Result<Read, Problems> {
+    let mut layer = recipe::read_layer(path)?;
+    if !layer.values().contains_key("arm") {
+        let problem = format!(
+            "{}: no comparison, for it has no [[arm]]\n  hint: `polyhead train` runs a recipe; recipes/compare holds comparisons",
+            path.display()
+        );
+        return Err(Problems::plain(problem));
+    }
+    let base = match layer.take_extends()? {
+        Some(base) => recipe::read_layers(&path.parent().unwrap_or(Path::new("")).join(base), &[])?,
+        None => Vec::new(),
+    };
+    let schema = schemars::schema_for!(Comparison).to_value();
+    let unknown = schema::unknown_keys_of(&schema, std::slice::from_ref(&layer));
+    if !unknown.is_empty() {
+        return Err(Problems(unknown));
+    }
+    let comparison: Comparison =
+        serde_path_to_error::deserialize(toml::Value::Table(layer.values().clone())).map_err(|error| {
+            let path = error.path().to_string();
+            let message = in_words(&error.into_inner().to_string());
+            Problems(vec![layers::at(std::slice::from_ref(&layer), &path, message)])
+        })?;
+    let problems = rules(&comparison, check_task);
+    let problems: Vec<Problem> =
+        problems.into_iter().map(|(path, message)| layers::at(std::slice::from_ref(&layer), &path, message)).collect();
+    if !problems.is_empty() {
+        return Err(Problems(problems));
+    }
+    let warnings = flags_in_strings(&layer);
+    Ok(Read { comparison: multiplied(comparison), layer, base, warnings })
+}
+
+/// Preparations that are written as flags in a string, which was the only form until tables were read.
+fn flags_in_strings(layer: &Layer) -> Vec<String> {
+    let preparations = layer.values().get("prepare").and_then(toml::Value::as_array);
+    let keys = preparations.into_iter().flatten().enumerate().flat_map(|(at, preparation)| {
+        let is_string = move |key: &&str| preparation.get(key).is_some_and(toml::Value::is_str);
+        ["convert", "grow"].into_iter().filter(is_string).map(move |key| format!("prepare.{at}.{key}"))
+    });
+    keys.map(|key| {
+        format!(
+            "{}: {key} is flags in a string; write a table, such as {{ width = 2 }}: the string will be refused",
+            layer.name
+        )
+    })
+    .collect()
+}
+
+/// Rules about the comparison itself, each with the key it is about.
+fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<(String, String)> {
+    let Comparison { seeds, arm, tolerance, .. } = comparison;
+    let names: Vec<&str> = arm.iter().map(|arm| arm.name.as_str()).collect();
+    let known = |name: &str| names.contains(&name);
+    let listed = || names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+    let mut problems = Vec::new();
+    let mut rule = |holds: bool, key: String, message: String| {
+        if !holds {
+            problems.push((key, message));
+        }
+    };
+    rule(!seeds.is_empty(), "seeds".into(), "seeds is empty: give at least one, better three or more".into());
+    for (at, seed) in seeds.iter().enumerate() {
+        rule(!seeds[..at].contains(seed), "seeds".into(), format!("seeds: {seed} stands there twice"));
+    }
+    rule(arm.len() > 1, "arm".into(), format!("a comparison takes two arms or more; there is {}", arm.len()));
+    for (at, name) in names.iter().enumerate() {
+        let key = format!("arm.{at}.name");
+        rule(!names[..at].contains(name), key.clone(), format!("arm `{name}`: two arms have this name"));
+        rule(!folder_name(name).is_empty(), key, format!("arm `{name}`: its name must hold a letter or a digit"));
+    }
+    let settings: Vec<String> = comparison.setting.iter().map(|setting| folder_name(&setting.name)).collect();
+    for (at, name) in settings.iter().enumerate() {
+        rule(
+            !name.is_empty() && !settings[..at].contains(name),
+            format!("setting.{at}.name"),
+            format!(
+                "setting `{}`: a name must hold a letter or a digit, and differ from the others",
+                comparison.setting[at].name
+            ),
+        );
+    }
+    if let Some(base) = &comparison.base {
+        rule(known(base), "base".into(), format!("base: no arm is called \"{base}\"; there are {}", listed()));
+    }
+    rule(
+        (0.0..=1.0).contains(tolerance),
+        "tolerance".into(),
+        format!("tolerance ({tolerance}) must be 0 to 1, a share of the target"),
+    );
+    for flags in &comparison.evaluate {
+        let problem = check_task(flags).err();
+        rule(problem.is_none(), "evaluate".into(), format!("evaluate: {}", problem.unwrap_or_default()));
+    }
+    for (at, preparation) in comparison.prepare.iter().enumerate() {
+        let Preparation { name, from, train, convert, grow, recipe } = preparation;
+        let (key, earlier) = (format!("prepare.{at}.name"), &comparison.prepare[..at]);
+        rule(
+            !folder_name(name).is_empty() && earlier.iter().all(|other| folder_name(&other.name) != folder_name(name)),
+            key.clone(),
+            format!("prepare `{name}`: a name must hold a letter or a digit, and differ from the others"),
+        );
+        let given = [train.is_some(), convert.is_some(), grow.is_some()].into_iter().filter(|given| *given).count();
+        rule(given == 1, key.clone(), format!("prepare `{name}`: give exactly one of train, convert and grow"));
+        rule(
+            train.is_some() || recipe.is_empty(),
+            format!("prepare.{at}.recipe"),
+            format!("prepare `{name}`: recipe changes what is trained, and nothing is"),
+        );
+        rule(
+            from.as_ref().map_or(train.is_some(), |from| earlier.iter().any(|other| other.name == *from)),
+            if from.is_some() { format!("prepare.{at}.from") } else { key },
+            format!("prepare `{name}`: from must name an earlier preparation, which it is made of"),
+        );
+    }
+    for (at, arm) in arm.iter().enumerate() {
+        let named = arm.recipe.get("model").and_then(|model| model.get("pretrained")?.as_str()).and_then(in_braces);
+        rule(
+            named.is_none_or(|name| comparison.prepare.iter().any(|made| made.name == name)),
+            format!("arm.{at}.recipe.model.pretrained"),
+            format!("arm `{}`: no preparation is called \"{}\"", arm.name, named.unwrap_or_default()),
+        );
+    }
+    for (key, value) in leaves(&comparison.sweep) {
+        let some = value.as_array().is_some_and(|values| !values.is_empty());
+        rule(some, format!("sweep.{key}"), format!("sweep: {key} must be a list of values to choose from"));
+    }
+    for (at, claim) in comparison.claim.iter().enumerate() {
+        let key = format!("claim.{at}.arms");
+        rule(claim.arms.len() > 1, key.clone(), "claim: name two arms or more, the first is compared with".into());
+        for name in &claim.arms {
+            rule(known(name), key.clone(), format!("claim: no arm is called \"{name}\"; there are {}", listed()));
+        }
+        let setting = claim.setting.as_ref();
+        rule(
+            setting.is_none_or(|name| comparison.setting.iter().any(|setting| setting.name == *name)),
+            format!("claim.{at}.setting"),
+            format!("claim: no setting is called \"{}\"", setting.map_or("", String::as_str)),
+        );
+    }
+    problems
+}
+
+impl Arm {
+    /// What its setting changes of the base recipe, and what it changes itself.
+    pub fn layers(&self, layer: &Layer) -> Vec<Layer> {
+        let setting = self.place.setting.map(|at| layer.part(&["setting", &at.to_string(), "recipe"]));
+        setting.into_iter().chain([layer.part(&["arm", &self.place.arm.to_string(), "recipe"])]).collect()
+    }
+}
+
+impl Comparison {
+    /// All combinations of the values to choose from, each as `key = value` lines; one without lines where there is no
+    /// sweep.
+    pub fn choices(&self) -> Vec<Vec<String>> {
+        leaves(&self.sweep).into_iter().fold(vec![Vec::new()], |choices, (key, values)| {
+            let values = values.as_array().map(Vec::as_slice).unwrap_or_default();
+            let longer = |choice: &Vec<String>, value: &toml::Value| {
+                choice.iter().cloned().chain([format!("{key} = {value}")]).collect()
+            };
+            choices.iter().flat_map(|choice| values.iter().map(move |value| longer(choice, value))).collect()
+        })
+    }
+}
+
+/// The values in nested tables, with their dotted keys.
+fn leaves(table: &toml::Table) -> Vec<(String, &toml::Value)> {
+    table
+        .iter()
+        .flat_map(|(key, value)| match value {
+            toml::Value::Table(inner) => {
+                leaves(inner).into_iter().map(|(rest, value)| (format!("{key}.{rest}"), value)).collect()
+            }
+            value => vec![(key.clone(), value)],
+        })
+        .collect()
+}
+
+/// The name in `{name}`.
+pub fn in_braces(text: &str) -> Option<&str> {
+    text.strip_prefix('{')?.strip_suffix('}')
+}

@@ -1,0 +1,143 @@
+//! Tasks that trained runs are put to, each with `polyhead eval` in a process of its own. What came out lies in the run's
+//! folder, so that nothing is asked twice.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+use polyhead_runs::Failure;
+use polyhead_runs::result;
+
+use super::outcome::Outcome;
+use super::processes::{LOOK, Share, children, end_of_log, spawn};
+
+/// One task for one run.
+struct Question {
+    arm: usize,
+    run: usize,
+    flags: String,
+    answer: PathBuf,
+}
+
+/// Puts every finished run of an outcome to the comparison's tasks.
+///
+/// # Errors
+/// If a task fails, or a signal came.
+pub fn evaluate(outcome: &mut Outcome, share: Share, stop: &AtomicUsize, tell: fn(&str)) -> Result<(), Failure> {
+    let questions = questions(outcome);
+    let mut waiting: VecDeque<&Question> = questions.iter().filter(|question| !question.answer.exists()).collect();
+    if !waiting.is_empty() {
+        tell(&format!(
+            "{} evaluations, {} of them have finished before",
+            questions.len(),
+            questions.len() - waiting.len()
+        ));
+    }
+    let mut running: Vec<(&Question, Child)> = Vec::new();
+    let (mut told, mut failed) = (0, None);
+    loop {
+        let signal = stop.load(Ordering::SeqCst);
+        if signal != told {
+            told = signal;
+            running.iter().for_each(|(_, child)| children::send(child, signal));
+        }
+        while signal == 0 && failed.is_none() && running.len() < share.jobs {
+            let Some(question) = waiting.pop_front() else { break };
+            running.push((question, question.ask(share.threads)?));
+        }
+        if running.is_empty() {
+            break;
+        }
+        std::thread::sleep(LOOK);
+        for (question, mut child) in std::mem::take(&mut running) {
+            match child.try_wait()? {
+                None => running.push((question, child)),
+                Some(status) => {
+                    let run = &outcome.arms[question.arm].runs[question.run];
+                    let name = format!("{}, seed {}", outcome.arms[question.arm].name, run.seed);
+                    match status.success() {
+                        true => {
+                            std::fs::rename(question.answer.with_extension("part"), &question.answer)?;
+                            tell(&format!("evaluated {name}: {}", question.flags));
+                        }
+                        false if stop.load(Ordering::SeqCst) != 0 => {} // left
+                        false => {
+                            let log = end_of_log(&question.answer.with_extension("log"));
+                            failed = Some(format!("{name}: eval {}: {status}\n{log}", question.flags));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    match (stop.load(Ordering::SeqCst), failed) {
+        (0, None) => {}
+        (0, Some(problem)) => return Err(Failure::Run(problem)),
+        (signal, _) => return Err(Failure::Interrupted(signal)),
+    }
+    for Question { arm, run, answer, .. } in questions {
+        let text = std::fs::read_to_string(&answer).map_err(|error| Failure::file("read", &answer, error))?;
+        let value =
+            serde_json::from_str(&text).map_err(|error| Failure::Run(format!("{}: {error}", answer.display())))?;
+        outcome.arms[arm].runs[run].evaluated.extend(numbers(&value));
+    }
+    Ok(())
+}
+
+fn questions(outcome: &Outcome) -> Vec<Question> {
+    let mut questions = Vec::new();
+    for (arm, runs) in outcome.arms.iter().enumerate() {
+        for (run, ended) in runs.runs.iter().enumerate().filter(|(_, ended)| ended.end.is_ok()) {
+            for flags in &outcome.comparison.evaluate {
+                let id = result::id(flags, ended.end.as_ref().ok().map(|result| result.id.as_str()));
+                let answer = ended.folder.join(format!("evaluation-{}.json", &id[..8]));
+                questions.push(Question { arm, run, flags: flags.clone(), answer });
+            }
+        }
+    }
+    questions
+}
+
+impl Question {
+    fn ask(&self, threads: usize) -> Result<Child, Failure> {
+        let part = self.answer.with_extension("part");
+        let output = File::create(&part).map_err(|error| Failure::file("create", &part, error))?;
+        let folder = self.answer.parent().map_or(String::new(), |folder| folder.display().to_string());
+        let words = self.flags.split_whitespace().map(Into::into);
+        let arguments: Vec<String> = ["eval".to_owned(), folder].into_iter().chain(words).collect();
+        spawn(&arguments, &self.answer.with_extension("log"), Some(output), threads)
+    }
+}
+
+/// The numbers of what `eval` printed, by name: `needles_multi/4x`, `facts/wrong`, `eigenscore/ees`.
+fn numbers(answer: &Value) -> Vec<(String, f64)> {
+    let table = |prefix: &str, table: &Value| -> Vec<(String, f64)> {
+        let entries = table.as_object().into_iter().flatten();
+        entries.filter_map(|(name, value)| Some((format!("{prefix}/{name}"), value.as_f64()?))).collect()
+    };
+    let of_length = |row: &Value| {
+        let (task, times) = (row["task"].as_str()?, row["times"].as_u64()?);
+        Some((format!("{task}/{times}x"), row["accuracy"].as_f64()?))
+    };
+    let lengths = answer["results"].as_array().into_iter().flatten().filter_map(of_length);
+    lengths.chain(table("facts", &answer["facts"])).chain(table("eigenscore", &answer["mean"])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn numbers_get_their_tasks_names() {
+        let row = |times: u64, accuracy: f64| json!({ "task": "multi_hop", "times": times, "accuracy": accuracy });
+        let found = numbers(&json!({ "seed": 3, "results": [row(1, 0.5), row(8, 0.25)] }));
+        assert_eq!(found, [("multi_hop/1x".into(), 0.5), ("multi_hop/8x".into(), 0.25)]);
+        assert_eq!(numbers(&json!({ "facts": { "wrong": 0.5, "ees": null } })), [("facts/wrong".to_owned(), 0.5)]);
+        assert_eq!(numbers(&json!({ "mean": { "ees": -1.5 }, "seed": 0 })), [("eigenscore/ees".to_owned(), -1.5)]);
+    }
+}

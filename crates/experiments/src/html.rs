@@ -1,0 +1,255 @@
+//! `report.html`: the report as one file that needs nothing else, neither network nor scripts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::ops::Range;
+
+use serde_json::Value;
+
+use crate::page::{escape, figure, page, table};
+use polyhead_runs::Failure;
+
+use super::extra_metrics;
+use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
+use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics};
+use super::metric::Metric;
+use super::outcome::{Outcome, Point, curve};
+use super::statistics::Summary;
+
+/// The report.
+///
+/// # Errors
+/// If a figure cannot be drawn.
+pub fn report(outcome: &Outcome) -> Result<String, Failure> {
+    let mut body = format!("<h1>{}</h1>\n", escape(&outcome.title));
+    for sentence in outcome.finding().lines() {
+        let _ = writeln!(body, "<p class=\"finding\">{}</p>", escape(sentence));
+    }
+    for problem in failures(outcome) {
+        let _ = writeln!(body, "<p class=\"failed\">{}</p>", escape(&problem));
+    }
+    body.push_str(&figures(outcome).map_err(|error| Failure::Run(format!("a figure cannot be drawn: {error}")))?);
+    let metrics = shown_metrics(outcome);
+    let head = ["arm", "n"].map(String::from).into_iter().chain(metrics.iter().map(|metric| metric.label()));
+    let rows = outcome.arms.iter().enumerate().map(|(at, arm)| {
+        let n = arm.runs.iter().filter(|run| run.end.is_ok()).count();
+        let cells = metrics.iter().map(|metric| metric.spread(outcome.summary(at, metric)));
+        [arm.name.clone(), n.to_string()].into_iter().chain(cells).collect()
+    });
+    let _ = write!(body, "<h2>All numbers</h2>\n{}", table(&head.collect::<Vec<_>>(), rows.collect()));
+    let metric = outcome.comparison.metric.metric();
+    let head = ["arm", "mean difference", "95 % interval", "n", "seed by seed"].map(String::from);
+    let rows = difference_rows(outcome, metric).into_iter().map(|row| row.to_vec()).collect();
+    let base = outcome.comparison.base_in_words();
+    let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(&base), metric.label(), table(&head, rows));
+    let more = table(&extra_metrics::head(outcome), extra_metrics::rows(outcome));
+    let _ =
+        write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
+    let runs = table(&run_head(outcome), run_rows(outcome));
+    let _ = write!(
+        body,
+        "<h2>Every run</h2>\n<details><summary>All {} runs</summary>{runs}</details>\n",
+        outcome.arms.iter().map(|arm| arm.runs.len()).sum::<usize>()
+    );
+    body.push_str("<h2>Where and how</h2>\n<ul>\n");
+    for line in notes(outcome).into_iter().chain(environment(outcome)) {
+        let _ = writeln!(body, "<li>{}</li>", escape(&line));
+    }
+    let _ = writeln!(body, "</ul>\n<pre>{}</pre>\n<h2>Recipes</h2>", escape(&outcome.command));
+    for arm in &outcome.arms {
+        let (name, recipe) = (escape(&arm.name), escape(&arm.recipe));
+        let _ = writeln!(body, "<details><summary>{name}</summary><pre>{recipe}</pre></details>");
+    }
+    Ok(page(&outcome.title, &body))
+}
+
+fn figures(outcome: &Outcome) -> Result<String, String> {
+    let groups = outcome.comparison.groups();
+    let mut out = String::from("<ul class=\"legend\">\n");
+    for arm in groups.first().into_iter().flat_map(|(_, group)| group.clone()) {
+        let _ = writeln!(out, "<li>{}{}</li>", legend_mark(arm)?, escape(outcome.comparison.plain_name(arm)));
+    }
+    out.push_str("</ul>\n");
+    out.push_str(&over_settings(outcome)?);
+    for (setting, group) in groups {
+        if let Some(setting) = setting {
+            let _ = writeln!(out, "<h2>{}</h2>", escape(&capital(setting)));
+        }
+        out.push_str(&figures_of(outcome, group)?);
+    }
+    Ok(out)
+}
+
+/// The metric at every setting, a line for each arm.
+fn over_settings(outcome: &Outcome) -> Result<String, String> {
+    let metric = outcome.comparison.metric.metric();
+    let groups = outcome.comparison.groups();
+    let names: Vec<&str> = groups.iter().filter_map(|(name, _)| *name).collect();
+    if names.len() < 2 {
+        return Ok(String::new());
+    }
+    let curve = |arm: usize| {
+        let at = |(at, (_, group)): (usize, &(Option<&str>, Range<usize>))| {
+            let summary = outcome.summary(group.start + arm, metric)?;
+            let spread = summary.deviation.unwrap_or(0.0) * metric.factor;
+            Some(At { x: at as f64, y: summary.mean * metric.factor, spread })
+        };
+        Curve { arm, points: groups.iter().enumerate().filter_map(at).collect() }
+    };
+    let title = format!("{} at every setting", capital(&metric.title));
+    let found = (0..groups[0].1.len()).map(curve).collect();
+    let (y, size) = (metric.label(), (860, 400));
+    let plot = Curves { title: &title, x: "", y: &y, curves: found, cut: false, names: &names, size };
+    let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &svg));
+    Ok(format!("<div class=\"figures\">{}</div>\n", svg.unwrap_or_default()))
+}
+
+/// The figures of the arms of a setting.
+fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> {
+    let metric = outcome.comparison.metric.metric();
+    let mut out = String::from("<div class=\"figures\">\n");
+    let mut add = |title: &str, small: &str, svg: Option<String>| {
+        if let Some(svg) = svg {
+            out.push_str(&figure(title, small, &svg));
+        }
+    };
+
+    let differences = outcome.pairs(group.clone()).filter_map(|(arm, base)| {
+        let summary = outcome.difference(arm, base, metric)?;
+        Some(row(outcome, arm, metric, summary, outcome.differences(arm, base, metric)))
+    });
+    let differences: Vec<Row> = differences.collect();
+    let title = format!("Difference to {}, {}", outcome.comparison.base_in_words(), metric.label());
+    let better =
+        if outcome.comparison.metric.grows() { "right of the line is better" } else { "left of the line is better" };
+    let small = format!("filled: mean; rings: seeds; bar: 95 % interval; {better}");
+    add(&title, &small, dot_plot(&title, &metric.label(), &differences, true)?);
+
+    let rows = group
+        .clone()
+        .filter_map(|arm| Some(row(outcome, arm, metric, outcome.summary(arm, metric)?, outcome.values(arm, metric))));
+    let title = format!("At the end: {}", metric.label());
+    let small = "filled: mean; rings: seeds; bar: 95 % interval of the mean";
+    add(&title, small, dot_plot(&title, &metric.label(), &rows.collect::<Vec<_>>(), false)?);
+
+    // Curves show what validations logged, over all held-out batches.
+    let logged = ("validation_loss", "validation loss, nats");
+    let second = (metric.key == "accuracy").then_some(("validation_accuracy", "validation accuracy"));
+    for (key, y) in second.into_iter().chain([logged]) {
+        let units = outcome.in_units("tokens");
+        for (x, over) in [(units.as_str(), tokens as fn(&Point) -> f64), ("seconds of training", seconds)] {
+            let found = curves_of(outcome, group.clone(), over, |line| line[key].as_f64());
+            let title = format!("{} over {x}", capital(y.split(',').next().unwrap_or(y)));
+            let cut = key == "validation_loss";
+            let figure = Curves { title: &title, x, y, curves: found, cut, names: &[], size: (560, 340) };
+            add(&title, "mean over seeds; band: one standard deviation", curves(&figure)?);
+        }
+    }
+
+    for x in ["kv_bytes_per_token", "tokens_per_second"] {
+        let Some(other) = outcome.metrics().into_iter().find(|metric| metric.key == x) else { continue };
+        let dots = group.clone().filter_map(|arm| {
+            let (x, y) = (outcome.summary(arm, &other)?, outcome.summary(arm, metric)?);
+            let spread = y.deviation.unwrap_or(0.0) * metric.factor;
+            let at = At { x: x.mean * other.factor, y: y.mean * metric.factor, spread };
+            Some(Dot { arm: colour_of(outcome, arm), name: outcome.comparison.plain_name(arm).to_owned(), at })
+        });
+        let title = format!("{} against {}", capital(&metric.title), other.title);
+        let svg = scatter(&title, &other.label(), &metric.label(), &dots.collect::<Vec<_>>())?;
+        add(&title, "mean over seeds; bar: one standard deviation", svg);
+    }
+    out.push_str("</div>\n");
+    out.push_str(&observations(outcome, group)?);
+    Ok(out)
+}
+
+/// An arm has the same colour at every setting.
+fn colour_of(outcome: &Outcome, arm: usize) -> usize {
+    outcome.comparison.arm[arm].place.arm
+}
+
+/// A curve of the means over seeds for every arm that logged something.
+fn curves_of(
+    outcome: &Outcome,
+    group: Range<usize>,
+    over: fn(&Point) -> f64,
+    value: impl Fn(&Value) -> Option<f64> + Copy,
+) -> Vec<Curve> {
+    let of_arm = |arm: usize| {
+        let runs = &outcome.arms[arm];
+        let of_run = |history: &[Value]| curve(history, runs.tokens_per_step, value);
+        Curve {
+            arm: colour_of(outcome, arm),
+            points: mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), over),
+        }
+    };
+    group.map(of_arm).filter(|curve| !curve.points.is_empty()).collect()
+}
+
+fn row(outcome: &Outcome, arm: usize, metric: &Metric, summary: Summary, values: Vec<(u64, f64)>) -> Row {
+    Row {
+        arm: colour_of(outcome, arm),
+        name: outcome.comparison.plain_name(arm).to_owned(),
+        values: values.into_iter().map(|(_, value)| value * metric.factor).collect(),
+        mean: summary.mean * metric.factor,
+        margin: summary.margin.map(|margin| margin * metric.factor),
+    }
+}
+
+fn tokens(point: &Point) -> f64 {
+    point.tokens
+}
+
+fn seconds(point: &Point) -> f64 {
+    point.seconds
+}
+
+/// The mean over runs at each number of tokens that a run logged.
+fn mean_curve(runs: impl Iterator<Item = Vec<Point>>, x: fn(&Point) -> f64) -> Vec<At> {
+    let mut by_tokens: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
+    for point in runs.flatten() {
+        by_tokens.entry(point.tokens as u64).or_default().push((x(&point), point.value));
+    }
+    let mean = |points: Vec<(f64, f64)>| {
+        let (xs, ys): (Vec<f64>, Vec<f64>) = points.into_iter().unzip();
+        let (x, y) = (Summary::of(&xs)?, Summary::of(&ys)?);
+        Some(At { x: x.mean, y: y.mean, spread: y.deviation.unwrap_or(0.0) })
+    };
+    by_tokens.into_values().filter_map(mean).collect()
+}
+
+/// What runs logged besides, a small figure each: what mechanisms tell about themselves, then the rest.
+fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String> {
+    let logs = outcome.arms[group.clone()].iter().flat_map(|arm| &arm.runs).map(|run| &run.history);
+    let names: BTreeSet<String> = logs.flat_map(|history| extra_metrics::names(history)).collect();
+    let (mechanisms, others): (Vec<_>, Vec<_>) =
+        names.into_iter().partition(|name| name.starts_with(extra_metrics::MECHANISM));
+    let (mut out, units) = (String::new(), outcome.in_units("tokens"));
+    for (names, heading, small) in [
+        (mechanisms, "What the mechanisms do", "Observed on a held-out row; means over heads, layers and seeds."),
+        (others, "What else was logged", "Means over seeds."),
+    ] {
+        if names.is_empty() {
+            continue;
+        }
+        let _ = writeln!(
+            out,
+            "<h2>{heading}</h2>\n<p class=\"quiet\">{small} Horizontal: {units}.</p>\n<div class=\"figures small\">"
+        );
+        for name in names {
+            let found = curves_of(outcome, group.clone(), tokens, |line| extra_metrics::value(line, &name));
+            let title = capital(&name.trim_start_matches(extra_metrics::MECHANISM).replace('_', " "));
+            let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, names: &[], size: (340, 220) };
+            if let Some(svg) = curves(&plot)? {
+                out.push_str(&figure(&title, "", &svg));
+            }
+        }
+        out.push_str("</div>\n");
+    }
+    Ok(out)
+}
+
+fn capital(words: &str) -> String {
+    let mut signs = words.chars();
+    signs.next().map_or(String::new(), |first| first.to_uppercase().chain(signs).collect())
+}

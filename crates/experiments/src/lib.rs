@@ -1,0 +1,25 @@
+//! Comparisons: is one mechanism better than another at the same budget, and by more than chance?
+//!
+//! In order: the file says what is compared (`comparison.rs`), what arms start from is made (`prepare.rs`),
+//! every arm gets a recipe of the same cost (`matching.rs`, `plan.rs`), every run is a process of its own (`runs.rs`, `processes.rs`) and so is
+//! every task that it is evaluated on (`evaluate.rs`), what they reached is put together (`outcome.rs`, `metric.rs`,
+//! `extra_metrics.rs`, `statistics.rs`) and written for people (`finding.rs`, `markdown.rs`, `html.rs`, `figures.rs`,
+//! `page.rs`) and for the replication table (`record.rs`).
+
+pub mod comparison;
+pub mod evaluate;
+mod extra_metrics;
+mod figures;
+mod finding;
+pub mod html;
+pub mod markdown;
+mod matching;
+mod metric;
+pub mod outcome;
+pub mod page;
+pub mod plan;
+pub mod prepare;
+pub mod processes;
+pub mod record;
+pub mod runs;
+pub mod statistics;

@@ -1,0 +1,268 @@
+//! What a comparison makes once for every seed before its arms run: a parent to start from, models made of it.
+//!
+//! Each is a command of its own (`train`, `convert`, `grow`) into `OUT/prepared/NAME-seed-SEED-ID`. The id is a hash of all
+//! that decides it, so that what was made before is used again, and what has changed since is made anew.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use polyhead_training::run::Requests;
+use polyhead_training::run_folder::atomic_write;
+use serde_json::json;
+
+use polyhead_recipe::flags::flags_of;
+use polyhead_recipe::layers::{self, Layer, parse_layer};
+use polyhead_recipe::{self as recipe, Growth, Problems};
+use polyhead_runs::Failure;
+use polyhead_runs::result;
+use polyhead_runs::text::clock;
+use polyhead_runs::text::quoted;
+
+use polyhead_recipe::folder_name;
+
+use super::comparison::{Preparation, Read, in_braces};
+use super::processes::{LOOK, Share, children, end_of_log, spawn};
+
+/// Written into a folder once it is complete.
+const MARK: &str = "prepared.json";
+
+/// What is made, a chain for each seed.
+pub struct Prepared {
+    chains: Vec<Vec<Step>>,
+}
+
+/// One command.
+struct Step {
+    name: String,
+    seed: u64,
+    folder: PathBuf,
+    arguments: Vec<String>,
+    /// What it trains, resolved.
+    recipe: Option<String>,
+}
+
+impl Prepared {
+    /// Works out what a comparison, read from `file` and written to `out`, needs. Nothing is made.
+    ///
+    /// # Errors
+    /// If a recipe or a flag is wrong.
+    pub fn plan(read: &Read, (file, out): (&Path, &Path)) -> Result<Self, Failure> {
+        let chain = |&seed: &u64| {
+            let mut chain: Vec<Step> = Vec::new();
+            for (at, preparation) in read.comparison.prepare.iter().enumerate() {
+                let made_of = preparation.from.as_ref().and_then(|from| chain.iter().find(|step| step.name == *from));
+                let from = made_of.map(|step| step.folder.as_path());
+                let step = match &preparation.train {
+                    Some(base) => {
+                        let base = file.parent().unwrap_or(Path::new("")).join(base);
+                        let changes = read.layer.part(&["prepare", &at.to_string(), "recipe"]);
+                        training(preparation, (&base, changes, from), seed, out)?
+                    }
+                    None => {
+                        let key =
+                            format!("prepare.{at}.{}", if preparation.grow.is_some() { "grow" } else { "convert" });
+                        let told = |problem: String| {
+                            let message = format!("prepare `{}`: {problem}", preparation.name);
+                            Problems(vec![layers::at(std::slice::from_ref(&read.layer), &key, message)])
+                        };
+                        conversion(preparation, from.unwrap_or(Path::new("")), seed, out).map_err(told)?
+                    }
+                };
+                chain.push(step);
+            }
+            Ok(chain)
+        };
+        let chains = read.comparison.seeds.iter().map(chain).collect::<Result<_, Failure>>()?;
+        Ok(Self { chains })
+    }
+
+    /// How many commands there are, and how many of them have still to run.
+    pub fn counts(&self) -> (usize, usize) {
+        let all = || self.chains.iter().flatten();
+        (all().count(), all().filter(|step| !step.complete()).count())
+    }
+
+    /// The commands of the first seed, as they are typed.
+    pub fn commands(&self) -> Vec<String> {
+        self.chains.first().into_iter().flatten().map(Step::command).collect()
+    }
+
+    /// The layers with the folder in place of a `{name}` that they start from.
+    ///
+    /// # Errors
+    /// If the folder's name cannot stand in a recipe.
+    pub fn filled(&self, mut layers: Vec<Layer>, seed: u64) -> Result<Vec<Layer>, Problems> {
+        let pretrained = |layer: &Layer| Some(layer.values().get("model")?.get("pretrained")?.as_str()?.to_owned());
+        let named = layers.iter().rev().find_map(pretrained);
+        let found = named
+            .as_deref()
+            .and_then(in_braces)
+            .and_then(|name| self.chains.iter().flatten().find(|step| step.name == name && step.seed == seed));
+        if let Some(step) = found {
+            layers.push(starting_from(&step.folder)?);
+        }
+        Ok(layers)
+    }
+
+    /// Runs what is not complete, the chains of several seeds at a time.
+    ///
+    /// # Errors
+    /// If a command fails, or a signal came (trainings have saved).
+    pub fn make(&self, share: Share, requests: &Requests, tell: fn(&str)) -> Result<(), Failure> {
+        let stop = &requests.stop;
+        let (all, waiting) = self.counts();
+        if waiting == 0 {
+            return Ok(());
+        }
+        tell(&format!("{all} preparations, {} of them have finished before", all - waiting));
+        let todo = |chain: &Vec<Step>| chain.iter().filter(|step| !step.complete()).count();
+        let mut chains: VecDeque<std::slice::Iter<'_, Step>> =
+            self.chains.iter().filter(|chain| todo(chain) > 0).map(|chain| chain.iter()).collect();
+        let mut running: Vec<Running<'_>> = Vec::new();
+        let (mut told, mut failed) = (0, None);
+        loop {
+            let signal = stop.load(Ordering::SeqCst);
+            if signal != told {
+                told = signal;
+                running.iter().for_each(|running| children::send(&running.child, signal));
+            }
+            while signal == 0 && failed.is_none() && running.len() < share.jobs {
+                let Some(mut chain) = chains.pop_front() else { break };
+                if let Some(step) = chain.find(|step| !step.complete()) {
+                    tell(&format!("started   {}, seed {}", step.name, step.seed));
+                    running.push(Running { step, child: step.start(share.threads)?, since: Instant::now(), chain });
+                }
+            }
+            if running.is_empty() {
+                break;
+            }
+            std::thread::sleep(LOOK);
+            for mut was in std::mem::take(&mut running) {
+                match was.child.try_wait()? {
+                    None => running.push(was),
+                    Some(status) if status.success() => {
+                        was.step.mark()?;
+                        tell(&format!(
+                            "finished  {}, seed {}, {}",
+                            was.step.name,
+                            was.step.seed,
+                            clock(was.since.elapsed())
+                        ));
+                        chains.push_front(was.chain);
+                    }
+                    Some(_) if stop.load(Ordering::SeqCst) != 0 => {} // saved and left
+                    Some(status) => {
+                        let Step { name, seed, .. } = was.step;
+                        let log = end_of_log(&was.step.log());
+                        failed = Some(format!("prepare `{name}`, seed {seed}: {status}\n{log}"));
+                    }
+                }
+            }
+        }
+        match (stop.load(Ordering::SeqCst), failed) {
+            (0, None) => Ok(()),
+            (0, Some(problem)) => Err(Failure::Run(problem)),
+            (signal, _) => Err(Failure::Interrupted(signal)),
+        }
+    }
+}
+
+/// A command that runs, and what comes after it.
+struct Running<'a> {
+    step: &'a Step,
+    child: Child,
+    since: Instant,
+    chain: std::slice::Iter<'a, Step>,
+}
+
+impl Step {
+    /// A step whose folder is named by all that decides what will lie there.
+    fn new(preparation: &Preparation, seed: u64, out: &Path, decides: &str) -> Self {
+        let name = preparation.name.clone();
+        let id = result::id(decides, None);
+        let folder = out.join("prepared").join(format!("{}-seed-{seed}-{}", folder_name(&name), &id[..8]));
+        Self { name, seed, folder, arguments: Vec::new(), recipe: None }
+    }
+
+    fn complete(&self) -> bool {
+        self.folder.join(MARK).exists()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.with_extension("log")
+    }
+
+    fn command(&self) -> String {
+        let words = self.arguments.iter().map(|word| quoted(word));
+        ["polyhead".to_owned()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+    }
+
+    fn start(&self, threads: usize) -> Result<Child, Failure> {
+        let create = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| Failure::file("create", folder, e));
+        match &self.recipe {
+            // A training that was cut off goes on.
+            Some(text) => {
+                create(&self.folder)?;
+                atomic_write(&self.folder.join("recipe.toml"), text.as_bytes())?;
+            }
+            None => {
+                create(&self.folder)?;
+                std::fs::remove_dir_all(&self.folder)?;
+            }
+        }
+        spawn(&self.arguments, &self.log(), None, threads)
+    }
+
+    fn mark(&self) -> Result<(), Failure> {
+        let text = format!("{:#}\n", json!({ "command": self.command() }));
+        Ok(atomic_write(&self.folder.join(MARK), text.as_bytes())?)
+    }
+}
+
+fn training(
+    preparation: &Preparation,
+    (base, changes, from): (&Path, Layer, Option<&Path>),
+    seed: u64,
+    out: &Path,
+) -> Result<Step, Failure> {
+    let mut layers = recipe::read_layers(base, &[])?;
+    layers.push(changes);
+    if let Some(folder) = from {
+        layers.push(starting_from(folder)?);
+    }
+    layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
+    let text = recipe::resolved(&recipe::from_layers(layers)?.recipe)?;
+    let mut step = Step::new(preparation, seed, out, &text);
+    let folder = step.folder.display().to_string();
+    step.arguments = vec!["train".into(), format!("{folder}/recipe.toml"), "--out".into(), folder];
+    step.recipe = Some(text);
+    Ok(step)
+}
+
+/// A command other than `train`.
+fn conversion(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> Result<Step, String> {
+    let (verb, flags) = match (&preparation.convert, &preparation.grow) {
+        (Some(conversion), _) => {
+            conversion.check()?;
+            ("convert", conversion.flags())
+        }
+        (None, growth) => ("grow", flags_of(&growth.clone().unwrap_or_default(), &Growth::default())),
+    };
+    let from = from.display().to_string();
+    let mut step = Step::new(preparation, seed, out, &format!("{verb} {from} {flags}"));
+    step.arguments = [verb, &from].into_iter().chain(flags.split_whitespace()).map(str::to_owned).collect();
+    step.arguments.extend(["--out".into(), step.folder.display().to_string()]);
+    Ok(step)
+}
+
+fn starting_from(folder: &Path) -> Result<Layer, Problems> {
+    let folder = toml::Value::String(folder.display().to_string());
+    line("prepare", &format!("model.pretrained = {folder}"))
+}
+
+fn line(name: &str, text: &str) -> Result<Layer, Problems> {
+    parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
+}

@@ -1,0 +1,111 @@
+//! Runs and tasks as processes of their own: started with a share of the cores, and ended with this one.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use polyhead_runs::Failure;
+
+/// Between two looks at the children; chosen by us.
+pub const LOOK: Duration = Duration::from_millis(100);
+/// Last lines of a failed run's log that are told.
+const LAST_LINES: usize = 6;
+
+/// How many runs at a time, and how many threads each has.
+#[derive(Debug, Clone, Copy)]
+pub struct Share {
+    /// Runs at a time.
+    pub jobs: usize,
+    /// Threads of each.
+    pub threads: usize,
+}
+
+impl Share {
+    /// All cores, divided among `jobs` runs.
+    pub fn of(jobs: usize) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { jobs, threads: (cores / jobs).max(1) }
+    }
+}
+
+/// Starts this program with other arguments and so many threads; what it says goes to a log, what it puts out to `output` or
+/// there too.
+pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, threads: usize) -> Result<Child, Failure> {
+    let file = File::options().create(true).append(true).open(log);
+    let file = file.map_err(|error| Failure::file("open", log, error))?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(arguments).env("RAYON_NUM_THREADS", threads.to_string());
+    command.stdin(Stdio::null()).stdout(output.map_or_else(|| file.try_clone(), Ok)?).stderr(file);
+    children::bind(&mut command);
+    Ok(command.spawn()?)
+}
+
+/// The last lines of a log, and where it lies.
+pub fn end_of_log(path: &Path) -> String {
+    let log = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    format!("{} ends with:\n{}", path.display(), lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"))
+}
+
+/// Children that hear of signals from us alone, and that do not outlive us.
+#[cfg(unix)]
+pub mod children {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command};
+    use std::sync::atomic::Ordering;
+
+    use polyhead_training::run::Requests;
+
+    /// Ctrl-C on a terminal reaches a whole process group; a second signal would end a run before it has saved. So each
+    /// run is in a group of its own. Should we be killed, the system tells it to save and leave (on Linux).
+    pub fn bind(command: &mut Command) {
+        command.process_group(0);
+        #[cfg(target_os = "linux")]
+        {
+            let parent = std::process::id();
+            let follow = move || {
+                // SAFETY: two system calls without pointers, which may be made between fork and exec.
+                let (set, now) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM), libc::getppid()) };
+                // An error of a number, not of words: those would be allocated, and another thread of the parent may have
+                // held the allocator's lock at the fork.
+                match (set, now as u32 == parent) {
+                    (0, true) => Ok(()),
+                    (0, false) => Err(std::io::Error::from_raw_os_error(libc::ESRCH)), // the comparison has ended
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            };
+            // SAFETY: `follow` makes system calls and reads `errno`, and takes no lock: it allocates in no case.
+            unsafe { command.pre_exec(follow) };
+        }
+    }
+
+    /// Tells runs to save and go on, where that was asked for.
+    pub fn save_if_asked<'a>(requests: &Requests, runs: impl Iterator<Item = &'a Child>) {
+        if requests.save.swap(false, Ordering::SeqCst) {
+            runs.for_each(|run| send(run, libc::SIGUSR1 as usize));
+        }
+    }
+
+    /// Passes a signal on.
+    pub fn send(child: &Child, signal: usize) {
+        // SAFETY: a system call without pointers; the child is ours and has not been waited for.
+        let _ = unsafe { libc::kill(child.id() as libc::pid_t, signal as libc::c_int) };
+    }
+}
+
+#[cfg(not(unix))]
+pub mod children {
+    use std::process::{Child, Command};
+
+    use polyhead_training::run::Requests;
+
+    /// Elsewhere Ctrl-C reaches every process of the console.
+    pub fn bind(_command: &mut Command) {}
+
+    /// Nobody asks.
+    pub fn save_if_asked<'a>(_requests: &Requests, _runs: impl Iterator<Item = &'a Child>) {}
+
+    /// See [`bind`].
+    pub fn send(_child: &Child, _signal: usize) {}
+}

@@ -1,0 +1,240 @@
+//! `polyhead compare`: is one mechanism better than another at the same budget, and by more than chance?
+
+mod progress;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polyhead_training::run_folder::{RunLock, atomic_write};
+
+use clap::Parser;
+use polyhead_experiments::comparison;
+use polyhead_experiments::outcome::Outcome;
+use polyhead_experiments::plan::{self, Plan};
+use polyhead_experiments::prepare::Prepared;
+use polyhead_experiments::processes::Share;
+use polyhead_experiments::runs;
+use polyhead_experiments::{evaluate, html, markdown, record};
+use polyhead_runs::Resolved;
+use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
+use polyhead_runs::probe::probe;
+use polyhead_runs::text::quoted;
+
+use super::train::summary::program;
+use crate::allowed::caller;
+use crate::cli::{Cli, CompareArgs};
+use crate::console::{clock, put, say, talk, thousands};
+use crate::signals;
+use polyhead_recipe::Recipe;
+use polyhead_runs::Failure;
+use polyhead_runs::costs::tokens_per_step;
+
+/// Runs a comparison and writes its report.
+///
+/// # Errors
+/// If an arm cannot run, before anything is run; if runs failed, after the report was written.
+pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
+    let out = args.out.clone().unwrap_or_else(|| default_folder(&args.comparison));
+    let mut known = BTreeMap::new();
+    let read = comparison::read(&args.comparison, check_task)?;
+    read.warnings.iter().for_each(|warning| talk!("warning: {warning}"));
+    let places = (args.comparison.as_path(), out.as_path());
+    let prepared = Prepared::plan(&read, places)?;
+    let share = Share::of(args.jobs as usize);
+    let mut plan = |read| plan::plan(read, &prepared, places, &mut |recipe| text_hash(recipe, &mut known), caller());
+    // What is wrong is told before anything is written, as far as it can be known then.
+    let planned = match prepared.counts() {
+        (_, 0) => Ok(plan(read)?),
+        _ => Err(read),
+    };
+    if args.dry_run {
+        return match &planned {
+            Ok(plan) => show(plan, share, !args.no_probe),
+            Err(_) => show_preparations(&prepared),
+        };
+    }
+    let again = again(places, share);
+    let interrupted = |failure: &Failure| {
+        if matches!(failure, Failure::Interrupted(_)) {
+            talk!("\nstopped; every run has saved. This goes on from there:\n  {again}");
+        }
+    };
+    let _lock = RunLock::acquire(&out)?;
+    let signals = signals::listen(false)?;
+    let _busy = signals.busy();
+    let requests = &*signals.requests;
+    prepared.make(share, requests, say).inspect_err(interrupted)?;
+    let plan = planned.or_else(plan)?;
+    told_matches(&plan);
+    let mut progress = progress::Progress::new(&plan);
+    let ended = runs::run_all(&plan, share, requests, &mut progress);
+    drop(progress);
+    let mut outcome = Outcome::gather(&plan, ended.inspect_err(interrupted)?, (prepared.commands(), &again), say)?;
+    evaluate::evaluate(&mut outcome, share, &requests.stop, say).inspect_err(interrupted)?;
+    atomic_write(&out.join("report.md"), markdown::report(&outcome).as_bytes())?;
+    atomic_write(&out.join("report.html"), html::report(&outcome)?.as_bytes())?;
+    talk!("\n{}", outcome.finding());
+    talk!("\nreport   {0}/report.html and {0}/report.md", out.display());
+    if args.record {
+        talk!("recorded {}", record::write(&outcome, say)?.display());
+    }
+    match outcome.failed() {
+        0 => Ok(()),
+        failed => Err(Failure::Run(format!(
+            "{failed} of {} runs failed, and the report tells which; the same command tries them again",
+            plan.runs.len()
+        ))),
+    }
+}
+
+/// Checks a comparison as `compare` would, without running anything.
+///
+/// # Errors
+/// If an arm cannot run.
+pub fn validate(path: &Path) -> Result<(), Failure> {
+    let read = comparison::read(path, check_task)?;
+    let out = default_folder(path);
+    let prepared = Prepared::plan(&read, (path, &out))?;
+    if plan::waits_for_files(&read, &prepared) {
+        return Ok(());
+    }
+    plan::plan(read, &prepared, (path, &out), &mut |_| Ok(None), caller()).map(|_| ())
+}
+
+/// A hash of the text that a recipe learns from; each text is read once.
+fn text_hash(run: &Resolved, known: &mut BTreeMap<String, Option<String>>) -> Result<Option<String>, Failure> {
+    let Recipe { data, tokenizer, training, .. } = &run.recipe;
+    if data.is_generated() {
+        return Ok(None);
+    }
+    let key = format!("{data:?} {tokenizer:?} {}", training.seq_len);
+    if let Some(hash) = known.get(&key) {
+        return Ok(hash.clone());
+    }
+    let hash = run.text_hash()?;
+    known.insert(key, hash.clone());
+    Ok(hash)
+}
+
+/// What a whole run would take, by a few steps of it.
+fn time_of(run: &Resolved) -> Result<Duration, Failure> {
+    struct Measure<'a>(&'a Resolved);
+    impl ForAnyKind for Measure<'_> {
+        type Output = Result<Duration, Failure>;
+
+        fn run<K: Kind>(self) -> Self::Output {
+            let data = K::open(self.0, &mut |_, _| {})?;
+            Ok(probe::<K>(self.0, &data)?.whole(&self.0.recipe))
+        }
+    }
+    for_kind(&run.recipe.model, Measure(run))
+}
+
+/// What is wrong with flags of `polyhead eval`, in a line.
+fn check_task(flags: &str) -> Result<(), String> {
+    let words = ["polyhead", "eval", "run"].into_iter().chain(flags.split_whitespace());
+    match Cli::try_parse_from(words) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string().lines().next().unwrap_or_default().replace("error: ", "")),
+    }
+}
+
+fn default_folder(comparison: &Path) -> PathBuf {
+    Path::new("checkpoints/compare").join(comparison.file_stem().unwrap_or("comparison".as_ref()))
+}
+
+/// The command that runs a comparison again.
+fn again((file, out): (&Path, &Path), share: Share) -> String {
+    let mut words = vec![program(), "compare".into(), quoted(&file.display().to_string())];
+    words.push(format!("--jobs {}", share.jobs));
+    if out != default_folder(file) {
+        words.push(format!("--out {}", quoted(&out.display().to_string())));
+    }
+    words.join(" ")
+}
+
+fn told_matches(plan: &Plan) {
+    let mut told = BTreeSet::new();
+    for (arm, choice) in plan.arms.iter().flat_map(|arm| arm.choices.iter().map(move |choice| (arm, choice))) {
+        let Some(found) = &choice.matched else { continue };
+        let (what, deviation) = (plan.comparison.matched.words(), 100.0 * found.deviation());
+        let line = format!(
+            "match    {}: {} = {} gives {} {what}, the target is {} ({deviation:+.2} %)",
+            arm.name,
+            found.key,
+            found.value,
+            thousands(found.found),
+            thousands(found.target)
+        );
+        // Once for all values of a sweep that change nothing about it.
+        if told.insert(line.clone()) {
+            talk!("{line}");
+        }
+    }
+}
+
+/// Prints what would be made before the arms, of which nothing can be told before that.
+fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
+    let (all, waiting) = prepared.counts();
+    put!("prepare    {all} models, {} of them finished; for the first seed:", all - waiting)?;
+    for command in prepared.commands() {
+        put!("           {command}")?;
+    }
+    put!("arms       start from these, and can be counted once they are there")
+}
+
+/// Prints what would run.
+fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
+    let named = |arm: &plan::ArmPlan, choice: &plan::Choice| match choice.words.is_empty() {
+        true => arm.name.clone(),
+        false => format!("{}, {}", arm.name, choice.words),
+    };
+    let names = plan.arms.iter().flat_map(|arm| arm.choices.iter().map(|choice| named(arm, choice).chars().count()));
+    let width = names.max().unwrap_or(0).max(28);
+    let line = |name: &str, cells: [&str; 5]| {
+        let [a, b, c, d, e] = cells;
+        put!("{name:<width$} {a:>12} {b:>10} {c:>14} {d:>14} {e:>12}")
+    };
+    let first = &plan.arms[plan.comparison.base_of(0)].choices[0].run;
+    let unit = first.known()?.unit();
+    line("arm", ["parameters", "off", &format!("FLOPs/{unit}"), &format!("KV B/{unit}"), "one run"])?;
+    let mut whole = Duration::ZERO;
+    for arm in &plan.arms {
+        for choice in &arm.choices {
+            let deviation = choice.matched.as_ref().map(|found| format!("{:+.2} %", 100.0 * found.deviation()));
+            let time = match measure {
+                true => Some(time_of(&choice.run)?),
+                false => None,
+            };
+            whole += time.unwrap_or_default() * plan.comparison.seeds.len() as u32;
+            line(
+                &named(arm, choice),
+                [
+                    &thousands(choice.totals.parameters),
+                    &deviation.unwrap_or_default(),
+                    &thousands(choice.totals.flops_per_token),
+                    &thousands(choice.totals.cached_bytes_per_token),
+                    &time.map(clock).unwrap_or_default(),
+                ],
+            )?;
+        }
+    }
+    put!("")?;
+    told_matches(plan);
+    let tokens = tokens_per_step(&first.recipe).saturating_mul(first.recipe.training.steps);
+    let Share { jobs, threads } = share;
+    let (runs, seeds) = (plan.runs.len(), plan.comparison.seeds.len());
+    put!("runs       {runs}: {} arms, {seeds} seeds; {jobs} at a time, {threads} threads each", plan.arms.len())?;
+    put!("{:<10} {} a run, {} in all", format!("{unit}s"), thousands(tokens), thousands(tokens * runs as u64))?;
+    put!("folder     {}", plan.out.display())?;
+    let mut finished = 0;
+    for run in &plan.runs {
+        finished += usize::from(runs::finished(run)?.is_some());
+    }
+    put!("finished   {finished} of {runs}")?;
+    if measure {
+        put!("time       about {} for all runs together, by a few steps of each arm with all cores", clock(whole))?;
+    }
+    Ok(())
+}

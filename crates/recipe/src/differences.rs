@@ -1,0 +1,61 @@
+//! Keys in which two recipes differ.
+
+use serde::Serialize;
+
+use crate::settings::Recipe;
+
+/// Keys that may change when a run is resumed; all others decide what the run is.
+pub const MAY_CHANGE: [&str; 9] = [
+    "training.steps",
+    "training.device",
+    "training.on_nonfinite",
+    "training.max_skipped_steps",
+    "metrics",
+    "checkpoint",
+    "validation.interval",
+    "validation.batches",
+    "generation",
+];
+
+/// Keys in which two recipes differ, apart from those that may change: `key: before -> now`.
+pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
+    let may_change = |path: &str| MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}.")));
+    let mut all = all_differences(before, now);
+    all.retain(|(path, _)| !may_change(path));
+    in_lines(all)
+}
+
+/// Keys in which two tables differ: `key: before -> now`.
+pub fn differences_of(before: &impl Serialize, now: &impl Serialize) -> Vec<String> {
+    in_lines(all_differences(before, now))
+}
+
+fn in_lines(differences: Vec<Difference>) -> Vec<String> {
+    differences.into_iter().map(|(path, [before, now])| format!("{path}: {before} -> {now}")).collect()
+}
+
+/// A key with what two tables say.
+pub type Difference = (String, [String; 2]);
+
+/// Every key in which two tables differ, with both values as they are written.
+pub fn all_differences(before: &impl Serialize, now: &impl Serialize) -> Vec<Difference> {
+    fn walk(path: &str, a: Option<&toml::Value>, b: Option<&toml::Value>, out: &mut Vec<Difference>) {
+        if a == b {
+            return;
+        }
+        if let (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) = (a, b) {
+            let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                walk(&path, a.get(key), b.get(key), out);
+            }
+            return;
+        }
+        let show = |value: Option<&toml::Value>| value.map_or("(not set)".into(), ToString::to_string);
+        out.push((path.to_owned(), [show(a), show(b)]));
+    }
+    let mut out = Vec::new();
+    let (before, now) = (toml::Value::try_from(before).ok(), toml::Value::try_from(now).ok());
+    walk("", before.as_ref(), now.as_ref(), &mut out);
+    out
+}

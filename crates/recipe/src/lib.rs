@@ -1,0 +1,33 @@
+//! Recipes: what a person wrote (layers of TOML), and what it means (typed tables).
+//!
+//! A recipe is read in layers: the file that `extends` names, the file itself, `key=value` from the command line. Every
+//! problem is reported with the layer, line and column of the key it is about. Nothing here opens data or a device.
+
+pub mod conversion;
+mod differences;
+pub mod flags;
+mod growth;
+pub mod layers;
+mod load;
+mod problem;
+mod rules;
+pub mod schema;
+mod settings;
+pub mod stages;
+
+pub use conversion::Conversion;
+pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of};
+pub use growth::Growth;
+pub use layers::Layer;
+pub use load::{Loaded, from_layers, load, override_layers, read_file, read_layer, read_layers, resolved, with_base};
+pub use problem::{Problem, Problems, in_words};
+pub use settings::{GenerationConfig, LoaderConfig, ModelConfig, Recipe};
+
+/// What `training.device` may be.
+pub const DEVICES: [&str; 3] = ["flex", "ndarray", "cuda"];
+
+/// A name as part of a folder's name: lower-case letters, digits and single hyphens.
+pub fn folder_name(name: &str) -> String {
+    let plain: String = name.chars().map(|sign| if sign.is_alphanumeric() { sign } else { ' ' }).collect();
+    plain.to_lowercase().split_whitespace().collect::<Vec<_>>().join("-")
+}

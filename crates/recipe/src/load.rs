@@ -1,0 +1,144 @@
+//! From the text of a recipe to its settings.
+
+use std::path::{Path, PathBuf};
+
+use crate::layers::{Layer, at, merge, parse_layer, parse_override, undecided};
+use crate::problem::{Problem, Problems, in_words};
+use crate::settings::Recipe;
+use crate::{rules, schema};
+
+/// A recipe with where its keys stand.
+pub struct Loaded {
+    /// What it means.
+    pub recipe: Recipe,
+    layers: Vec<Layer>,
+}
+
+impl Loaded {
+    /// A problem about a key, pointed at where it stands.
+    pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
+        at(&self.layers, path, message.into())
+    }
+}
+
+/// Reads a recipe with overrides and checks everything.
+///
+/// # Errors
+/// All problems of the first stage that has any: reading, unknown keys, types, rules.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
+    from_layers(read_layers(path, overrides)?)
+}
+
+/// What layers of keys mean together, later ones over earlier ones.
+///
+/// # Errors
+/// As for [`load`].
+pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
+    let unknown = schema::unknown_keys(&layers);
+    if !unknown.is_empty() {
+        return Err(Problems(unknown));
+    }
+    let merged = merge(&layers);
+    let undecided = undecided(&merged);
+    if !undecided.is_empty() {
+        let told = undecided.into_iter().map(|(path, names)| {
+            let last = names.last().map_or("", String::as_str);
+            let message = format!("{path} takes one table, and {} are there: keep one of them", names.join(" and "));
+            at(&layers, &format!("{path}.{last}"), message)
+        });
+        return Err(Problems(told.collect()));
+    }
+    let mut recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
+        let path = error.path().to_string();
+        Problems(vec![at(&layers, &path, in_words(&error.into_inner().to_string()))])
+    })?;
+    if recipe.model.pretrained().is_none() {
+        recipe.tokenizer.get_or_insert_default();
+    }
+    let loaded = Loaded { recipe, layers };
+    let problems: Vec<Problem> =
+        rules::validate(&loaded.recipe).into_iter().map(|(path, message)| loaded.problem(&path, message)).collect();
+    if problems.is_empty() { Ok(loaded) } else { Err(Problems(problems)) }
+}
+
+/// The resolved recipe as TOML: every key with its value.
+///
+/// # Errors
+/// If a value has no TOML form, which would be our mistake.
+pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
+    toml::to_string_pretty(recipe).map_err(|error| Problems::plain(format!("the recipe cannot be written: {error}")))
+}
+
+const NO_FILE: &str = "recipes are files that end in .toml; `polyhead ls` lists those at hand";
+
+/// The text of a recipe's file.
+///
+/// # Errors
+/// If there is none, or it is no text, with the line where it is none.
+pub fn read_file(path: &Path) -> Result<String, Problems> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {NO_FILE}", path.display())))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let bytes = error.into_bytes();
+        let text = String::from_utf8_lossy(&bytes[..at]).into_owned() + "\u{fffd}";
+        let message = format!("byte {:#04x} is not valid UTF-8: recipes are UTF-8 text", bytes[at]);
+        Problems(vec![Problem::in_text(&path.display().to_string(), &text, Some(at..at), message)])
+    })
+}
+
+/// The file's layer.
+///
+/// # Errors
+/// If it cannot be read or is no TOML.
+pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
+    let text = read_file(path)?;
+    parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
+}
+
+/// The layers of a recipe: what it extends, the file, the overrides.
+///
+/// # Errors
+/// If a file cannot be read, is no TOML, or is no recipe.
+pub fn read_layers(path: &Path, overrides: &[String]) -> Result<Vec<Layer>, Problems> {
+    let file = read_layer(path)?;
+    for (key, what, hint) in [
+        ("arm", "a comparison of several runs", "`polyhead compare` runs it, with --dry-run it shows its plan"),
+        ("stage", "a run in stages", "train, plan, validate and cat take it"),
+    ] {
+        if file.values().contains_key(key) {
+            let problem = format!("{} is {what}, not one recipe", path.display());
+            return Err(Problems(vec![at(&[file], key, problem).hint(Some(hint.into()))]));
+        }
+    }
+    let mut layers = with_base(path, file)?;
+    layers.extend(override_layers(overrides)?);
+    Ok(layers)
+}
+
+/// A file's layer, and below it that of the recipe that it extends.
+///
+/// # Errors
+/// If that cannot be read, is no TOML, or extends another one itself.
+pub fn with_base(path: &Path, mut file: Layer) -> Result<Vec<Layer>, Problems> {
+    let Some(base) = file.take_extends()? else { return Ok(vec![file]) };
+    let base_path = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(base));
+    let here = |problem: String| Problems(vec![at(std::slice::from_ref(&file), "extends", problem)]);
+    if let Err(error) = std::fs::File::open(&base_path) {
+        return Err(here(format!("extends: recipe {}: {error}", base_path.display())));
+    }
+    let mut base = read_layer(&base_path)?;
+    if base.take_extends()?.is_some() {
+        return Err(here(format!("{} extends another recipe itself; one level is allowed", base_path.display())));
+    }
+    Ok(vec![base, file])
+}
+
+/// `key=value` from the command line, a layer each.
+///
+/// # Errors
+/// If one is no override.
+pub fn override_layers(overrides: &[String]) -> Result<Vec<Layer>, Problems> {
+    let parse = |text: &String| parse_override(text).map_err(|problem| Problems(vec![problem]));
+    overrides.iter().map(parse).collect()
+}

@@ -1,0 +1,272 @@
+//! The rules about values of a recipe: each table's own, and those between tables.
+
+use polyhead_data::{Modality, Yields};
+use polyhead_models::adapters::LoraConfig;
+use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision};
+use polyhead_training::config::OptimizerConfig;
+use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
+use polyhead_training::{FreezeConfig, ProcedureConfig};
+
+use crate::DEVICES;
+use crate::settings::{ModelConfig, Recipe};
+
+/// Tokens of a batch at most: their places still are numbers that a tensor can hold. Chosen by us.
+const MOST_TOKENS: usize = 1 << 30;
+
+/// Every rule about values, with the key it is about.
+pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut rule = |holds: bool, key: &str, message: String| {
+        if !holds {
+            problems.push((key.to_owned(), message));
+        }
+    };
+    let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
+    let decoder = model.decoder();
+    let is_classifier = matches!(model, ModelConfig::Classifier(_));
+    let is_embedder = matches!(model, ModelConfig::Embedder(_));
+    let labelled = recipe.data.yields() == Yields::Examples;
+    rule(
+        labelled == is_classifier,
+        "data",
+        match labelled {
+            true => format!("data.{} is examples with classes, which model.classifier learns", recipe.data.name()),
+            false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
+        },
+    );
+    let pairs = recipe.data.yields() == Yields::Pairs;
+    rule(
+        pairs == is_embedder,
+        "data",
+        match pairs {
+            true => format!("data.{} is pairs that belong together, which model.embedder learns", recipe.data.name()),
+            false => format!("data.{} has no pairs for model.embedder to learn", recipe.data.name()),
+        },
+    );
+    let reads_tokens = !(labelled || pairs) || recipe.data.is_text();
+    rule(
+        reads_tokens || training.seq_len == 0,
+        "training.seq_len",
+        format!("training.seq_len ({}) has no meaning for data.{}: leave it out", training.seq_len, recipe.data.name()),
+    );
+    let at_least_one = |key: &str, value: u64| (value >= 1, format!("{key} ({value}) must be at least 1"));
+    for (key, value) in [
+        ("training.steps", training.steps),
+        ("training.seq_len", if reads_tokens { training.seq_len as u64 } else { 1 }),
+        ("training.batch_size", training.batch_size as u64),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64),
+        ("metrics.log_freq", recipe.metrics.log_freq),
+    ] {
+        let (holds, message) = at_least_one(key, value);
+        rule(holds, key, message);
+    }
+    // Sizes beyond these are typing mistakes, and would otherwise end as a failed allocation.
+    for (key, value, most) in [
+        ("training.seq_len", training.seq_len, 1 << 20),
+        ("training.batch_size", training.batch_size, 1 << 16),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1 << 16),
+        ("model.decoder.d_model", decoder.map_or(1, |decoder| decoder.d_model), 1 << 17),
+        ("model.decoder.n_layers", decoder.map_or(1, |decoder| decoder.n_layers), 4096),
+        ("model.decoder.d_ff", decoder.and_then(|decoder| decoder.d_ff).unwrap_or(1), 1 << 20),
+    ] {
+        rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
+    }
+    for (key, value, most) in [
+        ("validation.batches", validation.batches, 1 << 24),
+        ("generation.sampling.max_new_tokens", generation.sampling.max_new_tokens as u64, 1 << 24),
+    ] {
+        rule(value <= most, key, format!("{key} ({value}) must be at most {most}"));
+    }
+    let (rows, row) = (training.batch_size, training.seq_len.max(1));
+    rule(
+        rows.checked_mul(row).is_some_and(|all| all <= MOST_TOKENS),
+        "training.batch_size",
+        format!(
+            "training.batch_size ({rows}) times training.seq_len ({row}) must be at most {MOST_TOKENS}: \
+             training.gradient_accumulation_steps takes batches that are larger than memory one after the other"
+        ),
+    );
+    let numbers = [
+        ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
+        ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
+        ("lr_scheduler.min_lr_ratio", lr_scheduler.min_lr_ratio, 0.0, 1.0, "0 to 1"),
+        ("generation.sampling.temperature", generation.sampling.temperature, 0.0, 1e6, "0 (greedy) or more"),
+        ("generation.sampling.top_p", generation.sampling.top_p, 1e-9, 1.0, "above 0, up to 1"),
+        ("validation.fraction", validation.fraction, 1e-9, 0.5, "above 0, up to 0.5"),
+    ];
+    for (key, value, low, high, words) in numbers {
+        rule((low..=high).contains(&value), key, format!("{key} ({value}) must be {words}"));
+    }
+    let optimizer: Vec<(&str, f64, f64, f64)> = match &recipe.optimizer {
+        OptimizerConfig::Adamw(o) => vec![
+            ("adamw.lr", o.lr, 0.0, 1e3),
+            ("adamw.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("adamw.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("adamw.eps", o.eps, 0.0, 1.0),
+            ("adamw.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+        OptimizerConfig::Muon(o) => vec![
+            ("muon.lr", o.lr, 0.0, 1e3),
+            ("muon.momentum", o.momentum, 0.0, 0.999_999_9),
+            ("muon.beta1", o.beta1, 0.0, 0.999_999_9),
+            ("muon.beta2", o.beta2, 0.0, 0.999_999_9),
+            ("muon.eps", o.eps, 0.0, 1.0),
+            ("muon.weight_decay", o.weight_decay, 0.0, 1e3),
+        ],
+    };
+    for (key, value, low, high) in optimizer {
+        let key = format!("optimizer.{key}");
+        rule((low..=high).contains(&value), &key, format!("{key} ({value}) must be {low} to {high}"));
+    }
+    rule(
+        lr_scheduler.warmup_steps <= training.steps,
+        "lr_scheduler.warmup_steps",
+        format!(
+            "lr_scheduler.warmup_steps ({}) must not exceed training.steps ({})",
+            lr_scheduler.warmup_steps, training.steps
+        ),
+    );
+    rule(
+        DEVICES.contains(&training.device.as_str()),
+        "training.device",
+        format!("training.device (\"{}\") must be one of {}", training.device, DEVICES.join(", ")),
+    );
+    if let Err((field, message)) = recipe.data.validate(training.seq_len) {
+        problems.push((format!("data.{}.{field}", recipe.data.name()), message));
+    }
+    let procedure = recipe.procedure.validate(decoder, training);
+    problems.extend(procedure.into_iter().map(|(field, message)| (format!("procedure.{field}"), message)));
+    if let ProcedureConfig::NeuronDropout(config) = &recipe.procedure {
+        problems.extend(validate_neuron_dropout(recipe, config));
+    }
+    if let Err((field, message)) = recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX)) {
+        problems.push((format!("freeze.{field}"), message));
+    }
+    if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
+        problems.push((format!("lora.{field}"), message));
+    }
+    match model {
+        ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
+        ModelConfig::Classifier(classifier) => {
+            let sound = problems.is_empty();
+            problems.extend(validate_classifier(recipe, classifier, sound));
+        }
+        ModelConfig::Decoder { .. } => {}
+    }
+    if !is_classifier && (recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing()) {
+        let key = if recipe.augmentation.is_nothing() { "loss" } else { "augmentation" };
+        problems.push((key.into(), format!("{key} is for model.classifier: leave it out")));
+    }
+    if problems.is_empty()
+        && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
+    {
+        problems.push((format!("model.decoder.{}", error.field), error.problem));
+    }
+    if problems.is_empty()
+        && model.pretrained().is_none()
+        && recipe.lora.is_none()
+        && let Some(decoder) = decoder
+    {
+        problems.extend(validate_patterns(&recipe.freeze, decoder));
+    }
+    problems
+}
+
+/// Whether all that is to be frozen exists. Where even the names are much work, the run finds out.
+fn validate_patterns(freeze: &FreezeConfig, decoder: &DecoderConfig) -> Option<(String, String)> {
+    if freeze.parameters.is_empty() {
+        return None;
+    }
+    let names = decoder.parameter_names()?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    freeze.find(&names).err().map(|problem| ("freeze.parameters".into(), problem))
+}
+
+/// What [procedure.neuron_dropout] asks of other tables.
+fn validate_neuron_dropout(recipe: &Recipe, config: &NeuronDropoutConfig) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    if config.unit == Unit::Epochs && recipe.data.is_endless() {
+        problems.push(("procedure.neuron_dropout.unit".into(), NO_EPOCHS.into()));
+    }
+    if let Some(decoder) = recipe.model.decoder() {
+        let layer = config.layer_of(decoder.n_layers);
+        let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("layers.{layer}.mlp.{name}.weight"));
+        let frozen = recipe.lora.is_some() || names.iter().any(|name| recipe.freeze.freezes(name));
+        if frozen && config.mode == Mode::WeightsCompat && config.select != Select::None {
+            problems.push(("procedure.neuron_dropout.mode".into(), weights_stay(layer)));
+        }
+    }
+    problems
+}
+
+/// The rules of recipes for embedders, as far as they can be told without the features.
+fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String, String)> {
+    let Recipe { procedure, training, .. } = recipe;
+    let rules = [
+        (recipe.lora.is_none(), "lora", "lora is for decoders"),
+        (
+            *procedure == ProcedureConfig::default(),
+            "procedure",
+            "procedure: an embedder is trained by procedure.standard, as it is",
+        ),
+        (
+            training.precision == Precision::F32,
+            "training.precision",
+            "training.precision must be \"f32\" for an embedder",
+        ),
+    ];
+    let broken =
+        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, key, words)| (key.to_owned(), words.to_owned()));
+    let settings =
+        embedder.validate(None).err().map(|error| (format!("model.embedder.{}", error.field), error.problem));
+    broken.chain(settings).collect()
+}
+
+/// The rules of recipes for classifiers; where the rest is `sound`, those between the model and the shape of its data too.
+fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bool) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut refuse = |holds: bool, key: &str, message: &str| {
+        if !holds {
+            problems.push((key.to_owned(), format!("{key} {message}")));
+        }
+    };
+    let Recipe { procedure, .. } = recipe;
+    refuse(recipe.lora.is_none(), "lora", "is for decoders");
+    let key = format!("procedure.{}", procedure.name());
+    match procedure {
+        ProcedureConfig::Standard(standard) => {
+            let causal = standard.context_mask == ContextMask::Causal;
+            refuse(
+                causal,
+                "procedure.standard.context_mask",
+                "is about conversations, which a classifier does not learn",
+            );
+        }
+        _ => refuse(false, &key, "is for decoders; a classifier is trained by procedure.standard"),
+    }
+    if let Err(words) = classifier.check_precision(recipe.training.precision) {
+        refuse(false, "training.precision", &words);
+    }
+    refuse(
+        recipe.augmentation.is_nothing() || matches!(recipe.data.modality(), Modality::Images | Modality::Audio),
+        "augmentation",
+        "changes pictures, which this data has none of",
+    );
+    let still = recipe.augmentation.crop == 0 && !recipe.augmentation.flip;
+    refuse(
+        still || recipe.data.modality() != Modality::Audio,
+        "augmentation",
+        "can only add noise to sounds: mirrored (flip) or moved (crop) they are other sounds",
+    );
+    if let Err((field, message)) = recipe.augmentation.validate() {
+        problems.push((format!("augmentation.{field}"), message));
+    }
+    if let Err((field, message)) = recipe.loss.validate(None) {
+        problems.push((format!("loss.{field}"), message));
+    }
+    let shape = recipe.data.shape().filter(|_| sound && problems.is_empty());
+    if let Err(error) = classifier.validate(shape) {
+        problems.push((format!("model.classifier.{}", error.field), error.problem));
+    }
+    problems
+}

@@ -1,0 +1,261 @@
+//! What keys there are: read off the types, for finding unknown keys, naming the nearest valid one, and the reference.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::layers::{self, Layer};
+use crate::problem::{Problem, Problems};
+use crate::settings::Recipe;
+
+/// What other trainers (Hugging Face, axolotl, litgpt, LLaMA-Factory, nanoGPT) call our keys.
+const ELSEWHERE: [(&str, &str); 34] = [
+    ("hidden_size", "model.decoder.d_model"),
+    ("n_embd", "model.decoder.d_model"),
+    ("num_hidden_layers", "model.decoder.n_layers"),
+    ("n_layer", "model.decoder.n_layers"),
+    ("num_attention_heads", "n_heads of the attention table"),
+    ("n_head", "n_heads of the attention table"),
+    ("num_key_value_heads", "n_kv_heads of the attention table"),
+    ("n_query_groups", "n_kv_heads of the attention table"),
+    ("num_noise_heads", "n_noise_heads of the attention table"),
+    ("intermediate_size", "model.decoder.d_ff"),
+    ("tie_word_embeddings", "model.decoder.tie_embeddings"),
+    ("rms_norm_eps", "model.decoder.norm_eps"),
+    ("learning_rate", "optimizer.adamw.lr"),
+    ("lr", "optimizer.adamw.lr"),
+    ("weight_decay", "optimizer.adamw.weight_decay"),
+    ("adam_beta1", "optimizer.adamw.beta1"),
+    ("adam_beta2", "optimizer.adamw.beta2"),
+    ("adam_epsilon", "optimizer.adamw.eps"),
+    ("max_steps", "training.steps"),
+    ("max_iters", "training.steps"),
+    ("micro_batch_size", "training.batch_size"),
+    ("per_device_train_batch_size", "training.batch_size"),
+    ("sequence_len", "training.seq_len"),
+    ("block_size", "training.seq_len"),
+    ("cutoff_len", "training.seq_len"),
+    ("max_seq_length", "training.seq_len"),
+    ("gradient_clip_val", "training.max_norm"),
+    ("max_grad_norm", "training.max_norm"),
+    ("warmup_steps", "lr_scheduler.warmup_steps"),
+    ("lr_scheduler_type", "lr_scheduler.decay"),
+    ("logging_steps", "metrics.log_freq"),
+    ("save_steps", "checkpoint.interval"),
+    ("eval_steps", "validation.interval"),
+    ("seed", "debug.seed"),
+];
+
+/// Unknown keys that are told one by one, each with the nearest valid one; of more there is the number. Chosen by us.
+const MOST_UNKNOWN: usize = 100;
+
+/// The schema of a recipe.
+pub fn recipe() -> &'static Value {
+    static SCHEMA: OnceLock<Value> = OnceLock::new();
+    SCHEMA.get_or_init(|| schemars::schema_for!(Recipe).to_value())
+}
+
+/// Keys of the layers that no type has, each with the nearest valid one.
+pub fn unknown_keys(layers: &[Layer]) -> Vec<Problem> {
+    unknown_keys_of(recipe(), layers)
+}
+
+/// The same for files of another schema.
+pub fn unknown_keys_of(root: &Value, layers: &[Layer]) -> Vec<Problem> {
+    let (mut found, mut more) = (Vec::new(), 0);
+    for layer in layers {
+        let mut report = |path: &str, fault: Fault<'_>, valid: &dyn Fn() -> Vec<String>| {
+            if found.len() == MOST_UNKNOWN {
+                more += 1;
+                return;
+            }
+            let at = |message: String| layers::at(std::slice::from_ref(layer), path, message);
+            found.push(match fault {
+                Fault::Key(key) => {
+                    let table = path.rsplit_once('.').map_or("the top level", |(table, _)| table);
+                    at(format!("unknown key `{key}` in {table}")).hint(Some(suggestion(root, key, &valid())))
+                }
+                Fault::Word(word) => {
+                    let message = format!("{path} takes a table, where the word \"{word}\" is");
+                    at(message).hint(Some(table_for(path, word, valid())))
+                }
+            });
+        };
+        walk(root, &[root], layer.values(), "", &mut report);
+    }
+    if more > 0 {
+        found.extend(Problems::plain(format!("{more} more unknown keys")).0);
+    }
+    found
+}
+
+/// What is wrong with a key, apart from its value's type.
+enum Fault<'a> {
+    /// No type has it.
+    Key(&'a str),
+    /// It holds a word, where one of several tables belongs.
+    Word(&'a str),
+}
+
+/// How one of several tables is chosen, for those who wrote its name as a word.
+fn table_for(path: &str, word: &str, mut valid: Vec<String>) -> String {
+    valid.sort_unstable();
+    valid.dedup();
+    let near = valid.iter().max_by(|a, b| strsim::jaro_winkler(word, a).total_cmp(&strsim::jaro_winkler(word, b)));
+    let near = near.filter(|name| strsim::jaro_winkler(word, name) > 0.82);
+    let example = near.or(valid.first()).map_or("...", String::as_str);
+    let like = if near.is_some() { "write" } else { "write, for instance," };
+    format!("{like} {path}.{example}={{}} (valid here: {})", valid.join(", "))
+}
+
+/// Takes what is wrong: the path, what it is, and what gives the names that are valid there.
+type Report<'a> = dyn FnMut(&str, Fault<'_>, &dyn Fn() -> Vec<String>) + 'a;
+
+fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, report: &mut Report<'_>) {
+    let variants: Vec<&Value> = schemas.iter().flat_map(|schema| variants(root, schema)).collect();
+    let known = || variants.iter().filter_map(|schema| schema.get("properties")?.as_object());
+    if known().next().is_none() {
+        return; // not a table at all: the type error says so
+    }
+    for (key, value) in table {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        let inner: Vec<&Value> = known().filter_map(|properties| properties.get(key)).collect();
+        if inner.is_empty() {
+            report(&path, Fault::Key(key), &|| known().flat_map(|properties| properties.keys().cloned()).collect());
+            continue;
+        }
+        match value {
+            toml::Value::Table(table) => walk(root, &inner, table, &path, report),
+            toml::Value::Array(list) => {
+                let items: Vec<&Value> = inner
+                    .iter()
+                    .flat_map(|schema| self::variants(root, schema))
+                    .filter_map(|schema| schema.get("items"))
+                    .collect();
+                for (index, item) in list.iter().enumerate() {
+                    if let toml::Value::Table(table) = item {
+                        walk(root, &items, table, &format!("{path}.{index}"), report);
+                    }
+                }
+            }
+            toml::Value::String(word) => {
+                let inner: Vec<&Value> = inner.iter().flat_map(|schema| self::variants(root, schema)).collect();
+                let inner: Vec<&Value> = inner.into_iter().filter(|schema| schema["type"] != "null").collect();
+                let tables = inner.iter().filter_map(|schema| schema.get("properties")?.as_object());
+                let tables: Vec<_> = tables.filter(|keys| keys.len() == 1).collect();
+                // A choice between tables has one key in each of them.
+                if inner.len() > 1 && tables.len() == inner.len() {
+                    report(&path, Fault::Word(word), &|| tables.iter().flat_map(|keys| keys.keys().cloned()).collect());
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A schema with references followed and alternatives laid side by side.
+pub fn variants<'a>(root: &'a Value, schema: &'a Value) -> Vec<&'a Value> {
+    let target =
+        schema.get("$ref").and_then(Value::as_str).and_then(|reference| root.pointer(reference.strip_prefix('#')?));
+    if let Some(target) = target {
+        return variants(root, target);
+    }
+    for word in ["oneOf", "anyOf", "allOf"] {
+        if let Some(list) = schema.get(word).and_then(Value::as_array) {
+            return list.iter().flat_map(|schema| variants(root, schema)).collect();
+        }
+    }
+    vec![schema]
+}
+
+fn suggestion(root: &Value, key: &str, valid: &[String]) -> String {
+    let mut places = Vec::new();
+    find_key(root, root, "", key, &mut places);
+    if !places.is_empty() {
+        return format!("its place is {}", places.join(" or "));
+    }
+    let near = valid.iter().map(|name| (strsim::jaro_winkler(key, name), name));
+    let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.82);
+    if let Some((_, name)) = near {
+        return format!("did you mean `{name}`?");
+    }
+    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
+        return format!("here it is called {ours}");
+    }
+    let mut names: Vec<&str> = valid.iter().map(String::as_str).collect();
+    names.sort_unstable();
+    names.dedup();
+    format!("valid here: {}", names.join(", "))
+}
+
+/// Where a key of that name is valid, as dotted paths.
+fn find_key(root: &Value, schema: &Value, path: &str, key: &str, places: &mut Vec<String>) {
+    for variant in variants(root, schema) {
+        for (name, property) in variant.get("properties").and_then(Value::as_object).into_iter().flatten() {
+            let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            find_key(root, property, &path, key, places);
+            if name == key && !places.contains(&path) {
+                places.push(path);
+            }
+        }
+    }
+}
+
+/// The recipe reference: every key with its meaning, from the types' own documentation.
+pub fn reference() -> String {
+    let root = recipe();
+    let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
+    describe(root, root, "", (&mut BTreeMap::new(), &mut out));
+    out
+}
+
+/// Describes each kind of list item in full where it comes first (`lists`, by reference), and points there afterwards.
+fn describe<'a>(
+    root: &'a Value,
+    schema: &'a Value,
+    path: &str,
+    (lists, out): (&mut BTreeMap<&'a str, String>, &mut String),
+) {
+    let variants = variants(root, schema);
+    let single = variants.iter().any(|variant| variant.get("properties").is_some());
+    for variant in variants {
+        // Where one table may stand instead of a list of them, it is described once.
+        if let Some(items) = variant.get("items").filter(|_| !single) {
+            let path = format!("{path}[]");
+            let first = items.get("$ref").and_then(Value::as_str).map(|name| lists.entry(name).or_insert(path.clone()));
+            match first.filter(|first| **first != path) {
+                Some(first) => out.push_str(&format!("| `{path}` | table | as `{first}` |\n")),
+                None => describe(root, items, &path, (lists, out)),
+            }
+        }
+        let Some(properties) = variant.get("properties").and_then(Value::as_object) else { continue };
+        for (key, property) in properties {
+            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let words = property.get("description").or_else(|| variant.get("description")).and_then(Value::as_str);
+            let words = words.unwrap_or_default().replace('\n', " ").replace('|', "\\|");
+            out.push_str(&format!("| `{path}` | {} | {words} |\n", type_name(root, property)));
+            describe(root, property, &path, (lists, out));
+        }
+    }
+}
+
+fn type_name(root: &Value, property: &Value) -> String {
+    let mut names: Vec<String> = Vec::new();
+    for variant in variants(root, property) {
+        let constants = variant.get("enum").and_then(Value::as_array).cloned();
+        let constants = constants.or_else(|| variant.get("const").map(|value| vec![value.clone()]));
+        match (constants, variant.get("type")) {
+            (Some(values), _) => names.extend(values.iter().map(|value| format!("`{value}`"))),
+            (None, Some(Value::String(name))) if name == "object" => names.push("table".into()),
+            (None, Some(Value::String(name))) => names.push(name.clone()),
+            (None, Some(Value::Array(types))) => {
+                names.extend(types.iter().filter_map(Value::as_str).filter(|name| *name != "null").map(Into::into));
+            }
+            _ => {}
+        }
+    }
+    names.retain(|name| name != "null");
+    names.dedup();
+    names.join(" or ")
+}

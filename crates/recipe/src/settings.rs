@@ -1,0 +1,195 @@
+//! The settings of a run: the tables of a recipe.
+
+use std::path::{Path, PathBuf};
+
+use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
+use polyhead_models::adapters::LoraConfig;
+use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, Sampling};
+use polyhead_training::config::{
+    CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
+};
+use polyhead_training::{FreezeConfig, ProcedureConfig};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// One complete run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: ModelConfig,
+    /// How text becomes tokens; not used by generated data. Default: that of model.pretrained, else bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<TokenizerConfig>,
+    /// What it learns from.
+    pub data: DataConfig,
+    /// How tokens become rows.
+    #[serde(default)]
+    pub loader: LoaderConfig,
+    /// What is changed about pictures while a classifier learns from them. Default: nothing.
+    #[serde(default, skip_serializing_if = "AugmentConfig::is_nothing")]
+    pub augmentation: AugmentConfig,
+    /// How long, on how much at once.
+    pub training: TrainingConfig,
+    /// What a classifier's scores are trained by. Default: cross-entropy.
+    #[serde(default, skip_serializing_if = "LossConfig::is_plain")]
+    pub loss: LossConfig,
+    /// What a step does. Default: standard.
+    #[serde(default)]
+    pub procedure: ProcedureConfig,
+    /// What stays as it is. Default: nothing.
+    #[serde(default)]
+    pub freeze: FreezeConfig,
+    /// Train low-rank pairs beside projections, and nothing else. Default: all weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// How weights move. Default: adamw.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// The learning rate over the steps.
+    #[serde(default)]
+    pub lr_scheduler: LrSchedulerConfig,
+    /// How well the model does on text it does not train on.
+    #[serde(default)]
+    pub validation: ValidationConfig,
+    /// When the run is saved.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
+    /// What is written down.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// The sample of text at the end.
+    #[serde(default)]
+    pub generation: GenerationConfig,
+    /// Randomness.
+    #[serde(default)]
+    pub debug: DebugConfig,
+}
+
+/// `[model]`: one kind of model, with fresh weights or those of a trained one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "ModelTables", into = "ModelTables")]
+#[allow(clippy::large_enum_variant)] // a recipe has one
+pub enum ModelConfig {
+    /// A decoder language model.
+    Decoder {
+        /// Where its first weights come from.
+        pretrained: Option<PathBuf>,
+        /// What it is; `None` until the folder of the weights has been read.
+        config: Option<DecoderConfig>,
+    },
+    /// A classifier.
+    Classifier(ClassifierConfig),
+    /// An embedder of texts.
+    Embedder(EmbedderConfig),
+}
+
+/// `[model]` as it is written.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ModelTables {
+    /// Start from these weights: a run folder, a checkpoint, or a folder in Hugging Face's format. The model's settings and
+    /// its tokenizer come from there too; model.decoder beside it, as in the recipe that a run keeps, has to say the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pretrained: Option<PathBuf>,
+    /// A decoder language model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    decoder: Option<DecoderConfig>,
+    /// A classifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    classifier: Option<ClassifierConfig>,
+    /// An embedder of texts, over the features of a decoder that stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    embedder: Option<EmbedderConfig>,
+}
+
+impl TryFrom<ModelTables> for ModelConfig {
+    type Error = &'static str;
+
+    fn try_from(tables: ModelTables) -> Result<Self, Self::Error> {
+        match tables {
+            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: None } => Err(
+                "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with \
+                 trained weights in model.pretrained",
+            ),
+            ModelTables { pretrained, decoder, classifier: None, embedder: None } => {
+                Ok(Self::Decoder { pretrained, config: decoder })
+            }
+            ModelTables { pretrained: None, decoder: None, classifier: Some(config), embedder: None } => {
+                Ok(Self::Classifier(config))
+            }
+            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: Some(config) } => {
+                Ok(Self::Embedder(config))
+            }
+            ModelTables { pretrained: Some(_), classifier: Some(_), .. } => {
+                Err("model.pretrained is for decoders: a classifier starts afresh")
+            }
+            ModelTables { classifier: Some(_), .. } => {
+                Err("model.decoder and model.embedder cannot stand beside model.classifier: choose one")
+            }
+            _ => {
+                Err("model.embedder stands alone: it reads the features of another model, made by `polyhead features`")
+            }
+        }
+    }
+}
+
+impl From<ModelConfig> for ModelTables {
+    fn from(model: ModelConfig) -> Self {
+        match model {
+            ModelConfig::Decoder { pretrained, config } => Self { pretrained, decoder: config, ..Self::default() },
+            ModelConfig::Classifier(config) => Self { classifier: Some(config), ..Self::default() },
+            ModelConfig::Embedder(config) => Self { embedder: Some(config), ..Self::default() },
+        }
+    }
+}
+
+impl ModelConfig {
+    /// A decoder whose weights are at hand.
+    pub fn decoder_of(config: DecoderConfig) -> Self {
+        Self::Decoder { pretrained: None, config: Some(config) }
+    }
+
+    /// The settings of a decoder, where they are known.
+    pub fn decoder(&self) -> Option<&DecoderConfig> {
+        match self {
+            Self::Decoder { config, .. } => config.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// Where the first weights come from, where they are not drawn.
+    pub fn pretrained(&self) -> Option<&Path> {
+        match self {
+            Self::Decoder { pretrained, .. } => pretrained.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Layers, where they are known.
+    pub fn n_layers(&self) -> Option<usize> {
+        match self {
+            Self::Decoder { config, .. } => config.as_ref().map(|config| config.n_layers),
+            Self::Classifier(config) => Some(config.n_layers()),
+            Self::Embedder(_) => None,
+        }
+    }
+}
+
+/// `[loader]`: how tokens become rows.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoaderConfig {
+    /// "stream" (default): documents follow each other; "documents": attention stays inside each document.
+    pub packing: Packing,
+}
+
+/// `[generation]`: the sample of text at the end of a run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// What the sample starts with. Default: the end-of-text token.
+    pub prompt: String,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}

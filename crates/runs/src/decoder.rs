@@ -1,0 +1,184 @@
+//! Decoders: their data, their first weights, and trained ones.
+
+use burn::tensor::Device;
+use polyhead_data::{Loader, Opened, Tokenizer};
+use polyhead_evaluation::hallucination::{Asking, Summary, ask};
+use polyhead_models::{Batch, Decoder, train_only};
+use polyhead_recipe::{Problems, Recipe};
+use polyhead_training::evaluate::Batches;
+use polyhead_training::run::Probe;
+
+use crate::costs::Known;
+use crate::data::{Source, TrainingData, options, world};
+use crate::error::Failure;
+use crate::kind::Kind;
+use crate::pretrained::{Pretrained, add_lora};
+use crate::resolve::Resolved;
+
+impl TrainingData<Batch> for Opened {
+    fn description(&self) -> &str {
+        &self.description
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn known(&self) -> Known {
+        Known::Ids(self.vocab_size)
+    }
+
+    fn text_hash(&self) -> Option<&str> {
+        self.text_hash.as_deref()
+    }
+
+    fn record(&self) -> serde_json::Value {
+        serde_json::json!({ "description": self.description, "text_hash": self.text_hash })
+    }
+
+    fn train(&self) -> Box<dyn Batches<Batch> + '_> {
+        Box::new(Source(&self.train))
+    }
+
+    fn held_out(&self) -> Box<dyn Batches<Batch> + '_> {
+        Box::new(Source(&self.validation))
+    }
+
+    fn tracking(&self) -> &[Batch] {
+        &self.tracking
+    }
+
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    fn floor(&self) -> Option<f64> {
+        self.floor
+    }
+
+    fn check(&self, name: &str) -> Result<Vec<String>, Failure> {
+        check_targets(self, name)
+    }
+}
+
+impl Kind for Decoder {
+    type Data = Opened;
+
+    fn known(resolved: &Resolved) -> Result<Known, Failure> {
+        let of_data = || resolved.recipe.data.vocab_size(&resolved.tokenizer);
+        Ok(Known::Ids(resolved.vocab_size.unwrap_or_else(of_data)))
+    }
+
+    fn open(resolved: &Resolved, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened, Failure> {
+        let recipe = &resolved.recipe;
+        let opened = recipe.data.open_tokens(&resolved.tokenizer, &options(recipe), progress)?;
+        match &resolved.pretrained {
+            Some(Pretrained { path, vocab_size, .. }) if opened.vocab_size > *vocab_size => Err(Failure::Run(format!(
+                "the data has {} ids, the model of {} knows {vocab_size}: name data with fewer, or another model",
+                opened.vocab_size,
+                path.display()
+            ))),
+            _ => Ok(opened),
+        }
+    }
+
+    /// Fresh weights that the seed decides, or those of `model.pretrained`.
+    fn first(resolved: &Resolved, data: &Opened, device: &Device) -> Result<Self, Failure> {
+        let recipe = &resolved.recipe;
+        let model = match &resolved.pretrained {
+            Some(found) => found.model(device, resolved.caller.nonfinite)?,
+            None => {
+                let decoder = recipe.model.decoder();
+                let decoder = decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?;
+                decoder.init(resolved.vocab_size.unwrap_or(data.vocab_size), device)
+            }
+        };
+        let model = model.with_precision(recipe.training.precision);
+        Ok(match &recipe.lora {
+            Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, |name| name.starts_with("lora.")),
+            None => model,
+        })
+    }
+
+    fn layers(&self) -> Vec<&'static str> {
+        let config = self.config();
+        (0..config.n_layers).map(|layer| config.mechanism(layer).name()).collect()
+    }
+
+    fn as_decoder(&self) -> Option<&Decoder> {
+        Some(self)
+    }
+
+    fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static>>> {
+        let world = world(recipe)?;
+        let (questions, asking) = (world.questions(), Asking::new(world.end(), self.config().n_layers));
+        Some(Box::new(move |model, go_on| {
+            let numbers = Summary::of(&ask(model, &questions, &asking, go_on)?, asking.confident).numbers();
+            Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
+        }))
+    }
+}
+
+/// Refuses tokens of which none is a target, so that nothing would be learned; gives what else there is to know about them.
+///
+/// # Errors
+/// If no token is a target, or the data cannot be read.
+fn check_targets(opened: &Opened, data: &str) -> Result<Vec<String>, Failure> {
+    let mut notes = Vec::new();
+    let (tokens, targets) = count_targets(&opened.train)?;
+    if targets == 0 {
+        return Err(Failure::Run(format!(
+            "data.{data}: none of {tokens} tokens to learn from is a target, so that nothing would be learned\n  hint: `polyhead \
+             preview RECIPE` shows what is learned of each row; a chat template that finds no messages, and rows cut before \
+             the first answer (training.seq_len), leave none"
+        )));
+    }
+    if (targets as f64) < FEW * tokens as f64 {
+        let percent = 100.0 * targets as f64 / tokens as f64;
+        notes.push(format!(
+            "data.{data}: only {targets} of {tokens} tokens looked at ({percent:.2} %) are targets; the rest is read and teaches \
+             nothing. `polyhead preview RECIPE` shows which"
+        ));
+    }
+    let (tokens, targets) = count_targets(&opened.validation)?;
+    if targets == 0 {
+        notes.push(format!(
+            "data.{data}: none of {tokens} held-out tokens is a target, so that validation measures nothing (a larger \
+             validation.fraction holds out more)"
+        ));
+    }
+    Ok(notes)
+}
+
+/// Below this share of tokens that are targets something is told (the share of a short answer to a page of context is above it).
+const FEW: f64 = 0.01;
+
+/// Tokens and targets of some batches, spread over an epoch: of few, of more where hardly any is a target, and where none is,
+/// of as many as it takes to find one.
+fn count_targets(loader: &Loader) -> Result<(u64, u64), Failure> {
+    // Chosen by us: the last takes seconds.
+    const SOME: u64 = 4;
+    const MORE: u64 = 64;
+    const MOST: u64 = 10_000;
+    let all = loader.batches_per_epoch().max(1);
+    let count = |batches: u64, enough: u64| -> Result<(u64, u64), Failure> {
+        let (batches, mut tokens, mut targets) = (batches.min(all), 0, 0);
+        for index in 0..batches {
+            let batch = loader.batch(index * all / batches)?;
+            tokens += batch.tokens.len() as u64;
+            targets += batch.target_tokens();
+            if targets >= enough {
+                break;
+            }
+        }
+        Ok((tokens, targets))
+    };
+    let (mut tokens, mut targets) = count(SOME, u64::MAX)?;
+    if all > SOME && (targets as f64) < FEW * tokens as f64 {
+        (tokens, targets) = count(MORE, u64::MAX)?;
+    }
+    if all > MORE && targets == 0 {
+        (tokens, targets) = count(MOST, 1)?;
+    }
+    Ok((tokens, targets))
+}

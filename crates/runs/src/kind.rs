@@ -1,0 +1,122 @@
+//! The kinds of models that a recipe may be about. All that differs between them is in one file each: `decoder.rs`,
+//! `classifier.rs`, `embedder.rs`.
+
+use burn::tensor::Device;
+use polyhead_kernels::seed_random;
+use polyhead_models::{Classifier, Decoder, Embedder, Trainable};
+use polyhead_recipe::{ModelConfig, Recipe};
+use polyhead_training::Trainee;
+use polyhead_training::run::Probe;
+
+use crate::costs::Known;
+use crate::data::TrainingData;
+use crate::error::Failure;
+use crate::resolve::Resolved;
+use crate::result::ClassTable;
+
+/// A kind of model: from a recipe to what is trained, and on what.
+pub trait Kind: Trainee {
+    /// Its data, opened.
+    type Data: TrainingData<Self::Batch>;
+
+    /// What the data tells about the size of the model: of tokens without reading them.
+    ///
+    /// # Errors
+    /// If the data is missing or malformed.
+    fn known(resolved: &Resolved) -> Result<Known, Failure> {
+        Ok(Self::open(resolved, &mut |_, _| {})?.known())
+    }
+
+    /// Opens the data; `progress` takes bytes read and bytes in all.
+    ///
+    /// # Errors
+    /// If the data is missing or malformed, or does not fit the model.
+    fn open(resolved: &Resolved, progress: &mut dyn FnMut(u64, u64)) -> Result<Self::Data, Failure>;
+
+    /// The model before the first step, nothing frozen yet. The seed has been set.
+    ///
+    /// # Errors
+    /// If weights cannot be read or do not fit.
+    fn first(resolved: &Resolved, data: &Self::Data, device: &Device) -> Result<Self, Failure>;
+
+    /// What mixes positions, layer by layer.
+    fn layers(&self) -> Vec<&'static str>;
+
+    /// The model, if it is a decoder, which can generate text.
+    fn as_decoder(&self) -> Option<&Decoder> {
+        None
+    }
+
+    /// What is measured about the model beside its loss, where the recipe's data asks for something.
+    fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static, Self>>> {
+        let _ = recipe;
+        None
+    }
+
+    /// How well each class is told apart, for models that tell classes.
+    fn class_table(data: &Self::Data, totals: &<Self as Trainable>::Totals) -> Option<ClassTable> {
+        let _ = (data, totals);
+        None
+    }
+}
+
+/// Something that is done for a recipe whatever kind its model is.
+pub trait ForAnyKind {
+    /// What it gives.
+    type Output;
+
+    /// Does it for one kind.
+    fn run<K: Kind>(self) -> Self::Output;
+}
+
+/// Does something for the kind of a recipe's model: the one place where kinds are told apart.
+pub fn for_kind<F: ForAnyKind>(model: &ModelConfig, what: F) -> F::Output {
+    match model {
+        ModelConfig::Decoder { .. } => what.run::<Decoder>(),
+        ModelConfig::Classifier(_) => what.run::<Classifier>(),
+        ModelConfig::Embedder(_) => what.run::<Embedder>(),
+    }
+}
+
+impl Resolved {
+    /// What the data tells about the size of the model: of tokens without reading them.
+    ///
+    /// # Errors
+    /// If examples are missing or malformed.
+    pub fn known(&self) -> Result<Known, Failure> {
+        struct Ask<'a>(&'a Resolved);
+        impl ForAnyKind for Ask<'_> {
+            type Output = Result<Known, Failure>;
+
+            fn run<K: Kind>(self) -> Self::Output {
+                K::known(self.0)
+            }
+        }
+        for_kind(&self.recipe.model, Ask(self))
+    }
+
+    /// A hash of the files that the data is read from, where it is; they are read.
+    ///
+    /// # Errors
+    /// If the data is missing or malformed.
+    pub fn text_hash(&self) -> Result<Option<String>, Failure> {
+        struct Hash<'a>(&'a Resolved);
+        impl ForAnyKind for Hash<'_> {
+            type Output = Result<Option<String>, Failure>;
+
+            fn run<K: Kind>(self) -> Self::Output {
+                Ok(K::open(self.0, &mut |_, _| {})?.text_hash().map(Into::into))
+            }
+        }
+        for_kind(&self.recipe.model, Hash(self))
+    }
+
+    /// The model before the first step. What the recipe freezes is not trained.
+    ///
+    /// # Errors
+    /// If weights cannot be read or do not fit, or what is to be frozen or added to does not exist.
+    pub fn first<K: Kind>(&self, data: &K::Data, device: &Device) -> Result<K, Failure> {
+        seed_random(self.recipe.debug.seed);
+        Ok(self.recipe.freeze.apply(K::first(self, data, device)?)?)
+    }
+}

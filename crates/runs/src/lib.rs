@@ -1,0 +1,35 @@
+//! Runs: from a recipe to its parts (data, model, device) and from a run folder back to a trained model; what a run costs, and
+//! what lies in its folder.
+
+pub mod classifier;
+mod convert;
+pub mod costs;
+pub mod data;
+pub mod decoder;
+pub mod device;
+pub mod embedder;
+mod error;
+pub mod kind;
+pub mod pretrained;
+pub mod probe;
+pub mod resolve;
+pub mod result;
+pub mod stages;
+pub mod text;
+pub mod trained;
+
+use polyhead_models::weights::NonFinite;
+
+pub use convert::convert;
+pub use error::Failure;
+pub use resolve::Resolved;
+pub use trained::{Trained, open_trained};
+
+/// Who asks: what it allows, and where notes and warnings go.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    /// Whether weights may be NaN or infinite.
+    pub nonfinite: NonFinite,
+    /// Takes notes and warnings, a line each.
+    pub tell: fn(&str),
+}

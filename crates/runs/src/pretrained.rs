@@ -1,0 +1,263 @@
+//! A trained model as a person names it, by a folder: a run, a checkpoint, or a folder in Hugging Face's format. Opening reads
+//! its settings and its tokenizer; the weights are read when they are asked for.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
+use polyhead_models::adapters::LoraConfig;
+use polyhead_models::weights::{self, NonFinite};
+use polyhead_models::{Decoder, DecoderConfig, hf};
+use polyhead_recipe::{ModelConfig, Problems, Recipe};
+use polyhead_training::checkpoint::{Hold, hold, newest_good, read_file, verify};
+use polyhead_training::state;
+
+use crate::Caller;
+
+use crate::error::Failure;
+use crate::stages;
+
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// A trained model whose weights have not been read yet.
+pub struct Pretrained {
+    /// The folder of the checkpoint, or the one in Hugging Face's format.
+    pub path: PathBuf,
+    /// What the model is.
+    pub decoder: DecoderConfig,
+    /// Ids that it knows.
+    pub vocab_size: usize,
+    /// The longest sequence that it was made for.
+    pub max_positions: usize,
+    /// Tokens of a sequence at most, where its attention has a window that is not made here.
+    pub window: Option<usize>,
+    /// How it reads text; `None` where it learned generated data, or the folder has none.
+    pub tokenizer: Option<Tokenizer>,
+    /// The recipe that trained it, if it is one of ours.
+    pub recipe: Option<Recipe>,
+    /// `None` for a checkpoint of ours.
+    foreign: Option<hf::Folder>,
+}
+
+impl Pretrained {
+    /// Opens the folder of a checkpoint, the newest whole one of a run, or a folder in Hugging Face's format.
+    ///
+    /// # Errors
+    /// If there is none, or it is damaged, or does not fit together.
+    pub fn open(path: &Path, caller: Caller) -> Result<Self, Failure> {
+        if path.join("config.json").exists() {
+            return Self::open_foreign(path, caller);
+        }
+        let path = find_checkpoint(path, caller)?;
+        let recipe = recipe_of(&path)?;
+        let decoder = match &recipe.model {
+            ModelConfig::Decoder { config: Some(decoder), .. } => decoder.clone(),
+            ModelConfig::Decoder { config: None, .. } => {
+                return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
+            }
+            ModelConfig::Classifier(_) => {
+                let hint = "`polyhead eval` tells how well it does";
+                let problem = format!("{} is a classifier, and this is for decoders\n  hint: {hint}", path.display());
+                return Err(Problems::plain(problem).into());
+            }
+            ModelConfig::Embedder(_) => {
+                let problem = format!("{} is an embedder; `polyhead embed` and eval take it", path.display());
+                return Err(Problems::plain(problem).into());
+            }
+        };
+        Ok(Self {
+            vocab_size: vocab_of(&path)?,
+            max_positions: recipe.training.seq_len,
+            window: None,
+            tokenizer: tokenizer_of(&path)?,
+            recipe: Some(recipe),
+            foreign: None,
+            decoder,
+            path,
+        })
+    }
+
+    fn open_foreign(path: &Path, caller: Caller) -> Result<Self, Failure> {
+        let folder = hf::Folder::open(path)?;
+        folder.notes().iter().for_each(|note| (caller.tell)(&format!("note: {}: {note}", path.display())));
+        let tokenizer = match path.join(TOKENIZER) {
+            file if file.exists() => {
+                Some(Tokenizer::open(&TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }))?)
+            }
+            _ => None,
+        };
+        for note in tokenizer.iter().flat_map(Tokenizer::notes) {
+            (caller.tell)(&format!("note: {}: tokenizer: {note}", path.display()));
+        }
+        if let Some(known) = tokenizer.as_ref().map(Tokenizer::vocab_size).filter(|&known| known > folder.vocab_size())
+        {
+            return Err(Failure::Run(format!(
+                "{}: {TOKENIZER} has {known} ids, the model knows {} (vocab_size in config.json): put the tokenizer there that \
+                 belongs to it",
+                path.display(),
+                folder.vocab_size()
+            )));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            decoder: folder.decoder().clone(),
+            vocab_size: folder.vocab_size(),
+            max_positions: folder.max_positions(),
+            window: folder.window(),
+            tokenizer,
+            recipe: None,
+            foreign: Some(folder),
+        })
+    }
+
+    /// The model with its weights; where low-rank pairs were trained, they are folded in.
+    ///
+    /// # Errors
+    /// If they are damaged or do not fit.
+    pub fn model(&self, device: &Device, nonfinite: NonFinite) -> Result<Decoder, Failure> {
+        if let Some(folder) = &self.foreign {
+            return Ok(folder.load_with(device, nonfinite)?);
+        }
+        let model = self.decoder.init(self.vocab_size, device);
+        let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
+            Some(lora) => add_lora(model, lora, 0)?,
+            None => model,
+        };
+        Ok(state::read_model(&self.path, model, nonfinite)?.merged())
+    }
+
+    /// Refuses sequences that are longer than the model's window.
+    ///
+    /// # Errors
+    /// If there is a window and `tokens` is more; `what` is that long, and says the way out.
+    pub fn check_length(&self, tokens: usize, what: &str) -> Result<(), Failure> {
+        check_length(&self.path, self.window, tokens, what)
+    }
+
+    /// Its tokenizer as a recipe would name it.
+    pub fn tokenizer_config(&self) -> TokenizerConfig {
+        match &self.tokenizer {
+            Some(tokenizer) if tokenizer.fingerprint() != Tokenizer::bytes().fingerprint() => {
+                TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: self.path.join(TOKENIZER) })
+            }
+            _ => TokenizerConfig::default(),
+        }
+    }
+}
+
+/// The model with fresh low-rank pairs.
+///
+/// # Errors
+/// If it has no such projections.
+pub fn add_lora(model: Decoder, config: &LoraConfig, seed: u64) -> Result<Decoder, Failure> {
+    model.with_lora(config, seed).map_err(|error| Problems::plain(format!("lora.{error}")).into())
+}
+
+/// Refuses sequences of `what` that are longer than the window of a model.
+///
+/// # Errors
+/// If there is a window and `tokens` is more.
+pub fn check_length(path: &Path, window: Option<usize>, tokens: usize, what: &str) -> Result<(), Failure> {
+    match window {
+        Some(window) if tokens > window => Err(Failure::Run(format!(
+            "{}: sliding_window ({window}) is not supported, only full attention, which is the same up to {window} tokens: \
+             {what} is {tokens} tokens long",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// [`locate_checkpoint`] for whoever reads it: a training that goes on beside leaves it alone until this process ends.
+///
+/// # Errors
+/// If there is none, or the named one is damaged.
+pub fn find_checkpoint(path: &Path, caller: Caller) -> Result<PathBuf, Failure> {
+    let (path, held) = locate_checkpoint(path, caller)?;
+    std::mem::forget(held);
+    Ok(path)
+}
+
+/// The checkpoint that a person means by a path: the folder of one, or the newest whole one of a run; of a run in stages, that
+/// of the last stage that has finished. It is not pruned while it is held.
+///
+/// # Errors
+/// If there is none, or the named one is damaged.
+pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option<Hold>), Failure> {
+    if let Some(stage) = stages::last_finished(path)? {
+        return locate_checkpoint(&stage, caller);
+    }
+    // What is named as a checkpoint is none without its manifest: the message tells that, instead of what a run lacks.
+    let named_as_one =
+        path.is_dir() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
+    if named_as_one || path.join("manifest.json").exists() {
+        let held = hold(path);
+        verify(path)?;
+        return Ok((path.to_owned(), held));
+    }
+    if !path.is_dir() {
+        let hint = match path.extension().is_some_and(|ending| ending == "toml") {
+            true => "this looks like a recipe, from which `polyhead train` makes one",
+            false => "`ls checkpoints` shows yours",
+        };
+        let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
+        return Err(Problems::plain(problem).into());
+    }
+    loop {
+        let (found, skipped) = newest_good(path)?;
+        let Some((found, _)) = found else {
+            skipped.iter().for_each(|problem| (caller.tell)(&format!("warning: {problem}")));
+            return Err(Failure::Run(format!("{}: holds no whole checkpoint", path.display())));
+        };
+        let held = hold(&found);
+        // A training beside may have pruned it, or others, since the folder was listed.
+        if !found.join("manifest.json").exists() {
+            continue;
+        }
+        for problem in skipped {
+            (caller.tell)(&format!("warning: {problem}; looking for an older checkpoint"));
+        }
+        return Ok((found, held));
+    }
+}
+
+/// The recipe of a checkpoint.
+///
+/// # Errors
+/// If it is missing, altered or of another version.
+pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
+    let text = String::from_utf8_lossy(&read_file(checkpoint, "recipe.toml")?).into_owned();
+    toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
+}
+
+/// The tokenizer that lies in a checkpoint, if one does.
+///
+/// # Errors
+/// If it is altered.
+pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
+    if !checkpoint.join(TOKENIZER).exists() {
+        return Ok(None);
+    }
+    let read = |name| Ok::<_, Failure>(String::from_utf8_lossy(&read_file(checkpoint, name)?).into_owned());
+    let of = |name: &'static str| {
+        let path = checkpoint.join(name);
+        move |error: DataError| Failure::Run(format!("{}: {error}", path.display()))
+    };
+    let tokenizer = Tokenizer::from_json(&read(TOKENIZER)?).map_err(of(TOKENIZER))?.at(&checkpoint.join(TOKENIZER));
+    match checkpoint.join(TOKENIZER_CONFIG).exists() {
+        true => Ok(Some(tokenizer.with_config(&read(TOKENIZER_CONFIG)?).map_err(of(TOKENIZER_CONFIG))?)),
+        false => Ok(Some(tokenizer)),
+    }
+}
+
+/// How many ids a checkpoint's model knows.
+///
+/// # Errors
+/// If it has no embedding.
+pub fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
+    let file = checkpoint.join("model.safetensors");
+    let files = weights::TensorFiles::open(std::slice::from_ref(&file))?;
+    let rows = files.shape("embedding.weight").and_then(|shape| shape.first().copied()).filter(|&rows| rows > 0);
+    rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing, or empty", file.display())))
+}

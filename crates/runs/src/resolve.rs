@@ -1,0 +1,180 @@
+//! Recipe to parts: data, model, device.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use polyhead_data::Tokenizer;
+use polyhead_models::Decoder;
+use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
+use polyhead_training::optimizer::Optimizer;
+use polyhead_training::run_folder::atomic_write;
+use polyhead_training::state::{self, Companions, Progress, Saving};
+use polyhead_training::{Parts, ProcedureConfig, Trainee};
+
+use crate::Caller;
+use crate::device;
+use crate::error::Failure;
+use crate::pretrained::{Pretrained, recipe_of, tokenizer_of, vocab_of};
+use crate::stages;
+
+/// A recipe as it is run: everything about its model is at hand.
+pub struct Resolved {
+    /// The recipe, `model.decoder` (or `model.classifier`) and `tokenizer` filled in.
+    pub recipe: Recipe,
+    pub(crate) tokenizer: Tokenizer,
+    /// Where the first weights come from; `None` makes fresh ones.
+    pub(crate) pretrained: Option<Pretrained>,
+    /// Ids that the weights know, where there are weights already: it may be more than the data has.
+    pub(crate) vocab_size: Option<usize>,
+    /// Who asks.
+    pub(crate) caller: Caller,
+}
+
+/// The recipe of a new run.
+///
+/// # Errors
+/// If what it names is not there, or contradicts what it says itself.
+pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
+    let mut recipe = loaded.recipe.clone();
+    let ModelConfig::Decoder { pretrained: Some(path), config } = &mut recipe.model else {
+        let tokenizer = open_tokenizer(&recipe, caller)?;
+        return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None, caller });
+    };
+    let path = &path.clone();
+    let found = Pretrained::open(path, caller)?;
+    found.check_length(recipe.training.seq_len, "training.seq_len")?;
+    if let Some(stated) = config.replace(found.decoder.clone())
+        && stated != found.decoder
+    {
+        let changed = recipe::differences_of(&found.decoder, &stated).join("\n  ");
+        let problem = format!("model.decoder does not describe the weights of {}:\n  {changed}", path.display());
+        let hint = "leave model.decoder out (the folder tells), or model.pretrained (for fresh weights)";
+        return Err(loaded.problem("model.decoder", problem).hint(Some(hint.into())).into());
+    }
+    let tokenizer = match (&recipe.tokenizer, &found.tokenizer) {
+        (Some(_), theirs) => {
+            let ours = open_tokenizer(&recipe, caller)?;
+            if theirs.as_ref().is_some_and(|theirs| theirs.fingerprint() != ours.fingerprint()) {
+                let problem = format!("tokenizer is not the one that {} learned with", path.display());
+                let hint = "leave [tokenizer] out: the folder's own is used";
+                return Err(loaded.problem("tokenizer", problem).hint(Some(hint.into())).into());
+            }
+            ours
+        }
+        (None, Some(theirs)) => theirs.clone(),
+        (None, None) if recipe.data.is_text() => {
+            let problem = format!("{} has no tokenizer, and the recipe names none", path.display());
+            let hint = "put its tokenizer.json there, or name it: tokenizer.huggingface.path=...";
+            return Err(loaded.problem("model.pretrained", problem).hint(Some(hint.into())).into());
+        }
+        (None, None) => Tokenizer::bytes(),
+    };
+    recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
+    let vocab_size = Some(found.vocab_size);
+    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), vocab_size, caller })
+}
+
+/// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
+/// started from is not asked again.
+///
+/// # Errors
+/// If the recipe describes another run, or the checkpoint is damaged.
+pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Resolved, Failure> {
+    let (before, mut recipe) = (recipe_of(checkpoint)?, loaded.recipe.clone());
+    if let ModelConfig::Decoder { pretrained: Some(now), config } = &mut recipe.model {
+        if let Some(before) = before.model.pretrained().filter(|before| same_place(before, now, checkpoint)) {
+            *now = before.to_owned();
+        }
+        *config = config.take().or_else(|| before.model.decoder().cloned());
+        recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
+    }
+    let changed = recipe::differences(&before, &recipe);
+    if !changed.is_empty() {
+        let problem = format!(
+            "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
+             --out, or put them back. {} may change",
+            checkpoint.display(),
+            changed.join("\n  "),
+            recipe::MAY_CHANGE.join(", ")
+        );
+        return Err(Problems::plain(problem).into());
+    }
+    let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
+    let is_decoder = matches!(recipe.model, ModelConfig::Decoder { .. });
+    let vocab_size = is_decoder.then(|| vocab_of(checkpoint)).transpose()?;
+    Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size, caller })
+}
+
+/// Whether both paths mean the same model: by another spelling, or as the stage before this one in a folder that has moved.
+fn same_place(before: &Path, now: &Path, checkpoint: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    if before == now || real(before).is_some_and(|before| Some(before) == real(now)) {
+        return true;
+    }
+    let beside = |path: &Path| real(path).and_then(|path| Some(path.parent()?.to_owned()));
+    let stages = checkpoint.parent().and_then(beside).filter(|folder| folder.join(stages::RECORD).exists());
+    stages.is_some() && stages == beside(now) && before.file_name() == now.file_name()
+}
+
+/// The tokenizer that a recipe names. Generated data needs none, and none is opened for it.
+fn open_tokenizer(recipe: &Recipe, caller: Caller) -> Result<Tokenizer, Failure> {
+    match &recipe.tokenizer {
+        Some(named) if recipe.data.is_text() => {
+            let tokenizer = Tokenizer::open(named)?;
+            tokenizer.notes().iter().for_each(|note| (caller.tell)(&format!("note: tokenizer: {note}")));
+            Ok(tokenizer)
+        }
+        _ => Ok(Tokenizer::bytes()),
+    }
+}
+
+/// The device of a recipe, for training.
+///
+/// # Errors
+/// If it is not compiled in or not there.
+pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
+    Ok(device::open(&recipe.training.device).map_err(Failure::Run)?.autodiff())
+}
+
+/// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives
+/// the checkpoint.
+///
+/// # Errors
+/// If the folder cannot be written.
+pub fn begin_run(
+    run_dir: &Path,
+    model: &Decoder,
+    recipe: Recipe,
+    mut companions: Companions,
+    caller: Caller,
+) -> Result<PathBuf, Failure> {
+    let recipe = Recipe {
+        model: ModelConfig::decoder_of(model.config().clone()),
+        procedure: ProcedureConfig::default(),
+        lora: None,
+        ..recipe
+    };
+    let text = recipe::resolved(&recipe)?;
+    companions.push(("recipe.toml".into(), text.clone().into_bytes()));
+    let parts = Parts {
+        optimizer: Optimizer::new(recipe.optimizer.clone()),
+        training: &recipe.training,
+        model,
+        tracking: &[],
+        batches_per_epoch: 1,
+    };
+    let procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
+    std::fs::create_dir_all(run_dir).map_err(|error| Failure::file("create", run_dir, error))?;
+    let saving = Saving {
+        model,
+        procedure: &*procedure,
+        progress: &Progress::default(),
+        companions: &companions,
+        validation_loss: None,
+        best: None,
+        nonfinite: caller.nonfinite,
+    };
+    let checkpoint = state::save(run_dir, &saving)?;
+    atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+    Ok(checkpoint)
+}

@@ -1,0 +1,86 @@
+//! Trained decoders, from a folder that a person names.
+
+use std::path::{Path, PathBuf};
+
+use polyhead_data::{Opened, Tokenizer};
+use polyhead_models::Decoder;
+use polyhead_recipe::Recipe;
+use polyhead_training::state::read_progress;
+
+use crate::Caller;
+use crate::data::open_tokens;
+use crate::device;
+use crate::error::Failure;
+use crate::pretrained::{Pretrained, check_length};
+
+/// A trained model with what belongs to it.
+pub struct Trained {
+    /// Its folder.
+    pub path: PathBuf,
+    /// The weights, on a plain device.
+    pub model: Decoder,
+    /// The recipe that trained it, if it is one of ours.
+    pub recipe: Option<Recipe>,
+    /// Its tokenizer, where it has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The longest sequence that it was made for.
+    pub max_positions: usize,
+    window: Option<usize>,
+}
+
+/// Loads a trained model to use, not to train.
+///
+/// # Errors
+/// If it is missing, damaged, or does not fit together.
+pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> Result<Trained, Failure> {
+    let found = Pretrained::open(path, caller)?;
+    let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
+    let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
+    let model = found.model(&device, caller.nonfinite)?;
+    let Pretrained { path, recipe, tokenizer, max_positions, window, .. } = found;
+    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
+        let state = read_progress(&path)?.procedure;
+        let gate = recipe.procedure.gate_at_eval(&state, &model)?;
+        model = model.gated(gate);
+    }
+    Ok(Trained { path, model, recipe, tokenizer, max_positions, window })
+}
+
+impl Trained {
+    /// Refuses sequences that are longer than the model's window, where it has one.
+    ///
+    /// # Errors
+    /// If `tokens` is more than that; `what` is that long.
+    pub fn check_length(&self, tokens: usize, what: &str) -> Result<(), Failure> {
+        check_length(&self.path, self.window, tokens, what)
+    }
+
+    /// The model without the mask that it is evaluated with, where it has one: what is made of it starts without, which is
+    /// told.
+    pub fn unmasked(mut self, caller: Caller) -> Self {
+        if let Some(gate) = self.model.gate() {
+            let (path, layer) = (self.path.display(), gate.after_layer);
+            (caller.tell)(&format!(
+                "warning: {path} is evaluated with a mask behind layer {layer} (mask_at_eval), which is not taken over"
+            ));
+            self.model = self.model.gated(None);
+        }
+        self
+    }
+
+    /// Opens the data that its recipe names.
+    ///
+    /// # Errors
+    /// If it is missing or malformed, or the model came without a recipe.
+    pub fn data(&self) -> Result<Opened, Failure> {
+        let Some(recipe) = &self.recipe else {
+            return Err(Failure::Run(format!(
+                "{} says nothing about data: a recipe that names some, with model.pretrained = \"{0}\" and \
+                 optimizer.adamw.lr = 0, evaluates it",
+                self.path.display()
+            )));
+        };
+        open_tokens(recipe, self.tokenizer.as_ref())
+    }
+}

@@ -1,0 +1,128 @@
+//! The procedures there are.
+//!
+//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
+//! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
+
+use polyhead_models::{Classifier, Decoder, DecoderConfig, Embedder, Gate};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use crate::bilevel::{Bilevel, BilevelConfig};
+use crate::config::TrainingConfig;
+use crate::engagement::WatchesAttention;
+use crate::fusion::{Fusion, FusionConfig};
+use crate::neuron_dropout::{NeuronDropout, NeuronDropoutConfig};
+use crate::procedure::{Parts, Procedure};
+use crate::standard::{Standard, StandardConfig};
+
+/// `[procedure]`: one of its tables, what a step of training does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProcedureConfig {
+    /// Forward, backward, update.
+    Standard(StandardConfig),
+    /// FocuSFT: fast weights are adapted to each batch first, then thrown away (arXiv 2605.09932).
+    Bilevel(BilevelConfig),
+    /// Decoupled-Head Attention: the heads of each group are led together (arXiv 2406.06567).
+    Fusion(FusionConfig),
+    /// SenD: what moves most in a layer's output is dropped for a while.
+    NeuronDropout(Box<NeuronDropoutConfig>),
+}
+
+impl Default for ProcedureConfig {
+    fn default() -> Self {
+        Self::Standard(StandardConfig::default())
+    }
+}
+
+impl ProcedureConfig {
+    /// Checks the numbers, against a run, and against a model where it is known: the fields, from the name of the table on,
+    /// with the rules that they break.
+    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<(String, String)> {
+        let named = |(field, problem): (&str, String)| (field.to_owned(), problem);
+        let problems: Vec<(String, String)> = match self {
+            Self::Standard(_) => Vec::new(),
+            Self::Bilevel(config) => config.validate().map_err(named).err().into_iter().collect(),
+            Self::Fusion(config) => config.validate(decoder).err().into_iter().collect(),
+            Self::NeuronDropout(config) => config.validate(decoder, training).into_iter().map(named).collect(),
+        };
+        problems.into_iter().map(|(field, problem)| (format!("{}.{field}", self.name()), problem)).collect()
+    }
+
+    /// The name of its table.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Standard(_) => "standard",
+            Self::Bilevel(_) => "bilevel",
+            Self::Fusion(_) => "fusion",
+            Self::NeuronDropout(_) => "neuron_dropout",
+        }
+    }
+
+    /// The share of the text, and the most texts, that are to be kept out of training to watch the model on.
+    pub fn tracking(&self) -> Option<(f64, usize)> {
+        match self {
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => None,
+            Self::NeuronDropout(config) => Some((config.tracking_fraction, config.tracking_texts)),
+        }
+    }
+
+    /// What stands between the layers of a trained model when it is used; `state` is its checkpoint's.
+    ///
+    /// # Errors
+    /// If the state is not one of this procedure's.
+    pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
+        match self {
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => Ok(None),
+            Self::NeuronDropout(config) => config.gate_at_eval(state, model),
+        }
+    }
+}
+
+/// A model that there are procedures for.
+pub trait Trainee: WatchesAttention {
+    /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed. Plain training, where a kind of
+    /// model has no other.
+    ///
+    /// # Errors
+    /// If there is no such procedure for this kind of model, settings do not fit it or the data, or the state is not one of
+    /// this procedure's.
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_, Self>,
+        state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure<Self>>, TrainError> {
+        let _ = state;
+        match config {
+            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            other => {
+                let problem =
+                    format!("procedure.{} is for decoders; other models are trained by standard", other.name());
+                Err(TrainError::Setting(problem))
+            }
+        }
+    }
+}
+
+impl Trainee for Decoder {
+    fn procedure(
+        config: &ProcedureConfig,
+        parts: Parts<'_>,
+        state: &serde_json::Value,
+    ) -> Result<Box<dyn Procedure>, TrainError> {
+        match config {
+            ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
+            ProcedureConfig::Bilevel(config) => {
+                Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training)))
+            }
+            ProcedureConfig::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
+            ProcedureConfig::NeuronDropout(config) => {
+                Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?))
+            }
+        }
+    }
+}
+
+impl Trainee for Classifier {}
+impl Trainee for Embedder {}

@@ -1,0 +1,70 @@
+//! What is looked at while training: attention on one row of a batch, and the spread of the weights.
+
+use burn::tensor::Tensor;
+use polyhead_attention::Observe;
+use polyhead_models::{Trainable, weights};
+use serde_json::json;
+
+use super::Record;
+use crate::picture::{attention_grid, head_gates};
+
+/// What is to be looked at after a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look {
+    /// Numbers of the mechanism, and histograms of the weights.
+    pub numbers: bool,
+    /// Attention maps, which only TensorBoard shows.
+    pub maps: bool,
+}
+
+/// Looks at `model` on the first row of `batch`. Numbers go to both logs, as their mean over heads; how they are spread
+/// over heads, the maps and the histograms go to TensorBoard.
+pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch): (&M, &M::Batch), step: u64) {
+    let model = model.valid();
+    let observe = if look.maps { Observe::Maps } else { Observe::Numbers };
+    let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
+    let mut line = json!({ "step": step });
+    for (layer, seen) in model.observe_layers(batch, observe).into_iter().enumerate() {
+        let tag = format!("attention/layer_{layer:02}");
+        for (name, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
+            let numbers = values(numbers);
+            let mean = numbers.iter().sum::<f32>() / numbers.len().max(1) as f32;
+            line[format!("{tag}/{name}")] = json!(mean);
+            record.write_events(|events| {
+                events.scalar(&format!("{tag}/{name}"), step, mean)?;
+                if numbers.len() > 1 {
+                    events.histogram(&format!("{tag}/{name}_per_head"), step, &numbers)?;
+                }
+                Ok(())
+            });
+        }
+        if let Some(maps) = seen.maps {
+            record.write_events(|events| {
+                let [_, queries, keys] = maps.dims();
+                let maps: Vec<Vec<f32>> =
+                    values(maps.flatten(0, 2)).chunks(queries * keys).map(<[f32]>::to_vec).collect();
+                let png = attention_grid(&maps, queries, keys)?;
+                Ok(events.image_png(&format!("{tag}/maps"), step, png.width, png.height, &png.bytes)?)
+            });
+        }
+        if let Some(gates) = seen.gates {
+            record.write_events(|events| {
+                let [heads, tokens] = gates.dims();
+                let png = head_gates(&values(gates.flatten(0, 1)), heads, tokens)?;
+                Ok(events.image_png(&format!("{tag}/gates"), step, png.width, png.height, &png.bytes)?)
+            });
+        }
+    }
+    if !look.numbers {
+        return;
+    }
+    let appended = record.metrics.append(&line);
+    record.heed(appended.map_err(Into::into));
+    // One at a time: no copy of the whole model.
+    record.write_events(|events| {
+        for parameter in weights::held(&model) {
+            events.histogram(&format!("weights/{}", parameter.name), step, &parameter.values())?;
+        }
+        Ok(())
+    });
+}
