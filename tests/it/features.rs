@@ -174,7 +174,7 @@ fn texts_become_features_of_a_trained_decoder_and_features_classes() {
             "reviews.jsonl:1: no label in field \"class\"",
         ),
         (2, "features run --data reviews.jsonl --out x", "is a classifier"),
-        (1, "train features.toml data.features.paths=[\"book.txt\"] --out x", "no safetensors file"),
+        (1, "train features.toml data.features.paths=[\"book.txt\"] --out x", "not a safetensors file"),
         (2, "validate features.toml data.features.paths=[\"x.npy\"]", "give one each"),
     ] {
         let err = world.fails(code, &arguments.split(' ').collect::<Vec<_>>());
@@ -287,7 +287,7 @@ fn an_embedder_learns_which_texts_belong_together() {
 
     for (code, arguments, words) in [
         (2, "embed decoder --features pairs.safetensors", "a run of model.embedder is needed"),
-        (1, "embed run --features book.txt", "no safetensors file"),
+        (1, "embed run --features book.txt", "not a safetensors file"),
         (2, "generate run", "is an embedder"),
         (2, "validate embedder.toml model.embedder.pooling=mean", "nothing of it can be trained"),
         (2, "validate embedder.toml model.embedder.pooling={ggem={}}", "nothing of it can be trained"),

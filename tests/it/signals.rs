@@ -112,12 +112,16 @@ fn a_validation_is_put_off_and_made_up_for() {
     }
 }
 
-/// Opening the data may take minutes; here its tokenizer is a pipe that nobody writes to.
+/// Opening the data may take minutes; here a chat template that counts to 100,000 is rendered for 5000 conversations.
 #[test]
 fn signals_are_heard_while_the_data_is_opened() {
-    let text = "[tokenizer.huggingface]\npath = \"pipe.json\"\n[data.text]\npaths = [\"recipe.toml\"]";
-    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", text));
-    assert!(Command::new("mkfifo").arg(world.dir.path().join("pipe.json")).status().unwrap().success());
+    let chats = "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"slow.jinja\"\n[tokenizer.bytes]\n";
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", chats));
+    let slow =
+        "{% for i in range(100000) %}{% endfor %}{% for m in messages %}{{ m.role[0] }}{{ m.content }},{% endfor %}";
+    std::fs::write(world.dir.path().join("slow.jinja"), slow).unwrap();
+    let chat = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    std::fs::write(world.dir.path().join("chats.jsonl"), format!("{chat}\n").repeat(5000)).unwrap();
     for (signal, code) in [("-TERM", 143), ("-INT", 130), ("-HUP", 129)] {
         let run = format!("run{signal}");
         let mut child =

@@ -5,30 +5,30 @@
 //! begins with the token with which a model has to begin it, too.
 //!
 //! Where answers stand is found by rendering the conversation up to answers, with and without them (`turns.rs`), unless the
-//! template marks answers with `{% generation %}`. A row of which the template leaves something out is refused (`written.rs`).
-//! Templates come with folders from anywhere: they run as under transformers (`jinja.rs`), within bounds (`bounds.rs`).
+//! template marks answers with `{% generation %}`. A row of which the template leaves something out is refused (`complete.rs`).
+//! Templates come with folders from anywhere: they run as under transformers (`jinja.rs`), within limits (`limits.rs`).
 //!
 //! Rotary positions are not begun anew inside a row: scores depend on distances only, and attention does not leave a
 //! conversation.
 
-mod bounds;
 mod columns;
+mod complete;
 mod dates;
 mod jinja;
+mod limits;
 mod markers;
+mod message_spans;
 mod methods;
 mod numbers;
 mod open;
 mod python;
 mod read;
 mod rows;
-mod sides;
-mod spots;
+mod split;
 mod template;
 mod tokenize;
 mod turns;
 mod weights;
-mod written;
 
 use std::collections::BTreeMap;
 
@@ -62,8 +62,8 @@ pub struct ChatConfig {
     /// Variables of the template, such as { enable_thinking = false } for Qwen 3's. An export's template has them as defaults.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub template_variables: BTreeMap<String, Value>,
-    /// The day that a template is told which asks for today's (strftime_now), such as "2025-07-26". Default: 2025-01-01, for those
-    /// that need one; others have a date of their own. The log says when one is told.
+    /// The day that a template gets if it asks for today's (strftime_now), such as "2025-07-26". Default: 2025-01-01, for those
+    /// that need one; others have a date of their own. The log says when one is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,
     /// Whether arguments of tool calls that are JSON in a text, as OpenAI's format has them, are given to the template as objects.

@@ -44,7 +44,7 @@ impl OnBadFile {
 pub(crate) struct LeftOut(BTreeMap<String, (usize, Vec<String>)>);
 
 impl LeftOut {
-    /// So many files of a kind are named; of the others only their number is told.
+    /// So many files of a kind are named; of the others only their number is given.
     const NAMED: usize = 3;
 
     /// Counts a file. `why` goes on after a number: "2 that end in .pdf".
@@ -159,7 +159,7 @@ fn named_here(folder: &Path) -> &Path {
     if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
-/// What lies in folders under a name that fits.
+/// What is in folders under a name that fits.
 fn entries(folders: Vec<PathBuf>, name: &Pattern) -> Result<Vec<PathBuf>, DataError> {
     let mut found = Vec::new();
     for folder in folders {
@@ -243,7 +243,7 @@ fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), Data
     Ok(())
 }
 
-/// What a file is that is none on a disk: reading it may never end.
+/// What a file is that is not on a disk.
 fn irregular(kind: FileType) -> Option<&'static str> {
     #[cfg(unix)]
     {
@@ -261,18 +261,22 @@ fn irregular(kind: FileType) -> Option<&'static str> {
     kind.is_dir().then_some("folder")
 }
 
-/// Opens a file on a disk.
+/// Opens a file on a disk; a pipe, a socket, a device or a folder is refused, as reading it may never end.
+fn open_regular(path: &Path) -> std::io::Result<File> {
+    match irregular(path.metadata()?.file_type()) {
+        Some(what) => {
+            Err(std::io::Error::other(format!("it is a {what}: only files are read; save what it gives in one")))
+        }
+        None => File::open(path),
+    }
+}
+
+/// The same.
 ///
 /// # Errors
 /// If there is none, or it is a pipe, a socket, a device or a folder.
 pub(crate) fn open_file(path: &Path) -> Result<File, DataError> {
-    match irregular(path.metadata().at(path)?.file_type()) {
-        Some(what) => {
-            let problem = format!("{} is a {what}: only files are read; save what it gives in one", path.display());
-            Err(DataError::Unusable(problem))
-        }
-        None => File::open(path).at(path),
-    }
+    open_regular(path).at(path)
 }
 
 /// All bytes of a file on a disk.
@@ -354,6 +358,23 @@ mod tests {
         for (path, what) in [(socket.as_path(), "socket"), (Path::new("/dev/zero"), "device"), (dir.path(), "folder")] {
             let error = read_file(path).unwrap_err().to_string();
             assert!(error.contains(&format!("is a {what}")), "{error}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn pipes_are_refused_as_tokenizers_and_templates() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let tokenizer = crate::TokenizerConfig::Huggingface(crate::HuggingfaceTokenizer { path: pipe.clone() });
+        let bytes = crate::Tokenizer::bytes();
+        for error in [
+            crate::Tokenizer::open(&tokenizer).err().unwrap(),
+            crate::chat::chat_template("data.chat.template", &pipe.display().to_string(), &bytes).err().unwrap(),
+        ] {
+            let error = error.to_string();
+            assert!(error.contains("pipe") && error.contains("it is a named pipe: only files are read"), "{error}");
         }
     }
 

@@ -137,7 +137,7 @@ pub struct Opening<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Everything else.
     pub options: &'a OpenOptions,
-    /// Is told bytes done and bytes in all while text is turned into tokens.
+    /// Gets bytes done and bytes in all while text is tokenized.
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
 
@@ -295,7 +295,7 @@ macro_rules! sources {
                 documents.unwrap_or_else(|| Err(DataError::Unusable(format!("data.{} has no texts", self.name()))))
             }
 
-            /// See [`Source::open`]. `progress` is told bytes done and bytes in all while text is turned into tokens; only
+            /// See [`Source::open`]. `progress` gets bytes done and bytes in all while text is tokenized; only
             /// text needs a tokenizer.
             ///
             /// # Errors

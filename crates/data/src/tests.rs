@@ -110,7 +110,7 @@ fn few_conversations_are_each_on_one_side() {
 #[test]
 fn a_setting_that_breaks_a_rule_is_named() {
     let message = |data, batch_size| opened(data, batch_size).err().unwrap().to_string();
-    let told = message(r#"{"needles":{"n_distractors":9}}"#, 4);
-    assert!(told.starts_with("data.needles.n_needles: 3 * "), "{told}");
+    let error = message(r#"{"needles":{"n_distractors":9}}"#, 4);
+    assert!(error.starts_with("data.needles.n_needles: 3 * "), "{error}");
     assert!(message(r#"{"copy":{}}"#, 0).contains("batch_size (0)"));
 }

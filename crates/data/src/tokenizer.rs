@@ -89,7 +89,7 @@ impl Tokenizer {
             TokenizerConfig::Bytes(_) => Ok(Self::bytes()),
             TokenizerConfig::Huggingface(HuggingfaceTokenizer { path }) => {
                 let file = if path.is_dir() { path.join("tokenizer.json") } else { path.clone() };
-                let json = std::fs::read_to_string(&file).map_err(|cause| DataError::Tokenizer {
+                let json = crate::files::read_text(&file).map_err(|cause| DataError::Tokenizer {
                     path: file.clone(),
                     problem: format!("{cause} (`polyhead tokenizer train` makes one)"),
                 })?;
@@ -191,9 +191,10 @@ impl Tokenizer {
     /// The same with the special tokens and the chat template of a tokenizer_config.json; what it does not name stays.
     ///
     /// # Errors
-    /// If it is no JSON.
+    /// If it is invalid JSON.
     pub fn with_config(mut self, json: &str) -> Result<Self, DataError> {
-        let config: Value = serde_json::from_str(json).map_err(|e| DataError::Unusable(format!("no JSON: {e}")))?;
+        let config: Value =
+            serde_json::from_str(json).map_err(|e| DataError::Unusable(format!("invalid JSON: {e}")))?;
         let token = |key: &str| {
             let value = &config[key];
             value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
@@ -359,7 +360,7 @@ impl Tokenizer {
         &self.notes
     }
 
-    /// The text of token ids. Bytes that are no UTF-8 become U+FFFD; special tokens become nothing.
+    /// The text of token ids. Bytes that are invalid UTF-8 become U+FFFD; special tokens become nothing.
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.inner {
             None => {

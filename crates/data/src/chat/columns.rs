@@ -228,14 +228,16 @@ fn tools(row: &Map<String, Value>, key: &str) -> Result<Option<Value>, String> {
 
 /// A list of objects. The list, and each object, may be JSON in a text, as files of tables keep them.
 fn objects(value: &Value) -> Result<Vec<Value>, String> {
-    let told = |value: &Value| match value {
-        Value::String(text) => numbers::parse(text.as_bytes()).map_err(|_| "is a text that is no JSON".to_owned()),
+    let parsed = |value: &Value| match value {
+        Value::String(text) => {
+            numbers::parse(text.as_bytes()).map_err(|_| "is a text that is not valid JSON".to_owned())
+        }
         other => Ok(other.clone()),
     };
-    let Value::Array(items) = told(value)? else {
-        return Err(format!("is {}, where a list of objects belongs", kind(&told(value)?)));
+    let Value::Array(items) = parsed(value)? else {
+        return Err(format!("is {}, where a list of objects belongs", kind(&parsed(value)?)));
     };
-    let object = |item: &Value| match told(item)? {
+    let object = |item: &Value| match parsed(item)? {
         Value::Object(object) => Ok(Value::Object(object)),
         other => Err(format!("is a list that holds {}, where objects belong", kind(&other))),
     };
@@ -281,12 +283,12 @@ fn check(chat: &mut Conversation) -> Result<(), String> {
             None => return Err(format!("message {number} has no role")),
         }
         let mut calls = false;
-        if let Some(told) = message.get_mut("tool_calls").filter(|told| !told.is_null()) {
-            let mut all = objects(told).map_err(|problem| format!("\"tool_calls\" of message {number} {problem}"))?;
+        if let Some(field) = message.get_mut("tool_calls").filter(|field| !field.is_null()) {
+            let mut all = objects(field).map_err(|problem| format!("\"tool_calls\" of message {number} {problem}"))?;
             all.iter_mut().for_each(without_nulls);
             all.iter_mut().filter_map(|call| call.get_mut("function")).for_each(without_nulls);
             calls = !all.is_empty();
-            *told = Value::Array(all);
+            *field = Value::Array(all);
         }
         match message.get("content") {
             Some(Value::String(text)) if numbers::literal(text).is_none() => {}
@@ -318,7 +320,7 @@ fn without_nulls(value: &mut Value) {
 /// How many calls of tools have their arguments as JSON in a text, as OpenAI's format has them; decoded if asked.
 ///
 /// # Errors
-/// If they are to be decoded and are no JSON object: the message.
+/// If they are to be decoded and are not a JSON object: the message.
 pub(super) fn arguments(chat: &mut Conversation, decode: bool) -> Result<usize, String> {
     let mut count = 0;
     for (index, message) in chat.messages.iter_mut().enumerate() {
@@ -329,7 +331,7 @@ pub(super) fn arguments(chat: &mut Conversation, decode: bool) -> Result<usize, 
             if decode {
                 let read = if text.trim().is_empty() { Ok(json!({})) } else { numbers::parse(text.as_bytes()) };
                 call["arguments"] = read.ok().filter(Value::is_object).ok_or_else(|| {
-                    format!("a call of message {} has arguments that are a text and no JSON object", index + 1)
+                    format!("a call of message {} has arguments that are a text and not a JSON object", index + 1)
                 })?;
             }
         }

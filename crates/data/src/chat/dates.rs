@@ -1,4 +1,4 @@
-//! The day that templates are told when they ask for today's: a fixed one, so that a run can be repeated.
+//! The day that templates get when they ask for today's: a fixed one, so that a run can be repeated.
 
 /// A day of the Gregorian calendar, at midnight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

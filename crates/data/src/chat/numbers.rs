@@ -16,7 +16,7 @@ pub(super) fn parse(line: &[u8]) -> Result<Json, String> {
     let line = kept(line)?;
     serde_json::from_slice(&line).map_err(|error| {
         let (problem, column) = (error.to_string(), error.column());
-        format!("column {column}: no JSON: {}", problem.split(" at line ").next().unwrap_or_default())
+        format!("column {column}: invalid JSON: {}", problem.split(" at line ").next().unwrap_or_default())
     })
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::read::{Counts, notes, read_chats};
 use super::rows::ChatRows;
-use super::sides::Sides;
+use super::split::ChatSplit;
 use super::{ChatConfig, ChatTokens, note};
 use crate::documents::bytes_per_token;
 use crate::loader::{LoaderOptions, Order, Samples, first_rows};
@@ -19,7 +19,8 @@ pub(super) fn open(config: &ChatConfig, opening: Opening<'_>) -> Result<Data, Da
     let (chats, counts) = read_chats(config, tokenizer, options.seq_len)?;
     let template = config.template(tokenizer)?;
     let (rows, hashes, hash) = hashes(&chats);
-    let sides = Sides::of(&hashes, options.validation_fraction, options.tracking.map(|tracking| tracking.fraction))?;
+    let sides =
+        ChatSplit::of(&hashes, options.validation_fraction, options.tracking.map(|tracking| tracking.fraction))?;
     let place = |index: usize| rows.partition_point(|&row| row < chats[index].row);
     let chosen =
         |side: &dyn Fn(usize) -> bool| (0..chats.len()).filter(|&index| side(place(index))).collect::<Vec<_>>();

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
-use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, bounds, columns, numbers};
+use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, columns, limits, numbers};
 use crate::files::{Search, read_rows, search, without_mark};
 use crate::{DataError, Tokenizer};
 
@@ -53,10 +53,10 @@ pub(super) fn read_chats(
     let longest = tokenizer.longest_token();
     let rules = Rules { learn: config.learn, template: &template, tokenizer, room, longest };
     let mut reader = Reader { config, rules, seq_len, chats: Vec::new(), counts: Counts::default() };
-    bounds::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
+    limits::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
     let Reader { chats, counts, .. } = reader;
     if chats.is_empty() {
-        return Err(DataError::Unusable(format!("data.chat: of {} rows none is left to learn from", counts.rows)));
+        return Err(DataError::Unusable(format!("data.chat: of {} rows none is left to train on", counts.rows)));
     }
     if chats.iter().all(|chat| chat.learned.iter().skip(1).all(|&learned| !learned)) {
         return Err(DataError::Unusable(format!(
@@ -203,7 +203,7 @@ pub(super) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplat
     }
     if let Some(day) = template.day_by_default() {
         notes.push(format!(
-            "data.chat.template \"{}\" asks for today's date (strftime_now) and is told {day}, so that the run can be repeated; \
+            "data.chat.template \"{}\" asks for today's date (strftime_now) and gets {day}, so that the run can be repeated; \
              data.chat.date sets another day",
             config.template
         ));

@@ -12,7 +12,7 @@ use serde_json::Value as Json;
 use super::columns::Conversation;
 use super::dates::{self, Day};
 use super::jinja::MARKS;
-use super::{bounds, jinja, numbers};
+use super::{jinja, limits, numbers};
 
 /// `<|im_start|>role`, the text, `<|im_end|>`: Qwen's, and many others'.
 const CHATML: &str = "\
@@ -36,7 +36,7 @@ pub const BUILT_IN: [(&str, &str); 3] = [("chatml", CHATML), ("llama3", LLAMA3),
 
 const ANSWER: &str = "an answer like no other";
 
-/// Before a template whose recipe sets the day that it is told; a comment of Jinja's.
+/// Before a template whose recipe sets the day that it gets; a comment of Jinja's.
 const DATE: [&str; 2] = ["{#- data.chat.date = ", " #}\n"];
 
 /// A chat template, ready to use.
@@ -104,11 +104,11 @@ impl ChatTemplate {
     /// If it is no Jinja, or larger than templates may be: the line and what is wrong there.
     pub fn new(source: &str, special: Special) -> Result<Self, String> {
         let source = source.strip_prefix('\u{FEFF}').unwrap_or(source).replace("\r\n", "\n").replace('\r', "\n");
-        bounds::check(&source)?;
+        limits::check(&source)?;
         let day = source.strip_prefix(DATE[0]).and_then(|rest| rest.split_once(DATE[1])).map(|(day, _)| day);
         let day = day.and_then(Day::parse);
         let (marked, marks) = with_filters(&source);
-        let environment = bounds::on_deep_stack(|| {
+        let environment = limits::on_deep_stack(|| {
             let mut environment = jinja::environment()?;
             environment.add_template_owned("chat", marked)?;
             Ok(environment)
@@ -137,7 +137,7 @@ impl ChatTemplate {
         self
     }
 
-    /// The day that is told to a template that asks for today's, where no recipe sets one.
+    /// The day that a template gets that asks for today's, where no recipe sets one.
     pub(super) fn day_by_default(&self) -> Option<&'static str> {
         default_day(&self.source).filter(|_| self.day.is_none()).map(|_| dates::DEFAULT)
     }
@@ -170,7 +170,7 @@ impl ChatTemplate {
     /// # Errors
     /// What the template says against it.
     pub(super) fn render(&self, chat: &Given, count: usize, prompt: bool) -> Result<Rendered, String> {
-        bounds::on_deep_stack(|| {
+        limits::on_deep_stack(|| {
             let Special { bos, eos, pad } = &self.special;
             let variables = context! {
                 messages => Value::from(chat.messages[..count].to_vec()),
@@ -180,7 +180,7 @@ impl ChatTemplate {
                 bos_token => bos, eos_token => eos, pad_token => pad,
             };
             let mut environment = self.environment.clone();
-            environment.set_fuel(Some(bounds::steps(chat.bytes)));
+            environment.set_fuel(Some(limits::steps(chat.bytes)));
             let template = environment.get_template("chat").map_err(|error| in_words(&error, &self.name))?;
             let text = template.render(variables).map_err(|error| in_words(&error, &self.name))?;
             Ok(if self.marks { unmarked(&text)? } else { Rendered { text, generated: None } })
@@ -220,7 +220,7 @@ impl ChatTemplate {
 fn with_filters(source: &str) -> (String, bool) {
     let (mut out, mut rest, mut marks) = (String::with_capacity(source.len()), source, false);
     while let Some(start) = ["{%", "{{", "{#"].iter().filter_map(|open| rest.find(open)).min() {
-        let (length, _) = bounds::tag(&rest[start..]);
+        let (length, _) = limits::tag(&rest[start..]);
         let (before, tag) = (&rest[..start], &rest[start + 2..start + 2 + length]);
         let name = tag.trim_matches(['-', '+', ' ', '\n', '\t']);
         let end = start + 2 + length;
@@ -319,8 +319,8 @@ fn in_words(error: &minijinja::Error, name: &str) -> String {
 pub(super) fn rendered_with(source: &str, given: Value) -> Result<String, String> {
     let template = ChatTemplate::new(source, Special::default())?;
     let mut environment = template.environment.clone();
-    environment.set_fuel(Some(bounds::steps(0)));
-    let text = bounds::on_deep_stack(|| environment.get_template("chat")?.render(given));
+    environment.set_fuel(Some(limits::steps(0)));
+    let text = limits::on_deep_stack(|| environment.get_template("chat")?.render(given));
     let text = text?.map_err(|error| in_words(&error, ""))?;
     Ok(text.replace(MARKS, ""))
 }

@@ -83,7 +83,7 @@ fn built_in(name: &str) -> &'static str {
 }
 
 #[test]
-fn answers_are_learnt_from_behind_their_header_to_the_end_of_the_turn() {
+fn answers_are_trained_from_behind_their_header_to_the_end_of_the_turn() {
     let plain = runs(&TALK, Learn::Assistant, built_in("plain")).unwrap();
     assert_eq!(
         plain,
@@ -107,7 +107,7 @@ fn built_in_templates_know_how_a_turn_ends() {
 }
 
 #[test]
-fn answers_that_are_rendered_otherwise_later_are_learnt_as_they_are_written() {
+fn answers_that_are_rendered_otherwise_later_are_trained_as_they_are_written() {
     // Thoughts are kept in the last answer only.
     let strips = "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ '<a>' + m.content.split('|')[-1] }}\
                   {% else %}{{ '<' + m.role[0] + '>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
@@ -153,7 +153,7 @@ fn turns_of_a_template_that_thinks_behind_the_last_question_only() {
 }
 
 #[test]
-fn what_is_learnt_of_one_row_stays_on_one_side() {
+fn what_one_row_trains_stays_on_one_side() {
     let world = World::new(&[]);
     let row = |i: usize| {
         let said = |role: &str, text: String| json!({ "role": role, "content": text });
@@ -314,7 +314,7 @@ fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
         (r#"{"messages": [{"role": "assistant", "content": null, "tool_calls": null}]}"#, "message 1 has no content"),
         (r#"{"messages": [{"role": "user", "content": [{"type": "image"}]}]}"#, "a part that is \"image\""),
         (r#"{"messages": [{"role": "user", "content": [3]}]}"#, "a part that is a number"),
-        (&TOOLS.replace("TOOLS", "\"[{\""), "\"tools\" is a text that is no JSON"),
+        (&TOOLS.replace("TOOLS", "\"[{\""), "\"tools\" is a text that is not valid JSON"),
         (&TOOLS.replace("TOOLS", "3"), "\"tools\" is a number"),
         (&TOOLS.replace("TOOLS", "[3]"), "\"tools\" is a list that holds a number"),
         (&TOOLS.replace("TOOLS", "[{}]"), "it has tools, of which the template writes nothing\n  hint: use a template"),
@@ -327,22 +327,22 @@ fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
         (&GOOD.replace("{\"messages", "{\"system\": 3, \"messages"), "\"system\" is a number"),
     ];
     for (line, words) in bad {
-        let told = World::new(&[GOOD, "", line]).read(100, json!({})).unwrap_err();
-        assert!(told.contains("chats.jsonl:3: ") && told.contains(words) && told.contains("on_bad_row"), "{told}");
+        let error = World::new(&[GOOD, "", line]).read(100, json!({})).unwrap_err();
+        assert!(error.contains("chats.jsonl:3: ") && error.contains(words) && error.contains("on_bad_row"), "{error}");
     }
     let lines: Vec<&str> = bad.iter().map(|(line, _)| *line).chain([GOOD]).collect();
     let (chats, counts) = World::new(&lines).read(100, json!({ "on_bad_row": "skip" })).unwrap();
     assert_eq!((chats.len(), counts), (1, Counts { rows: bad.len() + 1, bad: bad.len(), ..Counts::default() }));
-    let told = World::new(&lines).read(100, json!({ "on_bad_row": "skip", "max_bad_rows": 3 })).unwrap_err();
-    assert!(told.contains("max_bad_rows (3)") && told.contains("chats.jsonl:4"), "{told}");
+    let error = World::new(&lines).read(100, json!({ "on_bad_row": "skip", "max_bad_rows": 3 })).unwrap_err();
+    assert!(error.contains("max_bad_rows (3)") && error.contains("chats.jsonl:4"), "{error}");
 }
 
 #[test]
 fn what_is_too_long_is_an_error_dropped_or_cut() {
     let world = World::new(&[GOOD]);
     let whole = world.read(100, json!({})).unwrap().0[0].tokens.len();
-    let told = world.read(whole - 1, json!({})).unwrap_err();
-    assert!(told.contains("chats.jsonl:1") && told.contains("too_long"), "{told}");
+    let error = world.read(whole - 1, json!({})).unwrap_err();
+    assert!(error.contains("chats.jsonl:1") && error.contains("too_long"), "{error}");
     let two = World::new(&[GOOD, &GOOD.replace("\"4\"", "\"4 of course\"")]);
     let (chats, counts) = two.read(whole, json!({ "too_long": "drop" })).unwrap();
     assert_eq!((chats.len(), counts.dropped, counts.truncated), (1, 1, 0));
@@ -350,8 +350,8 @@ fn what_is_too_long_is_an_error_dropped_or_cut() {
     assert_eq!((chats.len(), counts.dropped, counts.truncated), (2, 0, 1));
     assert_eq!(chats[1].tokens.len(), whole);
     // What is left of both has nothing to learn.
-    let told = two.read(8, json!({ "too_long": "truncate" })).unwrap_err();
-    assert!(told.contains("of 2 rows none is left"), "{told}");
+    let error = two.read(8, json!({ "too_long": "truncate" })).unwrap_err();
+    assert!(error.contains("of 2 rows none is left"), "{error}");
 }
 
 #[test]
@@ -404,8 +404,8 @@ fn tools_may_be_json_in_a_text_and_several_names_one_role() {
 
     let calls = json!({ "conversations": [{ "from": "human", "value": "?" }, { "from": "function_call", "value": "call" },
         { "from": "observation", "value": "3" }, { "from": "gpt", "value": "!" }] });
-    let told = read(calls.clone(), json!({ "sharegpt": {} })).unwrap_err();
-    assert!(told.contains("\"function_call\" speaks") && told.contains("[\"gpt\", \"function_call\"]"), "{told}");
+    let error = read(calls.clone(), json!({ "sharegpt": {} })).unwrap_err();
+    assert!(error.contains("\"function_call\" speaks") && error.contains("[\"gpt\", \"function_call\"]"), "{error}");
     let names = json!({ "sharegpt": { "assistant": ["gpt", "function_call"], "tool": "observation" } });
     let shown = read(calls, names).unwrap();
     assert!(
@@ -439,17 +439,17 @@ fn a_byte_order_mark_is_skipped_and_templates_that_are_none_are_named() {
     let marked = format!("\u{FEFF}{GOOD}");
     let expected = World::new(&[GOOD]).read(100, json!({})).unwrap().0;
     assert_eq!(World::new(&[&marked]).read(100, json!({})).unwrap().0, expected);
-    let told = World::new(&[GOOD]).read(100, json!({ "template": "nope" })).unwrap_err();
-    assert!(told.contains("data.chat.template \"nope\": No such file"), "{told}");
+    let error = World::new(&[GOOD]).read(100, json!({ "template": "nope" })).unwrap_err();
+    assert!(error.contains("data.chat.template \"nope\": No such file"), "{error}");
     assert!(
-        ["\"tokenizer\"", "\"chatml\"", "\"llama3\"", "\"plain\""].iter().all(|name| told.contains(name)),
-        "{told}"
+        ["\"tokenizer\"", "\"chatml\"", "\"llama3\"", "\"plain\""].iter().all(|name| error.contains(name)),
+        "{error}"
     );
     let world = World::new(&[GOOD]);
     let file = world.dir.path().join("broken.jinja");
     std::fs::write(&file, "{% for m in messages %}\n{{ m.content + 3 }}{% endfor %}").unwrap();
-    let told = world.read(100, json!({ "template": file })).unwrap_err();
-    assert!(told.contains("chats.jsonl:1: line 2 of the chat template: tried to use +"), "{told}");
+    let error = world.read(100, json!({ "template": file })).unwrap_err();
+    assert!(error.contains("chats.jsonl:1: line 2 of the chat template: tried to use +"), "{error}");
 }
 
 #[test]
@@ -535,8 +535,8 @@ fn a_tokenizers_own_template_and_special_tokens_are_found_beside_it() {
         let path = dir.path().to_owned();
         Tokenizer::open(&crate::TokenizerConfig::Huggingface(crate::HuggingfaceTokenizer { path })).unwrap()
     };
-    let told = chat_template("data.chat.template", "tokenizer", &open()).err().unwrap().to_string();
-    assert!(told.contains("\"chatml\""), "{told}");
+    let error = chat_template("data.chat.template", "tokenizer", &open()).err().unwrap().to_string();
+    assert!(error.contains("\"chatml\""), "{error}");
     let config = json!({
         "eos_token": { "content": "<|pad|>" }, "bos_token": "<s>", "pad_token": "<|endoftext|>",
         "chat_template": built_in("llama3"),

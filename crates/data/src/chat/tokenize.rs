@@ -11,12 +11,12 @@ use polyhead_models::Role;
 use serde_json::Value;
 
 use super::columns::Conversation;
-use super::spots::spots;
+use super::complete::complete;
+use super::message_spans::message_spans;
 use super::template::{ChatTemplate, Given, Rendered};
 use super::turns::{Turn, role_of, turns};
 use super::weights::weight;
-use super::written::written;
-use super::{ChatTokens, Learn, bounds};
+use super::{ChatTokens, Learn, limits};
 use crate::Tokenizer;
 
 /// Up to so many messages each text is searched for whose its parts are; of more the places in the whole text are kept. Chosen
@@ -64,7 +64,7 @@ pub(super) struct Rules<'a> {
 /// learned.
 ///
 /// # Errors
-/// If the template refuses it, leaves something out, or answers cannot be told from the rest.
+/// If the template refuses it, leaves something out, or answers cannot be told apart from the rest.
 pub(crate) fn tokenize(
     chat: &Conversation,
     learn: Learn,
@@ -72,7 +72,7 @@ pub(crate) fn tokenize(
     tokenizer: &Tokenizer,
 ) -> Result<Vec<ChatTokens>, String> {
     let rules = Rules { learn, template, tokenizer, room: Room::Any, longest: None };
-    let texts = bounds::on_deep_stack(|| texts(chat, rules))??;
+    let texts = limits::on_deep_stack(|| texts(chat, rules))??;
     let tokens = |text| match text {
         Text::Tokens(tokens) | Text::Cut(tokens) => Some(tokens),
         Text::TooLong => None,
@@ -85,9 +85,9 @@ pub(super) fn texts(chat: &Conversation, rules: Rules<'_>) -> Result<Vec<Text>, 
     let Rules { learn, template, .. } = rules;
     let weights = chat.messages.iter().map(|message| Ok(weight(message)? != Some(false)));
     let wanted = weights.collect::<Result<Vec<bool>, String>>()?;
-    let (chat, given, whole) = written(chat, template)?;
+    let (chat, given, whole) = complete(chat, template)?;
     let Rendered { text: whole, generated } = whole;
-    let this = Whole { chat: &chat, given: &given, text: &whole, wanted: &wanted, rules, spots: Default::default() };
+    let this = Whole { chat: &chat, given: &given, text: &whole, wanted: &wanted, rules, spans: Default::default() };
     let nothing = || "nothing is learned from it: no answer of the assistant".to_owned();
     if let Some(generated) = generated {
         if generated.is_empty() && learn != Learn::All {
@@ -130,15 +130,15 @@ struct Whole<'a> {
     /// Of each message, whether it may be learned.
     wanted: &'a [bool],
     rules: Rules<'a>,
-    spots: std::cell::OnceCell<Vec<(Range<usize>, usize)>>,
+    spans: std::cell::OnceCell<Vec<(Range<usize>, usize)>>,
 }
 
 impl Whole<'_> {
-    /// Where the texts of all messages stand in the whole.
+    /// Where the texts of all messages are in the whole.
     fn places(&self) -> &[(Range<usize>, usize)] {
         let all: Vec<usize> = (0..self.chat.messages.len()).collect();
         let whole = (self.text, self.chat.messages.len());
-        self.spots.get_or_init(|| spots((self.chat, self.given), whole, &all, self.rules.template))
+        self.spans.get_or_init(|| message_spans((self.chat, self.given), whole, &all, self.rules.template))
     }
 
     /// What the template marks as answers, and which of it is learned.
@@ -152,16 +152,16 @@ impl Whole<'_> {
             return Ok(answers);
         }
         for (place, &index) in spoken.iter().enumerate().filter(|(_, index)| !self.wanted[**index]) {
-            let spot = self.places().iter().find(|(_, other)| *other == index).map(|(range, _)| range.clone());
+            let span = self.places().iter().find(|(_, other)| *other == index).map(|(range, _)| range.clone());
             let same = spoken.len() == answers.len();
-            let found = match spot {
-                Some(spot) => answers.iter().position(|(range, _)| range.start <= spot.start && spot.end <= range.end),
+            let found = match span {
+                Some(span) => answers.iter().position(|(range, _)| range.start <= span.start && span.end <= range.end),
                 None => Some(place).filter(|_| same),
             };
             let Some(found) = found else {
                 let number = index + 1;
                 return Err(format!(
-                    "message {number} is not to be learned (weight 0), and where the template writes it cannot be told"
+                    "message {number} is not to be learned (weight 0), and where the template writes it cannot be found"
                 ));
             };
             answers[found].1 = false;
@@ -306,7 +306,7 @@ impl Whole<'_> {
         })
     }
 
-    /// Where the texts of messages stand in a text, in its order. What the template writes itself belongs to nobody.
+    /// Where the texts of messages are in a text, in its order. What the template writes itself belongs to nobody.
     fn said(&self, part: Part<'_>, text: &str, answers: usize) -> Vec<(Range<usize>, usize)> {
         let all_answers = (0..part.count).filter(|&index| self.is_answer(index)).count() == answers;
         let asked: Vec<usize> = (0..part.count).filter(|&index| !all_answers || !self.is_answer(index)).collect();
@@ -316,7 +316,7 @@ impl Whole<'_> {
         if self.chat.messages.len() > SEARCHED {
             return self.places().iter().filter(kept).cloned().collect();
         }
-        spots((self.chat, self.given), (text, part.count), &asked, self.rules.template)
+        message_spans((self.chat, self.given), (text, part.count), &asked, self.rules.template)
     }
 }
 

@@ -52,7 +52,7 @@ impl Turn {
     }
 }
 
-/// The assistant's answers. `spots` are the places of messages' texts in the whole one, where they are known.
+/// The assistant's answers. `spans` are the places of messages' texts in the whole one, where they are known.
 ///
 /// # Errors
 /// If the template refuses a beginning of the conversation, asks for an answer otherwise than it renders it, or would have to
@@ -61,17 +61,17 @@ pub(super) fn turns(
     chat: (&Conversation, &Given),
     whole: &str,
     template: &ChatTemplate,
-    spots: &dyn Fn() -> BTreeMap<usize, Range<usize>>,
+    spans: &dyn Fn() -> BTreeMap<usize, Range<usize>>,
 ) -> Result<Vec<Turn>, String> {
     let spoken = |&index: &usize| role_of(&chat.0.messages[index]) == "assistant";
     let all: Vec<usize> = (0..chat.0.messages.len()).filter(spoken).collect();
     if all.len() <= ALL_RENDERED {
         return all.iter().map(|&index| rendered(chat, whole, index, template)).collect();
     }
-    let spots = spots();
+    let spans = spans();
     let mut kinds: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for &index in &all {
-        kinds.entry(kind(chat.0, index, &spots)).or_default().push(index);
+        kinds.entry(kind(chat.0, index, &spans)).or_default().push(index);
     }
     let (mut found, mut budget) = (BTreeMap::new(), MOST_RENDERED);
     let mut render = |index: usize| {
@@ -93,11 +93,11 @@ pub(super) fn turns(
             found.insert(index, render(index)?);
         }
         let common: Option<Vec<Around>> =
-            sampled.iter().map(|index| Around::of(&found[index], whole, &spots)).collect();
+            sampled.iter().map(|index| Around::of(&found[index], whole, &spans)).collect();
         let common = common.filter(|all| all.windows(2).all(|pair| pair[0] == pair[1])).and_then(|mut all| all.pop());
         for &index in alike {
             if let Entry::Vacant(place) = found.entry(index) {
-                let alike = common.as_ref().and_then(|around| around.turn(index, whole, spots.get(&index)?));
+                let alike = common.as_ref().and_then(|around| around.turn(index, whole, spans.get(&index)?));
                 place.insert(alike.map_or_else(|| render(index), Ok)?);
             }
         }
@@ -107,7 +107,7 @@ pub(super) fn turns(
 
 /// What may make a template treat an answer otherwise than another: who speaks before and behind it, what keys these messages
 /// have, and what their texts look like.
-fn kind(chat: &Conversation, index: usize, spots: &BTreeMap<usize, Range<usize>>) -> String {
+fn kind(chat: &Conversation, index: usize, spans: &BTreeMap<usize, Range<usize>>) -> String {
     let message = |at: Option<usize>| {
         let Some(message) = at.and_then(|at| chat.messages.get(at)) else { return "none".to_owned() };
         let keys = message.as_object().map(|fields| fields.keys().map(String::as_str).collect::<Vec<_>>().join(","));
@@ -123,7 +123,7 @@ fn kind(chat: &Conversation, index: usize, spots: &BTreeMap<usize, Range<usize>>
         format!("{}({}){shape:?}", role_of(message), keys.unwrap_or_default())
     };
     let around = [index.checked_sub(2), index.checked_sub(1), Some(index), Some(index + 1)].map(message);
-    format!("{} {}", around.join(" "), spots.contains_key(&index))
+    format!("{} {}", around.join(" "), spans.contains_key(&index))
 }
 
 /// What the template writes around what is said in answers of a kind.
@@ -142,26 +142,26 @@ struct Around {
 
 impl Around {
     /// `None` where what is said does not stand in the answer as it stands in the whole.
-    fn of(turn: &Turn, whole: &str, spots: &BTreeMap<usize, Range<usize>>) -> Option<Self> {
-        let spot = spots.get(&turn.index)?;
-        let from = turn.shared.min(spot.start).min(turn.start);
+    fn of(turn: &Turn, whole: &str, spans: &BTreeMap<usize, Range<usize>>) -> Option<Self> {
+        let span = spans.get(&turn.index)?;
+        let from = turn.shared.min(span.start).min(turn.start);
         // Beginnings of a conversation are one text up to here.
         let own = format!("{}{}", whole.get(from..turn.shared)?, turn.tail);
-        let said = whole.get(spot.clone()).filter(|said| !said.is_empty())?;
+        let said = whole.get(span.clone()).filter(|said| !said.is_empty())?;
         let at = own.rfind(said)?;
         let closing = own[at + said.len()..].to_owned();
-        let behind = whole.get(spot.end..)?.get(..closing.len())?.to_owned();
-        let (before, opening) = (whole.get(from..spot.start)?.to_owned(), own[..at].to_owned());
+        let behind = whole.get(span.end..)?.get(..closing.len())?.to_owned();
+        let (before, opening) = (whole.get(from..span.start)?.to_owned(), own[..at].to_owned());
         Some(Self { before, behind, opening, closing, start: turn.start - from })
     }
 
-    /// An answer of this kind, whose text stands at `spot`; `None` where the text around it is another.
-    fn turn(&self, index: usize, whole: &str, spot: &Range<usize>) -> Option<Turn> {
-        let from = spot.start.checked_sub(self.before.len())?;
-        if whole.get(from..spot.start)? != self.before || !whole.get(spot.end..)?.starts_with(&self.behind) {
+    /// An answer of this kind, whose text stands at `span`; `None` where the text around it is another.
+    fn turn(&self, index: usize, whole: &str, span: &Range<usize>) -> Option<Turn> {
+        let from = span.start.checked_sub(self.before.len())?;
+        if whole.get(from..span.start)? != self.before || !whole.get(span.end..)?.starts_with(&self.behind) {
             return None;
         }
-        let own = format!("{}{}{}", self.opening, whole.get(spot.clone())?, self.closing);
+        let own = format!("{}{}{}", self.opening, whole.get(span.clone())?, self.closing);
         let shared = common(&own, &whole[from..]);
         Some(Turn { index, start: from + self.start, shared: from + shared, tail: own[shared..].to_owned() })
     }
@@ -192,7 +192,7 @@ fn rendered(
     };
     if !text.starts_with(&before) {
         return Err(format!(
-            "answers cannot be told from the rest: the template asks for message {} in another way than it renders it, so that a \
+            "answers cannot be told apart from the rest: the template asks for message {} in another way than it renders it, so that a \
              model would learn to write what it is never asked for\n  hint: data.chat.template_variables tells a template what to \
              ask for (enable_thinking = false for answers without thoughts, with Qwen 3's); a template that marks answers with \
              {{% generation %}} needs no comparing",

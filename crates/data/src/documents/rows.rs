@@ -134,7 +134,7 @@ fn found(row: &Value, field: &str) -> String {
     }
 }
 
-/// Tells `take` of every row of files of JSON lines, with its place; what `take` finds wrong is told with that place. Gives what
+/// Gives `take` every row of files of JSON lines, with its place; what `take` finds wrong is reported with that place. Gives what
 /// was not read.
 pub(super) fn for_each_row(
     paths: &[String],

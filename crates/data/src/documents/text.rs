@@ -32,7 +32,7 @@ pub struct TextConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Syntax {
-    /// Whatever is no data: no JSON, no tables.
+    /// Text, not JSON or tables.
     #[default]
     Prose,
     /// All that is UTF-8.
@@ -96,11 +96,11 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
         let text = if html { html_to_text(text) } else { text.to_owned() };
         documents.push(TextDocument { name: path.display().to_string(), text });
     }
-    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is not learned"));
+    let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is left out"));
     let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
     match documents.is_empty() {
         true => {
-            Err(DataError::Unusable(format!("data.text: the files hold no text to learn from; {}", notes.join("; "))))
+            Err(DataError::Unusable(format!("data.text: the files hold no text to train on; {}", notes.join("; "))))
         }
         false => Ok(FromFiles { items: documents, notes }),
     }

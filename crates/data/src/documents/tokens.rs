@@ -34,7 +34,7 @@ pub struct TokenFile {
 
 impl TokenFile {
     /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short; where
-    /// `cache_dir` may not be written to, for this time only. `progress` is told bytes done and bytes in all while it is
+    /// `cache_dir` may not be written to, for this time only. `progress` gets bytes done and bytes in all while it is
     /// made.
     ///
     /// # Errors

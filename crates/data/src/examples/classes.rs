@@ -108,7 +108,7 @@ mod tests {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let each = check(&names, &(0..30).collect::<Vec<_>>()).unwrap_err();
         assert!(each.contains("each of 30 examples has a class of its own (\"id 0\""), "{each}");
-        assert!(check(&["a", "b"], &[0, 1]).unwrap()[0].contains("2 classes for 2 examples"), "few: only told");
+        assert!(check(&["a", "b"], &[0, 1]).unwrap()[0].contains("2 classes for 2 examples"), "few: only a note");
         let sparse = check(&names, &[0, 9, 9, 0, 9]).unwrap();
         assert!(sparse[0].contains("of 30 classes only 2 occur"), "{sparse:?}");
         let alike = check(&["", "cat", "cat ", "dog"], &[0, 1, 2, 3, 3, 3, 3, 3]).unwrap();

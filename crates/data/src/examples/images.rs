@@ -34,7 +34,7 @@ struct Images {
 }
 
 impl Images {
-    /// Adds everything that decides what is trained.
+    /// Adds everything that decides what a model trains on.
     fn hash(&self, hasher: &mut blake3::Hasher) {
         hasher.update(format!("{:?} {:?}", self.shape, self.classes).as_bytes());
         hasher.update(&self.pixels);

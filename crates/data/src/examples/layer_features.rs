@@ -18,7 +18,7 @@ use super::{Maker, generated};
 use crate::synthetic::{EPOCH, Problem, require};
 use crate::{Data, DataError, Modality, Opening, Source, Yields};
 
-/// Numbers of a sample at most, so that a mistake in a size is told and does not fill memory.
+/// Numbers of a sample at most, so that a mistake in a size is an error and does not fill memory.
 const MOST_NUMBERS: usize = 1 << 22;
 
 /// `[data.layer_features]`: generated features of layers, `[n_layers, dim]` a sample, that tell a class.
@@ -177,7 +177,7 @@ mod tests {
     }
 
     /// Share of samples whose nearest prototype, as they are without noise, is that of their class.
-    fn told(config: &str) -> f64 {
+    fn recognized(config: &str) -> f64 {
         let set = drawn(config, 1, Side::Train);
         let Encoder { config, amplitudes, prototypes } = &set.task;
         let clean = |class: &[f32]| -> Vec<f32> {
@@ -207,13 +207,13 @@ mod tests {
 
     #[test]
     fn dials_make_it_harder() {
-        let clean = told(r#"{"noise": 0.0, "impulse_rate": 0.0, "drift": 0.0}"#);
+        let clean = recognized(r#"{"noise": 0.0, "impulse_rate": 0.0, "drift": 0.0}"#);
         let [still, hit, wandering] = [
             r#"{"impulse_rate": 0.0, "drift": 0.0}"#,
             r#"{"impulse_rate": 0.2, "drift": 0.0}"#,
             r#"{"impulse_rate": 0.0, "drift": 0.9}"#,
         ]
-        .map(told);
+        .map(recognized);
         assert!(
             clean == 1.0 && still > 0.9 && hit < still - 0.1 && wandering < still - 0.1,
             "{still} {hit} {wandering}"

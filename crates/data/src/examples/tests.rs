@@ -51,11 +51,11 @@ fn generated_examples_depend_on_seed_side_and_position_only() {
 
 #[test]
 fn noise_is_a_dial_and_shapes_differ() {
-    let picture = |noise: f64| {
+    let image = |noise: f64| {
         let json = format!(r#"{{"shapes":{{"clutter": 0, "noise": {noise}, "turn": 0}}}}"#);
         plain(&json).train.batch(0).unwrap()
     };
-    let [clean, noisy] = [picture(0.0), picture(0.5)];
+    let [clean, noisy] = [image(0.0), image(0.5)];
     let differences: Vec<f32> = numbers(&clean).iter().zip(numbers(&noisy)).map(|(a, b)| a - b).collect();
     let deviation = (differences.iter().map(|x| x * x).sum::<f32>() / differences.len() as f32).sqrt();
     assert!((deviation - 0.5).abs() < 0.02, "{deviation}");
@@ -84,12 +84,12 @@ fn augmentation_is_drawn_anew_each_epoch_and_never_on_what_is_validated() {
     assert_ne!(augmented.train.batch(0).unwrap(), plain.train.batch(0).unwrap());
     assert_eq!(augmented.train.batch(5).unwrap(), open(&json, &augment, 8).unwrap().train.batch(5).unwrap());
     assert_eq!(augmented.validation.batch(0).unwrap(), plain.validation.batch(0).unwrap());
-    // Only moved and mirrored: each picture holds no other values than before, and black.
+    // Only moved and mirrored: each image holds no other values than before, and black.
     let moved = open(&json, &AugmentConfig { crop: 1, flip: true, noise: 0.0 }, 8).unwrap();
     let (batch, before) = (moved.train.batch(0).unwrap(), plain.train.batch(0).unwrap());
     assert_eq!(batch.labels, before.labels);
-    for (picture, before) in numbers(&batch).chunks(6).zip(numbers(&before).chunks(6)) {
-        assert!(picture.iter().all(|pixel| *pixel == -1.0 || before.contains(pixel)), "{picture:?} of {before:?}");
+    for (image, before) in numbers(&batch).chunks(6).zip(numbers(&before).chunks(6)) {
+        assert!(image.iter().all(|pixel| *pixel == -1.0 || before.contains(pixel)), "{image:?} of {before:?}");
     }
     assert_ne!(batch, before);
 }
@@ -99,7 +99,7 @@ fn idx_json(dir: &Path) -> String {
     format!(r#"{{"idx":{{"images": "{}", "labels": "{}"}}}}"#, path("images.gz"), path("labels"))
 }
 
-/// Pictures of 2 x 3 pixels, the first packed: picture i holds 6 i, 6 i + 1, ...; its class is i mod 3.
+/// Images of 2 x 3 pixels, the first packed: image i holds 6 i, 6 i + 1, ...; its class is i mod 3.
 fn write_idx(dir: &Path, count: u8) {
     let mut images = vec![0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 2, 0, 0, 0, 3];
     images.extend((0..6 * u16::from(count)).map(|i| i as u8));
@@ -121,7 +121,7 @@ fn idx_files_are_divided_and_nothing_is_on_both_sides() {
     let pixels = |loader: &ExampleLoader| -> Vec<u32> {
         let batches = (0..2).map(|at| loader.batch(at).unwrap());
         let firsts = batches.flat_map(|batch| {
-            let firsts: Vec<f32> = numbers(&batch).chunks(6).map(|picture| picture[0]).collect();
+            let firsts: Vec<f32> = numbers(&batch).chunks(6).map(|image| image[0]).collect();
             for (first, &label) in firsts.iter().zip(&batch.labels) {
                 assert_eq!(((first + 1.0) * 127.5).round() as u32 / 6 % 3, label);
             }
@@ -134,7 +134,7 @@ fn idx_files_are_divided_and_nothing_is_on_both_sides() {
     };
     let (train, validation) = (pixels(&opened.train), pixels(&opened.validation));
     assert_eq!((train.len(), validation.len()), (8, 2));
-    assert!(validation.iter().all(|picture| !train.contains(picture)));
+    assert!(validation.iter().all(|image| !train.contains(image)));
     assert_eq!(validated(&opened).len(), 2, "the last batch is short");
     // Cut off, or of another type.
     for (bytes, words) in [(&[0u8, 0, 8, 1, 0, 0, 0, 9, 1][..], "do not fit"), (&[0, 0, 13, 1, 0, 0, 0, 9], "0x0d")] {
@@ -168,7 +168,7 @@ fn cifar_and_tables_are_read() {
 }
 
 #[test]
-fn folders_of_pictures_and_sounds_are_read() {
+fn folders_of_images_and_audio_are_read() {
     let dir = tempfile::tempdir().unwrap();
     for (class, grey) in [("black", 0u8), ("white", 255)] {
         let folder = dir.path().join(class);
@@ -178,13 +178,13 @@ fn folders_of_pictures_and_sounds_are_read() {
             let mut encoder = png::Encoder::new(file, 4, 2);
             encoder.set_color(png::ColorType::Grayscale);
             encoder.write_header().unwrap().write_image_data(&[grey; 8]).unwrap();
-            let sound: Vec<u8> = (0..4000)
+            let audio: Vec<u8> = (0..4000)
                 .flat_map(|i| ((1000.0 * (f64::from(i) * f64::from(grey)).sin()) as i16).to_le_bytes())
                 .collect();
             let mut wav =
                 b"RIFF\x64\x1f\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x80\x3e\0\0\x02\0\x10\0data".to_vec();
-            wav.extend((sound.len() as u32).to_le_bytes());
-            wav.extend(sound);
+            wav.extend((audio.len() as u32).to_le_bytes());
+            wav.extend(audio);
             std::fs::write(folder.join(format!("{index}.wav")), wav).unwrap();
         }
     }
@@ -192,8 +192,8 @@ fn folders_of_pictures_and_sounds_are_read() {
     let opened = plain(&format!(r#"{{"image_folder":{{"path": "{path}", "size": [2, 2]}}}}"#));
     assert_eq!(opened.classes, ["black", "white"]);
     let batch = opened.train.batch(0).unwrap();
-    for (picture, &label) in numbers(&batch).chunks(12).zip(&batch.labels) {
-        assert!(picture.iter().all(|&pixel| pixel == [-1.0, 1.0][label as usize]));
+    for (image, &label) in numbers(&batch).chunks(12).zip(&batch.labels) {
+        assert!(image.iter().all(|&pixel| pixel == [-1.0, 1.0][label as usize]));
     }
     let json = |rate: u32| format!(r#"{{"wav_folder":{{"path": "{path}", "sample_rate": {rate}}}}}"#);
     let opened = plain(&json(8000));
@@ -201,7 +201,7 @@ fn folders_of_pictures_and_sounds_are_read() {
     assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.set.per_epoch(), 6);
     let error = open(&json(16000), &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("8000 samples per second, not 16000"), "{error}");
-    std::fs::write(dir.path().join("white/0.png"), b"no picture").unwrap();
+    std::fs::write(dir.path().join("white/0.png"), b"no image").unwrap();
     let json = format!(r#"{{"image_folder":{{"path": "{path}", "size": [2, 2]}}}}"#);
     let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("white/0.png"), "{error}");
@@ -212,14 +212,17 @@ fn folders_of_pictures_and_sounds_are_read() {
     let skipping = |json: &str| plain(&json.replace("}}", ", \"on_bad_file\": \"skip\"}}"));
     let opened = skipping(&json);
     assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.set.per_epoch(), 5);
-    for part in
-        ["1 that could not be read: no image", "white/0.png", "1 that end in .heic", "1 in no folder of a class"]
-    {
+    for part in [
+        "1 that could not be read: not a readable image",
+        "white/0.png",
+        "1 that end in .heic",
+        "1 in no folder of a class",
+    ] {
         assert!(opened.notes[0].contains(part), "no {part} in {:?}", opened.notes);
     }
     let wavs = format!(r#"{{"wav_folder":{{"path": "{path}", "sample_rate": 8000}}}}"#);
     let error = open(&wavs, &AugmentConfig::default(), 4).err().unwrap().to_string();
-    assert!(error.contains("white/0.wav: no WAV file") && error.contains("on_bad_file"), "{error}");
+    assert!(error.contains("white/0.wav: not a WAV file") && error.contains("on_bad_file"), "{error}");
     assert!(skipping(&wavs).notes[0].contains("white/0.wav"));
 }
 
@@ -232,19 +235,19 @@ fn a_set_of_one_class_is_refused_with_that_class() {
         dir.path().join(name).display().to_string()
     };
     let path = write("t.csv", b"0,1,3\n1,0,3\n1,1,3\n");
-    let told = open(format!(r#"{{"csv_images":{{"paths": ["{path}"], "size": [1, 2]}}}}"#));
-    assert!(told.contains("one class (\"3\")") && told.contains("data.csv_images.label"), "{told}");
+    let error = open(format!(r#"{{"csv_images":{{"paths": ["{path}"], "size": [1, 2]}}}}"#));
+    assert!(error.contains("one class (\"3\")") && error.contains("data.csv_images.label"), "{error}");
     let path = write("t.jsonl", b"{\"text\": \"a\", \"label\": \"good\"}\n{\"text\": \"b\", \"label\": \"good\"}\n");
-    let told = open(format!(r#"{{"labelled_text":{{"paths": ["{path}"]}}}}"#));
-    assert!(told.contains("one class (\"good\")") && told.contains("label_field"), "{told}");
+    let error = open(format!(r#"{{"labelled_text":{{"paths": ["{path}"]}}}}"#));
+    assert!(error.contains("one class (\"good\")") && error.contains("label_field"), "{error}");
     let images = write("i", &[0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 7, 9]);
     let labels = write("l", &[0, 0, 8, 1, 0, 0, 0, 2, 0, 0]);
     assert!(open(format!(r#"{{"idx":{{"images": "{images}", "labels": "{labels}"}}}}"#)).contains("one class (\"0\")"));
     std::fs::create_dir(dir.path().join("only")).unwrap();
     let folder = dir.path().display();
     for (table, more) in [("image_folder", "\"size\": [2, 2]"), ("wav_folder", "\"sample_rate\": 8000")] {
-        let told = open(format!(r#"{{"{table}":{{"path": "{folder}", {more}}}}}"#));
-        assert!(told.contains("two are needed (found: \"only\")"), "{told}");
+        let error = open(format!(r#"{{"{table}":{{"path": "{folder}", {more}}}}}"#));
+        assert!(error.contains("two are needed (found: \"only\")"), "{error}");
     }
 }
 
@@ -278,8 +281,8 @@ fn a_shortcut_holds_for_its_share_and_misleads_the_others() {
     for batch in (0..100).map(|at| opened.train.batch(at).unwrap()) {
         for (row, (&label, &group)) in numbers(&batch).chunks(64).zip(batch.labels.iter().zip(&batch.groups)) {
             let ground = row.iter().copied().fold(f32::MAX, f32::min);
-            let told = (ground / -0.8 * 3.0).round() as u32;
-            assert_eq!(told != label, group == 1, "{ground} of class {label}");
+            let shown = (ground / -0.8 * 3.0).round() as u32;
+            assert_eq!(shown != label, group == 1, "{ground} of class {label}");
             misled += group;
         }
     }

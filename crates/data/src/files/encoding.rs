@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use super::read_file;
+use super::{open_regular, read_file};
 use crate::DataError;
 use crate::error::At;
 
@@ -11,7 +11,7 @@ use crate::error::At;
 const RATIO: u64 = 100;
 const AT_LEAST: u64 = 64 << 20;
 
-/// What a file is whose bytes are no UTF-8 text, where its beginning tells.
+/// What a file is that is not text in UTF-8, where its beginning tells.
 pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
     let starts = |with: &[u8]| bytes.starts_with(with);
     let zeros = |from: usize| bytes.iter().take(64).skip(from).step_by(2).all(|&byte| byte == 0);
@@ -73,7 +73,8 @@ fn unpacked(bytes: &[u8], path: &Path) -> Result<Vec<u8>, DataError> {
 /// # Errors
 /// If it cannot be read, or is something else than UTF-8: what.
 pub(crate) fn read_text(path: &Path) -> std::io::Result<String> {
-    let bytes = std::fs::read(path)?;
+    let mut bytes = Vec::new();
+    open_regular(path)?.read_to_end(&mut bytes)?;
     String::from_utf8(bytes).map_err(|error| {
         let kind = kind(error.as_bytes()).map_or("not valid UTF-8".to_owned(), |kind| format!("it is {kind}"));
         std::io::Error::new(std::io::ErrorKind::InvalidData, kind)

@@ -26,7 +26,7 @@ const FORMATS: [(&[u8], &str); 17] = [
     (b"\x7fELF", "a program"),
 ];
 
-/// What bytes are that are no UTF-8 text, or `None`.
+/// What bytes are that are not text in UTF-8, or `None`.
 pub(crate) fn not_text(bytes: &[u8]) -> Option<String> {
     let head = &bytes[..bytes.len().min(4096)];
     let known = encoding::kind(head);
@@ -187,8 +187,8 @@ mod tests {
             (b"%PDF-1.7\n", "PDF"),
             (b"\x02\0\0\0\0\0\0\0{}", "safetensors"),
         ] {
-            let told = not_text(bytes);
-            assert!(told.as_ref().is_some_and(|told| told.contains(name)), "{told:?} for {name}");
+            let found = not_text(bytes);
+            assert!(found.as_ref().is_some_and(|found| found.contains(name)), "{found:?} for {name}");
         }
         for text in ["", "a", "PAR1 is how Parquet begins.", "BZh is not a word.", "Ὁ βίος βραχύς", "GIF8", "a\0b"]
         {

@@ -31,7 +31,7 @@ fn reads(source: &str, folder: &Path) -> bool {
     if Path::new(source).exists() {
         return Path::new(source).is_dir() && folder.starts_with(real(Path::new(source)));
     }
-    // What stands in front of the first sign of a pattern is a path, and may lead over links.
+    // What precedes the first sign of a pattern is a path, and may lead over links.
     let is_sign = |part: &Component| part.as_os_str().to_string_lossy().contains(['*', '?', '[']);
     let parts: Vec<Component> = Path::new(source).components().collect();
     let signs = parts.iter().position(is_sign).unwrap_or(parts.len());

@@ -8,7 +8,7 @@ use super::{Problem, Task, answers_only, below, countable, open, require};
 use crate::loader::Sample;
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
-/// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for lies behind the separator.
+/// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for is behind the separator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CopyConfig {

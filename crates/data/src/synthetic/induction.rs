@@ -1,4 +1,4 @@
-//! Induction: a random sequence, then the same again. The second half can be told from the first (Olsson et al. 2022,
+//! Induction: a random sequence, then the same again. The second half follows from the first (Olsson et al. 2022,
 //! arXiv 2209.11895).
 
 use rand_chacha::ChaCha8Rng;
@@ -9,7 +9,7 @@ use super::{Problem, Task, answers_only, below, countable, open, require};
 use crate::loader::Sample;
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
-/// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for lies in the second half.
+/// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for is in the second half.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct InductionConfig {
@@ -51,7 +51,7 @@ impl Task for InductionConfig {
         let half = seq_len / 2;
         let first: Vec<u32> = (0..half).map(|_| below(rng, self.vocab)).collect();
         let tokens: Vec<u32> = first.iter().copied().cycle().take(seq_len).collect();
-        // The first token of the second half cannot be told; the rest can.
+        // The first token of the second half cannot be predicted; the rest can.
         let answers: Vec<(usize, u32)> = (half..seq_len - 1).map(|at| (at, tokens[at + 1])).collect();
         answers_only(tokens, &answers)
     }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether a panic of this thread is caught, so that nobody has to be told of it.
+    /// Whether a panic of this thread is caught, so that nobody has to hear of it.
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 

@@ -1,4 +1,4 @@
-//! Templates as under transformers, within bounds; what rows say besides what is said in them; long conversations.
+//! Templates as under transformers, within limits; what rows say besides what is said in them; long conversations.
 
 use super::*;
 
@@ -49,7 +49,7 @@ fn jinja_is_that_of_transformers() {
 fn templates_are_bounded_and_errors_name_them() {
     let world = World::new(&[GOOD]);
     let file = world.dir.path().join("t.jinja");
-    let told = |source: &str| {
+    let refusal = |source: &str| {
         std::fs::write(&file, source).unwrap();
         world.read(100, json!({ "template": file })).unwrap_err()
     };
@@ -77,14 +77,14 @@ fn templates_are_bounded_and_errors_name_them() {
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(), "recursion"),
         ("{{ messages | tojson(skip=1) }}".to_owned(), "no argument skip: it has ensure_ascii, indent"),
     ] {
-        let problem = told(&source);
+        let problem = refusal(&source);
         assert!(problem.contains(words) && problem.contains("t.jinja"), "{words}: {problem}");
     }
     for (source, words) in [
         ("{% for m in message %}{{ m.content }}{% endfor %}", "writes nothing of it"),
         ("{% for m in messages %}<{{ m.role }}>{{ m.contents }}{% endfor %}", "nothing of what the assistant says"),
     ] {
-        let problem = told(source);
+        let problem = refusal(source);
         assert!(problem.contains(words) && problem.contains("t.jinja"), "{problem}");
     }
 }
@@ -111,21 +111,21 @@ fn today_is_a_fixed_day() {
         let config = world.config(config);
         let (chats, counts) = read_chats(&config, &Tokenizer::bytes(), 400).unwrap();
         let template = config.template(&Tokenizer::bytes()).unwrap();
-        let told = notes(&config, &counts, &template).join("; ");
-        // Whoever uses the model is told the same day.
+        let error = notes(&config, &counts, &template).join("; ");
+        // Whoever uses the model is error the same day.
         let again = ChatTemplate::new(template.source(), special()).unwrap();
         assert_eq!(again.prompt(&[]).unwrap(), template.prompt(&[]).unwrap());
-        (Tokenizer::bytes().decode(&chats[0].tokens), told)
+        (Tokenizer::bytes().decode(&chats[0].tokens), error)
     };
     let rest = "{% for m in messages %}{{ m.content }}{% endfor %}";
     let asks = format!("{{{{ strftime_now('%d %b %Y') }}}}|{rest}");
-    let (shown, told) = text(&asks, json!({}));
+    let (shown, error) = text(&asks, json!({}));
     assert!(
-        shown.starts_with("01 Jan 2025|") && told.contains("strftime_now") && told.contains("data.chat.date"),
-        "{shown} {told}"
+        shown.starts_with("01 Jan 2025|") && error.contains("strftime_now") && error.contains("data.chat.date"),
+        "{shown} {error}"
     );
-    let (shown, told) = text(&asks, json!({ "date": "2024-02-29" }));
-    assert!(shown.starts_with("29 Feb 2024|") && told.is_empty(), "{shown} {told}");
+    let (shown, error) = text(&asks, json!({ "date": "2024-02-29" }));
+    assert!(shown.starts_with("29 Feb 2024|") && error.is_empty(), "{shown} {error}");
     let careful =
         format!("{{% if strftime_now is defined %}}{{{{ strftime_now('%Y') }}}}{{% else %}}mine{{% endif %}}|{rest}");
     assert!(text(&careful, json!({})).0.starts_with("mine|"));
@@ -160,7 +160,7 @@ fn arguments_that_are_a_text_are_counted_or_decoded() {
 }
 
 #[test]
-fn what_messages_say_of_being_learnt_is_obeyed() {
+fn loss_weights_of_messages_are_obeyed() {
     let talk = |first: Value, second: Value| {
         let mut messages = vec![
             json!({ "role": "user", "content": "q" }),
@@ -241,13 +241,13 @@ fn long_conversations_are_as_short_ones_are() {
         let template = ChatTemplate::new(source, special()).unwrap();
         let whole = template.render(&given, 120, false).unwrap().text;
         let all: Vec<usize> = (0..120).collect();
-        let spots = || -> BTreeMap<usize, std::ops::Range<usize>> {
-            spots::spots((&chat, &given), (&whole, 120), &all, &template)
+        let spans = || -> BTreeMap<usize, std::ops::Range<usize>> {
+            message_spans::message_spans((&chat, &given), (&whole, 120), &all, &template)
                 .into_iter()
                 .map(|(range, at)| (at, range))
                 .collect()
         };
-        let turns = turns::turns((&chat, &given), &whole, &template, &spots).unwrap();
+        let turns = turns::turns((&chat, &given), &whole, &template, &spans).unwrap();
         assert_eq!(turns.len(), 60);
         for turn in turns {
             let upto = template.render(&given, turn.index + 1, false).unwrap().text;
@@ -281,8 +281,8 @@ fn files_of_other_kinds_are_named() {
         (b"\x28\xB5\x2F\xFD....".to_vec(), "zstd"),
     ] {
         std::fs::write(&path, bytes).unwrap();
-        let told = world.read(100, json!({})).unwrap_err();
-        assert!(told.contains(words) && told.contains("chats.jsonl"), "{told}");
+        let error = world.read(100, json!({})).unwrap_err();
+        assert!(error.contains(words) && error.contains("chats.jsonl"), "{error}");
     }
     let packed = |text: &[u8]| {
         use std::io::Write;
@@ -309,6 +309,6 @@ fn null_keys_are_absent() {
     let plain = World::new(&[GOOD]);
     assert_eq!(world.read(100, config.clone()).unwrap().0, plain.read(100, config).unwrap().0);
     let shared = r#"{"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": null}]}"#;
-    let told = World::new(&[shared]).read(100, json!({ "columns": { "sharegpt": {} } })).unwrap_err();
-    assert!(told.contains("chats.jsonl:1: a message has no text in \"value\""), "{told}");
+    let error = World::new(&[shared]).read(100, json!({ "columns": { "sharegpt": {} } })).unwrap_err();
+    assert!(error.contains("chats.jsonl:1: a message has no text in \"value\""), "{error}");
 }

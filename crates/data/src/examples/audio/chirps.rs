@@ -1,4 +1,4 @@
-//! Generated sounds: chirps and tones in noise, as log-mel pictures.
+//! Generated audio: chirps and tones in noise, as log-mel images.
 
 use polyhead_models::InputShape;
 use rand::RngExt;
@@ -17,18 +17,18 @@ const SAMPLE_RATE: u32 = 8000;
 const SOUNDS: [&str; 8] =
     ["tone", "rising", "falling", "rise_and_fall", "warble", "tremolo", "two_tones", "two_crossing"];
 
-/// `[data.chirps]`: a sound of 8000 samples a second in noise, as a log-mel picture. Classes, in order: tone, rising, falling,
+/// `[data.chirps]`: audio of 8000 samples a second with noise, as a log-mel image. Classes, in order: tone, rising, falling,
 /// rise_and_fall, warble (its pitch swings), tremolo (its loudness does), two_tones, two_crossing.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ChirpsConfig {
-    /// The first so many kinds of sounds, 2 to 8. Default: 8.
+    /// The first so many kinds of audio, 2 to 8. Default: 8.
     pub n_classes: usize,
-    /// Standard deviation of the noise, where sounds go from -1 to 1. Default: 0.5.
+    /// Standard deviation of the noise, where samples go from -1 to 1. Default: 0.5.
     pub noise: f64,
-    /// Clicks per second on average: impulses that are louder than the sound. Default: 0.
+    /// Clicks per second on average: impulses that are louder than the rest. Default: 0.
     pub clicks: f64,
-    /// How sounds become pictures.
+    /// How audio becomes images.
     pub log_mel: LogMelConfig,
 }
 
@@ -64,7 +64,7 @@ impl Source for ChirpsConfig {
     }
 }
 
-/// What makes sounds.
+/// What makes the audio.
 #[derive(Clone)]
 pub(super) struct Chirps {
     config: ChirpsConfig,
@@ -76,7 +76,7 @@ impl Chirps {
         Self { config: config.clone(), log_mel: LogMel::new(&config.log_mel, SAMPLE_RATE) }
     }
 
-    fn sound(&self, class: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    fn audio(&self, class: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
         let count = self.config.log_mel.samples();
         let mut between = |low: f32, high: f32| low + (high - low) * rng.random::<f32>();
         let low = 300.0 * between(0.0, 1.8).exp(); // 300 to 1800 Hz, evenly in pitch
@@ -125,7 +125,7 @@ impl Maker for Chirps {
     }
 
     fn make(&self, class: usize, _group: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
-        let mut samples = self.sound(class, rng);
+        let mut samples = self.audio(class, rng);
         let click = self.config.clicks as f32 / SAMPLE_RATE as f32;
         for sample in &mut samples {
             *sample += self.config.noise as f32 * normal(rng);

@@ -1,4 +1,4 @@
-//! Sound as an image: the logarithm of its energy over time and pitch.
+//! Audio as an image: the logarithm of its energy over time and pitch.
 //!
 //! ```text
 //! frames of n_fft samples, hop apart, under a Hann window  ->  |FFT|²  ->  triangles on the mel scale  ->  ln(· + 1e-6)
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::fourier::Fourier;
 use crate::synthetic::Problem;
 
-/// Settings of a log-mel spectrogram. The defaults are chosen by us for short sounds on small models.
+/// Settings of a log-mel spectrogram. The defaults are chosen by us for short audio on small models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogMelConfig {
@@ -35,7 +35,7 @@ impl Default for LogMelConfig {
 }
 
 impl LogMelConfig {
-    /// Checks the settings, for sounds of so many samples per second.
+    /// Checks the settings, for audio of so many samples per second.
     ///
     /// # Errors
     /// Names the field and the rule.
@@ -93,7 +93,7 @@ impl LogMelConfig {
     }
 }
 
-/// Makes images of sounds.
+/// Makes images of audio.
 #[derive(Clone)]
 pub(super) struct LogMel {
     config: LogMelConfig,

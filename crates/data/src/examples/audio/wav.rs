@@ -1,9 +1,9 @@
 //! WAV files to samples (IBM and Microsoft 1991; WAVE_FORMAT_EXTENSIBLE; RF64 of EBU Tech 3306). Small enough to be our own: the
 //! crates for it take the low bits of samples that fill a part of their container, or read what was written to a pipe as silence.
 
-/// A sound.
+/// Audio.
 #[derive(Debug, PartialEq)]
-pub(super) struct Sound {
+pub(super) struct Audio {
     /// Samples per second.
     pub(super) sample_rate: u32,
     /// From -1 to 1; several channels are averaged.
@@ -47,16 +47,16 @@ fn is_chunk(bytes: &[u8], at: usize) -> bool {
     name && u32_at(bytes, at + 4).is_some_and(|length| length as usize <= bytes.len() - at - 8)
 }
 
-/// The sound of a file.
+/// The audio of a file.
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub(super) fn read(bytes: &[u8]) -> Result<Sound, String> {
+pub(super) fn read(bytes: &[u8]) -> Result<Audio, String> {
     match (bytes.get(..4), bytes.get(8..12)) {
         (Some(b"RIFF" | b"RF64" | b"BW64"), Some(b"WAVE")) => {}
         (Some(b"RIFX"), _) => return Err("a WAV file of big-endian numbers (RIFX) is not read: save it as RIFF".into()),
         _ if bytes.is_empty() => return Err("the file is empty".into()),
-        _ => return Err("no WAV file: it does not begin with RIFF and WAVE".into()),
+        _ => return Err("not a WAV file: it does not begin with RIFF and WAVE".into()),
     }
     let (mut at, mut format, mut long) = (12, None, None);
     while let Some(length) = u32_at(bytes, at + 4) {
@@ -64,7 +64,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Sound, String> {
         let inside = bytes.get(content..content.saturating_add(length as usize));
         match name {
             b"data" => {
-                let format: Format = format.ok_or("no fmt chunk stands in front of its samples")?;
+                let format: Format = format.ok_or("no fmt chunk precedes its samples")?;
                 let (end, streamed) = samples_end(bytes, content, length, long)?;
                 return samples(&bytes[content..end], format, streamed);
             }
@@ -104,7 +104,7 @@ impl Format {
         let (mut tag, channels, frame, bits) = (field(0)?, usize::from(field(2)?), usize::from(field(12)?), field(14)?);
         let sample_rate = u32_at(chunk, 4).ok_or(short)?;
         if tag == 0xfffe {
-            // The format stands in the first two bytes of its identifier.
+            // The format is in the first two bytes of its identifier.
             tag = field(24)?;
         }
         let width = frame / channels.max(1);
@@ -141,7 +141,7 @@ fn encoding(tag: u16) -> String {
     }
 }
 
-fn samples(bytes: &[u8], format: Format, streamed: bool) -> Result<Sound, String> {
+fn samples(bytes: &[u8], format: Format, streamed: bool) -> Result<Audio, String> {
     let Format { kind, channels, sample_rate } = format;
     let width = match kind {
         Kind::Whole(width) => width,
@@ -173,7 +173,7 @@ fn samples(bytes: &[u8], format: Format, streamed: bool) -> Result<Sound, String
         return Err(format!("sample {at} is {}", all[at]));
     }
     let samples = all.chunks(channels).map(|frame| frame.iter().sum::<f32>() / channels as f32).collect();
-    Ok(Sound { sample_rate, samples, streamed })
+    Ok(Audio { sample_rate, samples, streamed })
 }
 
 #[cfg(test)]

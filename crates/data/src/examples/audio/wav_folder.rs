@@ -1,4 +1,4 @@
-//! Folders of sounds: WAV files, one folder a class, as log-mel pictures.
+//! WAV files as log-mel images, one folder a class.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ use crate::synthetic::Problem;
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.wav_folder]`: WAV files in folders that are named for their classes, PCM of 8 to 32 bits or floats; several channels are
-/// averaged. Sounds are shown from their beginning on.
+/// averaged. Audio is read from its beginning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WavFolderConfig {
@@ -27,7 +27,7 @@ pub struct WavFolderConfig {
     pub validation_path: Option<PathBuf>,
     /// Samples per second that every file must have: none is resampled.
     pub sample_rate: u32,
-    /// How sounds become pictures.
+    /// How audio becomes images.
     #[serde(default)]
     pub log_mel: LogMelConfig,
     /// What is done with a file that is damaged, cut off, of another kind or of another sample rate: "error" (default), or
@@ -66,14 +66,14 @@ impl Source for WavFolderConfig {
             on_bad_file: self.on_bad_file,
         };
         let Read { classes, items, to_train, left_out } = folders.read(|bytes, label| {
-            let sound = self.checked(wav::read(bytes)?)?;
-            cut += usize::from(sound.samples.len() > self.log_mel.samples());
-            streamed += usize::from(sound.streamed);
+            let audio = self.checked(wav::read(bytes)?)?;
+            cut += usize::from(audio.samples.len() > self.log_mel.samples());
+            streamed += usize::from(audio.streamed);
             hash.update(&label.to_le_bytes());
-            sound.samples.iter().for_each(|sample| {
+            audio.samples.iter().for_each(|sample| {
                 hash.update(&sample.to_le_bytes());
             });
-            Ok(log_mel.image(&sound.samples))
+            Ok(log_mel.image(&audio.samples))
         })?;
         let mut notes: Vec<String> = left_out.note().into_iter().collect();
         if streamed > 0 {
@@ -106,13 +106,13 @@ impl Source for WavFolderConfig {
 }
 
 impl WavFolderConfig {
-    /// The sound, if it has as many samples a second as all must have.
-    fn checked(&self, sound: wav::Sound) -> Result<wav::Sound, String> {
-        match sound.sample_rate == self.sample_rate {
-            true => Ok(sound),
+    /// The audio, if it has as many samples a second as all must have.
+    fn checked(&self, audio: wav::Audio) -> Result<wav::Audio, String> {
+        match audio.sample_rate == self.sample_rate {
+            true => Ok(audio),
             false => Err(format!(
                 "{} samples per second, not {}: set data.wav_folder.sample_rate, or resample",
-                sound.sample_rate, self.sample_rate
+                audio.sample_rate, self.sample_rate
             )),
         }
     }

@@ -171,8 +171,8 @@ pub(crate) fn tensors<const N: usize>(
     let map = mapped.all().at(path)?;
     let broken = |cause: String| DataError::Unusable(format!("{}: {cause}", path.display()));
     let read = |cause: safetensors::SafeTensorError| match not_text(map).filter(|what| what != "safetensors") {
-        Some(what) => broken(format!("no safetensors file: it is {what}")),
-        None => broken(format!("no safetensors file, or one that is cut off: {cause}")),
+        Some(what) => broken(format!("not a safetensors file: it is {what}")),
+        None => broken(format!("not a safetensors file, or one that is cut off: {cause}")),
     };
     let file = SafeTensors::deserialize(map).map_err(read)?;
     let find = |name: &str| {
@@ -219,8 +219,8 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let map = mapped.all().at(path)?;
     let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", path.display()));
     let none = || match not_text(map) {
-        Some(what) if !what.contains("NumPy") => unusable(format!("no .npy file: it is {what}")),
-        _ => unusable("no .npy file".into()),
+        Some(what) if !what.contains("NumPy") => unusable(format!("not a .npy file: it is {what}")),
+        _ => unusable("not a .npy file".into()),
     };
     if map.get(..6) != Some(b"\x93NUMPY") {
         return Err(none());

@@ -169,7 +169,7 @@ fn what_cannot_be_used_is_named() {
             "row 1 holds inf",
         ),
         (message(config(vec!["nowhere.safetensors".into()])), "nowhere.safetensors"),
-        (message(config(vec![files.write("a.safetensors", b"no such file")])), "no safetensors file"),
+        (message(config(vec![files.write("a.safetensors", b"no such file")])), "not a safetensors file"),
     ] {
         assert!(found.contains(words), "{words}: {found}");
     }
@@ -178,7 +178,7 @@ fn what_cannot_be_used_is_named() {
         message(FeaturesConfig { labels, ..config(vec![x]) })
     };
     for (found, words) in [
-        (npy(files.write("x.npy", b"text")), "no .npy file"),
+        (npy(files.write("x.npy", b"text")), "not a .npy file"),
         (npy(files.npy("x.npy", ">f4", "(40, 2, 3)", &bytes)), "holds >f4"),
         (npy(files.npy("x.npy", "<f4", "(40, 2, 4)", &bytes)), "its length is not"),
         (npy(files.npy("x.npy", "<f4", "(18446744073709551615, 9)", &bytes)), "its length is not"),

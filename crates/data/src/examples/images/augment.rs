@@ -1,4 +1,4 @@
-//! What is changed about pictures while a model learns from them, never while it is validated.
+//! How images are augmented in training; validation images never are.
 
 use polyhead_models::InputShape;
 use rand::{RngExt, SeedableRng};
@@ -10,13 +10,13 @@ use super::normal;
 use crate::order::mix;
 use crate::synthetic::Problem;
 
-/// `[augmentation]`: what is changed about pictures while a model learns from them. Default: nothing.
+/// `[augmentation]`: how images are augmented in training. Default: not at all.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AugmentConfig {
-    /// Pictures are moved by up to so many pixels down and across; what comes in is black. Default: 0.
+    /// Images are moved by up to so many pixels down and across; what comes in is black. Default: 0.
     pub crop: usize,
-    /// Every second picture, by chance, is mirrored left to right. Default: false.
+    /// Every second image, by chance, is mirrored left to right. Default: false.
     pub flip: bool,
     /// Standard deviation of noise on every pixel, where pixels go from -1 to 1. Default: 0.
     pub noise: f64,
@@ -42,7 +42,7 @@ impl AugmentConfig {
         }
     }
 
-    /// Changes a picture as the seed, its epoch and its index decide.
+    /// Augments an image as the seed, its epoch and its index decide.
     pub(in crate::examples) fn apply(
         &self,
         pixels: &mut Vec<f32>,

@@ -24,12 +24,12 @@ pub struct CifarConfig {
     /// validation.fraction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation_paths: Vec<String>,
-    /// Which labels stand in front of a picture: "cifar10" (default), or of CIFAR-100 "coarse" or "fine".
+    /// Which labels precede an image: "cifar10" (default), or of CIFAR-100 "coarse" or "fine".
     #[serde(default)]
     pub labels: CifarLabels,
 }
 
-/// Which labels stand in front of a picture.
+/// Which labels precede an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CifarLabels {

@@ -15,7 +15,7 @@ use crate::source::{Source, some_path};
 use crate::synthetic::Problem;
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.csv_images]`: one picture of grey a row, its pixels from left to right and from top to bottom and its class last or
+/// `[data.csv_images]`: one grey image a row, its pixels from left to right and from top to bottom and its class last or
 /// where `label` says; cells separated by commas, semicolons or tabs, quoted or not; packed (.gz) or not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +30,7 @@ pub struct CsvImagesConfig {
     /// The column of the class: its name in the headings, such as "species", or its place, from 0 on. Default: the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<Column>,
-    /// Whether the first row holds headings. Default: found out for each file, and told.
+    /// Whether the first row holds headings. Default: found out for each file, and logged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headings: Option<bool>,
 }
@@ -247,7 +247,7 @@ fn are_headings(first: &StringRecord, second: Option<&StringRecord>, place: usiz
     pixels().all(number) && (named || counted && !number(&first[place]))
 }
 
-/// What the reader of tables says, without the place, which is told in front.
+/// What the reader of tables says, without the place, which precedes it.
 fn said(error: &csv::Error) -> String {
     match error.kind() {
         csv::ErrorKind::Io(cause) => cause.to_string(),

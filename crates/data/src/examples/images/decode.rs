@@ -1,4 +1,4 @@
-//! Image files to pixels: PNG, JPEG, WebP, GIF, TIFF and BMP, told apart by content. What is cut off or damaged is an error, never
+//! Image files to pixels: PNG, JPEG, WebP, GIF, TIFF and BMP, recognized by content. What is cut off or damaged is an error, never
 //! an image that is grey below; images are turned the way up that their EXIF data says, as every viewer shows them.
 
 use std::io::Cursor;
@@ -40,7 +40,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Image, String> {
     let format = image::guess_format(bytes).map_err(|_| match bytes.get(4..8) {
         _ if bytes.is_empty() => "the file is empty".to_owned(),
         Some(b"ftyp") => "HEIC or another kind that is not read: save it as PNG or JPEG".into(),
-        _ => "no image of a known kind (PNG, JPEG, WebP, GIF, TIFF, BMP)".into(),
+        _ => "not a readable image (PNG, JPEG, WebP, GIF, TIFF, BMP)".into(),
     })?;
     let raw = match format {
         ImageFormat::Jpeg => jpeg(bytes),
@@ -70,12 +70,12 @@ impl Raw {
 
 fn name(format: ImageFormat) -> &'static str {
     match format {
-        ImageFormat::Jpeg => "no readable JPEG",
-        ImageFormat::Png => "no readable PNG",
-        ImageFormat::WebP => "no readable WebP",
-        ImageFormat::Gif => "no readable GIF",
-        ImageFormat::Tiff => "no readable TIFF",
-        _ => "no readable image",
+        ImageFormat::Jpeg => "not a readable JPEG",
+        ImageFormat::Png => "not a readable PNG",
+        ImageFormat::WebP => "not a readable WebP",
+        ImageFormat::Gif => "not a readable GIF",
+        ImageFormat::Tiff => "not a readable TIFF",
+        _ => "not a readable image",
     }
 }
 

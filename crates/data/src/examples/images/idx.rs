@@ -12,12 +12,12 @@ use crate::source::{Source, shown};
 use crate::synthetic::Problem;
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz) or not: pictures [n, height, width] (or [n, channels, height,
+/// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz) or not: images [n, height, width] (or [n, channels, height,
 /// width]) and their classes [n].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct IdxConfig {
-    /// The pictures, such as train-images-idx3-ubyte.gz.
+    /// The images, such as train-images-idx3-ubyte.gz.
     pub images: PathBuf,
     /// Their classes, such as train-labels-idx1-ubyte.gz.
     pub labels: PathBuf,
@@ -61,11 +61,11 @@ fn read_pair(images: &Path, labels: &Path) -> Result<Images, DataError> {
     let shape = match sizes[..] {
         [_, height, width] => InputShape::Images { channels: 1, height, width },
         [_, channels, height, width] => InputShape::Images { channels, height, width },
-        _ => return Err(unfit(images, format!("sizes {sizes:?} are no pictures, which have 3 or 4"))),
+        _ => return Err(unfit(images, format!("sizes {sizes:?} are not those of images, which have 3 or 4"))),
     };
     let (counts, labels_read) = read(labels)?;
     if counts != [sizes[0]] {
-        return Err(unfit(labels, format!("sizes {counts:?} do not fit {} pictures", sizes[0])));
+        return Err(unfit(labels, format!("sizes {counts:?} do not fit {} images", sizes[0])));
     }
     let labels: Vec<u32> = labels_read.into_iter().map(u32::from).collect();
     let classes = Images::numbered(&labels);
@@ -82,7 +82,7 @@ const MOST_BYTES: usize = 1 << 32;
 /// Sizes and bytes of a file: as many as its header promises, however much follows.
 fn read(path: &Path) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     let mut file = Packed::open(path)?;
-    let short = || unfit(path, "no IDX file, or one that was cut off".into());
+    let short = || unfit(path, "not an IDX file, or one that was cut off".into());
     let start = file.up_to(4, path)?;
     let &[0, 0, kind, n_sizes] = start.first_chunk::<4>().ok_or_else(short)? else { return Err(short()) };
     if kind != 8 {

@@ -1,6 +1,6 @@
-//! Generated pictures: one shape among clutter and noise. What makes it hard is told by dials.
+//! Generated images: one shape among clutter and noise. Settings say how hard it is.
 //!
-//! The shape is small and anywhere, so that a model has to find it: a picture of what pooling is for.
+//! The shape is small and anywhere, so that a model has to find it, which is what pooling is for.
 
 use polyhead_models::InputShape;
 use rand::RngExt;
@@ -15,7 +15,7 @@ use crate::{Data, DataError, Modality, Opening, Source, Yields};
 /// The classes, in order.
 const SHAPES: [&str; 8] = ["disc", "square", "triangle", "cross", "ring", "star", "bar", "crescent"];
 
-/// `[data.shapes]`: a grey picture with one shape, of any place and turn, among clutter that is of no class: pieces of lines
+/// `[data.shapes]`: a grey image with one shape, of any place and turn, among clutter that is of no class: pieces of lines
 /// and blots. Classes, in order: disc, square, triangle, cross, ring, star, bar, crescent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -24,7 +24,7 @@ pub struct ShapesConfig {
     pub size: usize,
     /// The first so many shapes, 2 to 8. Default: 8.
     pub n_classes: usize,
-    /// Radius of the shape as a share of the picture's side. Default: 0.2.
+    /// Radius of the shape as a share of the image's side. Default: 0.2.
     pub radius: f64,
     /// How far the shape is turned to either side, at most, in degrees. Default: 20.
     pub turn: f64,
@@ -32,8 +32,8 @@ pub struct ShapesConfig {
     pub clutter: usize,
     /// Standard deviation of the noise on every pixel, where pixels go from -1 to 1. Default: 0.2.
     pub noise: f64,
-    /// Share of the pictures whose ground is as bright as its class's always is, a shortcut that tells the class with no look
-    /// at the shape; in the others, a group of their own, it is as bright as another class's. Default: every ground is drawn.
+    /// Share of the images whose background is as bright as its class's always is, a shortcut that tells the class with no look
+    /// at the shape; in the others, a group of their own, it is as bright as another class's. Default: every background is drawn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shortcut: Option<f64>,
 }

@@ -59,11 +59,11 @@ fn one_sound_is_the_same_in_every_kind() {
         ("extensible floats", format(0xfffe, 1, 4, 32, Some(3)), floats),
         ("two channels", format(1, 2, 2, 16, None), twice),
     ] {
-        // A chunk of odd length, padded, stands in between.
-        let sound = read(&file(&[format, chunk(b"LIST", b"odd"), chunk(b"data", &data)]));
-        let sound = sound.unwrap_or_else(|problem| panic!("{name}: {problem}"));
+        // A chunk of odd length, padded, is in between.
+        let audio = read(&file(&[format, chunk(b"LIST", b"odd"), chunk(b"data", &data)]));
+        let audio = audio.unwrap_or_else(|problem| panic!("{name}: {problem}"));
         assert_eq!(
-            (sound.samples.as_slice(), sound.sample_rate, sound.streamed),
+            (audio.samples.as_slice(), audio.sample_rate, audio.streamed),
             (&SAMPLES[..], 8000, false),
             "{name}"
         );
@@ -84,8 +84,8 @@ fn what_was_written_to_a_pipe_is_read_to_its_end() {
         let mut bytes = sixteen(&whole(2));
         let at = bytes.len() - whole(2).len() - 4;
         bytes[at..at + 4].copy_from_slice(&length.to_le_bytes());
-        let sound = read(&bytes).unwrap();
-        assert!(sound.samples == SAMPLES && sound.streamed, "{length:#x}: {sound:?}");
+        let audio = read(&bytes).unwrap();
+        assert!(audio.samples == SAMPLES && audio.streamed, "{length:#x}: {audio:?}");
     }
     // RF64 tells the length apart.
     let long = [&[0; 8][..], &10u64.to_le_bytes(), &[0; 12]].concat();
@@ -94,7 +94,7 @@ fn what_was_written_to_a_pipe_is_read_to_its_end() {
     bytes[at..at + 4].fill(0xff);
     bytes[..4].copy_from_slice(b"RF64");
     bytes.extend(chunk(b"LIST", b"more"));
-    assert_eq!(read(&bytes).unwrap(), Sound { sample_rate: 8000, samples: SAMPLES.into(), streamed: false });
+    assert_eq!(read(&bytes).unwrap(), Audio { sample_rate: 8000, samples: SAMPLES.into(), streamed: false });
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn what_cannot_be_read_is_refused_in_words() {
     for (bytes, words) in [
         (Vec::new(), "empty"),
         (b"RIFX\0\0\0\0WAVE".to_vec(), "big-endian"),
-        (b"OggS".to_vec(), "no WAV file"),
+        (b"OggS".to_vec(), "not a WAV file"),
         (sixteen(b""), "its data chunk is empty"),
         (file(&[format(1, 1, 2, 16, None)]), "no data chunk"),
         (file(&[chunk(b"data", &whole)]), "no fmt chunk"),

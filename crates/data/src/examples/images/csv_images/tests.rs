@@ -42,7 +42,7 @@ fn a_table_is_read_however_it_was_saved() {
 }
 
 #[test]
-fn headings_are_told_from_pictures() {
+fn headings_are_told_apart_from_images() {
     for (text, headed) in [
         ("a,b,c\n0,16,1\n8,4,0\n", true),
         ("0,1,label\n0,16,1\n8,4,0\n", true),
@@ -56,7 +56,7 @@ fn headings_are_told_from_pictures() {
         assert_eq!(pixels.len(), if headed { 4 } else { 6 }, "{text:?}");
         assert_eq!(notes.iter().any(|note| note.contains("headings") && note.contains("t.csv")), headed, "{notes:?}");
     }
-    // A broken cell makes no heading of a picture.
+    // A broken cell makes no heading of an image.
     let problem = read(b"0,x,1\n8,4,0\n", "").unwrap_err();
     assert!(problem.contains("t.csv:1: cell 2, \"x\", is no pixel") && problem.contains("headings"), "{problem}");
     assert_eq!(read(b"5,9,7\n8,4,0\n", ", \"headings\": true").unwrap().1, [0]);

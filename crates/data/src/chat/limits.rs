@@ -118,12 +118,16 @@ mod tests {
 
     #[test]
     fn what_nests_too_deep_is_not_read() {
-        let told = |source: &str| check(source).unwrap_err();
-        assert!(told(&format!("a\n{{{{ 1{} }}}}", "+1".repeat(20_000))).starts_with("line 2 of the chat template: "));
-        assert!(told(&format!("{{{{ {}1 }}}}", "not ".repeat(20_000))).contains("20000 operators"));
-        assert!(told(&format!("{{% if {}1{} %}}", "(".repeat(20_000), ")".repeat(20_000))).contains("20001 operators"));
-        assert!(told(&"{% if a %}".repeat(20_000)).contains("10000 tags"));
-        assert!(told(&"a".repeat(2 << 20)).contains("2097152 bytes"));
+        let refusal = |source: &str| check(source).unwrap_err();
+        assert!(
+            refusal(&format!("a\n{{{{ 1{} }}}}", "+1".repeat(20_000))).starts_with("line 2 of the chat template: ")
+        );
+        assert!(refusal(&format!("{{{{ {}1 }}}}", "not ".repeat(20_000))).contains("20000 operators"));
+        assert!(
+            refusal(&format!("{{% if {}1{} %}}", "(".repeat(20_000), ")".repeat(20_000))).contains("20001 operators")
+        );
+        assert!(refusal(&"{% if a %}".repeat(20_000)).contains("10000 tags"));
+        assert!(refusal(&"a".repeat(2 << 20)).contains("2097152 bytes"));
         for fine in ["{{ '{{' }} {{ {'a': {'b': 1}} }} %} {# {{ #}", "{{ \"it's\" }}", "{{ unclosed 'text", "é{%é%}é"]
         {
             check(fine).unwrap();

@@ -1,22 +1,22 @@
-//! Which conversations are learned from, which are validated on, and which a model is watched on.
+//! Which conversations are for training, which for validation, and which for tracking.
 
 use crate::DataError;
 
 /// Per row of the files: whether it is held out, and whether it is tracked.
-pub(crate) struct Sides {
+pub(crate) struct ChatSplit {
     held_out: Vec<bool>,
     tracked: Vec<bool>,
 }
 
-impl Sides {
+impl ChatSplit {
     /// Rows by their hashes, so that more of them move none to another side. Where chance leaves a side of few rows empty, the
-    /// last ones fill it. `tracked` is `None` where no model is watched.
+    /// last ones fill it. `tracked` is `None` without tracking.
     ///
     /// # Errors
     /// If there is one row alone.
     pub(crate) fn of(hashes: &[u64], validation: f64, tracked: Option<f64>) -> Result<Self, DataError> {
         if hashes.len() < 2 {
-            let problem = "data.chat: there is one conversation to learn from and to validate on, where each takes its own: \
+            let problem = "data.chat: there is one conversation to train and to validate on, where each takes its own: \
                            give at least 2";
             return Err(DataError::Unusable(problem.into()));
         }
@@ -46,7 +46,7 @@ impl Sides {
         self.held_out[row]
     }
 
-    /// Whether a model is watched on row number `row`.
+    /// Whether row number `row` is for tracking.
     pub(crate) fn tracked(&self, row: usize) -> bool {
         self.tracked[row]
     }
@@ -60,7 +60,7 @@ mod tests {
     #[test]
     fn every_side_gets_a_row_where_there_are_enough() {
         let sides = |hashes: &[u64], tracked| {
-            let sides = Sides::of(hashes, 0.1, tracked).unwrap();
+            let sides = ChatSplit::of(hashes, 0.1, tracked).unwrap();
             let of = |row| match (sides.held_out(row), sides.tracked(row)) {
                 (false, false) => 'l',
                 (true, false) => 'v',
@@ -77,6 +77,6 @@ mod tests {
         assert_eq!(sides(&[at(0.01), at(0.02)], None), "lv");
         assert_eq!(sides(&[at(0.05), at(0.5), at(0.6)], Some(0.1)), "vlt");
         assert_eq!(sides(&[at(0.05), at(0.15), at(0.16)], Some(0.1)), "vlt");
-        assert!(Sides::of(&[1], 0.1, None).is_err());
+        assert!(ChatSplit::of(&[1], 0.1, None).is_err());
     }
 }

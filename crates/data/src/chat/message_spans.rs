@@ -1,4 +1,4 @@
-//! Where the texts of messages stand in what a template writes.
+//! Where the texts of messages are in what a template writes.
 
 use std::ops::Range;
 
@@ -14,8 +14,8 @@ const OPEN: std::ops::RangeInclusive<u32> = 0x10_0000..=0x10_FFFD;
 const CLOSE: char = '\u{F0E0D}';
 
 /// Places of the texts of `which` messages among the first `count`, in the order of the text, each with its message. Those that
-/// cannot be told are left out.
-pub(super) fn spots(
+/// cannot be found are left out.
+pub(super) fn message_spans(
     chat: (&Conversation, &Given),
     (text, count): (&str, usize),
     which: &[usize],

@@ -12,7 +12,10 @@ const ONE_BY_ONE: usize = 16;
 ///
 /// # Errors
 /// What the template says against it, or what it leaves out.
-pub(super) fn written(chat: &Conversation, template: &ChatTemplate) -> Result<(Conversation, Given, Rendered), String> {
+pub(super) fn complete(
+    chat: &Conversation,
+    template: &ChatTemplate,
+) -> Result<(Conversation, Given, Rendered), String> {
     let (chat, given) = in_texts(chat, template);
     let whole = render(&given, template)?;
     if whole.text.trim().is_empty() {
