@@ -37,8 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Tokenizer, Yields};
 
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
@@ -47,7 +46,8 @@ pub(crate) use markers::note;
 pub use template::{BUILT_IN, ChatTemplate, Special};
 pub(crate) use tokenize::tokenize;
 
-/// `[data.chat]`: conversations, one a line of JSON.
+/// `[data.chat]`: conversations, one a row: a line of JSON, an object in a JSON array, or a row of a table (.csv, .tsv) whose first
+/// row names the columns; packed (.gz, .zst) or not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChatConfig {

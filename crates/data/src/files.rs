@@ -1,7 +1,7 @@
 //! Files that the paths of a recipe mean: files, folders and patterns. Whatever is found and not read is counted and named.
 
-mod encoding;
 mod packed;
+mod rows;
 mod sniff;
 mod would_read;
 
@@ -17,9 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::DataError;
 use crate::error::At;
 
-pub(crate) use encoding::{read_rows, read_text};
-pub(crate) use packed::Packed;
-pub(crate) use sniff::{not_text, structured};
+pub(crate) use packed::{Packed, ending};
+pub(crate) use rows::{Place, Row, delimiter, for_each_row, invalid, table_problem};
+pub(crate) use sniff::{kind, not_text, structured};
 
 /// What is done where a file cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -85,11 +85,11 @@ pub(crate) struct Search {
     pub(crate) left_out: LeftOut,
 }
 
-/// Files that patterns mean; of folders those with one of the endings.
+/// Files that patterns mean; of folders those of a kind, by how their names end: of the first kind that there are files of.
 ///
 /// # Errors
 /// If one matches nothing or cannot be searched.
-pub(crate) fn search(patterns: &[String], endings: &[&str]) -> Result<Search, DataError> {
+pub(crate) fn search(patterns: &[String], kinds: &[&[&str]]) -> Result<Search, DataError> {
     if patterns.is_empty() {
         return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
     }
@@ -99,7 +99,15 @@ pub(crate) fn search(patterns: &[String], endings: &[&str]) -> Result<Search, Da
         let mut found = Search::default();
         for path in matches(pattern)? {
             if path.is_dir() {
-                walk(&path, endings, &mut found)?;
+                for endings in kinds {
+                    let mut inside = Search::default();
+                    walk(&path, endings, &mut inside)?;
+                    if !inside.files.is_empty() || kinds.last() == Some(endings) {
+                        found.files.extend(inside.files);
+                        found.left_out.extend(inside.left_out);
+                        break;
+                    }
+                }
             } else {
                 found.files.insert(path, true);
             }
@@ -108,7 +116,10 @@ pub(crate) fn search(patterns: &[String], endings: &[&str]) -> Result<Search, Da
             let here = std::env::current_dir().unwrap_or_default();
             let besides = found.left_out.note().map_or(String::new(), |note| format!("; {note}"));
             let problem = match Path::new(pattern).is_dir() {
-                true => format!("the folder \"{pattern}\" holds no file that ends in {}{besides}", endings.join(", ")),
+                true => format!(
+                    "the folder \"{pattern}\" holds no file that ends in {}{besides}",
+                    kinds.concat().join(", ")
+                ),
                 false => format!("\"{pattern}\" matches no file (looked from {}){besides}", here.display()),
             };
             return Err(DataError::Unusable(problem));
@@ -222,7 +233,9 @@ fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), Data
                     Err(_) => {}
                 }
             }
-            let fits = |ending: &std::ffi::OsStr| endings.iter().any(|known| ending.eq_ignore_ascii_case(known));
+            // The last part counts too: "gz" may be all there is.
+            let last = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+            let fits = || [ending(&path), last.clone()].iter().flatten().any(|own| endings.contains(&own.as_str()));
             if kind.is_dir() {
                 match path.join("CACHEDIR.TAG").exists() {
                     true => search.left_out.add("folders marked as a cache (CACHEDIR.TAG)", &path),
@@ -230,12 +243,10 @@ fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), Data
                 }
             } else if let Some(what) = irregular(kind) {
                 search.left_out.add(&format!("that is a {what}, not a file,"), &path);
-            } else if path.extension().is_some_and(fits) {
+            } else if fits() {
                 search.files.insert(path, false);
             } else {
-                let why = path.extension().map_or("without an ending".into(), |ending| {
-                    format!("that end in .{}", ending.to_string_lossy().to_lowercase())
-                });
+                let why = last.map_or("without an ending".into(), |ending| format!("that end in .{ending}"));
                 search.left_out.add(&why, &path);
             }
         }
@@ -287,6 +298,19 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, DataError> {
     let mut bytes = Vec::new();
     open_file(path)?.read_to_end(&mut bytes).at(path)?;
     Ok(bytes)
+}
+
+/// A small file of text.
+///
+/// # Errors
+/// If it cannot be read, or is something else than UTF-8: what.
+pub(crate) fn read_text(path: &Path) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.read_to_end(&mut bytes)?;
+    String::from_utf8(bytes).map_err(|error| {
+        let kind = kind(error.as_bytes()).map_or("not valid UTF-8".to_owned(), |kind| format!("it is {kind}"));
+        std::io::Error::new(std::io::ErrorKind::InvalidData, kind)
+    })
 }
 
 /// A file without the byte order mark that some programs write before UTF-8.
@@ -341,7 +365,7 @@ mod tests {
         }
         assert_eq!(found(dir.path(), "**/*.txt"), ["other/b.txt", "s/a.txt"]);
         assert_eq!(found(dir.path(), "first/**/a.txt"), ["first/a.txt"]);
-        let found = search(&[dir.path().display().to_string()], &["txt"]).unwrap();
+        let found = search(&[dir.path().display().to_string()], &[&["txt"]]).unwrap();
         assert_eq!(found.files.len(), 2);
         assert!(found.left_out.note().unwrap().contains("4 links to folders ("), "{:?}", found.left_out);
     }
@@ -352,7 +376,7 @@ mod tests {
         let dir = folder(&["a.txt"]);
         let socket = dir.path().join("s.txt");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        let found = search(&[dir.path().display().to_string()], &["txt"]).unwrap();
+        let found = search(&[dir.path().display().to_string()], &[&["txt"]]).unwrap();
         assert_eq!(found.files.len(), 1);
         assert!(found.left_out.note().unwrap().contains("1 that is a socket"), "{:?}", found.left_out);
         for (path, what) in [(socket.as_path(), "socket"), (Path::new("/dev/zero"), "device"), (dir.path(), "folder")] {
@@ -382,7 +406,7 @@ mod tests {
     fn what_is_left_out_is_counted_and_named() {
         let dir = folder(&["a.txt", "b.PDF", "c.pdf", "d.pdf", "e.pdf", "plain", ".hidden", "target/x.txt", "o/y.txt"]);
         std::fs::write(dir.path().join("o/CACHEDIR.TAG"), "").unwrap();
-        let found = search(&[dir.path().display().to_string()], &["txt"]).unwrap();
+        let found = search(&[dir.path().display().to_string()], &[&["txt"]]).unwrap();
         assert_eq!(found.files.len(), 2, "a folder that is but called target is read: {:?}", found.files);
         let note = found.left_out.note().unwrap();
         for part in

@@ -35,13 +35,13 @@ pub use examples::{
     Paired, ShapesConfig, WavFolderConfig, read_features,
 };
 pub use loader::{Loader, LoaderOptions, Order, Sample, Samples};
-pub use source::{Data, Modality, OpenOptions, Opened, Opening, Source, Tracking, Yields};
+pub use source::{Data, Modality, OpenOptions, Opened, Opening, Problem, Source, Tracking, Yields};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 
 use chat::ChatConfig;
 use long_context::LongContextConfig;
 use synthetic::{
-    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig, Problem, World,
+    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig, World,
 };
 
 source::sources! {
@@ -49,9 +49,9 @@ source::sources! {
     rust_docs => RustDocs, RustDocsConfig;
     /// Text files.
     text => Text, TextConfig;
-    /// Lines of JSON with a text field.
+    /// Rows of JSON or of tables with a text field.
     jsonl => Jsonl, JsonlConfig;
-    /// Conversations, one a line of JSON.
+    /// Conversations, one a row of JSON or of a table.
     chat => Chat, ChatConfig;
     /// Generated questions about long texts, as conversations.
     long_context => LongContext, LongContextConfig;
@@ -81,7 +81,7 @@ source::sources! {
     image_folder => ImageFolder, ImageFolderConfig;
     /// For classifiers: WAV files, a folder for each class.
     wav_folder => WavFolder, WavFolderConfig;
-    /// For classifiers: texts with their classes, one a line of JSON.
+    /// For classifiers: texts with their classes, one a row of JSON or of a table.
     labelled_text => LabelledText, LabelledTextConfig;
     /// For classifiers: features of all layers of a frozen model, in files.
     features => Features, FeaturesConfig;

@@ -20,7 +20,8 @@ use serde_json::json;
 use crate::chat::{self, ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
 use crate::documents::{Documents, FromFiles, TextDocument, bytes_per_token};
 use crate::loader::{LoaderOptions, Order, Sample, Samples, first_rows};
-use crate::synthetic::{Problem, Side};
+use crate::source::Problem;
+use crate::synthetic::Side;
 use crate::{Data, DataError, Loader, Modality, Opened, Opening, Source, Tokenizer, Yields};
 
 use tasks::Facts;

@@ -3,6 +3,8 @@
 //! [`Source`] is implemented by the settings of a source, in the source's own file. The table in `lib.rs` lists all of them;
 //! from it come the keys of recipes, their reference, and what [`DataConfig`](crate::DataConfig) does.
 
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use polyhead_models::{Batch, InputShape};
@@ -10,7 +12,7 @@ use polyhead_models::{Batch, InputShape};
 use crate::documents::Documents;
 use crate::examples::{AugmentConfig, Labelled, Paired};
 use crate::loader::Loader;
-use crate::synthetic::{Problem, World};
+use crate::synthetic::World;
 use crate::{DataError, Packing, Tokenizer};
 
 /// What a source yields, which decides the kind of model that trains on it.
@@ -211,12 +213,27 @@ impl Data {
     }
 }
 
+/// A setting that breaks a rule: the field, and the problem in words.
+pub type Problem = (&'static str, String);
+
+/// `Ok` if `rule` holds.
+pub(crate) fn require(rule: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Problem> {
+    if rule { Ok(()) } else { Err((field, problem())) }
+}
+
+/// `Ok` if a value is in a range.
+pub(crate) fn within<T: PartialOrd + Display>(
+    field: &'static str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<(), Problem> {
+    let rule = || format!("{field} ({value}) must be {} to {}", range.start(), range.end());
+    require(range.contains(&value), field, rule)
+}
+
 /// Refuses an empty list of paths.
 pub(crate) fn some_path<T>(paths: &[T]) -> Result<(), Problem> {
-    match paths.is_empty() {
-        true => Err(("paths", "paths is empty: name at least one file, folder or pattern".into())),
-        false => Ok(()),
-    }
+    require(!paths.is_empty(), "paths", || "paths is empty: name at least one file, folder or pattern".into())
 }
 
 /// Paths as text.

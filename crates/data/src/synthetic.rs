@@ -18,6 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::loader::{LoaderOptions, Order, Sample, Samples, first_rows};
+use crate::source::{Problem, require};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
 pub use associative_recall::AssociativeRecallConfig;
@@ -32,9 +33,6 @@ pub(crate) const EPOCH: u64 = 1 << 40;
 
 /// Ids of one kind; far more than any task needs, and far below what ids and lengths are counted in.
 const MOST_IDS: usize = 1 << 20;
-
-/// A setting of generated data that breaks a rule: the field, and the problem in words.
-pub type Problem = (&'static str, String);
 
 /// A way of making samples.
 pub trait Task: Send + Sync {
@@ -158,11 +156,6 @@ fn countable(field: &'static str, least: usize, count: usize) -> Result<(), Prob
     require((least..=MOST_IDS).contains(&count), field, || {
         format!("{field} ({count}) must be at least {least} and at most {MOST_IDS}")
     })
-}
-
-/// `Ok` if `rule` holds.
-pub(crate) fn require(rule: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Problem> {
-    if rule { Ok(()) } else { Err((field, problem())) }
 }
 
 #[cfg(test)]

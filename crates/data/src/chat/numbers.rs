@@ -7,6 +7,7 @@ use minijinja::Value;
 use serde_json::Value as Json;
 
 use super::python;
+use crate::files::invalid;
 
 /// Before a number that is kept as text. A private code point of Unicode, which no text holds by rights.
 const MARK: char = '\u{F0E0E}';
@@ -14,10 +15,7 @@ const MARK: char = '\u{F0E0E}';
 /// A value of JSON, with numbers as Python has them.
 pub(super) fn parse(line: &[u8]) -> Result<Json, String> {
     let line = kept(line)?;
-    serde_json::from_slice(&line).map_err(|error| {
-        let (problem, column) = (error.to_string(), error.column());
-        format!("column {column}: invalid JSON: {}", problem.split(" at line ").next().unwrap_or_default())
-    })
+    serde_json::from_slice(&line).map_err(|error| invalid(&error))
 }
 
 /// The same JSON, in which numbers that would be changed are marked texts.

@@ -1,13 +1,9 @@
 //! Files of conversations, row by row: what is kept, what is left out, and how many of each.
 
-use std::path::Path;
-
-use serde_json::Value;
-
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
 use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, columns, limits, numbers};
-use crate::files::{Search, read_rows, search, without_mark};
+use crate::files::{Place, Row, for_each_row};
 use crate::{DataError, Tokenizer};
 
 /// What became of the rows of a data set.
@@ -87,23 +83,15 @@ struct Said {
 
 impl Reader<'_> {
     fn all(&mut self) -> Result<(), DataError> {
-        let Search { files, left_out } = search(&self.config.paths, &["jsonl", "ndjson"])?;
-        self.counts.left_out = left_out.note();
-        for path in files.into_keys() {
-            let content = read_rows(&path)?;
-            for (index, line) in without_mark(&content).split(|&byte| byte == b'\n').enumerate() {
-                if !line.trim_ascii().is_empty() {
-                    self.row(line, (&path, index + 1))?;
-                }
-            }
-        }
+        let config = self.config;
+        self.counts.left_out = for_each_row(&config.paths, &mut |place, row| self.row(row, place))?.note();
         Ok(())
     }
 
-    fn row(&mut self, line: &[u8], place: (&Path, usize)) -> Result<(), DataError> {
+    fn row(&mut self, row: Row<'_>, place: Place<'_>) -> Result<(), DataError> {
         let number = self.counts.rows;
         self.counts.rows += 1;
-        let (texts, said) = match self.read(line) {
+        let (texts, said) = match self.read(row) {
             Ok(read) => read,
             Err(problem) => return self.bad(problem, place),
         };
@@ -115,7 +103,7 @@ impl Reader<'_> {
         for text in texts {
             match text {
                 Text::TooLong if self.config.too_long == TooLong::Error => {
-                    return Err(row(place, too_long("its", self.seq_len)));
+                    return Err(place.wrong(too_long("its", self.seq_len)));
                 }
                 Text::TooLong => self.counts.dropped += 1,
                 Text::Cut(chat) => {
@@ -123,7 +111,7 @@ impl Reader<'_> {
                     self.chats.push(ChatTokens { row: number, ..chat });
                 }
                 Text::Tokens(chat) if chat.tokens.len() > self.seq_len => {
-                    return Err(row(place, too_long(&chat.tokens.len().to_string(), self.seq_len)));
+                    return Err(place.wrong(too_long(&chat.tokens.len().to_string(), self.seq_len)));
                 }
                 Text::Tokens(chat) => self.chats.push(ChatTokens { row: number, ..chat }),
             }
@@ -131,10 +119,11 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn read(&self, line: &[u8]) -> Result<(Vec<Text>, Said), String> {
-        let row: Value = numbers::parse(line)?;
-        let mut chat = self.config.columns.read(&row)?;
-        drop(row);
+    fn read(&self, row: Row<'_>) -> Result<(Vec<Text>, Said), String> {
+        let mut chat = self.config.columns.read(&match row {
+            Row::Json(json) => numbers::parse(json)?,
+            fields => fields.value()?,
+        })?;
         let mut said =
             Said { arguments: columns::arguments(&mut chat, self.config.decode_arguments)?, ..Said::default() };
         for message in &chat.messages {
@@ -148,15 +137,15 @@ impl Reader<'_> {
         Ok((texts(&chat, self.rules)?, said))
     }
 
-    fn bad(&mut self, problem: String, place: (&Path, usize)) -> Result<(), DataError> {
+    fn bad(&mut self, problem: String, place: Place<'_>) -> Result<(), DataError> {
         self.counts.bad += 1;
         if self.config.on_bad_row == OnBadRow::Error {
             let hint = "data.chat.on_bad_row = \"skip\" leaves such rows out";
-            return Err(row(place, format!("{problem}\n  hint: {hint}")));
+            return Err(place.wrong(format!("{problem}\n  hint: {hint}")));
         }
         let most = self.config.max_bad_rows;
         match self.counts.bad > most {
-            true => Err(row(place, format!("{problem}\n  and more than data.chat.max_bad_rows ({most}) in all"))),
+            true => Err(place.wrong(format!("{problem}\n  and more than data.chat.max_bad_rows ({most}) in all"))),
             false => Ok(()),
         }
     }
@@ -166,10 +155,6 @@ fn too_long(count: &str, seq_len: usize) -> String {
     format!(
         "{count} tokens are more than training.seq_len ({seq_len})\n  hint: data.chat.too_long = \"drop\" or \"truncate\""
     )
-}
-
-fn row((path, line): (&Path, usize), problem: String) -> DataError {
-    DataError::Row { path: path.to_owned(), line, problem }
 }
 
 /// What the log says of all rows, one sentence for each thing that is left out or changed of them.

@@ -1,4 +1,4 @@
-//! `[data.jsonl]`: rows of JSON with a text in a field.
+//! `[data.jsonl]`: rows with a text in a field.
 
 use std::path::Path;
 
@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use super::rows::{for_each_row, text_of};
 use super::{Documents, FromFiles, TextDocument};
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.jsonl]`: one document a line.
+/// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns;
+/// packed (.gz, .zst) or not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JsonlConfig {
     /// Files, folders and patterns.
     pub paths: Vec<String>,
-    /// The field that holds the text. Default: "text".
+    /// The field, or the column, that holds the text. Default: "text".
     #[serde(default = "text_field")]
     pub field: String,
 }
@@ -47,18 +47,18 @@ impl Source for JsonlConfig {
     }
 }
 
-/// Reads JSON lines.
+/// Reads the texts of rows.
 ///
 /// # Errors
-/// If a pattern matches nothing, or a line is no object with the field.
+/// If a pattern matches nothing, or a row is not an object with the field.
 fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
     let mut documents = Vec::new();
-    let left_out = for_each_row(&config.paths, |name, row| {
+    let notes = for_each_row(&config.paths, |name, row| {
         let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
         documents.push(TextDocument { name, text: text.to_owned() });
         Ok(())
     })?;
-    Ok(FromFiles { items: documents, notes: left_out.note().into_iter().collect() })
+    Ok(FromFiles { items: documents, notes })
 }
 
 #[cfg(test)]
@@ -75,10 +75,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
-        for (bytes, name) in [(&b"\xff\xfe{\0"[..], "UTF-16"), (b"{\xe9", "Latin-1")] {
+        for (bytes, name) in [(&b"\xff\xfe{\0"[..], "UTF-16"), (b"{\xe9", ":1: not UTF-8 (byte 0xe9 at 1; Latin-1")] {
             std::fs::write(&path, bytes).unwrap();
             let error = read_jsonl(&config).unwrap_err().to_string();
-            assert!(error.contains("rows.jsonl is ") && error.contains(name), "{error}");
+            assert!(error.contains("rows.jsonl") && error.contains(name), "{error}");
         }
         let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         std::io::Write::write_all(&mut packed, b"{\"text\": \"a\"}\n").unwrap();

@@ -1,12 +1,8 @@
-//! Rows of files: JSON objects with named fields.
+//! Texts in the fields of rows: alone, with labels, or in pairs.
 
 use serde_json::Value;
 
-use crate::DataError;
-use crate::files::{LeftOut, Search, not_text, read_rows, search, without_mark};
-
-/// Endings that count as rows of JSON when a folder is named.
-const ROW_ENDINGS: [&str; 2] = ["jsonl", "ndjson"];
+use crate::{DataError, files};
 
 /// What was read from files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,13 +37,13 @@ pub struct LabelledFields<'a> {
     pub group: Option<&'a str>,
 }
 
-/// Reads JSON lines that hold a text and a label, and a group if asked, in fields of these names.
+/// Reads rows that hold a text and a label, and a group if asked, in fields of these names.
 ///
 /// # Errors
-/// If a pattern matches nothing, or a line lacks one of them.
+/// If a pattern matches nothing, or a row lacks one of them.
 pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
     let mut texts = Vec::new();
-    let left_out = for_each_row(paths, |name, row| {
+    let notes = for_each_row(paths, |name, row| {
         let text = text_of(row, fields.text)
             .map_err(|problem| format!("{problem}; text_field names another field"))?
             .to_owned();
@@ -56,7 +52,7 @@ pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFil
         texts.push(LabelledText { name, text, label, group });
         Ok(())
     })?;
-    Ok(FromFiles { items: texts, notes: left_out.note().into_iter().collect() })
+    Ok(FromFiles { items: texts, notes })
 }
 
 /// Texts that belong together.
@@ -68,17 +64,17 @@ pub struct PairedText {
     pub parts: Vec<String>,
 }
 
-/// Reads JSON lines that hold a query, a document that belongs to it and, all or none of them, one that does not, in fields of
+/// Reads rows that hold a query, a document that belongs to it and, all or none of them, one that does not, in fields of
 /// these names.
 ///
 /// # Errors
-/// If a pattern matches nothing, or a line lacks what the others have.
+/// If a pattern matches nothing, or a row lacks what the others have.
 pub fn read_pairs(
     paths: &[String],
     [query, positive, negative]: [&str; 3],
 ) -> Result<FromFiles<PairedText>, DataError> {
     let mut pairs: Vec<PairedText> = Vec::new();
-    let left_out = for_each_row(paths, |name, row| {
+    let notes = for_each_row(paths, |name, row| {
         let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
         if row.get(negative).is_some() {
             parts.push(text_of(row, negative)?.to_owned());
@@ -93,7 +89,7 @@ pub fn read_pairs(
             }
         }
     })?;
-    Ok(FromFiles { items: pairs, notes: left_out.note().into_iter().collect() })
+    Ok(FromFiles { items: pairs, notes })
 }
 
 /// All names that occur: numbers by their size, then the others by their letters.
@@ -130,37 +126,21 @@ fn found(row: &Value, field: &str) -> String {
     match (row.get(field), row.as_object()) {
         (Some(other), _) => format!("it holds {other}"),
         (None, Some(row)) => format!("the row has {}", row.keys().cloned().collect::<Vec<_>>().join(", ")),
-        (None, None) => "the row is no object".into(),
+        (None, None) => "the row is not an object".into(),
     }
 }
 
-/// Gives `take` every row of files of JSON lines, with its place; what `take` finds wrong is reported with that place. Gives what
-/// was not read.
+/// Hands the fields of every row of files to `take`, with its place; what `take` finds wrong is reported with that place. Gives
+/// what was not read, in words.
 pub(super) fn for_each_row(
     paths: &[String],
     mut take: impl FnMut(String, &Value) -> Result<(), String>,
-) -> Result<LeftOut, DataError> {
-    let Search { files, mut left_out } = search(paths, &ROW_ENDINGS)?;
-    for path in files.into_keys() {
-        let content = read_rows(&path)?;
-        if content.is_empty() {
-            left_out.add("empty", &path);
-        }
-        let content = std::str::from_utf8(without_mark(&content)).map_err(|error| {
-            let what = not_text(&content).unwrap_or_else(|| error.to_string());
-            DataError::Unusable(format!("{} is {what}: rows of JSON are read", path.display()))
-        })?;
-        for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let row = |problem: String| DataError::Row { path: path.clone(), line: index + 1, problem };
-            let value: Value = serde_json::from_str(line).map_err(|error| {
-                // Its own "line 1" would contradict ours.
-                let (problem, column) = (error.to_string(), error.column());
-                row(format!("column {column}: invalid JSON: {}", problem.split(" at line ").next().unwrap_or_default()))
-            })?;
-            take(format!("{}:{}", path.display(), index + 1), &value).map_err(row)?;
-        }
-    }
-    Ok(left_out)
+) -> Result<Vec<String>, DataError> {
+    let left_out = files::for_each_row(paths, &mut |place, row| {
+        let taken = row.value().and_then(|value| take(place.to_string(), &value));
+        taken.map_err(|problem| place.wrong(problem))
+    })?;
+    Ok(left_out.note().into_iter().collect())
 }
 
 #[cfg(test)]

@@ -7,9 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::html::html_to_text;
 use super::{Documents, FromFiles, TextDocument};
-use crate::files::{Search, not_text, read_file, search, structured, without_mark};
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::files::{Packed, Search, ending, not_text, search, structured, without_mark};
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// Endings that count as text when a folder is named.
@@ -20,7 +19,7 @@ const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py",
 #[serde(deny_unknown_fields)]
 pub struct TextConfig {
     /// Files, folders (searched to the bottom for text files) and patterns such as "books/*.txt". One document a file;
-    /// HTML is stripped.
+    /// HTML is stripped; packed files (.gz, .zst) are unpacked.
     pub paths: Vec<String>,
     /// What is text: "prose" (default) refuses files that are JSON rows, JSON files or tables by their content, and leaves
     /// them out where they are found in a folder; "any" takes all that is UTF-8, such as a corpus of source code.
@@ -71,10 +70,10 @@ impl Source for TextConfig {
 /// # Errors
 /// If a pattern matches nothing, a file that is named cannot be read as text, or nothing is left.
 pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
-    let Search { files, mut left_out } = search(&config.paths, &TEXT_ENDINGS)?;
+    let Search { files, mut left_out } = search(&config.paths, &[&TEXT_ENDINGS])?;
     let (mut documents, mut marked) = (Vec::new(), 0);
     for (path, named) in files {
-        let bytes = read_file(&path)?;
+        let bytes = Packed::read(&path)?;
         marked += usize::from(without_mark(&bytes).len() < bytes.len());
         let text = match text_of_file(&bytes, &path, config.syntax) {
             Ok(text) => text,
@@ -92,7 +91,7 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
             left_out.add("empty", &path);
             continue;
         }
-        let html = path.extension().is_some_and(|ending| ending == "html" || ending == "htm");
+        let html = matches!(ending(&path).as_deref(), Some("html" | "htm"));
         let text = if html { html_to_text(text) } else { text.to_owned() };
         documents.push(TextDocument { name: path.display().to_string(), text });
     }
@@ -111,7 +110,7 @@ fn text_of_file<'a>(bytes: &'a [u8], path: &Path, syntax: Syntax) -> Result<&'a 
     let no_text = |bytes| not_text(bytes).map_or(Ok(()), |what| Err((what, None)));
     no_text(bytes)?;
     let text = std::str::from_utf8(without_mark(bytes)).map_err(|error| (format!("not UTF-8 ({error})"), None))?;
-    let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+    let ending = ending(path);
     let is = |endings: [&str; 2]| ending.as_ref().is_some_and(|ending| endings.contains(&ending.as_str()));
     // Lines of HTML may well be alike: its tags are taken out later.
     let looked_at = syntax == Syntax::Prose && !is(["html", "htm"]);
@@ -176,13 +175,30 @@ mod tests {
         ] {
             assert!(notes.contains(part), "no {part} in {notes}");
         }
-        for (path, reader) in [(&rows, "data.jsonl"), (&info, "to_json"), (&latin, "Latin-1"), (&table, "csv_images")] {
+        for (path, reader) in
+            [(&rows, "data.jsonl"), (&info, "to_json"), (&latin, "Latin-1"), (&table, "data.jsonl (field")]
+        {
             let error = read_text(&prose(&[path])).unwrap_err().to_string();
             assert!(error.contains(&path.display().to_string()) && error.contains(reader), "{error}");
         }
         let any = TextConfig { syntax: Syntax::Any, ..prose(&[&rows, &info, &table]) };
         assert_eq!(read_text(&any).unwrap().items.len(), 3);
         assert!(read_text(&TextConfig { syntax: Syntax::Any, ..prose(&[&latin]) }).is_err());
+    }
+
+    #[test]
+    fn packed_texts_are_unpacked() {
+        let dir = tempfile::tempdir().unwrap();
+        let page = "<p>a &amp; b</p>\n";
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gzip, page.as_bytes()).unwrap();
+        std::fs::write(dir.path().join("a.html.gz"), gzip.finish().unwrap()).unwrap();
+        let zstandard = ruzstd::encoding::compress_to_vec(&b"plain"[..], ruzstd::encoding::CompressionLevel::Fastest);
+        std::fs::write(dir.path().join("b.txt.zst"), zstandard).unwrap();
+        std::fs::write(dir.path().join("c.zip.gz"), "").unwrap();
+        let read = read_text(&prose(&[dir.path()])).unwrap();
+        assert_eq!(texts(&read), ["a & b\n", "plain"]);
+        assert!(read.notes[0].contains("1 that end in .gz"), "{:?}", read.notes);
     }
 
     #[test]

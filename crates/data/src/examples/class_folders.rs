@@ -118,7 +118,7 @@ fn class_files(folder: &Path, endings: &[&str], known: Option<&[String]>) -> Res
     for name in names {
         let label = classes.iter().position(|class| *class == name);
         let label = label.ok_or_else(|| unusable(format!("class `{name}` is not among those to train on")))?;
-        let inside = search(&[folder.join(&name).display().to_string()], endings)?;
+        let inside = search(&[folder.join(&name).display().to_string()], &[endings])?;
         let Search { files: more, left_out: besides } = inside;
         files.extend(more.into_keys().map(|path| (path, label as u32)));
         left_out.extend(besides);

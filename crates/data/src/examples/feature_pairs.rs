@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::divide;
 use super::features::{Array, tensors};
 use crate::loader::{LoaderOptions, Order};
-use crate::source::{Source, shown, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, shown, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.feature_pairs]`: features of texts that belong together, for model.embedder.

@@ -21,8 +21,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, Found};
-use crate::source::{Source, shown, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, shown, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 pub(super) use array::{Array, tensors};

@@ -1,4 +1,4 @@
-//! Texts with their classes, one a line of JSON.
+//! `[data.labelled_text]`: texts with their classes.
 
 use std::collections::HashMap;
 
@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Content, Example, Found};
 use crate::documents::{FromFiles, LabelledFields, LabelledText, distinct_names, read_labelled};
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.labelled_text]`: texts with their classes, one a line of JSON. Texts longer than training.seq_len are cut.
+/// `[data.labelled_text]`: texts with their classes, one a row: a line of JSON, an object in a JSON array, or a row of a table
+/// (.csv, .tsv) whose first row names the columns; packed (.gz, .zst) or not. Texts longer than training.seq_len are cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelledTextConfig {

@@ -15,7 +15,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Maker, generated};
-use crate::synthetic::{EPOCH, Problem, require};
+use crate::source::{Problem, require, within};
+use crate::synthetic::EPOCH;
 use crate::{Data, DataError, Modality, Opening, Source, Yields};
 
 /// Numbers of a sample at most, so that a mistake in a size is an error and does not fill memory.
@@ -67,9 +68,7 @@ impl Source for LayerFeaturesConfig {
         let Self { n_layers, dim, n_classes, train_samples, .. } = *self;
         require(n_layers > 0, "n_layers", || "n_layers (0) must be at least 1".into())?;
         require(dim > 0, "dim", || "dim (0) must be at least 1".into())?;
-        require((2..=1 << 16).contains(&n_classes), "n_classes", || {
-            format!("n_classes ({n_classes}) must be 2 to {}", 1 << 16)
-        })?;
+        within("n_classes", n_classes, 2..=1 << 16)?;
         let numbers = n_layers.saturating_mul(dim).saturating_mul(n_classes);
         require(numbers <= MOST_NUMBERS, "dim", || {
             format!("n_layers * dim * n_classes = {numbers} must be at most {MOST_NUMBERS}")
@@ -77,12 +76,10 @@ impl Source for LayerFeaturesConfig {
         require(train_samples <= EPOCH, "train_samples", || {
             format!("train_samples ({train_samples}) must be at most {EPOCH}; 0 stands for samples without end")
         })?;
-        for (field, value) in [("noise", self.noise), ("impulse_size", self.impulse_size)] {
-            require((0.0..=1e6).contains(&value), field, || format!("{field} ({value}) must be 0 to 1e6"))?;
-        }
-        let (rate, drift) = (self.impulse_rate, self.drift);
-        require((0.0..=1.0).contains(&rate), "impulse_rate", || format!("impulse_rate ({rate}) must be 0 to 1"))?;
-        require((0.0..=0.9).contains(&drift), "drift", || format!("drift ({drift}) must be 0 to 0.9"))
+        within("noise", self.noise, 0.0..=1e6)?;
+        within("impulse_size", self.impulse_size, 0.0..=1e6)?;
+        within("impulse_rate", self.impulse_rate, 0.0..=1.0)?;
+        within("drift", self.drift, 0.0..=0.9)
     }
 
     fn is_endless(&self) -> bool {

@@ -1,9 +1,36 @@
-//! What a file is by its content, where it is not the text that it is taken for: formats besides those that `encoding.rs` names, and
-//! data that is written as text.
+//! What a file is by its content, where it is not the text that it is taken for, or is data that is written as text.
 
 use serde_json::Value;
 
-use super::encoding;
+/// What a file is that is not text in UTF-8, where its beginning tells.
+pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
+    let starts = |with: &[u8]| bytes.starts_with(with);
+    let zeros = |from: usize| bytes.iter().take(64).skip(from).step_by(2).all(|&byte| byte == 0);
+    Some(match bytes {
+        _ if starts(b"\xFF\xFE\0\0") || starts(b"\0\0\xFE\xFF") => {
+            "UTF-32 text, not UTF-8 (iconv -f UTF-32 -t UTF-8 converts it)"
+        }
+        _ if starts(b"\xFF\xFE") || starts(b"\xFE\xFF") => {
+            "UTF-16 text, not UTF-8 (iconv -f UTF-16 -t UTF-8 converts it)"
+        }
+        _ if bytes.len() >= 4 && zeros(1) && !zeros(0) => {
+            "UTF-16 text, not UTF-8 (iconv -f UTF-16LE -t UTF-8 converts it)"
+        }
+        _ if bytes.len() >= 4 && zeros(0) && !zeros(1) => {
+            "UTF-16 text, not UTF-8 (iconv -f UTF-16BE -t UTF-8 converts it)"
+        }
+        _ if starts(b"\x1F\x8B") => "a packed file (gzip -d unpacks it)",
+        _ if starts(b"\x28\xB5\x2F\xFD") => "a packed file (zstd -d unpacks it)",
+        _ if starts(b"BZh") => "a packed file (bzip2 -d unpacks it)",
+        _ if starts(b"\xFD7zXZ\0") => "a packed file (xz -d unpacks it)",
+        _ if starts(b"PK\x03\x04") => "a ZIP archive (unzip unpacks it)",
+        _ if starts(b"PAR1") => {
+            "a Parquet table (write it as JSON lines, with pandas: to_json(orient=\"records\", lines=True))"
+        }
+        _ if starts(b"ARROW1") => "an Arrow table (write it as JSON lines)",
+        _ => return None,
+    })
+}
 
 /// First bytes of formats that are no text, and what they are called.
 const FORMATS: [(&[u8], &str); 17] = [
@@ -29,7 +56,7 @@ const FORMATS: [(&[u8], &str); 17] = [
 /// What bytes are that are not text in UTF-8, or `None`.
 pub(crate) fn not_text(bytes: &[u8]) -> Option<String> {
     let head = &bytes[..bytes.len().min(4096)];
-    let known = encoding::kind(head);
+    let known = kind(head);
     if let Some(known) = known.filter(|known| known.starts_with("UTF-")) {
         return Some(known.to_owned());
     }
@@ -104,12 +131,9 @@ fn json_rows(text: &str) -> Option<Structured> {
 fn json_file(text: &str) -> Option<Structured> {
     let file: Value = serde_json::from_str(text).ok()?;
     let instead = match &file {
-        Value::Array(rows) if rows.iter().any(Value::is_object) => {
-            let row = rows.iter().find(|row| row.is_object())?;
-            format!("save one object a line (jq -c '.[]'); then {}", reader_of(row))
-        }
+        Value::Array(rows) if rows.iter().any(Value::is_object) => reader_of(rows.iter().find(|row| row.is_object())?),
         Value::Object(_) => reader_of(&file),
-        _ => "data.jsonl reads one object a line".into(),
+        _ => "data.jsonl reads arrays of objects, or one object a line".into(),
     };
     Some(Structured { what: "a JSON file", instead })
 }
@@ -158,8 +182,8 @@ fn rows_of_cells(text: &str, table: bool) -> Option<Structured> {
         let even = count >= least && lines().all(|line| cells(line, delimiter) == count);
         even.then(|| Structured {
             what: "a table (CSV)",
-            instead: "data.csv_images reads pixels with a class; texts are read as JSON rows, by data.jsonl or \
-                      data.labelled_text (pandas: to_json(\"rows.jsonl\", orient = \"records\", lines = True))"
+            instead: "data.jsonl (field = \"...\") reads the texts of a column, data.labelled_text texts with their classes, \
+                      data.csv_images pixels with a class, of tables that are called .csv or .tsv"
                 .into(),
         })
     })
@@ -205,7 +229,7 @@ mod tests {
             (rows, "JSON rows", "data.labelled_text"),
             ("{\"messages\": []}\n\n{\"messages\": []}", "JSON rows", "data.chat"),
             ("{\"body\": \"one row\"}\n", "JSON rows", "field = \"body\""),
-            ("[\n {\"text\": \"a\"},\n {\"text\": \"b\"}\n]", "a JSON file", "jq -c"),
+            ("[\n {\"text\": \"a\"},\n {\"text\": \"b\"}\n]", "a JSON file", "data.jsonl"),
             ("{\n \"features\": {},\n \"splits\": {}\n}", "a JSON file", "Dataset.to_json"),
             (&table, "a table", "data.csv_images"),
             (&tabs, "a table", "data.labelled_text"),

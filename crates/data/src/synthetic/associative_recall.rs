@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, distinct, open, require};
+use super::{Task, answers_only, below, countable, distinct, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.associative_recall]`. A row: `key value` n_pairs times, then n_queries of the keys with their values behind

@@ -4,8 +4,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, open, require};
+use super::{Task, answers_only, below, countable, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for is behind the separator.

@@ -9,8 +9,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Side, Task, below, countable, open, require};
+use super::{Side, Task, below, countable, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require, within};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 use polyhead_models::IGNORE;
 
@@ -58,7 +59,7 @@ impl Source for FactsConfig {
         require(facts <= 1 << 20 && n_relations.saturating_mul(n_phrasings) <= 1 << 20, "n_relations", || {
             format!("n_entities * n_relations = {facts} and n_relations * n_phrasings must be at most {}", 1 << 20)
         })?;
-        require((0.0..=0.9).contains(&untaught), "untaught", || format!("untaught ({untaught}) must be 0 to 0.9"))?;
+        within("untaught", untaught, 0.0..=0.9)?;
         require(seq_len >= STATEMENT, "n_entities", || {
             format!("a statement takes {STATEMENT} tokens, training.seq_len is {seq_len}")
         })

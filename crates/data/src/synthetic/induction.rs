@@ -5,8 +5,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, open, require};
+use super::{Task, answers_only, below, countable, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for is in the second half.

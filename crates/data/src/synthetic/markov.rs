@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, open, require};
+use super::{Task, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require, within};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.markov]`: tokens from a random Markov chain of order one.
@@ -34,7 +35,7 @@ impl Source for MarkovConfig {
 
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         let Self { states, concentration } = *self;
-        require((2..=4096).contains(&states), "states", || format!("states ({states}) must be 2 to 4096"))?;
+        within("states", states, 2..=4096)?;
         require(concentration.is_finite() && concentration >= 0.01, "concentration", || {
             format!("concentration ({concentration}) must be at least 0.01")
         })

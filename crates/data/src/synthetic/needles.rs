@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, Task, answers_only, below, countable, distinct, open, require};
+use super::{Task, answers_only, below, countable, distinct, open};
 use crate::loader::Sample;
+use crate::source::{Problem, require};
 use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
 
 /// `[data.needles]`. A row: filler in which `<needle> key value` and look-alikes `<other> key value` are scattered, then

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::log_mel::{LogMel, LogMelConfig};
 use crate::examples::images::normal;
 use crate::examples::{Maker, generated};
-use crate::synthetic::Problem;
+use crate::source::{Problem, within};
 use crate::{Data, DataError, Modality, Opening, Source, Yields};
 
 const SAMPLE_RATE: u32 = 8000;
@@ -44,14 +44,9 @@ impl Source for ChirpsConfig {
     const GENERATED: bool = true;
 
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        if !(2..=SOUNDS.len()).contains(&self.n_classes) {
-            return Err(("n_classes", format!("n_classes ({}) must be 2 to {}", self.n_classes, SOUNDS.len())));
-        }
-        for (field, value) in [("noise", self.noise), ("clicks", self.clicks)] {
-            if !(0.0..=1000.0).contains(&value) {
-                return Err((field, format!("{field} ({value}) must be 0 to 1000")));
-            }
-        }
+        within("n_classes", self.n_classes, 2..=SOUNDS.len())?;
+        within("noise", self.noise, 0.0..=1000.0)?;
+        within("clicks", self.clicks, 0.0..=1000.0)?;
         self.log_mel.validate(SAMPLE_RATE)
     }
 

@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::fourier::Fourier;
-use crate::synthetic::Problem;
+use crate::source::{Problem, within};
 
 /// Settings of a log-mel spectrogram. The defaults are chosen by us for short audio on small models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,18 +40,13 @@ impl LogMelConfig {
     /// # Errors
     /// Names the field and the rule.
     pub fn validate(&self, sample_rate: u32) -> Result<(), Problem> {
-        let within =
-            |field: &'static str, value: usize, least: usize, most: usize| match (least..=most).contains(&value) {
-                true => Ok(()),
-                false => Err((field, format!("{field} ({value}) must be {least} to {most}"))),
-            };
         if !self.n_fft.is_power_of_two() {
             return Err(("log_mel.n_fft", format!("log_mel.n_fft ({}) must be a power of two", self.n_fft)));
         }
-        within("log_mel.n_fft", self.n_fft, 16, 1 << 16)?;
-        within("log_mel.hop", self.hop, 1, 1 << 16)?;
-        within("log_mel.n_frames", self.n_frames, 1, 1 << 14)?;
-        within("log_mel.n_mels", self.n_mels, 1, self.n_fft / 2)?;
+        within("log_mel.n_fft", self.n_fft, 16..=1 << 16)?;
+        within("log_mel.hop", self.hop, 1..=1 << 16)?;
+        within("log_mel.n_frames", self.n_frames, 1..=1 << 14)?;
+        within("log_mel.n_mels", self.n_mels, 1..=self.n_fft / 2)?;
         let dead = |band: &Vec<f32>| band.iter().all(|&weight| weight == 0.0);
         match self.bands(sample_rate).iter().filter(|band| dead(band)).count() {
             0 => Ok(()),

@@ -11,8 +11,7 @@ use super::wav;
 use crate::examples::class_folders::{ClassFolders, Read};
 use crate::examples::{Content, Example, Found};
 use crate::files::OnBadFile;
-use crate::source::{Source, shown};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, shown, within};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.wav_folder]`: WAV files in folders that are named for their classes, PCM of 8 to 32 bits or floats; several channels are
@@ -41,9 +40,7 @@ impl Source for WavFolderConfig {
     const MODALITY: Modality = Modality::Audio;
 
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        if !(1000..=384_000).contains(&self.sample_rate) {
-            return Err(("sample_rate", format!("sample_rate ({}) must be 1000 to 384000", self.sample_rate)));
-        }
+        within("sample_rate", self.sample_rate, 1000..=384_000)?;
         self.log_mel.validate(self.sample_rate)
     }
 

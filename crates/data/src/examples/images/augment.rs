@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::normal;
 use crate::order::mix;
-use crate::synthetic::Problem;
+use crate::source::{Problem, within};
 
 /// `[augmentation]`: how images are augmented in training. Default: not at all.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -33,13 +33,8 @@ impl AugmentConfig {
     /// # Errors
     /// Names the field and the rule.
     pub fn validate(&self) -> Result<(), Problem> {
-        if self.crop > 1 << 12 {
-            return Err(("crop", format!("crop ({}) must be at most 4096 pixels", self.crop)));
-        }
-        match (0.0..=100.0).contains(&self.noise) {
-            true => Ok(()),
-            false => Err(("noise", format!("noise ({}) must be 0 to 100", self.noise))),
-        }
+        within("crop", self.crop, 0..=4096)?;
+        within("noise", self.noise, 0.0..=100.0)
     }
 
     /// Augments an image as the seed, its epoch and its index decide.

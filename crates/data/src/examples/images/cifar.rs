@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::files::{LeftOut, Packed, Search, search};
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 const PIXELS: usize = 3 * 32 * 32;
@@ -77,7 +76,7 @@ impl CifarConfig {
             CifarLabels::Fine => (2, 1, 100),
         };
         let (mut pixels, mut labels) = (Vec::new(), Vec::new());
-        let Search { files, left_out: besides } = search(paths, &["bin"])?;
+        let Search { files, left_out: besides } = search(paths, &[&["bin"]])?;
         left_out.extend(besides);
         for path in files.into_keys() {
             let bytes = Packed::open(&path)?.up_to(MOST_BYTES + 1, &path)?;

@@ -10,13 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::documents::distinct_names;
-use crate::files::{Packed, Search, search};
-use crate::source::{Source, some_path};
-use crate::synthetic::Problem;
+use crate::files::{Packed, Search, delimiter, search, table_problem};
+use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.csv_images]`: one grey image a row, its pixels from left to right and from top to bottom and its class last or
-/// where `label` says; cells separated by commas, semicolons or tabs, quoted or not; packed (.gz) or not.
+/// where `label` says; cells separated by commas, semicolons or tabs, quoted or not; packed (.gz, .zst) or not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CsvImagesConfig {
@@ -92,7 +91,7 @@ impl CsvImagesConfig {
     /// The images, and what there is to note about them.
     fn read(&self) -> Result<(Images, Vec<String>), DataError> {
         let [height, width] = self.size;
-        let Search { files, left_out } = search(&self.paths, &["csv", "tsv", "gz"])?;
+        let Search { files, left_out } = search(&self.paths, &[&["csv", "tsv", "gz"]])?;
         let mut table = Table { config: self, pixels: Vec::new(), labels: Vec::new(), headed: Vec::new() };
         for path in files.keys() {
             table.read(path)?;
@@ -144,7 +143,7 @@ impl Table<'_> {
         let columns = height * width + 1;
         let mut file = Packed::open(path)?;
         if let Some(what) = file.not_text(path)? {
-            let problem = format!("{} is {what}: a table in UTF-8 is read, packed by gzip or not", path.display());
+            let problem = format!("{} is {what}: a table in UTF-8 is read, packed (.gz, .zst) or not", path.display());
             return Err(DataError::Unusable(problem));
         }
         let delimiter = delimiter(file.content.fill_buf().unwrap_or_default());
@@ -161,7 +160,8 @@ impl Table<'_> {
             let wrong =
                 |line: u64, problem: String| DataError::Row { path: path.to_owned(), line: line as usize, problem };
             let Some(row) = rows.next() else { return Ok(None) };
-            let row = row.map_err(|error| wrong(error.position().map_or(1, csv::Position::line), said(&error)))?;
+            let row =
+                row.map_err(|error| wrong(error.position().map_or(1, csv::Position::line), table_problem(&error)))?;
             let line = row.position().map_or(1, csv::Position::line);
             if row.len() != columns {
                 let problem = format!("{} cells; {height} x {width} pixels and a class are {columns}", row.len());
@@ -228,12 +228,6 @@ impl Table<'_> {
     }
 }
 
-/// What separates the cells of a table: a comma, unless its first line has none.
-fn delimiter(head: &[u8]) -> u8 {
-    let line = head.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    [b',', b';', b'\t'].into_iter().find(|delimiter| line.contains(delimiter)).unwrap_or(b',')
-}
-
 /// Whether the first row names columns: no pixel of it is a number, or the pixels are numbered from 0 or 1 on, or its class is no
 /// number where that of the next row is.
 fn are_headings(first: &StringRecord, second: Option<&StringRecord>, place: usize) -> bool {
@@ -245,15 +239,6 @@ fn are_headings(first: &StringRecord, second: Option<&StringRecord>, place: usiz
     let named = !number(&first[place]) && second.is_some_and(|second| number(&second[place]));
     let counted = [0, 1].into_iter().any(|from| (from..).zip(pixels()).all(|(count, cell)| cell == count.to_string()));
     pixels().all(number) && (named || counted && !number(&first[place]))
-}
-
-/// What the reader of tables says, without the place, which precedes it.
-fn said(error: &csv::Error) -> String {
-    match error.kind() {
-        csv::ErrorKind::Io(cause) => cause.to_string(),
-        csv::ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
-        _ => error.to_string(),
-    }
 }
 
 /// A reader that refuses lines which are longer than a row can be: of a file that unpacks without end, no more is kept.

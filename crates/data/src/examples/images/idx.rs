@@ -8,11 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::files::Packed;
-use crate::source::{Source, shown};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, shown};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz) or not: images [n, height, width] (or [n, channels, height,
+/// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz, .zst) or not: images [n, height, width] (or [n, channels, height,
 /// width]) and their classes [n].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -100,7 +99,7 @@ fn read(path: &Path) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     })?;
     let header = 4 + 4 * u64::from(n_sizes);
     let unfitting = |there: String| unfit(path, format!("{there} bytes behind the header do not fit sizes {sizes:?}"));
-    if let Some(length) = file.length.filter(|length| *length != header + all as u64) {
+    if let Some(length) = file.length().filter(|length| *length != header + all as u64) {
         return Err(unfitting(length.saturating_sub(header).to_string()));
     }
     let bytes = file.up_to(all as u64 + 1, path)?;

@@ -10,8 +10,7 @@ use super::Images;
 use super::decode::{Image, decode};
 use crate::examples::class_folders::ClassFolders;
 use crate::files::OnBadFile;
-use crate::source::{Source, shown};
-use crate::synthetic::Problem;
+use crate::source::{Problem, Source, shown};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"];

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::examples::{Maker, generated};
-use crate::synthetic::Problem;
+use crate::source::{Problem, within};
 use crate::{Data, DataError, Modality, Opening, Source, Yields};
 
 /// The classes, in order.
@@ -50,17 +50,13 @@ impl Source for ShapesConfig {
     const GENERATED: bool = true;
 
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        let within = |field: &'static str, value: f64, least: f64, most: f64| match (least..=most).contains(&value) {
-            true => Ok(()),
-            false => Err((field, format!("{field} ({value}) must be {least} to {most}"))),
-        };
-        within("size", self.size as f64, 8.0, 1024.0)?;
-        within("n_classes", self.n_classes as f64, 2.0, SHAPES.len() as f64)?;
-        within("radius", self.radius, 0.05, 0.5)?;
-        within("turn", self.turn, 0.0, 180.0)?;
-        within("clutter", self.clutter as f64, 0.0, 1000.0)?;
-        within("noise", self.noise, 0.0, 100.0)?;
-        self.shortcut.map_or(Ok(()), |share| within("shortcut", share, 0.0, 1.0))
+        within("size", self.size, 8..=1024)?;
+        within("n_classes", self.n_classes, 2..=SHAPES.len())?;
+        within("radius", self.radius, 0.05..=0.5)?;
+        within("turn", self.turn, 0.0..=180.0)?;
+        within("clutter", self.clutter, 0..=1000)?;
+        within("noise", self.noise, 0.0..=100.0)?;
+        self.shortcut.map_or(Ok(()), |share| within("shortcut", share, 0.0..=1.0))
     }
 
     fn shape(&self) -> Option<InputShape> {

@@ -1,0 +1,267 @@
+//! Rows with named fields: lines of JSON, a JSON array, or a table (CSV, TSV) whose first row names the columns; packed or not.
+//! Tables are known by how their names end, the others by their content.
+
+use std::fmt::{Display, Formatter};
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{LeftOut, Packed, Search, ending, kind, search, without_mark};
+use crate::DataError;
+
+/// How the names of files of rows end. Of a folder that has several of these kinds, the first is read.
+const KINDS: [&[&str]; 2] = [&["jsonl", "ndjson"], &["csv", "tsv"]];
+
+/// Where a row is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<'a> {
+    path: &'a Path,
+    line: usize,
+}
+
+impl Place<'_> {
+    /// Something is wrong with the row.
+    pub(crate) fn wrong(self, problem: String) -> DataError {
+        DataError::Row { path: self.path.to_owned(), line: self.line, problem }
+    }
+}
+
+impl Display for Place<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.line)
+    }
+}
+
+/// A row as its file has it.
+pub(crate) enum Row<'a> {
+    /// JSON.
+    Json(&'a [u8]),
+    /// A row of a table.
+    Fields(Value),
+}
+
+impl Row<'_> {
+    /// The row's fields.
+    ///
+    /// # Errors
+    /// If it is invalid JSON.
+    pub(crate) fn value(self) -> Result<Value, String> {
+        match self {
+            Self::Fields(value) => Ok(value),
+            Self::Json(json) => match super::not_text(json) {
+                Some(what) if std::str::from_utf8(json).is_err() => Err(what),
+                _ => serde_json::from_slice(json).map_err(|error| invalid(&error)),
+            },
+        }
+    }
+}
+
+/// What serde_json says of a row; its own line would contradict that of the file.
+pub(crate) fn invalid(error: &serde_json::Error) -> String {
+    let problem = error.to_string();
+    format!("column {}: invalid JSON: {}", error.column(), problem.split(" at line ").next().unwrap_or_default())
+}
+
+/// What takes rows, each with its place.
+type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError> + 'a;
+
+/// Hands every row of files to `take`. Gives what was not read.
+///
+/// # Errors
+/// If a pattern matches nothing, a file is broken, or `take` finds something wrong.
+pub(crate) fn for_each_row(paths: &[String], take: &mut Take<'_>) -> Result<LeftOut, DataError> {
+    let Search { files, mut left_out } = search(paths, &KINDS)?;
+    for path in files.keys() {
+        let content = Packed::read(path)?;
+        if content.is_empty() {
+            left_out.add("empty", path);
+        }
+        if let Some(kind) = kind(&content) {
+            return Err(DataError::Unusable(format!("{} is {kind}", path.display())));
+        }
+        let content = without_mark(&content);
+        match ending(path).as_deref() {
+            Some("csv" | "tsv") => table(content, path, take)?,
+            _ if content.trim_ascii_start().starts_with(b"[") => array(content, path, take)?,
+            _ => lines(content, path, take)?,
+        }
+    }
+    Ok(left_out)
+}
+
+fn lines(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+    let lines = content.split(|&byte| byte == b'\n').enumerate();
+    let lines = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
+    for (number, (index, line)) in lines.enumerate() {
+        if number == 0
+            && serde_json::from_slice::<Value>(line).is_err()
+            && serde_json::from_slice::<Value>(content).is_ok()
+        {
+            let problem = format!(
+                "{} is one JSON value over several lines: rows are one object a line, or a JSON array of objects (`jq` \
+                 makes one: jq '.data' for the field \"data\")",
+                path.display()
+            );
+            return Err(DataError::Unusable(problem));
+        }
+        take(Place { path, line: index + 1 }, Row::Json(line))?;
+    }
+    Ok(())
+}
+
+/// Hands over the elements of an array one by one; what is wrong inside of one is found by who reads it.
+fn array(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+    let (mut depth, mut line, mut quoted, mut escaped) = (0usize, 1, false, false);
+    // Where the element begins that is not at its end yet.
+    let mut first: Option<(usize, usize)> = None;
+    let (mut closed, mut after_comma) = (false, false);
+    for (at, &byte) in content.iter().enumerate() {
+        let wrong = |problem: &str| Err(Place { path, line }.wrong(problem.to_owned()));
+        if !quoted && !byte.is_ascii_whitespace() {
+            if closed {
+                return wrong("there is more after the end of the JSON array: give one array, or one object a line");
+            }
+            let ends = depth == 1 && matches!(byte, b',' | b']');
+            match first.take() {
+                Some((start, line)) if ends => {
+                    take(Place { path, line }, Row::Json(content[start..at].trim_ascii_end()))?
+                }
+                None if ends && (byte == b',' || after_comma) => {
+                    return wrong("an element of the JSON array is missing");
+                }
+                None if depth >= 1 && !ends => first = Some((at, line)),
+                other => first = other,
+            }
+            after_comma = ends && byte == b',';
+        }
+        match byte {
+            b'\n' => line += 1,
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => depth += 1,
+            b']' | b'}' if !quoted => {
+                depth -= 1;
+                closed = depth == 0;
+            }
+            _ => {}
+        }
+    }
+    match closed {
+        true => Ok(()),
+        false => Err(Place { path, line }.wrong("the JSON array has no end: is the file cut off?".into())),
+    }
+}
+
+fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+    if let Err(error) = std::str::from_utf8(content) {
+        let line = 1 + content[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
+        let what = super::not_text(content).unwrap_or_else(|| error.to_string());
+        return Err(Place { path, line }.wrong(what));
+    }
+    let at = |line: u64| Place { path, line: line as usize };
+    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter(content)).from_reader(content);
+    let headings = reader.headers().map_err(|error| at(1).wrong(table_problem(&error)))?.clone();
+    if let Some(twice) =
+        headings.iter().enumerate().find(|(place, name)| headings.iter().take(*place).any(|n| n == *name))
+    {
+        return Err(at(1).wrong(format!("two columns are called \"{}\": rename one", twice.1)));
+    }
+    let mut multi_line = None;
+    for record in reader.records() {
+        let record =
+            record.map_err(|error| at(error.position().map_or(1, csv::Position::line)).wrong(table_problem(&error)))?;
+        let place = at(record.position().map_or(1, csv::Position::line));
+        multi_line = record.iter().any(|cell| cell.contains('\n')).then_some(place);
+        let cells = headings.iter().zip(&record).map(|(name, cell)| (name.to_owned(), Value::from(cell)));
+        take(place, Row::Fields(Value::Object(cells.collect::<Map<_, _>>())))?;
+    }
+    // A quote that is never closed swallows the rest of the file.
+    match multi_line {
+        Some(place) if content.iter().filter(|&&byte| byte == b'"').count() % 2 == 1 => {
+            Err(place.wrong("a quote that is opened here is never closed".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What separates the cells of a table: a comma, unless its first line has none.
+pub(crate) fn delimiter(head: &[u8]) -> u8 {
+    let line = head.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    [b',', b';', b'\t'].into_iter().find(|delimiter| line.contains(delimiter)).unwrap_or(b',')
+}
+
+/// What the reader of tables says, without the place, which precedes it.
+pub(crate) fn table_problem(error: &csv::Error) -> String {
+    match error.kind() {
+        csv::ErrorKind::Io(cause) => cause.to_string(),
+        csv::ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
+        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
+            "{len} cells, and {expected_len} columns are named: text that holds separators or line ends is quoted (\"...\")"
+        ),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// The rows of a file, each with its line; or the error.
+    fn read(name: &str, content: &[u8]) -> Result<Vec<(usize, Value)>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let mut rows = Vec::new();
+        let mut take = |place: Place<'_>, row: Row<'_>| {
+            rows.push((place.line, row.value().map_err(|problem| place.wrong(problem))?));
+            Ok(())
+        };
+        for_each_row(&[path.display().to_string()], &mut take).map_err(|error| error.to_string())?;
+        Ok(rows)
+    }
+
+    #[test]
+    fn arrays_and_lines_and_tables_are_the_same_rows() {
+        let rows = |name: &str, content: &str| read(name, content.as_bytes()).unwrap();
+        let object = |text: &str, label: &str| serde_json::json!({ "text": text, "label": label });
+        let expected = [object("a, \"b\"]\n{", "x"), object("c", "")];
+        let [first, second] = expected.each_ref().map(Value::to_string);
+        let pretty = serde_json::to_string_pretty(&expected).unwrap();
+        for (name, content, lines) in [
+            ("r.jsonl", format!("{first}\n\n{second}\n"), [1, 3]),
+            ("r.json", format!(" [{first},\n{second} ]\n"), [1, 2]),
+            ("r.json", pretty, [2, 6]),
+            ("r.csv", "\u{feff}text,label\r\n\"a, \"\"b\"\"]\n{\",x\r\nc,\r\n".to_owned(), [2, 4]),
+            ("r.csv", "text;label\n\"a, \"\"b\"\"]\n{\";x\nc;\n".to_owned(), [2, 4]),
+            ("r.TSV", "text\tlabel\n\"a, \"\"b\"\"]\n{\"\tx\nc\t".to_owned(), [2, 4]),
+        ] {
+            let found = rows(name, &content);
+            assert_eq!(found.iter().map(|(_, row)| row.clone()).collect::<Vec<_>>(), expected, "{content}");
+            assert_eq!(found.iter().map(|(line, _)| *line).collect::<Vec<_>>(), lines, "{content}");
+        }
+        assert_eq!(rows("r.json", "[]"), []);
+        assert_eq!(rows("r.json", "[ [1], \"]\", 2]").len(), 3);
+    }
+
+    #[test]
+    fn what_is_broken_is_named_by_line() {
+        for (name, content, words) in [
+            ("r.json", &b"[{\"a\": 1},\n{\"a\": 2}"[..], "r.json:2: the JSON array has no end"),
+            ("r.json", b"[{\"a\": 1},\n]", "r.json:2: an element of the JSON array is missing"),
+            ("r.json", b"[1]\n[2]", "r.json:2: there is more after the end"),
+            ("r.json", b"[{\"a\": 1},\n{\"a\" 2}]", "r.json:2: column 6: invalid JSON"),
+            ("r.json", b"{\n \"data\": [1]\n}", "r.json is one JSON value over several lines"),
+            ("r.jsonl", b"{}\n{\"a\": \"\xe9\"}", "r.jsonl:2: not UTF-8 (byte 0xe9 at 7; Latin-1"),
+            ("r.csv", b"a,b\n1,2\n3\n", "r.csv:3: 1 cells, and 2 columns are named"),
+            ("r.csv", b"a,a\n1,2\n", "r.csv:1: two columns are called \"a\""),
+            ("r.csv", b"a,b\n1,2\n3,\"4\n5,6\n", "r.csv:3: a quote that is opened here is never closed"),
+            ("r.csv", b"a,b\n1,caf\xe9\n", "r.csv:2: not UTF-8 (byte 0xe9"),
+        ] {
+            let error = read(name, content).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
+        assert_eq!(read("r.csv", b"a,b\n3,1.5\" disk\n").unwrap().len(), 1, "a quote inside of a cell is a sign");
+    }
+}
