@@ -158,7 +158,8 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::examples::{Content, Drawn, ExampleSet};
+    use crate::examples::generated::Drawn;
+    use crate::examples::{Content, ExampleSet};
     use crate::synthetic::Side;
 
     fn drawn(config: &str, seed: u64, side: Side) -> Drawn<Encoder> {

@@ -2,8 +2,10 @@
 use std::io::Write;
 use std::path::Path;
 
+use polyhead_models::{Examples, Inputs};
+
 use super::*;
-use crate::DataConfig;
+use crate::{DataConfig, OpenOptions};
 
 fn open(json: &str, augment: &AugmentConfig, batch_size: usize) -> Result<Labelled, DataError> {
     let data: DataConfig = serde_json::from_str(json).unwrap();
