@@ -159,21 +159,28 @@ fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
         let what = super::not_text(content).unwrap_or_else(|| error.to_string());
         return Err(Place { path, line }.wrong(what));
     }
-    let at = |line: u64| Place { path, line: line as usize };
+    // Where the reader says that a record begins may be before the line ends in front of it.
+    let (mut line, mut byte) = (1, 0);
+    let mut at = |position: Option<&csv::Position>| {
+        let mut start = position.map_or(0, |position| position.byte() as usize).max(byte);
+        start += content[start..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+        line += content[byte..start].iter().filter(|&&byte| byte == b'\n').count();
+        byte = start;
+        Place { path, line }
+    };
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter(content)).from_reader(content);
-    let headings = reader.headers().map_err(|error| at(1).wrong(table_problem(&error)))?.clone();
-    if let Some(twice) =
-        headings.iter().enumerate().find(|(place, name)| headings.iter().take(*place).any(|n| n == *name))
+    let headings = reader.headers().map_err(|error| at(error.position()).wrong(table_problem(&error)))?.clone();
+    let names = || headings.iter();
+    if let Some((_, name)) = names().enumerate().find(|(place, name)| names().take(*place).any(|other| other == *name))
     {
-        return Err(at(1).wrong(format!("two columns are called \"{}\": rename one", twice.1)));
+        return Err(at(None).wrong(format!("two columns are called \"{name}\": rename one")));
     }
     let mut multi_line = None;
     for record in reader.records() {
-        let record =
-            record.map_err(|error| at(error.position().map_or(1, csv::Position::line)).wrong(table_problem(&error)))?;
-        let place = at(record.position().map_or(1, csv::Position::line));
+        let record = record.map_err(|error| at(error.position()).wrong(table_problem(&error)))?;
+        let place = at(record.position());
         multi_line = record.iter().any(|cell| cell.contains('\n')).then_some(place);
-        let cells = headings.iter().zip(&record).map(|(name, cell)| (name.to_owned(), Value::from(cell)));
+        let cells = names().zip(&record).map(|(name, cell)| (name.to_owned(), Value::from(cell)));
         take(place, Row::Fields(Value::Object(cells.collect::<Map<_, _>>())))?;
     }
     // A quote that is never closed swallows the rest of the file.
