@@ -385,23 +385,6 @@ mod tests {
         }
     }
 
-    #[cfg(unix)]
-    #[test]
-    fn pipes_are_refused_as_tokenizers_and_templates() {
-        let dir = tempfile::tempdir().unwrap();
-        let pipe = dir.path().join("pipe");
-        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-        let tokenizer = crate::TokenizerConfig::Huggingface(crate::HuggingfaceTokenizer { path: pipe.clone() });
-        let bytes = crate::Tokenizer::bytes();
-        for error in [
-            crate::Tokenizer::open(&tokenizer).err().unwrap(),
-            crate::chat::chat_template("data.chat.template", &pipe.display().to_string(), &bytes).err().unwrap(),
-        ] {
-            let error = error.to_string();
-            assert!(error.contains("pipe") && error.contains("it is a named pipe: only files are read"), "{error}");
-        }
-    }
-
     #[test]
     fn what_is_left_out_is_counted_and_named() {
         let dir = folder(&["a.txt", "b.PDF", "c.pdf", "d.pdf", "e.pdf", "plain", ".hidden", "target/x.txt", "o/y.txt"]);

@@ -114,3 +114,20 @@ fn a_setting_that_breaks_a_rule_is_named() {
     assert!(error.starts_with("data.needles.n_needles: 3 * "), "{error}");
     assert!(message(r#"{"copy":{}}"#, 0).contains("batch_size (0)"));
 }
+
+#[cfg(unix)]
+#[test]
+fn pipes_are_refused_as_tokenizers_and_templates() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let tokenizer = TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: pipe.clone() });
+    let bytes = Tokenizer::bytes();
+    for error in [
+        Tokenizer::open(&tokenizer).err().unwrap(),
+        chat::chat_template("data.chat.template", &pipe.display().to_string(), &bytes).err().unwrap(),
+    ] {
+        let error = error.to_string();
+        assert!(error.contains("pipe") && error.contains("it is a named pipe: only files are read"), "{error}");
+    }
+}
