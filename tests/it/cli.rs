@@ -177,7 +177,7 @@ fn mistakes_are_told_with_a_way_out() {
         (1, "preview recipe.toml data.text.paths=[\"empty.txt\"]", "hold no text"),
         (1, "preview recipe.toml data.text.paths=[\"latin.txt\"]", "latin.txt is not UTF-8"),
         (1, "preview recipe.toml data.text.paths=[\"folder\"]", "the folder \"folder\" holds no file"),
-        (1, "preview recipe.toml data.jsonl.paths=[\"latin.jsonl\"]", "latin.jsonl is not UTF-8"),
+        (1, "preview recipe.toml data.jsonl.paths=[\"latin.jsonl\"]", "latin.jsonl:1: not UTF-8"),
         (1, "preview recipe.toml data.jsonl.paths=[\"broken.jsonl\"]", "broken.jsonl:2: column 4: invalid JSON"),
         (1, "preview recipe.toml data.jsonl.paths=[\"number.jsonl\"]", "it holds 5"),
         (1, "preview recipe.toml tokenizer.huggingface.path=nowhere", "`polyhead tokenizer train` makes one"),
