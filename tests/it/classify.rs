@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::resume::fingerprint;
+use crate::resume::{fingerprint, fingerprint_at};
 use crate::world::{SMALL, World};
 
 /// Three large shapes, without clutter.
@@ -95,6 +95,7 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
             "augmentation={crop = 2, flip = true, noise = 0.1}",
             "loss={label_smoothing = 0.1, focal_gamma = 1, worst_class = 1}",
             "lr_scheduler.decay=constant",
+            "training.dropout=0.2",
             "checkpoint.interval=4",
             "metrics.log_freq=1",
         ];
@@ -108,6 +109,63 @@ fn a_run_in_two_parts_equals_a_run_in_one() {
     let (a, b) = (fingerprint(&world, "whole"), fingerprint(&world, "parts"));
     assert!(a.0 == b.0 && a.1 == b.1, "weights or optimiser state differ");
     assert_eq!(json(&world, "whole/result.json")["validation"], json(&world, "parts/result.json")["validation"]);
+}
+
+/// Dropout is for training: it changes what is trained, and not how a trained model is evaluated.
+#[test]
+fn dropout_works_while_training_only() {
+    let world = World::new(SHAPES);
+    let train = |run: &str, setting: &str| {
+        world.succeeds(&["train", RECIPE, "--out", run, "training.steps=4", setting]);
+        fingerprint_at(&world, run, 4).0
+    };
+    let (without, zero, with) =
+        (train("a", "debug.seed=0"), train("b", "training.dropout=0"), train("c", "training.dropout=0.3"));
+    assert!(without == zero && with != zero, "0 is off, and 0.3 is not");
+    let eval = || world.succeeds(&["eval", "c"]).0;
+    assert_eq!(eval(), eval());
+    let err = world.fails(2, &["validate", RECIPE, "training.dropout=1"]);
+    assert!(err.contains("training.dropout (1) must be 0 (off) to 0.99"), "{err}");
+}
+
+#[test]
+fn a_classifier_starts_from_a_trained_one() {
+    let world = World::new(SHAPES);
+    world.succeeds(&["train", RECIPE, "--out", "parent", "training.steps=20"]);
+    let parent = json(&world, "parent/result.json");
+    let from = ["train", RECIPE, "model.pretrained=parent", "training.steps=1", "optimizer.adamw.lr=0"];
+    let (_, err) = world.succeeds(&[&from[..], &["--out", "same"]].concat());
+    assert!(err.contains("starts from the weights of parent"), "{err}");
+    assert_eq!(json(&world, "same/result.json")["validation"], parent["validation"]);
+    // Other classes: all but the head are the parent's.
+    let (_, err) = world.succeeds(&[&from[..], &["--out", "other", "data.shapes.n_classes=4"]].concat());
+    assert!(err.contains("the head starts afresh") && err.contains("3 classes"), "{err}");
+    let tensors = |run: &str| {
+        let bytes = world.read(&format!("{run}/step-00000001/model.safetensors"));
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let all: Vec<(String, Vec<u8>)> =
+            tensors.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect();
+        all
+    };
+    let (same, other) = (tensors("same"), tensors("other"));
+    let differ: Vec<&str> = same.iter().filter(|one| !other.contains(one)).map(|one| one.0.as_str()).collect();
+    assert!(!differ.is_empty() && differ.iter().all(|name| name.contains("head")), "{differ:?}");
+    // It goes on like any run.
+    world.succeeds(
+        &[&from[..3], &["--out", "other", "data.shapes.n_classes=4", "training.steps=2", "optimizer.adamw.lr=0"]]
+            .concat(),
+    );
+    for (setting, words) in [
+        ("model.classifier.vision_transformer.d_model=16", "d_model: 32 -> 16"),
+        ("data.shapes.size=32", "was trained on inputs"),
+    ] {
+        let err = world.fails(2, &[&from[..], &["--out", "no", setting]].concat());
+        assert!(err.contains(words), "{setting}: {err}");
+    }
+    std::fs::write(world.dir.path().join("decoder.toml"), SMALL).unwrap();
+    world.succeeds(&["train", "decoder.toml", "--out", "decoder", "training.steps=1"]);
+    let err = world.fails(2, &["train", RECIPE, "model.pretrained=decoder", "--out", "no"]);
+    assert!(err.contains("is no classifier"), "{err}");
 }
 
 #[test]

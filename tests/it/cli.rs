@@ -103,7 +103,7 @@ fn text_is_learned_looked_at_and_generated() {
         world.succeeds(&["plan", "recipe.toml", "model.decoder.d_model=131072", "training.batch_size=65536"]);
     assert!(out.contains("not measured: only"), "{out}");
     let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);
-    assert!(err.contains("bits per byte") && err.contains("lies in"), "{err}");
+    assert!(err.contains("bits per byte") && err.contains("saved to"), "{err}");
     let generate = ["generate", "run", "--prompt", "the ", "--max-new-tokens", "20", "--seed", "3"];
     let (first, _) = world.succeeds(&generate);
     assert!(first.starts_with("the "));
@@ -290,4 +290,15 @@ fn assert_says(meant: &toml::Value, typed: &toml::Value, text: &str) {
         (Float(meant), Integer(typed)) => assert_eq!(*meant, *typed as f64, "{text}"),
         _ => assert_eq!(meant, typed, "{text}"),
     }
+}
+
+#[test]
+fn flags_that_were_renamed_work_with_a_warning() {
+    let world = World::new(SMALL);
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "training.steps=1"]);
+    let (_, err) = world.succeeds(&["export", "run", "--to", "there"]);
+    assert!(err.contains("warning: --to is called --out now"), "{err}");
+    let (_, err) = world.succeeds(&["export", "run", "--out", "here"]);
+    assert!(!err.contains("warning"), "{err}");
+    assert_eq!(world.read("there/model.safetensors"), world.read("here/model.safetensors"));
 }

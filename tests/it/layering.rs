@@ -1,4 +1,4 @@
-//! The invariants of the house that a program can check.
+//! The invariants of the architecture that a program can check.
 
 use crate::world::project;
 

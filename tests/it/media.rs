@@ -55,11 +55,11 @@ fn a_run_inside_of_its_own_data_is_refused_before_anything_is_written() {
     let world = library();
     for paths in ["[\"books\"]", "[\"books/**/*.toml\", \"books/a.txt\"]"] {
         let err = world.fails(2, &["train", "recipe.toml", &format!("data.text.paths={paths}"), "--out", "books/run"]);
-        assert!(err.contains("books/run lies in what data.text reads") && err.contains("--out"), "{err}");
+        assert!(err.contains("books/run is inside what data.text reads") && err.contains("--out"), "{err}");
         assert!(!world.dir.path().join("books/run").exists());
     }
     let err = world.fails(2, &["train", "recipe.toml", "data.text.paths=[\".\"]"]);
-    assert!(err.contains("checkpoints/recipe lies in"), "{err}");
+    assert!(err.contains("checkpoints/recipe is inside"), "{err}");
     world.succeeds(&["train", "recipe.toml", "data.text.paths=[\"books/a*.txt\"]", "--out", "run"]);
 }
 

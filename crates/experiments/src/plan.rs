@@ -226,7 +226,7 @@ fn equal(comparison: &Comparison, key: &str, target: u64, layers: &[Layer], know
         layers.push(parse_layer("match", &format!("{key} = {value}")).ok()?);
         let recipe: Recipe = toml::Value::Table(merge(&layers)).try_into().ok()?;
         match (&recipe.model, known) {
-            (ModelConfig::Classifier(classifier), Known::Examples(sizes)) => {
+            (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => {
                 classifier.validate(Some(sizes.input)).ok()?;
             }
             (ModelConfig::Decoder { config: Some(decoder), .. }, Known::Ids(_)) => decoder.validate().ok()?,

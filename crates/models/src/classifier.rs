@@ -202,6 +202,32 @@ impl Classifier {
         Self { objective, ..self }
     }
 
+    /// The model with the head and the classes of another one whose body is of the same kind.
+    pub fn with_head_of(self, other: Self) -> Self {
+        let sizes = Sizes { n_classes: other.sizes.n_classes, ..self.sizes };
+        let body = match (self.body, other.body) {
+            (Body::Encoder(mut body), Body::Encoder(other)) => {
+                body.head = other.head;
+                Body::Encoder(body)
+            }
+            (Body::GaussianAdaptiveTransformer(mut body), Body::GaussianAdaptiveTransformer(other)) => {
+                body.head = other.head;
+                Body::GaussianAdaptiveTransformer(body)
+            }
+            (body, _) => body,
+        };
+        Self { body, sizes, ..self }
+    }
+
+    /// The model with dropout at this rate while it trains, where it is a transformer.
+    pub fn with_dropout(self, rate: f64) -> Self {
+        let body = match self.body {
+            Body::Encoder(encoder) => Body::Encoder(encoder.with_dropout(rate)),
+            other => other,
+        };
+        Self { body, ..self }
+    }
+
     /// The model with its products in another precision, where it is a transformer; see
     /// [`ClassifierConfig::check_precision`].
     pub fn with_precision(self, precision: Precision) -> Self {

@@ -15,7 +15,8 @@ use polyhead_attention::{
 use polyhead_kernels::{in_type, random};
 
 use crate::adapters::Lora;
-use crate::transformer::{Block, Norm, Precision, TransformerConfig};
+use crate::gate::dropout;
+use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
 use crate::{Batch, Gate};
 
 mod config;
@@ -48,7 +49,7 @@ pub struct Decoder {
     #[module(skip)]
     gate: Option<Gate>,
     #[module(skip)]
-    precision: Precision,
+    computing: Computing,
 }
 
 /// What a pass through the layers is told.
@@ -97,7 +98,7 @@ impl DecoderConfig {
             config: self.clone(),
             transformer,
             gate: None,
-            precision: Precision::F32,
+            computing: Computing::default(),
         }
     }
 }
@@ -110,7 +111,12 @@ impl Decoder {
 
     /// The model with its products in another precision.
     pub fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+        Self { computing: Computing { precision, ..self.computing }, ..self }
+    }
+
+    /// The model with dropout at this rate while it trains.
+    pub fn with_dropout(self, dropout: f64) -> Self {
+        Self { computing: Computing { dropout, ..self.computing }, ..self }
     }
 
     /// Ids that the model knows.
@@ -160,12 +166,12 @@ impl Decoder {
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, seq] = tokens.dims();
         let rows = self.embedding.weight.val().select(0, tokens.reshape([batch * seq]));
-        rows.reshape([batch, seq, self.config.d_model])
+        dropout(rows.reshape([batch, seq, self.config.d_model]), self.computing.dropout)
     }
 
     /// `[batch, seq, d_model]`: what the output projection reads, from what the last layer writes.
     pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
-        in_type(self.norm.forward(hidden, self.config.norm_eps), self.precision.dtype())
+        in_type(self.norm.forward(hidden, self.config.norm_eps), self.computing.precision.dtype())
     }
 
     /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
@@ -184,7 +190,7 @@ impl Decoder {
                 adapters: Adapters(&all),
                 ..Call::new(mask)
             };
-            let attended = self.layers[index].forward(hidden, call, &self.transformer, self.precision);
+            let attended = self.layers[index].forward(hidden, call, &self.transformer, self.computing);
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);

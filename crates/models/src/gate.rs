@@ -29,11 +29,24 @@ impl Gate {
     pub fn pass(&self, hidden: Tensor<3>) -> Tensor<3> {
         match &self.kind {
             GateKind::Keep(keep) => hidden * keep.clone().unsqueeze::<3>(),
-            GateKind::Dropout(rate) => {
-                let kept = random(hidden.dims(), Distribution::Bernoulli(1.0 - rate), &hidden.device());
-                hidden.clone() * kept.cast(hidden.dtype()) / (1.0 - rate)
-            }
+            GateKind::Dropout(rate) => dropped(hidden, *rate),
         }
+    }
+}
+
+/// Dropout (Srivastava et al. 2014): every number becomes 0 with the probability `rate`, the others are divided by the
+/// probability to be kept. Numbers are drawn from this thread's stream.
+fn dropped(hidden: Tensor<3>, rate: f64) -> Tensor<3> {
+    let kept = random(hidden.dims(), Distribution::Bernoulli(1.0 - rate), &hidden.device());
+    let dtype = hidden.dtype();
+    hidden * kept.cast(dtype) / (1.0 - rate)
+}
+
+/// Dropout while a model trains, which is known by the tape; nothing without it, and nothing at a rate of 0.
+pub(crate) fn dropout(hidden: Tensor<3>, rate: f64) -> Tensor<3> {
+    match rate > 0.0 && hidden.device().is_autodiff() {
+        true => dropped(hidden, rate),
+        false => hidden,
     }
 }
 

@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::PerLayer;
+use crate::gate::dropout;
 
 /// The kind of norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -55,6 +56,15 @@ impl Precision {
             Self::Bf16 => DType::BF16,
         }
     }
+}
+
+/// How layers compute, which is not part of what they are.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Computing {
+    /// What products run in.
+    pub precision: Precision,
+    /// The rate of dropout on the embedded input and on what attention and feed-forward layers write, while training.
+    pub dropout: f64,
 }
 
 /// The settings of a stack of layers, whatever is before and behind it.
@@ -298,9 +308,9 @@ impl Block {
         hidden: Tensor<3>,
         call: Call<'_>,
         config: &TransformerConfig,
-        precision: Precision,
+        computing: Computing,
     ) -> Attended {
-        let (eps, inner, adapters) = (config.norm_eps, precision.dtype(), call.adapters);
+        let (eps, inner, adapters) = (config.norm_eps, computing.precision.dtype(), call.adapters);
         let normed = self.attention_norm.forward(hidden.clone(), eps);
         let attended = self.attention.forward(in_type(normed, inner), call);
         let written = in_type(attended.hidden, DType::F32);
@@ -308,10 +318,11 @@ impl Block {
             Some(gate) => gate.forward(written, None).0,
             None => written,
         };
-        let mixed = hidden.clone() + written;
+        let mixed = hidden.clone() + dropout(written, computing.dropout);
         let read = if config.parallel_residual { hidden } else { mixed.clone() };
         let normed = self.mlp_norm.forward(read, eps);
-        let hidden = mixed + in_type(self.mlp.forward(in_type(normed, inner), adapters), DType::F32);
+        let written = in_type(self.mlp.forward(in_type(normed, inner), adapters), DType::F32);
+        let hidden = mixed + dropout(written, computing.dropout);
         Attended { hidden, ..attended }
     }
 }

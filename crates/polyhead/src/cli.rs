@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-/// Train, look at and export attention mechanisms, from TOML recipes.
+/// Train, inspect and export attention mechanisms, from TOML recipes.
 #[derive(Debug, Parser)]
 #[command(
     name = "polyhead",
@@ -15,7 +15,7 @@ Examples:
   polyhead train recipes/quickstart.toml
   polyhead train recipes/quickstart.toml training.steps=100 optimizer.adamw.lr=1e-3 --out checkpoints/try
   polyhead generate checkpoints/quickstart --prompt \"Ownership is\"
-  polyhead export checkpoints/quickstart --to exported"
+  polyhead export checkpoints/quickstart --out exported"
 )]
 pub struct Cli {
     /// What to do.
@@ -27,6 +27,20 @@ pub struct Cli {
     /// Train though the estimate of the memory that it takes is more than there is.
     #[arg(long, global = true)]
     pub ignore_memory: bool,
+}
+
+/// Flags that have other names now: of which command, the old name, the new one. The old ones work for one version more.
+const RENAMED: [(&str, &str, &str); 2] = [("export", "--to", "--out"), ("eval", "--new-tokens", "--max-new-tokens")];
+
+/// Warnings about flags among the arguments that have other names now.
+pub fn renamed_flags(arguments: &[String]) -> Vec<String> {
+    let is = |argument: &String, old: &str| {
+        argument == old || argument.strip_prefix(old).is_some_and(|rest| rest.starts_with('='))
+    };
+    let command = arguments.get(1).map(String::as_str);
+    let used =
+        RENAMED.iter().filter(|(of, old, _)| command == Some(of) && arguments.iter().any(|argument| is(argument, old)));
+    used.map(|(_, old, new)| format!("warning: {old} is called {new} now; the old name will be refused")).collect()
 }
 
 /// A recipe with overrides.
@@ -64,7 +78,7 @@ pub enum Command {
     Cat(RecipeArgs),
     /// Check a recipe: every key, every value.
     Validate(RecipeArgs),
-    /// Tell what a recipe would cost: parameters, operations, cache, disk, tokens, memory, time.
+    /// Show what a recipe would cost: parameters, operations, cache, disk, tokens, memory, time.
     ///
     /// Sizes are computed. Time, speed and memory are measured: the model is trained for a few steps (about 3 seconds, after
     /// a warm-up step) on the recipe's data and device; nothing is saved.
@@ -76,9 +90,9 @@ pub enum Command {
         #[arg(long)]
         no_probe: bool,
     },
-    /// Show the tokens that a model would see, and which of them it learns to predict; of pictures, a sheet.
+    /// Show the tokens that a model would see, and which of them it learns to predict; of images, a sheet.
     ///
-    /// Pictures and sounds are written to --out as one PNG file, as the model would see them, augmented; their classes go to
+    /// Images and audio are written to --out as one PNG file, as the model would see them, augmented; their classes go to
     /// standard output, row by row.
     ///
     /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.
@@ -100,11 +114,11 @@ Examples:
         /// One line per position, on a terminal too.
         #[arg(long)]
         table: bool,
-        /// Where pictures are written, 8 a row.
+        /// Where images are written, 8 in a row.
         #[arg(long, default_value = "preview.png")]
         out: PathBuf,
     },
-    /// Train several arms with several seeds at the same budget, and tell which differ by more than chance.
+    /// Train several arms with several seeds at the same budget, and show which differ by more than chance.
     ///
     /// A comparison is a TOML file: a base recipe (`extends`), `[[arm]]` tables with what each changes, `seeds`, and what is
     /// made equal (`match`). Every run is a process of its own; finished ones are kept, so that the same command goes on
@@ -123,7 +137,7 @@ Examples:
     /// Show what the heads of a trained model look at, and how much each of them matters.
     ///
     /// A table of heads goes to standard output: entropy of their weights, weight on the first key, mean distance, and
-    /// importance (|gate x gradient|). Maps are written as PNG pictures and into one page, inspect.html.
+    /// importance (|gate x gradient|). Maps are written as PNG images and into one page, inspect.html.
     ///
     /// Of a classifier with a Gaussian adaptive gate, the importance of the layers whose features it reads, over all held-out
     /// examples.
@@ -151,15 +165,15 @@ Examples:
   polyhead eval checkpoints/quickstart --task eigenscore --prompts questions.txt
   polyhead eval checkpoints/facts --task facts")]
     Eval(EvalArgs),
-    /// Let a trained model write.
+    /// Generate text from a trained model.
     Generate(GenerateArgs),
     /// Write a model in Hugging Face's format.
     Export {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.
         checkpoint: PathBuf,
-        /// A folder that does not exist yet.
-        #[arg(long)]
-        to: PathBuf,
+        /// The folder to write, which does not exist yet.
+        #[arg(long, alias = "to")]
+        out: PathBuf,
         /// Repeat decoupled heads, so that any software that knows LLaMA loads the same function; nothing is saved then.
         #[arg(long)]
         expanded: bool,
@@ -225,7 +239,7 @@ Examples:
         #[arg(long)]
         out: PathBuf,
     },
-    /// Tell what this machine and this binary can do.
+    /// Show what this machine and this binary can do.
     Doctor,
     /// Train a tokenizer.
     #[command(subcommand)]
@@ -285,8 +299,8 @@ pub struct EvalArgs {
     #[arg(long, requires = "task")]
     pub prompts: Option<PathBuf>,
     /// Tokens of each answer of eigenscore at most.
-    #[arg(long, default_value_t = 128, requires = "task", value_parser = at_least_one)]
-    pub new_tokens: usize,
+    #[arg(long, alias = "new-tokens", default_value_t = 128, requires = "task", value_parser = at_least_one)]
+    pub max_new_tokens: usize,
     /// The layer whose output eigenscore and facts look at, from 0; negative ones count from the end.
     #[arg(long, default_value_t = -2, allow_negative_numbers = true, requires = "task")]
     pub layer: i64,

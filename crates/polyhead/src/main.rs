@@ -36,6 +36,8 @@ fn main() -> ExitCode {
         nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
         too_little_memory: cli.ignore_memory,
     });
+    let arguments: Vec<String> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    cli::renamed_flags(&arguments).iter().for_each(|warning| console::say(warning));
     match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Unread) => ExitCode::SUCCESS,

@@ -193,8 +193,9 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
         base.remove("decoder");
     }
     for kind in ["classifier", "embedder"] {
-        if path == "model" && over.contains_key(kind) {
-            base.retain(|key, _| key == kind);
+        // Another kind of model than the one below starts from nothing that was said of that.
+        if path == "model" && over.contains_key(kind) && !base.contains_key(kind) {
+            base.clear();
         }
     }
     for (key, value) in over {
@@ -249,6 +250,21 @@ mod tests {
         assert!(merged["data"].get("rust_docs").is_none() && merged["data"].get("text").is_some());
         assert_eq!(merged["training"]["steps"].as_integer(), Some(5));
         assert_eq!(merged["training"]["seq_len"].as_integer(), Some(2));
+    }
+
+    #[test]
+    fn another_kind_of_model_replaces_the_first_and_a_setting_of_it_keeps_its_weights() {
+        let decoder = parse_layer("a", "[model]\npretrained = \"x\"\n[model.decoder]\nd_model = 8").unwrap();
+        let [kind, weights, width] = [
+            "model.classifier.text_encoder.d_model=8",
+            "model.pretrained=\"y\"",
+            "model.classifier.text_encoder.d_model=4",
+        ]
+        .map(|text| parse_override(text).unwrap());
+        let merged = merge(&[decoder, kind, weights, width]);
+        let model = merged["model"].as_table().unwrap();
+        assert!(!model.contains_key("decoder") && model["pretrained"].as_str() == Some("y"));
+        assert_eq!(model["classifier"]["text_encoder"]["d_model"].as_integer(), Some(4));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     };
     let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
     let decoder = model.decoder();
-    let is_classifier = matches!(model, ModelConfig::Classifier(_));
+    let is_classifier = matches!(model, ModelConfig::Classifier { .. });
     let is_embedder = matches!(model, ModelConfig::Embedder(_));
     let labelled = recipe.data.yields() == Yields::Examples;
     rule(
@@ -88,6 +88,7 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     );
     let numbers = [
         ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
+        ("training.dropout", training.dropout, 0.0, 0.99, "0 (off) to 0.99"),
         ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
         ("lr_scheduler.min_lr_ratio", lr_scheduler.min_lr_ratio, 0.0, 1.0, "0 to 1"),
         ("generation.sampling.temperature", generation.sampling.temperature, 0.0, 1e6, "0 (greedy) or more"),
@@ -147,7 +148,7 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     }
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
-        ModelConfig::Classifier(classifier) => {
+        ModelConfig::Classifier { config: classifier, .. } => {
             let sound = problems.is_empty();
             problems.extend(validate_classifier(recipe, classifier, sound));
         }
@@ -209,6 +210,7 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String,
             "procedure",
             "procedure: an embedder is trained by procedure.standard, as it is",
         ),
+        (training.dropout == 0.0, "training.dropout", "training.dropout is for transformers, which an embedder is not"),
         (
             training.precision == Precision::F32,
             "training.precision",
@@ -244,19 +246,24 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
         }
         _ => refuse(false, &key, "is for decoders; a classifier is trained by procedure.standard"),
     }
+    refuse(
+        recipe.training.dropout == 0.0 || !matches!(classifier, ClassifierConfig::GaussianAdaptiveTransformer(_)),
+        "training.dropout",
+        "is for transformers, which a gaussian_adaptive_transformer's layers are not",
+    );
     if let Err(words) = classifier.check_precision(recipe.training.precision) {
         refuse(false, "training.precision", &words);
     }
     refuse(
         recipe.augmentation.is_nothing() || matches!(recipe.data.modality(), Modality::Images | Modality::Audio),
         "augmentation",
-        "changes pictures, which this data has none of",
+        "is for images, and this data has none",
     );
     let still = recipe.augmentation.crop == 0 && !recipe.augmentation.flip;
     refuse(
         still || recipe.data.modality() != Modality::Audio,
         "augmentation",
-        "can only add noise to sounds: mirrored (flip) or moved (crop) they are other sounds",
+        "of audio can only add noise: mirrored (flip) or moved (crop) it is other audio",
     );
     if let Err((field, message)) = recipe.augmentation.validate() {
         problems.push((format!("augmentation.{field}"), message));

@@ -16,46 +16,46 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// What is trained.
+    /// The model to train.
     pub model: ModelConfig,
     /// How text becomes tokens; not used by generated data. Default: that of model.pretrained, else bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<TokenizerConfig>,
-    /// What it learns from.
+    /// The training data.
     pub data: DataConfig,
     /// How tokens become rows.
     #[serde(default)]
     pub loader: LoaderConfig,
-    /// What is changed about pictures while a classifier learns from them. Default: nothing.
+    /// Changes to images while a classifier is trained on them. Default: nothing.
     #[serde(default, skip_serializing_if = "AugmentConfig::is_nothing")]
     pub augmentation: AugmentConfig,
-    /// How long, on how much at once.
+    /// Steps, batch size, precision and device.
     pub training: TrainingConfig,
-    /// What a classifier's scores are trained by. Default: cross-entropy.
+    /// The loss of a classifier. Default: cross-entropy.
     #[serde(default, skip_serializing_if = "LossConfig::is_plain")]
     pub loss: LossConfig,
-    /// What a step does. Default: standard.
+    /// What a training step does. Default: standard.
     #[serde(default)]
     pub procedure: ProcedureConfig,
-    /// What stays as it is. Default: nothing.
+    /// Frozen layers and parameters. Default: none.
     #[serde(default)]
     pub freeze: FreezeConfig,
     /// Train low-rank pairs beside projections, and nothing else. Default: all weights are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
-    /// How weights move. Default: adamw.
+    /// Optimizer settings. Default: adamw.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// The learning rate over the steps.
     #[serde(default)]
     pub lr_scheduler: LrSchedulerConfig,
-    /// How well the model does on text it does not train on.
+    /// Evaluation on held-out data.
     #[serde(default)]
     pub validation: ValidationConfig,
-    /// When the run is saved.
+    /// When checkpoints are saved, and how many are kept.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
-    /// What is written down.
+    /// Logging: what, and how often.
     #[serde(default)]
     pub metrics: MetricsConfig,
     /// The sample of text at the end.
@@ -79,7 +79,12 @@ pub enum ModelConfig {
         config: Option<DecoderConfig>,
     },
     /// A classifier.
-    Classifier(ClassifierConfig),
+    Classifier {
+        /// Where its first weights come from.
+        pretrained: Option<PathBuf>,
+        /// What it is.
+        config: ClassifierConfig,
+    },
     /// An embedder of texts.
     Embedder(EmbedderConfig),
 }
@@ -90,6 +95,8 @@ pub enum ModelConfig {
 struct ModelTables {
     /// Start from these weights: a run folder, a checkpoint, or a folder in Hugging Face's format. The model's settings and
     /// its tokenizer come from there too; model.decoder beside it, as in the recipe that a run keeps, has to say the same.
+    /// With model.classifier, which has to say the same as the recipe of a trained classifier: its weights; where the classes are
+    /// others, the head starts afresh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pretrained: Option<PathBuf>,
     /// A decoder language model.
@@ -115,14 +122,11 @@ impl TryFrom<ModelTables> for ModelConfig {
             ModelTables { pretrained, decoder, classifier: None, embedder: None } => {
                 Ok(Self::Decoder { pretrained, config: decoder })
             }
-            ModelTables { pretrained: None, decoder: None, classifier: Some(config), embedder: None } => {
-                Ok(Self::Classifier(config))
+            ModelTables { pretrained, decoder: None, classifier: Some(config), embedder: None } => {
+                Ok(Self::Classifier { pretrained, config })
             }
             ModelTables { pretrained: None, decoder: None, classifier: None, embedder: Some(config) } => {
                 Ok(Self::Embedder(config))
-            }
-            ModelTables { pretrained: Some(_), classifier: Some(_), .. } => {
-                Err("model.pretrained is for decoders: a classifier starts afresh")
             }
             ModelTables { classifier: Some(_), .. } => {
                 Err("model.decoder and model.embedder cannot stand beside model.classifier: choose one")
@@ -138,7 +142,9 @@ impl From<ModelConfig> for ModelTables {
     fn from(model: ModelConfig) -> Self {
         match model {
             ModelConfig::Decoder { pretrained, config } => Self { pretrained, decoder: config, ..Self::default() },
-            ModelConfig::Classifier(config) => Self { classifier: Some(config), ..Self::default() },
+            ModelConfig::Classifier { pretrained, config } => {
+                Self { pretrained, classifier: Some(config), ..Self::default() }
+            }
             ModelConfig::Embedder(config) => Self { embedder: Some(config), ..Self::default() },
         }
     }
@@ -161,8 +167,8 @@ impl ModelConfig {
     /// Where the first weights come from, where they are not drawn.
     pub fn pretrained(&self) -> Option<&Path> {
         match self {
-            Self::Decoder { pretrained, .. } => pretrained.as_deref(),
-            _ => None,
+            Self::Decoder { pretrained, .. } | Self::Classifier { pretrained, .. } => pretrained.as_deref(),
+            Self::Embedder(_) => None,
         }
     }
 
@@ -170,7 +176,7 @@ impl ModelConfig {
     pub fn n_layers(&self) -> Option<usize> {
         match self {
             Self::Decoder { config, .. } => config.as_ref().map(|config| config.n_layers),
-            Self::Classifier(config) => Some(config.n_layers()),
+            Self::Classifier { config, .. } => Some(config.n_layers()),
             Self::Embedder(_) => None,
         }
     }

@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{Labelled, Tokenizer};
-use polyhead_models::{ClassTotals, Classifier, ClassifierConfig, Examples, MOST_CONFUSED, Sizes};
-use polyhead_recipe::{ModelConfig, Problems, Recipe};
+use polyhead_models::{
+    ClassTotals, Classifier, ClassifierConfig, Examples, InputShape, MOST_CONFUSED, Sizes, Trainable,
+};
+use polyhead_recipe::{ModelConfig, Problems, Recipe, differences_of};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::state;
 
@@ -98,7 +100,12 @@ impl Kind for Classifier {
 
     fn first(resolved: &Resolved, data: &Labelled, device: &Device) -> Result<Self, Failure> {
         let recipe = &resolved.recipe;
-        let model = config(resolved)?.init(sizes(data), device).with_precision(recipe.training.precision);
+        let fresh = config(resolved)?.init(sizes(data), device);
+        let model = match recipe.model.pretrained() {
+            Some(path) => trained(resolved, path, fresh, data)?,
+            None => fresh,
+        };
+        let model = model.with_precision(recipe.training.precision).with_dropout(recipe.training.dropout);
         Ok(model.with_objective(recipe.loss.objective(&data.counts)))
     }
 
@@ -111,9 +118,52 @@ impl Kind for Classifier {
     }
 }
 
+/// The weights of a trained classifier of the same settings; the head of `fresh` where it tells other classes apart.
+fn trained(resolved: &Resolved, path: &Path, fresh: Classifier, data: &Labelled) -> Result<Classifier, Failure> {
+    let caller = resolved.caller;
+    let folder = find_checkpoint(path, caller)?;
+    let refuse = |problem: String| Failure::from(Problems::plain(format!("model.pretrained: {problem}")));
+    let ModelConfig::Classifier { config: theirs, .. } = recipe_of(&folder)?.model else {
+        return Err(refuse(format!("{} is no classifier", folder.display())));
+    };
+    let ours = config(resolved)?;
+    if theirs != *ours {
+        let changed = differences_of(&theirs, ours).join("\n  ");
+        return Err(refuse(format!(
+            "model.classifier does not describe the weights of {}:\n  {changed}",
+            folder.display()
+        )));
+    }
+    let (input, classes) = described(&folder)?;
+    if input != data.train.shape() {
+        let (before, now) = (serde_json::json!(input), serde_json::json!(data.train.shape()));
+        return Err(refuse(format!("{} was trained on inputs {before}, and the data has {now}", folder.display())));
+    }
+    let donor = ours.init(Sizes { input, n_classes: classes.len() }, &fresh.device());
+    let donor = state::read_model(&folder, donor, caller.nonfinite)?;
+    if classes == data.classes {
+        return Ok(donor);
+    }
+    (caller.tell)(&format!(
+        "note: {} tells {} classes apart, the data has {} others: the head starts afresh",
+        folder.display(),
+        classes.len(),
+        data.classes.len()
+    ));
+    Ok(donor.with_head_of(fresh))
+}
+
+/// What the record of a checkpoint says of its inputs and classes.
+fn described(folder: &Path) -> Result<(InputShape, Vec<String>), Failure> {
+    let record = record(folder)?;
+    let unfit = |what: &str| Failure::Run(format!("{}/{RECORD}: {what} is missing or damaged", folder.display()));
+    let input = serde_json::from_value(record["input"].clone()).map_err(|_| unfit("input"))?;
+    Ok((input, serde_json::from_value(record["classes"].clone()).map_err(|_| unfit("classes"))?))
+}
+
 fn config(resolved: &Resolved) -> Result<&ClassifierConfig, Failure> {
     match &resolved.recipe.model {
-        ModelConfig::Classifier(config) => Ok(config),
+        ModelConfig::Classifier { config, .. } => Ok(config),
         _ => Err(Problems::plain("model.classifier is missing".into()).into()),
     }
 }
@@ -171,11 +221,8 @@ pub fn open_classifier(
     }
     let path = find_checkpoint(path, caller)?;
     let recipe = recipe_of(&path)?;
-    let ModelConfig::Classifier(config) = &recipe.model else { return Ok(None) };
-    let record = record(&path)?;
-    let unfit = |what: &str| Failure::Run(format!("{}/{RECORD}: {what} is missing or damaged", path.display()));
-    let input = serde_json::from_value(record["input"].clone()).map_err(|_| unfit("input"))?;
-    let classes: Vec<String> = serde_json::from_value(record["classes"].clone()).map_err(|_| unfit("classes"))?;
+    let ModelConfig::Classifier { config, .. } = &recipe.model else { return Ok(None) };
+    let (input, classes) = described(&path)?;
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
     let model = config.init(Sizes { input, n_classes: classes.len() }, &device);

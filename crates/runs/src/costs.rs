@@ -56,7 +56,7 @@ pub struct Totals {
 pub fn parts(recipe: &Recipe, known: Known) -> Vec<Part> {
     match (&recipe.model, known) {
         (ModelConfig::Decoder { config: Some(decoder), .. }, Known::Ids(vocab_size)) => decoder.parts(vocab_size),
-        (ModelConfig::Classifier(classifier), Known::Examples(sizes)) => classifier.parts(sizes),
+        (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => classifier.parts(sizes),
         (ModelConfig::Embedder(embedder), Known::Pairs([layers, dim])) => embedder.parts(layers, dim),
         _ => Vec::new(),
     }
@@ -127,7 +127,7 @@ pub fn tokens_per_step(recipe: &Recipe) -> u64 {
 fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
     let training = &recipe.training;
     let numbers_per_row = match (&recipe.model, known) {
-        (ModelConfig::Classifier(classifier), Known::Examples(sizes)) => classifier.kept_numbers(sizes),
+        (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => classifier.kept_numbers(sizes),
         (ModelConfig::Decoder { config: Some(decoder), .. }, _) => {
             training.seq_len.saturating_mul(numbers_per_token(decoder))
         }

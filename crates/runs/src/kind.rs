@@ -73,7 +73,7 @@ pub trait ForAnyKind {
 pub fn for_kind<F: ForAnyKind>(model: &ModelConfig, what: F) -> F::Output {
     match model {
         ModelConfig::Decoder { .. } => what.run::<Decoder>(),
-        ModelConfig::Classifier(_) => what.run::<Classifier>(),
+        ModelConfig::Classifier { .. } => what.run::<Classifier>(),
         ModelConfig::Embedder(_) => what.run::<Embedder>(),
     }
 }

@@ -1,5 +1,5 @@
 //! Runs: from a recipe to its parts (data, model, device) and from a run folder back to a trained model; what a run costs, and
-//! what lies in its folder.
+//! what its folder contains.
 
 pub mod classifier;
 mod convert;

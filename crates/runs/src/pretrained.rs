@@ -56,7 +56,7 @@ impl Pretrained {
             ModelConfig::Decoder { config: None, .. } => {
                 return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
             }
-            ModelConfig::Classifier(_) => {
+            ModelConfig::Classifier { .. } => {
                 let hint = "`polyhead eval` tells how well it does";
                 let problem = format!("{} is a classifier, and this is for decoders\n  hint: {hint}", path.display());
                 return Err(Problems::plain(problem).into());
@@ -208,7 +208,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
         let (found, skipped) = newest_good(path)?;
         let Some((found, _)) = found else {
             skipped.iter().for_each(|problem| (caller.tell)(&format!("warning: {problem}")));
-            return Err(Failure::Run(format!("{}: holds no whole checkpoint", path.display())));
+            return Err(Failure::Run(format!("{}: contains no complete checkpoint", path.display())));
         };
         let held = hold(&found);
         // A training beside may have pruned it, or others, since the folder was listed.
@@ -231,7 +231,7 @@ pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
     toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
 }
 
-/// The tokenizer that lies in a checkpoint, if one does.
+/// The tokenizer in a checkpoint, if there is one.
 ///
 /// # Errors
 /// If it is altered.

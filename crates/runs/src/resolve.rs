@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::Tokenizer;
+use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::Decoder;
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
 use polyhead_training::optimizer::Optimizer;
@@ -14,7 +14,7 @@ use polyhead_training::{Parts, ProcedureConfig, Trainee};
 use crate::Caller;
 use crate::device;
 use crate::error::Failure;
-use crate::pretrained::{Pretrained, recipe_of, tokenizer_of, vocab_of};
+use crate::pretrained::{Pretrained, find_checkpoint, recipe_of, tokenizer_of, vocab_of};
 use crate::stages;
 
 /// A recipe as it is run: everything about its model is at hand.
@@ -36,6 +36,14 @@ pub struct Resolved {
 /// If what it names is not there, or contradicts what it says itself.
 pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     let mut recipe = loaded.recipe.clone();
+    if let (ModelConfig::Classifier { pretrained: Some(path), .. }, None) = (&recipe.model, &recipe.tokenizer) {
+        let file = find_checkpoint(path, caller)?.join("tokenizer.json");
+        let its_own = match file.exists() {
+            true => TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }),
+            false => TokenizerConfig::default(),
+        };
+        recipe.tokenizer = Some(its_own);
+    }
     let ModelConfig::Decoder { pretrained: Some(path), config } = &mut recipe.model else {
         let tokenizer = open_tokenizer(&recipe, caller)?;
         return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None, caller });
@@ -86,6 +94,8 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
             *now = before.to_owned();
         }
         *config = config.take().or_else(|| before.model.decoder().cloned());
+    }
+    if recipe.model.pretrained().is_some() {
         recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
     }
     let changed = recipe::differences(&before, &recipe);

@@ -35,6 +35,9 @@ pub struct TrainingConfig {
     /// What products run in: "f32" (default) or "bf16". Weights and optimiser stay f32.
     #[serde(default)]
     pub precision: Precision,
+    /// The rate of dropout on the embedded input and on what attention and feed-forward layers write. Default: 0.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub dropout: f64,
     /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
     #[serde(default = "penalty_weight")]
     pub penalty_weight: f64,
@@ -46,6 +49,10 @@ fn one() -> usize {
 
 fn is_zero(value: &usize) -> bool {
     *value == 0
+}
+
+fn is_off(rate: &f64) -> bool {
+    *rate == 0.0
 }
 
 /// Chosen by us.
@@ -232,7 +239,7 @@ pub struct MetricsConfig {
     /// Observe attention on a held-out row: with each validation numbers per head and histograms of weights, and every
     /// image_interval steps maps. Default: true.
     pub observe: bool,
-    /// Steps between two pictures of the attention maps in TensorBoard; 0 draws them at the end only. Default: 250.
+    /// Steps between two images of the attention maps in TensorBoard; 0 draws them at the end only. Default: 250.
     pub image_interval: u64,
 }
 

@@ -24,9 +24,9 @@ pub enum ProcedureConfig {
     Standard(StandardConfig),
     /// FocuSFT: fast weights are adapted to each batch first, then thrown away (arXiv 2605.09932).
     Bilevel(BilevelConfig),
-    /// Decoupled-Head Attention: the heads of each group are led together (arXiv 2406.06567).
+    /// Decoupled-Head Attention: the heads of each group are fused (arXiv 2406.06567).
     Fusion(FusionConfig),
-    /// SenD: what moves most in a layer's output is dropped for a while.
+    /// SenD: the most sensitive hidden units of a layer are dropped for a while.
     NeuronDropout(Box<NeuronDropoutConfig>),
 }
 

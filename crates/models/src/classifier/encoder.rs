@@ -5,8 +5,8 @@
 //!   ->  layers: x + attention(norm(x)), x + mlp(norm(x))  ->  norm  ->  pooling  ->  linear to classes
 //! ```
 //! Nothing is causal and nothing rotates. With `pooling = "class_token"` a learned token stands in front; other poolings have
-//! none. Trainable pooling over all layers reads each of them behind the last norm. Left out of ViT: dropout, and the hidden
-//! layer of its head while it is pretrained.
+//! none. Trainable pooling over all layers reads each of them behind the last norm. Left out of ViT: the hidden layer of its
+//! head while it is pretrained.
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -16,7 +16,8 @@ use polyhead_kernels::random;
 
 use super::Scored;
 use super::config::{EncoderConfig, Source};
-use crate::transformer::{Block, Norm, Part, Precision};
+use crate::gate::dropout;
+use crate::transformer::{Block, Computing, Norm, Part, Precision};
 use crate::{Inputs, Pooling};
 
 /// A bidirectional transformer with a class at its end.
@@ -39,7 +40,7 @@ pub struct Encoder {
     #[module(skip)]
     config: EncoderConfig,
     #[module(skip)]
-    precision: Precision,
+    computing: Computing,
 }
 
 /// From the input to the residual stream.
@@ -73,7 +74,7 @@ impl EncoderConfig {
             pooling: self.pooling.init(d_model, n_layers, device),
             head: linear(d_model, n_classes, true, INIT_STD, device),
             config: self,
-            precision: Precision::F32,
+            computing: Computing::default(),
         }
     }
 
@@ -143,13 +144,18 @@ impl Encoder {
 
     /// The model with its products in another precision.
     pub(super) fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+        Self { computing: Computing { precision, ..self.computing }, ..self }
+    }
+
+    /// The model with dropout at this rate while it trains.
+    pub(super) fn with_dropout(self, dropout: f64) -> Self {
+        Self { computing: Computing { dropout, ..self.computing }, ..self }
     }
 
     fn through(&self, layer: &Block, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
         let transformer = &self.config.transformer;
         let call = Call { grid: transformer.grid, observe, ..Call::new(mask) };
-        layer.forward(hidden, call, transformer, self.precision)
+        layer.forward(hidden, call, transformer, self.computing)
     }
 
     /// What layers do before the step `step` of training, from 0: each by what it reads once those before it are done.
@@ -195,6 +201,7 @@ impl Encoder {
         let all = Tensor::cat(token.into_iter().chain([embedded]).collect(), 1);
         let count = all.dims()[1];
         let hidden = all + self.positions.val().narrow(0, 0, count).unsqueeze::<3>();
+        let hidden = dropout(hidden, self.computing.dropout);
         let lengths = lengths.filter(|lengths| lengths.iter().any(|&length| length < count));
         let mask = lengths.as_ref().map_or_else(Mask::none, |lengths| Mask::none().with_lengths(lengths));
         let padding = lengths.map(|lengths| behind(&lengths, count, &device));

@@ -67,13 +67,13 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
     let layer = layer_of(args, &trained.model)?;
-    let sampling = Sampling { max_new_tokens: args.new_tokens, seed: args.seed, ..Sampling::eigenscore() };
+    let sampling = Sampling { max_new_tokens: args.max_new_tokens, seed: args.seed, ..Sampling::eigenscore() };
     let mut prompts = Vec::new();
     let mut sums = vec![0.0; SCORES.len()];
-    talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.new_tokens);
+    talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.max_new_tokens);
     for prompt in lines(file)? {
         let ids = tokenizer.encode_prompt(&prompt)?;
-        trained.check_length(ids.len().saturating_add(args.new_tokens), "a prompt with --new-tokens")?;
+        trained.check_length(ids.len().saturating_add(args.max_new_tokens), "a prompt with --max-new-tokens")?;
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);

@@ -118,7 +118,7 @@ pub fn must_not_be_data(recipe: &Recipe, out: &Path) -> Result<(), Failure> {
     match recipe.data.would_read(out) {
         Some(source) => {
             let problem = format!(
-                "{} lies in what data.{} reads (\"{source}\"): what is written there would become data; name a folder elsewhere \
+                "{} is inside what data.{} reads (\"{source}\"): what is written there would become data; name a folder elsewhere \
                  with --out",
                 out.display(),
                 recipe.data.name()

@@ -1,5 +1,5 @@
 //! `polyhead preview`: the tokens that a model would see, and which of them it learns to predict; of examples with classes a
-//! sheet of pictures.
+//! sheet of images.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub struct PreviewOptions {
     pub rows: usize,
     /// One line per position, even on a terminal.
     pub table: bool,
-    /// Where a sheet of pictures is written.
+    /// Where a sheet of images is written.
     pub out: PathBuf,
 }
 
@@ -71,7 +71,7 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
     let (resolved, quiet) = (resolve(loaded, caller())?, &mut |_, _| {});
     match &resolved.recipe.model {
         ModelConfig::Decoder { .. } => tokens(loaded, &Decoder::open(&resolved, quiet)?, options),
-        ModelConfig::Classifier(_) => examples(&Classifier::open(&resolved, quiet)?, options),
+        ModelConfig::Classifier { .. } => examples(&Classifier::open(&resolved, quiet)?, options),
         ModelConfig::Embedder(_) => pairs(&Embedder::open(&resolved, quiet)?, options),
     }
 }
@@ -120,7 +120,7 @@ fn tokens(loaded: &Loaded, opened: &Opened, options: PreviewOptions) -> Result<(
 /// Pictures of a row of a sheet.
 const ACROSS: usize = 8;
 
-/// Lists examples with their classes; where they can be seen, as a sheet of pictures.
+/// Lists examples with their classes; where they can be seen, as a sheet of images.
 fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure> {
     talk!("data: {}", labelled.description);
     labelled.notes.iter().for_each(|note| talk!("note: {note}"));
@@ -171,7 +171,7 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
     let [channels, height, width] = size;
     let png = sheet(&images, Sheet { channels, height, width, across: ACROSS });
     atomic_write(&options.out, &png.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
-    talk!("wrote {} pictures to {}", images.len(), options.out.display());
+    talk!("wrote {} images to {}", images.len(), options.out.display());
     Ok(())
 }
 

@@ -39,7 +39,9 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
     };
     let shares = importance.shares();
     let read = match &trained.recipe.model {
-        ModelConfig::Classifier(ClassifierConfig::GaussianAdaptiveTransformer(config)) => config.layers.clone(),
+        ModelConfig::Classifier { config: ClassifierConfig::GaussianAdaptiveTransformer(config), .. } => {
+            config.layers.clone()
+        }
         _ => None,
     };
     // Layers are called what they are called in the model whose features are read.

@@ -25,7 +25,7 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub training: TrainingConfig,
     /// What a step does.
     pub procedure: ProcedureConfig,
-    /// How weights move.
+    /// Optimizer settings.
     pub optimizer: OptimizerConfig,
     /// How fast.
     pub lr_scheduler: crate::config::LrSchedulerConfig,
