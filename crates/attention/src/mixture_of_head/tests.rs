@@ -144,7 +144,8 @@ fn what_is_skipped_would_have_been_multiplied_by_zero() {
         let project =
             |map: &Linear, heads| split_heads(polyhead_kernels::linear(x.clone(), map.weight.val(), None), heads);
         let (q, k) = (rope.rotate(project(&layer.q_proj, 6)), rope.rotate(project(&layer.k_proj, 3)));
-        let options = AttentionOptions { mask: Some(&Mask::causal()), ..Default::default() };
+        let window = Mask::causal().with_window(5);
+        let options = AttentionOptions { mask: Some(&window), ..Default::default() };
         let heads = join_heads(attention(q, k, project(&layer.v_proj, 3), &options).hidden);
         let gated = heads.reshape([2, SEQ, 6, 4]) * routing.gates.unsqueeze_dim::<4>(3);
         let want = polyhead_kernels::linear(gated.reshape([2, SEQ, 24]), layer.o_proj.weight.val(), None);
