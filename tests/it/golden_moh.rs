@@ -236,12 +236,12 @@ fn check_vision(golden: &Golden) {
     let options = AttentionOptions {
         scale: Some(1.0),
         bias: Some(relative.unsqueeze::<4>()),
-        active: Some(routing.active.clone()),
+        selected: Some(routing.selected.clone()),
         ..Default::default()
     };
     let attended = attention(q, of_length_one(heads(&layer.k_proj)), heads(&layer.v_proj), &options).hidden;
     let attended = attended.swap_dims(1, 2).reshape([batch, seq, n_heads * width]);
-    let out = linear_out_of_heads(attended, routing.gates, layer.o_proj.weight.val(), &routing.active)
+    let out = linear_out_of_heads(attended, routing.gates, layer.o_proj.weight.val(), &routing.selected)
         + layer.o_proj.bias.as_ref().unwrap().val().unsqueeze::<3>();
     compare(name, "out", &golden.tensors["out"].values, &values(out.clone()), OUTPUT, false);
 

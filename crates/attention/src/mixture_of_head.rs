@@ -240,7 +240,7 @@ impl MixtureOfHead {
         match (&self.router, &self.config.router) {
             (Some(router), _) => {
                 let routing = router.route(hidden.clone(), real);
-                let q = linear_into_heads(hidden, adapters.weight("q_proj", &self.q_proj), &routing.active);
+                let q = linear_into_heads(hidden, adapters.weight("q_proj", &self.q_proj), &routing.selected);
                 (with_bias(q, &self.q_proj), routing)
             }
             (None, RouterConfig::QueryNorm(config)) => {
@@ -271,7 +271,7 @@ impl Mechanism for MixtureOfHead {
             mask: Some(&mask),
             query_offset,
             bias: call.bias.cloned(),
-            active: Some(routing.active.clone()),
+            selected: Some(routing.selected.clone()),
             statistics: call.observe.measure(),
             ..Default::default()
         };
@@ -283,7 +283,7 @@ impl Mechanism for MixtureOfHead {
         });
         let heads = join_heads(attended.hidden);
         let weight = adapters.weight("o_proj", &self.o_proj);
-        let hidden = with_bias(linear_out_of_heads(heads, routing.gates, weight, &routing.active), &self.o_proj);
+        let hidden = with_bias(linear_out_of_heads(heads, routing.gates, weight, &routing.selected), &self.o_proj);
         let penalty = routing.balance.map(|balance| balance.penalty(self.split, self.config.penalty_norm));
         Attended { hidden, penalty, seen }
     }

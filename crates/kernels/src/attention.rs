@@ -10,7 +10,7 @@ use std::sync::Arc;
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 
 use crate::shapes::{assert_shapes, spreads};
-use crate::{ActiveRows, Mask, cpu, in_type};
+use crate::{Mask, SelectedRows, cpu, in_type};
 
 mod blocks;
 mod tiles;
@@ -54,7 +54,7 @@ pub struct AttentionOptions<'a> {
     pub values: HeadMap,
     /// The selected queries of each head; `None` means all. Elsewhere the output and the gradient of the query
     /// are zero, and statistics leave it out.
-    pub active: Option<Arc<ActiveRows>>,
+    pub selected: Option<Arc<SelectedRows>>,
     /// The statistics to measure.
     pub statistics: Measure,
 }
@@ -158,9 +158,9 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
     if let Some(softcap) = options.softcap {
         assert!(softcap > 0.0, "attention: softcap ({softcap}) must be above 0");
     }
-    if let Some(active) = &options.active {
-        assert_shapes!("attention", q, active;
-            "active rows must be [batch, queries, query heads]": active.shape() == [batch, queries, heads]);
+    if let Some(selected) = &options.selected {
+        assert_shapes!("attention", q, selected;
+            "selected rows must be [batch, queries, query heads]": selected.shape() == [batch, queries, heads]);
     }
     if let Measure::Spans(spans) = &options.statistics {
         assert_shapes!("attention", k, spans;
@@ -229,7 +229,7 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     if let Some(hidden) = &hidden {
         scores = scores.mask_fill(hidden.clone().expand(full), HIDDEN_SCORE);
     }
-    let inactive = options.active.as_ref().map(|active| active.hidden(&device).expand(full));
+    let inactive = options.selected.as_ref().map(|selected| selected.hidden(&device).expand(full));
     let measured = (!options.statistics.is_nothing()).then(|| match &inactive {
         Some(inactive) => scores.clone().detach().mask_fill(inactive.clone(), HIDDEN_SCORE),
         None => scores.clone().detach(),
@@ -250,11 +250,11 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     {
         weights = weights.mask_fill(hidden.expand(full), 0.0);
     }
-    let of_active = |weights: Tensor<4>| match &inactive {
+    let of_selected = |weights: Tensor<4>| match &inactive {
         Some(inactive) => weights.clone().mask_fill(inactive.clone().narrow(3, 0, weights.dims()[3]), 0.0),
         None => weights,
     };
-    let (weights, sink) = (of_active(weights), sink.map(of_active));
+    let (weights, sink) = (of_selected(weights), sink.map(of_selected));
     let statistics =
         measured.map(|scores| measure(scores, weights.clone().detach(), sink.map(Tensor::detach), options));
     Attention { hidden: grouped_matmul(weights, v, &options.values), statistics }
@@ -277,7 +277,7 @@ impl AttentionOptions<'_> {
 
     /// `[heads]`: of how many queries statistics are the mean.
     fn counted(&self, [batch, heads, queries, _]: [usize; 4], device: &Device) -> Tensor<1> {
-        let of = |head: usize| self.active.as_ref().map_or(batch * queries, |active| active.of_head(head).len());
+        let of = |head: usize| self.selected.as_ref().map_or(batch * queries, |selected| selected.of_head(head).len());
         let counts: Vec<f32> = (0..heads).map(|head| of(head) as f32).collect();
         Tensor::from_data(TensorData::new(counts, [heads]), device)
     }

@@ -9,7 +9,6 @@
 //! (`shapes.rs`), matrices are views that know their sizes (`matrix.rs`), and memory without values cannot be read
 //! (`scratch.rs`). A backward computes the gradients that somebody wants, and no others (`differentiable.rs`).
 
-mod active;
 mod adamw;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
@@ -31,13 +30,13 @@ mod rms_norm;
 mod rope;
 mod routed_linear;
 mod scratch;
+mod selected_rows;
 mod shapes;
 mod simd;
 mod swiglu;
 #[cfg(test)]
 mod testing;
 
-pub use active::ActiveRows;
 pub use adamw::{AdamwStep, adamw};
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
 pub use cpu::threads;
@@ -53,5 +52,6 @@ pub use random::{random, seed_random};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use routed_linear::{linear_into_heads, linear_out_of_heads};
+pub use selected_rows::SelectedRows;
 pub use simd::instruction_set;
 pub use swiglu::swiglu;

@@ -13,14 +13,14 @@ use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::shapes::assert_shapes;
-use crate::{ActiveRows, cpu, in_type, linear};
+use crate::{SelectedRows, cpu, in_type, linear};
 
 mod maps;
 
 #[cfg(test)]
 mod tests;
 
-/// `x · weight` for the active heads of each position, zero for the others.
+/// `x · weight` for the selected heads of each position, zero for the others.
 ///
 /// # Shapes
 /// - x: `[batch, seq, d_model]`, weight: `[d_model, heads * width]`
@@ -28,11 +28,11 @@ mod tests;
 ///
 /// # Panics
 /// If the shapes are others.
-pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
+pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, selected: &Arc<SelectedRows>) -> Tensor<3> {
     let ([batch, seq, d_model], [rows, channels]) = (x.dims(), weight.dims());
-    let [active_batch, active_seq, heads] = active.shape();
-    assert_shapes!("linear_into_heads", x, weight, active;
-        "active rows must be [batch, seq, heads]": [active_batch, active_seq] == [batch, seq],
+    let [selected_batch, selected_seq, heads] = selected.shape();
+    assert_shapes!("linear_into_heads", x, weight, selected;
+        "selected rows must be [batch, seq, heads]": [selected_batch, selected_seq] == [batch, seq],
         "weight must have a row per channel of x": rows == d_model,
         "the columns of weight must be heads of one width": channels.is_multiple_of(heads),
     );
@@ -41,12 +41,12 @@ pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRow
     }
     if cpu::fuses(&x) {
         let parts = (x.into_dispatch(), in_type(weight, DType::F32).into_dispatch());
-        return Tensor::from_dispatch(Dispatch::into_heads(parts.0, parts.1, active.clone()));
+        return Tensor::from_dispatch(Dispatch::into_heads(parts.0, parts.1, selected.clone()));
     }
-    into_heads_plain(x, weight, active)
+    into_heads_plain(x, weight, selected)
 }
 
-/// The sum over the active heads of each position of `gate · head · (the head's rows of the weight)`.
+/// The sum over the selected heads of each position of `gate · head · (the head's rows of the weight)`.
 ///
 /// # Shapes
 /// - heads: `[batch, seq, heads * width]`, gates: `[batch, seq, heads]`, weight: `[heads * width, d_model]`
@@ -58,12 +58,12 @@ pub fn linear_out_of_heads(
     heads: Tensor<3>,
     gates: Tensor<3>,
     weight: Tensor<2>,
-    active: &Arc<ActiveRows>,
+    selected: &Arc<SelectedRows>,
 ) -> Tensor<3> {
     let ([batch, seq, channels], n_heads) = (heads.dims(), gates.dims()[2]);
-    assert_shapes!("linear_out_of_heads", heads, gates, weight, active;
+    assert_shapes!("linear_out_of_heads", heads, gates, weight, selected;
         "gates must be [batch, seq, heads]": gates.dims() == [batch, seq, n_heads],
-        "active rows must be [batch, seq, heads]": active.shape() == [batch, seq, n_heads],
+        "selected rows must be [batch, seq, heads]": selected.shape() == [batch, seq, n_heads],
         "the channels of heads must be heads of one width": channels.is_multiple_of(n_heads),
         "weight must have a row per channel of heads": weight.dims()[0] == channels,
     );
@@ -73,59 +73,69 @@ pub fn linear_out_of_heads(
     if cpu::fuses(&heads) {
         let [gates, weight] = [in_type(gates, DType::F32).into_dispatch(), in_type(weight, DType::F32).into_dispatch()];
         let parts = (heads.into_dispatch(), gates, weight);
-        return Tensor::from_dispatch(Dispatch::out_of_heads(parts.0, parts.1, parts.2, active.clone()));
+        return Tensor::from_dispatch(Dispatch::out_of_heads(parts.0, parts.1, parts.2, selected.clone()));
     }
-    out_of_heads_plain(heads, gates, weight, active)
+    out_of_heads_plain(heads, gates, weight, selected)
 }
 
-fn into_heads_plain(x: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
-    zero_where_inactive(linear(x, weight, None), active)
+fn into_heads_plain(x: Tensor<3>, weight: Tensor<2>, selected: &Arc<SelectedRows>) -> Tensor<3> {
+    zero_where_unselected(linear(x, weight, None), selected)
 }
 
-fn out_of_heads_plain(heads: Tensor<3>, gates: Tensor<3>, weight: Tensor<2>, active: &Arc<ActiveRows>) -> Tensor<3> {
+fn out_of_heads_plain(
+    heads: Tensor<3>,
+    gates: Tensor<3>,
+    weight: Tensor<2>,
+    selected: &Arc<SelectedRows>,
+) -> Tensor<3> {
     let [batch, seq, channels] = heads.dims();
     let n_heads = gates.dims()[2];
     let by_head = heads.reshape([batch, seq, n_heads, channels / n_heads]) * gates.unsqueeze_dim::<4>(3);
-    linear(zero_where_inactive(by_head.reshape([batch, seq, channels]), active), weight, None)
+    linear(zero_where_unselected(by_head.reshape([batch, seq, channels]), selected), weight, None)
 }
 
 /// `[batch, seq, heads * width]`
-fn zero_where_inactive(x: Tensor<3>, active: &ActiveRows) -> Tensor<3> {
+fn zero_where_unselected(x: Tensor<3>, selected: &SelectedRows) -> Tensor<3> {
     let [batch, seq, channels] = x.dims();
-    let heads = active.shape()[2];
+    let heads = selected.shape()[2];
     let full = [batch, seq, heads, channels / heads];
-    let hidden = active.hidden(&x.device()).swap_dims(1, 2).expand(full); // from [batch, heads, seq, 1]
+    let hidden = selected.hidden(&x.device()).swap_dims(1, 2).expand(full); // from [batch, heads, seq, 1]
     x.reshape(full).mask_fill(hidden, 0.0).reshape([batch, seq, channels])
 }
 
 #[backend_extension(Flex, Autodiff)]
 trait RoutedLinear: Backend {
-    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, active: Arc<ActiveRows>) -> FloatTensor<Self>;
+    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, selected: Arc<SelectedRows>) -> FloatTensor<Self>;
 
     fn out_of_heads(
         heads: FloatTensor<Self>,
         gates: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        active: Arc<ActiveRows>,
+        selected: Arc<SelectedRows>,
     ) -> FloatTensor<Self>;
 }
 
 impl RoutedLinear for Flex {
-    fn into_heads(x: FlexTensor, weight: FlexTensor, active: Arc<ActiveRows>) -> FlexTensor {
-        maps::into_heads(&x.to_contiguous(), &cpu::not_backwards(weight), &active)
+    fn into_heads(x: FlexTensor, weight: FlexTensor, selected: Arc<SelectedRows>) -> FlexTensor {
+        maps::into_heads(&x.to_contiguous(), &cpu::not_backwards(weight), &selected)
     }
 
-    fn out_of_heads(heads: FlexTensor, gates: FlexTensor, weight: FlexTensor, active: Arc<ActiveRows>) -> FlexTensor {
+    fn out_of_heads(
+        heads: FlexTensor,
+        gates: FlexTensor,
+        weight: FlexTensor,
+        selected: Arc<SelectedRows>,
+    ) -> FlexTensor {
         let weight = cpu::not_backwards(weight);
-        maps::out_of_heads([&heads.to_contiguous(), &gates.to_contiguous(), &weight], &active)
+        maps::out_of_heads([&heads.to_contiguous(), &gates.to_contiguous(), &weight], &selected)
     }
 }
 
 impl<C: CheckpointStrategy> RoutedLinear for Autodiff<Flex, C> {
-    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, active: Arc<ActiveRows>) -> FloatTensor<Self> {
+    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, selected: Arc<SelectedRows>) -> FloatTensor<Self> {
         let run = |[x, weight]: [FlexTensor; 2], _: Wanted<2>| {
             let (x, weight) = (x.to_contiguous(), cpu::not_backwards(weight));
-            (maps::into_heads(&x, &weight, &active), ([x, weight], active), ())
+            (maps::into_heads(&x, &weight, &selected), ([x, weight], selected), ())
         };
         differentiable::<Flex, C, _, _, 2>([x, weight], run, into_heads_backward).0
     }
@@ -134,37 +144,37 @@ impl<C: CheckpointStrategy> RoutedLinear for Autodiff<Flex, C> {
         heads: FloatTensor<Self>,
         gates: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        active: Arc<ActiveRows>,
+        selected: Arc<SelectedRows>,
     ) -> FloatTensor<Self> {
         let run = |[heads, gates, weight]: [FlexTensor; 3], _: Wanted<3>| {
             let inputs = [heads.to_contiguous(), gates.to_contiguous(), cpu::not_backwards(weight)];
-            (maps::out_of_heads(inputs.each_ref(), &active), (inputs, active), ())
+            (maps::out_of_heads(inputs.each_ref(), &selected), (inputs, selected), ())
         };
         differentiable::<Flex, C, _, _, 3>([heads, gates, weight], run, out_of_heads_backward).0
     }
 }
 
 fn into_heads_backward(
-    ([x, weight], active): ([FlexTensor; 2], Arc<ActiveRows>),
+    ([x, weight], selected): ([FlexTensor; 2], Arc<SelectedRows>),
     y_grad: FlexTensor,
     [of_x, of_weight]: Wanted<2>,
 ) -> InputGrads<Flex, 2> {
     let y_grad = y_grad.to_contiguous();
     [
-        of_x.then(|| maps::into_heads_back_to_x(&weight, &y_grad, &active)),
-        of_weight.then(|| maps::into_heads_back_to_weight(&x, &y_grad, &active)),
+        of_x.then(|| maps::into_heads_back_to_x(&weight, &y_grad, &selected)),
+        of_weight.then(|| maps::into_heads_back_to_weight(&x, &y_grad, &selected)),
     ]
 }
 
 fn out_of_heads_backward(
-    (inputs, active): ([FlexTensor; 3], Arc<ActiveRows>),
+    (inputs, selected): ([FlexTensor; 3], Arc<SelectedRows>),
     y_grad: FlexTensor,
     [of_heads, of_gates, of_weight]: Wanted<3>,
 ) -> InputGrads<Flex, 3> {
     let y_grad = y_grad.to_contiguous();
     let [heads_grad, gates_grad] =
-        maps::out_of_heads_back_to_heads(inputs.each_ref(), &y_grad, &active, [of_heads, of_gates]);
+        maps::out_of_heads_back_to_heads(inputs.each_ref(), &y_grad, &selected, [of_heads, of_gates]);
     let [heads, gates, _] = &inputs;
-    let weight_grad = of_weight.then(|| maps::out_of_heads_back_to_weight([heads, gates], &y_grad, &active));
+    let weight_grad = of_weight.then(|| maps::out_of_heads_back_to_weight([heads, gates], &y_grad, &selected));
     [heads_grad, gates_grad, weight_grad]
 }

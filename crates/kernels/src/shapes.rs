@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, Tensor};
 
-use crate::{ActiveRows, Targets};
+use crate::{SelectedRows, Targets};
 
 /// A value with a shape that a message can name.
 pub(crate) trait Shaped {
@@ -22,9 +22,9 @@ impl<const D: usize> Shaped for Tensor<D, Bool> {
     }
 }
 
-impl Shaped for ActiveRows {
+impl Shaped for SelectedRows {
     fn shape(&self) -> Vec<usize> {
-        ActiveRows::shape(self).to_vec()
+        SelectedRows::shape(self).to_vec()
     }
 }
 

@@ -160,33 +160,33 @@ fn updates() {
 
 #[test]
 fn routed_maps() {
-    let active = |batch, seq, heads| Arc::new(ActiveRows::all([batch, seq, heads]));
+    let selected = |batch, seq, heads| Arc::new(SelectedRows::all([batch, seq, heads]));
     refuses(&["linear_into_heads: weight must have a row per channel of x", "x [1, 3, 4]", "weight [5, 6]"], || {
-        linear_into_heads(some([1, 3, 4]), some([5, 6]), &active(1, 3, 2))
+        linear_into_heads(some([1, 3, 4]), some([5, 6]), &selected(1, 3, 2))
     });
-    refuses(&["active rows must be [batch, seq, heads]", "active [1, 2, 2]"], || {
-        linear_into_heads(some([1, 3, 4]), some([4, 6]), &active(1, 2, 2))
+    refuses(&["selected rows must be [batch, seq, heads]", "selected [1, 2, 2]"], || {
+        linear_into_heads(some([1, 3, 4]), some([4, 6]), &selected(1, 2, 2))
     });
-    refuses(&["heads of one width"], || linear_into_heads(some([1, 3, 4]), some([4, 7]), &active(1, 3, 2)));
+    refuses(&["heads of one width"], || linear_into_heads(some([1, 3, 4]), some([4, 7]), &selected(1, 3, 2)));
     let out = |heads, gates, weight: [usize; 2]| {
-        linear_out_of_heads(some(heads), some(gates), some(weight), &active(1, 3, 2))
+        linear_out_of_heads(some(heads), some(gates), some(weight), &selected(1, 3, 2))
     };
-    refuses(&["linear_out_of_heads: active rows", "gates [1, 3, 3]"], || out([1, 3, 4], [1, 3, 3], [4, 5]));
+    refuses(&["linear_out_of_heads: selected rows", "gates [1, 3, 3]"], || out([1, 3, 4], [1, 3, 3], [4, 5]));
     refuses(&["gates must be", "heads [1, 2, 4]"], || out([1, 2, 4], [1, 3, 2], [4, 5]));
     refuses(&["weight must have a row per channel of heads", "weight [5, 5]"], || out([1, 3, 4], [1, 3, 2], [5, 5]));
-    refuses(&["one answer per position and head; chosen [3]"], || ActiveRows::new(&[true; 3], [1, 2, 2]));
-    refuses(&["head 2 of 2"], || ActiveRows::all([1, 2, 2]).of_head(2).len());
+    refuses(&["one answer per position and head; chosen [3]"], || SelectedRows::new(&[true; 3], [1, 2, 2]));
+    refuses(&["head 2 of 2"], || SelectedRows::all([1, 2, 2]).of_head(2).len());
     for [batch, seq, d_model, heads, width] in
         [[0, 3, 4, 2, 3], [1, 0, 4, 2, 3], [1, 3, 0, 2, 3], [1, 3, 4, 0, 3], [1, 3, 4, 2, 0]]
     {
         // The first head everywhere, the others nowhere.
         let chosen: Vec<bool> = (0..batch * seq * heads).map(|index| index % heads == 0).collect();
-        for active in [active(batch, seq, heads), Arc::new(ActiveRows::new(&chosen, [batch, seq, heads]))] {
+        for selected in [selected(batch, seq, heads), Arc::new(SelectedRows::new(&chosen, [batch, seq, heads]))] {
             let channels = heads * width;
-            let y = linear_into_heads(some([batch, seq, d_model]), some([d_model, channels]), &active);
+            let y = linear_into_heads(some([batch, seq, d_model]), some([d_model, channels]), &selected);
             works(y, [batch, seq, channels], &[]);
             let (heads_in, gates) = (some([batch, seq, channels]), some([batch, seq, heads]));
-            let y = linear_out_of_heads(heads_in, gates, some([channels, d_model]), &active);
+            let y = linear_out_of_heads(heads_in, gates, some([channels, d_model]), &selected);
             works(y, [batch, seq, d_model], &[]);
         }
     }
@@ -222,9 +222,16 @@ fn attention_of_wrong_shapes() {
     let with = |bias: [usize; 4]| AttentionOptions { bias: Some(some(bias)), ..Default::default() };
     refuses(&["bias must be", "bias [2, 4, 3, 4]"], || attend(q, kv, kv, &with([2, 4, 3, 4])));
     refuses(&["bias must be", "bias [3, 1, 3, 5]"], || attend(q, kv, kv, &with([3, 1, 3, 5])));
-    let active = Some(Arc::new(ActiveRows::all([2, 4, 4])));
-    let options = AttentionOptions { active, ..Default::default() };
-    refuses(&["active rows must be [batch, queries, query heads]", "active [2, 4, 4]"], || attend(q, kv, kv, &options));
+    let sinks = AttentionOptions { sinks: Some(some([2])), ..Default::default() };
+    refuses(&["sinks must be [query heads]", "sinks [2]"], || attend(q, kv, kv, &sinks));
+    let softcap = AttentionOptions { softcap: Some(0.0), ..Default::default() };
+    refuses(&["softcap (0) must be above 0"], || attend(q, kv, kv, &softcap));
+    refuses(&["a window of 0 keys"], || Mask::causal().with_window(0));
+    let selected = Some(Arc::new(SelectedRows::all([2, 4, 4])));
+    let options = AttentionOptions { selected, ..Default::default() };
+    refuses(&["selected rows must be [batch, queries, query heads]", "selected [2, 4, 4]"], || {
+        attend(q, kv, kv, &options)
+    });
     let spans = Measure::Spans(Arc::new(some([2, 4, 1])));
     let options = AttentionOptions { statistics: spans, ..Default::default() };
     refuses(&["spans must be [batch, keys, sets]", "spans [2, 4, 1]"], || attend(q, kv, kv, &options));
@@ -281,7 +288,8 @@ fn attention_of_nothing() {
 fn awkward_shapes_are_read_to_their_ends_and_not_beyond() {
     let (batch, seq, heads, width, d_model) = (2, 131, 6, 5, 30);
     let x = some([batch, seq, d_model]);
-    let into = ActiveRows::new(&(0..batch * seq * heads).map(|i| i % 3 != 1).collect::<Vec<_>>(), [batch, seq, heads]);
+    let into =
+        SelectedRows::new(&(0..batch * seq * heads).map(|i| i % 3 != 1).collect::<Vec<_>>(), [batch, seq, heads]);
     let into = Arc::new(into);
     let q = linear_into_heads(rms_norm(x.clone(), some([d_model]), 1e-5), some([d_model, heads * width]), &into);
     let split = |x: Tensor<3>| x.reshape([batch, seq, heads, width]).swap_dims(1, 2);
@@ -290,7 +298,7 @@ fn awkward_shapes_are_read_to_their_ends_and_not_beyond() {
     let mask = Mask::turns(&turns, seq);
     let options = AttentionOptions {
         mask: Some(&mask),
-        active: Some(into.clone()),
+        selected: Some(into.clone()),
         statistics: Measure::Numbers,
         ..Default::default()
     };
@@ -299,7 +307,7 @@ fn awkward_shapes_are_read_to_their_ends_and_not_beyond() {
     let joined = less.swap_dims(1, 2).reshape([batch, seq, 4 * width]);
     let gates = some([batch, seq, 4]);
     let four =
-        Arc::new(ActiveRows::new(&(0..batch * seq * 4).map(|i| i % 4 != 2).collect::<Vec<_>>(), [batch, seq, 4]));
+        Arc::new(SelectedRows::new(&(0..batch * seq * 4).map(|i| i % 4 != 2).collect::<Vec<_>>(), [batch, seq, 4]));
     let y = x.clone() + linear_out_of_heads(joined, gates, some([4 * width, d_model]), &four);
     let y = gated_mlp(y, some([d_model, 37]), some([d_model, 37]), some([37, d_model]));
     let tables = some([seq, 3]).inner();

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData, activation};
-use polyhead_kernels::{ActiveRows, in_type};
+use polyhead_kernels::{SelectedRows, in_type};
 use serde::{Deserialize, Serialize};
 
 use super::HeadSplit;
@@ -140,7 +140,7 @@ pub struct Routing {
     /// `[batch, seq, heads]`: what outputs of heads are multiplied by.
     pub gates: Tensor<3>,
     /// The selected queries of each head; all others have a gate of zero.
-    pub active: Arc<ActiveRows>,
+    pub selected: Arc<SelectedRows>,
     /// `None` without routed heads.
     pub balance: Option<Balance>,
 }
@@ -207,7 +207,7 @@ impl LearnedRouter {
         }
         Routing {
             gates: in_type(Tensor::cat(gates, 2), dtype),
-            active: active_heads([batch, seq], shared, chosen.as_ref()),
+            selected: selected_rows([batch, seq], shared, chosen.as_ref()),
             balance: chosen.map(|chosen| chosen.balance(real)),
         }
     }
@@ -219,8 +219,8 @@ pub(super) fn by_query_norm(q: Tensor<4>, split: HeadSplit, config: QueryNormCon
     let HeadSplit { shared, routed, top_k } = split;
     let ones = |heads: usize| Tensor::<3>::ones([batch, seq, heads], &q.device());
     if routed == 0 {
-        let active = active_heads([batch, seq], shared, None);
-        return Routing { gates: in_type(ones(shared), dtype), active, balance: None };
+        let selected = selected_rows([batch, seq], shared, None);
+        return Routing { gates: in_type(ones(shared), dtype), selected, balance: None };
     }
     let norms = in_type(q.clone().narrow(1, shared, routed), DType::F32).square().sum_dim(3).sqrt();
     let norms = norms.squeeze_dim::<3>(3).swap_dims(1, 2); // [batch, seq, routed]
@@ -236,12 +236,12 @@ pub(super) fn by_query_norm(q: Tensor<4>, split: HeadSplit, config: QueryNormCon
     };
     let gates = if shared > 0 { Tensor::cat(vec![ones(shared), gates], 2) } else { gates };
     let learns = q.device().is_autodiff();
-    let active = match config.straight_through {
+    let selected = match config.straight_through {
         // A gate's gradient needs its head's output.
-        StraightThrough::All if learns => Arc::new(ActiveRows::all([batch, seq, split.heads()])),
-        _ => active_heads([batch, seq], shared, Some(&chosen)),
+        StraightThrough::All if learns => Arc::new(SelectedRows::all([batch, seq, split.heads()])),
+        _ => selected_rows([batch, seq], shared, Some(&chosen)),
     };
-    Routing { gates: in_type(gates, dtype), active, balance: Some(chosen.balance(real)) }
+    Routing { gates: in_type(gates, dtype), selected, balance: Some(chosen.balance(real)) }
 }
 
 /// The routed heads that positions chose.
@@ -292,7 +292,7 @@ impl Chosen {
 }
 
 /// Shared heads everywhere, routed ones where they were chosen.
-fn active_heads([batch, seq]: [usize; 2], shared: usize, chosen: Option<&Chosen>) -> Arc<ActiveRows> {
+fn selected_rows([batch, seq]: [usize; 2], shared: usize, chosen: Option<&Chosen>) -> Arc<SelectedRows> {
     let routed = chosen.map_or(0, |chosen| chosen.probabilities.dims()[2]);
     let all: Vec<bool> = (0..batch * seq)
         .flat_map(|token| {
@@ -300,7 +300,7 @@ fn active_heads([batch, seq]: [usize; 2], shared: usize, chosen: Option<&Chosen>
             std::iter::repeat_n(true, shared).chain(of_token.iter().copied())
         })
         .collect();
-    Arc::new(ActiveRows::new(&all, [batch, seq, shared + routed]))
+    Arc::new(SelectedRows::new(&all, [batch, seq, shared + routed]))
 }
 
 impl Balance {
@@ -324,7 +324,7 @@ impl Routing {
         let gates = in_type(self.gates.clone().detach(), DType::F32); // as all that is observed
         let taking_part = gates.clone().not_equal_elem(0.0).float().sum_dims_squeeze::<1, _>(&[0, 1]);
         seen.number("gate", gates.clone().sum_dims_squeeze::<1, _>(&[0, 1]) / taking_part.clamp_min(1.0));
-        debug_assert_eq!(self.active.shape(), [batch, seq, heads]);
+        debug_assert_eq!(self.selected.shape(), [batch, seq, heads]);
         if let Some(balance) = &self.balance {
             let even = split.top_k as f32 / split.routed as f32;
             let load: Vec<f32> = balance.load.iter().map(|load| load / even).collect();

@@ -113,7 +113,7 @@ fn each_position_has_its_number_of_heads_and_counts_each_once() {
         for router in [learned(GateNorm::Code), query_norm(StraightThrough::Chosen)] {
             let layer = layer(&config(shared, top_k, router), &device);
             let (_, routing) = layer.route(input(&device), None, Adapters::default());
-            assert_eq!(routing.active.count(), 2 * SEQ * (shared + top_k));
+            assert_eq!(routing.selected.count(), 2 * SEQ * (shared + top_k));
             let gates: Vec<f32> = routing.gates.into_data().iter::<f32>().collect();
             for gates in gates.chunks(6) {
                 assert_eq!(gates.iter().filter(|&&gate| gate != 0.0).count(), shared + top_k);

@@ -50,9 +50,9 @@ fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOption
     }
     let hidden = Tensor::cat(hidden, 2);
     let full = hidden.dims();
-    let hidden = match &options.active {
-        Some(active) => {
-            let inactive = active.hidden(&hidden.device());
+    let hidden = match &options.selected {
+        Some(selected) => {
+            let inactive = selected.hidden(&hidden.device());
             hidden.mask_fill(inactive.expand(full), 0.0)
         }
         None => hidden,
@@ -136,7 +136,7 @@ impl Part<'_> {
             keys: HeadMap::Even,
             values: HeadMap::Even,
             sinks: options.sinks.clone().map(Tensor::detach),
-            active: options.active.as_ref().map(|active| Arc::new(active.of_queries(start..start + rows))),
+            selected: options.selected.as_ref().map(|selected| Arc::new(selected.of_queries(start..start + rows))),
             ..options.clone()
         };
         let constant = |x: &Tensor<4>| x.clone().detach();

@@ -249,11 +249,11 @@ fn tiles_agree_with_sinks_and_caps() {
     for (batch, heads, key_heads, seq, width) in
         [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (1, 4, 2, 129, 16), (2, 6, 3, 300, 16), (1, 1, 1, 1030, 8)]
     {
-        let active = Some(Arc::new(ActiveRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
+        let selected = Some(Arc::new(SelectedRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
         for (index, mask) in masks(batch, seq).iter().enumerate() {
-            let (softcap, active) = ([None, Some(2.0)][index % 2], active.clone().filter(|_| index % 4 == 3));
+            let (softcap, selected) = ([None, Some(2.0)][index % 2], selected.clone().filter(|_| index % 4 == 3));
             let sinks = (index != 1).then(|| sinks(heads));
-            let options = AttentionOptions { mask: Some(mask), sinks, softcap, active, ..Default::default() };
+            let options = AttentionOptions { mask: Some(mask), sinks, softcap, selected, ..Default::default() };
             compare(&case(batch, heads, key_heads, seq, width), &options);
         }
     }
@@ -386,7 +386,7 @@ fn tiles_agree_where_only_some_queries_of_a_head_are_active() {
         let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
         let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
         let lengths: Vec<usize> = (0..batch).map(|b| (seq * b).div_ceil(2)).collect();
-        let active = Some(Arc::new(ActiveRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
+        let selected = Some(Arc::new(SelectedRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
         for mask in [
             Mask::none(),
             Mask::causal(),
@@ -395,7 +395,7 @@ fn tiles_agree_where_only_some_queries_of_a_head_are_active() {
             Mask::causal().with_documents(&pieces),
             Mask::turns(&turns, seq),
         ] {
-            let options = AttentionOptions { mask: Some(&mask), active: active.clone(), ..Default::default() };
+            let options = AttentionOptions { mask: Some(&mask), selected: selected.clone(), ..Default::default() };
             compare(&case(batch, heads, key_heads, seq, width), &options);
         }
     }
@@ -404,36 +404,36 @@ fn tiles_agree_where_only_some_queries_of_a_head_are_active() {
 #[test]
 fn active_queries_with_maps_wide_values_and_cached_keys() {
     let mask = Mask::causal();
-    let active = |queries| Some(Arc::new(ActiveRows::new(&choices(2, queries, 6), [2, queries, 6])));
+    let selected = |queries| Some(Arc::new(SelectedRows::new(&choices(2, queries, 6), [2, queries, 6])));
     let keys = HeadMap::Each(vec![0, 0, 1, 2, 2, 3]);
-    let options = AttentionOptions { mask: Some(&mask), keys, active: active(70), ..Default::default() };
+    let options = AttentionOptions { mask: Some(&mask), keys, selected: selected(70), ..Default::default() };
     compare(&Case { value_heads: 2, value_width: 24, ..case(2, 6, 4, 70, 12) }, &options);
     for (queries, cached) in [(1, 700), (140, 600)] {
         let case = Case { queries, keys: cached + queries, ..case(2, 6, 2, 0, 16) };
-        let options = AttentionOptions { active: active(queries), query_offset: cached, ..options.clone() };
+        let options = AttentionOptions { selected: selected(queries), query_offset: cached, ..options.clone() };
         compare(&case, &AttentionOptions { keys: HeadMap::Even, ..options });
     }
 }
 
-/// `[batch, heads, queries, 1]`, 1 where active.
-fn ones_where(active: &ActiveRows) -> Tensor<4> {
-    active.hidden(&Device::flex()).bool_not().float()
+/// `[batch, heads, queries, 1]`, 1 where selected.
+fn ones_where(selected: &SelectedRows) -> Tensor<4> {
+    selected.hidden(&Device::flex()).bool_not().float()
 }
 
 #[test]
 fn active_queries_have_the_numbers_of_the_masked_form() {
     let (q, k, v) = (leaf(2, 4, 150, 8), leaf(2, 2, 150, 8), leaf(2, 2, 150, 8));
-    let active = Arc::new(ActiveRows::new(&choices(2, 150, 4), [2, 150, 4]));
+    let selected = Arc::new(SelectedRows::new(&choices(2, 150, 4), [2, 150, 4]));
     let (mask, cotangent) = (Mask::causal(), random([2, 4, 150, 8]));
     let run = |out: Tensor<4>| {
         let grads = (out.clone() * Tensor::from_inner(cotangent.clone())).sum().backward();
         (numbers(out), [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))))
     };
     let everywhere = AttentionOptions { mask: Some(&mask), ..Default::default() };
-    let some = AttentionOptions { active: Some(active.clone()), ..everywhere.clone() };
+    let some = AttentionOptions { selected: Some(selected.clone()), ..everywhere.clone() };
     let got = run(attention(q.clone(), k.clone(), v.clone(), &some).hidden);
     let masked = attention(q.clone(), k.clone(), v.clone(), &everywhere).hidden;
-    let want = run(masked * Tensor::from_inner(ones_where(&active)));
+    let want = run(masked * Tensor::from_inner(ones_where(&selected)));
     agree("hidden", &got.0, &want.0);
     for (got, want) in got.1.iter().zip(&want.1) {
         agree("gradient", got, want);
@@ -442,15 +442,15 @@ fn active_queries_have_the_numbers_of_the_masked_form() {
 
 #[test]
 fn inactive_queries_are_never_read() {
-    let active = Arc::new(ActiveRows::new(&choices(2, 150, 4), [2, 150, 4]));
+    let selected = Arc::new(SelectedRows::new(&choices(2, 150, 4), [2, 150, 4]));
     let (q, k, v) = (random([2, 4, 150, 8]), leaf(2, 2, 150, 8), leaf(2, 2, 150, 8));
     let cotangent = random([2, 4, 150, 8]);
     let mask = Mask::causal();
     let run = |elsewhere: f32| {
         let with =
-            |x: &Tensor<4>| x.clone().mask_fill(active.hidden(&Device::flex()).expand([2, 4, 150, 8]), elsewhere);
+            |x: &Tensor<4>| x.clone().mask_fill(selected.hidden(&Device::flex()).expand([2, 4, 150, 8]), elsewhere);
         let q = Tensor::from_inner(with(&q)).require_grad();
-        let options = AttentionOptions { mask: Some(&mask), active: Some(active.clone()), ..Default::default() };
+        let options = AttentionOptions { mask: Some(&mask), selected: Some(selected.clone()), ..Default::default() };
         let out = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
         let grads = (out.clone() * Tensor::from_inner(with(&cotangent))).sum().backward();
         (numbers(out), [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))))
@@ -461,9 +461,9 @@ fn inactive_queries_are_never_read() {
 #[test]
 fn gradients_are_the_same_whichever_are_asked_for() {
     let mask = Mask::causal();
-    let active = Arc::new(ActiveRows::new(&choices(2, 300, 4), [2, 300, 4]));
-    for active in [None, Some(active)] {
-        let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
+    let selected = Arc::new(SelectedRows::new(&choices(2, 300, 4), [2, 300, 4]));
+    for selected in [None, Some(selected)] {
+        let options = AttentionOptions { mask: Some(&mask), selected, ..Default::default() };
         every_subset_of_gradients(&[&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5], &[4]], |[q, k, v, sinks]| {
             let (k, v) = (k.reshape([2, 2, 300, 8]), v.reshape([2, 1, 300, 5]));
             let options = AttentionOptions { sinks: Some(sinks), ..options.clone() };

@@ -19,10 +19,10 @@ use burn_flex::FlexTensor;
 use self::backward::backward;
 use self::forward::forward;
 use super::{Attention, AttentionOptions, Measure, Statistics};
-use crate::active::{ActiveRows, Rows};
 use crate::cpu::{View, row_major, values};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::mask::Visible;
+use crate::selected_rows::{Rows, SelectedRows};
 use crate::{in_type, simd};
 
 /// Queries of a tile.
@@ -47,7 +47,7 @@ pub(super) struct Plan {
     families: Vec<Vec<usize>>,
     visible: Arc<Visible>,
     /// The selected queries of each head; `None` means all.
-    active: Option<Arc<ActiveRows>>,
+    selected: Option<Arc<SelectedRows>>,
     measure: bool,
 }
 
@@ -59,8 +59,8 @@ impl Plan {
 
     /// The blocks of queries that a head computes in a row of the batch.
     fn blocks(&self, b: usize, h: usize, queries: usize) -> Vec<Rows<'_>> {
-        match &self.active {
-            Some(active) => active.blocks(b, h, QUERIES).collect(),
+        match &self.selected {
+            Some(selected) => selected.blocks(b, h, QUERIES).collect(),
             None => {
                 let span = |from: usize| Rows::Span { from, len: QUERIES.min(queries - from) };
                 (0..queries).step_by(QUERIES).map(span).collect()
@@ -102,7 +102,7 @@ pub(super) fn attention(
         key_of,
         value_of,
         visible,
-        active: options.active.clone(),
+        selected: options.selected.clone(),
         measure: !options.statistics.is_nothing(),
     };
     // The maps of one row are needed for images only: they are made beside the tiles.

@@ -20,17 +20,17 @@ use rayon::prelude::*;
 use crate::cpu;
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::scratch::{ScratchBuffer, Shared, write_chunks, write_rows};
-use crate::{ActiveRows, simd};
+use crate::{SelectedRows, simd};
 
 /// Positions of a block; with 512 channels its gathered rows take 512 KiB.
 const ROWS: usize = 256;
 /// Channels that a task of a weight's gradient gathers.
 const CHANNELS: usize = 256;
 
-/// The sizes of a call, and its active rows.
+/// The sizes of a call, and its selected rows.
 #[derive(Clone, Copy)]
 struct Call<'a> {
-    active: &'a ActiveRows,
+    selected: &'a SelectedRows,
     /// Positions of the whole batch.
     tokens: usize,
     /// Heads that go through one product; the others are gathered.
@@ -42,10 +42,10 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(active: &'a ActiveRows, d_model: usize, channels: usize) -> Self {
-        let [batch, queries, n_heads] = active.shape();
-        let (tokens, complete) = (batch * queries, active.complete_heads());
-        Self { active, tokens, complete, n_heads, d_model, width: channels / n_heads }
+    fn new(selected: &'a SelectedRows, d_model: usize, channels: usize) -> Self {
+        let [batch, queries, n_heads] = selected.shape();
+        let (tokens, complete) = (batch * queries, selected.complete_heads());
+        Self { selected, tokens, complete, n_heads, d_model, width: channels / n_heads }
     }
 
     /// Channels of all heads.
@@ -92,10 +92,10 @@ impl<'a> Call<'a> {
     }
 }
 
-pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, active: &ActiveRows) -> FlexTensor {
+pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, selected: &SelectedRows) -> FlexTensor {
     let (x, weight) = (cpu::matrix(x), Matrix::of(weight));
     let [d_model, channels] = weight.sizes();
-    let call = Call::new(active, d_model, channels);
+    let call = Call::new(selected, d_model, channels);
     let mut y = call.by_head(x, weight);
     let into = Shared::new(&mut y);
     gathered(
@@ -109,27 +109,27 @@ pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, active: &ActiveRow
             }
         },
     );
-    let [batch, seq, _] = active.shape();
+    let [batch, seq, _] = selected.shape();
     cpu::tensor(y, [batch, seq, channels])
 }
 
-pub(super) fn into_heads_back_to_x(weight: &FlexTensor, y_grad: &FlexTensor, active: &ActiveRows) -> FlexTensor {
+pub(super) fn into_heads_back_to_x(weight: &FlexTensor, y_grad: &FlexTensor, selected: &SelectedRows) -> FlexTensor {
     let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
     let [channels, d_model] = weight.sizes();
-    let (call, values) = (Call::new(active, d_model, channels), cpu::values(y_grad));
+    let (call, values) = (Call::new(selected, d_model, channels), cpu::values(y_grad));
     let of_complete = 0..call.complete_channels();
     let complete = (y_grads.columns(of_complete.clone()), weight.rows(of_complete));
     let block = |head: usize| weight.rows(call.channels_of(head));
     let x_grad =
         scattered(&call, complete, block, |head, token, row| row.write_copy_of_slice(call.head(values, token, head)));
-    let [batch, seq, _] = active.shape();
+    let [batch, seq, _] = selected.shape();
     cpu::tensor(x_grad, [batch, seq, d_model])
 }
 
-pub(super) fn into_heads_back_to_weight(x: &FlexTensor, y_grad: &FlexTensor, active: &ActiveRows) -> FlexTensor {
+pub(super) fn into_heads_back_to_weight(x: &FlexTensor, y_grad: &FlexTensor, selected: &SelectedRows) -> FlexTensor {
     let (x, y_grads, values) = (cpu::matrix(x), cpu::matrix(y_grad), cpu::values(y_grad));
     let ([_, d_model], [_, channels]) = (x.sizes(), y_grads.sizes());
-    let call = Call::new(active, d_model, channels);
+    let call = Call::new(selected, d_model, channels);
     let mut weight_grad = vec![0.0; d_model * channels];
     let of_complete = 0..call.complete_channels();
     let mut to = MatrixMut::new(&mut weight_grad, [d_model, of_complete.len()], channels);
@@ -146,10 +146,10 @@ pub(super) fn into_heads_back_to_weight(x: &FlexTensor, y_grad: &FlexTensor, act
     cpu::tensor(weight_grad, [d_model, channels])
 }
 
-pub(super) fn out_of_heads([heads, gates, weight]: [&FlexTensor; 3], active: &ActiveRows) -> FlexTensor {
+pub(super) fn out_of_heads([heads, gates, weight]: [&FlexTensor; 3], selected: &SelectedRows) -> FlexTensor {
     let weight = Matrix::of(weight);
     let [channels, d_model] = weight.sizes();
-    let call = Call::new(active, d_model, channels);
+    let call = Call::new(selected, d_model, channels);
     let (heads, gates) = (cpu::values(heads), cpu::values(gates));
     let scaled = scaled_complete_heads(&call, heads, gates);
     let of_complete = 0..call.complete_channels();
@@ -158,7 +158,7 @@ pub(super) fn out_of_heads([heads, gates, weight]: [&FlexTensor; 3], active: &Ac
     let y = scattered(&call, (scaled, weight.rows(of_complete)), block, |head, token, row| {
         scale_head(&call, heads, gates, head, token, row)
     });
-    let [batch, seq, _] = active.shape();
+    let [batch, seq, _] = selected.shape();
     cpu::tensor(y, [batch, seq, d_model])
 }
 
@@ -203,7 +203,7 @@ fn scaled_complete_heads(call: &Call<'_>, heads: &[f32], gates: &[f32]) -> Vec<f
 pub(super) fn out_of_heads_back_to_heads(
     [heads, gates, weight]: [&FlexTensor; 3],
     y_grad: &FlexTensor,
-    active: &ActiveRows,
+    selected: &SelectedRows,
     [of_heads, of_gates]: [bool; 2],
 ) -> [Option<FlexTensor>; 2] {
     if !(of_heads || of_gates) {
@@ -211,7 +211,7 @@ pub(super) fn out_of_heads_back_to_heads(
     }
     let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
     let [d_model, channels] = weight.sizes();
-    let call = Call::new(active, d_model, channels);
+    let call = Call::new(selected, d_model, channels);
     let (heads, gates) = (cpu::values(heads), cpu::values(gates));
     let mut heads_grad = of_heads.then(|| vec![0.0; heads.len()]);
     let mut gates_grad = of_gates.then(|| vec![0.0; gates.len()]);
@@ -248,7 +248,7 @@ pub(super) fn out_of_heads_back_to_heads(
             }
         },
     );
-    let [batch, seq, n_heads] = active.shape();
+    let [batch, seq, n_heads] = selected.shape();
     [
         heads_grad.map(|values| cpu::tensor(values, [batch, seq, channels])),
         gates_grad.map(|values| cpu::tensor(values, [batch, seq, n_heads])),
@@ -258,11 +258,11 @@ pub(super) fn out_of_heads_back_to_heads(
 pub(super) fn out_of_heads_back_to_weight(
     [heads, gates]: [&FlexTensor; 2],
     y_grad: &FlexTensor,
-    active: &ActiveRows,
+    selected: &SelectedRows,
 ) -> FlexTensor {
     let ([_, channels], y_grads) = (cpu::matrix(heads).sizes(), cpu::matrix(y_grad));
     let [_, d_model] = y_grads.sizes();
-    let call = Call::new(active, d_model, channels);
+    let call = Call::new(selected, d_model, channels);
     let (heads, gates) = (cpu::values(heads), cpu::values(gates));
     let scaled = scaled_complete_heads(&call, heads, gates);
     let of_complete = call.complete_channels();
@@ -293,7 +293,7 @@ fn gathered<'w>(
     let d_model = call.d_model;
     let tasks: Vec<(usize, &[u32])> = call
         .gathered_heads()
-        .flat_map(|head| call.active.of_head(head).chunks(ROWS).map(move |tokens| (head, tokens)))
+        .flat_map(|head| call.selected.of_head(head).chunks(ROWS).map(move |tokens| (head, tokens)))
         .collect();
     tasks.into_par_iter().for_each_init(
         || [ScratchBuffer::new(ROWS * d_model), ScratchBuffer::new(ROWS * call.width)],
@@ -320,7 +320,7 @@ fn scattered<'w>(
         |[rows, products], (index, y)| {
             let from = index * ROWS;
             for head in call.gathered_heads() {
-                let tokens = call.active.of_head_within(head, from..from + ROWS);
+                let tokens = call.selected.of_head_within(head, from..from + ROWS);
                 let rows = head_rows(tokens, width, rows, |token, row| fill(head, token, row));
                 let products = product(rows, block(head)).write_into(products.unwritten());
                 for (&token, product) in tokens.iter().zip(products.chunks_exact(d_model)) {
@@ -352,7 +352,7 @@ fn crossed(
         || [ScratchBuffer::new(ROWS * CHANNELS), ScratchBuffer::new(ROWS * width)],
         |[x_rows, of_head], (head, part)| {
             // A head that takes part nowhere keeps its gradient of zero.
-            for (index, tokens) in call.active.of_head(head).chunks(ROWS).enumerate() {
+            for (index, tokens) in call.selected.of_head(head).chunks(ROWS).enumerate() {
                 let x_rows = gather(x, part.clone(), tokens, x_rows);
                 let of_head = head_rows(tokens, width, of_head, |token, row| fill(head, token, row));
                 multiply(head, part.clone(), x_rows, of_head, index > 0);

@@ -5,14 +5,14 @@ use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, lea
 use burn::tensor::Device;
 
 /// The first `shared` heads everywhere, the last one nowhere, the others here and there.
-fn active(batch: usize, seq: usize, heads: usize, shared: usize) -> Arc<ActiveRows> {
+fn selected(batch: usize, seq: usize, heads: usize, shared: usize) -> Arc<SelectedRows> {
     let chosen = |index: usize| match index % heads {
         head if head < shared => true,
         head if head + 1 == heads => false,
         head => (index / heads * 7 + head * 5 + index / heads / 3) % 5 < 2,
     };
     let chosen: Vec<bool> = (0..batch * seq * heads).map(chosen).collect();
-    Arc::new(ActiveRows::new(&chosen, [batch, seq, heads]))
+    Arc::new(SelectedRows::new(&chosen, [batch, seq, heads]))
 }
 
 const SHAPES: [[usize; 6]; 6] = [
@@ -28,7 +28,7 @@ const SHAPES: [[usize; 6]; 6] = [
 #[test]
 fn into_heads_agrees_with_the_plain_form() {
     for [batch, seq, heads, shared, d_model, width] in SHAPES {
-        let active = active(batch, seq, heads, shared);
+        let selected = selected(batch, seq, heads, shared);
         let (x, weight) = (leaf([batch * seq * d_model]), leaf([d_model * heads * width]));
         for transposed in [false, true] {
             let shaped = |[x, weight]: [Tensor<1>; 2]| {
@@ -42,11 +42,11 @@ fn into_heads_agrees_with_the_plain_form() {
                 &[&x, &weight],
                 |inputs| {
                     let (x, weight) = shaped(inputs);
-                    linear_into_heads(x, weight, &active).reshape([-1])
+                    linear_into_heads(x, weight, &selected).reshape([-1])
                 },
                 |inputs| {
                     let (x, weight) = shaped(inputs);
-                    into_heads_plain(x, weight, &active).reshape([-1])
+                    into_heads_plain(x, weight, &selected).reshape([-1])
                 },
             );
         }
@@ -56,7 +56,7 @@ fn into_heads_agrees_with_the_plain_form() {
 #[test]
 fn out_of_heads_agrees_with_the_plain_form() {
     for [batch, seq, heads, shared, d_model, width] in SHAPES {
-        let active = active(batch, seq, heads, shared);
+        let selected = selected(batch, seq, heads, shared);
         let (x, gates) = (leaf([batch * seq * heads * width]), leaf([batch * seq * heads]));
         let weight = leaf([heads * width * d_model]);
         let shaped = |[x, gates, weight]: [Tensor<1>; 3]| {
@@ -67,11 +67,11 @@ fn out_of_heads_agrees_with_the_plain_form() {
             &[&x, &gates, &weight],
             |inputs| {
                 let (x, gates, weight) = shaped(inputs);
-                linear_out_of_heads(x, gates, weight, &active).reshape([-1])
+                linear_out_of_heads(x, gates, weight, &selected).reshape([-1])
             },
             |inputs| {
                 let (x, gates, weight) = shaped(inputs);
-                out_of_heads_plain(x, gates, weight, &active).reshape([-1])
+                out_of_heads_plain(x, gates, weight, &selected).reshape([-1])
             },
         );
     }
@@ -80,13 +80,13 @@ fn out_of_heads_agrees_with_the_plain_form() {
 #[test]
 fn rows_of_unselected_heads_are_never_read() {
     let device = Device::flex().autodiff();
-    let active = active(2, 30, 4, 1);
-    let hidden = active.hidden(&device).swap_dims(1, 2).expand([2, 30, 4, 3]); // [batch, seq, heads, width]
+    let selected = selected(2, 30, 4, 1);
+    let hidden = selected.hidden(&device).swap_dims(1, 2).expand([2, 30, 4, 3]); // [batch, seq, heads, width]
     let (weight, gates) = (leaf([12, 8]), leaf([2, 30, 4]));
     let (heads, cotangent) = (normal([2, 30, 4, 3], &device), normal([2, 30, 8], &device));
     let run = |elsewhere: f32| {
         let heads = heads.clone().mask_fill(hidden.clone(), elsewhere).reshape([2, 30, 12]).detach().require_grad();
-        let out = linear_out_of_heads(heads.clone(), gates.clone(), weight.clone(), &active);
+        let out = linear_out_of_heads(heads.clone(), gates.clone(), weight.clone(), &selected);
         let grads = (out.clone() * cotangent.clone()).sum().backward();
         let all = [heads.grad(&grads).map(numbers), gates.grad(&grads).map(numbers), weight.grad(&grads).map(numbers)];
         (numbers(out), all.map(|grad| grad.expect("gradient")))
@@ -96,7 +96,7 @@ fn rows_of_unselected_heads_are_never_read() {
 
 #[test]
 fn a_head_everywhere_is_a_plain_map() {
-    let all = Arc::new(ActiveRows::all([2, 9, 4]));
+    let all = Arc::new(SelectedRows::all([2, 9, 4]));
     let (x, weight) = (leaf([2, 9, 6]), leaf([6, 12]));
     let got = linear_into_heads(x.clone(), weight.clone(), &all);
     agree("into heads", &numbers(got), &numbers(linear(x, weight, None)));
@@ -104,14 +104,14 @@ fn a_head_everywhere_is_a_plain_map() {
 
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
-    let active = active(2, 700, 6, 2);
+    let selected = selected(2, 700, 6, 2);
     let (x, gates) = (leaf([2, 700, 40]), leaf([2, 700, 6]));
     let (into, out) = (leaf([40, 48]), leaf([48, 40]));
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
         pool.install(|| {
-            let heads = linear_into_heads(x.clone(), into.clone(), &active);
-            let y = linear_out_of_heads(heads, gates.clone(), out.clone(), &active);
+            let heads = linear_into_heads(x.clone(), into.clone(), &selected);
+            let y = linear_out_of_heads(heads, gates.clone(), out.clone(), &selected);
             let grads = y.clone().square().sum().backward();
             let inputs = [&x, &gates].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
             let weights = [&into, &out].map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
@@ -123,12 +123,12 @@ fn any_number_of_threads_gives_the_same_bits() {
 
 #[test]
 fn gradients_are_the_same_whichever_are_asked_for() {
-    let active = active(2, 300, 5, 2);
+    let selected = selected(2, 300, 5, 2);
     every_subset_of_gradients(&[&[2, 300, 24], &[24, 40]], |[x, weight]| {
-        linear_into_heads(x.reshape([2, 300, 24]), weight.reshape([24, 40]), &active).reshape([-1])
+        linear_into_heads(x.reshape([2, 300, 24]), weight.reshape([24, 40]), &selected).reshape([-1])
     });
     every_subset_of_gradients(&[&[2, 300, 40], &[2, 300, 5], &[40, 24]], |[heads, gates, weight]| {
         let (heads, gates) = (heads.reshape([2, 300, 40]), gates.reshape([2, 300, 5]));
-        linear_out_of_heads(heads, gates, weight.reshape([40, 24]), &active).reshape([-1])
+        linear_out_of_heads(heads, gates, weight.reshape([40, 24]), &selected).reshape([-1])
     });
 }

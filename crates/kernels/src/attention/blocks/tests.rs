@@ -118,8 +118,8 @@ fn blocks_agree_where_only_some_queries_of_a_head_are_active() {
             head => (index / 4 * 7 + head * 5) % 5 < 2 && (index / 4 % 50 > 12 || head == 1),
         })
         .collect();
-    let active = Some(Arc::new(crate::ActiveRows::new(&chosen, [2, 50, 4])));
-    let options = AttentionOptions { mask: Some(&mask), active, ..Default::default() };
+    let selected = Some(Arc::new(crate::SelectedRows::new(&chosen, [2, 50, 4])));
+    let options = AttentionOptions { mask: Some(&mask), selected, ..Default::default() };
     compare(&sizes(2, 4, 2, 50, 8), Some([1, 4]), &options);
     compare_statistics(&options);
 }

@@ -9,11 +9,11 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::{KEYS, Plan, QUERIES, inside, reach, soften};
-use crate::active::Rows;
 use crate::cpu::{self, View};
 use crate::differentiable::Wanted;
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::scratch::{ScratchBuffer, Shared, write_zeros};
+use crate::selected_rows::Rows;
 use crate::simd;
 
 /// Tasks that the work is cut into at least, where sequences are long enough: more than any usual number of cores.

@@ -9,10 +9,10 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::{FACTS, KEYS, LARGEST, Plan, QUERIES, inside, reach, soften};
-use crate::active::Rows;
 use crate::cpu::{self, View};
 use crate::matrix::{Matrix, MatrixMut, Product, product};
 use crate::scratch::{ScratchBuffer, Shared, write_zeros};
+use crate::selected_rows::Rows;
 use crate::simd;
 
 /// The output, and the facts about each query.
@@ -20,7 +20,7 @@ pub(super) fn forward([q, k, v]: [View<'_>; 3], sinks: Option<&[f32]>, plan: &Pl
     let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
     let mut output = ScratchBuffer::new(batch * queries * heads * value_width);
-    if plan.active.is_some() {
+    if plan.selected.is_some() {
         write_zeros(output.unwritten()); // where queries are not computed
     }
     let facts = Facts::new(plan, [batch, heads, queries]);

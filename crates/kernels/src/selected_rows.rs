@@ -12,7 +12,7 @@ use crate::scratch::write_rows;
 /// For every head, the positions at which it takes part. Elsewhere nothing of it is computed: its output and the
 /// gradient of its query are zero there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ActiveRows {
+pub struct SelectedRows {
     batch: usize,
     queries: usize,
     heads: usize,
@@ -22,7 +22,7 @@ pub struct ActiveRows {
     starts: Vec<usize>,
 }
 
-impl ActiveRows {
+impl SelectedRows {
     /// From one answer per position and head.
     ///
     /// # Shapes
@@ -33,7 +33,7 @@ impl ActiveRows {
     pub fn new(chosen: &[bool], [batch, queries, heads]: [usize; 3]) -> Self {
         assert!(
             chosen.len() == batch * queries * heads && u32::try_from(batch * queries).is_ok(),
-            "active rows: one answer per position and head; chosen [{}], shape {:?}",
+            "selected rows: one answer per position and head; chosen [{}], shape {:?}",
             chosen.len(),
             [batch, queries, heads],
         );
@@ -70,7 +70,7 @@ impl ActiveRows {
     /// # Panics
     /// If there is no such head.
     pub fn of_head(&self, head: usize) -> &[u32] {
-        assert!(head < self.heads, "active rows: head {head} of {}", self.heads);
+        assert!(head < self.heads, "selected rows: head {head} of {}", self.heads);
         &self.tokens[self.starts[head * self.batch]..self.starts[(head + 1) * self.batch]]
     }
 
@@ -138,7 +138,7 @@ pub(crate) enum Rows<'a> {
     },
     /// Those of a list.
     Listed {
-        /// As in [`ActiveRows`].
+        /// As in [`SelectedRows`].
         tokens: &'a [u32],
         /// The token that is the first query of its row of the batch.
         first: usize,
@@ -193,17 +193,17 @@ mod tests {
     fn lists_are_by_head_and_ascending() {
         // Two rows of three positions, two heads.
         let chosen = [true, false, true, true, true, false, true, true, true, false, true, false];
-        let active = ActiveRows::new(&chosen, [2, 3, 2]);
-        assert_eq!(active.of_head(0), [0, 1, 2, 3, 4, 5]);
-        assert_eq!(active.of_head(1), [1, 3]);
-        assert_eq!(active.of_head_within(1, 2..6), [3]);
-        assert_eq!((active.count(), active.complete_heads()), (8, 1));
+        let selected = SelectedRows::new(&chosen, [2, 3, 2]);
+        assert_eq!(selected.of_head(0), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(selected.of_head(1), [1, 3]);
+        assert_eq!(selected.of_head_within(1, 2..6), [3]);
+        assert_eq!((selected.count(), selected.complete_heads()), (8, 1));
         let blocks = |row, head| -> Vec<Vec<usize>> {
-            active.blocks(row, head, 2).map(|block| block.queries().collect()).collect()
+            selected.blocks(row, head, 2).map(|block| block.queries().collect()).collect()
         };
         assert_eq!(blocks(1, 0), [vec![0, 1], vec![2]]);
         assert_eq!(blocks(1, 1), [vec![0]]);
-        let hidden: Vec<bool> = active.hidden(&Device::flex()).into_data().iter::<bool>().collect();
+        let hidden: Vec<bool> = selected.hidden(&Device::flex()).into_data().iter::<bool>().collect();
         assert_eq!(hidden, [[false; 3], [true, false, true], [false; 3], [false, true, true]].concat());
     }
 }
