@@ -174,3 +174,41 @@ impl Mechanism for DiffV2 {
         Attended { hidden, penalty: None, seen }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::Param;
+    use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
+
+    use super::*;
+    use crate::laws::{Spread, draw};
+    use crate::{Mask, Mechanism};
+
+    /// Without weights λ is ½ everywhere; and the heads of a pair are not alike.
+    #[test]
+    fn the_second_of_a_pair_is_subtracted() {
+        let (device, dims, mask) = (Device::flex().autodiff(), Dims::example(), Mask::causal());
+        let config = DiffV2Config::example();
+        let mut layer = config.init(&dims, &device).map(&mut Spread);
+        let zeros = Tensor::zeros(layer.lambda_proj.weight.dims(), &device);
+        layer.lambda_proj.weight = Param::from_tensor(zeros);
+        let x: Tensor<3> = draw([2, 7, dims.d_model], [0.0, 1.0], &device);
+
+        let (heads, width) = (2 * config.n_heads, 6);
+        let every_head = SoftmaxConfig { n_heads: heads, ..config.single() };
+        let mut softmax = every_head.init(&dims, &device);
+        softmax.q_proj = layer.q_proj.clone();
+        softmax.k_proj = layer.k_proj.clone();
+        softmax.v_proj = layer.v_proj.clone();
+        softmax.o_proj.weight = Param::from_tensor(Tensor::eye(heads * width, &device));
+        let all = softmax.forward(x.clone(), Call::new(&mask)).hidden.reshape([2, 7, heads / 2, 2 * width]);
+        let want = all.clone().narrow(3, 0, width) - all.narrow(3, width, width) * 0.5;
+        let want = polyhead_kernels::linear(want.reshape([2, 7, heads / 2 * width]), layer.o_proj.weight.val(), None);
+        let got = layer.forward(x.clone(), Call::new(&mask)).hidden;
+        assert_tensors_close("λ = ½", got.clone(), want, Tolerance::absolute(2e-5));
+
+        let weight = layer.q_proj.weight.val().reshape([dims.d_model, heads / 2, 2, width]).flip([2]);
+        layer.q_proj.weight = Param::from_tensor(weight.reshape([dims.d_model, heads * width]).detach());
+        assert!(largest_difference(layer.forward(x, Call::new(&mask)).hidden, got) > 1e-2);
+    }
+}

@@ -292,8 +292,11 @@ impl Mla {
 
 #[cfg(test)]
 mod tests {
+    use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
+
     use super::*;
-    use crate::config::ConfigError;
+    use crate::laws::{Spread, draw};
+    use crate::{Rope, RopeLayout};
 
     #[test]
     fn the_cache_is_as_small_as_the_latents() {
@@ -306,6 +309,20 @@ mod tests {
             assert_eq!(cache.elements(), 7 * (10 + 4));
             assert_eq!(config.cost(&dims).kv_cache_elements_per_token, 10 + 4);
         }
+    }
+
+    #[test]
+    fn positions_count_only_from_each_other() {
+        let (dims, device, mask) = (Dims::example(), Device::flex().autodiff(), crate::Mask::causal());
+        let layer = MlaConfig::example().init(&dims, &device).map(&mut Spread);
+        let x: Tensor<3> = draw([2, 6, dims.d_model], [0.0, 1.0], &device);
+        let at = |start: usize| {
+            let rope = Rope::new(start..start + 6, 4, 100.0, RopeLayout::Interleaved, &device);
+            layer.forward(x.clone(), Call { rope: Some(&rope), ..Call::new(&mask) }).hidden
+        };
+        assert_tensors_close("shifted positions", at(9), at(0), Tolerance::absolute(2e-5));
+        let still = layer.forward(x.clone(), Call::new(&mask)).hidden;
+        assert!(largest_difference(at(0), still) > 1e-3);
     }
 
     #[test]

@@ -111,3 +111,31 @@ impl Mechanism for Sink {
         self.softmax.attend(hidden, call, Some(self.sinks.val()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, numbers};
+
+    use super::*;
+    use crate::Mask;
+    use crate::laws::draw;
+
+    #[test]
+    fn far_logits_are_plain_attention_or_nothing() {
+        let (device, mask) = (Device::flex().autodiff(), Mask::causal());
+        let mut layer = SinkConfig { o_bias: false, ..SinkConfig::example() }.init(&Dims::example(), &device);
+        let x: Tensor<3> = draw([2, 6, Dims::example().d_model], [0.0, 1.0], &device);
+        let plain = layer.softmax.forward(x.clone(), Call::new(&mask)).hidden;
+        let mut run = |logit: f64| {
+            layer.sinks = Param::from_tensor(Tensor::full([4], logit, &device)).set_require_grad(true);
+            layer.forward(x.clone(), Call::new(&mask)).hidden
+        };
+        assert_tensors_close("far below the scores", run(-1e4), plain, Tolerance::absolute(1e-6));
+        let silent = run(1e4);
+        assert!(numbers(silent.clone()).iter().all(|value| value.abs() < 1e-6));
+        let grads = silent.sum().backward();
+        let of_queries = layer.softmax.q_proj.weight.val().grad(&grads).expect("a gradient");
+        let of_sinks = layer.sinks.val().grad(&grads).expect("a gradient");
+        assert!(numbers(of_queries).into_iter().chain(numbers(of_sinks)).all(f32::is_finite));
+    }
+}

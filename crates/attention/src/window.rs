@@ -62,3 +62,65 @@ pub(crate) fn within<'a>(
     let mask = window.map_or(Cow::Borrowed(mask), |window| Cow::Owned(mask.clone().with_window(window)));
     Within { keys, values, mask, query_offset }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::Module;
+    use burn::tensor::Device;
+    use polyhead_kernels::comparison::largest_difference;
+
+    use super::*;
+    use crate::laws::draw;
+    use crate::{Call, Cost, Mechanism, MechanismConfig, SoftmaxConfig};
+
+    #[test]
+    fn a_query_reads_exactly_the_keys_of_its_window() {
+        let (device, dims, seq, window) = (Device::flex().autodiff(), Dims::example(), 9, 4);
+        let config =
+            SoftmaxConfig { n_heads: 4, window: Some(PerLayerCount::Same(window)), ..SoftmaxConfig::default() };
+        let layer = config.init(&dims, &device).map(&mut crate::laws::Spread);
+        let x: Tensor<3> = draw([1, seq, dims.d_model], [0.0, 1.0], &device);
+        let run = |x: &Tensor<3>, mask: &Mask| layer.forward(x.clone(), Call::new(mask)).hidden;
+        for changed in 0..seq {
+            let new = draw([1, 1, dims.d_model], [0.0, 1.0], &device);
+            let other = x.clone().slice_assign([0..1, changed..changed + 1, 0..dims.d_model], new);
+            for (mask, behind) in [(Mask::causal(), 0), (Mask::none(), window - 1)] {
+                let (a, b) = (run(&x, &mask), run(&other, &mask));
+                for query in 0..seq {
+                    let at = |out: &Tensor<3>| out.clone().narrow(1, query, 1);
+                    let difference = largest_difference(at(&a), at(&b));
+                    let reads = changed + window > query && changed <= query + behind;
+                    assert!((difference > 1e-6) == reads, "{mask:?}: token {changed}, query {query}: {difference}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn costs_are_those_of_the_keys_that_are_seen() {
+        for (seq_len, window) in [(1, 1), (7, 3), (7, 7), (7, 9), (1024, 128)] {
+            let cost = Cost {
+                flops_per_token: 5,
+                flops_per_pair: 12,
+                kv_cache_elements_per_token: 64,
+                window: Some(window),
+                ..Cost::default()
+            };
+            let pairs: u64 = (1..=seq_len).map(|query: u64| query.min(window)).sum();
+            assert_eq!(cost.causal_flops(seq_len), 5 + 12 * pairs / seq_len, "{seq_len}, {window}");
+            assert_eq!(cost.cached_per_token(seq_len), 64 * seq_len.min(window) / seq_len, "{seq_len}, {window}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let field = |window: PerLayerCount| {
+            let config = SoftmaxConfig { n_heads: 4, window: Some(window), ..SoftmaxConfig::default() };
+            config.validate(&Dims::example()).map_err(|error| error.field)
+        };
+        assert_eq!(field(PerLayerCount::Same(1)), Ok(()));
+        assert_eq!(field(PerLayerCount::Each(vec![0, 1, 0, 0])), Ok(()));
+        assert_eq!(field(PerLayerCount::Same(0)), Err("window".into()));
+        assert_eq!(field(PerLayerCount::Each(vec![3])), Err("window".into()));
+    }
+}
