@@ -21,14 +21,36 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{KvCache, extended};
 use crate::config::require;
+use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
-use crate::softmax::check_heads;
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+use crate::softmax::{check_heads, own_width};
+use crate::{
+    Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
+    Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig,
+};
+
+/// Decoupled heads under LLaMA's names, the maps in config.json; known to no other software.
+static FAMILY: Family = Family::llama("DecoupledHeadForCausalLM", "decoupled_head");
+
+/// What is left to fuse.
+const SCATTER: [Observed; 2] = [
+    Observed::new(
+        "key_scatter",
+        "what is left to fuse of the keys: squared distances to the means of their groups",
+        "",
+    ),
+    Observed::new(
+        "value_scatter",
+        "what is left to fuse of the values: squared distances to the means of their groups",
+        "",
+    ),
+];
 
 /// Settings of decoupled-head attention. `polyhead convert` finds the maps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -127,6 +149,84 @@ impl MechanismConfig for DecoupledHeadConfig {
         }
     }
 
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 5] = [SCORES[0], SCORES[1], SCORES[2], SCATTER[0], SCATTER[1]];
+        &ALL
+    }
+
+    fn families() -> &'static [Family] {
+        std::slice::from_ref(&FAMILY)
+    }
+
+    fn published(layers: &[&Self], _dims: &Dims, form: Form) -> Result<Published, String> {
+        let first = layers[0];
+        let alike = |layer: &&Self| {
+            Self { key_map: first.key_map.clone(), value_map: first.value_map.clone(), ..(*layer).clone() } == *first
+        };
+        if form != Form::Llama || first.fusing || !layers.iter().all(alike) {
+            return Err("such heads are written for others in LLaMA's form only, fused, and with as many query heads and the same \
+                        biases in all layers; --expanded writes them as heads of the parent's form"
+                .into());
+        }
+        let maps = |of: fn(&Self) -> &Vec<usize>| Setting::Maps(layers.iter().map(|layer| of(layer).clone()).collect());
+        let keys = vec![
+            ("num_attention_heads", Setting::Count(first.n_heads)),
+            ("attention_bias", Setting::Flag(first.qkv_bias)),
+            ("dha_output_bias", Setting::Flag(first.o_bias)),
+            ("dha_key_map", maps(|layer| &layer.key_map)),
+            ("dha_value_map", maps(|layer| &layer.value_map)),
+        ];
+        Ok(Published { family: &FAMILY, keys })
+    }
+
+    fn read_published<'de, D: Deserializer<'de>>(_: &Family, keys: D, dims: &Dims) -> Result<Vec<Self>, D::Error> {
+        let MapKeys {
+            num_attention_heads: n_heads,
+            head_dim,
+            attention_bias,
+            dha_key_map,
+            dha_value_map,
+            dha_output_bias,
+        } = MapKeys::deserialize(keys)?;
+        for (name, maps) in [("dha_key_map", &dha_key_map), ("dha_value_map", &dha_value_map)] {
+            if maps.len() != dims.n_layers {
+                let (given, layers) = (maps.len(), dims.n_layers);
+                let problem = format!("{name} has {given} lists for num_hidden_layers ({layers}): give one per layer");
+                return Err(D::Error::custom(problem));
+            }
+            if maps.iter().flatten().any(|&head| head >= n_heads) {
+                let problem = format!("{name} names a head that is not below num_attention_heads ({n_heads})");
+                return Err(D::Error::custom(problem));
+            }
+        }
+        let (head_dim, qkv_bias) = (own_width(head_dim, n_heads, dims), attention_bias.unwrap_or(false));
+        let o_bias = dha_output_bias.unwrap_or(qkv_bias);
+        let layer =
+            |(key_map, value_map)| Self { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, fusing: false };
+        Ok(dha_key_map.into_iter().zip(dha_value_map).map(layer).collect())
+    }
+
+    fn conversions() -> &'static [Conversion] {
+        &[Conversion { name: "decoupled_head", from: &["softmax", "key_driven", "decoupled_head"] }]
+    }
+
+    fn head_counts(&self, _: usize) -> Option<HeadCounts> {
+        Some(HeadCounts::KeysAndValues(self.fused_heads()))
+    }
+
+    fn fuses(&self) -> bool {
+        self.fusing
+    }
+
+    fn shared_heads(&self) -> Result<SharedHeads, &'static str> {
+        if self.fusing {
+            return Err("its heads are still being fused: collapse them with convert --to decoupled_head");
+        }
+        let Self { n_heads, head_dim, qkv_bias, o_bias, .. } = *self;
+        let softmax = SoftmaxConfig { n_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() };
+        Ok(SharedHeads { softmax, maps: [self.key_map.clone(), self.value_map.clone()] })
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -138,6 +238,17 @@ impl MechanismConfig for DecoupledHeadConfig {
             fusing: false,
         }
     }
+}
+
+/// The keys of a config.json with decoupled heads: for each layer, which head every query head reads.
+#[derive(Debug, Deserialize)]
+struct MapKeys {
+    num_attention_heads: usize,
+    head_dim: Option<usize>,
+    attention_bias: Option<bool>,
+    dha_key_map: Vec<Vec<usize>>,
+    dha_value_map: Vec<Vec<usize>>,
+    dha_output_bias: Option<bool>,
 }
 
 /// A layer of decoupled-head attention.
@@ -201,6 +312,20 @@ impl DecoupledHead {
         [&self.key_map, &self.value_map]
     }
 
+    /// `[1]` each: what is left to fuse of keys and values, `sum_i |E_i - mean of i's group|² / Z`. 0 means that the heads
+    /// of a group act as one.
+    pub fn scatter(&self) -> Option<[Tensor<1>; 2]> {
+        let fusion = self.fusion.as_ref()?;
+        let [keys, values] = self.operators()?;
+        let of = |projection: &Linear, operator: Tensor<2>, map: &[usize], at: usize| {
+            let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
+            let centre = average(map, &mixed.device()).matmul(mixed.clone());
+            // Heads of zeros are alike, not apart by 0/0.
+            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
+        };
+        Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
+    }
+
     /// Sets how far operators are pulled to the average of their groups; without effect where nothing is fused.
     pub fn set_anneal(&mut self, share: f64) {
         if let Some(fusion) = &mut self.fusion {
@@ -222,25 +347,6 @@ impl DecoupledHead {
             operator.clone() + (averaged - operator) * anneal
         };
         Some([act(&fusion.key_operator, &self.key_map), act(&fusion.value_operator, &self.value_map)])
-    }
-
-    /// `[1]` each: what is left to fuse of keys and values, `sum_i |E_i - mean of i's group|² / Z`. 0 means that the heads
-    /// of a group act as one.
-    pub fn scatter(&self) -> Option<[Tensor<1>; 2]> {
-        let fusion = self.fusion.as_ref()?;
-        let [keys, values] = self.operators()?;
-        let of = |projection: &Linear, operator: Tensor<2>, map: &[usize], at: usize| {
-            let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
-            let centre = average(map, &mixed.device()).matmul(mixed.clone());
-            // Heads of zeros are alike, not apart by 0/0.
-            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
-        };
-        Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
-    }
-
-    fn observe(&self) -> Vec<(&'static str, Tensor<1>)> {
-        let Some([keys, values]) = self.scatter() else { return Vec::new() };
-        vec![("key_scatter", keys.detach()), ("value_scatter", values.detach())]
     }
 }
 
@@ -279,6 +385,14 @@ fn mix(heads: Tensor<4>, operator: Tensor<2>) -> Tensor<4> {
 impl Mechanism for DecoupledHead {
     type Cache = KvCache;
 
+    fn scatter(&self) -> Option<[Tensor<1>; 2]> {
+        Self::scatter(self)
+    }
+
+    fn set_anneal(&mut self, share: f64) {
+        Self::set_anneal(self, share);
+    }
+
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let (adapters, n_heads) = (call.adapters, self.key_map.len());
         let counts = match &self.fusion {
@@ -308,8 +422,8 @@ impl Mechanism for DecoupledHead {
         let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
-            for (name, value) in self.observe() {
-                seen.number(name, value);
+            for (row, value) in SCATTER.into_iter().zip(self.scatter().into_iter().flatten()) {
+                seen.number(row, value.detach());
             }
             seen
         });

@@ -21,11 +21,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
 use crate::config::PerLayerCount;
+use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::{SoftmaxConfig, check_width};
 use crate::window::{Within, window_of, within};
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observed};
+
+const LAMBDA: Observed =
+    Observed::new("lambda", "λ, by which the second head of a pair is multiplied, mean over tokens", "");
 
 /// Settings of differential attention, version 2.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +98,11 @@ impl MechanismConfig for DiffV2Config {
         }
     }
 
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 7] = [SCORES[0], SCORES[1], SCORES[2], NOISE[0], NOISE[1], NOISE[2], LAMBDA];
+        &ALL
+    }
+
     fn example() -> Self {
         Self { n_heads: 4, n_kv_heads: Some(2), head_dim: Some(6), window: None }
     }
@@ -130,13 +139,13 @@ impl DiffV2 {
     fn observe(&self, seen: Statistics, lambda: &Tensor<4>) -> Observation {
         let lambda = lambda.clone().detach();
         let mut observation = Observation::default();
-        for (second, prefix) in ["", "noise_"].into_iter().enumerate() {
+        for (second, rows) in [&SCORES, &NOISE].into_iter().enumerate() {
             let of = |numbers: &Tensor<1>| {
                 numbers.clone().reshape([self.n_heads, 2]).narrow(1, second, 1).reshape([self.n_heads])
             };
-            observation.add(prefix, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(of));
+            observation.scores(rows, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(of));
         }
-        observation.number("lambda", lambda.clone().mean_dim(0).mean_dim(1).reshape([self.n_heads]));
+        observation.number(LAMBDA, lambda.clone().mean_dim(0).mean_dim(1).reshape([self.n_heads]));
         let difference = |maps: Tensor<4>, lambda| subtract(maps.swap_dims(1, 2), lambda).swap_dims(1, 2);
         let first = lambda.clone().narrow(0, 0, 1);
         observation.maps = seen.weights.map(|maps| difference(maps.unsqueeze::<4>(), first).squeeze_dim::<3>(0));

@@ -18,11 +18,15 @@ use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::Observed;
 use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
+use crate::observe::SCORES;
 use crate::projection::{INIT_STD, linear};
 use crate::softmax::{Softmax, SoftmaxConfig};
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig};
+
+const SIGMOID_GATE: Observed = Observed::new("sigmoid_gate", "gate of a head or channel, mean over tokens", "");
 
 /// Settings of gated attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -145,6 +149,11 @@ impl MechanismConfig for GatedAttentionConfig {
         }
     }
 
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 4] = [SCORES[0], SCORES[1], SCORES[2], SIGMOID_GATE];
+        &ALL
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -196,7 +205,7 @@ impl Mechanism for GatedAttention {
         let (heads, mut seen) = softmax.mix([q, k, v], call, None);
         if let Some(seen) = &mut seen {
             let mean = gate.clone().detach().mean_dim(0).mean_dim(1).mean_dim(3);
-            seen.number("sigmoid_gate", mean.reshape([n_gates]));
+            seen.number(SIGMOID_GATE, mean.reshape([n_gates]));
         }
         let heads = gated(GatedPlace::Heads, heads);
         let hidden = gated(GatedPlace::Output, adapters.project("o_proj", &softmax.o_proj, heads));

@@ -22,10 +22,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, linear, residual_std};
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mask, Mechanism, MechanismCache, MechanismConfig, Observation};
+use crate::{
+    Attended, Call, ConfigError, Cost, Dims, Mask, Mechanism, MechanismCache, MechanismConfig, Observation, Observed,
+};
 
 /// Inside the square root of the norms of queries and keys; from the authors' code.
 const UNIT_EPS: f64 = 1e-6;
+
+const DECAY: Observed = Observed::new("decay", "factor by which a token lets the state decay, mean over tokens", "");
 
 /// Settings of Gated DeltaNet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +149,10 @@ impl MechanismConfig for GatedDeltaNetConfig {
 
     fn example() -> Self {
         Self { n_heads: 4, n_key_heads: Some(2), head_k_dim: Some(5), head_v_dim: Some(6), conv_kernel: 3 }
+    }
+
+    fn observes() -> &'static [Observed] {
+        &[DECAY]
     }
 
     fn exemptions() -> &'static [(&'static str, &'static str)] {
@@ -284,7 +292,7 @@ impl Mechanism for GatedDeltaNet {
         let gated = in_type(gated.reshape([batch, seq, heads * v_dim]), dtype);
         let seen = call.observe.wanted().then(|| {
             let mut seen = Observation::default();
-            seen.number("decay", mean_decay);
+            seen.number(DECAY, mean_decay);
             seen
         });
         Attended { hidden: adapters.project("o_proj", &self.o_proj, gated), penalty: None, seen }

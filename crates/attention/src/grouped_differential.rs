@@ -25,20 +25,34 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use polyhead_kernels::{
     AttentionOptions, Combination, HeadMap, Statistics, attention, difference, random, subtract_noise,
 };
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
+use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::published::uniform;
 use crate::rope::rotate;
-use crate::softmax::check_heads;
+use crate::softmax::{check_heads, own_width};
 use crate::window::{Within, check_window, window_of, within};
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+use crate::{
+    Attended, Call, ConfigError, Cost, Dims, Family, Form, Mechanism, MechanismConfig, Observation, Observed,
+    Published, Setting,
+};
+
+/// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
+static FAMILY: Family = Family::llama("MotifForCausalLM", "motif");
 
 /// Inside the norm of each signal head; from the authors' code.
 const SUBLN_EPS: f64 = 1e-5;
 /// Standard deviation of fresh λ vectors; from the authors' code.
 const LAMBDA_STD: f64 = 0.1;
+
+const LAMBDA: Observed =
+    Observed::new("lambda", "λ, by which noise heads are multiplied before they are subtracted", "");
+const CANCELLED: Observed =
+    Observed::new("cancelled", "share of the signal heads' output that the subtraction takes away", "");
 
 /// Settings of grouped differential attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,6 +127,30 @@ impl LambdaInit {
             Self::Each(values) => values[layer],
         }
     }
+
+    /// The shortest that gives these numbers, one per layer.
+    fn of(numbers: Vec<f64>) -> Self {
+        let gives = |init: &Self| {
+            // Numbers that were written and read may differ in their last digit.
+            numbers.iter().enumerate().all(|(layer, number)| (init.of_layer(layer) - number).abs() < 1e-12)
+        };
+        let constant = numbers.first().copied().map(Self::Constant);
+        let short = [Self::Paper, Self::Motif].into_iter().chain(constant).find(gives);
+        short.unwrap_or(Self::Each(numbers))
+    }
+}
+
+/// The keys of Motif's config.json.
+#[derive(Debug, Deserialize)]
+struct MotifKeys {
+    num_attention_heads: usize,
+    num_noise_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    /// Written by Polyhead only.
+    lambda_init: Option<Vec<f64>>,
+    /// Written by Polyhead only.
+    subln_init: Option<f64>,
 }
 
 impl GroupedDifferentialConfig {
@@ -205,6 +243,56 @@ impl MechanismConfig for GroupedDifferentialConfig {
         }
     }
 
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 8] = [SCORES[0], SCORES[1], SCORES[2], NOISE[0], NOISE[1], NOISE[2], LAMBDA, CANCELLED];
+        &ALL
+    }
+
+    fn families() -> &'static [Family] {
+        std::slice::from_ref(&FAMILY)
+    }
+
+    fn published(layers: &[&Self], _dims: &Dims, form: Form) -> Result<Published, String> {
+        let own = uniform(layers)?;
+        if !own.subln || own.window.is_some() || form != Form::Llama {
+            return Err("Motif's family has subln, RMSNorm, SwiGLU, wholly rotated heads and no window".into());
+        }
+        // Motif's code computes λ_init from the layer's index; the constants that were trained with are stated beside.
+        let lambdas = (0..layers.len()).map(|layer| own.lambda_init.of_layer(layer)).collect();
+        let mut keys = vec![
+            ("num_attention_heads", Setting::Count(own.n_heads)),
+            ("num_noise_heads", Setting::Count(own.n_noise_heads)),
+            ("num_key_value_heads", Setting::Count(own.kv_heads())),
+            ("attn_rms_norm_eps", Setting::Number(SUBLN_EPS)),
+            ("lambda_init", Setting::Numbers(lambdas)),
+        ];
+        if own.subln_init != quiet() {
+            keys.push(("subln_init", Setting::Number(own.subln_init)));
+        }
+        Ok(Published { family: &FAMILY, keys })
+    }
+
+    fn read_published<'de, D: Deserializer<'de>>(_: &Family, keys: D, dims: &Dims) -> Result<Vec<Self>, D::Error> {
+        let keys = MotifKeys::deserialize(keys)?;
+        let (n_heads, n_noise_heads) = (keys.num_attention_heads, keys.num_noise_heads);
+        let (given, layers) = (keys.lambda_init.as_ref().map_or(dims.n_layers, Vec::len), dims.n_layers);
+        if given != layers {
+            let problem =
+                format!("lambda_init has {given} numbers for num_hidden_layers ({layers}): give one per layer");
+            return Err(D::Error::custom(problem));
+        }
+        Ok(vec![Self {
+            n_heads,
+            n_noise_heads,
+            n_kv_heads: keys.num_key_value_heads.filter(|&kv_heads| Some(kv_heads) != n_noise_heads.checked_mul(2)),
+            head_dim: own_width(keys.head_dim, n_heads, dims),
+            window: None,
+            lambda_init: keys.lambda_init.map_or(LambdaInit::Motif, LambdaInit::of),
+            subln: true,
+            subln_init: keys.subln_init.unwrap_or_else(quiet),
+        }])
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 6,
@@ -283,12 +371,12 @@ impl GroupedDifferential {
         let [signals, noises] = [false, true].map(|noise| self.striped(noise, &lambda.device()));
         let of = |numbers: &Tensor<1>, heads: &Tensor<1, Int>| numbers.clone().select(0, heads.clone());
         let mut observation = Observation::default();
-        for (prefix, heads) in [("", &signals), ("noise_", &noises)] {
-            observation.add(prefix, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(|x| of(x, heads)));
+        for (rows, heads) in [(&SCORES, &signals), (&NOISE, &noises)] {
+            observation.scores(rows, [&seen.entropy, &seen.first_key_mass, &seen.largest_score].map(|x| of(x, heads)));
         }
-        observation.number("lambda", lambda.clone());
+        observation.number(LAMBDA, lambda.clone());
         let signal = heads.clone().select(1, signals);
-        observation.number("cancelled", cancelled_share(signal, difference(heads, lambda.clone(), ratio)));
+        observation.number(CANCELLED, cancelled_share(signal, difference(heads, lambda.clone(), ratio)));
         // Weights are heads of one batch row whose "channels" are keys.
         observation.maps =
             seen.weights.map(|weights| difference(weights.unsqueeze::<4>(), lambda.clone(), ratio).squeeze_dim::<3>(0));

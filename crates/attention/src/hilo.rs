@@ -23,7 +23,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, split_heads};
-use crate::{Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, NoCache, Observation};
+use crate::{
+    Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, NoCache, Observation, Observed,
+};
 
 /// Settings of HiLo attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -149,6 +151,10 @@ impl MechanismConfig for HiloConfig {
 
     fn encoder_flops(&self, dims: &Dims, positions: u64) -> u64 {
         2 * self.multiply_adds(dims.d_model, positions as usize)
+    }
+
+    fn observes() -> &'static [Observed] {
+        &[]
     }
 
     fn example() -> Self {

@@ -35,10 +35,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::{KvCache, extended};
 use crate::config::require;
+use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::{
-    Adapters, Attended, Call, ConfigError, Cost, Dims, Mask, Mechanism, MechanismConfig, Observation, SoftmaxConfig,
+    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mask, Mechanism, MechanismConfig,
+    Observation, Observed, SharedHeads, SoftmaxConfig,
 };
 
 pub mod allocation;
@@ -47,6 +49,8 @@ mod noise;
 
 pub use memory::{EvolvingConfig, Form, Measured, Memory};
 pub use noise::perturbed;
+
+const QUERY_HEADS: Observed = Observed::new("query_heads", "query heads that read each key/value head", "");
 
 /// Settings of key-driven attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -183,6 +187,33 @@ impl MechanismConfig for KeyDrivenConfig {
         Cost { parameters: even.parameters + remembered, ..even }
     }
 
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 4] = [SCORES[0], SCORES[1], SCORES[2], QUERY_HEADS];
+        &ALL
+    }
+
+    fn conversions() -> &'static [Conversion] {
+        &[Conversion { name: "key_driven", from: &["softmax"] }]
+    }
+
+    fn head_counts(&self, _: usize) -> Option<HeadCounts> {
+        match &self.allocation {
+            AllocationConfig::Fixed(fixed) => Some(HeadCounts::QueriesOfEach(fixed.query_heads.clone())),
+            _ => None,
+        }
+    }
+
+    fn shared_heads(&self) -> Result<SharedHeads, &'static str> {
+        let map = match (&self.allocation, self.perturb) {
+            (AllocationConfig::Fixed(FixedConfig { query_heads }), false) => allocation::head_map(query_heads),
+            (AllocationConfig::Even(_), false) => {
+                allocation::head_map(&allocation::even(self.n_kv_heads, self.n_heads))
+            }
+            _ => return Err("what changes with the text is no other attention"),
+        };
+        Ok(SharedHeads { softmax: SoftmaxConfig { n_kv_heads: None, ..self.even() }, maps: [map.clone(), map] })
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -296,7 +327,7 @@ impl Mechanism for KeyDriven {
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
             let counts: Vec<f32> = query_heads.iter().map(|&count| count as f32).collect();
-            seen.number("query_heads", Tensor::from_data(TensorData::new(counts, [n_kv_heads]), &device));
+            seen.number(QUERY_HEADS, Tensor::from_data(TensorData::new(counts, [n_kv_heads]), &device));
             seen
         });
         let mut heads = attended.hidden;

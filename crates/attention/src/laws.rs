@@ -243,8 +243,11 @@ fn observing_changes_nothing(world: &World) {
     let seen = world.run(x, &Mask::causal(), None, Observe::Maps);
     seen.hidden.into_data().assert_eq(&silent.into_data(), true);
     let seen = seen.seen.expect("asked for");
-    for (name, values) in seen.numbers {
-        assert!(values.into_data().iter::<f32>().all(f32::is_finite), "{name}");
+    let stated = AttentionConfig::observed();
+    let (_, stated) = stated.iter().find(|(name, _)| *name == world.config.name()).expect("in the table");
+    for (row, values) in seen.numbers {
+        assert!(stated.contains(&row), "{} is not among what {} observes", row.name, world.config.name());
+        assert!(values.into_data().iter::<f32>().all(f32::is_finite), "{}", row.name);
     }
 }
 

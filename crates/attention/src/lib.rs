@@ -25,6 +25,7 @@ mod mixture_of_head;
 mod mla;
 mod observe;
 mod projection;
+mod published;
 mod rope;
 mod sink;
 mod softmax;
@@ -32,7 +33,8 @@ mod window;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, KvCache, MechanismCache, NoCache};
@@ -53,9 +55,10 @@ pub use mixture_of_head::{
     QueryNormConfig, RouterConfig, Routing, StraightThrough,
 };
 pub use mla::{LatentCache, Mla, MlaConfig};
-pub use observe::{Observation, Observe};
+pub use observe::{Observation, Observe, Observed};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
+pub use published::{Conversion, Family, Form, HeadCounts, Projection, Published, Setting, SharedHeads, Window};
 pub use rope::{Rope, frequencies};
 pub use sink::{Sink, SinkConfig};
 pub use softmax::{Softmax, SoftmaxConfig};
@@ -76,6 +79,14 @@ pub trait Mechanism: Module {
     /// What the layer does before a step of training, given what it is about to read: `[batch, seq, d_model]`. Only called
     /// where [`is_due`](Self::is_due).
     fn before_step(&mut self, _hidden: Tensor<3>, _mask: &Mask, _step: u64) {}
+
+    /// `[1]` each: what is left to fuse of keys and of values, where heads are being fused.
+    fn scatter(&self) -> Option<[Tensor<1>; 2]> {
+        None
+    }
+
+    /// Sets how far the heads of a group are averaged, 0 to 1, where heads are being fused.
+    fn set_anneal(&mut self, _share: f64) {}
 }
 
 /// The settings of a mechanism, as in a recipe.
@@ -118,6 +129,55 @@ pub trait MechanismConfig: Sized {
         let seen = cost.window.map_or(positions, |window| positions.min((2 * window).saturating_sub(1)));
         let pairs = positions.saturating_mul(seen).saturating_mul(cost.flops_per_pair);
         positions.saturating_mul(cost.flops_per_token).saturating_add(pairs)
+    }
+
+    /// The published families of models that have this attention.
+    fn families() -> &'static [Family] {
+        &[]
+    }
+
+    /// The family that has these layers between layers of the form `form`, and what its config.json says of them.
+    ///
+    /// # Errors
+    /// Why no family has them.
+    fn published(_layers: &[&Self], _dims: &Dims, _form: Form) -> Result<Published, String> {
+        Err("no published model has such attention".into())
+    }
+
+    /// The settings that the config.json of one of [`families`](Self::families) means: one for all layers, or one for each.
+    ///
+    /// # Errors
+    /// Names the key.
+    fn read_published<'de, D: Deserializer<'de>>(family: &Family, _: D, _: &Dims) -> Result<Vec<Self>, D::Error> {
+        Err(D::Error::custom(format!("{} has other attention", family.class())))
+    }
+
+    /// The softmax attention that computes the same, and which heads its query heads share.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn shared_heads(&self) -> Result<SharedHeads, &'static str> {
+        Err("it is no softmax attention with heads that are shared")
+    }
+
+    /// The conversions that lead to this mechanism.
+    fn conversions() -> &'static [Conversion] {
+        &[]
+    }
+
+    /// How the heads of layer `layer` are divided, where the numbers say something.
+    fn head_counts(&self, _layer: usize) -> Option<HeadCounts> {
+        None
+    }
+
+    /// Whether the heads of layers are being fused.
+    fn fuses(&self) -> bool {
+        false
+    }
+
+    /// The numbers that layers may observe; by default those of the softmax over scores.
+    fn observes() -> &'static [Observed] {
+        &observe::SCORES
     }
 
     /// A small valid description for a model of [`Dims::example`], for the laws.
@@ -212,6 +272,83 @@ macro_rules! mechanisms {
                 match self { $(Self::$Layer(_) => stringify!($key),)+ }
             }
 
+            /// The settings of one mechanism, where they are this one's.
+            pub fn get<'a, C>(&'a self) -> Option<&'a C>
+            where
+                &'a C: TryFrom<&'a Self>,
+            {
+                self.try_into().ok()
+            }
+
+            /// The conversions to any mechanism.
+            pub fn conversions() -> impl Iterator<Item = &'static Conversion> {
+                [$($Config::conversions()),+].into_iter().flatten()
+            }
+
+            /// See [`MechanismConfig::head_counts`].
+            pub fn head_counts(&self, layer: usize) -> Option<HeadCounts> {
+                match self { $(Self::$Layer(config) => config.head_counts(layer),)+ }
+            }
+
+            /// See [`MechanismConfig::fuses`].
+            pub fn fuses(&self) -> bool {
+                match self { $(Self::$Layer(config) => config.fuses(),)+ }
+            }
+
+            /// See [`MechanismConfig::observes`]; of every mechanism, by its name.
+            pub fn observed() -> Vec<(&'static str, &'static [Observed])> {
+                vec![$((stringify!($key), $Config::observes())),+]
+            }
+
+            /// See [`MechanismConfig::example`]; of every mechanism.
+            pub fn examples() -> Vec<Self> {
+                vec![$(Self::$Layer($Config::example())),+]
+            }
+
+            /// The families of all mechanisms.
+            pub fn families() -> impl Iterator<Item = &'static Family> {
+                [$($Config::families()),+].into_iter().flatten()
+            }
+
+            /// See [`MechanismConfig::published`].
+            ///
+            /// # Errors
+            /// Why no family has these layers.
+            pub fn published(layers: &[&Self], dims: &Dims, form: Form) -> Result<Published, String> {
+                match layers {
+                    $([first @ Self::$Layer(_), ..] => {
+                        let own: Option<Vec<&$Config>> = layers.iter().map(|layer| layer.get()).collect();
+                        let own = own.ok_or("the layers have different mechanisms")?;
+                        $Config::published(&own, dims, form).map_err(|problem| format!("{}: {problem}", first.name()))
+                    })+
+                    [] => Err("there are no layers".into()),
+                }
+            }
+
+            /// See [`MechanismConfig::read_published`].
+            ///
+            /// # Errors
+            /// Names the key.
+            pub fn read_published<'de, D: Deserializer<'de>>(
+                family: &Family,
+                keys: D,
+                dims: &Dims,
+            ) -> Result<Vec<Self>, D::Error> {
+                $(if $Config::families().contains(family) {
+                    let layers = $Config::read_published(family, keys, dims)?;
+                    return Ok(layers.into_iter().map(Self::$Layer).collect());
+                })+
+                Err(D::Error::custom(format!("{} is no published family", family.class())))
+            }
+
+            /// See [`MechanismConfig::shared_heads`].
+            ///
+            /// # Errors
+            /// Why there is none.
+            pub fn shared_heads(&self) -> Result<SharedHeads, &'static str> {
+                match self { $(Self::$Layer(config) => config.shared_heads(),)+ }
+            }
+
             /// See [`MechanismConfig::validate`].
             ///
             /// # Errors
@@ -253,6 +390,34 @@ macro_rules! mechanisms {
                 match self { $(Self::$Layer(config) => config.encoder_flops(dims, positions),)+ }
             }
         }
+
+        $(impl From<$Config> for AttentionConfig {
+            fn from(config: $Config) -> Self {
+                Self::$Layer(config)
+            }
+        }
+
+        impl<'a> TryFrom<&'a AttentionConfig> for &'a $Config {
+            type Error = ();
+
+            fn try_from(config: &'a AttentionConfig) -> Result<Self, ()> {
+                match config {
+                    AttentionConfig::$Layer(config) => Ok(config),
+                    _ => Err(()),
+                }
+            }
+        }
+
+        impl<'a> TryFrom<&'a Attention> for &'a $Layer {
+            type Error = ();
+
+            fn try_from(layer: &'a Attention) -> Result<Self, ()> {
+                match layer {
+                    Attention::$Layer(layer) => Ok(layer),
+                    _ => Err(()),
+                }
+            }
+        })+
 
         /// The cache of a layer of any mechanism.
         #[derive(Debug, Clone, Default)]
@@ -297,6 +462,24 @@ macro_rules! mechanisms {
                         }
                     })),)+
                 }
+            }
+
+            /// The layer of one mechanism, where it is this one's.
+            pub fn get<'a, L>(&'a self) -> Option<&'a L>
+            where
+                &'a L: TryFrom<&'a Self>,
+            {
+                self.try_into().ok()
+            }
+
+            /// See [`Mechanism::scatter`].
+            pub fn scatter(&self) -> Option<[Tensor<1>; 2]> {
+                match self { $(Self::$Layer(layer) => Mechanism::scatter(layer),)+ }
+            }
+
+            /// See [`Mechanism::set_anneal`].
+            pub fn set_anneal(&mut self, share: f64) {
+                match self { $(Self::$Layer(layer) => Mechanism::set_anneal(layer, share),)+ }
             }
 
             /// See [`Mechanism::is_due`].

@@ -25,11 +25,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
+use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::softmax::SoftmaxConfig;
 use crate::window::{Within, window_of, within};
-use crate::{Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+use crate::{
+    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mechanism, MechanismConfig, Observation,
+    Observed,
+};
+use router::{GATE, LOAD};
 
 mod router;
 
@@ -190,6 +195,19 @@ impl MechanismConfig for MixtureOfHeadConfig {
             flops_per_pair: dense.flops_per_pair - 4 * inactive * width,
             ..dense
         }
+    }
+
+    fn conversions() -> &'static [Conversion] {
+        &[Conversion { name: "mixture_of_head", from: &["softmax"] }]
+    }
+
+    fn head_counts(&self, layer: usize) -> Option<HeadCounts> {
+        Some(HeadCounts::Selected(self.split(layer)))
+    }
+
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 8] = [SCORES[0], SCORES[1], SCORES[2], GATE, LOAD[0], LOAD[1], LOAD[2], LOAD[3]];
+        &ALL
     }
 
     fn example() -> Self {

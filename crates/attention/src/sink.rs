@@ -13,7 +13,9 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::Observed;
 use crate::config::{PerLayerCount, require};
+use crate::observe::{SCORES, SINK_MASS};
 use crate::softmax::{Softmax, SoftmaxConfig};
 use crate::{Attended, Call, ConfigError, Cost, Dims, KvCache, Mechanism, MechanismConfig};
 
@@ -79,6 +81,11 @@ impl MechanismConfig for SinkConfig {
     fn cost(&self, dims: &Dims) -> Cost {
         let plain = self.plain().cost(dims);
         Cost { parameters: plain.parameters + self.n_heads as u64, ..plain }
+    }
+
+    fn observes() -> &'static [Observed] {
+        const ALL: [Observed; 4] = [SCORES[0], SCORES[1], SCORES[2], SINK_MASS];
+        &ALL
     }
 
     fn example() -> Self {

@@ -7,14 +7,18 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, rms_norm};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
+use crate::published::uniform;
 use crate::rope::rotate;
 use crate::window::{Within, check_window, window_of, within};
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation};
+use crate::{
+    Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
+    Observation, Projection, Published, Setting, SharedHeads, Window,
+};
 
 /// Settings of softmax attention.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -121,6 +125,79 @@ impl MechanismConfig for SoftmaxConfig {
         }
     }
 
+    fn families() -> &'static [Family] {
+        FAMILIES
+    }
+
+    fn published(layers: &[&Self], dims: &Dims, form: Form) -> Result<Published, String> {
+        let own = uniform(layers)?;
+        if let Some(setting) = own.beyond_plain() {
+            return Err(format!("softmax attention with {setting} is in no family that can be written"));
+        }
+        let Self { n_heads, qkv_bias, o_bias, qk_norm, .. } = *own;
+        let both = qkv_bias == o_bias;
+        let bias = ("attention_bias", Setting::Flag(qkv_bias));
+        let no_window = ("use_sliding_window", Setting::Flag(false));
+        let (class, more) = match form {
+            Form::GptNeox
+                if own.kv_heads() == n_heads && both && !qk_norm && own.head_dim(dims) * n_heads == dims.d_model =>
+            {
+                ("GPTNeoXForCausalLM", vec![bias])
+            }
+            Form::GptNeox => {
+                return Err("GPT-NeoX, the family with LayerNorm and GELU, has as many key/value heads as query heads, biases on all \
+                            projections or none, no norms of queries and keys, and n_heads * head_dim = d_model; --expanded repeats \
+                            key/value heads"
+                    .into());
+            }
+            Form::Llama if qk_norm && both => {
+                ("Qwen3ForCausalLM", vec![bias, no_window, ("sliding_window", Setting::Null)])
+            }
+            Form::Llama if qk_norm => {
+                return Err("of families with qk_norm, Qwen3 has qkv_bias and o_bias or neither".into());
+            }
+            Form::Llama if both => ("LlamaForCausalLM", vec![bias, ("mlp_bias", Setting::Flag(false))]),
+            Form::Llama if qkv_bias => ("Qwen2ForCausalLM", vec![no_window]),
+            Form::Llama => return Err("o_bias without qkv_bias is in no published model".into()),
+        };
+        let heads = [("num_attention_heads", n_heads), ("num_key_value_heads", own.kv_heads())];
+        let heads = heads.map(|(key, count)| (key, Setting::Count(count)));
+        Ok(Published { family: family(class), keys: heads.into_iter().chain(more).collect() })
+    }
+
+    fn read_published<'de, D: Deserializer<'de>>(family: &Family, keys: D, dims: &Dims) -> Result<Vec<Self>, D::Error> {
+        let keys = HeadKeys::deserialize(keys)?;
+        // GPT-NeoX has neither key/value heads nor a width of its own.
+        let neox = family.form == Form::GptNeox;
+        let n_heads = keys.num_attention_heads;
+        // Mistral has no biases, whatever the key says, and Qwen2 has three of four.
+        let biases = keys.attention_bias.unwrap_or(neox) && family.class != "MistralForCausalLM";
+        let qwen2 = family.class == "Qwen2ForCausalLM";
+        Ok(vec![Self {
+            n_heads,
+            n_kv_heads: keys.num_key_value_heads.filter(|&kv_heads| kv_heads != n_heads && !neox),
+            head_dim: own_width(keys.head_dim, n_heads, dims).filter(|_| !neox),
+            qkv_bias: qwen2 || biases,
+            o_bias: !qwen2 && biases,
+            qk_norm: family.class == "Qwen3ForCausalLM",
+            ..Self::default()
+        }])
+    }
+
+    fn conversions() -> &'static [Conversion] {
+        &[Conversion { name: "grouped_query", from: &["softmax"] }]
+    }
+
+    fn head_counts(&self, _: usize) -> Option<HeadCounts> {
+        Some(HeadCounts::KeysAndValues([self.kv_heads(); 2]))
+    }
+
+    fn shared_heads(&self) -> Result<SharedHeads, &'static str> {
+        let share = self.n_heads / self.kv_heads();
+        let map: Vec<usize> = (0..self.n_heads).map(|head| head / share).collect();
+        Ok(SharedHeads { softmax: Self { n_kv_heads: None, ..self.clone() }, maps: [map.clone(), map] })
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -135,6 +212,64 @@ impl MechanismConfig for SoftmaxConfig {
         }
     }
 }
+
+/// The keys of a config.json that are about heads, as transformers has them.
+#[derive(Debug, Deserialize)]
+struct HeadKeys {
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    attention_bias: Option<bool>,
+}
+
+/// The width of heads of a config.json, where it is not the default.
+pub(crate) fn own_width(head_dim: Option<usize>, n_heads: usize, dims: &Dims) -> Option<usize> {
+    head_dim.filter(|width| width.checked_mul(n_heads) != Some(dims.d_model))
+}
+
+/// The family of a class, which has to be one of softmax attention's.
+fn family(class: &str) -> &'static Family {
+    FAMILIES.iter().find(|family| family.class == class).expect("a family of this file")
+}
+
+/// Defaults: `configuration_*.py` of each model in transformers 5.24.
+const FAMILIES: &[Family] = &[
+    Family::llama("LlamaForCausalLM", "llama"),
+    Family { defaults: MISTRAL, window: Window::Always, ..Family::llama("MistralForCausalLM", "mistral") },
+    Family { defaults: QWEN2, window: Window::IfSwitchedOn, ..Family::llama("Qwen2ForCausalLM", "qwen2") },
+    Family { defaults: QWEN3, window: Window::IfSwitchedOn, ..Family::llama("Qwen3ForCausalLM", "qwen3") },
+    Family {
+        form: Form::GptNeox,
+        defaults: GPT_NEOX,
+        projections: &[
+            ("q_proj", Projection::Third("query_key_value", 0)),
+            ("k_proj", Projection::Third("query_key_value", 1)),
+            ("v_proj", Projection::Third("query_key_value", 2)),
+            ("o_proj", Projection::Named("dense")),
+        ],
+        ..Family::llama("GPTNeoXForCausalLM", "gpt_neox")
+    },
+];
+const MISTRAL: &[(&str, Setting)] = &[
+    ("num_key_value_heads", Setting::Count(8)),
+    ("max_position_embeddings", Setting::Count(131_072)),
+    ("sliding_window", Setting::Count(4096)),
+];
+const QWEN2: &[(&str, Setting)] = &[
+    ("num_key_value_heads", Setting::Count(32)),
+    ("max_position_embeddings", Setting::Count(32_768)),
+    ("sliding_window", Setting::Count(4096)),
+    ("max_window_layers", Setting::Count(28)),
+];
+const QWEN3: &[(&str, Setting)] = &[
+    ("num_key_value_heads", Setting::Count(32)),
+    ("head_dim", Setting::Count(128)),
+    ("max_position_embeddings", Setting::Count(32_768)),
+    ("sliding_window", Setting::Count(4096)),
+    ("max_window_layers", Setting::Count(28)),
+];
+const GPT_NEOX: &[(&str, Setting)] =
+    &[("max_position_embeddings", Setting::Count(2048)), ("layer_norm_eps", Setting::Number(1e-5))];
 
 /// Rules about query heads that every mechanism shares.
 ///

@@ -8,7 +8,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use polyhead_attention::{Mask, Observe};
+use polyhead_attention::{Mask, Observe, Observed};
 use polyhead_models::weights::Path;
 use polyhead_models::{Batch, Decoder};
 
@@ -16,8 +16,8 @@ use polyhead_models::{Batch, Decoder};
 pub struct Layer {
     /// Its heads, in the order of its maps.
     pub heads: Vec<Head>,
-    /// Other numbers that its mechanism told: name and values.
-    pub numbers: Vec<(String, Vec<f32>)>,
+    /// Other numbers that its mechanism observed, with their values.
+    pub numbers: Vec<(Observed, Vec<f32>)>,
     /// `[heads][queries * keys]`: the weights on the first row.
     pub maps: Vec<Vec<f32>>,
     /// Queries (and keys) of the maps.
@@ -53,10 +53,10 @@ pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
             all.chunks(length * length).map(<[f32]>::to_vec).collect()
         });
         let gates = seen.gates.map(|gates| gates.into_data().iter::<f32>().collect());
-        let mut numbers: Vec<(String, Vec<f32>)> =
-            seen.numbers.into_iter().map(|(name, numbers)| (name, values(numbers))).collect();
+        let mut numbers: Vec<(Observed, Vec<f32>)> =
+            seen.numbers.into_iter().map(|(row, numbers)| (row, values(numbers))).collect();
         let mut take = |name: &str| {
-            let found = numbers.iter().position(|(known, of)| known == name && of.len() == maps.len());
+            let found = numbers.iter().position(|(row, of)| row == name && of.len() == maps.len());
             found.map(|found| numbers.remove(found).1)
         };
         let (entropy, first_key) = (take("entropy"), take("first_token_mass"));

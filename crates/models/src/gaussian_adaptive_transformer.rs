@@ -10,7 +10,7 @@
 //! which the paper leaves out, and attention between layers. The paper's own baseline calls PyTorch's attention with the axes
 //! the wrong way round, so that it attends *between the samples of the batch*, without a residual; that is here under its
 //! true name, next to attention between layers with and without a residual. (PyTorch's attention has biases everywhere: `qkv_bias` and
-//! `o_bias` of `softmax`.) The paper's combination of gate and grouped-query attention stands in `gqdaam.rs`.
+//! `o_bias` of `softmax`.) The paper's combination of gate and grouped-query attention is in `gqdaam.rs`.
 //!
 //! `layers` trains on some layers only: the paper's ablation takes those of high and of low
 //! [importance](polyhead_attention::Importance).

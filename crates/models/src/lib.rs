@@ -1,8 +1,8 @@
-//! Models built from attention mechanisms: what they compute, what they learn from, and their weights as files.
+//! Models built from attention mechanisms, their inputs and losses, and their weights as files.
 //!
-//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Trainable`] what both are to
-//! the loop; [`Batch`] and [`Examples`] are what they are given, [`loss`](Decoder::loss) what it is told,
-//! [`generate`] what it says, [`weights`] its parameters by name, [`hf`] the same under other projects' names.
+//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Trainable`] the interface
+//! of both to the training loop; [`Batch`] and [`Examples`] are their inputs, [`loss`](Decoder::loss) the decoder's loss,
+//! [`generate`] writes text with it, [`weights`] are parameters by name, [`hf`] reads and writes Hugging Face's format.
 
 pub mod adapters;
 mod batch;

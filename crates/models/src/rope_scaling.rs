@@ -1,4 +1,4 @@
-//! Stretching rotary positions over contexts longer than those first learned.
+//! Scaling of rotary frequencies for contexts longer than those of pretraining.
 
 use std::f64::consts::TAU;
 
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub enum RopeScaling {
     /// All positions are divided by a factor (Chen et al. 2023, arXiv 2306.15595).
     Linear(LinearScaling),
-    /// Slow pairs are slowed down by a factor, fast ones left alone (Llama 3.1).
+    /// Low frequencies are scaled by a factor, high ones stay as they are (Llama 3.1).
     Llama3(Llama3Scaling),
 }
 
@@ -20,7 +20,7 @@ pub enum RopeScaling {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LinearScaling {
-    /// How many times longer contexts become.
+    /// Scaling factor of the context.
     pub factor: f64,
 }
 
@@ -28,11 +28,11 @@ pub struct LinearScaling {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Llama3Scaling {
-    /// How many times slower pairs turn that take longer than the original context for one round.
+    /// Scaling factor of the low-frequency dimensions.
     pub factor: f64,
-    /// Pairs with fewer rounds than this within the original context are slowed down fully.
+    /// Dimensions with fewer rotations than this within the original context are scaled fully.
     pub low_freq_factor: f64,
-    /// Pairs with more rounds than this within the original context stay as they are.
+    /// Dimensions with more rotations than this within the original context stay as they are.
     pub high_freq_factor: f64,
     /// The original context, in tokens.
     pub original_max_position_embeddings: usize,

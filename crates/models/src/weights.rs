@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Tensor, TensorData};
 use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 
 mod files;
@@ -112,24 +112,7 @@ pub fn layer_of(name: &str) -> Option<usize> {
 
 /// All parameters of a module, in the order of its fields.
 pub fn named<M: Module>(module: &M) -> Vec<Named> {
-    struct Collect(Path, Vec<Named>);
-    impl ModuleVisitor for Collect {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let value = param.val();
-            let shape = value.dims().to_vec();
-            let values = value.into_data().convert_dtype(DType::F32).iter::<f32>().collect();
-            self.1.push(Named { name: self.0.name(), shape, values });
-        }
-    }
-    let mut collect = Collect(Path::default(), Vec::new());
-    module.visit(&mut collect);
-    collect.1
+    held(module).iter().map(Held::named).collect()
 }
 
 /// The bytes of a safetensors file with these tensors.

@@ -211,3 +211,19 @@ impl Conversion {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use polyhead_attention::AttentionConfig;
+
+    use super::*;
+
+    #[test]
+    fn every_conversion_of_the_table_of_mechanisms_can_be_asked_for() {
+        let mut table: Vec<&str> = AttentionConfig::conversions().map(|to| to.name).collect();
+        let mut targets: Vec<&str> = Target::value_variants().iter().map(|target| target.name()).collect();
+        table.sort_unstable();
+        targets.sort_unstable();
+        assert_eq!(table, targets);
+    }
+}

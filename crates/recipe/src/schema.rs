@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
+use polyhead_attention::AttentionConfig;
 use serde_json::Value;
 
 use crate::layers::{self, Layer};
@@ -207,6 +208,12 @@ pub fn reference() -> String {
     let root = recipe();
     let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
     describe(root, root, "", (&mut BTreeMap::new(), &mut out));
+    out.push_str("\n| mechanism | logs as `attention/layer_NN/...` | meaning |\n|---|---|---|\n");
+    for (mechanism, rows) in AttentionConfig::observed() {
+        for row in rows {
+            out.push_str(&format!("| `{mechanism}` | `{}` | {row} |\n", row.name));
+        }
+    }
     out
 }
 

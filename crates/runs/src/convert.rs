@@ -2,7 +2,7 @@
 //!
 //! A target is a variant of [`Target`] and an arm of [`convert`].
 
-use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, LearnedRouterConfig, QueryNormConfig, RouterConfig};
+use polyhead_attention::{DecoupledHeadConfig, LearnedRouterConfig, QueryNormConfig, RouterConfig};
 use polyhead_models::surgery::{self, AllocationRule, Grouping, Pool, Routed};
 use polyhead_models::{Batch, Decoder};
 use polyhead_recipe::Problems;
@@ -158,7 +158,9 @@ impl Conversions<'_> {
             Failure::Run(format!("the model that was being fused: {error}\n  hint: --original says where it is now"))
         })?;
         let original = surgery::unfused(&original.model)?;
-        let cells: Vec<_> = decoupled_layers(&fused.model).collect();
+        let config = fused.model.config();
+        let cells: Vec<&DecoupledHeadConfig> =
+            (0..config.n_layers).filter_map(|layer| config.mechanism(layer).get()).collect();
         let n_heads = cells[0].n_heads;
         if cells.iter().any(|layer| layer.n_heads != n_heads) {
             return Err(usage("--search dynamic takes a model with as many heads in every layer"));
@@ -173,13 +175,4 @@ impl Conversions<'_> {
         (self.caller.tell)(&format!("left to fuse: {}", told.join(" ")));
         Ok((original, Grouping::Each(surgery::allocate_by_need(&left, n_heads, budget))))
     }
-}
-
-/// The settings of the layers with decoupled heads.
-fn decoupled_layers(model: &Decoder) -> impl Iterator<Item = &DecoupledHeadConfig> {
-    let config = model.config();
-    (0..config.n_layers).filter_map(|layer| match config.mechanism(layer) {
-        AttentionConfig::DecoupledHead(heads) => Some(heads),
-        _ => None,
-    })
 }

@@ -7,7 +7,6 @@
 //! code that the authors say they built on (LLM-Shearing), as their own equations could not be read.
 
 use burn::module::Module;
-use polyhead_attention::{Attention, AttentionConfig};
 use polyhead_models::ContextMask;
 use polyhead_models::{Batch, Decoder, DecoderConfig, Pass, surgery};
 use schemars::JsonSchema;
@@ -75,9 +74,7 @@ impl FusionConfig {
             }
         }
         if let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok()) {
-            let fuses =
-                |layer| matches!(decoder.mechanism(layer), AttentionConfig::DecoupledHead(heads) if heads.fusing);
-            if !(0..decoder.n_layers).any(fuses) {
+            if !(0..decoder.n_layers).any(|layer| decoder.mechanism(layer).fuses()) {
                 return Err(("mode".into(), NOTHING_TO_FUSE.into()));
             }
         }
@@ -175,11 +172,7 @@ impl Fusion {
 }
 
 fn set_anneal(model: &mut Decoder, share: f64) {
-    for layer in &mut model.layers {
-        if let Attention::DecoupledHead(heads) = &mut layer.attention {
-            heads.set_anneal(share);
-        }
-    }
+    model.layers.iter_mut().for_each(|layer| layer.attention.set_anneal(share));
 }
 
 impl Procedure for Fusion {

@@ -112,6 +112,14 @@ impl EventWriter {
         self.value(tag, step, message::scalar(value))
     }
 
+    /// Adds one number with words about it, which TensorBoard shows beside its curve.
+    ///
+    /// # Errors
+    /// As for [`scalar`](Self::scalar).
+    pub fn described_scalar(&mut self, tag: &str, step: u64, value: f32, about: &str) -> Result<(), TensorboardError> {
+        self.value(tag, step, message::scalar(value).described(about))
+    }
+
     /// Adds the distribution of `values`, in TensorFlow's exponential buckets.
     ///
     /// NaN and infinities are left out; their number is returned and, where it is not zero, also

@@ -30,8 +30,8 @@ use polyhead_kernels::{SelectedRows, in_type};
 use serde::{Deserialize, Serialize};
 
 use super::HeadSplit;
-use crate::Observation;
 use crate::projection::{INIT_STD, linear};
+use crate::{Observation, Observed};
 
 /// The router: one of its tables.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -133,6 +133,17 @@ pub struct LearnedRouter {
     #[module(skip)]
     gate_norm: GateNorm,
 }
+
+/// What is observed of gates.
+pub(super) const GATE: Observed =
+    Observed::new("gate", "gate of a head, mean over the positions where it is selected", "");
+/// What is observed of routed heads.
+pub(super) const LOAD: [Observed; 4] = [
+    Observed::new("load", "share of positions that select a routed head, as a multiple of an even load", ""),
+    Observed::new("least_load", "load of the routed head that is selected least", ""),
+    Observed::new("most_load", "load of the routed head that is selected most", ""),
+    Observed::new("imbalance", "load-balance penalty over its value for even loads: 1 where loads are even", ""),
+];
 
 /// A router's decision about one call.
 #[derive(Debug, Clone)]
@@ -323,7 +334,7 @@ impl Routing {
         let [batch, seq, heads] = self.gates.dims();
         let gates = in_type(self.gates.clone().detach(), DType::F32); // as all that is observed
         let taking_part = gates.clone().not_equal_elem(0.0).float().sum_dims_squeeze::<1, _>(&[0, 1]);
-        seen.number("gate", gates.clone().sum_dims_squeeze::<1, _>(&[0, 1]) / taking_part.clamp_min(1.0));
+        seen.number(GATE, gates.clone().sum_dims_squeeze::<1, _>(&[0, 1]) / taking_part.clamp_min(1.0));
         debug_assert_eq!(self.selected.shape(), [batch, seq, heads]);
         if let Some(balance) = &self.balance {
             let even = split.top_k as f32 / split.routed as f32;
@@ -331,10 +342,10 @@ impl Routing {
             let [least, most] = [f32::min, f32::max].map(|pick| load.iter().copied().reduce(pick).unwrap_or(0.0));
             let device = gates.device();
             let number = |value: &[f32]| Tensor::<1>::from_floats(value, &device);
-            seen.number("load", number(&load));
-            seen.number("least_load", number(&[least]));
-            seen.number("most_load", number(&[most]));
-            seen.number("imbalance", balance.penalty(split, GateNorm::Code).detach() / split.top_k as f64);
+            seen.number(LOAD[0], number(&load));
+            seen.number(LOAD[1], number(&[least]));
+            seen.number(LOAD[2], number(&[most]));
+            seen.number(LOAD[3], balance.penalty(split, GateNorm::Code).detach() / split.top_k as f64);
         }
         seen.gates = Some(gates.narrow(0, 0, 1).squeeze_dim::<2>(0).transpose());
     }

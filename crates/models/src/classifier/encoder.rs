@@ -4,7 +4,7 @@
 //! input -> linear or embedding (, class token in front), + learned positions
 //!   ->  layers: x + attention(norm(x)), x + mlp(norm(x))  ->  norm  ->  pooling  ->  linear to classes
 //! ```
-//! Nothing is causal and nothing rotates. With `pooling = "class_token"` a learned token stands in front; other poolings have
+//! Nothing is causal and nothing rotates. With `pooling = "class_token"` a learned token is in front; other poolings have
 //! none. Trainable pooling over all layers reads each of them behind the last norm. Left out of ViT: the hidden layer of its
 //! head while it is pretrained.
 

@@ -114,10 +114,15 @@ impl DecoderConfig {
         self.attention.of_layer(layer).expect("validate: one mechanism per layer")
     }
 
+    /// What a layer's mechanism knows of the model.
+    pub(crate) fn dims(&self, layer: usize) -> Dims {
+        let Self { d_model, n_layers, rope, norm_eps, .. } = *self;
+        Dims { d_model, n_layers, layer, rope, norm_eps, grid: None }
+    }
+
     /// Channels of a query head in a layer.
     pub fn head_dim(&self, layer: usize) -> usize {
-        let Self { d_model, n_layers, rope, norm_eps, .. } = *self;
-        self.mechanism(layer).head_dim(&Dims { d_model, n_layers, layer, rope, norm_eps, grid: None })
+        self.mechanism(layer).head_dim(&self.dims(layer))
     }
 
     /// Channels of a query head in a layer that rotate.

@@ -1,16 +1,18 @@
 //! config.json as transformers 4 and 5 write it, read as our settings. What would change the numbers and is not supported is
 //! refused; keys that say nothing about the forward pass are not looked at. Where a key is missing, what transformers 5.24
-//! takes for it is taken (`configuration_*.py` of each model).
+//! takes for it is taken (`configuration_*.py` of each model). What the keys say of attention is read by the mechanism.
 
 pub(super) mod entries;
 mod keys;
 
-use polyhead_attention::{AttentionConfig, ConfigError, DecoupledHeadConfig, RopeLayout, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, ConfigError, Dims, Family, Form, RopeLayout, Window};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::names::Family;
-use crate::{DecoderConfig, LinearScaling, Llama3Scaling, MlpKind, NormKind, PerLayer, RopeScaling};
+use super::names::POLYHEAD;
+use super::own;
+use crate::surgery::per_layer;
+use crate::{DecoderConfig, LinearScaling, Llama3Scaling, MlpKind, NormKind, RopeScaling};
 pub(super) use keys::special_ids;
 use keys::{family, fill_in};
 
@@ -20,16 +22,11 @@ struct Config {
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
     max_position_embeddings: usize,
     hidden_act: String,
     rms_norm_eps: Option<f64>,
     layer_norm_eps: Option<f64>,
     tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     use_parallel_residual: Option<bool>,
     sliding_window: Option<usize>,
@@ -45,14 +42,17 @@ struct Config {
     rope_scaling: Option<Rope>,
     partial_rotary_factor: Option<f64>,
     rotary_pct: Option<f64>,
-    // Of decoupled heads: for each layer, which head every query head reads.
-    dha_key_map: Option<Vec<Vec<usize>>>,
-    dha_value_map: Option<Vec<Vec<usize>>>,
-    dha_output_bias: Option<bool>,
+}
+
+/// What every family says of a model as a whole.
+#[derive(Debug, Deserialize)]
+struct Sizes {
+    vocab_size: usize,
+    max_position_embeddings: usize,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
-struct Rope {
+pub(super) struct Rope {
     rope_type: Option<String>,
     #[serde(rename = "type")]
     old_type: Option<String>,
@@ -67,7 +67,7 @@ struct Rope {
 /// What a config.json says.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Described {
-    pub family: Family,
+    pub family: &'static Family,
     pub decoder: DecoderConfig,
     pub vocab_size: usize,
     pub max_positions: usize,
@@ -86,72 +86,75 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
     let mut keys = entries::read(text)?;
     let family = family(&keys)?;
     let window_by_default = !keys.contains_key("sliding_window");
-    let notes = fill_in(&mut keys, family);
+    let own = *family == POLYHEAD;
+    let notes = if own { Vec::new() } else { fill_in(&mut keys, family) };
     let vocab = keys.get("vocab_size").and_then(Value::as_u64);
     special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
-    let config: Config = entries::typed(keys)?;
-    refuse_unsupported(&config, family).map_err(|problem| match problem.starts_with("sliding_window") {
-        true if window_by_default => format!("{problem} (the key is missing, for which transformers takes 4096)"),
-        _ => problem,
-    })?;
-    // Larger than any model, and small enough for every product of them.
-    for (name, value, most) in [
-        ("hidden_size", config.hidden_size, 1 << 20),
-        ("intermediate_size", config.intermediate_size, 1 << 24),
-        ("num_hidden_layers", config.num_hidden_layers, 1 << 14),
-        ("num_attention_heads", config.num_attention_heads, 1 << 14),
-        ("num_key_value_heads", config.num_key_value_heads.unwrap_or(1), 1 << 14),
-        ("head_dim", config.head_dim.unwrap_or(1), 1 << 20),
-        ("vocab_size", config.vocab_size, 1 << 30),
+    check_sizes(&keys)?;
+    let Sizes { vocab_size, max_position_embeddings } = entries::typed(&keys)?;
+    let (decoder, window) = if own {
+        (own::read(keys)?, None)
+    } else {
+        let config: Config = entries::typed(&keys)?;
+        refuse_unsupported(&config, family).map_err(|problem| match problem.starts_with("sliding_window") {
+            true if window_by_default => format!("{problem} (the key is missing, for which transformers takes 4096)"),
+            _ => problem,
+        })?;
+        (published(&config, family, &keys)?, window(&config, family))
+    };
+    Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, window, notes })
+}
+
+/// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers.
+fn check_sizes(keys: &Map<String, Value>) -> Result<(), String> {
+    for (name, most) in [
+        ("hidden_size", 1 << 20),
+        ("intermediate_size", 1 << 24),
+        ("num_hidden_layers", 1 << 14),
+        ("num_attention_heads", 1 << 14),
+        ("num_key_value_heads", 1 << 14),
+        ("head_dim", 1 << 20),
+        ("vocab_size", 1 << 30),
     ] {
-        if value > most {
-            return Err(format!("{name} ({value}) must be at most {most}"));
-        }
-        if value == 0 {
-            return Err(format!("{name} (0) must be at least 1"));
+        match keys.get(name).and_then(Value::as_u64) {
+            Some(0) => return Err(format!("{name} (0) must be at least 1")),
+            Some(value) if value > most => return Err(format!("{name} ({value}) must be at most {most}")),
+            _ => {}
         }
     }
-    let neox = family == Family::GptNeox;
+    Ok(())
+}
+
+/// The model of a published family.
+fn published(config: &Config, family: &Family, keys: &Map<String, Value>) -> Result<DecoderConfig, String> {
+    let neox = family.form == Form::GptNeox;
     let rope = config.rope_parameters.clone().unwrap_or_default();
-    // Mistral has none, whatever the key says.
-    let biases = config.attention_bias.unwrap_or(neox) && family != Family::Mistral;
-    let n_heads = config.num_attention_heads;
-    let softmax = SoftmaxConfig {
-        n_heads,
-        // GPT-NeoX has neither key.
-        n_kv_heads: config.num_key_value_heads.filter(|&kv_heads| kv_heads != n_heads && !neox),
-        head_dim: config.head_dim.filter(|width| width * n_heads != config.hidden_size && !neox),
-        qkv_bias: family == Family::Qwen2 || biases,
-        o_bias: family != Family::Qwen2 && biases,
-        qk_norm: family == Family::Qwen3,
-        ..SoftmaxConfig::default()
-    };
+    let norm_eps = if neox { config.layer_norm_eps.unwrap_or(1e-5) } else { config.rms_norm_eps.unwrap_or(1e-6) };
+    let (d_model, n_layers) = (config.hidden_size, config.num_hidden_layers);
+    let dims = Dims { d_model, n_layers, layer: 0, rope: true, norm_eps, grid: None };
+    let layers = entries::typed_by(keys, |keys| AttentionConfig::read_published(family, keys, &dims))?;
     let decoder = DecoderConfig {
-        d_model: config.hidden_size,
-        n_layers: config.num_hidden_layers,
+        d_model,
+        n_layers,
         d_ff: Some(config.intermediate_size),
         rope: true,
-        rope_theta: theta(&config, &rope)?,
+        rope_theta: theta(config, &rope)?,
         rope_layout: RopeLayout::RotateHalf,
         rope_fraction: rope.partial_rotary_factor.or(config.partial_rotary_factor).or(config.rotary_pct).unwrap_or(
             // The default of GPTNeoXConfig.
             if neox { 0.25 } else { 1.0 },
         ),
-        rope_scaling: scaling(&config)?,
+        rope_scaling: scaling(config)?,
         norm: if neox { NormKind::Layer } else { NormKind::Rms },
-        norm_eps: if neox { config.layer_norm_eps.unwrap_or(1e-5) } else { config.rms_norm_eps.unwrap_or(1e-6) },
+        norm_eps,
         mlp: if neox { MlpKind::Gelu } else { MlpKind::Swiglu },
         parallel_residual: neox && config.use_parallel_residual.unwrap_or(true),
         tie_embeddings: config.tie_word_embeddings.unwrap_or(false),
-        attention: match family {
-            Family::DecoupledHead => PerLayer::Each(decoupled(&config, &softmax)?),
-            _ => PerLayer::Same(AttentionConfig::Softmax(softmax)),
-        },
+        attention: per_layer(layers),
         attention_gate: None,
     };
     decoder.validate().map_err(|error| in_their_words(&error))?;
-    let (vocab_size, max_positions) = (config.vocab_size, config.max_position_embeddings);
-    Ok(Described { family, decoder, vocab_size, max_positions, window: window(&config, family), notes })
+    Ok(decoder)
 }
 
 /// The base of the rotary frequencies, wherever it stands.
@@ -187,39 +190,8 @@ fn in_their_words(error: &ConfigError) -> String {
     }
 }
 
-/// The layers of decoupled heads, by their maps.
-fn decoupled(config: &Config, softmax: &SoftmaxConfig) -> Result<Vec<AttentionConfig>, String> {
-    let (Some(keys), Some(values)) = (&config.dha_key_map, &config.dha_value_map) else {
-        return Err("dha_key_map and dha_value_map must give a list for every layer".into());
-    };
-    for (name, maps) in [("dha_key_map", keys), ("dha_value_map", values)] {
-        if maps.len() != config.num_hidden_layers {
-            let layers = config.num_hidden_layers;
-            return Err(format!(
-                "{name} has {} lists for num_hidden_layers ({layers}): give one per layer",
-                maps.len()
-            ));
-        }
-        if maps.iter().flatten().any(|&head| head >= softmax.n_heads) {
-            return Err(format!("{name} names a head that is not below num_attention_heads ({})", softmax.n_heads));
-        }
-    }
-    let layer = |(key_map, value_map): (&Vec<usize>, &Vec<usize>)| {
-        AttentionConfig::DecoupledHead(DecoupledHeadConfig {
-            n_heads: softmax.n_heads,
-            head_dim: softmax.head_dim,
-            key_map: key_map.clone(),
-            value_map: value_map.clone(),
-            qkv_bias: softmax.qkv_bias,
-            o_bias: config.dha_output_bias.unwrap_or(softmax.o_bias),
-            fusing: false,
-        })
-    };
-    Ok(keys.iter().zip(values).map(layer).collect())
-}
-
-fn refuse_unsupported(config: &Config, family: Family) -> Result<(), String> {
-    let activation = if family == Family::GptNeox { "gelu" } else { "silu" };
+fn refuse_unsupported(config: &Config, family: &Family) -> Result<(), String> {
+    let activation = if family.form == Form::GptNeox { "gelu" } else { "silu" };
     if config.hidden_act != activation {
         return Err(format!("hidden_act is {:?}; {:?} is supported here", config.hidden_act, activation));
     }
@@ -241,15 +213,15 @@ fn refuse_unsupported(config: &Config, family: Family) -> Result<(), String> {
 /// The window of attention, where one is used: Mistral's always, Qwen's only where it is told to, in layers from
 /// `max_window_layers` on. Where `layer_types` says which, one is taken to be there: that it is switched on for no layer is no
 /// model that anybody trained.
-fn window(config: &Config, family: Family) -> Option<usize> {
+fn window(config: &Config, family: &Family) -> Option<usize> {
     let slides = match (&config.layer_types, config.max_window_layers) {
         (None, Some(first)) => first < config.num_hidden_layers,
         _ => true,
     };
-    let used = match family {
-        Family::Mistral => true,
-        Family::Qwen2 | Family::Qwen3 => config.use_sliding_window == Some(true) && slides,
-        Family::Llama | Family::GptNeox | Family::Motif | Family::DecoupledHead => false,
+    let used = match family.window {
+        Window::Always => true,
+        Window::IfSwitchedOn => config.use_sliding_window == Some(true) && slides,
+        Window::Never => false,
     };
     config.sliding_window.filter(|_| used)
 }
@@ -279,7 +251,7 @@ impl Rope {
     }
 }
 
-fn scaling_of(rope: &Rope) -> Result<Option<RopeScaling>, String> {
+pub(super) fn scaling_of(rope: &Rope) -> Result<Option<RopeScaling>, String> {
     let kind = rope.kind();
     let number =
         |name: &str, value: Option<f64>| value.ok_or_else(|| format!("rope scaling {kind}: {name} is missing"));

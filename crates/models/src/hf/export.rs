@@ -1,19 +1,20 @@
 //! A [`Decoder`] in Hugging Face's format.
 //!
-//! Softmax decoders become the family whose settings they have: `LlamaForCausalLM`, `Qwen2ForCausalLM` (biases on queries,
-//! keys and values), `Qwen3ForCausalLM` (norms of queries and keys), `GPTNeoXForCausalLM` (LayerNorm, GELU). Grouped
-//! differential decoders get the names of Motif (`MotifForCausalLM`).
+//! It becomes the family that its mechanism names for its settings (softmax attention: Llama, Qwen2, Qwen3 or GPT-NeoX), where
+//! the layers around are that family's too. Heads that are shared in equal groups are written as such (GQA), whatever
+//! mechanism shared them. What no family has is written under a class of our own.
 
 use std::collections::BTreeMap;
 
-use polyhead_attention::{AttentionConfig, GroupedDifferentialConfig, RopeLayout, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, Family, Form, Published, RopeLayout};
 use serde_json::{Value, json};
 
 use super::import::transpose;
-use super::names::{Family, Layout};
-use crate::surgery::{SurgeryError, decouple_key_driven, standard_grouped};
+use super::names::{Layout, POLYHEAD, place};
+use super::own;
+use crate::surgery::{SurgeryError, standard_grouped};
 use crate::weights::{Named, WeightsError, named, to_safetensors};
-use crate::{Decoder, DecoderConfig, MlpKind, NormKind, PerLayer, RopeScaling};
+use crate::{Decoder, DecoderConfig, MlpKind, NormKind, RopeScaling};
 
 /// What the format needs to know besides the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,12 +35,12 @@ impl ExportOptions {
     }
 }
 
-/// Why a model cannot be said in the format.
+/// Why a model cannot be written, which would be our mistake.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// The format has no word for a setting.
-    #[error("{0}")]
-    Unsupported(String),
+    /// Query heads could not be put in groups.
+    #[error(transparent)]
+    Surgery(#[from] SurgeryError),
     /// The weights could not be written.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -48,76 +49,86 @@ pub enum ExportError {
 /// The files of an exported model, by name: config.json, generation_config.json, model.safetensors.
 ///
 /// # Errors
-/// If the format cannot say what the model is: which setting, and the way out.
+/// If the files cannot be made.
 pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Vec<u8>)>, ExportError> {
-    let config = model.config();
-    let unsupported = |problem: &str| Err(ExportError::Unsupported(problem.into()));
-    if !config.rope {
-        return unsupported("model.decoder.rope = false: the formats that can be written all rotate positions");
-    }
-    if config.attention_gate.is_some() {
-        return unsupported("model.decoder.attention_gate: no format that can be written knows such gates");
-    }
-    let first = config.mechanism(0);
-    let refused = |error: SurgeryError| ExportError::Unsupported(error.to_string());
-    if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::KeyDriven(_))) {
-        return export(&decouple_key_driven(model).map_err(refused)?, options);
-    }
-    if (0..config.n_layers).any(|layer| matches!(config.mechanism(layer), AttentionConfig::DecoupledHead(_))) {
-        if let Some(grouped) = standard_grouped(model).map_err(refused)? {
-            return export(&grouped, options);
-        }
-        return files(model, Family::DecoupledHead, decoupled_config(model, options)?, options);
-    }
-    if (0..config.n_layers).any(|layer| config.mechanism(layer) != first)
-        || matches!(config.attention, PerLayer::Each(_))
-    {
-        return unsupported("model.decoder.attention lists mechanisms per layer: the formats have one for all layers");
-    }
-    let (family, json) = match first {
-        AttentionConfig::Softmax(softmax) => softmax_config(model, softmax, options)?,
-        AttentionConfig::GroupedDifferential(gda) => (Family::Motif, motif_config(model, gda, options)?),
-        other => {
-            let name = other.name();
-            return unsupported(&format!(
-                "{name}: the format has no such model; model.safetensors of the checkpoint holds it"
-            ));
-        }
+    let grouped = standard_grouped(model)?;
+    let grouped = grouped.as_ref().and_then(|grouped| Some((grouped, published(grouped.config()).ok()?)));
+    let (model, published) = match grouped {
+        Some((grouped, published)) => (grouped, Some(published)),
+        None => (model, published(model.config()).ok()),
     };
-    files(model, family, json, options)
-}
-
-fn files(
-    model: &Decoder,
-    family: Family,
-    json: Value,
-    options: ExportOptions,
-) -> Result<Vec<(String, Vec<u8>)>, ExportError> {
-    let tensors = placed(named(model), model.config(), family);
+    let family = published.as_ref().map_or(&POLYHEAD, |published| published.family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
+    let config = match published {
+        Some(published) => published_keys(model, published, options),
+        None => with(about(model, family, options), own::keys(model.config())),
+    };
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
+    let tensors = placed(named(model), model.config(), family);
     Ok(vec![
-        ("config.json".into(), text(&json)),
+        ("config.json".into(), text(&config)),
         ("generation_config.json".into(), text(&generation)),
         ("model.safetensors".into(), to_safetensors(&tensors, &[("format", "pt".into())])?),
     ])
 }
 
-/// What a person has to know to load the tokenizer of an exported model, if there is anything.
+/// The published family that has such a decoder, and what its config.json says of attention.
 ///
-/// For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
-/// and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
-pub fn tokenizer_note(config: &DecoderConfig) -> Option<&'static str> {
-    let AttentionConfig::Softmax(SoftmaxConfig { qkv_bias: true, .. }) = config.mechanism(0) else { return None };
-    Some(
-        "AutoTokenizer of transformers 5 gives every Qwen2 model Qwen's own rules of splitting text; unless this \
-         tokenizer is Qwen's, load it with PreTrainedTokenizerFast.from_pretrained instead",
-    )
+/// # Errors
+/// Why no family has it.
+fn published(config: &DecoderConfig) -> Result<Published, String> {
+    let whole = config.rope_fraction == 1.0;
+    let form = match (config.norm, config.mlp) {
+        _ if !config.rope => return Err("model.decoder.rope = false: published families rotate positions".into()),
+        _ if config.attention_gate.is_some() => {
+            return Err("model.decoder.attention_gate: published families have no such gates".into());
+        }
+        (NormKind::Layer, MlpKind::Gelu) => Form::GptNeox,
+        (NormKind::Rms, MlpKind::Swiglu) if whole && !config.parallel_residual => Form::Llama,
+        (norm, mlp) => {
+            return Err(format!(
+                "norm {norm:?} with mlp {mlp:?}, rope_fraction {} and parallel_residual {} are together in no published family",
+                config.rope_fraction, config.parallel_residual
+            ));
+        }
+    };
+    let layers: Vec<_> = (0..config.n_layers).map(|layer| config.mechanism(layer)).collect();
+    AttentionConfig::published(&layers, &config.dims(0), form)
 }
 
-/// What all formats share.
-fn common(model: &Decoder, family: Family, options: ExportOptions) -> Value {
+/// What a person has to know about the export of a decoder, as sentences; `tokenizer`: whether there is one.
+pub fn notes(model: &Decoder, tokenizer: bool) -> Vec<String> {
+    let Ok(standard) = standard_grouped(model) else { return Vec::new() };
+    let of = |model: &Decoder| published(model.config());
+    match standard.as_ref().map_or_else(|| of(model), |standard| of(standard).or_else(|_| of(model))) {
+        Err(problem) => vec![format!(
+            "written as {}, which Polyhead reads and no other software does: {problem}",
+            POLYHEAD.class()
+        )],
+        // For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
+        // and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
+        Ok(published) if tokenizer && published.family.model_type() == "qwen2" => vec![
+            "AutoTokenizer of transformers 5 gives every Qwen2 model Qwen's own rules of splitting text; unless this tokenizer \
+             is Qwen's, load it with PreTrainedTokenizerFast.from_pretrained instead"
+                .into(),
+        ],
+        Ok(_) => Vec::new(),
+    }
+}
+
+/// What every config.json says of a model as a whole.
+fn about(model: &Decoder, family: &Family, options: ExportOptions) -> Value {
+    json!({
+        "architectures": [family.class()], "model_type": family.model_type(),
+        "vocab_size": model.vocab_size(), "max_position_embeddings": options.max_positions,
+        "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "pad_token_id": options.pad,
+        "torch_dtype": "float32",
+    })
+}
+
+/// config.json of a published family.
+fn published_keys(model: &Decoder, Published { family, keys }: Published, options: ExportOptions) -> Value {
     let config = model.config();
     let (rope, old_scaling) = rope(config);
     let mut json = json!({
@@ -130,14 +141,25 @@ fn common(model: &Decoder, family: Family, options: ExportOptions) -> Value {
         "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "pad_token_id": options.pad,
         "torch_dtype": "float32", "use_cache": true, "initializer_range": polyhead_attention::INIT_STD,
     });
-    let norm = if config.norm == NormKind::Layer { "layer_norm_eps" } else { "rms_norm_eps" };
-    json[norm] = config.norm_eps.into();
-    json["hidden_act"] = if config.mlp == MlpKind::Gelu { "gelu" } else { "silu" }.into();
+    let neox = family.form == Form::GptNeox;
+    json[if neox { "layer_norm_eps" } else { "rms_norm_eps" }] = config.norm_eps.into();
+    json["hidden_act"] = if neox { "gelu" } else { "silu" }.into();
+    for (key, value) in keys {
+        // Where it has always stood.
+        if neox && key == "attention_bias" {
+            json["use_parallel_residual"] = config.parallel_residual.into();
+        }
+        json[key] = json!(value);
+    }
+    if neox {
+        json["rotary_emb_base"] = config.rope_theta.into();
+        json["rotary_pct"] = config.rope_fraction.into();
+    }
     json
 }
 
 /// Rotary positions as transformers 5 and as transformers 4 want them.
-fn rope(config: &DecoderConfig) -> (Value, Value) {
+pub(super) fn rope(config: &DecoderConfig) -> (Value, Value) {
     let (kind, scaling) = match &config.rope_scaling {
         None => ("default", json!({})),
         Some(RopeScaling::Linear(linear)) => ("linear", json!(linear)),
@@ -156,120 +178,22 @@ fn with(mut base: Value, more: Value) -> Value {
     base
 }
 
-fn softmax_config(
-    model: &Decoder,
-    softmax: &SoftmaxConfig,
-    options: ExportOptions,
-) -> Result<(Family, Value), ExportError> {
-    let config = model.config();
-    let unsupported = |problem: String| Err(ExportError::Unsupported(problem));
-    if let Some(setting) = softmax.beyond_plain() {
-        return unsupported(format!("softmax attention with {setting} is in no format that can be written"));
-    }
-    let SoftmaxConfig { n_heads, qkv_bias, o_bias, qk_norm, .. } = *softmax;
-    let (whole, gated) = (config.rope_fraction == 1.0, (config.norm, config.mlp) == (NormKind::Rms, MlpKind::Swiglu));
-    let heads = json!({ "num_attention_heads": n_heads, "num_key_value_heads": softmax.kv_heads() });
-    let (family, more) = if (config.norm, config.mlp) == (NormKind::Layer, MlpKind::Gelu) {
-        if softmax.kv_heads() != n_heads
-            || qk_norm
-            || qkv_bias != o_bias
-            || config.head_dim(0) * n_heads != config.d_model
-        {
-            return unsupported(
-                "GPT-NeoX, the format with LayerNorm and GELU, has as many key/value heads as query heads, biases on all \
-                 projections or none, no norms of queries and keys, and n_heads * head_dim = d_model; --expanded repeats key/value heads"
-                    .into(),
-            );
-        }
-        let old_rope = json!({ "rotary_emb_base": config.rope_theta, "rotary_pct": config.rope_fraction });
-        let kind = json!({ "use_parallel_residual": config.parallel_residual, "attention_bias": qkv_bias });
-        (Family::GptNeox, with(kind, old_rope))
-    } else if !gated || !whole || config.parallel_residual {
-        return unsupported(format!(
-            "norm {:?} with mlp {:?}, rope_fraction {} and parallel_residual {} are together in no format that can be written",
-            config.norm, config.mlp, config.rope_fraction, config.parallel_residual
-        ));
-    } else if qk_norm {
-        if qkv_bias != o_bias {
-            return unsupported("qk_norm with qkv_bias and o_bias: Qwen3 has both biases or none".into());
-        }
-        (Family::Qwen3, json!({ "attention_bias": qkv_bias, "use_sliding_window": false, "sliding_window": null }))
-    } else if qkv_bias && !o_bias {
-        (Family::Qwen2, json!({ "use_sliding_window": false }))
-    } else if o_bias && !qkv_bias {
-        return unsupported("o_bias without qkv_bias is in no format that can be written".into());
-    } else {
-        (Family::Llama, json!({ "attention_bias": qkv_bias, "mlp_bias": false }))
-    };
-    Ok((family, with(with(common(model, family, options), heads), more)))
-}
-
-/// The settings of decoupled heads, as nobody else writes them: LLaMA's, and for each layer which key head and which value
-/// head every query head reads.
-fn decoupled_config(model: &Decoder, options: ExportOptions) -> Result<Value, ExportError> {
-    let config = model.config();
-    let gated = (config.norm, config.mlp) == (NormKind::Rms, MlpKind::Swiglu);
-    if !gated || config.parallel_residual || config.rope_fraction != 1.0 {
-        let problem =
-            "decoupled heads are written in LLaMA's form only; --expanded writes them as heads of the parent's form";
-        return Err(ExportError::Unsupported(problem.into()));
-    }
-    let mut layers = Vec::new();
-    for layer in 0..config.n_layers {
-        match config.mechanism(layer) {
-            AttentionConfig::DecoupledHead(heads) => layers.push(heads),
-            _ => {
-                return Err(ExportError::Unsupported("decoupled heads in some layers only: no format has both".into()));
-            }
-        }
-    }
-    let more = json!({
-        "num_attention_heads": layers[0].n_heads, "attention_bias": layers[0].qkv_bias, "dha_output_bias": layers[0].o_bias,
-        "dha_key_map": layers.iter().map(|layer| &layer.key_map).collect::<Vec<_>>(),
-        "dha_value_map": layers.iter().map(|layer| &layer.value_map).collect::<Vec<_>>(),
-    });
-    Ok(with(common(model, Family::DecoupledHead, options), more))
-}
-
-fn motif_config(
-    model: &Decoder,
-    gda: &GroupedDifferentialConfig,
-    options: ExportOptions,
-) -> Result<Value, ExportError> {
-    if !gda.subln {
-        return Err(ExportError::Unsupported("grouped_differential.subln = false: Motif's format has the norm".into()));
-    }
-    let config = model.config();
-    if (config.norm, config.mlp) != (NormKind::Rms, MlpKind::Swiglu)
-        || config.parallel_residual
-        || config.rope_fraction != 1.0
-    {
-        let problem = "Motif's format has RMSNorm, SwiGLU and wholly rotated heads, one layer after the other";
-        return Err(ExportError::Unsupported(problem.into()));
-    }
-    // Motif's code computes λ_init from the layer's index; the constants that were trained with are stated beside.
-    let lambdas: Vec<f64> = (0..config.n_layers).map(|layer| gda.lambda_init.of_layer(layer)).collect();
-    let more = json!({
-        "num_attention_heads": gda.n_heads,
-        "num_noise_heads": gda.n_noise_heads, "num_key_value_heads": gda.kv_heads(), "attn_rms_norm_eps": 1e-5,
-        "lambda_init": lambdas,
-    });
-    Ok(with(common(model, Family::Motif, options), more))
-}
-
-/// The tensors under the format's names, `[out, in]` where they are projections, in the rotate-half layout.
-fn placed(tensors: Vec<Named>, config: &DecoderConfig, family: Family) -> Vec<Named> {
+/// The tensors under the family's names, `[out, in]` where they are projections; in the rotate-half layout, but for our own
+/// class, whose config.json names the layout.
+fn placed(tensors: Vec<Named>, config: &DecoderConfig, family: &Family) -> Vec<Named> {
     let mut out = Vec::new();
     let mut thirds: BTreeMap<String, Vec<Named>> = BTreeMap::new();
     for tensor in tensors {
         let rotated = [".q_proj.", ".k_proj.", ".q_norm.", ".k_norm."].iter().any(|part| tensor.name.contains(part));
-        let place = family.place(&tensor.name);
+        let place = place(family, &tensor.name);
         let tensor = match (place.layout, &tensor.shape[..]) {
             (Layout::Same, _) | (Layout::Third(_), [_]) => tensor,
             _ => transposed(tensor),
         };
         let tensor = match config.rope_layout {
-            RopeLayout::Interleaved if rotated => halves_from_pairs(tensor, config.head_dim(0), config.rotated(0)),
+            RopeLayout::Interleaved if rotated && *family != POLYHEAD => {
+                halves_from_pairs(tensor, config.head_dim(0), config.rotated(0))
+            }
             _ => tensor,
         };
         let tensor = Named { name: place.name.clone(), ..tensor };
@@ -356,7 +280,8 @@ mod tests {
             assert_eq!(tensors.len(), 2 + 2 * 12 + usize::from(!tied));
             let json: Value = serde_json::from_slice(&files[0].1).unwrap();
             assert_eq!(json["architectures"][0], "Qwen2ForCausalLM");
-            assert!(tokenizer_note(&config(RopeLayout::RotateHalf, tied)).is_some());
+            let model = config(RopeLayout::RotateHalf, tied).init(10, &Device::flex());
+            assert!(notes(&model, true)[0].contains("PreTrainedTokenizerFast") && notes(&model, false).is_empty());
         }
     }
 
@@ -392,13 +317,5 @@ mod tests {
             model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden)
         };
         assert_tensors_close("logits", logits(&pairs), logits(&halves), Tolerance::absolute(1e-4));
-    }
-
-    #[test]
-    fn what_the_format_cannot_say_is_refused() {
-        let mut config = config(RopeLayout::RotateHalf, true);
-        config.rope = false;
-        let error = export(&config.init(10, &Device::flex()), ExportOptions { max_positions: 8, ..Default::default() });
-        assert!(error.unwrap_err().to_string().contains("rope"));
     }
 }

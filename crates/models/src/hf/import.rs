@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_attention::AttentionConfig;
+use polyhead_attention::Family;
 use serde_json::Value;
 
 use super::config::{self, Described, entries};
-use super::names::{Family, Layout};
+use super::names::{Layout, is_left_over, place};
 use crate::weights::{NonFinite, TensorFiles, WeightsError, check_finite, load_with};
 use crate::{Decoder, DecoderConfig};
 
@@ -78,7 +78,7 @@ impl Folder {
     /// Gives a model that is tied by its config.json the head that its files have, where that is another one than the
     /// embedding: so does transformers 5 (4 ties, and the head is lost).
     fn untie(&mut self) -> Result<(), WeightsError> {
-        let [embedding, head] = ["embedding.weight", "head.weight"].map(|ours| self.family().place(ours).name);
+        let [embedding, head] = ["embedding.weight", "head.weight"].map(|ours| place(self.family(), ours).name);
         if !self.described.decoder.tie_embeddings || self.files.shape(&head).is_none() {
             return Ok(());
         }
@@ -111,7 +111,7 @@ impl Folder {
     }
 
     /// What kind of model it is.
-    pub fn family(&self) -> Family {
+    pub fn family(&self) -> &'static Family {
         self.described.family
     }
 
@@ -139,11 +139,6 @@ impl Folder {
     /// As [`load`](Self::load).
     pub fn load_with(&self, device: &Device, nonfinite: NonFinite) -> Result<Decoder, ImportError> {
         let config = self.decoder();
-        let n_heads = match config.mechanism(0) {
-            AttentionConfig::Softmax(softmax) => softmax.n_heads,
-            AttentionConfig::DecoupledHead(heads) => heads.n_heads,
-            _ => unreachable!("config.rs describes softmax attention and decoupled heads only"),
-        };
         // Told before anything of that size is made.
         let held: u64 = self.files.names().filter_map(|name| self.files.shape(name)).map(numbers).sum();
         let described = config.costs(self.vocab_size()).parameters;
@@ -154,7 +149,7 @@ impl Folder {
         let (mut used, mut bad) = (BTreeSet::new(), BTreeSet::new());
         let model = config.init(self.vocab_size(), device);
         let (model, mut problems) = load_with(model, &mut |ours, shape| {
-            let place = self.family().place(ours);
+            let place = place(self.family(), ours);
             used.insert(place.name.clone());
             let their_shape = match (place.layout, shape) {
                 (Layout::Transposed, &[rows, columns]) => vec![columns, rows],
@@ -182,15 +177,15 @@ impl Folder {
                 Layout::Same => values,
                 Layout::Transposed => transpose(&values, rows),
                 Layout::Third(part) => {
-                    let third = third(&values, n_heads, part);
+                    let third = third(&values, rows / (3 * config.head_dim(0)), part);
                     if shape.len() == 2 { transpose(&third, rows / 3) } else { third }
                 }
             })
         });
-        // Three of our parameters may stand in one of theirs.
+        // Three of our parameters may be in one of theirs.
         let mut told = BTreeSet::new();
         problems.retain(|problem| told.insert(problem.clone()));
-        let unknown = self.files.names().filter(|name| !used.contains(*name) && !Family::is_left_over(name, config));
+        let unknown = self.files.names().filter(|name| !used.contains(*name) && !is_left_over(name, config));
         problems.extend(unknown.map(|name| format!("{name} belongs to no parameter")));
         let unfit = |cause| Err(ImportError::Weights { path: self.path.clone(), cause });
         match (problems.is_empty(), bad.is_empty()) {

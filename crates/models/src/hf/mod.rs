@@ -1,13 +1,17 @@
 //! Models under Hugging Face's names: read ([`Folder`]) and written ([`export`]).
 //!
-//! `config.rs` reads config.json, `names.rs` knows where each of our parameters stands in each family's files, `import.rs`
-//! and `export.rs` go through it in either direction.
+//! `config.rs` reads config.json, `names.rs` has the name of each of our parameters in each family's files, `import.rs`
+//! and `export.rs` go through it in either direction. Which families have a mechanism, and what their config.json says of it,
+//! the mechanism states. What no family has is written under Polyhead's own class (`own.rs`), and read back to the bit.
 
 mod config;
 mod export;
 mod import;
 mod names;
+mod own;
+#[cfg(test)]
+mod tests;
 
-pub use export::{ExportError, ExportOptions, export, tokenizer_note};
+pub use export::{ExportError, ExportOptions, export, notes};
 pub use import::{Folder, ImportError};
-pub use names::Family;
+pub use polyhead_attention::Family;

@@ -1,24 +1,15 @@
-//! Where each of our parameters stands in the files of each family, and how its values lie there.
+//! The name that each of our parameters has in the files of each family, and its layout there.
+
+use polyhead_attention::{AttentionConfig, Family, Form, Projection};
 
 use crate::DecoderConfig;
 
-/// A kind of model that the format has a class for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
-    /// `LlamaForCausalLM`
-    Llama,
-    /// `MistralForCausalLM`, with full attention
-    Mistral,
-    /// `Qwen2ForCausalLM`: biases on queries, keys and values
-    Qwen2,
-    /// `Qwen3ForCausalLM`: norms of queries and keys
-    Qwen3,
-    /// `GPTNeoXForCausalLM`: Pythia
-    GptNeox,
-    /// `MotifForCausalLM`: grouped differential attention; written only
-    Motif,
-    /// Decoupled heads under LLaMA's names, the maps in config.json; known to no other software
-    DecoupledHead,
+/// Models that no published family has: their own settings in config.json, LLaMA's names around the mechanisms' own.
+pub(super) static POLYHEAD: Family = Family::llama("PolyheadForCausalLM", "polyhead");
+
+/// Every family that can be read.
+pub(super) fn families() -> impl Iterator<Item = &'static Family> {
+    AttentionConfig::families().chain([&POLYHEAD])
 }
 
 /// How the values of a parameter lie in the files.
@@ -39,93 +30,87 @@ pub(super) struct Place {
     pub layout: Layout,
 }
 
-impl Family {
-    /// The families that can be read.
-    pub(super) const READ: [Self; 6] =
-        [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::GptNeox, Self::DecoupledHead];
-
-    /// The name of the class, as in `architectures` of config.json.
-    pub fn class(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Mistral => "MistralForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-            Self::GptNeox => "GPTNeoXForCausalLM",
-            Self::Motif => "MotifForCausalLM",
-            Self::DecoupledHead => "DecoupledHeadForCausalLM",
-        }
-    }
-
-    /// `model_type` of config.json.
-    pub fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Mistral => "mistral",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-            Self::GptNeox => "gpt_neox",
-            Self::Motif => "motif",
-            Self::DecoupledHead => "decoupled_head",
-        }
-    }
-
-    /// Where our parameter stands.
-    pub(super) fn place(self, ours: &str) -> Place {
-        match self {
-            Self::GptNeox => neox(ours),
-            _ => llama(ours),
-        }
-    }
-
-    /// Whether a tensor of the files holds nothing that was learned: buffers that old versions saved, and the copy of tied
-    /// embeddings.
-    pub(super) fn is_left_over(name: &str, config: &DecoderConfig) -> bool {
-        let buffers = ["rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"];
-        let tied = config.tie_embeddings && ["lm_head.weight", "embed_out.weight"].contains(&name);
-        tied || buffers.iter().any(|buffer| name.ends_with(buffer))
-    }
+/// The names of a form.
+struct Names {
+    embedding: &'static str,
+    head: &'static str,
+    /// What all others begin with.
+    body: &'static str,
+    /// The norm behind the last layer.
+    norm: &'static str,
+    /// Parts of names, ours and theirs.
+    parts: &'static [[&'static str; 2]],
 }
 
-fn layout_of(ours: &str) -> Layout {
-    match ours.ends_with("_proj.weight") || ours == "head.weight" {
+/// LLaMA's, which Mistral, Qwen and Motif took over.
+const LLAMA: Names = Names {
+    embedding: "model.embed_tokens.weight",
+    head: "lm_head.weight",
+    body: "model",
+    norm: "norm",
+    parts: &[
+        [".attention_norm.", ".input_layernorm."],
+        [".mlp_norm.", ".post_attention_layernorm."],
+        [".attention.", ".self_attn."],
+    ],
+};
+
+const GPT_NEOX: Names = Names {
+    embedding: "gpt_neox.embed_in.weight",
+    head: "embed_out.weight",
+    body: "gpt_neox",
+    norm: "final_layer_norm",
+    parts: &[
+        [".attention_norm.", ".input_layernorm."],
+        [".mlp_norm.", ".post_attention_layernorm."],
+        [".up_proj.", ".dense_h_to_4h."],
+        [".down_proj.", ".dense_4h_to_h."],
+    ],
+};
+
+/// The place of one of our parameters in a family's files.
+pub(super) fn place(family: &Family, ours: &str) -> Place {
+    let names = match family.form {
+        Form::Llama => LLAMA,
+        Form::GptNeox => GPT_NEOX,
+    };
+    let mut layout = match ours.ends_with("_proj.weight") || ours == "head.weight" {
         true => Layout::Transposed,
         false => Layout::Same,
-    }
-}
-
-/// LLaMA's names, which Mistral, Qwen and Motif took over.
-fn llama(ours: &str) -> Place {
-    let name = match ours {
-        "embedding.weight" => "model.embed_tokens.weight".into(),
-        "head.weight" => "lm_head.weight".into(),
-        inner => format!("model.{inner}")
-            .replace(".attention_norm.", ".input_layernorm.")
-            .replace(".mlp_norm.", ".post_attention_layernorm.")
-            .replace(".attention.", ".self_attn."),
     };
-    Place { name, layout: layout_of(ours) }
-}
-
-fn neox(ours: &str) -> Place {
-    let thirds = [".q_proj.", ".k_proj.", ".v_proj."];
-    let third = thirds.iter().position(|part| ours.contains(part));
     let name = match ours {
-        "embedding.weight" => "gpt_neox.embed_in.weight".into(),
-        "head.weight" => "embed_out.weight".into(),
+        "embedding.weight" => names.embedding.into(),
+        "head.weight" => names.head.into(),
         inner => {
-            let inner = thirds.iter().fold(inner.to_owned(), |name, part| name.replace(part, ".query_key_value."));
             let inner = match inner.strip_prefix("norm.") {
-                Some(rest) => format!("final_layer_norm.{rest}"),
-                None => inner,
+                Some(rest) => format!("{}.{rest}", names.norm),
+                None => inner.to_owned(),
             };
-            format!("gpt_neox.{inner}")
-                .replace(".attention_norm.", ".input_layernorm.")
-                .replace(".mlp_norm.", ".post_attention_layernorm.")
-                .replace(".o_proj.", ".dense.")
-                .replace(".up_proj.", ".dense_h_to_4h.")
-                .replace(".down_proj.", ".dense_4h_to_h.")
+            let mut name = format!("{}.{inner}", names.body);
+            for [ours, theirs] in names.parts {
+                name = name.replace(ours, theirs);
+            }
+            for (projection, theirs) in family.projections {
+                let part = format!(".{projection}.");
+                let theirs = match theirs {
+                    Projection::Third(theirs, third) => {
+                        layout = if name.contains(&part) { Layout::Third(*third) } else { layout };
+                        theirs
+                    }
+                    Projection::Named(theirs) => theirs,
+                };
+                name = name.replace(&part, &format!(".{theirs}."));
+            }
+            name
         }
     };
-    Place { name, layout: third.map_or_else(|| layout_of(ours), Layout::Third) }
+    Place { name, layout }
+}
+
+/// Whether a tensor of the files holds nothing that was learned: buffers that old versions saved, and the copy of tied
+/// embeddings.
+pub(super) fn is_left_over(name: &str, config: &DecoderConfig) -> bool {
+    let buffers = ["rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"];
+    let tied = config.tie_embeddings && [LLAMA.head, GPT_NEOX.head].contains(&name);
+    tied || buffers.iter().any(|buffer| name.ends_with(buffer))
 }

@@ -232,7 +232,7 @@ fn apply(layer: &Linear, x: Tensor<3>) -> Tensor<3> {
 
 /// Rows divided by their length, which counts as 1e-12 at least: `[rows, d_model]`.
 pub(crate) fn unit(x: Tensor<2>) -> Tensor<2> {
-    // The bound stands inside of the root: the gradient of a root is no number at 0.
+    // The bound is inside the root, whose gradient at 0 is NaN.
     let length = x.clone().square().sum_dim(1).clamp_min(1e-24).sqrt();
     x / length
 }

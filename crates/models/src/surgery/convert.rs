@@ -1,11 +1,10 @@
 //! New models of trained ones: the same weights but for keys and values, whose heads are pooled, mixed or repeated.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, SharedHeads, SoftmaxConfig};
 
 use super::heads::{Cell, Heads, Pool, labels_after};
-use super::key_driven::decouple_key_driven;
 use super::search::search;
 use crate::weights::{Named, WeightsError, load, named};
 use crate::{Decoder, DecoderConfig, PerLayer};
@@ -77,15 +76,24 @@ pub fn heads_of_layer(model: &Decoder, layer: usize, cell: Cell) -> Result<Heads
 }
 
 pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
-    match model.config().mechanism(layer) {
-        AttentionConfig::Softmax(softmax) => match softmax.beyond_plain() {
+    let mechanism = model.config().mechanism(layer);
+    if let Some(softmax) = mechanism.get::<SoftmaxConfig>() {
+        return match softmax.beyond_plain() {
             None => Ok(softmax),
             Some(setting) => {
                 refused(format!("layer {layer} has softmax attention with {setting}; without it, it can be converted"))
             }
-        },
-        other => refused(format!("layer {layer} has {} attention; softmax attention can be converted", other.name())),
+        };
     }
+    let name = mechanism.name();
+    let targets: Vec<&str> =
+        AttentionConfig::conversions().filter(|to| to.from.contains(&name)).map(|to| to.name).collect();
+    refused(match targets.is_empty() {
+        true => {
+            format!("layer {layer} has {name} attention, which no conversion takes; softmax attention can be converted")
+        }
+        false => format!("layer {layer} has {name} attention, which can be converted to: {}", targets.join(", ")),
+    })
 }
 
 /// GQA of softmax attention: `kv_heads` key/value heads, each made of neighbours.
@@ -107,7 +115,7 @@ pub fn group_queries(parent: &Decoder, kv_heads: usize, pool: Pool) -> Result<De
             let heads = take(&weights, layer, cell.projection(), before);
             put(&mut weights, layer, cell.projection(), &heads.pooled(&contiguous(before, kv_heads), pool));
         }
-        layers.push(AttentionConfig::Softmax(SoftmaxConfig { n_kv_heads: Some(kv_heads), ..softmax.clone() }));
+        layers.push(SoftmaxConfig { n_kv_heads: Some(kv_heads), ..softmax.clone() }.into());
     }
     config.attention = per_layer(layers);
     finished(parent, config, weights)
@@ -118,7 +126,7 @@ fn contiguous(n: usize, groups: usize) -> Vec<usize> {
 }
 
 /// One table where all layers are alike.
-pub(super) fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfig> {
+pub(crate) fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfig> {
     match layers.first() {
         Some(first) if layers.iter().all(|layer| layer == first) => PerLayer::Same(first.clone()),
         _ => PerLayer::Each(layers),
@@ -209,80 +217,93 @@ pub fn decouple(parent: &Decoder, grouping: &Grouping, pool: Pool) -> Result<Dec
             let heads = take(&weights, layer, cell.projection(), softmax.n_heads);
             put(&mut weights, layer, cell.projection(), &heads.pooled(labels, pool));
         }
-        layers.push(AttentionConfig::DecoupledHead(decoupled_config(softmax, &maps, false)));
+        layers.push(decoupled_config(softmax, &maps, false).into());
     }
     config.attention = per_layer(layers);
     finished(parent, config, weights)
 }
 
-/// The same function with a key and a value head for every query head: decoupled heads, those of frozen groups, and those of
-/// equal groups are repeated.
+/// The same function with a key and a value head for every query head: heads that are shared are repeated.
 ///
 /// # Errors
-/// If a layer has other attention, or is still being fused.
+/// If the heads of a layer are not shared by maps that stay, or are still being fused.
 pub fn expanded(model: &Decoder) -> Result<Decoder, SurgeryError> {
-    if (0..model.config().n_layers)
-        .any(|layer| matches!(model.config().mechanism(layer), AttentionConfig::KeyDriven(_)))
-    {
-        return expanded(&decouple_key_driven(model)?);
-    }
     let (mut config, mut weights) = (model.config().clone(), weights_of(model));
     let mut layers = Vec::new();
     for layer in 0..config.n_layers {
-        if let AttentionConfig::Softmax(softmax) = config.mechanism(layer) {
-            let (n_heads, n_kv_heads) = (softmax.n_heads, softmax.kv_heads());
-            let map: Vec<usize> = (0..n_heads).map(|head| head / (n_heads / n_kv_heads)).collect();
-            for cell in [Cell::Keys, Cell::Values] {
-                let heads = take(&weights, layer, cell.projection(), n_kv_heads);
-                put(&mut weights, layer, cell.projection(), &heads.reordered(&map));
-            }
-            layers.push(AttentionConfig::Softmax(SoftmaxConfig { n_kv_heads: None, ..softmax.clone() }));
-            continue;
-        }
-        let decoupled = whole(&config, layer)?;
-        let maps = [&decoupled.key_map, &decoupled.value_map];
-        for ((cell, map), n) in [Cell::Keys, Cell::Values].into_iter().zip(maps).zip(decoupled.fused_heads()) {
-            let heads = take(&weights, layer, cell.projection(), n);
-            put(&mut weights, layer, cell.projection(), &heads.reordered(map));
-        }
-        layers.push(AttentionConfig::Softmax(softmax_config(decoupled, None)));
+        let SharedHeads { softmax, maps } = shared_heads(&config, layer)?;
+        reorder(&mut weights, &config, layer, [&maps[0], &maps[1]]);
+        layers.push(AttentionConfig::from(softmax));
     }
     config.attention = per_layer(layers);
     finished(model, config, weights)
 }
 
-pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig, n_kv_heads: Option<usize>) -> SoftmaxConfig {
-    let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
-    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
+/// How the query heads of a layer share key and value heads.
+///
+/// # Errors
+/// If they do not.
+pub(super) fn shared_heads(config: &DecoderConfig, layer: usize) -> Result<SharedHeads, SurgeryError> {
+    let mechanism = config.mechanism(layer);
+    mechanism.shared_heads().map_err(|problem| {
+        SurgeryError::Refused(format!("layer {layer} has {} attention: {problem}", mechanism.name()))
+    })
 }
 
-fn whole(config: &DecoderConfig, layer: usize) -> Result<&DecoupledHeadConfig, SurgeryError> {
-    match config.mechanism(layer) {
-        AttentionConfig::DecoupledHead(decoupled) if !decoupled.fusing => Ok(decoupled),
-        AttentionConfig::DecoupledHead(_) => refused(format!(
-            "the heads of layer {layer} are still being fused: collapse them with convert --to decoupled_head"
-        )),
-        other => refused(format!("layer {layer} has {} attention: there are no decoupled heads", other.name())),
+/// Puts these of a layer's key heads and of its value heads in the place of all of them.
+pub(super) fn reorder(weights: &mut Weights, config: &DecoderConfig, layer: usize, heads: [&[usize]; 2]) {
+    for (cell, order) in [Cell::Keys, Cell::Values].into_iter().zip(heads) {
+        let weight = &weights[&format!("layers.{layer}.attention.{}.weight", cell.projection())];
+        let there = weight.shape[1] / config.head_dim(layer);
+        if !order.iter().copied().eq(0..there) {
+            let all = take(weights, layer, cell.projection(), there);
+            put(weights, layer, cell.projection(), &all.reordered(order));
+        }
     }
 }
 
-/// The same function as standard GQA, its query heads reordered, where the maps of every layer are equal and their groups
-/// too; `None` where they are not.
+/// The heads that a map names, in order, and the map by their places among them.
+pub(super) fn renumbered(map: &[usize]) -> (Vec<usize>, Vec<usize>) {
+    let read: Vec<usize> = BTreeSet::from_iter(map.iter().copied()).into_iter().collect();
+    let place = |head: &usize| read.partition_point(|other| other < head);
+    (read.clone(), map.iter().map(place).collect())
+}
+
+pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig) -> SoftmaxConfig {
+    let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
+    SoftmaxConfig { n_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
+}
+
+/// The same function as standard GQA, its query heads reordered, where every layer shares its keys and its values by the same
+/// map in equal groups; `None` where one does not, or all are softmax attention already.
 ///
 /// # Errors
-/// As [`expanded`].
+/// If the weights do not fit, which would be our mistake.
 pub fn standard_grouped(model: &Decoder) -> Result<Option<Decoder>, SurgeryError> {
-    let (mut config, mut weights) = (model.config().clone(), weights_of(model));
-    let mut layers = Vec::new();
+    let mut config = model.config().clone();
+    let mut plans = Vec::new();
     for layer in 0..config.n_layers {
-        let decoupled = whole(&config, layer)?;
-        let (n_heads, map, [groups, _]) = (decoupled.n_heads, &decoupled.key_map, decoupled.fused_heads());
-        let equal = (0..groups).all(|group| map.iter().filter(|&&label| label == group).count() * groups == n_heads);
-        if *map != decoupled.value_map || !equal {
+        let Ok(SharedHeads { softmax, maps: [keys, values] }) = shared_heads(&config, layer) else { return Ok(None) };
+        let (read, map) = renumbered(&keys);
+        let equal = |group| map.iter().filter(|&&label| label == group).count() * read.len() == softmax.n_heads;
+        if keys != values || !(0..read.len()).all(equal) {
             return Ok(None);
         }
+        let n_kv_heads = Some(read.len()).filter(|&kv_heads| kv_heads != softmax.n_heads);
+        plans.push((read, map, AttentionConfig::from(SoftmaxConfig { n_kv_heads, ..softmax })));
+    }
+    if plans.iter().enumerate().all(|(layer, (.., new))| config.mechanism(layer).name() == new.name()) {
+        return Ok(None);
+    }
+    let mut weights = weights_of(model);
+    for (layer, (read, map, _)) in plans.iter().enumerate() {
+        reorder(&mut weights, &config, layer, [read, read]);
+        let n_heads = map.len();
         let mut order: Vec<usize> = (0..n_heads).collect();
         order.sort_by_key(|&head| (map[head], head));
+        if order.is_sorted() {
+            continue;
+        }
         let queries = take(&weights, layer, "q_proj", n_heads);
         put(&mut weights, layer, "q_proj", &queries.reordered(&order));
         let name = format!("layers.{layer}.attention.o_proj.weight");
@@ -291,9 +312,8 @@ pub fn standard_grouped(model: &Decoder) -> Result<Option<Decoder>, SurgeryError
             tensor.values =
                 order.iter().flat_map(|&from| tensor.values[from * head..(from + 1) * head].to_vec()).collect();
         }
-        layers.push(AttentionConfig::Softmax(softmax_config(decoupled, Some(groups))));
     }
-    config.attention = per_layer(layers);
+    config.attention = per_layer(plans.into_iter().map(|(.., new)| new).collect());
     finished(model, config, weights).map(Some)
 }
 

@@ -2,22 +2,19 @@
 //! fuse, and groups that become single heads.
 
 use burn::tensor::{Tensor, TensorData};
-use polyhead_attention::{Attention, AttentionConfig, DecoupledHeadConfig, Fusion, energy};
+use polyhead_attention::{DecoupledHead, DecoupledHeadConfig, Fusion, Softmax, energy};
 
 use super::convert::{
     decoupled_config, finished, maps, per_layer, put, refused, softmax_config, softmax_of, take, weights_of,
 };
 use super::{Cell, Grouping, SurgeryError};
-use crate::Decoder;
 use crate::weights::{Named, named};
+use crate::{Block, Decoder, DecoderConfig};
 
 /// What is left to fuse of the keys and of the values of each layer, in the order of the layers; `None` where nothing is
 /// being fused.
 pub fn scatter(model: &Decoder) -> Option<Vec<f64>> {
-    let cells = model.layers.iter().filter_map(|layer| match &layer.attention {
-        Attention::DecoupledHead(heads) => heads.scatter(),
-        _ => None,
-    });
+    let cells = model.layers.iter().filter_map(|layer| layer.attention.scatter());
     let cells: Vec<f64> = cells.flatten().map(|cell| f64::from(cell.into_scalar::<f32>())).collect();
     (!cells.is_empty()).then_some(cells)
 }
@@ -37,8 +34,8 @@ pub fn begin_fusion(parent: &Decoder, grouping: &Grouping) -> Result<Decoder, Su
     let mut layers = Vec::new();
     for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
         let softmax = softmax_of(parent, layer)?;
-        layers.push(AttentionConfig::DecoupledHead(decoupled_config(softmax, &maps, true)));
-        let Attention::Softmax(attention) = &parent.layers[layer].attention else { continue };
+        layers.push(decoupled_config(softmax, &maps, true).into());
+        let Some(attention) = parent.layers[layer].attention.get::<Softmax>() else { continue };
         let energy = [&attention.k_proj, &attention.v_proj].map(energy);
         let fusion = Fusion::identity(softmax.n_heads, Tensor::cat(energy.to_vec(), 0));
         for tensor in named(&fusion) {
@@ -50,6 +47,15 @@ pub fn begin_fusion(parent: &Decoder, grouping: &Grouping) -> Result<Decoder, Su
     finished(parent, config, weights)
 }
 
+/// A layer of decoupled heads, and its settings.
+fn decoupled<'a>(
+    config: &'a DecoderConfig,
+    layer: usize,
+    block: &'a Block,
+) -> Option<(&'a DecoupledHeadConfig, &'a DecoupledHead)> {
+    config.mechanism(layer).get().zip(block.attention.get())
+}
+
 /// The parent of a model that [`begin_fusion`] made, as long as nothing has been fused; any other model stays as it is.
 ///
 /// # Errors
@@ -58,9 +64,7 @@ pub fn unfused(model: &Decoder) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (model.config().clone(), weights_of(model));
     let mut layers = Vec::new();
     for (layer, block) in model.layers.iter().enumerate() {
-        let (AttentionConfig::DecoupledHead(old), Attention::DecoupledHead(attention)) =
-            (config.mechanism(layer), &block.attention)
-        else {
+        let Some((old, attention)) = decoupled(&config, layer, block) else {
             layers.push(config.mechanism(layer).clone());
             continue;
         };
@@ -72,7 +76,7 @@ pub fn unfused(model: &Decoder) -> Result<Decoder, SurgeryError> {
             return refused(format!("the heads of layer {layer} have begun to fuse: their weights have moved"));
         }
         weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
-        layers.push(AttentionConfig::Softmax(softmax_config(old, None)));
+        layers.push(softmax_config(old).into());
     }
     config.attention = per_layer(layers);
     finished(model, config, weights)
@@ -87,9 +91,7 @@ pub fn collapse(fused: &Decoder) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (fused.config().clone(), weights_of(fused));
     let mut layers = Vec::new();
     for (layer, block) in fused.layers.iter().enumerate() {
-        let (AttentionConfig::DecoupledHead(old), Attention::DecoupledHead(attention)) =
-            (config.mechanism(layer), &block.attention)
-        else {
+        let Some((old, attention)) = decoupled(&config, layer, block) else {
             return refused(format!(
                 "layer {layer} has {} attention: nothing is fused",
                 config.mechanism(layer).name()
@@ -104,7 +106,7 @@ pub fn collapse(fused: &Decoder) -> Result<Decoder, SurgeryError> {
             put(&mut weights, layer, cell.projection(), &heads.collapsed(labels, &operator));
         }
         weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
-        layers.push(AttentionConfig::DecoupledHead(DecoupledHeadConfig { fusing: false, ..old.clone() }));
+        layers.push(DecoupledHeadConfig { fusing: false, ..old.clone() }.into());
     }
     config.attention = per_layer(layers);
     finished(fused, config, weights)
@@ -125,11 +127,7 @@ mod tests {
         logits(&fusing).into_data().assert_eq(&logits(&parent).into_data(), true);
         assert_eq!(named(&unfused(&fusing).unwrap()), named(&parent));
         assert!(scatter(&fusing).unwrap().len() == 4 && scatter(&parent).is_none());
-        for layer in &mut fusing.layers {
-            if let Attention::DecoupledHead(heads) = &mut layer.attention {
-                heads.set_anneal(1.0);
-            }
-        }
+        fusing.layers.iter_mut().for_each(|layer| layer.attention.set_anneal(1.0));
         assert!(scatter(&fusing).unwrap().into_iter().all(|cell| cell < 1e-9));
         assert!(unfused(&fusing).is_err(), "operators that average are not the identity");
         let collapsed = collapse(&fusing).unwrap();

@@ -4,12 +4,14 @@
 //! The heads stay where they are, so that query heads change partners where a group's size changes: a converted model has to
 //! be trained on.
 
-use polyhead_attention::key_driven::{AllocationConfig, EvenConfig, FixedConfig, allocation, key_norms};
-use polyhead_attention::{Attention, AttentionConfig, DecoupledHeadConfig, KeyDrivenConfig, SoftmaxConfig};
+use polyhead_attention::key_driven::{AllocationConfig, FixedConfig, allocation, key_norms};
+use polyhead_attention::{KeyDrivenConfig, SharedHeads, Softmax, SoftmaxConfig};
 use polyhead_kernels::linear;
 
-use super::convert::{finished, per_layer, put, refused, softmax_of, take, weights_of};
-use super::{Cell, SurgeryError};
+use super::SurgeryError;
+use super::convert::{
+    decoupled_config, finished, per_layer, refused, renumbered, reorder, shared_heads, softmax_of, weights_of,
+};
 use crate::{Batch, ContextMask, Decoder, Pass};
 
 /// How norms of keys become numbers of query heads.
@@ -32,7 +34,7 @@ pub fn measure_keys(model: &Decoder, batch: &Batch, sums: &mut Vec<Vec<f64>>) ->
     sums.resize(config.n_layers, Vec::new());
     for (index, sums) in sums.iter_mut().enumerate() {
         let softmax = softmax_of(model, index)?;
-        let (Attention::Softmax(attention), false) = (&model.layers[index].attention, softmax.qk_norm) else {
+        let (Some(attention), false) = (model.layers[index].attention.get::<Softmax>(), softmax.qk_norm) else {
             return refused(format!("layer {index} normalises its keys (qk_norm): their norms say nothing"));
         };
         let read = model.layers[index].attention_norm.forward(hidden.clone(), config.norm_eps);
@@ -60,15 +62,11 @@ pub fn drive_by_keys(parent: &Decoder, norms: &[Vec<f64>], rule: AllocationRule)
             AllocationRule::Range => allocation::by_range(norms, n_heads),
             AllocationRule::Proportion => allocation::in_proportion(norms, n_heads),
         };
-        layers.push(AttentionConfig::KeyDriven(KeyDrivenConfig {
-            n_heads,
-            n_kv_heads: norms.len(),
-            head_dim,
-            qkv_bias,
-            o_bias,
-            allocation: AllocationConfig::Fixed(FixedConfig { query_heads }),
-            perturb: false,
-        }));
+        let allocation = AllocationConfig::Fixed(FixedConfig { query_heads });
+        let n_kv_heads = norms.len();
+        layers.push(
+            KeyDrivenConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, allocation, perturb: false }.into(),
+        );
     }
     config.attention = per_layer(layers);
     finished(parent, config, weights_of(parent))
@@ -82,34 +80,14 @@ pub fn decouple_key_driven(model: &Decoder) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (model.config().clone(), weights_of(model));
     let mut layers = Vec::new();
     for layer in 0..config.n_layers {
-        let AttentionConfig::KeyDriven(old) = config.mechanism(layer) else {
+        if config.mechanism(layer).get::<KeyDrivenConfig>().is_none() {
             layers.push(config.mechanism(layer).clone());
             continue;
-        };
-        let query_heads = match &old.allocation {
-            AllocationConfig::Fixed(FixedConfig { query_heads }) => query_heads.clone(),
-            AllocationConfig::Even(EvenConfig {}) => allocation::even(old.n_kv_heads, old.n_heads),
-            _ => {
-                return refused(format!(
-                    "layer {layer}: an allocation that changes with the text fits no other attention"
-                ));
-            }
-        };
-        let read: Vec<usize> = (0..old.n_kv_heads).filter(|&head| query_heads[head] > 0).collect();
-        for cell in [Cell::Keys, Cell::Values] {
-            let heads = take(&weights, layer, cell.projection(), old.n_kv_heads);
-            put(&mut weights, layer, cell.projection(), &heads.reordered(&read));
         }
-        let map = allocation::head_map(&read.iter().map(|&head| query_heads[head]).collect::<Vec<_>>());
-        layers.push(AttentionConfig::DecoupledHead(DecoupledHeadConfig {
-            n_heads: old.n_heads,
-            head_dim: old.head_dim,
-            key_map: map.clone(),
-            value_map: map,
-            qkv_bias: old.qkv_bias,
-            o_bias: old.o_bias,
-            fusing: false,
-        }));
+        let SharedHeads { softmax, maps } = shared_heads(&config, layer)?;
+        let [(keys, key_map), (values, value_map)] = maps.map(|map| renumbered(&map));
+        reorder(&mut weights, &config, layer, [&keys, &values]);
+        layers.push(decoupled_config(&softmax, &[key_map, value_map], false).into());
     }
     config.attention = per_layer(layers);
     finished(model, config, weights)
@@ -119,6 +97,8 @@ pub fn decouple_key_driven(model: &Decoder) -> Result<Decoder, SurgeryError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use polyhead_attention::HeadCounts;
+
     use crate::surgery::convert::tests::{parent, same};
     use crate::surgery::{Pool, expanded, group_queries};
 
@@ -138,8 +118,8 @@ mod tests {
         let lean = decouple_key_driven(&driven).unwrap();
         same(&driven, &lean);
         same(&driven, &expanded(&lean).unwrap());
-        let AttentionConfig::DecoupledHead(heads) = lean.config().mechanism(0) else { panic!("decoupled") };
-        assert_eq!(heads.fused_heads(), [1, 1], "of two norms, the smaller one has no query heads");
+        let counts = lean.config().mechanism(0).head_counts(0);
+        assert_eq!(counts, Some(HeadCounts::KeysAndValues([1, 1])), "of two norms, the smaller one has no query heads");
 
         let even = drive_by_keys(&grouped, &[vec![1.0, 1.0], vec![1.0, 1.0]], AllocationRule::Proportion).unwrap();
         same(&even, &grouped);

@@ -1,5 +1,5 @@
 //! Mixture-of-Head attention from a trained softmax decoder (arXiv 2410.11842, section 4.3): the same heads and weights, and
-//! a router that lets some of them rest.
+//! a router that selects some of them.
 //!
 //! Heads keep their order and grouping: the first ones become the shared ones, as in the authors' LLaMA3. Routed by the norms
 //! of the queries, heads that take part count as they did, so that little changes where a head with a short query
@@ -7,10 +7,10 @@
 
 use std::collections::BTreeMap;
 
-use polyhead_attention::{AttentionConfig, GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
+use polyhead_attention::{GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
 
 use super::SurgeryError;
-use super::convert::{per_layer, refused};
+use super::convert::{per_layer, refused, softmax_of};
 use crate::Decoder;
 use crate::weights::{Named, load, named};
 
@@ -32,15 +32,11 @@ pub struct Routed {
 pub fn route_heads(parent: &Decoder, routed: &Routed) -> Result<Decoder, SurgeryError> {
     let mut config = parent.config().clone();
     let layers = (0..config.n_layers)
-        .map(|layer| match config.mechanism(layer) {
-            AttentionConfig::Softmax(softmax) if softmax.qk_norm => refused(format!(
+        .map(|layer| match softmax_of(parent, layer)? {
+            softmax if softmax.qk_norm => refused(format!(
                 "layer {layer} normalises its queries (qk_norm): all of them are equally long, and mixture_of_head has no such norm"
             )),
-            AttentionConfig::Softmax(softmax) => Ok(AttentionConfig::MixtureOfHead(routed.config(softmax))),
-            other => refused(format!(
-                "layer {layer} has {} attention; softmax attention can be converted to mixture_of_head",
-                other.name()
-            )),
+            softmax => Ok(routed.config(softmax).into()),
         })
         .collect::<Result<Vec<_>, _>>()?;
     config.attention = per_layer(layers);

@@ -1,4 +1,4 @@
-//! Turning a trained model into another one: with fewer key and value heads, with heads that rest, or larger.
+//! Turning a trained model into another one: with fewer key and value heads, with unselected heads, or larger.
 //!
 //! `heads.rs` sees projections as heads: how alike they are, how they cluster, how several become one. `search.rs` shares a
 //! budget of heads over layers. `convert.rs` makes new models of trained ones, `fusion.rs`, `key_driven.rs` and
@@ -12,6 +12,7 @@ mod key_driven;
 mod mixture_of_head;
 mod search;
 
+pub(crate) use convert::per_layer;
 pub use convert::{
     Grouping, SurgeryError, decouple, expanded, group_queries, heads_of_budget, heads_of_layer, standard_grouped,
 };

@@ -275,9 +275,7 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
     folder.finish()?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
-    if let Some(note) = hf::tokenizer_note(trained.model.config()).filter(|_| trained.tokenizer.is_some()) {
-        talk!("note: {note}");
-    }
+    hf::notes(&trained.model, trained.tokenizer.is_some()).iter().for_each(|note| talk!("note: {note}"));
     Ok(())
 }
 

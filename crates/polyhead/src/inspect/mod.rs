@@ -81,9 +81,9 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let file = out.join(format!("maps-layer-{at:02}.png"));
         atomic_write(&file, &png.bytes)?;
         let picture = embedded(&png, &format!("attention maps of layer {at}"));
-        let numbers = layer.numbers.iter().map(|(name, values)| {
+        let numbers = layer.numbers.iter().map(|(row, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
-            format!("{}: {}", name.replace('_', " "), values.join(", "))
+            format!("{} ({row}): {}", row.name.replace('_', " "), values.join(", "))
         });
         let list: Vec<String> = heads.iter().map(usize::to_string).collect();
         let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));

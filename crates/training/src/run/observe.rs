@@ -26,12 +26,12 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
     let mut line = json!({ "step": step });
     for (layer, seen) in model.observe_layers(batch, observe).into_iter().enumerate() {
         let tag = format!("attention/layer_{layer:02}");
-        for (name, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
-            let numbers = values(numbers);
+        for (row, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
+            let (name, numbers) = (row.name, values(numbers));
             let mean = numbers.iter().sum::<f32>() / numbers.len().max(1) as f32;
             line[format!("{tag}/{name}")] = json!(mean);
             record.write_events(|events| {
-                events.scalar(&format!("{tag}/{name}"), step, mean)?;
+                events.described_scalar(&format!("{tag}/{name}"), step, mean, &row.to_string())?;
                 if numbers.len() > 1 {
                     events.histogram(&format!("{tag}/{name}_per_head"), step, &numbers)?;
                 }

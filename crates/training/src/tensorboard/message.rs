@@ -44,6 +44,16 @@ fn event(wall_time: f64, step: u64) -> Message {
 /// A `Summary.Value` that has no tag yet.
 pub(super) struct Value(Message);
 
+impl Value {
+    /// `metadata { summary_description }`, for values without metadata.
+    pub(super) fn described(mut self, about: &str) -> Self {
+        let mut metadata = Message::default();
+        metadata.bytes(3, about.as_bytes());
+        self.0.bytes(9, &metadata.0);
+        self
+    }
+}
+
 /// `Summary.Value { simple_value }`.
 pub(super) fn scalar(value: f32) -> Value {
     let mut message = Message::default();

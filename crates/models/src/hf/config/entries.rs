@@ -53,10 +53,25 @@ fn excerpt(text: &str, line: usize, column: usize) -> Option<String> {
 ///
 /// # Errors
 /// Names the key that is missing or has a value of the wrong type.
-pub(super) fn typed<T: DeserializeOwned>(keys: Map<String, Value>) -> Result<T, String> {
-    serde_path_to_error::deserialize(Value::Object(keys)).map_err(|error| {
-        let key = error.path().to_string();
-        let words = error.into_inner().to_string();
+pub(in crate::hf) fn typed<T: DeserializeOwned>(keys: &Map<String, Value>) -> Result<T, String> {
+    typed_by(keys, |keys| T::deserialize(keys))
+}
+
+/// A [`serde_path_to_error`] deserializer of borrowed keys.
+type Tracked<'a, 'b> = serde_path_to_error::Deserializer<'a, 'b, &'a Map<String, Value>>;
+
+/// Keys as what `read` makes of them.
+///
+/// # Errors
+/// As [`typed`].
+pub(super) fn typed_by<'a, T>(
+    keys: &'a Map<String, Value>,
+    read: impl FnOnce(Tracked<'a, '_>) -> Result<T, serde_json::Error>,
+) -> Result<T, String> {
+    let mut track = serde_path_to_error::Track::new();
+    read(Tracked::new(keys, &mut track)).map_err(|error| {
+        let key = track.path().to_string();
+        let words = error.to_string();
         let words = [("usize", "a whole number, 0 or more"), ("f64", "a number"), ("a boolean", "true or false")]
             .iter()
             .find_map(|(theirs, ours)| {

@@ -1,15 +1,16 @@
 //! What the keys of a config.json say before they are settings: which kind of model they are of, what stands for those that are
 //! missing, and whether the special tokens are in the vocabulary.
 
+use polyhead_attention::{Family, Form};
 use serde_json::{Map, Value, json};
 
-use crate::hf::names::Family;
+use crate::hf::names::families;
 
 /// The kind of model: by `architectures`, or where that is missing or null by `model_type`, as transformers tells it.
-pub(super) fn family(keys: &Map<String, Value>) -> Result<Family, String> {
-    let readable = || Family::READ.map(Family::class).join(", ");
+pub(super) fn family(keys: &Map<String, Value>) -> Result<&'static Family, String> {
+    let readable = || families().map(Family::class).collect::<Vec<_>>().join(", ");
     let kind = keys.get("model_type").and_then(Value::as_str);
-    let by_kind = Family::READ.into_iter().find(|family| Some(family.model_type()) == kind);
+    let by_kind = families().find(|family| Some(family.model_type()) == kind);
     let class = match keys.get("architectures") {
         None | Some(Value::Null) => None,
         Some(Value::Array(names)) => names.first().map(|name| name.as_str().unwrap_or_default()),
@@ -21,7 +22,7 @@ pub(super) fn family(keys: &Map<String, Value>) -> Result<Family, String> {
             None => format!("architectures and model_type are missing; {} can be read", readable()),
         });
     };
-    let family = Family::READ.into_iter().find(|family| family.class() == class);
+    let family = families().find(|family| family.class() == class);
     let family = family.ok_or_else(|| format!("architectures names {class:?}; {} can be read", readable()))?;
     match by_kind {
         Some(other) if other != family => Err(format!(
@@ -34,40 +35,17 @@ pub(super) fn family(keys: &Map<String, Value>) -> Result<Family, String> {
 }
 
 /// Puts what transformers takes for missing keys in their place, and tells of those that decide numbers.
-pub(super) fn fill_in(keys: &mut Map<String, Value>, family: Family) -> Vec<String> {
-    let defaults: &[(&str, Value)] = match family {
-        Family::Llama | Family::Motif | Family::DecoupledHead => &[("max_position_embeddings", json!(2048))],
-        Family::Mistral => &[
-            ("num_key_value_heads", json!(8)),
-            ("max_position_embeddings", json!(131_072)),
-            ("sliding_window", json!(4096)),
-        ],
-        Family::Qwen2 => &[
-            ("num_key_value_heads", json!(32)),
-            ("max_position_embeddings", json!(32_768)),
-            ("sliding_window", json!(4096)),
-            ("max_window_layers", json!(28)),
-        ],
-        Family::Qwen3 => &[
-            ("num_key_value_heads", json!(32)),
-            ("head_dim", json!(128)),
-            ("max_position_embeddings", json!(32_768)),
-            ("sliding_window", json!(4096)),
-            ("max_window_layers", json!(28)),
-        ],
-        Family::GptNeox => &[("max_position_embeddings", json!(2048)), ("layer_norm_eps", json!(1e-5))],
+pub(super) fn fill_in(keys: &mut Map<String, Value>, family: &Family) -> Vec<String> {
+    let of_all: &[(&str, Value)] = match family.form {
+        Form::GptNeox => &[("hidden_act", json!("gelu"))],
+        Form::Llama => &[("hidden_act", json!("silu")), ("rms_norm_eps", json!(1e-6))],
     };
-    let neox = family == Family::GptNeox;
-    let of_all: &[(&str, Value)] = if neox {
-        &[("hidden_act", json!("gelu"))]
-    } else {
-        &[("hidden_act", json!("silu")), ("rms_norm_eps", json!(1e-6))]
-    };
+    let defaults = family.defaults.iter().map(|(key, value)| (*key, json!(value)));
     let mut filled = Vec::new();
-    for (key, value) in defaults.iter().chain(of_all) {
-        if !keys.contains_key(*key) {
-            keys.insert((*key).into(), value.clone());
+    for (key, value) in defaults.chain(of_all.iter().cloned()) {
+        if !keys.contains_key(key) {
             filled.push(format!("{key} = {value}"));
+            keys.insert(key.into(), value);
         }
     }
     filled.retain(|key| !key.starts_with("sliding_window") && !key.starts_with("max_window_layers"));

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use polyhead_attention::key_driven::AllocationConfig;
-use polyhead_attention::{AttentionConfig, Cache, HeadSplit, Mask, Observe};
+use polyhead_attention::{Cache, HeadCounts, HeadSplit, Mask, Observe};
 use polyhead_models::surgery::{self, Cell, Heads};
 use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
 use polyhead_training::picture::{Options, PictureError, Png, attention_grid, heat_map};
@@ -70,14 +69,16 @@ pub fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> R
     line("loss", sums.map(|sums| format!("{:.4}", sums.mean_loss())))?;
     line("perplexity", sums.map(|sums| format!("{:.3}", sums.mean_loss().exp())))?;
     line("KL divergence from before, nats", ["0".into(), format!("{:.4e}", measured.divergence)])?;
-    for (layer, shared) in sharing(models[1]).into_iter().enumerate() {
+    for (layer, shared) in head_counts(models[1]).into_iter().enumerate() {
         match shared {
-            Sharing::Decoupled([keys, values]) => put!("layer {layer:<3} key heads {keys:<3} value heads {values}")?,
-            Sharing::KeyDriven(counts) => {
+            HeadCounts::KeysAndValues([keys, values]) => {
+                put!("layer {layer:<3} key heads {keys:<3} value heads {values}")?
+            }
+            HeadCounts::QueriesOfEach(counts) => {
                 let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
                 put!("layer {layer:<3} query heads of its key/value heads: {}", counts.join(" "))?;
             }
-            Sharing::Resting(HeadSplit { shared, routed, top_k }) => {
+            HeadCounts::Selected(HeadSplit { shared, routed, top_k }) => {
                 put!(
                     "layer {layer:<3} the first {shared} heads everywhere, {top_k} of the other {routed} at each position"
                 )?;
@@ -95,30 +96,10 @@ pub fn cached_bytes(model: &Decoder) -> u64 {
     cache.layers.iter().map(|layer| 4 * layer.elements() as u64).sum()
 }
 
-/// How a layer's heads are shared.
-enum Sharing {
-    /// Key heads and value heads.
-    Decoupled([usize; 2]),
-    /// Query heads of each key/value head.
-    KeyDriven(Vec<usize>),
-    /// Heads that are always there, and those that are chosen.
-    Resting(HeadSplit),
-}
-
-/// How the heads of each layer are shared, where they are what was converted.
-fn sharing(model: &Decoder) -> Vec<Sharing> {
+/// How the heads of each layer are divided, where the numbers say something.
+fn head_counts(model: &Decoder) -> Vec<HeadCounts> {
     let config = model.config();
-    let of = |layer: usize| match config.mechanism(layer) {
-        AttentionConfig::Softmax(softmax) => Some(Sharing::Decoupled([softmax.kv_heads(); 2])),
-        AttentionConfig::DecoupledHead(heads) => Some(Sharing::Decoupled(heads.fused_heads())),
-        AttentionConfig::MixtureOfHead(heads) => Some(Sharing::Resting(heads.split(layer))),
-        AttentionConfig::KeyDriven(heads) => match &heads.allocation {
-            AllocationConfig::Fixed(fixed) => Some(Sharing::KeyDriven(fixed.query_heads.clone())),
-            _ => None,
-        },
-        _ => None,
-    };
-    (0..config.n_layers).filter_map(of).collect()
+    (0..config.n_layers).filter_map(|layer| config.mechanism(layer).head_counts(layer)).collect()
 }
 
 /// Which of the parent's heads became shared ones and which are chosen; heads keep their order.
@@ -136,11 +117,11 @@ pub fn summarize(
 ) -> Result<(), Failure> {
     let sums = |sums: &Evaluated| json!({ "loss": sums.mean_loss(), "bits_per_byte": sums.bits_per_byte() });
     let (mut allocation, mut heads) = (Vec::new(), Vec::new());
-    for shared in sharing(child) {
+    for shared in head_counts(child) {
         match shared {
-            Sharing::Decoupled(counts) => allocation.push(counts.to_vec()),
-            Sharing::KeyDriven(counts) => allocation.push(counts),
-            Sharing::Resting(split) => heads.push(head_map(split)),
+            HeadCounts::KeysAndValues(counts) => allocation.push(counts.to_vec()),
+            HeadCounts::QueriesOfEach(counts) => allocation.push(counts),
+            HeadCounts::Selected(split) => heads.push(head_map(split)),
         }
     }
     // Of a parent whose heads were led together: how far they still are apart.
@@ -172,12 +153,12 @@ pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
             album.add("similarity", &format!("{name}_{measure}"), attention_grid(&maps, n, n))?;
         }
     }
-    let columns: Vec<Vec<usize>> = sharing(child)
+    let columns: Vec<Vec<usize>> = head_counts(child)
         .into_iter()
         .filter_map(|shared| match shared {
-            Sharing::Decoupled(counts) => Some(counts.to_vec()),
-            Sharing::KeyDriven(counts) => Some(counts),
-            Sharing::Resting(_) => None,
+            HeadCounts::KeysAndValues(counts) => Some(counts.to_vec()),
+            HeadCounts::QueriesOfEach(counts) => Some(counts),
+            HeadCounts::Selected(_) => None,
         })
         .collect();
     let rows = columns.first().map_or(0, Vec::len);
@@ -201,8 +182,8 @@ type Measure = fn(&Heads) -> Vec<f64>;
 const MEASURES: [(&str, Measure); 3] = [("cka", Heads::cka), ("cosine", Heads::cosine), ("distance", Heads::distance)];
 
 fn row_name(child: &Decoder, row: usize) -> String {
-    match (child.config().mechanism(0), row) {
-        (AttentionConfig::KeyDriven(_), head) => format!("query_heads_of_{head}"),
+    match (child.config().mechanism(0).head_counts(0), row) {
+        (Some(HeadCounts::QueriesOfEach(_)), head) => format!("query_heads_of_{head}"),
         (_, 0) => "key_heads".into(),
         _ => "value_heads".into(),
     }

@@ -1,0 +1,231 @@
+//! What Polyhead writes it reads again: the same settings, and the same tensors to the bit, of every mechanism of the table.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Int, Tensor};
+use polyhead_attention::{AttentionConfig, Dims, Mask, Observe};
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{ExportOptions, Folder, export};
+use crate::weights::{Named, load, named};
+use crate::{Decoder, DecoderConfig, PerLayer};
+
+/// A decoder of the size of [`Dims::example`] with weights that all differ.
+fn model(attention: PerLayer<AttentionConfig>, more: Value) -> Decoder {
+    let Dims { d_model, n_layers, .. } = Dims::example();
+    let mut config = json!({ "d_model": d_model, "n_layers": n_layers, "attention": attention });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let config: DecoderConfig = serde_json::from_value(config).unwrap();
+    config.validate().unwrap();
+    let model = config.init(11, &Device::flex());
+    let wave = |(place, tensor): (usize, Named)| {
+        let values = (0..tensor.values.len()).map(|at| 0.3 + 0.2 * (at as f32 * 1.7 + place as f32).sin()).collect();
+        (tensor.name.clone(), Named { values, ..tensor })
+    };
+    let weights: BTreeMap<String, Named> = named(&model).into_iter().enumerate().map(wave).collect();
+    load(model, weights).unwrap()
+}
+
+fn exported(model: &Decoder) -> (TempDir, Value) {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, bytes) in export(model, ExportOptions { max_positions: 16, ..Default::default() }).unwrap() {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let config = serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+    (dir, config)
+}
+
+fn read(dir: &TempDir) -> Decoder {
+    let folder = Folder::open(dir.path()).unwrap_or_else(|error| panic!("{error}"));
+    folder.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Exports a decoder and reads it; returns the class that it was written as.
+fn comes_back(model: &Decoder) -> String {
+    let (dir, config) = exported(model);
+    let again = read(&dir);
+    match config["model_type"] == "polyhead" {
+        true => assert_eq!(again.config(), model.config(), "{config:#}"),
+        false => assert_eq!(again.config(), &without_default_width(model.config()), "{config:#}"),
+    }
+    let bits = |model: &Decoder| -> Vec<(String, Vec<usize>, Vec<u32>)> {
+        let of = |tensor: Named| (tensor.name, tensor.shape, tensor.values.into_iter().map(f32::to_bits).collect());
+        named(model).into_iter().map(of).collect()
+    };
+    assert_eq!(bits(&again), bits(model), "{config:#}");
+    config["architectures"][0].as_str().unwrap().to_owned()
+}
+
+/// The same settings without a width of heads that is the default, which published families do not tell apart.
+fn without_default_width(config: &DecoderConfig) -> DecoderConfig {
+    let mut json = json!(config);
+    for table in json["attention"].as_object_mut().into_iter().flat_map(|tables| tables.values_mut()) {
+        let [width, heads] = ["head_dim", "n_heads"].map(|key| table[key].as_u64());
+        if width.zip(heads).is_some_and(|(width, heads)| width * heads == config.d_model as u64) {
+            table.as_object_mut().unwrap().remove("head_dim");
+        }
+    }
+    serde_json::from_value(json).unwrap()
+}
+
+fn logits(model: &Decoder) -> Tensor<3> {
+    let tokens = Tensor::<2, Int>::from_ints([[1, 2, 3, 10, 5, 6, 7, 3]], &model.device());
+    model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden)
+}
+
+/// The examples of the mechanisms that decoders can have.
+fn examples() -> Vec<AttentionConfig> {
+    AttentionConfig::examples()
+        .into_iter()
+        .filter(|example| example.check_causal().is_ok() && causal(example))
+        .collect()
+}
+
+/// Whether a decoder takes it.
+fn causal(example: &AttentionConfig) -> bool {
+    let config = json!({ "d_model": 24, "n_layers": 4, "attention": example });
+    serde_json::from_value::<DecoderConfig>(config).unwrap().validate().is_ok()
+}
+
+/// Settings around attention that no published family has.
+fn unusual() -> Value {
+    json!({
+        "rope_layout": "interleaved", "rope_theta": 5000.5, "norm": "layer", "norm_eps": 3e-6,
+        "parallel_residual": true, "tie_embeddings": false, "rope_scaling": { "linear": { "factor": 2.5 } },
+        "attention_gate": { "residual": true, "gates": [{ "product": { "axis": -1, "n_heads": 4 } }] },
+    })
+}
+
+#[test]
+fn every_mechanism_comes_back_in_any_decoder() {
+    let examples = examples();
+    assert!(examples.len() + 2 > AttentionConfig::NAMES.len(), "all but those of pictures");
+    for example in &examples {
+        let class = comes_back(&model(PerLayer::Same(example.clone()), json!({ "d_ff": 32 })));
+        let layers: Vec<_> = vec![example; Dims::example().n_layers];
+        let published = AttentionConfig::published(&layers, &Dims::example(), polyhead_attention::Form::Llama);
+        assert_eq!(class, published.map_or("PolyheadForCausalLM", |published| published.family.class()));
+        for more in [unusual(), json!({ "rope": false, "mlp": "gelu" })] {
+            let class = comes_back(&model(PerLayer::Same(example.clone()), more));
+            assert_eq!(class, "PolyheadForCausalLM", "{}", example.name());
+        }
+    }
+    // Each beside the next one, around the table.
+    for at in 0..examples.len() {
+        let layers =
+            (0..Dims::example().n_layers).map(|layer| examples[(at + layer) % examples.len()].clone()).collect();
+        let hybrid = model(PerLayer::Each(layers), json!({}));
+        assert_eq!(comes_back(&hybrid), "PolyheadForCausalLM");
+        let (_dir, config) = exported(&hybrid);
+        assert_eq!(config["attention"][0], json!(examples[at]), "a table by the mechanism's name");
+        assert_eq!([&config["model_type"], &config["hidden_size"]], [&json!("polyhead"), &json!(24)]);
+    }
+}
+
+#[test]
+fn settings_of_each_mechanism_come_back() {
+    let moh = |router: Value| json!({ "mixture_of_head": { "n_heads": 6, "shared_heads": [2, 2, 1, 1], "top_k": 2, "router": router } });
+    let gda = |more: Value| {
+        let mut table = json!({ "n_heads": 6, "n_noise_heads": 2 });
+        table.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({ "grouped_differential": table })
+    };
+    let maps = json!({ "n_heads": 4, "key_map": [0, 1, 1, 2], "value_map": [1, 0, 0, 0] });
+    let fusing = json!({ "n_heads": 4, "key_map": [0, 1, 1, 2], "value_map": [1, 0, 0, 0], "fusing": true });
+    let unread = json!({ "fixed": { "query_heads": [0, 3, 1, 0] } });
+    let softmax = |more: Value| {
+        let mut table = json!({ "n_heads": 4 });
+        table.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({ "softmax": table })
+    };
+    let lambdas = json!({ "lambda_init": { "each": [0.25, 0.5, 0.125, 0.75] }, "head_dim": 6 });
+    for (attention, class) in [
+        (moh(json!({ "learned": {} })), "PolyheadForCausalLM"),
+        (moh(json!({ "query_norm": {} })), "PolyheadForCausalLM"),
+        (gda(json!({})), "MotifForCausalLM"),
+        (gda(json!({ "lambda_init": "motif", "subln_init": 1.0 })), "MotifForCausalLM"),
+        (gda(json!({ "lambda_init": { "constant": 0.2 }, "n_kv_heads": 2 })), "MotifForCausalLM"),
+        (gda(lambdas), "MotifForCausalLM"),
+        (gda(json!({ "subln": false })), "PolyheadForCausalLM"),
+        (json!({ "decoupled_head": maps }), "DecoupledHeadForCausalLM"),
+        (json!({ "decoupled_head": fusing }), "PolyheadForCausalLM"),
+        (
+            json!({ "key_driven": { "n_heads": 4, "n_kv_heads": 4, "head_dim": 6, "allocation": unread } }),
+            "PolyheadForCausalLM",
+        ),
+        (json!({ "gated_delta_net": { "n_heads": 3 } }), "PolyheadForCausalLM"),
+        (softmax(json!({})), "LlamaForCausalLM"),
+        (softmax(json!({ "n_kv_heads": 1, "head_dim": 8, "qkv_bias": true, "o_bias": true })), "LlamaForCausalLM"),
+        (softmax(json!({ "qkv_bias": true })), "Qwen2ForCausalLM"),
+        (softmax(json!({ "qk_norm": true, "n_kv_heads": 2 })), "Qwen3ForCausalLM"),
+        (softmax(json!({ "o_bias": true })), "PolyheadForCausalLM"),
+        (softmax(json!({ "qk_norm": true, "qkv_bias": true })), "PolyheadForCausalLM"),
+    ] {
+        let same = PerLayer::Same(serde_json::from_value(attention.clone()).unwrap());
+        assert_eq!(comes_back(&model(same, json!({ "d_ff": 32 }))), class, "{attention}");
+    }
+    // In GPT-NeoX's form, and what GPT-NeoX has no word for.
+    let neox = json!({ "norm": "layer", "mlp": "gelu", "d_ff": 32, "rope_fraction": 0.67, "parallel_residual": true });
+    for (more, class) in [
+        (json!({ "qkv_bias": true, "o_bias": true }), "GPTNeoXForCausalLM"),
+        (json!({}), "GPTNeoXForCausalLM"),
+        (json!({ "n_kv_heads": 2 }), "PolyheadForCausalLM"),
+    ] {
+        let attention = PerLayer::Same(serde_json::from_value(softmax(more)).unwrap());
+        assert_eq!(comes_back(&model(attention, neox.clone())), class);
+    }
+}
+
+#[test]
+fn heads_in_equal_groups_are_written_as_published_whatever_shares_them() {
+    let even = json!({ "key_driven": { "n_heads": 4, "n_kv_heads": 2, "allocation": { "even": {} } } });
+    let one = json!({ "key_driven": { "n_heads": 4, "n_kv_heads": 2, "allocation": { "fixed": { "query_heads": [0, 4] } } } });
+    let crossed = json!({ "decoupled_head": { "n_heads": 4, "key_map": [0, 1, 1, 0], "value_map": [0, 1, 1, 0] } });
+    for (attention, kv_heads) in [(even, 2), (one, 1), (crossed, 2)] {
+        let model = model(PerLayer::Same(serde_json::from_value(attention.clone()).unwrap()), json!({}));
+        let (dir, config) = exported(&model);
+        assert_eq!(config["architectures"][0], "LlamaForCausalLM", "{attention}");
+        assert_eq!(config["num_key_value_heads"], kv_heads, "{attention}");
+        assert_tensors_close("logits", logits(&read(&dir)), logits(&model), Tolerance::absolute(1e-5));
+    }
+}
+
+#[test]
+fn keys_of_our_own_class_are_all_read_and_named_where_they_are_wrong() {
+    let moh = json!({ "mixture_of_head": { "n_heads": 4, "shared_heads": 2, "top_k": 1 } });
+    let model = model(PerLayer::Same(serde_json::from_value(moh).unwrap()), json!({ "d_ff": 32 }));
+    let told = |key: &str, value: Value| {
+        let (dir, mut config) = exported(&model);
+        match value {
+            Value::Null => drop(config.as_object_mut().unwrap().remove(key)),
+            value => config[key] = value,
+        }
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        Folder::open(dir.path()).and_then(|folder| folder.load(&Device::flex())).unwrap_err().to_string()
+    };
+    for (key, value, words) in [
+        ("hidden_size", Value::Null, "hidden_size"),
+        ("hidden_size", json!("24"), "hidden_size"),
+        ("hidden_size", json!(0), "hidden_size (0) must be at least 1"),
+        ("num_hidden_layers", json!(3), "layers.3"),
+        ("d_ff", json!(32), "d_ff is intermediate_size in config.json"),
+        ("n_experts", json!(3), "unknown field `n_experts`"),
+        ("rope_scaling", json!({ "rope_type": "yarn" }), "\"yarn\" is not supported"),
+        ("attention", Value::Null, "missing field `attention`"),
+        ("attention", json!({ "moh": {} }), "attention"),
+        (
+            "attention",
+            json!({ "mixture_of_head": { "n_heads": 4, "shared_heads": 5, "top_k": 1 } }),
+            "shared_heads (5)",
+        ),
+        ("attention", json!({ "hilo": { "n_heads": 4 } }), "hilo"),
+        ("model_type", json!("llama"), "make them agree"),
+        ("vocab_size", Value::Null, "vocab_size"),
+    ] {
+        let error = told(key, value.clone());
+        assert!(error.contains(words), "{key} = {value}: {error}");
+    }
+}
