@@ -73,10 +73,10 @@ impl FusionConfig {
                 return Err((field.into(), format!("{field} ({value}) must be 0 to {most}")));
             }
         }
-        if let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok()) {
-            if !(0..decoder.n_layers).any(|layer| decoder.mechanism(layer).fuses()) {
-                return Err(("mode".into(), NOTHING_TO_FUSE.into()));
-            }
+        if let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok())
+            && !(0..decoder.n_layers).any(|layer| decoder.mechanism(layer).fuses())
+        {
+            return Err(("mode".into(), NOTHING_TO_FUSE.into()));
         }
         Ok(())
     }
