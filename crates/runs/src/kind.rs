@@ -120,3 +120,82 @@ impl Resolved {
         Ok(self.recipe.freeze.apply(K::first(self, data, device)?)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use polyhead_models::weights::NonFinite;
+    use polyhead_recipe::from_layers;
+    use polyhead_recipe::layers::parse_layer;
+
+    use super::*;
+    use crate::costs::Costs;
+    use crate::resolve::{self, begin_run};
+    use crate::{Caller, open_trained};
+
+    const DECODER: &str = "[model.decoder]\nd_model = 8\nn_layers = 2\n[model.decoder.attention.softmax]\nn_heads = 2\n\
+                           [data.markov]\nstates = 5\n[training]\nsteps = 2\nseq_len = 6\nbatch_size = 2\n";
+    const CLASSIFIER: &str = "[model.classifier.vision_transformer]\npatch_size = 4\nd_model = 8\nn_layers = 1\n\
+                              [model.classifier.vision_transformer.attention.softmax]\nn_heads = 2\n\
+                              [data.shapes]\nsize = 16\nn_classes = 3\n[training]\nsteps = 2\nbatch_size = 4\n";
+
+    fn caller() -> Caller {
+        Caller { nonfinite: NonFinite::Refuse, tell: |_| {} }
+    }
+
+    fn resolved(recipe: &str) -> Resolved {
+        let loaded = from_layers(vec![parse_layer("a.toml", recipe).unwrap()]).unwrap();
+        resolve::resolve(&loaded, caller()).unwrap()
+    }
+
+    /// What is counted before anything is made is what is made, and the data fits it.
+    #[test]
+    fn every_kind_is_opened_made_and_counted_alike() {
+        struct Check<'a>(&'a Resolved, [u64; 3]);
+        impl ForAnyKind for Check<'_> {
+            type Output = ();
+
+            fn run<K: Kind>(self) {
+                let Self(resolved, [rows, tokens, layers]) = self;
+                let data = K::open(resolved, &mut |_, _| {}).unwrap();
+                assert_eq!(data.known(), resolved.known().unwrap());
+                let model: K = resolved.first(&data, &Device::flex().autodiff()).unwrap();
+                let costs = Costs::of(&resolved.recipe, data.known());
+                assert_eq!(model.num_params() as u64, costs.totals.parameters);
+                assert_eq!(costs.tokens_per_step, rows * tokens);
+                assert_eq!(Kind::layers(&model), vec!["softmax"; layers as usize]);
+                let batch = data.train().batch(0).unwrap();
+                assert!(
+                    model
+                        .loss_under(&batch, Default::default())
+                        .cross_entropy
+                        .into_data()
+                        .iter::<f32>()
+                        .all(f32::is_finite)
+                );
+                assert!(data.record()["description"].is_string() && data.text_hash().is_none());
+            }
+        }
+        for (recipe, sizes) in [(DECODER, [2, 6, 2]), (CLASSIFIER, [4, 1, 1])] {
+            let resolved = resolved(recipe);
+            for_kind(&resolved.recipe.model, Check(&resolved, sizes));
+        }
+    }
+
+    #[test]
+    fn a_run_folder_leads_back_to_its_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let resolved = resolved(DECODER);
+        let data = Decoder::open(&resolved, &mut |_, _| {}).unwrap();
+        let model: Decoder = resolved.first(&data, &Device::flex()).unwrap();
+        begin_run(folder.path(), &model, resolved.recipe.clone(), Vec::new(), caller()).unwrap();
+        let trained = open_trained(folder.path(), None, caller()).unwrap();
+        let numbers = |model: &Decoder| {
+            polyhead_models::weights::named(model).into_iter().map(|one| one.values).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(&trained.model), numbers(&model));
+        assert_eq!(trained.recipe.unwrap().model.decoder(), Some(model.config()));
+        let none = open_trained(&folder.path().join("nowhere"), None, caller()).err().unwrap().to_string();
+        assert!(none.contains("no such checkpoint or run folder"), "{none}");
+    }
+}

@@ -30,3 +30,18 @@ pub fn quoted(argument: &str) -> String {
     let plain = |sign: char| sign.is_ascii_alphanumeric() || "=._-/:,+".contains(sign);
     if argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_arguments_as_people_read_them() {
+        let clocks = [59, 61, 3600].map(|seconds| clock(Duration::from_secs(seconds)));
+        assert_eq!(clocks, ["0:59", "1:01", "1:00:00"]);
+        assert_eq!([0, 999, 1_000, 1_234_567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([0, 1023, 1024, 5 << 30].map(bytes), ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]);
+        assert_eq!(quoted("a/b=1"), "a/b=1");
+        assert_eq!(quoted("it's here"), "'it'\\''s here'");
+    }
+}
