@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::gaussian_adaptive_transformer::{
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
-use crate::{ContextMask, Examples, InputShape, Inputs, Loss, Part, Precision, Trainable};
+use crate::{ActivationCheckpointing, ContextMask, Examples, InputShape, Inputs, Loss, Part, Precision, Trainable};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
 pub use encoder::{Encoder, InputLayer};
@@ -89,6 +89,19 @@ impl ClassifierConfig {
         }
     }
 
+    /// Checks that the classifier can be trained with this.
+    ///
+    /// # Errors
+    /// Says what it is made for.
+    pub fn check_checkpointing(&self, checkpointing: ActivationCheckpointing) -> Result<(), String> {
+        match (self, checkpointing) {
+            (Self::GaussianAdaptiveTransformer(_), ActivationCheckpointing::Block) => {
+                Err(format!("must be \"none\" for {}: \"block\" is for transformers", self.name()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A classifier with fresh weights. Call [`validate`](Self::validate) with the same shape first, and
     /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, sizes: Sizes, device: &Device) -> Classifier {
@@ -130,10 +143,10 @@ impl ClassifierConfig {
     }
 
     /// Numbers that a layer keeps of an example for its backward pass, roughly, as for decoders.
-    pub fn kept_numbers(&self, sizes: Sizes) -> usize {
+    pub fn kept_numbers(&self, sizes: Sizes, checkpointed: bool) -> usize {
         match self {
-            Self::VisionTransformer(config) => config.encoder(sizes.input).kept_numbers(),
-            Self::TextEncoder(config) => config.encoder(sizes.input).kept_numbers(),
+            Self::VisionTransformer(config) => config.encoder(sizes.input).kept_numbers(checkpointed),
+            Self::TextEncoder(config) => config.encoder(sizes.input).kept_numbers(checkpointed),
             Self::GaussianAdaptiveTransformer(config) => config.kept_numbers(features_of(sizes)),
         }
     }
@@ -233,6 +246,16 @@ impl Classifier {
     pub fn with_precision(self, precision: Precision) -> Self {
         let body = match self.body {
             Body::Encoder(encoder) => Body::Encoder(encoder.with_precision(precision)),
+            other => other,
+        };
+        Self { body, ..self }
+    }
+
+    /// The model that keeps other activations while it is trained, where it is a transformer; see
+    /// [`ClassifierConfig::check_checkpointing`].
+    pub fn with_checkpointing(self, checkpointing: ActivationCheckpointing) -> Self {
+        let body = match self.body {
+            Body::Encoder(encoder) => Body::Encoder(encoder.with_checkpointing(checkpointing)),
             other => other,
         };
         Self { body, ..self }

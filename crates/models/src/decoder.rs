@@ -16,6 +16,7 @@ use polyhead_kernels::{in_type, random};
 
 use crate::adapters::Lora;
 use crate::gate::dropout;
+use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
 use crate::{Batch, Gate};
 
@@ -119,6 +120,11 @@ impl Decoder {
         Self { computing: Computing { dropout, ..self.computing }, ..self }
     }
 
+    /// The model that keeps other activations while it is trained.
+    pub fn with_checkpointing(self, checkpointing: ActivationCheckpointing) -> Self {
+        Self { computing: Computing { checkpointing, ..self.computing }, ..self }
+    }
+
     /// Ids that the model knows.
     pub fn vocab_size(&self) -> usize {
         self.embedding.weight.dims()[0]
@@ -180,6 +186,7 @@ impl Decoder {
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let ropes = self.ropes(start..start + hidden.dims()[1]);
         let (mut penalties, mut seen) = (Vec::new(), Vec::new());
+        let pass = LayerPass::new(self.computing.checkpointing);
         for index in layers {
             let own = self.lora.iter().flat_map(|lora| lora.layers[index].adapters());
             let all: Vec<Adapter> = own.chain(adapters.get(index).into_iter().flatten().cloned()).collect();
@@ -190,7 +197,7 @@ impl Decoder {
                 adapters: Adapters(&all),
                 ..Call::new(mask)
             };
-            let attended = self.layers[index].forward(hidden, call, &self.transformer, self.computing);
+            let attended = pass.forward(&self.layers[index], hidden, call, &self.transformer, self.computing);
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);

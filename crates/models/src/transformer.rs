@@ -1,6 +1,8 @@
 //! The pre-norm transformer layer, which decoders and encoders stack: `x + attention(norm(x))`, then `x + mlp(norm(x))`, in
 //! the form of LLaMA (Touvron et al. 2023, arXiv 2302.13971) or, by its settings, of ViT or GPT-NeoX.
 
+mod checkpointed;
+
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::gelu;
@@ -15,6 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::PerLayer;
 use crate::gate::dropout;
+
+pub use checkpointed::ActivationCheckpointing;
+pub(crate) use checkpointed::LayerPass;
 
 /// The kind of norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -65,6 +70,8 @@ pub(crate) struct Computing {
     pub precision: Precision,
     /// The rate of dropout on the embedded input and on what attention and feed-forward layers write, while training.
     pub dropout: f64,
+    /// What is kept for the backward pass.
+    pub checkpointing: ActivationCheckpointing,
 }
 
 /// The settings of a stack of layers, whatever is before and behind it.

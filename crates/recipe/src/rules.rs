@@ -2,7 +2,9 @@
 
 use polyhead_data::{Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::{ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision};
+use polyhead_models::{
+    ActivationCheckpointing, ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision,
+};
 use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{FreezeConfig, ProcedureConfig};
@@ -216,6 +218,11 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String,
             "training.precision",
             "training.precision must be \"f32\" for an embedder",
         ),
+        (
+            training.activation_checkpointing == ActivationCheckpointing::None,
+            "training.activation_checkpointing",
+            "training.activation_checkpointing must be \"none\" for an embedder, which has no transformer layers",
+        ),
     ];
     let broken =
         rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, key, words)| (key.to_owned(), words.to_owned()));
@@ -253,6 +260,9 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
     );
     if let Err(words) = classifier.check_precision(recipe.training.precision) {
         refuse(false, "training.precision", &words);
+    }
+    if let Err(words) = classifier.check_checkpointing(recipe.training.activation_checkpointing) {
+        refuse(false, "training.activation_checkpointing", &words);
     }
     refuse(
         recipe.augmentation.is_nothing() || matches!(recipe.data.modality(), Modality::Images | Modality::Audio),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{Labelled, Tokenizer};
+use polyhead_kernels::without_drawing;
 use polyhead_models::{
     ClassTotals, Classifier, ClassifierConfig, Examples, InputShape, MOST_CONFUSED, Sizes, Trainable,
 };
@@ -105,7 +106,9 @@ impl Kind for Classifier {
             Some(path) => trained(resolved, path, fresh, data)?,
             None => fresh,
         };
-        let model = model.with_precision(recipe.training.precision).with_dropout(recipe.training.dropout);
+        let training = &recipe.training;
+        let model = model.with_precision(training.precision).with_dropout(training.dropout);
+        let model = model.with_checkpointing(training.activation_checkpointing);
         Ok(model.with_objective(recipe.loss.objective(&data.counts)))
     }
 
@@ -225,7 +228,7 @@ pub fn open_classifier(
     let (input, classes) = described(&path)?;
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
-    let model = config.init(Sizes { input, n_classes: classes.len() }, &device);
+    let model = without_drawing(|| config.init(Sizes { input, n_classes: classes.len() }, &device));
     let model = state::read_model(&path, model, caller.nonfinite)?.with_precision(recipe.training.precision);
     let tokenizer = tokenizer_of(&path)?;
     Ok(Some(TrainedClassifier { path, model, recipe, classes, tokenizer }))

@@ -93,7 +93,9 @@ impl Kind for Decoder {
                 decoder.init(resolved.vocab_size.unwrap_or(data.vocab_size), device)
             }
         };
-        let model = model.with_precision(recipe.training.precision).with_dropout(recipe.training.dropout);
+        let training = &recipe.training;
+        let model = model.with_precision(training.precision).with_dropout(training.dropout);
+        let model = model.with_checkpointing(training.activation_checkpointing);
         Ok(match &recipe.lora {
             Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, |name| name.starts_with("lora.")),
             None => model,

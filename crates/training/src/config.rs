@@ -1,6 +1,6 @@
 //! Settings of the loop, as recipes write them.
 
-use polyhead_models::Precision;
+use polyhead_models::{ActivationCheckpointing, Precision};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -38,9 +38,17 @@ pub struct TrainingConfig {
     /// The rate of dropout on the embedded input and on what attention and feed-forward layers write. Default: 0.
     #[serde(default, skip_serializing_if = "is_off")]
     pub dropout: f64,
+    /// What the forward pass keeps for the backward pass: "none" (default) keeps all activations; "block" keeps what each layer
+    /// reads and runs the layer again, which takes less memory and more time, and gives the same weights to the bit.
+    #[serde(default, skip_serializing_if = "keeps_all")]
+    pub activation_checkpointing: ActivationCheckpointing,
     /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
     #[serde(default = "penalty_weight")]
     pub penalty_weight: f64,
+}
+
+fn keeps_all(checkpointing: &ActivationCheckpointing) -> bool {
+    *checkpointing == ActivationCheckpointing::None
 }
 
 fn one() -> usize {

@@ -17,6 +17,7 @@ use polyhead_kernels::random;
 use super::Scored;
 use super::config::{EncoderConfig, Source};
 use crate::gate::dropout;
+use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Part, Precision};
 use crate::{Inputs, Pooling};
 
@@ -97,9 +98,14 @@ impl EncoderConfig {
         parts
     }
 
-    pub(super) fn kept_numbers(&self) -> usize {
-        let transformer = &self.transformer;
-        self.source.positions() * transformer.n_layers * (10 * transformer.d_model + 4 * transformer.d_ff)
+    /// Numbers that a forward pass keeps of an example for its backward pass, roughly.
+    pub(super) fn kept_numbers(&self, checkpointed: bool) -> usize {
+        let (transformer, positions) = (&self.transformer, self.source.positions());
+        let of_layer = 10 * transformer.d_model + 4 * transformer.d_ff;
+        match checkpointed {
+            true => positions * (of_layer + transformer.n_layers * transformer.d_model),
+            false => positions * transformer.n_layers * of_layer,
+        }
     }
 }
 
@@ -127,8 +133,9 @@ impl Encoder {
         let Batched { mut hidden, padding, mask } = self.embed(inputs);
         let eps = self.config.transformer.norm_eps;
         let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
+        let pass = LayerPass::new(self.computing.checkpointing);
         for layer in &self.layers {
-            let attended = self.through(layer, hidden, &mask, observe.clone());
+            let attended = self.through(&pass, layer, hidden, &mask, observe.clone());
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
@@ -152,23 +159,29 @@ impl Encoder {
         Self { computing: Computing { dropout, ..self.computing }, ..self }
     }
 
-    fn through(&self, layer: &Block, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
+    /// The model that keeps other activations while it is trained.
+    pub(super) fn with_checkpointing(self, checkpointing: ActivationCheckpointing) -> Self {
+        Self { computing: Computing { checkpointing, ..self.computing }, ..self }
+    }
+
+    fn through(&self, pass: &LayerPass, layer: &Block, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
         let transformer = &self.config.transformer;
         let call = Call { grid: transformer.grid, observe, ..Call::new(mask) };
-        layer.forward(hidden, call, transformer, self.computing)
+        pass.forward(layer, hidden, call, transformer, self.computing)
     }
 
     /// What layers do before the step `step` of training, from 0: each by what it reads once those before it are done.
     pub(super) fn before_step(&mut self, inputs: &Inputs, step: u64) {
         let Some(last) = self.layers.iter().rposition(|layer| layer.attention.is_due(step)) else { return };
         let Batched { mut hidden, mask, .. } = self.embed(inputs);
+        let pass = LayerPass::new(ActivationCheckpointing::None);
         for index in 0..=last {
             let layer = &mut self.layers[index];
             if layer.attention.is_due(step) {
                 let read = layer.attention_norm.forward(hidden.clone(), self.config.transformer.norm_eps);
                 layer.attention.before_step(read, &mask, step);
             }
-            hidden = self.through(&self.layers[index], hidden, &mask, Observe::Nothing).hidden;
+            hidden = self.through(&pass, &self.layers[index], hidden, &mask, Observe::Nothing).hidden;
         }
     }
 

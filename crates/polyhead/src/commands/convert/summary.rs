@@ -37,9 +37,12 @@ impl Measured {
         let mut measured = Self { before: Evaluated::default(), after: Evaluated::default(), divergence: 0.0 };
         for batch in batches {
             let batch = batch?;
-            measured.before.add(before.evaluate(&batch));
-            measured.after.add(after.evaluate(&batch));
-            measured.divergence += before.divergence(after, &batch);
+            let compared = before.compare(after, &batch);
+            for (which, sums) in [&mut measured.before, &mut measured.after].into_iter().enumerate() {
+                let (loss, correct) = (compared.losses[which], compared.correct[which]);
+                sums.add(Evaluated { loss, correct, targets: batch.target_tokens(), bytes: batch.target_bytes });
+            }
+            measured.divergence += compared.divergence;
         }
         for (sums, whose) in [(&measured.before, "the model"), (&measured.after, "what it would become")] {
             if !sums.mean_loss().is_finite() {
