@@ -1,7 +1,8 @@
 //! What a recipe costs besides time, computed from its settings.
 
 use polyhead_attention::Cost;
-use polyhead_models::{DecoderConfig, Part, Sizes};
+use polyhead_models::weights::layer_of;
+use polyhead_models::{ActivationCheckpointing, DecoderConfig, Parameter, Part, Sizes};
 use polyhead_training::FreezeConfig;
 use polyhead_training::config::OptimizerConfig;
 
@@ -50,6 +51,8 @@ pub struct Totals {
     pub flops_per_token: u64,
     /// Bytes kept per token while decoding, in f32; of a window, those of its tokens shared out over the recipe's seq_len.
     pub cached_bytes_per_token: u64,
+    /// Bytes kept while decoding however many tokens there are, in f32: the states of recurrent mechanisms.
+    pub state_bytes: u64,
 }
 
 /// The parts of the model that a recipe describes; none where the data does not fit it.
@@ -69,6 +72,7 @@ impl Totals {
             parameters: cost.parameters,
             flops_per_token: cost.causal_flops(seq_len),
             cached_bytes_per_token: cost.cached_per_token(seq_len).saturating_mul(4),
+            state_bytes: cost.state_elements.saturating_mul(4),
         }
     }
 
@@ -80,7 +84,33 @@ impl Totals {
             parameters: sum.parameters.saturating_add(part.parameters),
             flops_per_token: sum.flops_per_token.saturating_add(part.flops_per_token),
             cached_bytes_per_token: sum.cached_bytes_per_token.saturating_add(part.cached_bytes_per_token),
+            state_bytes: sum.state_bytes.saturating_add(part.state_bytes),
         })
+    }
+}
+
+/// What training takes of memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// The model's weights.
+    pub weights: u64,
+    /// Gradients of what is trained.
+    pub gradients: u64,
+    /// What the optimizer keeps of what is trained.
+    pub moments: u64,
+    /// What a forward pass keeps for its backward pass, roughly.
+    pub activations: u64,
+}
+
+impl Memory {
+    /// Weights, gradients and moments.
+    pub fn state(&self) -> u64 {
+        self.weights.saturating_add(self.gradients).saturating_add(self.moments)
+    }
+
+    /// At the largest moment. Activations are freed while gradients come to be: there are never all of both.
+    pub fn peak(&self) -> u64 {
+        self.weights.saturating_add(self.moments).saturating_add(self.gradients.max(self.activations))
     }
 }
 
@@ -96,9 +126,27 @@ impl Costs {
         }
     }
 
-    /// Weights, gradients and two moments, in f32.
-    pub fn state_bytes(&self) -> u64 {
-        self.totals.parameters.saturating_mul(16)
+    /// Memory of the training of a model with these parameters.
+    pub fn memory(&self, recipe: &Recipe, parameters: &[Parameter]) -> Memory {
+        let bytes = |numbers: usize| 4 * numbers as u64;
+        let trained = || parameters.iter().filter(|one| one.trainable);
+        // Muon keeps one moment of the layers' matrices, and the vectors beside them are small.
+        let moments = |one: &Parameter| match recipe.optimizer {
+            OptimizerConfig::Muon(_) if layer_of(&one.name).is_some() => bytes(one.numbers),
+            _ => 2 * bytes(one.numbers),
+        };
+        Memory {
+            weights: parameters.iter().map(|one| bytes(one.numbers)).sum(),
+            gradients: trained().map(|one| bytes(one.numbers)).sum(),
+            moments: trained().map(moments).sum(),
+            activations: self.activation_bytes,
+        }
+    }
+
+    /// [`memory`](Self::memory) where all is trained, for a model that is too large to be made.
+    pub fn memory_of_all(&self) -> Memory {
+        let weights = self.totals.parameters.saturating_mul(4);
+        Memory { weights, gradients: weights, moments: weights.saturating_mul(2), activations: self.activation_bytes }
     }
 
     /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`) the weights alone.
@@ -123,20 +171,29 @@ pub fn tokens_per_step(recipe: &Recipe) -> u64 {
 }
 
 /// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
-/// 1024), which it meets within a tenth; taken over for classifiers.
+/// 1024), which it meets within a tenth; taken over for classifiers. With activation checkpointing there is what each layer
+/// reads, and all of the layer that is run again.
 fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
     let training = &recipe.training;
+    let checkpointed = training.activation_checkpointing == ActivationCheckpointing::Block;
     let numbers_per_row = match (&recipe.model, known) {
-        (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => classifier.kept_numbers(sizes),
+        (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => {
+            classifier.kept_numbers(sizes, checkpointed)
+        }
         (ModelConfig::Decoder { config: Some(decoder), .. }, _) => {
-            training.seq_len.saturating_mul(numbers_per_token(decoder))
+            let (layer, layers) = (numbers_per_token(decoder), decoder.n_layers);
+            let per_token = match checkpointed {
+                true => layer.saturating_add(layers.saturating_mul(decoder.d_model)),
+                false => layer.saturating_mul(layers),
+            };
+            training.seq_len.saturating_mul(per_token)
         }
         _ => 0,
     };
     training.batch_size.saturating_mul(4).saturating_mul(numbers_per_row) as u64
 }
 
+/// Numbers that a layer keeps of each token.
 fn numbers_per_token(decoder: &DecoderConfig) -> usize {
-    let of_layer = decoder.d_model.saturating_mul(10).saturating_add(decoder.feed_forward().saturating_mul(4));
-    decoder.n_layers.saturating_mul(of_layer)
+    decoder.d_model.saturating_mul(10).saturating_add(decoder.feed_forward().saturating_mul(4))
 }

@@ -1,5 +1,8 @@
 //! `polyhead plan`: what a recipe would cost. Sizes are computed; time is measured on a few steps.
 
+use burn::tensor::Device;
+use polyhead_kernels::without_drawing;
+use polyhead_models::parameters;
 use polyhead_training::{available_memory_bytes, peak_memory_bytes};
 
 use crate::allowed::caller;
@@ -7,7 +10,7 @@ use crate::console::{bytes, clock, put, talk, thousands};
 use polyhead_recipe::{Loaded, Recipe};
 use polyhead_runs::Failure;
 use polyhead_runs::Resolved;
-use polyhead_runs::costs::{self, Costs, Totals};
+use polyhead_runs::costs::{self, Costs, Memory, Totals};
 use polyhead_runs::data::TrainingData;
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
 use polyhead_runs::probe::{probe, times};
@@ -31,21 +34,28 @@ impl ForAnyKind for Plan<'_> {
         let (resolved, recipe) = (self.resolved, &self.resolved.recipe);
         let data = K::open(resolved, &mut |_, _| {})?;
         let costs = Costs::of(recipe, data.known());
-        sizes(recipe, &data, &costs)?;
+        let available = available_memory_bytes().filter(|_| recipe.training.device != "cuda");
+        let memory = match costs.totals.parameters.saturating_mul(4) < available.unwrap_or(u64::MAX) {
+            // Weights that nobody draws take no memory, and the model knows best what of it is trained.
+            true => {
+                let device = Device::flex().autodiff();
+                costs.memory(recipe, &parameters(&without_drawing(|| resolved.first::<K>(&data, &device))?))
+            }
+            false => costs.memory_of_all(),
+        };
+        sizes(recipe, &data, &costs, &memory)?;
         if !self.probe {
             return Ok(());
         }
         // A plan is made for what may be too large; the system would end us without a word.
-        if let Some(available) = available_memory_bytes().filter(|_| recipe.training.device != "cuda")
-            && costs.state_bytes().saturating_add(costs.activation_bytes) > available
-        {
+        if let Some(available) = available.filter(|&available| memory.peak() > available) {
             return put!("time       not measured: only {} of memory are available here", bytes(available));
         }
         time::<K>(resolved, &data, &costs)
     }
 }
 
-fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs) -> Result<(), Failure> {
+fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs, memory: &Memory) -> Result<(), Failure> {
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
     let unit = data.known().unit();
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
@@ -55,11 +65,17 @@ fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs) -> Result
         ["parameters", &format!("FLOPs per {unit}"), if unit == "token" { "KV B per token" } else { "KV B" }],
     )?;
     for part in &costs::parts(recipe, data.known()) {
-        let Totals { parameters, flops_per_token, cached_bytes_per_token } = Totals::of(&part.cost, seq_len);
+        let Totals { parameters, flops_per_token, cached_bytes_per_token, .. } = Totals::of(&part.cost, seq_len);
         numbers(&part.name, [parameters, flops_per_token, cached_bytes_per_token])?;
     }
-    let Totals { parameters, flops_per_token, cached_bytes_per_token } = all.totals;
+    let Totals { parameters, flops_per_token, cached_bytes_per_token, state_bytes } = all.totals;
     numbers("all", [parameters, flops_per_token, cached_bytes_per_token])?;
+    if state_bytes > 0 {
+        put!(
+            "\nDecoding keeps {} B of recurrent state besides, however many tokens there are.",
+            thousands(state_bytes)
+        )?;
+    }
     let length = if unit == "token" { format!(" at seq_len {seq_len}") } else { String::new() };
     put!("\nFLOPs are of a forward pass{length}; training takes about three times as many.")?;
     let (steps, tokens) = (thousands(training.steps), thousands(all.tokens));
@@ -69,10 +85,15 @@ fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs) -> Result
     let epoch = data.train().per_epoch().div_ceil(training.gradient_accumulation_steps as u64);
     put!("           one epoch is {} steps", thousands(epoch))?;
     put!("compute    {:.2e} FLOPs", all.training_flops())?;
-    let (state, activations) = (bytes(all.state_bytes()), bytes(all.activation_bytes));
+    let (state, activations) = (bytes(memory.state()), bytes(memory.activations));
     put!("memory     {state} for weights, gradients and optimiser; roughly {activations} for activations")?;
+    put!("           at most {} at once: activations go while gradients come", bytes(memory.peak()))?;
     let kept = checkpoints(recipe);
-    put!("disk       {} for {} checkpoints", bytes(parameters.saturating_mul(12 * kept)), thousands(kept))
+    put!(
+        "disk       {} for {} checkpoints",
+        bytes(memory.weights.saturating_add(memory.moments).saturating_mul(kept)),
+        thousands(kept)
+    )
 }
 
 /// Tells what all steps would take.
