@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo bench --bench side_by_side -- --python venv/bin/python --out benches/RESULTS.md
+//! cargo bench --bench side_by_side -- --python venv/bin/python --model DIR   # a pretrained model, beside transformers
 //! ```
 //!
 //! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
@@ -16,6 +17,8 @@ use std::time::Instant;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
 use serde_json::{Value, json};
+
+mod pretrained;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -43,6 +46,9 @@ struct Args {
     /// What the device can do at most, in TFLOP/s; measured if not given.
     #[arg(long)]
     peak_tflops: Option<f64>,
+    /// Measure a pretrained model in Hugging Face's format instead: fine-tuning, loading, generating, reading a long prompt.
+    #[arg(long)]
+    model: Option<PathBuf>,
     /// Leave torch.compile out.
     #[arg(long)]
     no_compile: bool,
@@ -133,6 +139,11 @@ fn main() -> Outcome<()> {
     let peak = args.peak_tflops.map_or_else(|| gemm_peak(on_gpu), |peak| peak * 1e12);
     let mut report = header(peak, torch.as_deref());
     let mut rows = Vec::new();
+    if let Some(model) = &args.model {
+        let python = args.python.as_deref().filter(|_| torch.is_some());
+        report += &pretrained::compare(model, python, folder.path(), (&args.only, args.rounds, args.steps))?;
+        return write(&report, args.out.as_deref());
+    }
     let works = if on_gpu { vec![GPU, GPU_GDA] } else { WORKS.to_vec() };
     for work in works.iter().filter(|work| work.name.contains(&args.only)) {
         let python = args.python.as_deref().filter(|_| torch.is_some());
@@ -151,8 +162,12 @@ fn main() -> Outcome<()> {
         let python = args.python.as_deref().filter(|_| torch.is_some());
         report += &generation(python, args.rounds, folder.path())?;
     }
+    write(&report, args.out.as_deref())
+}
+
+fn write(report: &str, out: Option<&Path>) -> Outcome<()> {
     println!("{report}");
-    if let Some(out) = &args.out {
+    if let Some(out) = out {
         std::fs::write(out, report)?;
         eprintln!("wrote {}", out.display());
     }
