@@ -47,7 +47,7 @@ pub use template::{BUILT_IN, ChatTemplate, Special};
 pub(crate) use tokenize::tokenize;
 
 /// `[data.chat]`: conversations, one a row: a line of JSON, an object in a JSON array, or a row of a table (.csv, .tsv) whose first
-/// row names the columns; packed (.gz, .zst) or not.
+/// row names the columns, packed (.gz, .zst) or not; or a row of Parquet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChatConfig {

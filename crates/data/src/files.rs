@@ -1,6 +1,7 @@
 //! Files that the paths of a recipe mean: files, folders and patterns. Whatever is found and not read is counted and named.
 
 mod packed;
+mod parquet;
 mod rows;
 mod sniff;
 mod would_read;

@@ -13,6 +13,7 @@ mod documents;
 mod error;
 mod examples;
 mod files;
+mod guard;
 mod loader;
 pub mod long_context;
 mod order;

@@ -3,7 +3,6 @@
 mod byte_level;
 mod bytes;
 mod check;
-mod guard;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -17,9 +16,9 @@ use tokenizers::Tokenizer as HfTokenizer;
 
 use crate::DataError;
 use crate::chat::Special;
+use crate::guard::guarded;
 use byte_level::bytes_json;
 use bytes::TokenBytes;
-use guard::guarded;
 
 pub use byte_level::train_bpe;
 pub use stream::StreamDecoder;
@@ -145,7 +144,7 @@ impl Tokenizer {
         }
         let (value, notes) = check::check(json).map_err(DataError::Unusable)?;
         let json = if notes.is_empty() { json.to_owned() } else { value.to_string() };
-        guarded(|| Self::read(json, &value, notes)).unwrap_or_else(Err).map_err(DataError::Unusable)
+        guarded("tokenizers", || Self::read(json, &value, notes)).unwrap_or_else(Err).map_err(DataError::Unusable)
     }
 
     /// Reads what has been checked.
@@ -284,7 +283,8 @@ impl Tokenizer {
             }
             return Ok(out);
         };
-        let encoded = guarded(|| inner.encode(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
+        let encoded =
+            guarded("tokenizers", || inner.encode(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
         let encoded = encoded.map_err(|problem| self.failed(problem))?;
         let last = encoded.get_offsets().iter().map(|&(start, end)| start.max(end.saturating_sub(1)));
         Ok(encoded.get_ids().iter().copied().zip(last).collect())
@@ -323,7 +323,8 @@ impl Tokenizer {
     /// If the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
         let Some(inner) = &self.inner else { return Ok(text.bytes().map(u32::from).collect()) };
-        let encoded = guarded(|| inner.encode_fast(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
+        let encoded =
+            guarded("tokenizers", || inner.encode_fast(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
         let encoded = encoded.map_err(|problem| self.failed(problem))?;
         let ids = encoded.get_ids();
         match ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
@@ -367,7 +368,9 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
                 String::from_utf8_lossy(&bytes).into_owned()
             }
-            Some(inner) => guarded(|| inner.decode(ids, true)).ok().and_then(Result::ok).unwrap_or_default(),
+            Some(inner) => {
+                guarded("tokenizers", || inner.decode(ids, true)).ok().and_then(Result::ok).unwrap_or_default()
+            }
         }
     }
 

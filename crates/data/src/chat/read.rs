@@ -84,7 +84,7 @@ struct Said {
 impl Reader<'_> {
     fn all(&mut self) -> Result<(), DataError> {
         let config = self.config;
-        self.counts.left_out = for_each_row(&config.paths, &mut |place, row| self.row(row, place))?.note();
+        self.counts.left_out = for_each_row(&config.paths, &[], &mut |place, row| self.row(row, place))?.note();
         Ok(())
     }
 

@@ -10,8 +10,8 @@ use super::{Documents, FromFiles, TextDocument};
 use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
-/// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns;
-/// packed (.gz, .zst) or not.
+/// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns,
+/// packed (.gz, .zst) or not; or of Parquet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JsonlConfig {
@@ -53,7 +53,7 @@ impl Source for JsonlConfig {
 /// If a pattern matches nothing, or a row is not an object with the field.
 fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
     let mut documents = Vec::new();
-    let notes = for_each_row(&config.paths, |name, row| {
+    let notes = for_each_row(&config.paths, &[&config.field], |name, row| {
         let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
         documents.push(TextDocument { name, text: text.to_owned() });
         Ok(())

@@ -43,7 +43,8 @@ pub struct LabelledFields<'a> {
 /// If a pattern matches nothing, or a row lacks one of them.
 pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
     let mut texts = Vec::new();
-    let notes = for_each_row(paths, |name, row| {
+    let columns: Vec<&str> = [fields.text, fields.label].into_iter().chain(fields.group).collect();
+    let notes = for_each_row(paths, &columns, |name, row| {
         let text = text_of(row, fields.text)
             .map_err(|problem| format!("{problem}; text_field names another field"))?
             .to_owned();
@@ -74,7 +75,7 @@ pub fn read_pairs(
     [query, positive, negative]: [&str; 3],
 ) -> Result<FromFiles<PairedText>, DataError> {
     let mut pairs: Vec<PairedText> = Vec::new();
-    let notes = for_each_row(paths, |name, row| {
+    let notes = for_each_row(paths, &[query, positive, negative], |name, row| {
         let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
         if row.get(negative).is_some() {
             parts.push(text_of(row, negative)?.to_owned());
@@ -130,13 +131,14 @@ fn found(row: &Value, field: &str) -> String {
     }
 }
 
-/// Hands the fields of every row of files to `take`, with its place; what `take` finds wrong is reported with that place. Gives
+/// Hands these fields of every row of files to `take`, with its place; what `take` finds wrong is reported with that place. Gives
 /// what was not read, in words.
 pub(super) fn for_each_row(
     paths: &[String],
+    columns: &[&str],
     mut take: impl FnMut(String, &Value) -> Result<(), String>,
 ) -> Result<Vec<String>, DataError> {
-    let left_out = files::for_each_row(paths, &mut |place, row| {
+    let left_out = files::for_each_row(paths, columns, &mut |place, row| {
         let taken = row.value().and_then(|value| take(place.to_string(), &value));
         taken.map_err(|problem| place.wrong(problem))
     })?;
@@ -163,6 +165,22 @@ mod tests {
         let error = read(&format!("{three}\n{two}")).unwrap_err().to_string();
         assert!(error.contains("pairs.jsonl:2") && error.contains("all or in none"), "{error}");
         assert!(read("{\"query\": \"q\"}").unwrap_err().to_string().contains("no text in field \"positive\""));
+    }
+
+    #[test]
+    fn rows_of_parquet_are_labelled_text() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rows/texts.parquet").to_owned();
+        let read = |text| {
+            let fields = LabelledFields { text, label: "label", group: None };
+            read_labelled(std::slice::from_ref(&path), fields).map_err(|error| error.to_string())
+        };
+        let rows = read("text").unwrap().items;
+        assert_eq!((rows.len(), rows[1].text.as_str(), rows[1].label.as_str()), (4, "zwei ü", "1"));
+        let error = read("score").unwrap_err();
+        assert!(
+            error.contains("texts.parquet: row 1 (row group 0): no text in field \"score\" (it holds 0.5)"),
+            "{error}"
+        );
     }
 
     #[test]

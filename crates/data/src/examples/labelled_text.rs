@@ -12,7 +12,7 @@ use crate::source::{Problem, Source, some_path};
 use crate::{Data, DataError, Modality, Opening, Yields};
 
 /// `[data.labelled_text]`: texts with their classes, one a row: a line of JSON, an object in a JSON array, or a row of a table
-/// (.csv, .tsv) whose first row names the columns; packed (.gz, .zst) or not. Texts longer than training.seq_len are cut.
+/// (.csv, .tsv) whose first row names the columns, packed (.gz, .zst) or not; or a row of Parquet. Texts longer than training.seq_len are cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelledTextConfig {

@@ -1,34 +1,42 @@
-//! Rows with named fields: lines of JSON, a JSON array, or a table (CSV, TSV) whose first row names the columns; packed or not.
-//! Tables are known by how their names end, the others by their content.
+//! Rows with named fields: lines of JSON, a JSON array, or a table (CSV, TSV) whose first row names the columns, packed or not;
+//! or Parquet. Tables are known by how their names end, the others by their content.
 
 use std::fmt::{Display, Formatter};
+use std::io::BufRead;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{LeftOut, Packed, Search, ending, kind, search, without_mark};
+use super::{LeftOut, Packed, Search, ending, kind, parquet, search, without_mark};
 use crate::DataError;
 
 /// How the names of files of rows end. Of a folder that has several of these kinds, the first is read.
-const KINDS: [&[&str]; 2] = [&["jsonl", "ndjson"], &["csv", "tsv"]];
+const KINDS: [&[&str]; 3] = [&["jsonl", "ndjson"], &["parquet"], &["csv", "tsv"]];
 
 /// Where a row is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place<'a> {
-    path: &'a Path,
-    line: usize,
+    pub(super) path: &'a Path,
+    /// From 1.
+    pub(super) line: usize,
+    /// Of Parquet, which has rows and no lines.
+    pub(super) row_group: Option<usize>,
 }
 
 impl Place<'_> {
     /// Something is wrong with the row.
     pub(crate) fn wrong(self, problem: String) -> DataError {
-        DataError::Row { path: self.path.to_owned(), line: self.line, problem }
+        match self.row_group {
+            None => DataError::Row { path: self.path.to_owned(), line: self.line, problem },
+            Some(group) => DataError::Unusable(format!("{self} (row group {group}): {problem}")),
+        }
     }
 }
 
 impl Display for Place<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.path.display(), self.line)
+        let separator = if self.row_group.is_some() { ": row " } else { ":" };
+        write!(f, "{}{separator}{}", self.path.display(), self.line)
     }
 }
 
@@ -63,15 +71,20 @@ pub(crate) fn invalid(error: &serde_json::Error) -> String {
 }
 
 /// What takes rows, each with its place.
-type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError> + 'a;
+pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError> + 'a;
 
-/// Hands every row of files to `take`. Gives what was not read.
+/// Hands every row of files to `take`; of Parquet with these columns, or all if there are none here. Gives what was not read.
 ///
 /// # Errors
 /// If a pattern matches nothing, a file is broken, or `take` finds something wrong.
-pub(crate) fn for_each_row(paths: &[String], take: &mut Take<'_>) -> Result<LeftOut, DataError> {
+pub(crate) fn for_each_row(paths: &[String], columns: &[&str], take: &mut Take<'_>) -> Result<LeftOut, DataError> {
     let Search { files, mut left_out } = search(paths, &KINDS)?;
     for path in files.keys() {
+        let mut file = Packed::open(path)?;
+        if file.length().is_some() && file.content.fill_buf().is_ok_and(|head| head.starts_with(b"PAR1")) {
+            parquet::rows(path, columns, take)?;
+            continue;
+        }
         let content = Packed::read(path)?;
         if content.is_empty() {
             left_out.add("empty", path);
@@ -104,7 +117,7 @@ fn lines(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
             );
             return Err(DataError::Unusable(problem));
         }
-        take(Place { path, line: index + 1 }, Row::Json(line))?;
+        take(Place { path, line: index + 1, row_group: None }, Row::Json(line))?;
     }
     Ok(())
 }
@@ -116,7 +129,7 @@ fn array(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
     let mut first: Option<(usize, usize)> = None;
     let (mut closed, mut after_comma) = (false, false);
     for (at, &byte) in content.iter().enumerate() {
-        let wrong = |problem: &str| Err(Place { path, line }.wrong(problem.to_owned()));
+        let wrong = |problem: &str| Err(Place { path, line, row_group: None }.wrong(problem.to_owned()));
         if !quoted && !byte.is_ascii_whitespace() {
             if closed {
                 return wrong("there is more after the end of the JSON array: give one array, or one object a line");
@@ -124,7 +137,7 @@ fn array(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
             let ends = depth == 1 && matches!(byte, b',' | b']');
             match first.take() {
                 Some((start, line)) if ends => {
-                    take(Place { path, line }, Row::Json(content[start..at].trim_ascii_end()))?
+                    take(Place { path, line, row_group: None }, Row::Json(content[start..at].trim_ascii_end()))?
                 }
                 None if ends && (byte == b',' || after_comma) => {
                     return wrong("an element of the JSON array is missing");
@@ -149,7 +162,9 @@ fn array(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
     }
     match closed {
         true => Ok(()),
-        false => Err(Place { path, line }.wrong("the JSON array has no end: is the file cut off?".into())),
+        false => {
+            Err(Place { path, line, row_group: None }.wrong("the JSON array has no end: is the file cut off?".into()))
+        }
     }
 }
 
@@ -157,7 +172,7 @@ fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
     if let Err(error) = std::str::from_utf8(content) {
         let line = 1 + content[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
         let what = super::not_text(content).unwrap_or_else(|| error.to_string());
-        return Err(Place { path, line }.wrong(what));
+        return Err(Place { path, line, row_group: None }.wrong(what));
     }
     // Where the reader says that a record begins may be before the line ends in front of it.
     let (mut line, mut byte) = (1, 0);
@@ -166,7 +181,7 @@ fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
         start += content[start..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
         line += content[byte..start].iter().filter(|&&byte| byte == b'\n').count();
         byte = start;
-        Place { path, line }
+        Place { path, line, row_group: None }
     };
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter(content)).from_reader(content);
     let headings = reader.headers().map_err(|error| at(error.position()).wrong(table_problem(&error)))?.clone();
@@ -225,7 +240,7 @@ mod tests {
             rows.push((place.line, row.value().map_err(|problem| place.wrong(problem))?));
             Ok(())
         };
-        for_each_row(&[path.display().to_string()], &mut take).map_err(|error| error.to_string())?;
+        for_each_row(&[path.display().to_string()], &[], &mut take).map_err(|error| error.to_string())?;
         Ok(rows)
     }
 

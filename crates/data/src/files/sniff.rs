@@ -25,7 +25,8 @@ pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
         _ if starts(b"\xFD7zXZ\0") => "a packed file (xz -d unpacks it)",
         _ if starts(b"PK\x03\x04") => "a ZIP archive (unzip unpacks it)",
         _ if starts(b"PAR1") => {
-            "a Parquet table (write it as JSON lines, with pandas: to_json(orient=\"records\", lines=True))"
+            "a Parquet table (data.jsonl reads the texts of a column, data.labelled_text texts with classes, data.chat \
+             conversations)"
         }
         _ if starts(b"ARROW1") => "an Arrow table (write it as JSON lines)",
         _ => return None,

@@ -1,4 +1,4 @@
-//! The last resort against files that make the tokenizers library panic: the panic is an error, and nothing is printed.
+//! The last resort against files that make a library panic: the panic is an error, and nothing is printed.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -11,8 +11,8 @@ thread_local! {
 
 static HOOK: Once = Once::new();
 
-/// What `call` gives, or an error in words where it panics.
-pub(super) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+/// What `call` gives, or an error in words where it panics: it must not change anything outside.
+pub(crate) fn guarded<T>(library: &str, call: impl FnOnce() -> T) -> Result<T, String> {
     HOOK.call_once(|| {
         let others = take_hook();
         set_hook(Box::new(move |panic| {
@@ -22,11 +22,10 @@ pub(super) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
         }));
     });
     let before = CAUGHT.replace(true);
-    // The tokenizer is only read, and a panic leaves no lock of it held.
     let result = catch_unwind(AssertUnwindSafe(call));
     CAUGHT.set(before);
     result.map_err(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        format!("the tokenizers library breaks on it ({})", words.unwrap_or("no reason given"))
+        format!("the {library} library breaks on it ({})", words.unwrap_or("no reason given"))
     })
 }

@@ -1,0 +1,22 @@
+"""Writes the Parquet files that the tests of src/files/parquet.rs read. Needs pyarrow (written with 25)."""
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+here = Path(__file__).parent
+turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+chats = pa.table({
+    "id": pa.array([1, 2, 3]),
+    "messages": pa.array([[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(3)], pa.list_(turn)),
+    "image": pa.array([b"\xff\xd8\xff", None, b""], pa.binary()),
+})
+pq.write_table(chats, here / "chats.parquet", row_group_size=2)
+texts = pa.table({
+    "text": pa.array(["one", "zwei \u00fc", "three", "four"]).dictionary_encode(),
+    "label": pa.array([0, 1, 0, 1], pa.int8()),
+    "score": pa.array([0.5, None, 1.5, 2.5]),
+})
+pq.write_table(texts, here / "texts.parquet", row_group_size=2)
+pq.write_table(texts, here / "gzip.parquet", compression="gzip")
+pq.write_table(texts, here / "zstd.parquet", compression="zstd")
