@@ -39,11 +39,11 @@ impl Source for JsonlConfig {
     }
 
     fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
-        Some(read_jsonl(self).and_then(|read| Documents::counted(read, "JSON row", "jsonl")))
+        Some(read_jsonl(self).and_then(|read| Documents::counted(read, "row", "jsonl")))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        Documents::counted(read_jsonl(self)?, "JSON row", opening.name)?.open(opening)
+        Documents::counted(read_jsonl(self)?, "row", opening.name)?.open(opening)
     }
 }
 

@@ -169,18 +169,22 @@ fn rows_of_cells(text: &str, table: bool) -> Option<Structured> {
     if lines().count() < if table { 2 } else { 10 } {
         return None;
     }
-    let cells = |line: &str, delimiter: u8| {
-        let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).has_headers(false).from_reader(line.as_bytes());
-        reader.records().next().and_then(Result::ok).map_or(0, |record| record.len())
+    let cells = |text: &str, delimiter: u8| -> Vec<usize> {
+        let mut reader = csv::ReaderBuilder::new();
+        let reader = reader.delimiter(delimiter).has_headers(false).flexible(true).from_reader(text.as_bytes());
+        reader.into_records().take(LOOKED_AT).map(|record| record.map_or(0, |record| record.len())).collect()
     };
-    let first = lines().next()?;
     [(b'\t', 2), (b',', 3), (b';', 3)].into_iter().find_map(|(delimiter, least)| {
         let least = if table { 2 } else { least };
         if delimiter == b'\t' && lines().any(|line| line.starts_with('\t')) {
             return None;
         }
-        let count = cells(first, delimiter);
-        let even = count >= least && lines().all(|line| cells(line, delimiter) == count);
+        // A cell of a table may hold line ends; text that is not called one is taken line by line.
+        let counts = match table {
+            true => cells(text, delimiter),
+            false => lines().flat_map(|line| cells(line, delimiter)).collect(),
+        };
+        let even = counts.len() > 1 && counts.iter().all(|&count| count >= least && count == counts[0]);
         even.then(|| Structured {
             what: "a table (CSV)",
             instead: "data.jsonl (field = \"...\") reads the texts of a column, data.labelled_text texts with their classes, \
@@ -257,6 +261,7 @@ mod tests {
             assert_eq!(structured(text, false), None, "{text}");
         }
         assert!(structured("a,b,c\n1,2,3\n", true).is_some(), "called a table, and one");
+        assert!(structured("a,b\n1,\"2\n\n3\"\n", true).is_some(), "with a cell of several lines");
         assert_eq!(structured("Dear all,\n\nthis is but called a table.\n", true), None);
         let indented: String = (0..20).map(|i| format!("\tcall({i});\n")).collect();
         assert_eq!(structured(&format!("x\n{indented}"), false), None);
