@@ -1,18 +1,20 @@
-//! The verbs. Standard output is data, standard error is talk.
+//! The commands. Standard output is data, standard error is talk.
 
 mod compare;
 pub mod convert;
 mod diff;
+mod doctor;
 pub mod embed;
 pub mod features;
 pub mod grow;
 mod hallucination;
 mod long_context;
-mod look;
 mod new_folder;
 mod plan;
 mod preview;
+mod recipes;
 mod stages;
+mod tokenizer;
 mod train;
 mod trained;
 
@@ -37,11 +39,11 @@ use polyhead_runs::Failure;
 pub fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Train(args) => train::train(args),
-        Command::Ls => look::ls(),
-        Command::Cp { recipe, to } => look::cp(&recipe, &to),
+        Command::Ls => recipes::ls(),
+        Command::Cp { recipe, to } => recipes::cp(&recipe, &to),
         Command::Cat(args) => match staged(&args)? {
             Some(staged) => stages::cat(&args.recipe, &staged),
-            None => look::cat(&load(&args)?),
+            None => recipes::cat(&load(&args)?),
         },
         Command::Validate(args) => {
             match (comparison::is_one(&args.recipe), staged(&args)?) {
@@ -82,9 +84,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Logits { checkpoint, tokens, text, out } => {
             trained::logits(&checkpoint, &tokens, text.as_deref(), &out)
         }
-        Command::Doctor => look::doctor(),
+        Command::Doctor => doctor::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
-            look::train_tokenizer(&load(&recipe)?, vocab_size as usize, &out)
+            tokenizer::train(&load(&recipe)?, vocab_size as usize, &out)
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();

@@ -225,7 +225,7 @@ pub fn cat(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
                 let text = toml::to_string_pretty(conversion).map_err(|error| Failure::Run(error.to_string()))?;
                 put!("# a conversion:\n{text}")
             }
-            None => super::look::cat(&loaded),
+            None => super::recipes::cat(&loaded),
         }
     })
 }

@@ -1,0 +1,23 @@
+//! `polyhead tokenizer train`.
+
+use std::path::Path;
+
+use polyhead_data::train_bpe;
+use polyhead_recipe::Loaded;
+use polyhead_runs::Failure;
+use polyhead_runs::data::project_root;
+
+use super::must_not_exist;
+use crate::console::talk;
+
+/// Trains a tokenizer on the text of a recipe.
+pub fn train(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
+    must_not_exist(out)?;
+    let found = loaded.recipe.data.documents(&project_root())?;
+    talk!("learning {vocab_size} tokens from {}", found.description);
+    found.notes.iter().for_each(|note| talk!("note: {note}"));
+    let learned = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;
+    talk!("wrote {learned} tokens to {}", out.display());
+    talk!("next: tokenizer.huggingface.path={}", out.display());
+    Ok(())
+}
