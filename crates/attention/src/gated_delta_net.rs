@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, linear, residual_std};
+use crate::softmax::check_width;
 use crate::{
     Attended, Call, ConfigError, Cost, Dims, Mask, Mechanism, MechanismCache, MechanismConfig, Observation, Observed,
 };
@@ -55,6 +56,9 @@ pub struct GatedDeltaNetConfig {
 fn conv_kernel() -> usize {
     4
 }
+
+/// Positions that a convolution reads at most; chosen by us, far above the 4 of published models.
+const LONGEST_KERNEL: usize = 1 << 10;
 
 /// The sizes of a layer.
 #[derive(Debug, Clone, Copy)]
@@ -98,8 +102,11 @@ impl MechanismConfig for GatedDeltaNetConfig {
         })?;
         for (field, value) in [("head_k_dim", k_dim), ("head_v_dim", v_dim)] {
             require(value > 0, field, || format!("{field} (0) must be at least 1"))?;
+            check_width(field, value, "n_heads", self.n_heads)?;
         }
-        require(kernel > 1, "conv_kernel", || format!("conv_kernel ({kernel}) must be at least 2"))
+        require((2..=LONGEST_KERNEL).contains(&kernel), "conv_kernel", || {
+            format!("conv_kernel ({kernel}) must be 2 to {LONGEST_KERNEL}")
+        })
     }
 
     fn init(&self, dims: &Dims, device: &Device) -> GatedDeltaNet {

@@ -30,6 +30,7 @@ const LAWS: &[Law] = &[
     ("cost", cost_counts_the_parameters),
     ("loading", loading_what_was_saved_restores_the_output),
     ("keys", misspelt_keys_are_refused),
+    ("sizes", sizes_beyond_any_model_are_refused_or_counted),
 ];
 
 /// Runs every law but those that the mechanism is exempt from. Whoever is exempt must break the law: an exemption that is no
@@ -371,4 +372,26 @@ fn misspelt_keys_are_refused(world: &World) {
     table.as_object_mut().expect("a table").insert("n_headz".into(), 3.into());
     let error = serde_json::from_value::<AttentionConfig>(json).expect_err("a misspelt key is refused");
     assert!(error.to_string().contains("n_headz"), "{error}");
+}
+
+/// Whole numbers that a setting may hold by mistake: whatever passes validation can be counted.
+fn sizes_beyond_any_model_are_refused_or_counted(world: &World) {
+    const MORE: [&str; 8] =
+        ["head_dim", "head_k_dim", "head_v_dim", "n_kv_heads", "n_key_heads", "window", "conv_kernel", "q_lora_rank"];
+    let config = &world.config;
+    let json = serde_json::to_value(config).expect("serialises");
+    let table = json[config.name()].as_object().expect("tagged by name");
+    let written = table.iter().filter(|(_, value)| value.is_u64()).map(|(key, _)| key.as_str());
+    for key in written.chain(MORE) {
+        for value in [0, 1 << 40, u64::MAX >> 2, u64::MAX] {
+            let mut changed = json.clone();
+            changed[config.name()][key] = value.into();
+            // A key that the mechanism does not have, or a number that it cannot hold, is refused before.
+            let Ok(config) = serde_json::from_value::<AttentionConfig>(changed) else { continue };
+            if config.validate(&Dims::example()).is_ok() {
+                let cost = config.cost(&Dims::example());
+                let _ = (cost.causal_flops(1 << 20), cost.cached_per_token(1 << 20));
+            }
+        }
+    }
 }
