@@ -106,8 +106,8 @@ pub fn plan(
 ) -> Result<Plan, Failure> {
     let Read { comparison, layer, base: mut below, .. } = read;
     below.push(layer.part(&["recipe"]));
-    let making = Making { prepared, caller };
-    let arms = load(&comparison, &layer, &below, &making)?;
+    let context = RunContext { prepared, caller };
+    let arms = load(&comparison, &layer, &below, &context)?;
 
     let totals = |run: &Resolved| Ok::<_, Failure>(Totals::of_recipe(&run.recipe, run.known()?));
     let (mut planned, mut problems) = (Vec::new(), Vec::new());
@@ -145,7 +145,7 @@ pub fn plan(
             if let Some(found) = &matched {
                 layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
             }
-            let run = making.with_seed(&layers, comparison.seeds[0])?;
+            let run = context.with_seed(&layers, comparison.seeds[0])?;
             let totals = totals(&run)?;
             ready.push(Choice { words: words.join(", "), run, totals, matched, layers });
         }
@@ -154,7 +154,7 @@ pub fn plan(
     if !problems.is_empty() {
         return Err(Problems(problems).into());
     }
-    let runs = runs(&comparison, &planned, (&making, out), text_hash)?;
+    let runs = runs(&comparison, &planned, (&context, out), text_hash)?;
     Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, runs })
 }
 
@@ -163,7 +163,7 @@ fn load(
     comparison: &Comparison,
     layer: &Layer,
     below: &[Layer],
-    making: &Making<'_>,
+    context: &RunContext<'_>,
 ) -> Result<Vec<Vec<Layered>>, Failure> {
     let (mut arms, mut problems) = (Vec::new(), Vec::new());
     for arm in &comparison.arm {
@@ -182,7 +182,7 @@ fn load(
             for words in &choice {
                 layers.push(line("sweep", words)?);
             }
-            match making.with_seed(&layers, comparison.seeds[0]) {
+            match context.with_seed(&layers, comparison.seeds[0]) {
                 Ok(run) => choices.push((layers, run)),
                 Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
                 Err(Failure::Usage(found)) => {
@@ -201,13 +201,13 @@ fn line(name: &str, text: &str) -> Result<Layer, Problems> {
     parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
 }
 
-/// What every run is made with.
-struct Making<'a> {
+/// What all runs of a plan are resolved with.
+struct RunContext<'a> {
     prepared: &'a Prepared,
     caller: Caller,
 }
 
-impl Making<'_> {
+impl RunContext<'_> {
     fn with_seed(&self, layers: &[Layer], seed: u64) -> Result<Resolved, Failure> {
         let mut layers = self.prepared.filled(layers.to_vec(), seed)?;
         layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
@@ -240,14 +240,14 @@ fn equal(comparison: &Comparison, key: &str, target: u64, layers: &[Layer], know
 fn runs(
     comparison: &Comparison,
     arms: &[ArmPlan],
-    (making, out): (&Making<'_>, &Path),
+    (context, out): (&RunContext<'_>, &Path),
     text_hash: &mut TextHash<'_>,
 ) -> Result<Vec<Run>, Failure> {
     let mut runs = Vec::new();
     for &seed in &comparison.seeds {
         for (arm, planned) in arms.iter().enumerate() {
             for (choice, chosen) in planned.choices.iter().enumerate() {
-                let resolved = making.with_seed(&chosen.layers, seed)?;
+                let resolved = context.with_seed(&chosen.layers, seed)?;
                 let text = recipe::resolved(&resolved.recipe)?;
                 let id = result::id(&text, text_hash(&resolved)?.as_deref());
                 let folder = format!("{}-seed-{seed}-{}", folder_name(&planned.name), &id[..8]);

@@ -29,7 +29,7 @@ pub enum End {
     Failed(String),
 }
 
-/// Somebody who watches runs, which are known by their places in the plan.
+/// Receives the progress of runs, each named by its place in the plan.
 pub trait Watch {
     /// Before the first run starts; `done` says which need not run.
     fn begin(&mut self, done: &dyn Fn(usize) -> bool);

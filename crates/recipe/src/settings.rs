@@ -96,7 +96,7 @@ struct ModelTables {
     /// Start from these weights: a run folder, a checkpoint, or a folder in Hugging Face's format. The model's settings and
     /// its tokenizer come from there too; model.decoder beside it, as in the recipe that a run keeps, has to say the same.
     /// With model.classifier, which has to say the same as the recipe of a trained classifier: its weights; where the classes are
-    /// others, the head starts afresh.
+    /// others, the head is newly initialized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pretrained: Option<PathBuf>,
     /// A decoder language model.

@@ -127,7 +127,7 @@ fn trained(resolved: &Resolved, path: &Path, fresh: Classifier, data: &Labelled)
     let folder = find_checkpoint(path, caller)?;
     let refuse = |problem: String| Failure::from(Problems::plain(format!("model.pretrained: {problem}")));
     let ModelConfig::Classifier { config: theirs, .. } = recipe_of(&folder)?.model else {
-        return Err(refuse(format!("{} is no classifier", folder.display())));
+        return Err(refuse(format!("{} is not a classifier", folder.display())));
     };
     let ours = config(resolved)?;
     if theirs != *ours {
@@ -148,7 +148,7 @@ fn trained(resolved: &Resolved, path: &Path, fresh: Classifier, data: &Labelled)
         return Ok(donor);
     }
     (caller.tell)(&format!(
-        "note: {} tells {} classes apart, the data has {} others: the head starts afresh",
+        "note: {} tells {} classes apart, the data has {} others: the head is newly initialized",
         folder.display(),
         classes.len(),
         data.classes.len()

@@ -25,7 +25,7 @@ pub use error::Failure;
 pub use resolve::Resolved;
 pub use trained::{Trained, open_trained};
 
-/// Who asks: what it allows, and where notes and warnings go.
+/// What the caller of a library allows, and where its notes and warnings go.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller {
     /// Whether weights may be NaN or infinite.

@@ -26,7 +26,7 @@ pub struct Resolved {
     pub(crate) pretrained: Option<Pretrained>,
     /// Ids that the weights know, where there are weights already: it may be more than the data has.
     pub(crate) vocab_size: Option<usize>,
-    /// Who asks.
+    /// What the caller allows.
     pub(crate) caller: Caller,
 }
 

@@ -52,8 +52,8 @@ impl GateMean {
         let mean: Vec<f64> = self.sum.iter().map(|sum| sum / self.samples as f64).collect();
         let least = mean.iter().copied().fold(f64::INFINITY, f64::min);
         let range = mean.iter().copied().fold(f64::NEG_INFINITY, f64::max) - least;
-        // Where all gates are alike nothing is more important: zeros.
-        let factor = |mean: f64| if range > 0.0 { ((mean - least) / range) as f32 } else { 0.0 };
+        // Where all gates are alike nothing is more important: zeros. A gate that is not a number stays one that is not.
+        let factor = |mean: f64| if range > 0.0 || mean.is_nan() { ((mean - least) / range) as f32 } else { 0.0 };
         Some(Importance { factor: mean.into_iter().map(factor).collect(), features: self.features })
     }
 }
@@ -73,6 +73,6 @@ impl Importance {
     pub fn shares(&self) -> Vec<f32> {
         let rows: Vec<f32> = self.factor.chunks(self.features).map(|row| row.iter().sum()).collect();
         let total: f32 = rows.iter().sum();
-        rows.into_iter().map(|row| if total > 0.0 { row / total } else { 0.0 }).collect()
+        rows.into_iter().map(|row| if total > 0.0 || total.is_nan() { row / total } else { 0.0 }).collect()
     }
 }

@@ -347,4 +347,12 @@ fn importance_is_the_stretched_mean_of_the_gates() {
     flat.add(Tensor::full([2, 3, 2], 0.7, &Device::flex()));
     let flat = flat.importance().expect("samples");
     assert_eq!((flat.factor.clone(), flat.shares()), (vec![0.0; 6], vec![0.0; 3]));
+
+    // A gate that is not a number is neither left out nor called unimportant.
+    for values in [[f32::NAN; 6], [0.0, f32::NAN, 0.4, 0.6, 0.8, 1.0], [0.5, f32::NAN, 0.5, 0.5, 0.5, 0.5]] {
+        let mut broken = GateMean::default();
+        broken.add(gates(values));
+        let broken = broken.importance().expect("a sample");
+        assert!(broken.factor[1].is_nan() && broken.shares()[0].is_nan(), "{broken:?}");
+    }
 }
