@@ -8,9 +8,13 @@ const SOFTMAX: &str = "[model.decoder.attention.softmax]\nn_heads = 4\n";
 
 /// A trained run of softmax attention, `parent`, and the recipe's part behind the model.
 fn world() -> (World, String) {
+    world_of(SOFTMAX)
+}
+
+fn world_of(attention: &str) -> (World, String) {
     let (before, rest) = SMALL.split_once("[model.decoder.attention").unwrap();
     let rest = format!("[data.markov]{}", rest.split_once("[data.markov]").unwrap().1);
-    let world = World::new(&format!("{before}{SOFTMAX}{rest}"));
+    let world = World::new(&format!("{before}{attention}{rest}"));
     world.succeeds(&["train", "recipe.toml", "optimizer.adamw.lr=3e-2", "--out", "parent"]);
     (world, rest)
 }
@@ -66,11 +70,8 @@ fn fewer_key_and_value_heads() {
             .fails(2, &["convert", "parent", "--to", "decoupled_head", "--kv-budget", "0.1", "--out", "x"])
             .contains("0.2500")
     );
-    assert!(
-        world
-            .fails(2, &["convert", "gqa-mean", "--to", "decoupled_head", "--kv-budget", "0.5", "--out", "x"])
-            .contains("own")
-    );
+    let differential = ["convert", "parent", "--to", "grouped_differential", "--out", "x"];
+    assert!(world.fails(2, &differential).contains("published"));
     assert!(!world.dir.path().join("x").exists());
 }
 
@@ -178,6 +179,77 @@ fn decoupled_heads_are_written_expanded_and_fused() {
     assert!(world.fails(1, &["train", "wrong.toml", "--out", "wrong"]).contains("--fusing"));
 }
 
+/// Everything that starts from a head for every query head starts from shared ones too: six query heads in `kv_heads` groups.
+fn from_grouped_queries(kv_heads: usize) {
+    let (world, rest) =
+        world_of(&format!("[model.decoder.attention.softmax]\nn_heads = 6\nn_kv_heads = {kv_heads}\nhead_dim = 4\n"));
+    let convert = |from: &str, line: &str| {
+        let args: Vec<&str> = ["convert", from, "--to"].into_iter().chain(line.split(' ')).collect();
+        world.succeeds(&args).0
+    };
+    let cached = |table: &str| {
+        let [before, after] = row(table, "KV bytes per token, measured");
+        assert_eq!(row(table, "KV bytes per token, computed"), [before, after], "{table}");
+        after / before
+    };
+    let parent = logits(&world, "parent");
+
+    let table = convert("parent", "decoupled_head --kv-budget 1 --out whole");
+    assert!(cached(&table) == 1.0 && table.contains("layers 0 to 1"), "{table}");
+    close(&logits(&world, "whole"), &parent);
+    convert("parent", "decoupled_head --kv-heads 1 --fusing --out fusing");
+    assert_eq!(logits(&world, "fusing"), parent);
+    let share = 1.0 / kv_heads as f64;
+    assert_eq!(cached(&convert("parent", "decoupled_head --kv-heads 1 --out lean")), share);
+    for form in ["--to native", "--to expanded --expanded"] {
+        let folder = form.split(' ').nth(1).unwrap();
+        let args: Vec<&str> = ["export", "lean"].into_iter().chain(form.split(' ')).collect();
+        world.succeeds(&args);
+        close(&logits(&world, folder), &logits(&world, "lean"));
+    }
+
+    for mode in ["anneal", "lagrangian"] {
+        let recipe = format!("[model]\npretrained = \"fusing\"\n[procedure.fusion]\nmode = \"{mode}\"\n{rest}");
+        std::fs::write(world.dir.path().join("fuse.toml"), recipe).unwrap();
+        world.succeeds(&["train", "fuse.toml", "--out", mode]);
+    }
+    assert_eq!(cached(&convert("anneal", "decoupled_head --out collapsed")), share);
+    close(&logits(&world, "collapsed"), &logits(&world, "anneal"));
+    let table = convert("lagrangian", "decoupled_head --search dynamic --kv-budget 1 --out all");
+    assert_eq!(cached(&table), 1.0, "while heads are fused, all of them are cached: {table}");
+    close(&logits(&world, "all"), &parent);
+
+    for groups in [1, 2, 3, 6] {
+        let name = format!("grouped-{groups}");
+        let table = convert("parent", &format!("grouped_query --kv-heads {groups} --out {name}"));
+        assert_eq!(cached(&table), groups as f64 * share, "{table}");
+        if groups % kv_heads == 0 {
+            assert_eq!(logits(&world, &name), parent, "heads that are repeated change nothing");
+        }
+        convert("parent", &format!("key_driven --kv-heads {groups} --allocation proportion --out driven-{groups}"));
+    }
+    convert("parent", &format!("grouped_query --kv-heads {kv_heads} --pool ward --out ward"));
+    close(&logits(&world, "ward"), &parent);
+    convert("parent", "mixture_of_head --shared 2 --top-k 4 --out all-heads");
+    close(&logits(&world, "all-heads"), &parent);
+    convert("parent", "mixture_of_head --shared 2 --top-k 2 --out routed");
+    for child in ["routed", "lean", "driven-2"] {
+        std::fs::write(world.dir.path().join("child.toml"), format!("[model]\npretrained = \"{child}\"\n{rest}"))
+            .unwrap();
+        world.succeeds(&["train", "child.toml", "--out", &format!("{child}-child")]);
+    }
+}
+
+#[test]
+fn grouped_queries_are_converted_as_heads_of_their_own_are() {
+    from_grouped_queries(3);
+}
+
+#[test]
+fn one_head_for_all_queries_is_converted_too() {
+    from_grouped_queries(1);
+}
+
 #[test]
 fn heads_that_rest() {
     let (world, rest) = world();
@@ -219,7 +291,7 @@ fn groups_as_large_as_their_keys_call_for() {
     let table = convert("parent", &["key_driven", "--kv-heads", "2", "--out", "driven"]);
     let [before, after] = row(&table, "KV bytes per token, measured");
     assert_eq!(after, before / 2.0, "{table}");
-    assert!(table.contains("layer 1   query heads of its key/value heads: "), "{table}");
+    assert!(table.contains("query heads of its key/value heads: "), "{table}");
     assert!(world.read("driven/allocation/heads.png").starts_with(b"\x89PNG"));
     convert("parent", &["key_driven", "--kv-heads", "2", "--allocation", "proportion", "--out", "in-proportion"]);
     let recipe = String::from_utf8(world.read("in-proportion/recipe.toml")).unwrap();
@@ -251,9 +323,14 @@ fn a_folder_in_hugging_faces_format_is_compared_on_a_text() {
     let convert = ["convert", "folder", "--to", "grouped_query", "--kv-heads", "2", "--out", "lean"];
     assert!(world.fails(2, &convert).contains("--text"));
     assert!(!world.dir.path().join("lean").exists());
-    let (table, err) = world.succeeds(&[&convert[..], &["--text", "book.txt"]].concat());
+    let (table, err) = world.succeeds(&[&convert[..], &["--text", "book.txt", "--batches", "0"]].concat());
     let [before, after] = row(&table, "loss");
     assert!(before > 0.0 && after > 0.0 && err.contains("1 text file"), "{table}{err}");
+    // All of the text is read, but for what fills no row.
+    assert!(err.contains("from the beginning") && err.contains("loss before and after: "), "{err}");
+    let told: serde_json::Value = serde_json::from_slice(&world.read("lean/conversion.json")).unwrap();
+    let targets = told["targets"].as_u64().unwrap();
+    assert!((24 * 90 - 512..=24 * 90).contains(&targets), "{targets} targets");
     world.succeeds(&["generate", "lean", "--max-new-tokens", "3"]);
     world.succeeds(&["eval", "lean"]);
 }

@@ -58,9 +58,8 @@ impl Case {
             head_dim: Some(size(&self.golden.config, "head_dim")),
             key_map: self.numbers("group.k"),
             value_map: self.numbers("group.v"),
-            qkv_bias: false,
-            o_bias: false,
             fusing,
+            ..DecoupledHeadConfig::default()
         })
     }
 

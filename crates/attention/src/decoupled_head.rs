@@ -6,12 +6,15 @@
 //! ```
 //!
 //! Identity maps are MHA; equal contiguous maps are GQA. The cache holds the heads that there are, not what query heads
-//! make of them. While heads are being *fused*, each query head still has a key and a value head of its own, mixed with
+//! make of them. While heads are being *fused*, the layer still has all key and value heads of its parent, each mixed with
 //! those of its group by an operator that begins as the identity:
 //!
 //! ```text
 //! E_i = sum_j Ω_ij head_j    j in the group of i;    Ω := (1 - a) Ω + a P Ω,  P averages over each group
 //! ```
+//!
+//! The paper has parents with a key and a value head for every query head. Of a parent with grouped queries, `i` and `j`
+//! count what its groups share, and query heads go on sharing it (ours; the equations stay as they are).
 //!
 //! Mixing by one number per head and turning by position commute, as all heads turn alike, so that heads are mixed before
 //! they are rotated and a fused head is exact. The authors published no code and the text of their fusion loss could not
@@ -53,7 +56,7 @@ const SCATTER: [Observed; 2] = [
 ];
 
 /// Settings of decoupled-head attention. `polyhead convert` finds the maps.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DecoupledHeadConfig {
@@ -72,10 +75,14 @@ pub struct DecoupledHeadConfig {
     /// A bias on the output projection. Default: false.
     #[serde(default)]
     pub o_bias: bool,
-    /// Whether the heads of a group are still to be fused: each query head has heads of its own then, mixed within the
-    /// groups of the maps. Default: false.
+    /// Whether the heads of a group are still to be fused: the layer has `n_kv_heads` key and value heads then, mixed within
+    /// the groups of the maps. Default: false.
     #[serde(default)]
     pub fusing: bool,
+    /// Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry
+    /// in the maps. Default: n_heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
 }
 
 impl DecoupledHeadConfig {
@@ -84,9 +91,44 @@ impl DecoupledHeadConfig {
         [&self.key_map, &self.value_map].map(|map| map.iter().max().map_or(0, |last| last + 1))
     }
 
-    /// Key heads and value heads that the layer has: as many as query heads while they are fused.
+    /// Key heads, and as many value heads, before fusion.
+    pub fn heads_to_fuse(&self) -> usize {
+        self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+
+    /// For each key head and each value head before fusion, its group.
+    pub fn groups(&self) -> [Vec<usize>; 2] {
+        let share = (self.n_heads / self.heads_to_fuse().max(1)).max(1);
+        [&self.key_map, &self.value_map].map(|map| map.iter().copied().step_by(share).collect())
+    }
+
+    /// Key heads and value heads that the layer has.
     fn heads(&self) -> [usize; 2] {
-        if self.fusing { [self.n_heads; 2] } else { self.fused_heads() }
+        if self.fusing { [self.heads_to_fuse(); 2] } else { self.fused_heads() }
+    }
+
+    /// Checks `n_kv_heads`, and the maps with it.
+    fn check_heads_to_fuse(&self) -> Result<(), ConfigError> {
+        let Some(kv_heads) = self.n_kv_heads else { return Ok(()) };
+        require(self.fusing, "n_kv_heads", || {
+            format!("n_kv_heads ({kv_heads}) goes with fusing = true: the maps tell how many heads a layer has else")
+        })?;
+        require(kv_heads > 0 && self.n_heads.is_multiple_of(kv_heads), "n_kv_heads", || {
+            format!("n_kv_heads ({kv_heads}) must divide n_heads ({})", self.n_heads)
+        })?;
+        let share = self.n_heads / kv_heads;
+        for (field, map) in [("key_map", &self.key_map), ("value_map", &self.value_map)] {
+            let split = map.chunks(share).position(|shared| shared.iter().any(|label| *label != shared[0]));
+            require(split.is_none(), field, || {
+                let first = split.unwrap_or_default() * share;
+                format!(
+                    "{field} divides query heads {first} to {}, which share one of n_kv_heads ({kv_heads}) heads: give them \
+                     the same entry",
+                    first + share - 1
+                )
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -108,7 +150,7 @@ impl MechanismConfig for DecoupledHeadConfig {
                 )
             })?;
         }
-        Ok(())
+        self.check_heads_to_fuse()
     }
 
     fn init(&self, dims: &Dims, device: &Device) -> DecoupledHead {
@@ -120,12 +162,12 @@ impl MechanismConfig for DecoupledHeadConfig {
             v_proj: project(values * width),
             o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
             fusion: None,
-            key_map: self.key_map.clone(),
-            value_map: self.value_map.clone(),
+            maps: [self.key_map.clone(), self.value_map.clone()],
+            groups: self.groups(),
         };
         if self.fusing {
             let energy = [energy(&layer.k_proj), energy(&layer.v_proj)];
-            layer.fusion = Some(Fusion::identity(self.n_heads, Tensor::cat(energy.to_vec(), 0)));
+            layer.fusion = Some(Fusion::identity(self.heads_to_fuse(), Tensor::cat(energy.to_vec(), 0)));
         }
         layer
     }
@@ -139,10 +181,11 @@ impl MechanismConfig for DecoupledHeadConfig {
         let (heads, [keys, values]) = (self.n_heads as u64, self.heads().map(|heads| heads as u64));
         let weights = d_model * width * (2 * heads + keys + values);
         let counted = |present: bool, parameters: u64| if present { parameters } else { 0 };
+        let mixed = self.heads_to_fuse() as u64;
         let biases = counted(self.qkv_bias, width * (heads + keys + values)) + counted(self.o_bias, d_model);
         Cost {
-            parameters: weights + biases + counted(self.fusing, 2 * heads * heads + 3),
-            flops_per_token: 2 * weights + counted(self.fusing, 4 * heads * heads * width),
+            parameters: weights + biases + counted(self.fusing, 2 * mixed * mixed + 3),
+            flops_per_token: 2 * weights + counted(self.fusing, 4 * mixed * mixed * width),
             flops_per_pair: 4 * heads * width,
             kv_cache_elements_per_token: (keys + values) * width,
             ..Cost::default()
@@ -202,7 +245,7 @@ impl MechanismConfig for DecoupledHeadConfig {
         let (head_dim, qkv_bias) = (own_width(head_dim, n_heads, dims), attention_bias.unwrap_or(false));
         let o_bias = dha_output_bias.unwrap_or(qkv_bias);
         let layer =
-            |(key_map, value_map)| Self { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, fusing: false };
+            |(key_map, value_map)| Self { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, ..Self::default() };
         Ok(dha_key_map.into_iter().zip(dha_value_map).map(layer).collect())
     }
 
@@ -235,7 +278,7 @@ impl MechanismConfig for DecoupledHeadConfig {
             value_map: vec![0, 0, 1, 0],
             qkv_bias: true,
             o_bias: true,
-            fusing: false,
+            ..Self::default()
         }
     }
 }
@@ -264,18 +307,20 @@ pub struct DecoupledHead {
     pub o_proj: Linear,
     /// Only while heads are fused.
     pub fusion: Option<Fusion>,
+    /// For each query head, its key head and its value head
     #[module(skip)]
-    key_map: Vec<usize>,
+    maps: [Vec<usize>; 2],
+    /// For each key head and value head before fusion, its group
     #[module(skip)]
-    value_map: Vec<usize>,
+    groups: [Vec<usize>; 2],
 }
 
 /// The mixing weights of each group's heads while they are fused.
 #[derive(Module, Debug)]
 pub struct Fusion {
-    /// `[n_heads * n_heads]`, row-major: Ω of the keys. A vector, so that it does not decay towards nothing.
+    /// `[heads * heads]`, of the heads before fusion, row-major: Ω of the keys. A vector, so that it does not decay towards nothing.
     pub key_operator: Param<Tensor<1>>,
-    /// `[n_heads * n_heads]`, row-major: Ω of the values.
+    /// `[heads * heads]`, row-major: Ω of the values.
     pub value_operator: Param<Tensor<1>>,
     /// `[1]`: how far every operator is pulled to the average of its group, 0 to 1. Set, not learned.
     pub anneal: Param<Tensor<1>>,
@@ -285,9 +330,9 @@ pub struct Fusion {
 
 impl Fusion {
     /// Every head as it is. `energy`: `[2]`, the squared norms of the key and value projections.
-    pub fn identity(n_heads: usize, energy: Tensor<1>) -> Self {
+    pub fn identity(heads: usize, energy: Tensor<1>) -> Self {
         let device = energy.device();
-        let operator = || Param::from_tensor(Tensor::<2>::eye(n_heads, &device).reshape([n_heads * n_heads]));
+        let operator = || Param::from_tensor(Tensor::<2>::eye(heads, &device).reshape([heads * heads]));
         let fixed = |value: Tensor<1>| Param::from_tensor(value.detach()).set_require_grad(false);
         Self {
             key_operator: operator(),
@@ -307,23 +352,19 @@ pub fn energy(projection: &Linear) -> Tensor<1> {
 }
 
 impl DecoupledHead {
-    /// For each query head, its key head and its value head.
-    pub fn maps(&self) -> [&[usize]; 2] {
-        [&self.key_map, &self.value_map]
-    }
-
     /// `[1]` each: what is left to fuse of keys and values, `sum_i |E_i - mean of i's group|² / Z`. 0 means that the heads
     /// of a group act as one.
     pub fn scatter(&self) -> Option<[Tensor<1>; 2]> {
         let fusion = self.fusion.as_ref()?;
         let [keys, values] = self.operators()?;
-        let of = |projection: &Linear, operator: Tensor<2>, map: &[usize], at: usize| {
-            let mixed = operator.matmul(heads_of(projection, map.len())); // [n_heads, head_dim * inputs]
-            let centre = average(map, &mixed.device()).matmul(mixed.clone());
+        let of = |projection: &Linear, operator: Tensor<2>, at: usize| {
+            let group = &self.groups[at];
+            let mixed = operator.matmul(heads_of(projection, group.len())); // [heads, head_dim * inputs]
+            let centre = average(group, &mixed.device()).matmul(mixed.clone());
             // Heads of zeros are alike, not apart by 0/0.
             (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
         };
-        Some([of(&self.k_proj, keys, &self.key_map, 0), of(&self.v_proj, values, &self.value_map, 1)])
+        Some([of(&self.k_proj, keys, 0), of(&self.v_proj, values, 1)])
     }
 
     /// Sets how far operators are pulled to the average of their groups; without effect where nothing is fused.
@@ -334,29 +375,30 @@ impl DecoupledHead {
         }
     }
 
-    /// `[n_heads, n_heads]` each: the operators of keys and values as they act, groups and annealing considered.
+    /// `[heads, heads]` each: the operators of keys and values as they act, groups and annealing considered.
     pub fn operators(&self) -> Option<[Tensor<2>; 2]> {
         let fusion = self.fusion.as_ref()?;
-        let act = |operator: &Param<Tensor<1>>, map: &[usize]| {
-            let n_heads = map.len();
-            let within = same_group(map, |_| 1.0, &operator.val().device());
-            let average = average(map, &operator.val().device());
-            let operator = operator.val().reshape([n_heads, n_heads]) * within;
+        let act = |operator: &Param<Tensor<1>>, group: &[usize]| {
+            let heads = group.len();
+            let within = same_group(group, |_| 1.0, &operator.val().device());
+            let average = average(group, &operator.val().device());
+            let operator = operator.val().reshape([heads, heads]) * within;
             let anneal = fusion.anneal.val().unsqueeze::<2>();
             let averaged = average.matmul(operator.clone());
             operator.clone() + (averaged - operator) * anneal
         };
-        Some([act(&fusion.key_operator, &self.key_map), act(&fusion.value_operator, &self.value_map)])
+        let [keys, values] = &self.groups;
+        Some([act(&fusion.key_operator, keys), act(&fusion.value_operator, values)])
     }
 }
 
-/// `[n_heads, numbers of a head]`: the heads of a projection, the bias as one more input.
-fn heads_of(projection: &Linear, n_heads: usize) -> Tensor<2> {
+/// `[heads, numbers of a head]`: the heads of a projection, the bias as one more input.
+fn heads_of(projection: &Linear, heads: usize) -> Tensor<2> {
     let [inputs, outputs] = projection.weight.dims();
-    let width = outputs / n_heads;
-    let weight = projection.weight.val().transpose().reshape([n_heads, width * inputs]);
+    let width = outputs / heads;
+    let weight = projection.weight.val().transpose().reshape([heads, width * inputs]);
     match &projection.bias {
-        Some(bias) => Tensor::cat(vec![weight, bias.val().reshape([n_heads, width])], 1),
+        Some(bias) => Tensor::cat(vec![weight, bias.val().reshape([heads, width])], 1),
         None => weight,
     }
 }
@@ -394,12 +436,12 @@ impl Mechanism for DecoupledHead {
     }
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
-        let (adapters, n_heads) = (call.adapters, self.key_map.len());
+        let (adapters, [key_map, value_map]) = (call.adapters, &self.maps);
         let counts = match &self.fusion {
-            Some(_) => [n_heads; 2],
-            None => self.maps().map(|map| map.iter().max().map_or(0, |last| last + 1)),
+            Some(_) => self.groups.each_ref().map(Vec::len),
+            None => self.maps.each_ref().map(|map| map.iter().max().map_or(0, |last| last + 1)),
         };
-        let q = split_heads(adapters.project("q_proj", &self.q_proj, hidden.clone()), n_heads);
+        let q = split_heads(adapters.project("q_proj", &self.q_proj, hidden.clone()), key_map.len());
         let k = split_heads(adapters.project("k_proj", &self.k_proj, hidden.clone()), counts[0]);
         let v = split_heads(adapters.project("v_proj", &self.v_proj, hidden), counts[1]);
         let (k, v) = match self.operators() {
@@ -414,8 +456,8 @@ impl Mechanism for DecoupledHead {
             mask: Some(call.mask),
             query_offset,
             bias: call.bias.cloned(),
-            keys: map(&self.key_map),
-            values: map(&self.value_map),
+            keys: map(key_map),
+            values: map(value_map),
             statistics: call.observe.measure(),
             ..Default::default()
         };
@@ -430,5 +472,48 @@ impl Mechanism for DecoupledHead {
         let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
         let penalty = self.scatter().map(|[keys, values]| (keys + values) / 2.0);
         Attended { hidden, penalty, seen }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::AttentionConfig;
+
+    /// Six query heads that share three key and value heads, which are being fused.
+    fn fusing() -> DecoupledHeadConfig {
+        DecoupledHeadConfig {
+            n_heads: 6,
+            head_dim: Some(4),
+            key_map: vec![0, 0, 1, 1, 0, 0],
+            value_map: vec![0, 0, 0, 0, 1, 1],
+            fusing: true,
+            n_kv_heads: Some(3),
+            ..DecoupledHeadConfig::default()
+        }
+    }
+
+    #[test]
+    fn fusing_heads_of_grouped_queries_obeys_the_laws() {
+        let fixed = "anneal is set and energy is measured, neither is learned";
+        crate::laws::hold(&AttentionConfig::DecoupledHead(fusing()), &[("gradients", fixed)]);
+    }
+
+    #[test]
+    fn maps_and_heads_that_do_not_fit_are_refused_by_name() {
+        let problem = |change: fn(&mut DecoupledHeadConfig)| {
+            let mut config = fusing();
+            change(&mut config);
+            config.validate(&Dims::example()).err().map(|error| error.field)
+        };
+        assert_eq!(problem(|_| {}), None);
+        assert_eq!(fusing().groups(), [vec![0, 1, 0], vec![0, 0, 1]]);
+        assert_eq!((fusing().heads(), fusing().fused_heads()), ([3, 3], [2, 2]));
+        let field = |change| problem(change).unwrap_or_default();
+        assert_eq!(field(|config| config.key_map[1] = 1), "key_map");
+        assert_eq!(field(|config| config.value_map[5] = 0), "value_map");
+        assert_eq!(field(|config| config.n_kv_heads = Some(4)), "n_kv_heads");
+        assert_eq!(field(|config| config.n_kv_heads = Some(0)), "n_kv_heads");
+        assert_eq!(field(|config| config.fusing = false), "n_kv_heads");
     }
 }

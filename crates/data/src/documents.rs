@@ -13,7 +13,7 @@ use std::sync::Arc;
 use polyhead_models::Batch;
 
 use crate::loader::{LoaderOptions, Order, Samples};
-use crate::{Data, DataError, Loader, Opened, Opening};
+use crate::{Data, DataError, Loader, OpenOptions, Opened, Opening, Tokenizer};
 
 pub use jsonl::JsonlConfig;
 pub use rows::{FromFiles, LabelledFields, LabelledText, PairedText, distinct_names, read_labelled, read_pairs};
@@ -58,6 +58,18 @@ impl Documents {
             0 => Err(DataError::Unusable(format!("{description} hold no text: name others in data.{name}.paths"))),
             _ => Ok(Self { texts, description, notes }),
         }
+    }
+
+    /// All of the documents as rows in their order, nothing kept back.
+    ///
+    /// # Errors
+    /// If the tokenizer fails, tokens cannot be kept in a file, or there is too little text for a row.
+    pub fn in_order(&self, tokenizer: &Tokenizer, options: &OpenOptions) -> Result<Loader, DataError> {
+        let file = TokenFile::open_or_build(&self.texts, tokenizer, &options.cache_dir, &mut |_, _| {})?;
+        let rows = Windows::new(file.clone(), file.documents().collect(), options.seq_len, options.packing, None)?;
+        let texts = self.texts.iter().map(|document| document.text.as_str());
+        let (bytes, _) = bytes_per_token(tokenizer.token_bytes_of(texts));
+        Ok(Loader::new(Arc::new(rows), bytes, LoaderOptions::of(options, Order::Once)))
     }
 
     /// Tokenizes the documents, and divides and packs them into rows.

@@ -10,7 +10,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapter, Adapters, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, frequencies, linear,
+    Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, frequencies, linear,
 };
 use polyhead_kernels::{in_type, random};
 
@@ -104,10 +104,31 @@ impl DecoderConfig {
     }
 }
 
+impl DecoderConfig {
+    /// A layer's attention with fresh weights.
+    pub(crate) fn attention(&self, layer: usize, device: &Device) -> Attention {
+        self.mechanism(layer).init(&self.dims(layer), device)
+    }
+}
+
 impl Decoder {
     /// The settings that this model was made from.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// The model with other attention, that of `config`, and all else as it is; without a gate and low-rank pairs.
+    pub(crate) fn with_attention(self, config: DecoderConfig, attention: Vec<Attention>) -> Self {
+        let block = |(block, attention)| Block { attention, ..block };
+        Self {
+            layers: self.layers.into_iter().zip(attention).map(block).collect(),
+            transformer: config.transformer(),
+            config,
+            lora: None,
+            gate: None,
+            computing: Computing::default(),
+            ..self
+        }
     }
 
     /// The model with its products in another precision.

@@ -89,15 +89,20 @@ impl Decoder {
         }
     }
 
-    /// What this model and `other` predict of a batch, beside each other. Each of them reads the batch once.
-    pub fn compare(&self, other: &Self, batch: &Batch) -> Divergence {
+    /// What this model and `other` predict of a batch, beside each other. Each of them reads the batch once; `passed` is called
+    /// behind each of their layers.
+    pub fn compare(&self, other: &Self, batch: &Batch, passed: &mut dyn FnMut()) -> Divergence {
         /// Logits of a model at a time (32 MiB; chosen by us).
         const LOGITS: usize = 1 << 23;
         let tokens = batch.batch * batch.seq;
         let mask = batch.mask(ContextMask::Causal);
         let hidden = [self, other].map(|model| {
-            let hidden = model.pass(model.tokens(batch), Pass::new(&mask)).hidden;
-            hidden.reshape([tokens, model.config().d_model])
+            let mut hidden = model.embed(model.tokens(batch));
+            for layer in 0..model.layers.len() {
+                hidden = model.run_layers(layer..layer + 1, hidden, Pass::new(&mask)).hidden;
+                passed();
+            }
+            model.normed(hidden).reshape([tokens, model.config().d_model])
         });
         let ids = &batch.targets;
         let rows = (LOGITS / self.vocab_size().max(1)).clamp(1, tokens.max(1));

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use polyhead_models::Evaluated;
@@ -85,6 +85,71 @@ impl Console {
         let left = (self.steps - logged.step) * self.tokens_per_step;
         let seconds = (left as f64 / logged.tokens_per_second.max(1e-9)).round();
         clock(Duration::from_secs_f64(seconds.min(1e9)))
+    }
+}
+
+/// Between two lines about the same work, where there is no terminal; chosen by us.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// Work of a known length on standard error: a bar on a terminal, elsewhere a line now and then; a line at its end.
+pub struct Progress {
+    what: &'static str,
+    all: u64,
+    done: u64,
+    began: Instant,
+    told: Instant,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    /// `what` will be done in `all` pieces.
+    pub fn new(what: &'static str, all: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(all), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("{bar:24} {percent:>3} %  {msg}");
+            bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        let now = Instant::now();
+        Self { what, all, done: 0, began: now, told: now, bar }
+    }
+
+    /// One more piece is done, which words describe.
+    pub fn step(&mut self, piece: impl FnOnce(u64) -> String) {
+        self.done += 1;
+        if self.bar.is_none() && self.told.elapsed() < QUIET {
+            return;
+        }
+        let left = self.all.saturating_sub(self.done) as f64 / self.done as f64;
+        let eta = clock(self.began.elapsed().mul_f64(left));
+        let line = format!("{}: {}, eta {eta}", self.what, piece(self.done - 1));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(self.done);
+                bar.set_message(line);
+            }
+            None => {
+                self.told = Instant::now();
+                talk!("{line}");
+            }
+        }
+    }
+
+    /// Ends it with its result.
+    pub fn finish(mut self, result: &str) {
+        self.clear();
+        talk!("{}: {result} ({:.1} s)", self.what, self.began.elapsed().as_secs_f64());
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 

@@ -17,11 +17,12 @@ pub struct Conversion {
     /// What its attention becomes.
     #[arg(long)]
     pub to: Target,
-    /// Key/value heads of every layer.
+    /// Key/value heads of every layer, whatever number the model has: for grouped_query a divisor of its query heads.
     #[arg(long)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_heads: Option<usize>,
-    /// decoupled_head: the share of all key and value heads to keep, given to layers by the likeness of their heads.
+    /// decoupled_head: the share of all key and value heads of the model to keep, given to layers by the likeness of their
+    /// heads.
     #[arg(long)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_budget: Option<f64>,
@@ -38,7 +39,8 @@ pub struct Conversion {
     #[arg(long)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original: Option<PathBuf>,
-    /// decoupled_head: fuse nothing yet; every head gets an operator that is the identity, for [procedure.fusion].
+    /// decoupled_head: fuse nothing yet; every key and value head gets an operator that is the identity, for
+    /// [procedure.fusion].
     #[arg(long)]
     #[serde(default)]
     pub fusing: bool,
@@ -81,9 +83,19 @@ pub enum Target {
     DecoupledHead,
     /// Fewer key/value heads, each shared by as many query heads as its keys call for, measured once on text.
     KeyDriven,
-    /// The same heads, of which some rest at each position.
+    /// The same heads, of which some are selected at each position.
     MixtureOfHead,
+    /// Not offered: refused with the reason.
+    #[value(hide = true)]
+    #[schemars(skip)]
+    GroupedDifferential,
 }
+
+/// Why no parent becomes grouped differential; checked against the literature that its own file names.
+const NOT_DIFFERENTIAL: &str = "no conversion leads to grouped_differential: none from softmax attention has been published \
+    with numbers to check it against. The authors of differential attention train from scratch, Motif grows a model that is \
+    differential already (`polyhead grow`), and DEX (arXiv 2505.16333) subtracts values, not attention maps, which is another \
+    mechanism. Train it from scratch: model.decoder.attention.grouped_differential, as in recipes/quickstart.toml";
 
 impl Target {
     /// As it is written.
@@ -93,6 +105,7 @@ impl Target {
             Self::DecoupledHead => "decoupled_head",
             Self::KeyDriven => "key_driven",
             Self::MixtureOfHead => "mixture_of_head",
+            Self::GroupedDifferential => "grouped_differential",
         }
     }
 }
@@ -155,6 +168,7 @@ impl Conversion {
     pub fn check(&self) -> Result<(), String> {
         let dynamic = self.search == Search::Dynamic;
         let rule = |holds: bool, problem: &str| if holds { Ok(()) } else { Err(problem.to_owned()) };
+        rule(self.to != Target::GroupedDifferential, NOT_DIFFERENTIAL)?;
         rule(self.kv_heads.is_none() || self.kv_budget.is_none(), "give --kv-heads or --kv-budget, not both")?;
         rule(dynamic || self.original.is_none(), "--original goes with --search dynamic")?;
         rule(self.scatter_limit >= 0.0, "--scatter-limit must be a number of at least 0")?;
@@ -162,7 +176,7 @@ impl Conversion {
             !self.fusing || self.pool == PoolName::Mean,
             "--pool goes without --fusing: nothing is pooled until heads are fused",
         )?;
-        use Target::{DecoupledHead, GroupedQuery, KeyDriven, MixtureOfHead};
+        use Target::{DecoupledHead, GroupedDifferential, GroupedQuery, KeyDriven, MixtureOfHead};
         for (flag, given, targets) in [
             ("--kv-heads", self.kv_heads.is_some(), &[GroupedQuery, DecoupledHead, KeyDriven][..]),
             ("--kv-budget", self.kv_budget.is_some(), &[DecoupledHead]),
@@ -182,7 +196,7 @@ impl Conversion {
         match self.to {
             GroupedQuery | KeyDriven => needs(self.kv_heads.is_some(), "--kv-heads N"),
             MixtureOfHead => needs(self.shared.is_some() && self.top_k.is_some(), "--shared N and --top-k K"),
-            DecoupledHead => Ok(()),
+            DecoupledHead | GroupedDifferential => Ok(()),
         }
     }
 
@@ -214,6 +228,7 @@ impl Conversion {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use polyhead_attention::AttentionConfig;
 
     use super::*;
@@ -221,9 +236,12 @@ mod tests {
     #[test]
     fn every_conversion_of_the_table_of_mechanisms_can_be_asked_for() {
         let mut table: Vec<&str> = AttentionConfig::conversions().map(|to| to.name).collect();
-        let mut targets: Vec<&str> = Target::value_variants().iter().map(|target| target.name()).collect();
+        let offered = Target::value_variants().iter().filter(|&&target| target != Target::GroupedDifferential);
+        let mut targets: Vec<&str> = offered.map(|target| target.name()).collect();
         table.sort_unstable();
         targets.sort_unstable();
         assert_eq!(table, targets);
+        let problem = Conversion::to(Target::GroupedDifferential).check().unwrap_err();
+        assert!(problem.contains("published") && problem.contains("from scratch"), "{problem}");
     }
 }

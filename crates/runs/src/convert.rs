@@ -27,14 +27,22 @@ fn usage(problem: impl Into<String>) -> Failure {
     Problems::plain(problem.into()).into()
 }
 
-/// The converted model; `calibration` gives batches of text to measure keys on.
+/// Text to measure keys on.
+pub struct Calibration<'a> {
+    /// Its batches.
+    pub batches: &'a mut dyn Iterator<Item = Result<Batch, Failure>>,
+    /// Called behind each layer that has read one.
+    pub passed: &'a mut dyn FnMut(),
+}
+
+/// The converted model.
 ///
 /// # Errors
 /// If the model or a setting does not allow it.
 pub fn convert(
     how: &Conversion,
     parent: &Trained,
-    calibration: &mut dyn Iterator<Item = Result<Batch, Failure>>,
+    calibration: Calibration<'_>,
     caller: Caller,
 ) -> Result<Decoder, Failure> {
     how.check().map_err(usage)?;
@@ -48,11 +56,7 @@ struct Conversions<'a> {
 }
 
 impl Conversions<'_> {
-    fn make(
-        &self,
-        parent: &Trained,
-        calibration: &mut dyn Iterator<Item = Result<Batch, Failure>>,
-    ) -> Result<Decoder, Failure> {
+    fn make(&self, parent: &Trained, calibration: Calibration<'_>) -> Result<Decoder, Failure> {
         let (model, kv_heads) = (&parent.model, self.how.kv_heads.unwrap_or_default());
         match (self.how.to, self.how.pool) {
             (Target::GroupedQuery, PoolName::Ward) => {
@@ -73,8 +77,8 @@ impl Conversions<'_> {
             (Target::KeyDriven, pool) => {
                 let grouped = surgery::group_queries(model, kv_heads, pool_of(pool))?;
                 let mut norms = Vec::new();
-                for batch in calibration {
-                    surgery::measure_keys(&grouped, &batch?, &mut norms)?;
+                for batch in calibration.batches {
+                    surgery::measure_keys(&grouped, &batch?, &mut norms, calibration.passed)?;
                 }
                 let rule = match self.how.allocation {
                     AllocationName::Range => AllocationRule::Range,
@@ -83,6 +87,7 @@ impl Conversions<'_> {
                 Ok(surgery::drive_by_keys(&grouped, &norms, rule)?)
             }
             (Target::DecoupledHead, pool) => self.decoupled(parent, pool_of(pool)),
+            (Target::GroupedDifferential, _) => Err(usage("no conversion leads to grouped_differential")),
         }
     }
 
@@ -161,11 +166,11 @@ impl Conversions<'_> {
         let config = fused.model.config();
         let cells: Vec<&DecoupledHeadConfig> =
             (0..config.n_layers).filter_map(|layer| config.mechanism(layer).get()).collect();
-        let n_heads = cells[0].n_heads;
-        if cells.iter().any(|layer| layer.n_heads != n_heads) {
-            return Err(usage("--search dynamic takes a model with as many heads in every layer"));
+        let heads = cells[0].heads_to_fuse();
+        if cells.iter().any(|layer| layer.heads_to_fuse() != heads) {
+            return Err(usage("--search dynamic takes a model with as many key/value heads in every layer"));
         }
-        let all = left.len() * n_heads;
+        let all = left.len() * heads;
         let budget = match (self.how.kv_heads, self.how.kv_budget) {
             (Some(kv_heads), _) => kv_heads * left.len(),
             (None, Some(share)) => surgery::heads_of_budget(share, left.len(), all)?,
@@ -173,6 +178,6 @@ impl Conversions<'_> {
         };
         let told: Vec<String> = left.iter().map(|cell| format!("{cell:.2e}")).collect();
         (self.caller.tell)(&format!("left to fuse: {}", told.join(" ")));
-        Ok((original, Grouping::Each(surgery::allocate_by_need(&left, n_heads, budget))))
+        Ok((original, Grouping::Each(surgery::allocate_by_need(&left, heads, budget))))
     }
 }

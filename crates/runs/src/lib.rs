@@ -20,7 +20,7 @@ pub mod trained;
 
 use polyhead_models::weights::NonFinite;
 
-pub use convert::convert;
+pub use convert::{Calibration, convert};
 pub use error::Failure;
 pub use resolve::Resolved;
 pub use trained::{Trained, open_trained};

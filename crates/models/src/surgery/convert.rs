@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, SharedHeads, SoftmaxConfig};
+use rayon::prelude::*;
 
 use super::heads::{Cell, Heads, Pool, labels_after};
 use super::search::search;
-use crate::weights::{Named, WeightsError, load, named};
-use crate::{Decoder, DecoderConfig, PerLayer};
+use crate::weights::{Named, WeightsError, layer_of, load, named};
+use crate::{Block, Decoder, DecoderConfig, PerLayer};
 
 /// Why a model cannot be converted.
 #[derive(Debug, thiserror::Error)]
@@ -37,17 +38,34 @@ pub enum Grouping {
 /// Weights by name, on their way from one model to another.
 type Weights = BTreeMap<String, Named>;
 
+/// The weights of a model's attention: all that a conversion touches.
 pub(super) fn weights_of(model: &Decoder) -> Weights {
-    named(model).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect()
+    let of_layer = |(layer, block): (usize, &Block)| {
+        named(&block.attention).into_iter().map(move |tensor| {
+            let name = format!("layers.{layer}.attention.{}", tensor.name);
+            (name.clone(), Named { name, ..tensor })
+        })
+    };
+    model.layers.iter().enumerate().flat_map(of_layer).collect()
 }
 
 pub(super) fn refused<T>(problem: String) -> Result<T, SurgeryError> {
     Err(SurgeryError::Refused(problem))
 }
 
+/// The parent with the attention of `config`, made of these weights; all else is shared with it.
 pub(super) fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights) -> Result<Decoder, SurgeryError> {
     config.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
-    Ok(load(config.init(parent.vocab_size(), &parent.device()), weights)?)
+    let mut layers: Vec<Weights> = vec![Weights::new(); config.n_layers];
+    for (name, tensor) in weights {
+        let within = layer_of(&name).and_then(|layer| Some((layer, name.split_once(".attention.")?.1.to_owned())));
+        let (layer, name) = within.unwrap_or_else(|| unreachable!("{name} belongs to no layer's attention"));
+        layers[layer].insert(name, tensor);
+    }
+    let device = parent.device();
+    let attention = |(layer, weights)| load(config.attention(layer, &device), weights);
+    let attention = layers.into_iter().enumerate().map(attention).collect::<Result<_, _>>()?;
+    Ok(parent.clone().with_attention(config, attention))
 }
 
 /// The heads of a projection of a layer.
@@ -66,24 +84,33 @@ pub(super) fn put(weights: &mut Weights, layer: usize, projection: &str, heads: 
     }
 }
 
-/// The key heads or the value heads of a layer of softmax attention.
+/// The key heads or the value heads of each layer of a model with softmax attention.
 ///
 /// # Errors
-/// If the layer is of another kind.
-pub fn heads_of_layer(model: &Decoder, layer: usize, cell: Cell) -> Result<Heads, SurgeryError> {
-    let kv_heads = softmax_of(model, layer)?.kv_heads();
-    Ok(take(&weights_of(model), layer, cell.projection(), kv_heads))
+/// If a layer is of another kind.
+pub fn heads_of_layers(model: &Decoder, cell: Cell) -> Result<Vec<Heads>, SurgeryError> {
+    let kv_heads = (0..model.config().n_layers).map(|layer| Ok(any_softmax_of(model, layer)?.kv_heads()));
+    let kv_heads = kv_heads.collect::<Result<Vec<usize>, SurgeryError>>()?;
+    let weights = weights_of(model);
+    Ok(kv_heads.into_iter().enumerate().map(|(layer, n)| take(&weights, layer, cell.projection(), n)).collect())
 }
 
+/// A layer's softmax attention, without settings that other mechanisms do not have.
 pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
+    let softmax = any_softmax_of(model, layer)?;
+    match softmax.beyond_plain() {
+        None => Ok(softmax),
+        Some(setting) => refused(format!(
+            "layer {layer} has softmax attention with {setting}, which can be converted to: grouped_query, by neighbours; \
+             without {setting}, to others"
+        )),
+    }
+}
+
+fn any_softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
     let mechanism = model.config().mechanism(layer);
     if let Some(softmax) = mechanism.get::<SoftmaxConfig>() {
-        return match softmax.beyond_plain() {
-            None => Ok(softmax),
-            Some(setting) => {
-                refused(format!("layer {layer} has softmax attention with {setting}; without it, it can be converted"))
-            }
-        };
+        return Ok(softmax);
     }
     let name = mechanism.name();
     let targets: Vec<&str> =
@@ -96,24 +123,26 @@ pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig
     })
 }
 
-/// GQA of softmax attention: `kv_heads` key/value heads, each made of neighbours.
+/// GQA of softmax attention: `kv_heads` key/value heads, each made of those that its query heads read before. Where the
+/// parent's groups are cut, a head counts in each new one by the query heads that come with it; heads of more groups than
+/// there were are repeated, which changes nothing.
 ///
 /// # Errors
-/// If the layers are of another kind, or their heads do not divide.
+/// If the layers are of another kind, or `kv_heads` does not divide their query heads.
 pub fn group_queries(parent: &Decoder, kv_heads: usize, pool: Pool) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
     let mut layers = Vec::new();
     for layer in 0..config.n_layers {
-        let softmax = softmax_of(parent, layer)?;
-        let before = softmax.kv_heads();
-        if kv_heads == 0 || !before.is_multiple_of(kv_heads) {
-            return refused(format!(
-                "--kv-heads ({kv_heads}) must divide the {before} key/value heads of layer {layer}"
-            ));
+        let softmax = any_softmax_of(parent, layer)?;
+        let (n_heads, before) = (softmax.n_heads, softmax.kv_heads());
+        if kv_heads == 0 || !n_heads.is_multiple_of(kv_heads) {
+            return refused(format!("--kv-heads ({kv_heads}) must divide the {n_heads} query heads of layer {layer}"));
         }
+        // The fewest parts of which the old groups and the new ones can be put together.
+        let parts = (1..=n_heads).find(|n| n.is_multiple_of(before) && n.is_multiple_of(kv_heads)).unwrap_or(n_heads);
         for cell in [Cell::Keys, Cell::Values] {
-            let heads = take(&weights, layer, cell.projection(), before);
-            put(&mut weights, layer, cell.projection(), &heads.pooled(&contiguous(before, kv_heads), pool));
+            let heads = take(&weights, layer, cell.projection(), before).reordered(&contiguous(parts, before));
+            put(&mut weights, layer, cell.projection(), &heads.pooled(&contiguous(parts, kv_heads), pool));
         }
         layers.push(SoftmaxConfig { n_kv_heads: Some(kv_heads), ..softmax.clone() }.into());
     }
@@ -133,25 +162,21 @@ pub(crate) fn per_layer(layers: Vec<AttentionConfig>) -> PerLayer<AttentionConfi
     }
 }
 
-/// Key and value labels of every layer, for a parent with as many key/value heads as query heads.
-pub(super) fn maps(parent: &Decoder, grouping: &Grouping) -> Result<Vec<[Vec<usize>; 2]>, SurgeryError> {
+/// For each layer, the groups of the parent's key heads and of its value heads. Where query heads share a head, it is one.
+pub(super) fn groups(parent: &Decoder, grouping: &Grouping) -> Result<Vec<[Vec<usize>; 2]>, SurgeryError> {
     let (config, weights) = (parent.config(), weights_of(parent));
     let mut cells = Vec::new();
     for layer in 0..config.n_layers {
         let softmax = softmax_of(parent, layer)?;
-        let (heads, kv_heads) = (softmax.n_heads, softmax.kv_heads());
-        if heads != kv_heads {
-            return refused(format!(
-                "layer {layer} has {kv_heads} key/value heads for {heads} query heads; heads can be decoupled where every query \
-                 head still has its own"
-            ));
-        }
         if softmax.qk_norm {
             return refused(format!(
-                "layer {layer} normalises its keys (qk_norm): fused heads would not be what they were"
+                "layer {layer} normalises its keys (qk_norm): fused heads would not be what they were; --to grouped_query \
+                 pools them by neighbours"
             ));
         }
-        cells.extend([Cell::Keys, Cell::Values].map(|cell| take(&weights, layer, cell.projection(), heads)));
+        cells.extend(
+            [Cell::Keys, Cell::Values].map(|cell| take(&weights, layer, cell.projection(), softmax.kv_heads())),
+        );
     }
     let labels = labels(&cells, grouping)?;
     Ok(labels.chunks(2).map(|pair| [pair[0].clone(), pair[1].clone()]).collect())
@@ -162,14 +187,18 @@ fn labels(cells: &[Heads], grouping: &Grouping) -> Result<Vec<Vec<usize>>, Surge
     let alike = |(heads, n): (&Heads, usize)| labels_after(heads.len(), &heads.agglomerate()[..heads.len() - n]);
     match grouping {
         Grouping::Contiguous(n) => match cells.iter().find(|heads| *n == 0 || !heads.len().is_multiple_of(*n)) {
-            Some(heads) => refused(format!("--kv-heads ({n}) must divide the {} heads of every layer", heads.len())),
+            Some(heads) => {
+                refused(format!("--kv-heads ({n}) must divide the {} key/value heads of every layer", heads.len()))
+            }
             None => Ok(cells.iter().map(|heads| contiguous(heads.len(), *n)).collect()),
         },
         Grouping::Ward(n) => labels(cells, &Grouping::Each(vec![*n; cells.len()])),
         Grouping::Budget(share) => Ok(search(cells, budget(cells, *share)?)),
         Grouping::Each(counts) => match cells.iter().zip(counts).find(|(heads, n)| !(1..=heads.len()).contains(*n)) {
-            Some((heads, n)) => refused(format!("--kv-heads ({n}) must be 1 to {}, the heads of a layer", heads.len())),
-            None => Ok(cells.iter().zip(counts.iter().copied()).map(alike).collect()),
+            Some((heads, n)) => {
+                refused(format!("--kv-heads ({n}) must be 1 to {}, the key/value heads of every layer", heads.len()))
+            }
+            None => Ok(cells.par_iter().zip(counts.par_iter().copied()).map(alike).collect()),
         },
     }
 }
@@ -192,32 +221,29 @@ pub fn heads_of_budget(share: f64, cells: usize, all: usize) -> Result<usize, Su
     Ok(heads)
 }
 
-pub(super) fn decoupled_config(softmax: &SoftmaxConfig, maps: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
-    DecoupledHeadConfig {
-        n_heads: softmax.n_heads,
-        head_dim: softmax.head_dim,
-        key_map: maps[0].clone(),
-        value_map: maps[1].clone(),
-        qkv_bias: softmax.qkv_bias,
-        o_bias: softmax.o_bias,
-        fusing,
-    }
+/// Decoupled heads of a layer whose key and value heads belong to these groups.
+pub(super) fn decoupled_config(softmax: &SoftmaxConfig, groups: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
+    let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *softmax;
+    let share = n_heads / softmax.kv_heads();
+    let [key_map, value_map] = groups.each_ref().map(|groups| (0..n_heads).map(|head| groups[head / share]).collect());
+    let n_kv_heads = n_kv_heads.filter(|&kv_heads| fusing && kv_heads != n_heads);
+    DecoupledHeadConfig { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, fusing, n_kv_heads }
 }
 
-/// Decoupled heads of softmax attention, each pooled from a group.
+/// Decoupled heads of softmax attention, each pooled from a group. Budgets are shares of the parent's key and value heads.
 ///
 /// # Errors
-/// If query heads share heads already, or the grouping does not fit.
+/// If a layer is of another kind, or the grouping does not fit.
 pub fn decouple(parent: &Decoder, grouping: &Grouping, pool: Pool) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
     let mut layers = Vec::new();
-    for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
+    for (layer, groups) in groups(parent, grouping)?.into_iter().enumerate() {
         let softmax = softmax_of(parent, layer)?;
-        for (cell, labels) in [Cell::Keys, Cell::Values].into_iter().zip(&maps) {
-            let heads = take(&weights, layer, cell.projection(), softmax.n_heads);
+        for (cell, labels) in [Cell::Keys, Cell::Values].into_iter().zip(&groups) {
+            let heads = take(&weights, layer, cell.projection(), softmax.kv_heads());
             put(&mut weights, layer, cell.projection(), &heads.pooled(labels, pool));
         }
-        layers.push(decoupled_config(softmax, &maps, false).into());
+        layers.push(decoupled_config(softmax, &groups, false).into());
     }
     config.attention = per_layer(layers);
     finished(parent, config, weights)
@@ -270,8 +296,8 @@ pub(super) fn renumbered(map: &[usize]) -> (Vec<usize>, Vec<usize>) {
 }
 
 pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig) -> SoftmaxConfig {
-    let DecoupledHeadConfig { n_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
-    SoftmaxConfig { n_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
+    let DecoupledHeadConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
+    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
 }
 
 /// The same function as standard GQA, its query heads reordered, where every layer shares its keys and its values by the same
@@ -330,7 +356,11 @@ pub(super) mod tests {
     pub fn parent() -> Decoder {
         let attention = serde_json::json!({ "softmax": { "n_heads": 4, "qkv_bias": true } });
         let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": attention });
-        let config: DecoderConfig = serde_json::from_value(config).unwrap();
+        wave(&serde_json::from_value(config).unwrap())
+    }
+
+    /// A decoder with weights from a wave.
+    pub fn wave(config: &DecoderConfig) -> Decoder {
         let model = config.init(11, &Device::flex());
         let wave = |tensor: Named| {
             let seed = tensor.name.bytes().map(f32::from).sum::<f32>();
@@ -369,7 +399,7 @@ pub(super) mod tests {
         let AttentionConfig::DecoupledHead(mut heads) = config.mechanism(0).clone() else { panic!() };
         (heads.key_map, heads.value_map) = (vec![0, 1, 1, 0], vec![0, 1, 1, 0]);
         config.attention = PerLayer::Same(AttentionConfig::DecoupledHead(heads));
-        let shuffled = load(config.init(11, &parent.device()), weights).unwrap();
+        let shuffled = finished(&grouped, config, weights).unwrap();
         same(&standard_grouped(&shuffled).unwrap().unwrap(), &shuffled);
         same(&expanded(&shuffled).unwrap(), &shuffled);
     }

@@ -5,7 +5,7 @@ use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{DecoupledHead, DecoupledHeadConfig, Fusion, Softmax, energy};
 
 use super::convert::{
-    decoupled_config, finished, maps, per_layer, put, refused, softmax_config, softmax_of, take, weights_of,
+    decoupled_config, finished, groups, per_layer, put, refused, softmax_config, softmax_of, take, weights_of,
 };
 use super::{Cell, Grouping, SurgeryError};
 use crate::weights::{Named, named};
@@ -25,19 +25,20 @@ pub fn mean_scatter(model: &Decoder) -> Option<f64> {
     Some(cells.iter().sum::<f64>() / cells.len() as f64)
 }
 
-/// The parent with operators that are the identity: the same function to the bit, ready to be fused.
+/// The parent with operators that are the identity: the same function to the bit, ready to be fused. Of a parent with grouped
+/// queries, heads are those that its groups share.
 ///
 /// # Errors
 /// As [`decouple`](super::decouple).
 pub fn begin_fusion(parent: &Decoder, grouping: &Grouping) -> Result<Decoder, SurgeryError> {
     let (mut config, mut weights) = (parent.config().clone(), weights_of(parent));
     let mut layers = Vec::new();
-    for (layer, maps) in maps(parent, grouping)?.into_iter().enumerate() {
+    for (layer, groups) in groups(parent, grouping)?.into_iter().enumerate() {
         let softmax = softmax_of(parent, layer)?;
-        layers.push(decoupled_config(softmax, &maps, true).into());
+        layers.push(decoupled_config(softmax, &groups, true).into());
         let Some(attention) = parent.layers[layer].attention.get::<Softmax>() else { continue };
         let energy = [&attention.k_proj, &attention.v_proj].map(energy);
-        let fusion = Fusion::identity(softmax.n_heads, Tensor::cat(energy.to_vec(), 0));
+        let fusion = Fusion::identity(softmax.kv_heads(), Tensor::cat(energy.to_vec(), 0));
         for tensor in named(&fusion) {
             let name = format!("layers.{layer}.attention.fusion.{}", tensor.name);
             weights.insert(name.clone(), Named { name, ..tensor });
@@ -71,7 +72,7 @@ pub fn unfused(model: &Decoder) -> Result<Decoder, SurgeryError> {
         let Some(operators) = attention.operators() else {
             return refused(format!("the heads of layer {layer} are fused already"));
         };
-        let identity: TensorData = Tensor::<2>::eye(old.n_heads, &model.device()).into_data();
+        let identity: TensorData = Tensor::<2>::eye(old.heads_to_fuse(), &model.device()).into_data();
         if operators.into_iter().any(|operator| operator.into_data() != identity) {
             return refused(format!("the heads of layer {layer} have begun to fuse: their weights have moved"));
         }
@@ -100,13 +101,13 @@ pub fn collapse(fused: &Decoder) -> Result<Decoder, SurgeryError> {
         let Some(operators) = attention.operators() else {
             return refused(format!("the heads of layer {layer} are fused already"));
         };
-        for ((cell, labels), operator) in [Cell::Keys, Cell::Values].into_iter().zip(attention.maps()).zip(operators) {
+        for ((cell, labels), operator) in [Cell::Keys, Cell::Values].into_iter().zip(old.groups()).zip(operators) {
             let operator: Vec<f64> = operator.into_data().iter::<f64>().collect();
-            let heads = take(&weights, layer, cell.projection(), old.n_heads);
-            put(&mut weights, layer, cell.projection(), &heads.collapsed(labels, &operator));
+            let heads = take(&weights, layer, cell.projection(), old.heads_to_fuse());
+            put(&mut weights, layer, cell.projection(), &heads.collapsed(&labels, &operator));
         }
         weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
-        layers.push(DecoupledHeadConfig { fusing: false, ..old.clone() }.into());
+        layers.push(DecoupledHeadConfig { fusing: false, n_kv_heads: None, ..old.clone() }.into());
     }
     config.attention = per_layer(layers);
     finished(fused, config, weights)

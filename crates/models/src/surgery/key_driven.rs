@@ -23,11 +23,17 @@ pub enum AllocationRule {
     Proportion,
 }
 
-/// Adds to `sums` what each layer's keys measure on a batch: `[layers][n_kv_heads]`, all zeros at first or empty.
+/// Adds to `sums` what each layer's keys measure on a batch: `[layers][n_kv_heads]`, all zeros at first or empty. `passed` is
+/// called behind each layer.
 ///
 /// # Errors
 /// If a layer is no softmax attention, or makes all keys equally long.
-pub fn measure_keys(model: &Decoder, batch: &Batch, sums: &mut Vec<Vec<f64>>) -> Result<(), SurgeryError> {
+pub fn measure_keys(
+    model: &Decoder,
+    batch: &Batch,
+    sums: &mut Vec<Vec<f64>>,
+    passed: &mut dyn FnMut(),
+) -> Result<(), SurgeryError> {
     let config = model.config();
     let mask = batch.mask(ContextMask::Causal);
     let mut hidden = model.embed(model.tokens(batch));
@@ -45,6 +51,7 @@ pub fn measure_keys(model: &Decoder, batch: &Batch, sums: &mut Vec<Vec<f64>>) ->
         sums.resize(heads, 0.0);
         sums.iter_mut().zip(key_norms(keys, &mask, 0)).for_each(|(sum, norm)| *sum += norm);
         hidden = model.run_layers(index..index + 1, hidden, Pass::new(&mask)).hidden;
+        passed();
     }
     Ok(())
 }
@@ -107,9 +114,11 @@ mod tests {
         let grouped = group_queries(&parent(), 2, Pool::Mean).unwrap();
         let batch = Batch { batch: 2, seq: 5, tokens: (0..10).collect(), ..Batch::default() };
         let mut norms = Vec::new();
-        measure_keys(&grouped, &batch, &mut norms).unwrap();
+        let mut passed = 0;
+        measure_keys(&grouped, &batch, &mut norms, &mut || passed += 1).unwrap();
         let once = norms.clone();
-        measure_keys(&grouped, &batch, &mut norms).unwrap();
+        measure_keys(&grouped, &batch, &mut norms, &mut || passed += 1).unwrap();
+        assert_eq!(passed, 4, "two layers, twice");
         assert!(
             norms.len() == 2 && norms.iter().flatten().zip(once.iter().flatten()).all(|(two, one)| *two == 2.0 * one)
         );

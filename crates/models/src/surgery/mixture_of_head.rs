@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use polyhead_attention::{GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
 
 use super::SurgeryError;
-use super::convert::{per_layer, refused, softmax_of};
+use super::convert::{finished, per_layer, refused, softmax_of, weights_of};
 use crate::Decoder;
 use crate::weights::{Named, load, named};
 
@@ -40,6 +40,9 @@ pub fn route_heads(parent: &Decoder, routed: &Routed) -> Result<Decoder, Surgery
         })
         .collect::<Result<Vec<_>, _>>()?;
     config.attention = per_layer(layers);
+    if let RouterConfig::QueryNorm(_) = routed.router {
+        return finished(parent, config, weights_of(parent));
+    }
     config.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
     let fresh = config.init(parent.vocab_size(), &parent.device());
     let by_name = |model: &Decoder| named(model).into_iter().map(|tensor| (tensor.name.clone(), tensor));

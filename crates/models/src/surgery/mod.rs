@@ -12,9 +12,12 @@ mod key_driven;
 mod mixture_of_head;
 mod search;
 
+#[cfg(test)]
+mod grouped_parents;
+
 pub(crate) use convert::per_layer;
 pub use convert::{
-    Grouping, SurgeryError, decouple, expanded, group_queries, heads_of_budget, heads_of_layer, standard_grouped,
+    Grouping, SurgeryError, decouple, expanded, group_queries, heads_of_budget, heads_of_layers, standard_grouped,
 };
 pub use fusion::{begin_fusion, collapse, mean_scatter, scatter, unfused};
 pub use growth::{Growth, grow, grown_config};

@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use polyhead_data::{DataConfig, Loader, Syntax, TextConfig};
-use polyhead_models::Batch;
+use polyhead_models::{Batch, Decoder};
 
 use super::must_not_exist;
 use super::new_folder::{NewFolder, must_not_be_data};
 use crate::allowed::caller;
-use crate::console::talk;
+use crate::console::{Progress, talk};
 use polyhead_recipe::Conversion;
 use polyhead_recipe::Problems;
 use polyhead_recipe::Recipe;
+use polyhead_runs::Calibration;
 use polyhead_runs::Failure;
-use polyhead_runs::data::{TrainingData, open_tokens, record_text};
+use polyhead_runs::data::{TrainingData, open_tokens, options, project_root, record_text};
 use polyhead_runs::resolve::begin_run;
 use polyhead_runs::{Trained, open_trained};
 
@@ -34,11 +35,21 @@ pub struct ConvertArgs {
     /// The run folder to write: `model.pretrained`, eval, generate and export take it.
     #[arg(long)]
     pub out: PathBuf,
-    /// Compare on this text instead of the data that the model's recipe names.
+    /// Compare on this text, from its beginning, instead of what is held out of the data that the model's recipe names.
+    /// key_driven measures keys on it too, but for its last part.
     #[arg(long)]
     pub text: Vec<String>,
     /// Batches to compare on, and to measure keys on, at most; 0 takes all.
     #[arg(long, default_value_t = BATCHES)]
+    pub batches: u64,
+}
+
+/// What a model and what becomes of it are compared on.
+#[derive(Debug, Clone, Copy)]
+pub struct On {
+    /// The whole of a text that was named for it, instead of what is held out of a recipe's data.
+    pub text: bool,
+    /// Batches at most; 0 takes all.
     pub batches: u64,
 }
 
@@ -53,7 +64,8 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     let recipe = recipe_for(args, &parent)?;
     must_not_be_data(&recipe, &args.out)?;
     let folder = NewFolder::begin(&args.out)?;
-    perform(&args.conversion, &parent, recipe, (folder.path(), args.batches))?;
+    let on = On { text: !args.text.is_empty(), batches: args.batches };
+    perform(&args.conversion, &parent, recipe, (folder.path(), on))?;
     folder.finish()?;
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());
     Ok(())
@@ -68,16 +80,26 @@ pub fn perform(
     conversion: &Conversion,
     parent: &Trained,
     recipe: Recipe,
-    (out, batches): (&Path, u64),
+    (out, on): (&Path, On),
 ) -> Result<Measured, Failure> {
     // A fresh router's weights are a function of the recipe's seed.
     seed_random(recipe.debug.seed);
     let opened = open_tokens(&recipe, parent.tokenizer.as_ref())?;
-    let child = polyhead_runs::convert(conversion, parent, &mut first_batches(&opened.train, batches), caller())?;
-    talk!("compared on: {}", opened.description);
     opened.notes.iter().for_each(|note| talk!("note: {note}"));
+    let child = child_of(parent, conversion, &opened.train, on.batches)?;
+    let held_out = match (on.text, &parent.tokenizer) {
+        (true, Some(tokenizer)) => {
+            let documents = recipe.data.documents(&project_root())?;
+            talk!("compared on: {}, from the beginning", documents.description);
+            documents.in_order(tokenizer, &options(&recipe))?
+        }
+        _ => {
+            talk!("compared on: what is kept for validation of {}", opened.description);
+            opened.validation.clone()
+        }
+    };
     let models = [&parent.model, &child];
-    let measured = Measured::on(models, first_batches(&opened.validation, batches))?;
+    let measured = Measured::on(models, &held_out, on.batches)?;
     summary::print(&measured, models, opened.vocab_size)?;
 
     let recipe = parent.recipe.clone().unwrap_or(recipe);
@@ -92,11 +114,23 @@ pub fn perform(
     Ok(measured)
 }
 
+/// The converted model; keys are measured on batches of `train`, where the conversion asks for it.
+fn child_of(parent: &Trained, conversion: &Conversion, train: &Loader, batches: u64) -> Result<Decoder, Failure> {
+    let (count, layers) = (batch_count(train, batches), parent.model.layers.len() as u64);
+    let mut progress = Progress::new("norms of keys", count * layers);
+    let mut passed = || progress.step(|at| summary::pass_of(at, [1, layers, count]));
+    let calibration = Calibration { batches: &mut batches_of(train, batches), passed: &mut passed };
+    polyhead_runs::convert(conversion, parent, calibration, caller())
+}
+
 /// At most this many batches of the first epoch; 0 gives all.
-pub fn first_batches(loader: &Loader, batches: u64) -> impl Iterator<Item = Result<Batch, Failure>> {
+fn batch_count(loader: &Loader, batches: u64) -> u64 {
     let all = loader.batches_per_epoch().max(1);
-    let count = if batches == 0 { all } else { batches.min(all) };
-    (0..count).map(|position| Ok(loader.batch(position)?))
+    if batches == 0 { all } else { batches.min(all) }
+}
+
+fn batches_of(loader: &Loader, batches: u64) -> impl Iterator<Item = Result<Batch, Failure>> {
+    (0..batch_count(loader, batches)).map(|position| Ok(loader.batch(position)?))
 }
 
 /// The recipe whose data both models are compared on.

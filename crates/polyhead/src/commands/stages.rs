@@ -104,7 +104,8 @@ fn run(
             std::fs::remove_dir_all(folder).map_err(|error| Failure::file("remove", folder, error))?;
         }
         let parent = open_trained(from, None, caller())?.unmasked(caller());
-        return convert::perform(conversion, &parent, loaded.recipe, (folder, convert::BATCHES));
+        let on = convert::On { text: false, batches: convert::BATCHES };
+        return convert::perform(conversion, &parent, loaded.recipe, (folder, on));
     }
     if !finished {
         train::train_session(TrainSession {
@@ -120,7 +121,7 @@ fn run(
     let before = from.map(|from| open_trained(&from, None, caller())).transpose()?;
     let before = before.as_ref().unwrap_or(&after);
     let opened = after.data()?;
-    Measured::on([&before.model, &after.model], convert::first_batches(&opened.validation, convert::BATCHES))
+    Measured::on([&before.model, &after.model], &opened.validation, convert::BATCHES)
 }
 
 /// `fresh`: there was no model before.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use polyhead_attention::{Cache, HeadCounts, HeadSplit, Mask, Observe};
+use polyhead_data::Loader;
 use polyhead_models::surgery::{self, Cell, Heads};
 use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
 use polyhead_training::picture::{Options, PictureError, Png, attention_grid, heat_map};
@@ -10,7 +11,8 @@ use polyhead_training::run_folder::atomic_write;
 use polyhead_training::tensorboard::EventWriter;
 use serde_json::json;
 
-use crate::console::{put, thousands};
+use super::{batch_count, batches_of};
+use crate::console::{Progress, put, thousands};
 use polyhead_recipe::Conversion;
 use polyhead_runs::Failure;
 
@@ -23,27 +25,36 @@ pub struct Measured {
     pub after: Evaluated,
     /// Nats per target: how far its predictions are from the model's.
     pub divergence: f64,
+    /// Bytes in f32 that decoding keeps per token, counted in a cache: before and after.
+    pub cached: [u64; 2],
 }
 
 impl Measured {
-    /// Measures a model and what became of it.
+    /// Measures a model and what became of it, each in one pass over the first batches; 0 takes all.
     ///
     /// # Errors
     /// If the data cannot be read.
-    pub fn on(
-        [before, after]: [&Decoder; 2],
-        batches: impl Iterator<Item = Result<Batch, Failure>>,
-    ) -> Result<Self, Failure> {
-        let mut measured = Self { before: Evaluated::default(), after: Evaluated::default(), divergence: 0.0 };
-        for batch in batches {
+    pub fn on(models: [&Decoder; 2], loader: &Loader, batches: u64) -> Result<Self, Failure> {
+        let [before, after] = models;
+        let mut measured = Self {
+            before: Evaluated::default(),
+            after: Evaluated::default(),
+            divergence: 0.0,
+            cached: models.map(cached_bytes),
+        };
+        let (count, layers) = (batch_count(loader, batches), before.layers.len() as u64);
+        let mut progress = Progress::new("loss before and after", count * 2 * layers);
+        for batch in batches_of(loader, batches) {
             let batch = batch?;
-            let compared = before.compare(after, &batch);
+            let compared = before.compare(after, &batch, &mut || progress.step(|at| pass_of(at, [2, layers, count])));
             for (which, sums) in [&mut measured.before, &mut measured.after].into_iter().enumerate() {
                 let (loss, correct) = (compared.losses[which], compared.correct[which]);
                 sums.add(Evaluated { loss, correct, targets: batch.target_tokens(), bytes: batch.target_bytes });
             }
             measured.divergence += compared.divergence;
         }
+        let tokens = thousands(measured.before.targets);
+        progress.finish(&format!("{count} of {} batches, {tokens} tokens", loader.batches_per_epoch()));
         for (sums, whose) in [(&measured.before, "the model"), (&measured.after, "what it would become")] {
             if !sums.mean_loss().is_finite() {
                 return Err(Failure::Run(format!("the loss of {whose} is not finite ({})", sums.mean_loss())));
@@ -58,6 +69,13 @@ impl Measured {
     }
 }
 
+/// The place of piece `at` (from 0) among layers of models that read batches.
+pub fn pass_of(at: u64, [models, layers, batches]: [u64; 3]) -> String {
+    let [model, layer] = [at / layers % models + 1, at % layers + 1];
+    let which = if models > 1 { format!("model {model} of {models}, ") } else { String::new() };
+    format!("batch {} of {batches}, {which}layer {layer} of {layers}", at / (layers * models) + 1)
+}
+
 /// Prints a table: before, after, and how heads are shared in each layer.
 pub fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> Result<(), Failure> {
     let line = |name: &str, [before, after]: [String; 2]| put!("{name:<32} {before:>16} {after:>16}");
@@ -68,27 +86,33 @@ pub fn print(measured: &Measured, models: [&Decoder; 2], vocab_size: usize) -> R
     line("", ["before".into(), "after".into()])?;
     line("parameters", cost(|costs| costs.parameters))?;
     line("KV bytes per token, computed", cost(|costs| 4 * costs.kv_cache_elements_per_token))?;
-    line("KV bytes per token, measured", models.map(|model| thousands(cached_bytes(model))))?;
+    line("KV bytes per token, measured", measured.cached.map(thousands))?;
     line("loss", sums.map(|sums| format!("{:.4}", sums.mean_loss())))?;
     line("perplexity", sums.map(|sums| format!("{:.3}", sums.mean_loss().exp())))?;
     line("KL divergence from before, nats", ["0".into(), format!("{:.4e}", measured.divergence)])?;
-    for (layer, shared) in head_counts(models[1]).into_iter().enumerate() {
-        match shared {
-            HeadCounts::KeysAndValues([keys, values]) => {
-                put!("layer {layer:<3} key heads {keys:<3} value heads {values}")?
-            }
-            HeadCounts::QueriesOfEach(counts) => {
-                let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
-                put!("layer {layer:<3} query heads of its key/value heads: {}", counts.join(" "))?;
-            }
-            HeadCounts::Selected(HeadSplit { shared, routed, top_k }) => {
-                put!(
-                    "layer {layer:<3} the first {shared} heads everywhere, {top_k} of the other {routed} at each position"
-                )?;
-            }
-        }
+    let shared: Vec<String> = head_counts(models[1]).into_iter().map(in_words).collect();
+    let mut first = 0;
+    for alike in shared.chunk_by(|a, b| a == b) {
+        let last = first + alike.len() - 1;
+        let layers = if first == last { format!("layer {first}") } else { format!("layers {first} to {last}") };
+        put!("{layers:<16} {}", alike[0])?;
+        first = last + 1;
     }
     Ok(())
+}
+
+/// How a layer's heads are divided.
+fn in_words(shared: HeadCounts) -> String {
+    match shared {
+        HeadCounts::KeysAndValues([keys, values]) => format!("key heads {keys:<3} value heads {values}"),
+        HeadCounts::QueriesOfEach(counts) => {
+            let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+            format!("query heads of its key/value heads: {}", counts.join(" "))
+        }
+        HeadCounts::Selected(HeadSplit { shared, routed, top_k }) => {
+            format!("the first {shared} heads everywhere, {top_k} of the other {routed} at each position")
+        }
+    }
 }
 
 /// Bytes in f32 that decoding keeps per token, counted in a cache.
@@ -133,7 +157,7 @@ pub fn summarize(
         "conversion": conversion,
         "before": sums(&measured.before), "after": sums(&measured.after), "divergence": measured.divergence,
         "scatter": scatter,
-        "targets": measured.before.targets, "kv_bytes_per_token": [cached_bytes(parent), cached_bytes(child)],
+        "targets": measured.before.targets, "kv_bytes_per_token": measured.cached,
         "allocation": allocation, "heads": heads,
     });
     Ok(atomic_write(&out.join("conversion.json"), format!("{summary:#}\n").as_bytes())?)
@@ -142,17 +166,21 @@ pub fn summarize(
 /// Pictures of how alike the parent's heads are and of what each layer was given.
 pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
     let mut album = Album { out, events: None };
+    let n_layers = parent.config().n_layers;
+    let mut progress = Progress::new("likeness of heads", (2 * n_layers * MEASURES.len()) as u64);
     for (cell, name) in [(Cell::Keys, "keys"), (Cell::Values, "values")] {
-        let layers = 0..parent.config().n_layers;
-        let heads: Result<Vec<Heads>, _> = layers.map(|layer| surgery::heads_of_layer(parent, layer, cell)).collect();
-        let Ok(heads) = heads else { break }; // not softmax attention: there is nothing to show
+        let Ok(heads) = surgery::heads_of_layers(parent, cell) else { break }; // not softmax attention: nothing to show
         let n = heads.first().map_or(0, Heads::len);
         if heads.iter().any(|layer| layer.len() != n) {
             break;
         }
         for (measure, of) in MEASURES {
-            let map = |heads: &Heads| of(heads).into_iter().map(|value| value as f32).collect();
-            let maps: Vec<Vec<f32>> = heads.iter().map(map).collect();
+            let mut map = |(layer, heads): (usize, &Heads)| {
+                let map = of(heads).into_iter().map(|value| value as f32).collect();
+                progress.step(|_| format!("{measure} of {name}, layer {} of {n_layers}", layer + 1));
+                map
+            };
+            let maps: Vec<Vec<f32>> = heads.iter().enumerate().map(&mut map).collect();
             album.add("similarity", &format!("{name}_{measure}"), attention_grid(&maps, n, n))?;
         }
     }
