@@ -38,8 +38,8 @@ use crate::{
     Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig,
 };
 
-/// Decoupled heads under LLaMA's names, the maps in config.json; known to no other software.
-static FAMILY: Family = Family::llama("DecoupledHeadForCausalLM", "decoupled_head");
+/// Decoupled heads under LLaMA's names, the maps in config.json.
+static FAMILY: Family = Family::remote("DecoupledHeadForCausalLM", "decoupled_head");
 
 /// What is left to fuse.
 const SCATTER: [Observed; 2] = [

@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
-static FAMILY: Family = Family::llama("MotifForCausalLM", "motif");
+static FAMILY: Family = Family::remote("MotifForCausalLM", "motif");
 
 /// Inside the norm of each signal head; from the authors' code.
 const SUBLN_EPS: f64 = 1e-5;

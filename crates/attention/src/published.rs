@@ -1,7 +1,7 @@
 //! How attention is written in the config.json of published models, and read back.
 //!
 //! A mechanism that others publish states the families of models that have it, what their config.json says of its layers, and
-//! which settings such keys are. One that states nothing is written with its own settings, which Polyhead alone reads.
+//! which settings such keys are. One that states nothing is written with its own settings, beside code that transformers runs.
 
 use serde::Serialize;
 
@@ -20,6 +20,8 @@ pub struct Family {
     pub window: Window,
     /// Projections that are called otherwise there.
     pub projections: &'static [(&'static str, Projection)],
+    /// Whether transformers has no such class, so that folders need its code beside the weights.
+    pub remote_code: bool,
 }
 
 /// The layers around attention, and the names of their tensors.
@@ -83,7 +85,13 @@ const LLAMA_DEFAULTS: &[(&str, Setting)] = &[("max_position_embeddings", Setting
 impl Family {
     /// A family in LLaMA's form, with full attention.
     pub const fn llama(class: &'static str, model_type: &'static str) -> Self {
-        Self { class, model_type, form: Form::Llama, defaults: LLAMA_DEFAULTS, window: Window::Never, projections: &[] }
+        let (form, window) = (Form::Llama, Window::Never);
+        Self { class, model_type, form, defaults: LLAMA_DEFAULTS, window, projections: &[], remote_code: false }
+    }
+
+    /// A family in LLaMA's form, with full attention, that transformers does not have.
+    pub const fn remote(class: &'static str, model_type: &'static str) -> Self {
+        Self { remote_code: true, ..Self::llama(class, model_type) }
     }
 
     /// The name of the class, as in `architectures` of config.json.

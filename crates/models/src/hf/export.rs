@@ -2,7 +2,7 @@
 //!
 //! It becomes the family that its mechanism names for its settings (softmax attention: Llama, Qwen2, Qwen3 or GPT-NeoX), where
 //! the layers around are that family's too. Heads that are shared in equal groups are written as such (GQA), whatever
-//! mechanism shared them. What no family has is written under a class of our own.
+//! mechanism shared them. What no family has is written under a class of our own, whose code (`python/`) goes into the folder.
 
 use std::collections::BTreeMap;
 
@@ -46,7 +46,14 @@ pub enum ExportError {
     Weights(#[from] WeightsError),
 }
 
-/// The files of an exported model, by name: config.json, generation_config.json, model.safetensors.
+/// The code of decoders that transformers does not have, by file name.
+const REMOTE_CODE: [(&str, &str); 2] = [
+    ("configuration_polyhead.py", include_str!("python/configuration_polyhead.py")),
+    ("modeling_polyhead.py", include_str!("python/modeling_polyhead.py")),
+];
+
+/// The files of an exported model, by name: config.json, generation_config.json, model.safetensors, and the code of the model
+/// in PyTorch where transformers has none.
 ///
 /// # Errors
 /// If the files cannot be made.
@@ -59,18 +66,28 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     };
     let family = published.as_ref().map_or(&POLYHEAD, |published| published.family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
-    let config = match published {
+    let mut config = match published {
         Some(published) => published_keys(model, published, options),
         None => with(about(model, family, options), own::keys(model.config())),
     };
+    if family.remote_code {
+        config["auto_map"] = json!({
+            "AutoConfig": "configuration_polyhead.PolyheadConfig", "AutoModel": "modeling_polyhead.PolyheadModel",
+            "AutoModelForCausalLM": "modeling_polyhead.PolyheadForCausalLM",
+        });
+    }
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
     let tensors = placed(named(model), model.config(), family);
-    Ok(vec![
+    let mut files = vec![
         ("config.json".into(), text(&config)),
         ("generation_config.json".into(), text(&generation)),
         ("model.safetensors".into(), to_safetensors(&tensors, &[("format", "pt".into())])?),
-    ])
+    ];
+    if family.remote_code {
+        files.extend(REMOTE_CODE.map(|(name, code)| (name.into(), code.as_bytes().to_vec())));
+    }
+    Ok(files)
 }
 
 /// The published family that has such a decoder, and what its config.json says of attention.
@@ -102,10 +119,8 @@ pub fn notes(model: &Decoder, tokenizer: bool) -> Vec<String> {
     let Ok(standard) = standard_grouped(model) else { return Vec::new() };
     let of = |model: &Decoder| published(model.config());
     match standard.as_ref().map_or_else(|| of(model), |standard| of(standard).or_else(|_| of(model))) {
-        Err(problem) => vec![format!(
-            "written as {}, which Polyhead reads and no other software does: {problem}",
-            POLYHEAD.class()
-        )],
+        Err(problem) => vec![remote_note(&POLYHEAD, &format!(" ({problem})"))],
+        Ok(published) if published.family.remote_code => vec![remote_note(published.family, "")],
         // For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
         // and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
         Ok(published) if tokenizer && published.family.model_type() == "qwen2" => vec![
@@ -115,6 +130,15 @@ pub fn notes(model: &Decoder, tokenizer: bool) -> Vec<String> {
         ],
         Ok(_) => Vec::new(),
     }
+}
+
+/// How transformers loads a family that it does not have.
+fn remote_note(family: &Family, why: &str) -> String {
+    format!(
+        "written as {}, which transformers does not have{why}: the folder has its code in PyTorch, which \
+         AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) runs",
+        family.class()
+    )
 }
 
 /// What every config.json says of a model as a whole.

@@ -5,7 +5,7 @@ use polyhead_attention::{AttentionConfig, Family, Form, Projection};
 use crate::DecoderConfig;
 
 /// Models that no published family has: their own settings in config.json, LLaMA's names around the mechanisms' own.
-pub(super) static POLYHEAD: Family = Family::llama("PolyheadForCausalLM", "polyhead");
+pub(super) static POLYHEAD: Family = Family::remote("PolyheadForCausalLM", "polyhead");
 
 /// Every family that can be read.
 pub(super) fn families() -> impl Iterator<Item = &'static Family> {

@@ -20,8 +20,9 @@ const NAMES: [[&str; 2]; 6] = [
 ];
 
 /// Keys that say nothing of the decoder, ours and those that transformers' tools add.
-const BESIDE: [&str; 13] = [
+const BESIDE: [&str; 14] = [
     "architectures",
+    "auto_map",
     "model_type",
     "vocab_size",
     "max_position_embeddings",
@@ -36,10 +37,12 @@ const BESIDE: [&str; 13] = [
     "_name_or_path",
 ];
 
-/// The entry that has transformers' form instead of ours.
+/// The entry that has transformers' form instead of ours: version 5 writes the second name, and into it what keys of their own
+/// say too.
 #[derive(Deserialize)]
 struct Stretched {
     rope_scaling: Option<Rope>,
+    rope_parameters: Option<Rope>,
 }
 
 /// The settings of a decoder as keys.
@@ -59,8 +62,9 @@ pub(super) fn keys(config: &DecoderConfig) -> Value {
 /// Names the key, and the rule.
 pub(super) fn read(mut keys: Map<String, Value>) -> Result<DecoderConfig, String> {
     keys.retain(|key, _| !BESIDE.contains(&key.as_str()));
-    let Stretched { rope_scaling: rope } = entries::typed(&keys)?;
-    keys.remove("rope_scaling");
+    let Stretched { rope_scaling, rope_parameters } = entries::typed(&keys)?;
+    let rope = rope_parameters.or(rope_scaling);
+    keys.retain(|key, _| !["rope_scaling", "rope_parameters"].contains(&key.as_str()));
     for [ours, theirs] in NAMES {
         if keys.contains_key(ours) {
             return Err(format!("{ours} is {theirs} in config.json: rename the key"));

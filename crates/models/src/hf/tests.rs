@@ -179,6 +179,89 @@ fn settings_of_each_mechanism_come_back() {
     }
 }
 
+/// The classes of `python/modeling_polyhead.py` for mechanisms, by the mechanism's name: its table MECHANISMS.
+fn python_classes(code: &str) -> BTreeMap<&str, &str> {
+    let table = code.split("\nMECHANISMS = {\n").nth(1).and_then(|rest| rest.split("\n}\n").next()).unwrap();
+    table.lines().map(|line| line.trim().trim_end_matches(',').split_once(": ").unwrap()).collect()
+}
+
+#[test]
+fn every_mechanism_of_decoders_has_its_class_in_the_code_that_export_writes() {
+    let dims = Dims::example();
+    for example in AttentionConfig::examples() {
+        if example.check_causal().is_err() {
+            continue;
+        }
+        let name = example.name();
+        // Layers that differ are in no published family.
+        let plain: AttentionConfig = serde_json::from_value(json!({ "softmax": { "n_heads": 4 } })).unwrap();
+        let mut layers = vec![plain; dims.n_layers];
+        layers[1] = example.clone();
+        let other =
+            if name == "softmax" { json!({ "softmax": { "n_heads": 4, "softcap": 2.0 } }) } else { json!(layers[0]) };
+        layers[0] = serde_json::from_value(other).unwrap();
+        let (dir, config) = exported(&model(PerLayer::Each(layers), json!({ "d_ff": 32 })));
+        assert_eq!(config["auto_map"]["AutoModelForCausalLM"], "modeling_polyhead.PolyheadForCausalLM", "{name}");
+        let code = std::fs::read_to_string(dir.path().join("modeling_polyhead.py")).unwrap();
+        let classes = python_classes(&code);
+        let class = classes.get(format!("\"{name}\"").as_str()).unwrap_or_else(|| panic!("{name} has no class"));
+        let (_, body) = code.split_once(&format!("\nclass {class}(nn.Module):\n")).unwrap();
+        let body = body.split("\nclass ").next().unwrap();
+        // Every setting is an argument, of the class or of the softmax attention inside it.
+        let (_, softmax) = code.split_once("\nclass Softmax(nn.Module):\n").unwrap();
+        let inner = if body.contains("**softmax") { softmax.split("\nclass ").next().unwrap() } else { "" };
+        for setting in json!(example)[name].as_object().unwrap().keys() {
+            let argument = |body: &str| {
+                [", ", " "].iter().any(|before| {
+                    ["=", ",", "\n", ")"].iter().any(|after| body.contains(&format!("{before}{setting}{after}")))
+                })
+            };
+            assert!(argument(body) || argument(inner), "{class} does not take {setting}");
+        }
+        let configuration = std::fs::read_to_string(dir.path().join("configuration_polyhead.py")).unwrap();
+        for key in config.as_object().unwrap().keys() {
+            let known = ["architectures", "auto_map", "model_type", "torch_dtype"].contains(&key.as_str());
+            assert!(known || key.ends_with("_token_id") || configuration.contains(&format!("        {key}=")), "{key}");
+        }
+    }
+}
+
+#[test]
+fn only_what_transformers_does_not_have_is_written_with_code() {
+    let maps = json!({ "n_heads": 4, "key_map": [0, 1, 1, 2], "value_map": [1, 0, 0, 0] });
+    for (attention, code) in [
+        (json!({ "softmax": { "n_heads": 4 } }), false),
+        (json!({ "softmax": { "n_heads": 4, "softcap": 3.0 } }), true),
+        (json!({ "grouped_differential": { "n_heads": 4, "n_noise_heads": 2 } }), true),
+        (json!({ "decoupled_head": maps }), true),
+    ] {
+        let model = model(PerLayer::Same(serde_json::from_value(attention).unwrap()), json!({}));
+        let (dir, config) = exported(&model);
+        assert_eq!(config["auto_map"].is_object(), code);
+        assert_eq!(dir.path().join("modeling_polyhead.py").exists(), code);
+        let note = super::notes(&model, true).concat();
+        assert_eq!(note.contains("trust_remote_code=True"), code, "{note}");
+    }
+}
+
+#[test]
+fn what_transformers_makes_of_our_config_is_read() {
+    let sink = json!({ "sink": { "n_heads": 4 } });
+    let scaled = json!({ "rope_scaling": { "linear": { "factor": 2.0 } } });
+    let model = model(PerLayer::Same(serde_json::from_value(sink).unwrap()), scaled);
+    let (dir, mut config) = exported(&model);
+    let scaling = config.as_object_mut().unwrap().remove("rope_scaling").unwrap();
+    assert_eq!(scaling["factor"], 2.0);
+    // Version 4 writes the key that it was given; 5 adds what stands beside.
+    for more in [json!({}), json!({ "rope_theta": 10000.0, "partial_rotary_factor": 1.0 })] {
+        config["rope_parameters"] = scaling.clone();
+        config["rope_parameters"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config["transformers_version"] = "5.24.0".into();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        assert_eq!(read(&dir).config(), model.config());
+    }
+}
+
 #[test]
 fn heads_in_equal_groups_are_written_as_published_whatever_shares_them() {
     let even = json!({ "key_driven": { "n_heads": 4, "n_kv_heads": 2, "allocation": { "even": {} } } });
