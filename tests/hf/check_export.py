@@ -33,8 +33,13 @@ mixture = {"mixture": {"axis": -1, "n_heads": 2, "n_gaussians": 3}}
 
 # name: (attention, other settings of the decoder, class in config.json)
 OWN, MOTIF = "PolyheadForCausalLM", "MotifForCausalLM"
+# Models that `--native` writes as DiffLlama.
+NATIVE = ("differential", "differential_interleaved")
 MODELS = {
-    "softmax_window": ({"softmax": {**grouped, "window": 4}}, {}, OWN),
+    "softmax_window": ({"softmax": {**grouped, "window": 4}}, {}, "MistralForCausalLM"),
+    "softmax_windows_qkv_bias": ({"softmax": {**grouped, "window": [0, 4, 4, 0], "qkv_bias": True}}, {}, "Qwen2ForCausalLM"),
+    "softmax_windows_qk_norm": ({"softmax": {**grouped, "window": 3, "qk_norm": True}}, {}, "Qwen3ForCausalLM"),
+    "softmax_windows": ({"softmax": {**grouped, "window": [4, 0, 4, 0]}}, {}, OWN),
     "softmax_windows_softcap_scale": (
         {"softmax": {**grouped, "window": [3, 0, 5, 0], "softcap": 2.0, "scale": 0.7, "qk_norm": True, "qkv_bias": True}},
         {},
@@ -65,6 +70,11 @@ MODELS = {
     ),
     "grouped_differential_no_subln": ({"grouped_differential": {**gda, "subln": False}}, {}, OWN),
     "differential": ({"grouped_differential": {**heads, "n_noise_heads": 2, "n_kv_heads": 2}}, {}, MOTIF),
+    "differential_interleaved": (
+        {"grouped_differential": {"n_heads": 8, "n_noise_heads": 4, "n_kv_heads": 4, "head_dim": 6}},
+        {"rope_layout": "interleaved"},
+        MOTIF,
+    ),
     "mixture_of_head": ({"mixture_of_head": {**moh, "n_kv_heads": 3, "qkv_bias": True, "window": 5}}, {}, OWN),
     "mixture_of_head_paper": (
         {
@@ -270,7 +280,8 @@ def gradients(model, tokens, labels):
     loss = model(tokens, labels=labels).loss
     loss.backward()
     named = model.named_parameters()
-    return loss, {name: parameter.grad.clone() for name, parameter in named if parameter.requires_grad}
+    zero = torch.zeros(1)
+    return loss, {name: (zero if p.grad is None else p.grad).clone() for name, p in named if p.requires_grad}
 
 
 def check_training(checks, model):
@@ -302,13 +313,23 @@ def check_folders(checks, binary, folder, model, expected):
     """Saved by transformers it is read by transformers and by Polyhead."""
     saved = folder.parent / "saved"
     model.save_pretrained(saved)
-    checks.true("the code is saved too", (saved / "modeling_polyhead.py").exists())
+    both = [(path / "modeling_polyhead.py").exists() for path in (saved, folder)]
+    checks.true("the code is saved too, where there is one", both[0] == both[1])
     tokens = torch.tensor([TOKENS])
     checks.true("a saved folder is the same", torch.equal(load(saved)(tokens).logits, model(tokens).logits))
     checks.close("a saved folder in Polyhead", ours(binary, saved, TOKENS), expected)
     half = folder.parent / "half"
     load(folder, dtype=torch.bfloat16).save_pretrained(half)
     checks.true("a saved folder keeps its type", load(half, dtype="auto").dtype == torch.bfloat16)
+
+
+def check_native(checks, binary, folder, expected):
+    """The same numbers by a class of transformers' own, which needs no code."""
+    native = folder.parent / "native"
+    run(binary, "export", folder, "--out", native, "--native")
+    model = AutoModelForCausalLM.from_pretrained(native).eval()
+    checks.true(f"a class of transformers: {type(model).__name__}", type(model).__module__.startswith("transformers.models."))
+    checks.close(f"logits of {type(model).__name__}", model(torch.tensor([TOKENS])).logits[0], expected)
 
 
 def check_types(checks, folder, expected):
@@ -342,6 +363,8 @@ def check_model(binary, name):
             check_generation(checks, model)
             check_types(checks, folder, expected)
             check_folders(checks, binary, folder, model, expected)
+            if name in NATIVE:
+                check_native(checks, binary, folder, expected)
             base = AutoModel.from_pretrained(folder, trust_remote_code=True)
             checks.close("AutoModel", model.lm_head(base(torch.tensor([TOKENS]))[0])[0], expected)
             fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)

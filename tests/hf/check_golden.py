@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+sys.dont_write_bytecode = True  # beside what is compiled into the binary
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "crates/models/src/hf"))
 from python import modeling_polyhead as modeling  # noqa: E402

@@ -98,12 +98,13 @@ fn a_head_beside_tied_embeddings_is_taken_where_it_differs() {
 #[test]
 fn missing_keys_are_what_transformers_takes_for_them() {
     let keyless = |name: &str, keys: Value| Folder::open(with(name, keys).path()).map_err(|error| error.to_string());
-    // Mistral's window is 4096 where nothing is said, as long as texts may be longer.
-    let error = keyless("mistral_v5", json!({ "sliding_window": null, "max_position_embeddings": 32768 })).unwrap_err();
-    assert!(error.contains("sliding_window (4096)") && error.contains("the key is missing"), "{error}");
-    let short = keyless("mistral_v5", json!({ "sliding_window": null })).unwrap();
-    assert_eq!((short.window(), short.max_positions()), (Some(4096), 64));
-    assert!(keyless("mistral_v5", json!({ "use_sliding_window": false, "sliding_window": 8 })).is_err());
+    // Mistral's window is 4096 where nothing is said, which is told; no key switches it off.
+    let window = |folder: &Folder| json!(folder.decoder())["attention"]["softmax"]["window"].clone();
+    let windowed = keyless("mistral_v5", json!({ "sliding_window": null })).unwrap();
+    assert_eq!((window(&windowed), windowed.max_positions()), (json!(4096), 64));
+    assert!(windowed.notes()[0].contains("sliding_window = 4096"), "{:?}", windowed.notes());
+    let on = keyless("mistral_v5", json!({ "use_sliding_window": false, "sliding_window": 8 })).unwrap();
+    assert_eq!(window(&on), json!(8));
     let heads = keyless("mistral_v5", json!({ "num_key_value_heads": null })).unwrap_err();
     assert!(
         heads.contains("n_kv_heads (8) must divide n_heads (4)") && heads.contains("num_key_value_heads"),
@@ -111,10 +112,27 @@ fn missing_keys_are_what_transformers_takes_for_them() {
     );
     // Qwen's is used where it is switched on, in layers from max_window_layers on: 28 where nothing is said.
     let on = json!({ "use_sliding_window": true, "sliding_window": 8, "layer_types": null, "max_window_layers": null });
-    assert!(keyless("qwen2_v5", on.clone()).unwrap().window().is_none(), "two layers, neither of them slides");
+    assert_eq!(window(&keyless("qwen2_v5", on.clone()).unwrap()), Value::Null, "two layers, neither of them slides");
     let mut first = on.clone();
     first["max_window_layers"] = json!(1);
-    assert!(keyless("qwen2_v5", first).unwrap_err().contains("sliding_window (8)"));
+    assert_eq!(window(&keyless("qwen2_v5", first.clone()).unwrap()), json!([0, 8]));
+    // Types of layers go before: what they name is what transformers makes.
+    first["layer_types"] = json!(["sliding_attention", "sliding_attention"]);
+    assert_eq!(window(&keyless("qwen2_v5", first.clone()).unwrap()), json!(8));
+    first["use_sliding_window"] = json!(false);
+    assert_eq!(window(&keyless("qwen2_v5", first.clone()).unwrap()), Value::Null, "switched off");
+    first["use_sliding_window"] = json!(true);
+    for (types, window, words) in [
+        (json!(["chunked_attention", "full_attention"]), json!(8), "layer_types names \"chunked_attention\""),
+        (json!(["sliding_attention"]), json!(8), "layer_types lists 1 layers for num_hidden_layers (2)"),
+        (json!(["sliding_attention", "full_attention"]), json!(0), "sliding_window (0) must be at least 1"),
+    ] {
+        (first["layer_types"], first["sliding_window"]) = (types, window);
+        let error = keyless("qwen2_v5", first.clone()).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    let mixed = json!({ "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] });
+    assert!(keyless("mistral_v5", mixed).unwrap_err().contains("gives every layer of MistralForCausalLM one"));
     let error = keyless("qwen3_v5", json!({ "head_dim": null })).and_then(|folder| {
         assert!(folder.notes()[0].contains("head_dim = 128"), "{:?}", folder.notes());
         folder.load(&Device::flex()).map(drop).map_err(|error| error.to_string())
@@ -243,7 +261,7 @@ fn weights_that_are_not_finite_are_refused_unless_they_are_asked_for() {
 }
 
 #[test]
-fn a_text_is_read_behind_what_begins_texts_and_a_window_is_never_passed() {
+fn a_text_is_read_behind_what_begins_texts() {
     // Ids 0 to 47 of the model: letters, and <s> as 1.
     let letters = (2..48).map(|id| (char::from_u32(b'0' as u32 + id).unwrap().to_string(), json!(id)));
     let begin_and_end = [("</s>".to_owned(), json!(0)), ("<s>".to_owned(), json!(1))];
@@ -257,7 +275,7 @@ fn a_text_is_read_behind_what_begins_texts_and_a_window_is_never_passed() {
         "special_tokens": { "<s>": { "id": "<s>", "ids": [1], "tokens": ["<s>"] } } });
     let mut tokenizer = json!({ "version": "1.0", "added_tokens": [special(0, "</s>"), special(1, "<s>")],
         "post_processor": template, "model": { "type": "BPE", "vocab": vocab, "merges": [] } });
-    let dir = with("mistral_v5", json!({ "sliding_window": 64 }));
+    let dir = copy("mistral_v5");
     let write = |tokenizer: &Value| std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let world = World::new(SMALL);
     let folder = dir.path().to_str().unwrap();
@@ -277,13 +295,4 @@ fn a_text_is_read_behind_what_begins_texts_and_a_window_is_never_passed() {
         .unwrap();
     assert_eq!(tokens(&["--text", "AB"]), [1.0, 17.0, 18.0]);
     assert_eq!(world.succeeds(&greedy).0, with_begin);
-    // 64 tokens are what full attention is the same for.
-    let long = "A".repeat(64);
-    for args in [
-        &["logits", folder, "--text", &long, "--out", "x.safetensors"][..],
-        &["generate", folder, "--prompt", "A", "--max-new-tokens", "63"],
-    ] {
-        let err = world.fails(1, args);
-        assert!(err.contains("sliding_window (64)") && err.contains("65 tokens long"), "{err}");
-    }
 }

@@ -44,6 +44,9 @@ use crate::{
 /// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
 static FAMILY: Family = Family::remote("MotifForCausalLM", "motif");
 
+/// The Differential Transformer in transformers.
+static DIFF_LLAMA: Family = Family::llama("DiffLlamaForCausalLM", "diffllama");
+
 /// Inside the norm of each signal head; from the authors' code.
 const SUBLN_EPS: f64 = 1e-5;
 /// Standard deviation of fresh λ vectors; from the authors' code.
@@ -157,6 +160,34 @@ impl GroupedDifferentialConfig {
     /// Key/value heads (in halves) with the default filled in.
     pub fn kv_heads(&self) -> usize {
         self.n_kv_heads.unwrap_or(2 * self.n_noise_heads)
+    }
+
+    /// What the config.json of transformers' DiffLlama says of these layers. Its signal heads come before its noise heads, and
+    /// its subln has no weights: whoever writes tensors reorders the heads of queries, keys and values, and multiplies the
+    /// output projection by the weights.
+    ///
+    /// # Errors
+    /// What DiffLlama does not have.
+    pub fn diff_llama(layers: &[&Self], dims: &Dims, form: Form) -> Result<Published, String> {
+        let own = uniform(layers)?;
+        let of_paper = |layer| (own.lambda_init.of_layer(layer) - LambdaInit::Paper.of_layer(layer)).abs() < 1e-12;
+        let rules = [
+            (form == Form::Llama, "LLaMA's form"),
+            (own.n_heads == 2 * own.n_noise_heads, "one signal head per noise head (n_heads = 2 n_noise_heads)"),
+            (own.subln, "subln"),
+            (own.window.is_none(), "no window"),
+            ((0..layers.len()).all(of_paper), "lambda_init = \"paper\""),
+            ((dims.norm_eps - SUBLN_EPS).abs() < 1e-12, "norm_eps = 1e-5, which is subln's too"),
+        ];
+        if let Some((_, rule)) = rules.into_iter().find(|(holds, _)| !holds) {
+            return Err(format!("transformers' DiffLlama has {rule}"));
+        }
+        let keys = vec![
+            ("num_attention_heads", Setting::Count(own.n_heads)),
+            ("num_key_value_heads", Setting::Count(own.kv_heads())),
+            ("attention_bias", Setting::Flag(false)),
+        ];
+        Ok(Published { family: &DIFF_LLAMA, keys })
     }
 }
 

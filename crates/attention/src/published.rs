@@ -67,6 +67,8 @@ pub enum Setting {
     Number(f64),
     /// A number for each layer.
     Numbers(Vec<f64>),
+    /// A name for each layer.
+    Names(Vec<&'static str>),
     /// A list for each layer.
     Maps(Vec<Vec<usize>>),
 }

@@ -7,6 +7,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use polyhead_kernels::{AttentionOptions, attention, rms_norm};
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cache::KvCache;
@@ -131,14 +132,18 @@ impl MechanismConfig for SoftmaxConfig {
 
     fn published(layers: &[&Self], dims: &Dims, form: Form) -> Result<Published, String> {
         let own = uniform(layers)?;
-        if let Some(setting) = own.beyond_plain() {
+        let windows: Vec<_> = (0..layers.len()).map(|layer| window_of(own.window.as_ref(), layer)).collect();
+        let without = Self { window: None, ..own.clone() };
+        if let Some(setting) = without.beyond_plain() {
             return Err(format!("softmax attention with {setting} is in no family that can be written"));
         }
         let Self { n_heads, qkv_bias, o_bias, qk_norm, .. } = *own;
         let both = qkv_bias == o_bias;
         let bias = ("attention_bias", Setting::Flag(qkv_bias));
-        let no_window = ("use_sliding_window", Setting::Flag(false));
+        let plain = own.window.is_none();
+        let everywhere = windows[0].filter(|_| windows.iter().all(|window| *window == windows[0]));
         let (class, more) = match form {
+            Form::GptNeox if !plain => return Err("GPT-NeoX, the family with LayerNorm and GELU, has no window".into()),
             Form::GptNeox
                 if own.kv_heads() == n_heads && both && !qk_norm && own.head_dim(dims) * n_heads == dims.d_model =>
             {
@@ -150,14 +155,20 @@ impl MechanismConfig for SoftmaxConfig {
                             key/value heads"
                     .into());
             }
-            Form::Llama if qk_norm && both => {
-                ("Qwen3ForCausalLM", vec![bias, no_window, ("sliding_window", Setting::Null)])
-            }
+            Form::Llama if qk_norm && both => ("Qwen3ForCausalLM", [vec![bias], qwen_window(&windows)?].concat()),
             Form::Llama if qk_norm => {
                 return Err("of families with qk_norm, Qwen3 has qkv_bias and o_bias or neither".into());
             }
-            Form::Llama if both => ("LlamaForCausalLM", vec![bias, ("mlp_bias", Setting::Flag(false))]),
-            Form::Llama if qkv_bias => ("Qwen2ForCausalLM", vec![no_window]),
+            Form::Llama if both && plain => ("LlamaForCausalLM", vec![bias, ("mlp_bias", Setting::Flag(false))]),
+            Form::Llama if both => match everywhere.filter(|_| !qkv_bias) {
+                Some(window) => ("MistralForCausalLM", vec![("sliding_window", Setting::Count(window))]),
+                None => {
+                    return Err("of families with windows and without qk_norm, Mistral has the same window in all layers and no \
+                                biases, and Qwen2 has qkv_bias alone"
+                        .into());
+                }
+            },
+            Form::Llama if qkv_bias => ("Qwen2ForCausalLM", qwen_window(&windows)?),
             Form::Llama => return Err("o_bias without qkv_bias is in no published model".into()),
         };
         let heads = [("num_attention_heads", n_heads), ("num_key_value_heads", own.kv_heads())];
@@ -173,6 +184,7 @@ impl MechanismConfig for SoftmaxConfig {
         // Mistral has no biases, whatever the key says, and Qwen2 has three of four.
         let biases = keys.attention_bias.unwrap_or(neox) && family.class != "MistralForCausalLM";
         let qwen2 = family.class == "Qwen2ForCausalLM";
+        let window = keys.window(family, dims).map_err(D::Error::custom)?;
         Ok(vec![Self {
             n_heads,
             n_kv_heads: keys.num_key_value_heads.filter(|&kv_heads| kv_heads != n_heads && !neox),
@@ -180,6 +192,7 @@ impl MechanismConfig for SoftmaxConfig {
             qkv_bias: qwen2 || biases,
             o_bias: !qwen2 && biases,
             qk_norm: family.class == "Qwen3ForCausalLM",
+            window,
             ..Self::default()
         }])
     }
@@ -220,6 +233,80 @@ struct HeadKeys {
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     attention_bias: Option<bool>,
+    sliding_window: Option<usize>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
+}
+
+/// What transformers calls layers without a window and with one.
+const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
+
+impl HeadKeys {
+    /// The window of each layer: of Mistral in all of them; of Qwen where it is switched on, in the layers that `layer_types`
+    /// names, else in those from `max_window_layers` on. `None` for full attention in all layers.
+    ///
+    /// # Errors
+    /// Names the key that says something else, and the rule.
+    fn window(&self, family: &Family, dims: &Dims) -> Result<Option<PerLayerCount>, String> {
+        let used = match family.window {
+            Window::Always => true,
+            Window::IfSwitchedOn => self.use_sliding_window == Some(true),
+            Window::Never => false,
+        };
+        let Some(window) = self.sliding_window.filter(|_| used) else { return Ok(None) };
+        if window == 0 {
+            return Err("sliding_window (0) must be at least 1: null is full attention".into());
+        }
+        let types = self.layer_types.as_deref();
+        if let Some(other) = types.into_iter().flatten().find(|kind| !LAYER_TYPES.contains(&kind.as_str())) {
+            return Err(format!(
+                "layer_types names {other:?}; {} and {} are supported",
+                LAYER_TYPES[0], LAYER_TYPES[1]
+            ));
+        }
+        if let Some(given) = types.map(<[String]>::len).filter(|&given| given != dims.n_layers) {
+            return Err(format!("layer_types lists {given} layers for num_hidden_layers ({})", dims.n_layers));
+        }
+        let slides = |layer: usize| match types {
+            Some(types) => types[layer] == LAYER_TYPES[1],
+            None => family.window == Window::Always || layer >= self.max_window_layers.unwrap_or(0),
+        };
+        let each: Vec<usize> = (0..dims.n_layers).map(|layer| if slides(layer) { window } else { 0 }).collect();
+        if family.window == Window::Always && each.contains(&0) {
+            return Err(format!(
+                "layer_types has layers without a window, and transformers gives every layer of {} one: leave layer_types out, or \
+                 name the class that has both",
+                family.class
+            ));
+        }
+        Ok(match each.iter().all(|one| *one == each[0]) {
+            true => Some(each[0]).filter(|&window| window > 0).map(PerLayerCount::Same),
+            false => Some(PerLayerCount::Each(each)),
+        })
+    }
+}
+
+/// What Qwen's config.json says of the windows of its layers.
+///
+/// # Errors
+/// If they differ in size.
+fn qwen_window(windows: &[Option<usize>]) -> Result<Vec<(&'static str, Setting)>, String> {
+    let Some(window) = windows.iter().copied().flatten().next() else {
+        return Ok(vec![("use_sliding_window", Setting::Flag(false)), ("sliding_window", Setting::Null)]);
+    };
+    if windows.iter().flatten().any(|other| *other != window) {
+        return Err("Qwen has windows of one size".into());
+    }
+    let types = windows.iter().map(|window| LAYER_TYPES[usize::from(window.is_some())]).collect();
+    // Where transformers 4 does not read layer_types, it is in the layers from max_window_layers on.
+    let first = windows.iter().position(Option::is_some).unwrap_or_default();
+    Ok(vec![
+        ("use_sliding_window", Setting::Flag(true)),
+        ("sliding_window", Setting::Count(window)),
+        ("max_window_layers", Setting::Count(first)),
+        ("layer_types", Setting::Names(types)),
+    ])
 }
 
 /// The width of heads of a config.json, where it is not the default.

@@ -177,6 +177,10 @@ Examples:
         /// Repeat decoupled heads, so that any software that knows LLaMA loads the same function; nothing is saved then.
         #[arg(long)]
         expanded: bool,
+        /// Write a class of transformers' own or nothing: the Differential Transformer (one signal head per noise head) becomes
+        /// DiffLlama, which needs no code beside the weights.
+        #[arg(long)]
+        native: bool,
         /// Leave out a mask that the model is evaluated with (procedure.neuron_dropout.mask_at_eval), which the format has no
         /// place for: what is written computes something else then.
         #[arg(long)]

@@ -30,8 +30,6 @@ pub struct Pretrained {
     pub vocab_size: usize,
     /// The longest sequence that it was made for.
     pub max_positions: usize,
-    /// Tokens of a sequence at most, where its attention has a window that is not made here.
-    pub window: Option<usize>,
     /// How it reads text; `None` where it learned generated data, or the folder has none.
     pub tokenizer: Option<Tokenizer>,
     /// The recipe that trained it, if it is one of ours.
@@ -69,7 +67,6 @@ impl Pretrained {
         Ok(Self {
             vocab_size: vocab_of(&path)?,
             max_positions: recipe.training.seq_len,
-            window: None,
             tokenizer: tokenizer_of(&path)?,
             recipe: Some(recipe),
             foreign: None,
@@ -104,7 +101,6 @@ impl Pretrained {
             decoder: folder.decoder().clone(),
             vocab_size: folder.vocab_size(),
             max_positions: folder.max_positions(),
-            window: folder.window(),
             tokenizer,
             recipe: None,
             foreign: Some(folder),
@@ -127,14 +123,6 @@ impl Pretrained {
         Ok(state::read_model(&self.path, model, nonfinite)?.merged())
     }
 
-    /// Refuses sequences that are longer than the model's window.
-    ///
-    /// # Errors
-    /// If there is a window and `tokens` is more; `what` is that long, and says the way out.
-    pub fn check_length(&self, tokens: usize, what: &str) -> Result<(), Failure> {
-        check_length(&self.path, self.window, tokens, what)
-    }
-
     /// Its tokenizer as a recipe would name it.
     pub fn tokenizer_config(&self) -> TokenizerConfig {
         match &self.tokenizer {
@@ -152,21 +140,6 @@ impl Pretrained {
 /// If it has no such projections.
 pub fn add_lora(model: Decoder, config: &LoraConfig, seed: u64) -> Result<Decoder, Failure> {
     model.with_lora(config, seed).map_err(|error| Problems::plain(format!("lora.{error}")).into())
-}
-
-/// Refuses sequences of `what` that are longer than the window of a model.
-///
-/// # Errors
-/// If there is a window and `tokens` is more.
-pub fn check_length(path: &Path, window: Option<usize>, tokens: usize, what: &str) -> Result<(), Failure> {
-    match window {
-        Some(window) if tokens > window => Err(Failure::Run(format!(
-            "{}: sliding_window ({window}) is not supported, only full attention, which is the same up to {window} tokens: \
-             {what} is {tokens} tokens long",
-            path.display()
-        ))),
-        _ => Ok(()),
-    }
 }
 
 /// [`locate_checkpoint`] for whoever reads it: a training that goes on beside leaves it alone until this process ends.

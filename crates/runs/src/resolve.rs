@@ -50,7 +50,6 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     };
     let path = &path.clone();
     let found = Pretrained::open(path, caller)?;
-    found.check_length(recipe.training.seq_len, "training.seq_len")?;
     if let Some(stated) = config.replace(found.decoder.clone())
         && stated != found.decoder
     {

@@ -11,7 +11,7 @@ use crate::Caller;
 use crate::data::open_tokens;
 use crate::device;
 use crate::error::Failure;
-use crate::pretrained::{Pretrained, check_length};
+use crate::pretrained::Pretrained;
 
 /// A trained model with what belongs to it.
 pub struct Trained {
@@ -25,7 +25,6 @@ pub struct Trained {
     pub tokenizer: Option<Tokenizer>,
     /// The longest sequence that it was made for.
     pub max_positions: usize,
-    window: Option<usize>,
 }
 
 /// Loads a trained model to use, not to train.
@@ -37,25 +36,17 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
     let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
     let model = found.model(&device, caller.nonfinite)?;
-    let Pretrained { path, recipe, tokenizer, max_positions, window, .. } = found;
+    let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
     let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
     if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
         let state = read_progress(&path)?.procedure;
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;
         model = model.gated(gate);
     }
-    Ok(Trained { path, model, recipe, tokenizer, max_positions, window })
+    Ok(Trained { path, model, recipe, tokenizer, max_positions })
 }
 
 impl Trained {
-    /// Refuses sequences that are longer than the model's window, where it has one.
-    ///
-    /// # Errors
-    /// If `tokens` is more than that; `what` is that long.
-    pub fn check_length(&self, tokens: usize, what: &str) -> Result<(), Failure> {
-        check_length(&self.path, self.window, tokens, what)
-    }
-
     /// The model without the mask that it is evaluated with, where it has one: what is made of it starts without, which is
     /// told.
     pub fn unmasked(mut self, caller: Caller) -> Self {

@@ -1,6 +1,6 @@
 """Tiny models with random weights in Hugging Face's format, with the logits that transformers computes from them in f32.
 
-    python make_golden.py        # once with transformers 4 and once with 5: each writes the folders that bear its number
+    python make_golden.py [NAME ...]     # once with transformers 4 and once with 5: each writes the folders that bear its number
 
 Weights are drawn large enough for attention to be far from uniform and for every norm, bias and rotation to matter.
 """
@@ -8,6 +8,7 @@ Weights are drawn large enough for attention to be far from uniform and for ever
 import json
 import pathlib
 import shutil
+import sys
 
 import torch
 import transformers
@@ -42,6 +43,13 @@ MODELS = {
     "mistral": ("Mistral", dict(num_key_value_heads=1, sliding_window=None, **rope(1000.0)), torch.float16, "1GB"),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, **rope(1000.0)), torch.bfloat16, "1GB"),
     "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, **rope(1000.0)), torch.float32, "1GB"),
+    # Windows shorter than the texts: in all layers, from a layer on, and by name.
+    "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=5, **rope(1000.0)), torch.float32, "1GB"),
+    "qwen2_window": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=True, sliding_window=4,
+                                   max_window_layers=1, **rope(1000.0)), torch.float32, "1GB"),
+    "qwen3_window": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, use_sliding_window=True, sliding_window=3,
+                                   layer_types=["sliding_attention", "full_attention"], **rope(1000.0)),
+                     torch.float32, "1GB"),
     "gpt_neox": ("GPTNeoX", dict(hidden_act="gelu", use_parallel_residual=True, **neox_rope(1000.0, 0.5)),
                  torch.float32, "1GB"),
     "gpt_neox_serial": ("GPTNeoX", dict(hidden_act="gelu", use_parallel_residual=False, tie_word_embeddings=True,
@@ -78,5 +86,5 @@ def make(name, family, settings, dtype, shard):
     save_file({"tokens": tokens.float(), "logits": logits}, folder / "expected.safetensors", about)
 
 
-for name, (family, settings, dtype, shard) in MODELS.items():
-    make(name, family, settings, dtype, shard)
+for name in sys.argv[1:] or MODELS:
+    make(name, *MODELS[name])

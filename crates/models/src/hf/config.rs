@@ -5,7 +5,7 @@
 pub(super) mod entries;
 mod keys;
 
-use polyhead_attention::{AttentionConfig, ConfigError, Dims, Family, Form, RopeLayout, Window};
+use polyhead_attention::{AttentionConfig, ConfigError, Dims, Family, Form, RopeLayout};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -22,17 +22,12 @@ struct Config {
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
-    max_position_embeddings: usize,
     hidden_act: String,
     rms_norm_eps: Option<f64>,
     layer_norm_eps: Option<f64>,
     tie_word_embeddings: Option<bool>,
     mlp_bias: Option<bool>,
     use_parallel_residual: Option<bool>,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    max_window_layers: Option<usize>,
-    layer_types: Option<Vec<String>>,
     quantization_config: Option<Value>,
     // Rotary positions: transformers 5 has them in one table ...
     rope_parameters: Option<Rope>,
@@ -71,9 +66,6 @@ pub(super) struct Described {
     pub decoder: DecoderConfig,
     pub vocab_size: usize,
     pub max_positions: usize,
-    /// Positions that a token attends to at most, where the model has such a window: none is made, so that no sequence may be
-    /// longer.
-    pub window: Option<usize>,
     /// What was taken for keys that are missing, as a sentence.
     pub notes: Vec<String>,
 }
@@ -85,24 +77,20 @@ pub(super) struct Described {
 pub(super) fn read(text: &str) -> Result<Described, String> {
     let mut keys = entries::read(text)?;
     let family = family(&keys)?;
-    let window_by_default = !keys.contains_key("sliding_window");
     let own = *family == POLYHEAD;
     let notes = if own { Vec::new() } else { fill_in(&mut keys, family) };
     let vocab = keys.get("vocab_size").and_then(Value::as_u64);
     special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
     check_sizes(&keys)?;
     let Sizes { vocab_size, max_position_embeddings } = entries::typed(&keys)?;
-    let (decoder, window) = if own {
-        (own::read(keys)?, None)
+    let decoder = if own {
+        own::read(keys)?
     } else {
         let config: Config = entries::typed(&keys)?;
-        refuse_unsupported(&config, family).map_err(|problem| match problem.starts_with("sliding_window") {
-            true if window_by_default => format!("{problem} (the key is missing, for which transformers takes 4096)"),
-            _ => problem,
-        })?;
-        (published(&config, family, &keys)?, window(&config, family))
+        refuse_unsupported(&config, family)?;
+        published(&config, family, &keys)?
     };
-    Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, window, notes })
+    Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, notes })
 }
 
 /// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers.
@@ -201,29 +189,7 @@ fn refuse_unsupported(config: &Config, family: &Family) -> Result<(), String> {
     if config.quantization_config.is_some() {
         return Err("quantization_config: quantised weights are not supported; take the original ones".into());
     }
-    match window(config, family) {
-        Some(window) if window < config.max_position_embeddings => Err(format!(
-            "sliding_window ({window}) is not supported, only full attention; where texts are shorter than the window, \
-             \"sliding_window\": null in config.json gives the same numbers"
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// The window of attention, where one is used: Mistral's always, Qwen's only where it is told to, in layers from
-/// `max_window_layers` on. Where `layer_types` says which, one is taken to be there: that it is switched on for no layer is no
-/// model that anybody trained.
-fn window(config: &Config, family: &Family) -> Option<usize> {
-    let slides = match (&config.layer_types, config.max_window_layers) {
-        (None, Some(first)) => first < config.num_hidden_layers,
-        _ => true,
-    };
-    let used = match family.window {
-        Window::Always => true,
-        Window::IfSwitchedOn => config.use_sliding_window == Some(true) && slides,
-        Window::Never => false,
-    };
-    config.sliding_window.filter(|_| used)
+    Ok(())
 }
 
 fn scaling(config: &Config) -> Result<Option<RopeScaling>, String> {

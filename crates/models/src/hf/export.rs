@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use polyhead_attention::{AttentionConfig, Family, Form, Published, RopeLayout};
+use polyhead_attention::{AttentionConfig, Family, Form, GroupedDifferentialConfig, Published, RopeLayout};
 use serde_json::{Value, json};
 
 use super::import::transpose;
@@ -25,8 +25,10 @@ pub struct ExportOptions {
     pub begin_of_text: Option<u32>,
     /// The id that ends a text.
     pub end_of_text: Option<u32>,
-    /// The id that fills up rows.
+    /// The id that fills up rows; there is one where there is a tokenizer.
     pub pad: Option<u32>,
+    /// Whether the class has to be one of transformers' own, its tensors rearranged where that is needed.
+    pub native: bool,
 }
 
 impl ExportOptions {
@@ -35,7 +37,7 @@ impl ExportOptions {
     }
 }
 
-/// Why a model cannot be written, which would be our mistake.
+/// Why a model cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// Query heads could not be put in groups.
@@ -44,6 +46,9 @@ pub enum ExportError {
     /// The weights could not be written.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// No class of transformers computes this.
+    #[error("--native: {0}; without --native, code for transformers is written beside the weights")]
+    NotNative(String),
 }
 
 /// The code of decoders that transformers does not have, by file name.
@@ -64,6 +69,11 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
         Some((grouped, published)) => (grouped, Some(published)),
         None => (model, published(model.config()).ok()),
     };
+    let rearranged = options.native && published.as_ref().is_none_or(|published| published.family.remote_code);
+    let (published, tensors) = match rearranged {
+        true => (Some(diff_llama(model.config()).map_err(ExportError::NotNative)?), unstriped(model)),
+        false => (published, named(model)),
+    };
     let family = published.as_ref().map_or(&POLYHEAD, |published| published.family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
     let mut config = match published {
@@ -78,7 +88,7 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     }
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
-    let tensors = placed(named(model), model.config(), family);
+    let tensors = placed(tensors, model.config(), family);
     let mut files = vec![
         ("config.json".into(), text(&config)),
         ("generation_config.json".into(), text(&generation)),
@@ -95,35 +105,81 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
 /// # Errors
 /// Why no family has it.
 fn published(config: &DecoderConfig) -> Result<Published, String> {
-    let whole = config.rope_fraction == 1.0;
-    let form = match (config.norm, config.mlp) {
-        _ if !config.rope => return Err("model.decoder.rope = false: published families rotate positions".into()),
-        _ if config.attention_gate.is_some() => {
-            return Err("model.decoder.attention_gate: published families have no such gates".into());
-        }
-        (NormKind::Layer, MlpKind::Gelu) => Form::GptNeox,
-        (NormKind::Rms, MlpKind::Swiglu) if whole && !config.parallel_residual => Form::Llama,
-        (norm, mlp) => {
-            return Err(format!(
-                "norm {norm:?} with mlp {mlp:?}, rope_fraction {} and parallel_residual {} are together in no published family",
-                config.rope_fraction, config.parallel_residual
-            ));
-        }
-    };
     let layers: Vec<_> = (0..config.n_layers).map(|layer| config.mechanism(layer)).collect();
-    AttentionConfig::published(&layers, &config.dims(0), form)
+    AttentionConfig::published(&layers, &config.dims(0), form(config)?)
 }
 
-/// What a person has to know about the export of a decoder, as sentences; `tokenizer`: whether there is one.
-pub fn notes(model: &Decoder, tokenizer: bool) -> Vec<String> {
+/// The same of transformers' DiffLlama.
+///
+/// # Errors
+/// Why it does not have such a decoder.
+fn diff_llama(config: &DecoderConfig) -> Result<Published, String> {
+    let layers: Option<Vec<&GroupedDifferentialConfig>> =
+        (0..config.n_layers).map(|layer| config.mechanism(layer).get()).collect();
+    let layers = layers.ok_or(
+        "of mechanisms without a class in transformers, only the Differential Transformer has another form there",
+    )?;
+    GroupedDifferentialConfig::diff_llama(&layers, &config.dims(0), form(config)?)
+}
+
+/// The form of the layers around attention.
+///
+/// # Errors
+/// If it is no published family's.
+fn form(config: &DecoderConfig) -> Result<Form, String> {
+    let whole = config.rope_fraction == 1.0;
+    match (config.norm, config.mlp) {
+        _ if !config.rope => Err("model.decoder.rope = false: published families rotate positions".into()),
+        _ if config.attention_gate.is_some() => {
+            Err("model.decoder.attention_gate: published families have no such gates".into())
+        }
+        (NormKind::Layer, MlpKind::Gelu) => Ok(Form::GptNeox),
+        (NormKind::Rms, MlpKind::Swiglu) if whole && !config.parallel_residual => Ok(Form::Llama),
+        (norm, mlp) => Err(format!(
+            "norm {norm:?} with mlp {mlp:?}, rope_fraction {} and parallel_residual {} are together in no published family",
+            config.rope_fraction, config.parallel_residual
+        )),
+    }
+}
+
+/// The tensors of a Differential Transformer as DiffLlama has them: all signal heads before all noise heads, the weights of
+/// subln in the output projection.
+fn unstriped(model: &Decoder) -> Vec<Named> {
+    let head_dim = model.config().head_dim(0);
+    let tensors = named(model);
+    let (norms, mut tensors): (Vec<Named>, Vec<Named>) =
+        tensors.into_iter().partition(|tensor| tensor.name.ends_with(".subln.weight"));
+    for tensor in &mut tensors {
+        let columns = tensor.shape.last().copied().unwrap_or_default();
+        let layer = tensor.name.strip_suffix(".o_proj.weight");
+        let norm = layer.and_then(|layer| norms.iter().find(|norm| norm.name == format!("{layer}.subln.weight")));
+        if let Some(norm) = norm {
+            let of_row = |row: usize| norm.values[row % norm.values.len()];
+            tensor.values.iter_mut().enumerate().for_each(|(at, value)| *value *= of_row(at / columns));
+        } else if [".q_proj.", ".k_proj.", ".v_proj."].iter().any(|part| tensor.name.contains(part)) {
+            // Ours alternate: a signal, its noise, the next signal; of values, both halves of a pair.
+            let heads = |row: &[f32], first: usize| -> Vec<f32> {
+                row.chunks(head_dim).skip(first).step_by(2).flatten().copied().collect()
+            };
+            let rows = tensor.values.chunks(columns).flat_map(|row| [heads(row, 0), heads(row, 1)].concat());
+            tensor.values = rows.collect();
+        }
+    }
+    tensors
+}
+
+/// What a person has to know about the export of a decoder, as sentences.
+pub fn notes(model: &Decoder, options: ExportOptions) -> Vec<String> {
     let Ok(standard) = standard_grouped(model) else { return Vec::new() };
     let of = |model: &Decoder| published(model.config());
     match standard.as_ref().map_or_else(|| of(model), |standard| of(standard).or_else(|_| of(model))) {
+        Err(_) if options.native => vec![NATIVE.into()],
+        Ok(published) if published.family.remote_code && options.native => vec![NATIVE.into()],
         Err(problem) => vec![remote_note(&POLYHEAD, &format!(" ({problem})"))],
         Ok(published) if published.family.remote_code => vec![remote_note(published.family, "")],
         // For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
         // and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
-        Ok(published) if tokenizer && published.family.model_type() == "qwen2" => vec![
+        Ok(published) if options.pad.is_some() && published.family.model_type() == "qwen2" => vec![
             "AutoTokenizer of transformers 5 gives every Qwen2 model Qwen's own rules of splitting text; unless this tokenizer \
              is Qwen's, load it with PreTrainedTokenizerFast.from_pretrained instead"
                 .into(),
@@ -131,6 +187,10 @@ pub fn notes(model: &Decoder, tokenizer: bool) -> Vec<String> {
         Ok(_) => Vec::new(),
     }
 }
+
+/// What `native` does to a Differential Transformer.
+const NATIVE: &str = "written as transformers' DiffLlamaForCausalLM, which computes the same from heads in another order and \
+                      subln's weights in the output projection; Polyhead does not read it back: keep the checkpoint";
 
 /// How transformers loads a family that it does not have.
 fn remote_note(family: &Family, why: &str) -> String {
@@ -305,7 +365,8 @@ mod tests {
             let json: Value = serde_json::from_slice(&files[0].1).unwrap();
             assert_eq!(json["architectures"][0], "Qwen2ForCausalLM");
             let model = config(RopeLayout::RotateHalf, tied).init(10, &Device::flex());
-            assert!(notes(&model, true)[0].contains("PreTrainedTokenizerFast") && notes(&model, false).is_empty());
+            let told = |pad| notes(&model, ExportOptions { pad, ..Default::default() });
+            assert!(told(Some(0))[0].contains("PreTrainedTokenizerFast") && told(None).is_empty());
         }
     }
 

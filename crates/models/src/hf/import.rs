@@ -99,12 +99,6 @@ impl Folder {
         &self.described.notes
     }
 
-    /// Positions that a token attends to at most, where the model has such a window: no sequence may be longer, because all
-    /// attention is full here.
-    pub fn window(&self) -> Option<usize> {
-        self.described.window
-    }
-
     /// What the model is.
     pub fn decoder(&self) -> &DecoderConfig {
         &self.described.decoder

@@ -59,13 +59,19 @@ fn comes_back(model: &Decoder) -> String {
     config["architectures"][0].as_str().unwrap().to_owned()
 }
 
-/// The same settings without a width of heads that is the default, which published families do not tell apart.
+/// The same settings without a width of heads that is the default, and with one number for windows that are all alike, which
+/// published families do not tell apart.
 fn without_default_width(config: &DecoderConfig) -> DecoderConfig {
     let mut json = json!(config);
     for table in json["attention"].as_object_mut().into_iter().flat_map(|tables| tables.values_mut()) {
         let [width, heads] = ["head_dim", "n_heads"].map(|key| table[key].as_u64());
         if width.zip(heads).is_some_and(|(width, heads)| width * heads == config.d_model as u64) {
             table.as_object_mut().unwrap().remove("head_dim");
+        }
+        if let Some([first, rest @ ..]) = table["window"].as_array().map(Vec::as_slice)
+            && rest.iter().all(|window| window == first)
+        {
+            table["window"] = first.clone();
         }
     }
     serde_json::from_value(json).unwrap()
@@ -161,6 +167,14 @@ fn settings_of_each_mechanism_come_back() {
         (softmax(json!({ "n_kv_heads": 1, "head_dim": 8, "qkv_bias": true, "o_bias": true })), "LlamaForCausalLM"),
         (softmax(json!({ "qkv_bias": true })), "Qwen2ForCausalLM"),
         (softmax(json!({ "qk_norm": true, "n_kv_heads": 2 })), "Qwen3ForCausalLM"),
+        (softmax(json!({ "window": 5 })), "MistralForCausalLM"),
+        (softmax(json!({ "window": [5, 5, 5, 5], "n_kv_heads": 2 })), "MistralForCausalLM"),
+        (softmax(json!({ "window": [0, 5, 0, 5] })), "PolyheadForCausalLM"),
+        (softmax(json!({ "window": 5, "qkv_bias": true, "o_bias": true })), "PolyheadForCausalLM"),
+        (softmax(json!({ "window": 5, "softcap": 2.0 })), "PolyheadForCausalLM"),
+        (softmax(json!({ "window": [5, 0, 0, 5], "qkv_bias": true })), "Qwen2ForCausalLM"),
+        (softmax(json!({ "window": [5, 0, 6, 5], "qkv_bias": true })), "PolyheadForCausalLM"),
+        (softmax(json!({ "window": 7, "qk_norm": true })), "Qwen3ForCausalLM"),
         (softmax(json!({ "o_bias": true })), "PolyheadForCausalLM"),
         (softmax(json!({ "qk_norm": true, "qkv_bias": true })), "PolyheadForCausalLM"),
     ] {
@@ -239,9 +253,68 @@ fn only_what_transformers_does_not_have_is_written_with_code() {
         let (dir, config) = exported(&model);
         assert_eq!(config["auto_map"].is_object(), code);
         assert_eq!(dir.path().join("modeling_polyhead.py").exists(), code);
-        let note = super::notes(&model, true).concat();
+        let note = super::notes(&model, ExportOptions::default()).concat();
         assert_eq!(note.contains("trust_remote_code=True"), code, "{note}");
     }
+}
+
+#[test]
+fn the_differential_transformer_is_written_as_transformers_has_it() {
+    let differential = |more: Value, decoder: Value| {
+        let mut table = json!({ "n_heads": 4, "n_noise_heads": 2 });
+        table.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let attention = serde_json::from_value(json!({ "grouped_differential": table })).unwrap();
+        model(PerLayer::Same(attention), decoder)
+    };
+    let native = ExportOptions { max_positions: 16, native: true, ..Default::default() };
+    let ours = differential(json!({}), json!({}));
+    let files: BTreeMap<String, Vec<u8>> = export(&ours, native).unwrap().into_iter().collect();
+    let config: Value = serde_json::from_slice(&files["config.json"]).unwrap();
+    assert_eq!(config["architectures"][0], "DiffLlamaForCausalLM");
+    assert_eq!((&config["num_key_value_heads"], &config["auto_map"]), (&json!(4), &Value::Null));
+    assert!(!files.contains_key("modeling_polyhead.py"));
+    assert!(super::notes(&ours, native)[0].contains("DiffLlamaForCausalLM"));
+    let theirs = crate::weights::from_safetensors(&files["model.safetensors"]).unwrap();
+    assert!(!theirs.keys().any(|name| name.contains("subln")));
+    let (_, motif) = exported(&ours);
+    assert_eq!(motif["architectures"][0], "MotifForCausalLM");
+    let mine: BTreeMap<String, Named> = named(&ours).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+    // Heads 0 to 3 are signal, noise, signal, noise here; signals come first there. Theirs is [out, in], ours [in, out].
+    const WIDTH: usize = 6;
+    for name in ["q_proj", "k_proj", "v_proj"] {
+        let theirs = &theirs[&format!("model.layers.1.self_attn.{name}.weight")];
+        let mine = &mine[&format!("layers.1.attention.{name}.weight")];
+        for (place, head) in [0, 2, 1, 3].into_iter().enumerate() {
+            for (channel, input) in [(0, 0), (5, 3), (2, 23)] {
+                let there = theirs.values[(place * WIDTH + channel) * theirs.shape[1] + input];
+                assert_eq!(there, mine.values[input * mine.shape[1] + head * WIDTH + channel], "{name}");
+            }
+        }
+    }
+    let [o_proj, subln] = ["o_proj", "subln"].map(|name| &mine[&format!("layers.2.attention.{name}.weight")]);
+    let there = &theirs["model.layers.2.self_attn.o_proj.weight"];
+    for (row, column) in [(0, 0), (13, 5), (23, 23)] {
+        let scaled = o_proj.values[row * o_proj.shape[1] + column] * subln.values[row % (2 * WIDTH)];
+        assert_eq!(there.values[column * there.shape[1] + row], scaled);
+    }
+    // What DiffLlama does not have.
+    for (more, decoder, words) in [
+        (json!({ "n_noise_heads": 1 }), json!({}), "one signal head per noise head"),
+        (json!({ "subln": false }), json!({}), "subln"),
+        (json!({ "lambda_init": "motif" }), json!({}), "lambda_init"),
+        (json!({ "window": 4 }), json!({}), "no window"),
+        (json!({}), json!({ "norm_eps": 1e-6 }), "norm_eps"),
+        (json!({}), json!({ "rope": false }), "rope = false"),
+    ] {
+        let error = export(&differential(more, decoder), native).unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains("without --native"), "{error}");
+    }
+    let sink = PerLayer::Same(serde_json::from_value(json!({ "sink": { "n_heads": 4 } })).unwrap());
+    assert!(
+        export(&model(sink, json!({})), native).unwrap_err().to_string().contains("only the Differential Transformer")
+    );
+    let plain = PerLayer::Same(serde_json::from_value(json!({ "softmax": { "n_heads": 4 } })).unwrap());
+    assert_eq!(export(&model(plain, json!({})), native).unwrap().len(), 3);
 }
 
 #[test]

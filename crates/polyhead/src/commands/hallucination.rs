@@ -73,7 +73,6 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.max_new_tokens);
     for prompt in lines(file)? {
         let ids = tokenizer.encode_prompt(&prompt)?;
-        trained.check_length(ids.len().saturating_add(args.max_new_tokens), "a prompt with --max-new-tokens")?;
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);

@@ -32,8 +32,6 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         true => LongTask::ALL.to_vec(),
         false => LongTask::ALL.into_iter().filter(|task| args.task.iter().any(|name| name == task.name())).collect(),
     };
-    let longest = lengths.iter().max().copied().unwrap_or(1).saturating_mul(trained_on);
-    trained.check_length(longest, "the longest text (--lengths times --unit)")?;
     talk!("{} problems each, by length (1x = {trained_on} tokens) and depth", args.samples);
     let mut rows = Vec::new();
     for task in tasks {

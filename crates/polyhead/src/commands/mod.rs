@@ -74,8 +74,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
             _ => long_context::eval(&args),
         },
         Command::Generate(args) => trained::generate(&args),
-        Command::Export { checkpoint, out, expanded, without_mask } => {
-            trained::export(&checkpoint, &out, trained::Export { expanded, without_mask })
+        Command::Export { checkpoint, out, expanded, without_mask, native } => {
+            trained::export(&checkpoint, &out, trained::Export { expanded, without_mask, native })
         }
         Command::Convert(args) => convert::convert(&args),
         Command::Grow(args) => grow::grow(&args),

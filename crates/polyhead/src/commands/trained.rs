@@ -128,8 +128,6 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     };
     let started = Instant::now();
     let prompt = if args.chat { chat_prompt(tokenizer, &args.prompt)? } else { plain_prompt(tokenizer, &args.prompt)? };
-    let whole = prompt.ids.len().saturating_add(args.max_new_tokens);
-    trained.check_length(whole, "the prompt with --max-new-tokens")?;
     let count = write_text(&trained.model, tokenizer, &prompt, &sampling)?;
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
@@ -221,6 +219,8 @@ pub struct Export {
     pub expanded: bool,
     /// Whether a mask may be lost.
     pub without_mask: bool,
+    /// Whether the class has to be one of transformers' own.
+    pub native: bool,
 }
 
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
@@ -248,6 +248,7 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
         begin_of_text: tokenizer.and_then(Tokenizer::begin_of_text),
         end_of_text: tokenizer.and_then(Tokenizer::end_of_text),
         pad: tokenizer.map(Tokenizer::pad),
+        native: how.native,
     };
     let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
     if let Some(tokenizer) = &trained.tokenizer {
@@ -275,7 +276,7 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
     folder.finish()?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
-    hf::notes(&trained.model, trained.tokenizer.is_some()).iter().for_each(|note| talk!("note: {note}"));
+    hf::notes(&trained.model, options).iter().for_each(|note| talk!("note: {note}"));
     Ok(())
 }
 
@@ -290,7 +291,6 @@ pub fn logits(checkpoint: &Path, tokens: &[u32], text: Option<&str>, out: &Path)
     if tokens.is_empty() {
         return Err(polyhead_recipe::Problems::plain("--text is no token long: give a longer one".into()).into());
     }
-    trained.check_length(tokens.len(), if text.is_some() { "--text" } else { "--tokens" })?;
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
         return Err(polyhead_recipe::Problems::plain(format!(
             "--tokens: id {id} is not below the vocabulary ({vocab})"

@@ -1,7 +1,7 @@
 //! What the keys of a config.json say before they are settings: which kind of model they are of, what stands for those that are
 //! missing, and whether the special tokens are in the vocabulary.
 
-use polyhead_attention::{Family, Form};
+use polyhead_attention::{Family, Form, Window};
 use serde_json::{Map, Value, json};
 
 use crate::hf::names::families;
@@ -48,7 +48,8 @@ pub(super) fn fill_in(keys: &mut Map<String, Value>, family: &Family) -> Vec<Str
             keys.insert(key.into(), value);
         }
     }
-    filled.retain(|key| !key.starts_with("sliding_window") && !key.starts_with("max_window_layers"));
+    // A window decides numbers where it is used without being switched on.
+    filled.retain(|key| family.window == Window::Always || !key.contains("window"));
     match filled.is_empty() {
         true => Vec::new(),
         false => vec![format!("config.json leaves out what transformers has defaults for: {}", filled.join(", "))],
