@@ -109,14 +109,14 @@ fn a_fine_tuned_model_is_exported_whole_and_asked_about_long_texts() {
     let names = String::from_utf8_lossy(&world.read("exported/model.safetensors")).into_owned();
     assert!(names.contains("q_proj.weight") && !names.contains("lora"));
 
-    // Markers that are no tokens end nothing; what a recipe tells a template goes with the model.
+    // Markers that are not tokens end nothing; what a recipe tells a template goes with the model.
     let chat =
         softmax.replace("[data.markov]\nstates = 6", "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"chatml\"");
     let chat = chat.replace("seq_len = 16", "seq_len = 128").replace("steps = 12", "steps = 1");
     std::fs::write(world.dir.path().join("chatml.toml"), chat).unwrap();
     let variables = "data.chat.template_variables={ enable_thinking = false }";
     let (_, err) = world.succeeds(&["train", "chatml.toml", variables, "--out", "chatml"]);
-    assert!(err.contains("note: data.chat.template \"chatml\": <|im_start|>, <|im_end|> are no tokens"), "{err}");
+    assert!(err.contains("note: data.chat.template \"chatml\": <|im_start|>, <|im_end|> are not tokens"), "{err}");
     world.succeeds(&["export", "chatml", "--to", "chatml_exported"]);
     let stops: Value = serde_json::from_slice(&world.read("chatml_exported/generation_config.json")).unwrap();
     assert_eq!(stops["eos_token_id"], 256);

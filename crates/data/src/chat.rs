@@ -37,13 +37,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Tokenizer, Yields};
+use crate::problem::{Problem, require, some_path};
+use crate::source::Source;
+use crate::{Data, DataError, Opening, Tokenizer};
 
+pub use crate::tokenizer::Special;
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
 pub use markers::end_of_answer;
 pub(crate) use markers::note;
-pub use template::{BUILT_IN, ChatTemplate, Special};
+pub(crate) use rows::row;
+pub use template::{BUILT_IN, ChatTemplate};
 pub(crate) use tokenize::tokenize;
 
 /// `[data.chat]`: conversations, one a row: a line of JSON, an object in a JSON array, or a row of a table (.csv, .tsv) whose first
@@ -53,7 +56,7 @@ pub(crate) use tokenize::tokenize;
 pub struct ChatConfig {
     /// Files, folders and patterns.
     pub paths: Vec<String>,
-    /// How a row tells its messages. Default: messages.
+    /// How a row holds its messages. Default: messages.
     #[serde(default)]
     pub columns: ColumnsConfig,
     /// The chat template: "tokenizer" (its own; the default), "chatml", "llama3", "plain", or a file of Jinja.
@@ -90,28 +93,25 @@ pub struct ChatConfig {
 }
 
 impl Source for ChatConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Chat;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        /// What each row, or the tokenizer, tells a template.
+        /// What each row, or the tokenizer, gives a template.
         const GIVEN: [&str; 7] =
             ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"];
         some_path(&self.paths)?;
-        if let Some(date) = self.date.as_ref().filter(|date| dates::Day::parse(date).is_none()) {
-            return Err(("date", format!("date (\"{date}\") must be a day such as \"2025-07-26\"")));
+        if let Some(date) = &self.date {
+            require(dates::Day::parse(date).is_some(), "date", || {
+                format!("date (\"{date}\") must be a day such as \"2025-07-26\"")
+            })?;
         }
         for name in self.template_variables.keys() {
             let word = |sign: char| sign == '_' || sign.is_ascii_alphanumeric();
-            if GIVEN.contains(&name.as_str()) {
-                let problem = format!("template_variables sets {name}, which rows and tokenizer tell the template");
-                return Err(("template_variables", problem));
-            }
-            if name.is_empty() || !name.chars().all(word) || name.starts_with(|sign: char| sign.is_ascii_digit()) {
-                let problem =
-                    format!("template_variables has \"{name}\", which is no name in Jinja: letters, digits and _");
-                return Err(("template_variables", problem));
-            }
+            let is_name = !name.starts_with(|sign: char| sign.is_ascii_digit()) && name.chars().all(word);
+            require(!GIVEN.contains(&name.as_str()), "template_variables", || {
+                format!("template_variables sets {name}, which rows and tokenizer give the template")
+            })?;
+            require(is_name && !name.is_empty(), "template_variables", || {
+                format!("template_variables has \"{name}\", which is not a name in Jinja: letters, digits and _")
+            })?;
         }
         Ok(())
     }
@@ -129,7 +129,7 @@ impl ChatConfig {
     /// The chat template with its variables.
     ///
     /// # Errors
-    /// If there is none, or it is no Jinja.
+    /// If there is none, or it is not valid Jinja.
     pub fn template(&self, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
         let template = chat_template("data.chat.template", &self.template, tokenizer)?;
         let date = self.date.as_deref().unwrap_or_default();
@@ -202,9 +202,9 @@ pub struct ChatTokens {
 /// The chat template that a recipe names with the setting `key`.
 ///
 /// # Errors
-/// If there is none, or it is no Jinja.
+/// If there is none, or it is not valid Jinja.
 pub fn chat_template(key: &str, name: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate, DataError> {
-    let unusable = |problem: String| DataError::Unusable(format!("{key}{problem}"));
+    let unusable = |problem: String| unusable!("{key}{problem}");
     let built_in = BUILT_IN.iter().find(|(other, _)| *other == name).map(|(_, source)| (*source).to_owned());
     let source = match (name, built_in) {
         (_, Some(source)) => source,

@@ -1,5 +1,6 @@
 //! What can be wrong with data.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 /// Why data cannot be used.
@@ -34,6 +35,20 @@ pub enum DataError {
         /// What is wrong.
         problem: String,
     },
+}
+
+/// [`DataError::Unusable`] with these words, as `format!` takes them.
+macro_rules! unusable {
+    ($($words:tt)*) => {
+        $crate::DataError::Unusable(format!($($words)*))
+    };
+}
+
+impl DataError {
+    /// What is wrong with the content of a file, and the way out.
+    pub(crate) fn in_file(path: &Path, problem: impl Display) -> Self {
+        unusable!("{}: {problem}", path.display())
+    }
 }
 
 /// Says which file an operation was about.

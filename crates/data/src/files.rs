@@ -4,14 +4,15 @@ mod packed;
 mod parquet;
 mod rows;
 mod sniff;
-mod would_read;
+mod table;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs::{File, FileType};
+use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use glob::Pattern;
+use polyhead_models::{irregular, open_regular};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +20,9 @@ use crate::DataError;
 use crate::error::At;
 
 pub(crate) use packed::{Packed, ending};
-pub(crate) use rows::{Place, Row, delimiter, for_each_row, invalid, table_problem};
+pub(crate) use rows::{Place, Row, for_each_row, invalid};
 pub(crate) use sniff::{kind, not_text, structured};
+pub(crate) use table::Table;
 
 /// What is done where a file cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -82,7 +84,7 @@ impl LeftOut {
 pub(crate) struct Search {
     /// Files, sorted, each once, with whether it was named itself (not only found in a folder).
     pub(crate) files: BTreeMap<PathBuf, bool>,
-    /// What stood in the folders besides.
+    /// What else was in the folders.
     pub(crate) left_out: LeftOut,
 }
 
@@ -92,7 +94,7 @@ pub(crate) struct Search {
 /// If one matches nothing or cannot be searched.
 pub(crate) fn search(patterns: &[String], kinds: &[&[&str]]) -> Result<Search, DataError> {
     if patterns.is_empty() {
-        return Err(DataError::Unusable("paths is empty: name at least one file, folder or pattern".into()));
+        return Err(unusable!("paths is empty: name at least one file, folder or pattern"));
     }
     let mut all = Search::default();
     for pattern in patterns {
@@ -140,8 +142,7 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     if Path::new(pattern).exists() {
         return Ok(vec![pattern.into()]);
     }
-    let compiled =
-        |text: &str| Pattern::new(text).map_err(|error| DataError::Unusable(format!("pattern \"{pattern}\": {error}")));
+    let compiled = |text: &str| Pattern::new(text).map_err(|error| unusable!("pattern \"{pattern}\": {error}"));
     compiled(pattern)?;
     let parts: Vec<Component> = Path::new(pattern).components().collect();
     let mut found = vec![PathBuf::new()];
@@ -212,7 +213,7 @@ fn folders_below(folders: Vec<PathBuf>) -> Result<Vec<PathBuf>, DataError> {
 
 /// All files below `folder` with one of the endings, in small letters or capitals. Left out are hidden ones, links to folders
 /// (which may lead in a circle), and folders of outputs that a program can make again, which say so by a CACHEDIR.TAG.
-fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), DataError> {
+pub(crate) fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), DataError> {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).at(&folder)? {
@@ -255,35 +256,7 @@ fn walk(folder: &Path, endings: &[&str], search: &mut Search) -> Result<(), Data
     Ok(())
 }
 
-/// What a file is that is not on a disk.
-fn irregular(kind: FileType) -> Option<&'static str> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::FileTypeExt;
-        for (is, what) in [
-            (kind.is_fifo(), "named pipe"),
-            (kind.is_socket(), "socket"),
-            (kind.is_char_device() || kind.is_block_device(), "device"),
-        ] {
-            if is {
-                return Some(what);
-            }
-        }
-    }
-    kind.is_dir().then_some("folder")
-}
-
-/// Opens a file on a disk; a pipe, a socket, a device or a folder is refused, as reading it may never end.
-fn open_regular(path: &Path) -> std::io::Result<File> {
-    match irregular(path.metadata()?.file_type()) {
-        Some(what) => {
-            Err(std::io::Error::other(format!("it is a {what}: only files are read; save what it gives in one")))
-        }
-        None => File::open(path),
-    }
-}
-
-/// The same.
+/// Opens a file on a disk.
 ///
 /// # Errors
 /// If there is none, or it is a pipe, a socket, a device or a folder.
@@ -323,15 +296,12 @@ pub(crate) fn without_mark(content: &[u8]) -> &[u8] {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::testing::Folder;
 
     /// A folder with these files.
-    fn folder(files: &[&str]) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        for name in files {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, "x").unwrap();
-        }
+    fn folder(files: &[&str]) -> Folder {
+        let dir = Folder::new();
+        files.iter().for_each(|name| drop(dir.write(name, "x")));
         dir
     }
 

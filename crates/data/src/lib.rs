@@ -4,93 +4,100 @@
 //! implements in a file of its own. A new source is that file, a `mod` line and a line in the list; from the list it gets its
 //! key in recipes and its place in their reference.
 //!
-//! [`DataConfig::open`] turns a source into batches by position: a [`Loader`] of rows of tokens, an [`ExampleLoader`] of
-//! labelled examples or a [`PairLoader`]. Text goes through documents (`documents.rs`), token ids in a memory-mapped file
+//! A source is opened as batches by position (`batches.rs`): a [`Loader`] of rows of tokens, an [`ExampleLoader`] of labelled
+//! examples or a [`PairLoader`]. Text goes through documents (`texts.rs`), token ids in a memory-mapped file
 //! (`documents/tokens.rs`) and rows (`documents/windows.rs`).
 
+#[macro_use]
+mod error;
+
+mod augment;
+mod batches;
 pub mod chat;
 mod documents;
-mod error;
 mod examples;
 mod files;
 mod guard;
-mod loader;
 pub mod long_context;
-mod order;
+mod options;
+mod problem;
+mod random;
 mod source;
 pub mod synthetic;
+mod texts;
 mod tokenizer;
+mod would_read;
 
-use std::path::Path;
-
-use polyhead_models::InputShape;
-
+pub use augment::AugmentConfig;
+pub use batches::{ExampleLoader, Labelled, Loader, LoaderOptions, Opened, Order, PairLoader, Paired, Sample, Samples};
 pub use documents::{
-    Documents, FromFiles, JsonlConfig, LabelledFields, LabelledText, Packing, PairedText, RustDocsConfig, Syntax,
-    TextConfig, TextDocument, distinct_names, read_labelled, read_pairs,
+    JsonlConfig, LabelledFields, LabelledText, PairedText, RustDocsConfig, Syntax, TextConfig, distinct_names,
+    read_labelled, read_pairs,
 };
 pub use error::DataError;
 pub use examples::{
-    AugmentConfig, ChirpsConfig, CifarConfig, CsvImagesConfig, ExampleLoader, FeaturePairsConfig, FeaturesConfig,
-    IdxConfig, ImageFolderConfig, Labelled, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, PairLoader,
-    Paired, ShapesConfig, WavFolderConfig, read_features,
+    ChirpsConfig, CifarConfig, CsvImagesConfig, FeaturePairsConfig, FeaturesConfig, IdxConfig, ImageFolderConfig,
+    LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig, read_features,
 };
-pub use loader::{Loader, LoaderOptions, Order, Sample, Samples};
-pub use source::{Data, Modality, OpenOptions, Opened, Opening, Problem, Source, Tracking, Yields};
+pub use options::{OpenOptions, Packing, Tracking};
+pub use problem::Problem;
+pub use source::{Data, Modality, Opening, Origin, Source, Yields};
+pub use texts::{Documents, FromFiles, TextDocument};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 
 use chat::ChatConfig;
 use long_context::LongContextConfig;
-use synthetic::{
-    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig, World,
-};
+use synthetic::{AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig};
 
+// From where, what samples are, what they become.
 source::sources! {
     /// The English of the Rust documentation that rustup installs; without it, the project's own text and source.
-    rust_docs => RustDocs, RustDocsConfig;
+    rust_docs => RustDocs(RustDocsConfig): Files, Text, Tokens;
     /// Text files.
-    text => Text, TextConfig;
+    text => Text(TextConfig): Files, Text, Tokens;
     /// Rows of JSON or of tables with a text field.
-    jsonl => Jsonl, JsonlConfig;
+    jsonl => Jsonl(JsonlConfig): Files, Text, Tokens;
     /// Conversations, one a row of JSON or of a table.
-    chat => Chat, ChatConfig;
+    chat => Chat(ChatConfig): Files, Chat, Tokens;
     /// Generated questions about long texts, as conversations.
-    long_context => LongContext, LongContextConfig;
+    long_context => LongContext(LongContextConfig): Generated, Chat, Tokens;
     /// A random Markov chain, whose best possible loss is known.
-    markov => Markov, MarkovConfig;
+    markov => Markov(MarkovConfig): Generated, Ids, Tokens;
     /// Multi-query associative recall.
-    associative_recall => AssociativeRecall, AssociativeRecallConfig;
+    associative_recall => AssociativeRecall(AssociativeRecallConfig): Generated, Ids, Tokens;
     /// Needles in filler, with look-alikes.
-    needles => Needles, NeedlesConfig;
+    needles => Needles(NeedlesConfig): Generated, Ids, Tokens;
     /// A random sequence and the same again.
-    induction => Induction, InductionConfig;
+    induction => Induction(InductionConfig): Generated, Ids, Tokens;
     /// Random tokens, a separator, the same tokens.
-    copy => Copy, CopyConfig;
+    copy => Copy(CopyConfig): Generated, Ids, Tokens;
     /// A world of facts, some of which are never taught.
-    facts => Facts, FactsConfig;
+    facts => Facts(FactsConfig): Generated, Ids, Tokens;
     /// For classifiers: generated images of a shape among clutter.
-    shapes => Shapes, ShapesConfig;
+    shapes => Shapes(ShapesConfig): Generated, Images, Examples;
     /// For classifiers: generated audio in noise.
-    chirps => Chirps, ChirpsConfig;
+    chirps => Chirps(ChirpsConfig): Generated, Audio, Examples;
     /// For classifiers: images in IDX files, as MNIST's.
-    idx => Idx, IdxConfig;
+    idx => Idx(IdxConfig): Files, Images, Examples;
     /// For classifiers: CIFAR's binary files.
-    cifar => Cifar, CifarConfig;
+    cifar => Cifar(CifarConfig): Files, Images, Examples;
     /// For classifiers: images as rows of a table.
-    csv_images => CsvImages, CsvImagesConfig;
+    csv_images => CsvImages(CsvImagesConfig): Files, Images, Examples;
     /// For classifiers: image files, a folder for each class.
-    image_folder => ImageFolder, ImageFolderConfig;
+    image_folder => ImageFolder(ImageFolderConfig): Files, Images, Examples;
     /// For classifiers: WAV files, a folder for each class.
-    wav_folder => WavFolder, WavFolderConfig;
+    wav_folder => WavFolder(WavFolderConfig): Files, Audio, Examples;
     /// For classifiers: texts with their classes, one a row of JSON or of a table.
-    labelled_text => LabelledText, LabelledTextConfig;
+    labelled_text => LabelledText(LabelledTextConfig): Files, Text, Examples;
     /// For classifiers: features of all layers of a frozen model, in files.
-    features => Features, FeaturesConfig;
+    features => Features(FeaturesConfig): Files, Features, Examples;
     /// For classifiers: generated features of layers, with impulses and drift.
-    layer_features => LayerFeatures, LayerFeaturesConfig;
+    layer_features => LayerFeatures(LayerFeaturesConfig): Generated, Features, Examples;
     /// For embedders: features of texts that belong together, in files.
-    feature_pairs => FeaturePairs, FeaturePairsConfig;
+    feature_pairs => FeaturePairs(FeaturePairsConfig): Files, Features, Pairs;
 }
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;

@@ -10,19 +10,19 @@ mod words;
 use std::path::Path;
 use std::sync::Arc;
 
-use polyhead_models::{IGNORE, Role};
+use polyhead_models::Role;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
 use crate::chat::{self, ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
-use crate::documents::{Documents, FromFiles, TextDocument, bytes_per_token};
-use crate::loader::{LoaderOptions, Order, Sample, Samples, first_rows};
-use crate::source::Problem;
+use crate::problem::{Problem, require};
 use crate::synthetic::Side;
-use crate::{Data, DataError, Loader, Modality, Opened, Opening, Source, Tokenizer, Yields};
+use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::{Data, DataError, Loader, Opened, Opening, Source, Tokenizer};
 
 use tasks::Facts;
 pub use tasks::{EIGHT, LongTask};
@@ -31,12 +31,12 @@ pub use tasks::{EIGHT, LongTask};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LongContextConfig {
-    /// What is asked; in turns. Default: all of key_value, needles_multi, variable_tracking, common_words,
+    /// What is asked, one after the other. Default: all of key_value, needles_multi, variable_tracking, common_words,
     /// multi_hop.
     pub tasks: Vec<LongTask>,
-    /// Questions about each text, in turns, where the task knows as many and there is room. Default: 1.
+    /// Questions about each text, one after the other, where the task knows as many and there is room. Default: 1.
     pub questions: usize,
-    /// The fewest and the most keys that a text of key_value or needles_multi tells of, both 2 to 8; how many it is is drawn
+    /// The fewest and the most keys that a text of key_value or needles_multi has, both 2 to 8; how many it is is drawn
     /// for each text. Models learn to look up sooner from texts with few. Default: [8, 8].
     pub keys: [usize; 2],
     /// The chat template, as in data.chat. Default: "plain".
@@ -58,24 +58,17 @@ impl Default for LongContextConfig {
 }
 
 impl Source for LongContextConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Chat;
-    const GENERATED: bool = true;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        if self.tasks.is_empty() {
-            return Err(("tasks", "tasks is empty: name at least one".to_owned()));
-        }
+        require(!self.tasks.is_empty(), "tasks", || "tasks is empty: name at least one".into())?;
         let [fewest, most] = self.keys;
-        if !(2 <= fewest && fewest <= most && most <= 8) {
-            return Err(("keys", format!("keys ([{fewest}, {most}]) must be 2 to 8, the fewest first")));
-        }
-        Ok(())
+        require(2 <= fewest && fewest <= most && most <= 8, "keys", || {
+            format!("keys ([{fewest}, {most}]) must be 2 to 8, the fewest first")
+        })
     }
 
-    fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
-        let read = texts(self).map(|items| FromFiles { items, notes: Vec::new() });
-        Some(read.and_then(|read| Documents::counted(read, "generated conversation", "long_context")))
+    fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
+        let read = FromFiles { items: texts(self)?, notes: Vec::new() };
+        Documents::counted(read, "generated conversation", "long_context").map(Some)
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -86,7 +79,7 @@ impl Source for LongContextConfig {
         let markers = chat::note(template, tokenizer, "data.long_context.template", &self.template)?;
         let with_template = tokenizer.clone().with_chat_template(template.source().to_owned());
         let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
-        let (bytes, note) = bytes_per_token(tokenizer.token_bytes_of_sample());
+        let (bytes, note) = tokenizer.token_bytes_of_sample();
         let loader = |rows, order| Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions::of(options, order));
         let tasks: Vec<&str> = self.tasks.iter().map(|task| task.name()).collect();
         Ok(Data::Tokens(Box::new(Opened {
@@ -162,12 +155,12 @@ impl Problems<'_> {
                 continue;
             }
             if count <= facts.filler.least() {
-                return Err(DataError::Unusable(format!(
+                return Err(unusable!(
                     "the shortest problem of {} has {} tokens, more than there is room for ({length}): give more room, or a \
                      tokenizer with longer tokens",
                     task.name(),
                     problem.tokens.tokens.len()
-                )));
+                ));
             }
             count -= ((over as f64 / per_piece) as usize).clamp(1, count - facts.filler.least());
         }
@@ -181,13 +174,13 @@ impl Problems<'_> {
         };
         let chat = Conversation { messages: turns.iter().flat_map(turn).collect(), tools: None };
         let mut texts = tokenize(&chat, self.learn, self.template, self.tokenizer)
-            .map_err(|problem| DataError::Unusable(format!("chat template: {problem}")))?;
+            .map_err(|problem| unusable!("chat template: {problem}"))?;
         let Some(tokens) = texts.pop().filter(|_| texts.is_empty()) else {
-            return Err(DataError::Unusable(format!(
+            return Err(unusable!(
                 "data.long_context.questions ({}): the chat template renders answers otherwise once more questions follow, so \
                  that they cannot be learned in one text; set questions = 1, or template = \"plain\"",
                 self.questions
-            )));
+            ));
         };
         let said = |at: usize| tokens.roles[at] == Role::Assistant;
         let start = (0..tokens.tokens.len()).find(|&at| said(at)).unwrap_or(0);
@@ -267,19 +260,7 @@ impl Samples for LongContext {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        let ChatTokens { mut tokens, mut roles, learned, .. } = self.problem(index)?.tokens;
-        let mut targets: Vec<i64> = tokens
-            .iter()
-            .zip(&learned)
-            .skip(1)
-            .map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORE })
-            .collect();
-        let mut documents = vec![0; tokens.len()];
-        targets.resize(self.seq_len, IGNORE);
-        documents.resize(self.seq_len, 1);
-        tokens.resize(self.seq_len, self.tokenizer.pad());
-        roles.resize(self.seq_len, Role::Padding);
-        Ok(Sample { tokens, targets, documents: Some(documents), roles: Some(roles) })
+        Ok(chat::row([&self.problem(index)?.tokens], self.seq_len, self.tokenizer.pad()))
     }
 }
 
@@ -304,6 +285,8 @@ fn texts(config: &LongContextConfig) -> Result<Vec<TextDocument>, DataError> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use polyhead_models::IGNORE;
+
     use super::*;
 
     fn make_with(questions: usize, task: LongTask, length: usize, depth: f64, stream: u64) -> LongProblem {

@@ -17,8 +17,8 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::loader::{LoaderOptions, Order, Sample, Samples, first_rows};
-use crate::source::{Problem, require};
+use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
+use crate::problem::{Problem, require};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
 pub use associative_recall::AssociativeRecallConfig;
@@ -38,6 +38,11 @@ const MOST_IDS: usize = 1 << 20;
 pub trait Task: Send + Sync {
     /// How many ids it uses.
     fn n_ids(&self) -> usize;
+
+    /// The lowest loss that any model can reach, in nats per target.
+    fn floor(&self) -> f64 {
+        0.0
+    }
 
     /// A row of `seq_len` tokens.
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample;
@@ -109,8 +114,8 @@ impl Samples for Generated {
     }
 }
 
-/// Rows of a task without end. `floor` is the lowest loss that any model can reach, in nats per target.
-fn open(task: impl Task + 'static, floor: f64, opening: Opening<'_>) -> Result<Data, DataError> {
+/// Rows of a task without end.
+fn open(task: impl Task + 'static, opening: Opening<'_>) -> Result<Data, DataError> {
     let Opening { name, options, .. } = opening;
     let (task, texts): (Arc<dyn Task>, _) =
         (Arc::new(task), options.tracking.map_or(0, |tracking| tracking.texts as u64));
@@ -126,7 +131,7 @@ fn open(task: impl Task + 'static, floor: f64, opening: Opening<'_>) -> Result<D
         description: format!("generated: {name} ({vocab_size} ids), new samples without end"),
         notes: Vec::new(),
         text_hash: None,
-        floor: Some(floor),
+        floor: Some(task.floor()),
     })))
 }
 
@@ -213,7 +218,7 @@ mod tests {
                 for value in [0, 1, 2].into_iter().chain(HUGE) {
                     let json = format!(r#"{{"{name}":{{"{field}":{value}}}}}"#);
                     let config: DataConfig = serde_json::from_str(&json).unwrap();
-                    match config.validate(64) {
+                    match config.source().validate(64) {
                         Err((named, problem)) => assert!(problem.contains(named), "{json}: {problem}"),
                         Ok(()) => {
                             assert!(value <= MOST_IDS as u64, "{json}");

@@ -37,7 +37,7 @@ fn generated_sets_open_with_their_optimum() {
     {
         let config = format!(r#"{{"{data}":{{}}}}"#);
         let opened = opened(&config, 4).unwrap();
-        let known = serde_json::from_str::<DataConfig>(&config).unwrap().vocab_size(&Tokenizer::bytes());
+        let known = serde_json::from_str::<DataConfig>(&config).unwrap().source().vocab_size(&Tokenizer::bytes());
         assert_eq!(known, vocab_size);
         assert_eq!((opened.vocab_size, opened.floor), (vocab_size, floor));
         assert_eq!((opened.validation.per_epoch(), opened.validation.batches_per_epoch()), (6, 2));

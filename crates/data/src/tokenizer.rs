@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer as HfTokenizer;
 
 use crate::DataError;
-use crate::chat::Special;
 use crate::guard::guarded;
 use byte_level::bytes_json;
 use bytes::TokenBytes;
@@ -49,7 +48,7 @@ impl Default for TokenizerConfig {
 #[serde(deny_unknown_fields)]
 pub struct BytesTokenizer {}
 
-/// Where a Hugging Face tokenizer lies.
+/// Where a Hugging Face tokenizer is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HuggingfaceTokenizer {
@@ -78,11 +77,22 @@ pub struct Tokenizer {
     marks_beginnings: bool,
 }
 
+/// What a template may call the tokenizer's special tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Special {
+    /// Begins a text.
+    pub bos: String,
+    /// Ends a text.
+    pub eos: String,
+    /// Fills up.
+    pub pad: String,
+}
+
 impl Tokenizer {
     /// Opens what a recipe names.
     ///
     /// # Errors
-    /// If the file is missing or no tokenizer.
+    /// If the file is missing or not a tokenizer.
     pub fn open(config: &TokenizerConfig) -> Result<Self, DataError> {
         match config {
             TokenizerConfig::Bytes(_) => Ok(Self::bytes()),
@@ -137,7 +147,7 @@ impl Tokenizer {
     /// Opens the text of a tokenizer.json, as checkpoints keep it.
     ///
     /// # Errors
-    /// If it is no tokenizer.
+    /// If it is not a tokenizer.
     pub fn from_json(json: &str) -> Result<Self, DataError> {
         if json == bytes_json() {
             return Ok(Self::bytes());
@@ -149,7 +159,7 @@ impl Tokenizer {
 
     /// Reads what has been checked.
     fn read(json: String, value: &Value, notes: Vec<String>) -> Result<Self, String> {
-        let mut inner = HfTokenizer::from_bytes(&json).map_err(|e| format!("no tokenizer.json: {e}"))?;
+        let mut inner = HfTokenizer::from_bytes(&json).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
         // Many published files cut at, or fill up to, the length their model was trained with; texts here are whole.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| format!("truncation cannot be switched off: {e}"))?;
@@ -192,8 +202,7 @@ impl Tokenizer {
     /// # Errors
     /// If it is invalid JSON.
     pub fn with_config(mut self, json: &str) -> Result<Self, DataError> {
-        let config: Value =
-            serde_json::from_str(json).map_err(|e| DataError::Unusable(format!("invalid JSON: {e}")))?;
+        let config: Value = serde_json::from_str(json).map_err(|e| unusable!("invalid JSON: {e}"))?;
         let token = |key: &str| {
             let value = &config[key];
             value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
@@ -232,7 +241,7 @@ impl Tokenizer {
     fn failed(&self, problem: String) -> DataError {
         match &self.path {
             Some(path) => DataError::Tokenizer { path: path.clone(), problem },
-            None => DataError::Unusable(format!("the tokenizer failed: {problem}")),
+            None => unusable!("the tokenizer failed: {problem}"),
         }
     }
 
@@ -263,7 +272,7 @@ impl Tokenizer {
         self.inner.as_ref()?.token_to_id(&self.begin_of_text)
     }
 
-    /// Token ids of what a chat template wrote, each with the last byte that it stands for. Special tokens that are spelt out are
+    /// Token ids of what a chat template wrote, each with the last byte that it stands for. Special tokens that are spelled out are
     /// meant, in the bytes tokenizer too; none are added.
     ///
     /// # Errors
@@ -384,31 +393,30 @@ impl Tokenizer {
         self.end_of_text
     }
 
-    /// Bytes of text that each id stands for, by how it is spelt; 0 for special ones.
+    /// Bytes of text that each id stands for, by how it is spelled; 0 for special ones.
     pub fn token_bytes(&self) -> Vec<u32> {
         self.token_bytes.table().to_vec()
     }
 
-    /// The same, where they add up to the bytes of texts, of which parts are tried.
-    ///
-    /// # Errors
-    /// If they do not, so that bits per byte cannot be known: why, as a sentence.
-    pub fn token_bytes_of<'a>(&self, texts: impl Iterator<Item = &'a str>) -> Result<Vec<u32>, String> {
-        if self.inner.is_none() {
-            return Ok(self.token_bytes());
-        }
-        let mut pieces = Vec::new();
-        for piece in texts.flat_map(pieces_of).take(PIECES) {
-            pieces.push((piece, self.encode(piece).map_err(|error| error.to_string())?));
-        }
-        self.token_bytes.that_add_up(&pieces)
+    /// The same, where they add up to the bytes of texts, of which parts are tried; otherwise a sentence that says why bits per
+    /// byte cannot be known.
+    pub(crate) fn token_bytes_of<'a>(
+        &self,
+        texts: impl Iterator<Item = &'a str>,
+    ) -> (Option<Vec<u32>>, Option<String>) {
+        let encoded = |piece: &'a str| Ok::<_, String>((piece, self.encode(piece).map_err(|error| error.to_string())?));
+        let bytes = match self.inner {
+            None => Ok(self.token_bytes()),
+            Some(_) => {
+                let pieces = texts.flat_map(pieces_of).take(PIECES).map(encoded).collect::<Result<Vec<_>, _>>();
+                pieces.and_then(|pieces| self.token_bytes.that_add_up(&pieces))
+            }
+        };
+        bytes.map_or_else(|note| (None, Some(note)), |bytes| (Some(bytes), None))
     }
 
     /// The same, where they add up to a sample of text.
-    ///
-    /// # Errors
-    /// If they do not, so that bits per byte cannot be known: why, as a sentence.
-    pub fn token_bytes_of_sample(&self) -> Result<Vec<u32>, String> {
+    pub(crate) fn token_bytes_of_sample(&self) -> (Option<Vec<u32>>, Option<String>) {
         self.token_bytes_of(std::iter::once(SAMPLE))
     }
 

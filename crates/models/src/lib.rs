@@ -48,7 +48,7 @@ pub use gaussian_adaptive_transformer::{
 pub use generate::{Continuation, Sampling, continuations, generate};
 pub use layer_features::TokenPooling;
 pub use loss::{Evaluated, Loss};
-pub use mapped_file::{MappedFile, mapped_file_at};
+pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};
 pub use per_layer::PerLayer;
 pub use pooling::{
     GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,

@@ -5,7 +5,7 @@
 //! each time that bytes are asked for. That leaves the moment between looking and reading; for it the binary has a handler,
 //! which asks [`mapped_file_at`] what to name.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::path::Path;
@@ -27,14 +27,7 @@ impl MappedFile {
     /// # Errors
     /// If it cannot be opened or mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::of(File::open(path)?, path)
-    }
-
-    /// Maps a file that was opened; the path is what it is called.
-    ///
-    /// # Errors
-    /// If it cannot be mapped.
-    pub fn of(file: File, path: &Path) -> Result<Self> {
+        let file = open_regular(path)?;
         // SAFETY: the map is only read, as bytes, of which every pattern is one. What others do to the file is looked at in
         // `bytes`, and what comes of it later stops the process; who writes other bytes into a file that is in use changes
         // numbers, as with any program that maps its data.
@@ -76,6 +69,35 @@ impl MappedFile {
     /// If the file is shorter by now.
     pub fn all(&self) -> Result<&[u8]> {
         self.bytes(0..self.map.len())
+    }
+}
+
+/// What a file is that is not on a disk.
+pub fn irregular(kind: FileType) -> Option<&'static str> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        for (is, what) in [
+            (kind.is_fifo(), "named pipe"),
+            (kind.is_socket(), "socket"),
+            (kind.is_char_device() || kind.is_block_device(), "device"),
+        ] {
+            if is {
+                return Some(what);
+            }
+        }
+    }
+    kind.is_dir().then_some("folder")
+}
+
+/// Opens a file on a disk.
+///
+/// # Errors
+/// If there is none, or it is a pipe, a socket, a device or a folder, as reading it may never end.
+pub fn open_regular(path: &Path) -> Result<File> {
+    match irregular(path.metadata()?.file_type()) {
+        Some(what) => Err(Error::other(format!("it is a {what}: only files are read; save what it gives in one"))),
+        None => File::open(path),
     }
 }
 

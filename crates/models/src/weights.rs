@@ -12,7 +12,7 @@ mod finite;
 mod header;
 mod stream;
 
-pub use files::TensorFiles;
+pub use files::{MappedTensor, TensorFiles};
 pub use finite::{NonFinite, check_finite};
 pub use stream::{Held, held, write_safetensors};
 

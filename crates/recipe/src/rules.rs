@@ -134,7 +134,7 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         "training.device",
         format!("training.device (\"{}\") must be one of {}", training.device, DEVICES.join(", ")),
     );
-    if let Err((field, message)) = recipe.data.validate(training.seq_len) {
+    if let Err((field, message)) = recipe.data.source().validate(training.seq_len) {
         problems.push((format!("data.{}.{field}", recipe.data.name()), message));
     }
     let procedure = recipe.procedure.validate(decoder, training);
@@ -281,7 +281,7 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
     if let Err((field, message)) = recipe.loss.validate(None) {
         problems.push((format!("loss.{field}"), message));
     }
-    let shape = recipe.data.shape().filter(|_| sound && problems.is_empty());
+    let shape = recipe.data.source().shape().filter(|_| sound && problems.is_empty());
     if let Err(error) = classifier.validate(shape) {
         problems.push((format!("model.classifier.{}", error.field), error.problem));
     }

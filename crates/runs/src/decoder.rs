@@ -65,7 +65,7 @@ impl Kind for Decoder {
     type Data = Opened;
 
     fn known(resolved: &Resolved) -> Result<Known, Failure> {
-        let of_data = || resolved.recipe.data.vocab_size(&resolved.tokenizer);
+        let of_data = || resolved.recipe.data.source().vocab_size(&resolved.tokenizer);
         Ok(Known::Ids(resolved.vocab_size.unwrap_or_else(of_data)))
     }
 

@@ -138,7 +138,7 @@ impl ColumnsConfig {
     /// # Errors
     /// What is wrong with it.
     pub(super) fn read(&self, row: &Value) -> Result<Conversation, String> {
-        let Some(row) = row.as_object() else { return Err("the row is no object".into()) };
+        let Some(row) = row.as_object() else { return Err("the row is not an object".into()) };
         let mut chat = match self {
             Self::Messages(names) => {
                 let messages = with_system(list(row, &names.messages)?.clone(), row, &names.system)?;
@@ -183,7 +183,7 @@ impl SharegptColumns {
         let role = known.iter().find(|(theirs, _)| theirs.has(from)).or(known.iter().find(|(_, ours)| *ours == from));
         let (_, role) = role.ok_or_else(|| {
             format!(
-                "\"{from}\" speaks, whom nobody knows: name the roles in data.chat.columns.sharegpt (assistant = [\"gpt\", \
+                "the role \"{from}\" is unknown: name the roles in data.chat.columns.sharegpt (assistant = [\"gpt\", \
                  \"{from}\"], for instance)"
             )
         })?;
@@ -204,7 +204,7 @@ fn with_system(mut messages: Vec<Value>, row: &Map<String, Value>, key: &str) ->
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(messages),
         Some(Value::String(text)) => text,
         Some(other) => {
-            return Err(format!("\"{key}\" is {}, where the text of a system message may stand", kind(other)));
+            return Err(format!("\"{key}\" is {}, where the text of a system message belongs", kind(other)));
         }
     };
     if messages.first().is_some_and(|first| first.get("role").and_then(Value::as_str) == Some("system")) {

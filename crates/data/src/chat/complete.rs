@@ -21,7 +21,7 @@ pub(super) fn complete(
     if whole.text.trim().is_empty() {
         let name = template.name();
         return Err(format!(
-            "the chat template writes nothing of it: a name in it may be misspelt (data.chat.template \"{name}\")"
+            "the chat template writes nothing of it: a name in it may be misspelled (data.chat.template \"{name}\")"
         ));
     }
     let same = |other: &Given| render(other, template).is_ok_and(|other| other.text == whole.text);

@@ -52,7 +52,7 @@ fn filters(environment: &mut Environment<'static>) {
     });
     environment.add_filter("join", join);
     environment.add_filter("list", |value: Value| match value.kind() {
-        ValueKind::None => Err(refused("none is no list")),
+        ValueKind::None => Err(refused("none is not a list")),
         _ => Ok(Value::from(value.try_iter()?.checked().collect::<Result<Vec<Value>, Error>>()?)),
     });
     for name in ["default", "d"] {
@@ -75,12 +75,7 @@ fn filters(environment: &mut Environment<'static>) {
         let text = python::simple(&value)?;
         let read = match value.kind() {
             ValueKind::Bool => Some(Value::from(f64::from(u8::from(value.is_true())))),
-            _ => text
-                .trim()
-                .replace('_', "")
-                .parse::<f64>()
-                .ok()
-                .map(|read| python::number(&python::float_literal(read))),
+            _ => text.trim().replace('_', "").parse::<f64>().ok().map(|read| python::number(&python::json_float(read))),
         };
         Ok::<_, Error>(read.unwrap_or(other))
     });

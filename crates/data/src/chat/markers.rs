@@ -3,7 +3,7 @@
 use super::template::ChatTemplate;
 use crate::{DataError, Tokenizer};
 
-/// The token that says that an answer is over: what stands behind answers begins with it. `None` where that is spelt out in
+/// The token that says that an answer is over: what stands behind answers begins with it. `None` where that is spelled out in
 /// ordinary tokens, of which none may end a text.
 ///
 /// # Errors
@@ -35,21 +35,20 @@ pub(crate) fn note(
     name: &str,
 ) -> Result<Option<String>, DataError> {
     let Some(end) = template.end_of_turn() else { return Ok(None) };
-    let mut spelt = Vec::new();
+    let mut spelled = Vec::new();
     for marker in markers(&template.probe().unwrap_or_default()) {
         let ids = tokenizer.encode_template(&marker)?;
         let whole = ids.len() == 1 && is_whole(ids[0].0, &marker, ids[0].1, tokenizer);
-        if !whole && !spelt.contains(&marker) {
-            spelt.push(marker);
+        if !whole && !spelled.contains(&marker) {
+            spelled.push(marker);
         }
     }
     let mut problems = Vec::new();
-    if !spelt.is_empty() {
-        problems.push(format!("{} are no tokens of the tokenizer and are spelt out", spelt.join(", ")));
+    if !spelled.is_empty() {
+        problems.push(format!("{} are not tokens of the tokenizer and are spelled out", spelled.join(", ")));
     }
     if end_of_answer(template, tokenizer)?.is_none() {
-        problems
-            .push(format!("no token ends an answer ({:?} stands behind it), so that generation does not stop", end));
+        problems.push(format!("no token ends an answer ({:?} follows it), so that generation does not stop", end));
     }
     if problems.is_empty() {
         return Ok(None);

@@ -6,8 +6,7 @@ use super::read::{Counts, notes, read_chats};
 use super::rows::ChatRows;
 use super::split::ChatSplit;
 use super::{ChatConfig, ChatTokens, note};
-use crate::documents::bytes_per_token;
-use crate::loader::{LoaderOptions, Order, Samples, first_rows};
+use crate::batches::{LoaderOptions, Order, Samples, first_rows};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
 /// Reads the conversations of a data set, divides them and packs them into rows.
@@ -30,11 +29,10 @@ pub(super) fn open(config: &ChatConfig, opening: Opening<'_>) -> Result<Data, Da
         [("to train on", train.is_empty()), ("for tracking", options.tracking.is_some() && tracked.is_empty())]
     {
         if empty {
-            let problem = format!(
+            return Err(unusable!(
                 "data.chat: of {} conversations none is left {what}, as validation and tracking take their own: give more",
                 chats.len()
-            );
-            return Err(DataError::Unusable(problem));
+            ));
         }
     }
     let sizes = [train.len(), validation.len(), tracked.len()];
@@ -54,7 +52,7 @@ pub(super) fn open(config: &ChatConfig, opening: Opening<'_>) -> Result<Data, Da
         )
     });
     let markers = note(&template, tokenizer, "data.chat.template", &config.template)?;
-    let (bytes, unknown) = bytes_per_token(tokenizer.token_bytes_of_sample());
+    let (bytes, unknown) = tokenizer.token_bytes_of_sample();
     let notes = several.into_iter().chain(markers).chain(unknown).chain(notes(config, &counts, &template));
     let loader = |rows, order| Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions::of(options, order));
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);

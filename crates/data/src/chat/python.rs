@@ -98,12 +98,8 @@ pub(super) fn float(value: f64) -> String {
     format!("{digits}e{sign}{:02}", exponent.abs())
 }
 
-/// A float as [`number`] reads it.
-pub(super) fn float_literal(value: f64) -> String {
-    json_float(value)
-}
-
-fn json_float(value: f64) -> String {
+/// A float as JSON of Python's has it, and as [`number`] reads it.
+pub(super) fn json_float(value: f64) -> String {
     match float(value).as_str() {
         "nan" => "NaN".into(),
         "inf" => "Infinity".into(),

@@ -52,15 +52,15 @@ pub(super) fn read_chats(
     limits::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
     let Reader { chats, counts, .. } = reader;
     if chats.is_empty() {
-        return Err(DataError::Unusable(format!("data.chat: of {} rows none is left to train on", counts.rows)));
+        return Err(unusable!("data.chat: of {} rows none is left to train on", counts.rows));
     }
     if chats.iter().all(|chat| chat.learned.iter().skip(1).all(|&learned| !learned)) {
-        return Err(DataError::Unusable(format!(
+        return Err(unusable!(
             "data.chat.template \"{}\": of {} conversations nothing is learned: the template writes no answer that a token stands \
              before",
             config.template,
             chats.len()
-        )));
+        ));
     }
     Ok((chats, counts))
 }

@@ -7,7 +7,7 @@ use polyhead_models::{IGNORE, Role};
 
 use super::ChatTokens;
 use crate::DataError;
-use crate::loader::{Sample, Samples};
+use crate::batches::{Sample, Samples};
 
 /// Rows of `seq_len` tokens: one conversation each, or as many as fit.
 pub struct ChatRows {
@@ -68,22 +68,27 @@ impl Samples for ChatRows {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        let (mut tokens, mut targets) = (Vec::with_capacity(self.seq_len), Vec::with_capacity(self.seq_len));
-        let (mut documents, mut roles) = (Vec::with_capacity(self.seq_len), Vec::with_capacity(self.seq_len));
-        for (document, &index) in self.rows[index as usize].iter().enumerate() {
-            let chat = &self.chats[index];
-            let ahead = chat.tokens.iter().zip(&chat.learned).skip(1);
-            targets.extend(ahead.map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORE }));
-            targets.push(IGNORE);
-            documents.resize(documents.len() + chat.tokens.len(), document as u32);
-            tokens.extend(&chat.tokens);
-            roles.extend(&chat.roles);
-        }
-        let padding = self.rows[index as usize].len() as u32;
-        tokens.resize(self.seq_len, self.pad);
-        targets.resize(self.seq_len, IGNORE);
-        documents.resize(self.seq_len, padding);
-        roles.resize(self.seq_len, Role::Padding);
-        Ok(Sample { tokens, targets, documents: Some(documents), roles: Some(roles) })
+        let chats = self.rows[index as usize].iter().map(|&index| &self.chats[index]);
+        Ok(row(chats, self.seq_len, self.pad))
     }
+}
+
+/// A row of conversations one after the other, filled up with `pad`; attention stays inside each.
+pub(crate) fn row<'a>(chats: impl IntoIterator<Item = &'a ChatTokens>, seq_len: usize, pad: u32) -> Sample {
+    let (mut tokens, mut targets, mut roles) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut documents, mut count) = (Vec::new(), 0);
+    for chat in chats {
+        let ahead = chat.tokens.iter().zip(&chat.learned).skip(1);
+        targets.extend(ahead.map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORE }));
+        targets.push(IGNORE);
+        tokens.extend(&chat.tokens);
+        roles.extend(&chat.roles);
+        documents.resize(tokens.len(), count);
+        count += 1;
+    }
+    tokens.resize(seq_len, pad);
+    targets.resize(seq_len, IGNORE);
+    documents.resize(seq_len, count);
+    roles.resize(seq_len, Role::Padding);
+    Sample { tokens, targets, documents: Some(documents), roles: Some(roles) }
 }

@@ -13,6 +13,7 @@ use super::columns::Conversation;
 use super::dates::{self, Day};
 use super::jinja::MARKS;
 use super::{jinja, limits, numbers};
+use crate::tokenizer::Special;
 
 /// `<|im_start|>role`, the text, `<|im_end|>`: Qwen's, and many others'.
 const CHATML: &str = "\
@@ -49,17 +50,6 @@ pub struct ChatTemplate {
     /// What a recipe calls it.
     name: String,
     day: Option<Day>,
-}
-
-/// What a template may call the tokenizer's special tokens.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Special {
-    /// Begins a text.
-    pub bos: String,
-    /// Ends a text.
-    pub eos: String,
-    /// Fills up.
-    pub pad: String,
 }
 
 /// A conversation as text.
@@ -101,7 +91,7 @@ impl ChatTemplate {
     /// Reads a template. Every line end counts as one, as in Jinja2, and a byte order mark before it as none of it.
     ///
     /// # Errors
-    /// If it is no Jinja, or larger than templates may be: the line and what is wrong there.
+    /// If it is not valid Jinja, or larger than templates may be: the line and what is wrong there.
     pub fn new(source: &str, special: Special) -> Result<Self, String> {
         let source = source.strip_prefix('\u{FEFF}').unwrap_or(source).replace("\r\n", "\n").replace('\r', "\n");
         limits::check(&source)?;

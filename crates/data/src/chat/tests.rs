@@ -11,7 +11,7 @@ use super::read::{Counts, notes, read_chats};
 use super::rows::ChatRows;
 use super::template::Given;
 use super::*;
-use crate::loader::Samples;
+use crate::batches::Samples;
 
 fn golden(name: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/chat_templates");
@@ -174,7 +174,7 @@ fn what_one_row_trains_stays_on_one_side() {
         "{:?}",
         opened.notes
     );
-    assert!(opened.notes[1].contains("<|im_start|>, <|im_end|> are no tokens"), "{:?}", opened.notes);
+    assert!(opened.notes[1].contains("<|im_start|>, <|im_end|> are not tokens"), "{:?}", opened.notes);
     let rows = |loader: &crate::Loader| {
         let of = |position| loader.batch(position).unwrap().tokens[..20].to_vec();
         (0..loader.batches_per_epoch()).map(of).collect::<Vec<_>>()
@@ -247,7 +247,9 @@ fn variables_of_a_template_are_set_and_kept_as_defaults() {
     assert!(kept.prompt(&question).unwrap().ends_with("</think>\n\n"));
     let thinks = kept.with_variables(&BTreeMap::from([("enable_thinking".into(), json!(true))]));
     assert!(thinks.prompt(&question).unwrap().ends_with("assistant\n"));
-    for (name, words) in [("messages", "rows and tokenizer"), ("a-b", "no name in Jinja"), ("1", "no name in Jinja")] {
+    for (name, words) in
+        [("messages", "rows and tokenizer"), ("a-b", "not a name in Jinja"), ("1", "not a name in Jinja")]
+    {
         let config = json!({ "paths": ["x"], "template_variables": { name: 1 } });
         let config: ChatConfig = serde_json::from_value(config).unwrap();
         assert!(config.validate(0).unwrap_err().1.contains(words), "{name}");
@@ -304,7 +306,7 @@ const TOOLS: &str = r#"{"messages": [{"role": "user", "content": "x"}, {"role": 
 fn rows_that_cannot_be_used_are_told_by_file_and_line_or_skipped_and_counted() {
     let bad = [
         ("{\"mess", "column"),
-        ("[1]", "no object"),
+        ("[1]", "not an object"),
         ("{\"text\": \"x\"}", "no \"messages\" (the row has text)"),
         ("{\"messages\": 3}", "is a number"),
         ("{\"messages\": []}", "no messages"),
@@ -405,7 +407,10 @@ fn tools_may_be_json_in_a_text_and_several_names_one_role() {
     let calls = json!({ "conversations": [{ "from": "human", "value": "?" }, { "from": "function_call", "value": "call" },
         { "from": "observation", "value": "3" }, { "from": "gpt", "value": "!" }] });
     let error = read(calls.clone(), json!({ "sharegpt": {} })).unwrap_err();
-    assert!(error.contains("\"function_call\" speaks") && error.contains("[\"gpt\", \"function_call\"]"), "{error}");
+    assert!(
+        error.contains("the role \"function_call\" is unknown") && error.contains("[\"gpt\", \"function_call\"]"),
+        "{error}"
+    );
     let names = json!({ "sharegpt": { "assistant": ["gpt", "function_call"], "tool": "observation" } });
     let shown = read(calls, names).unwrap();
     assert!(
@@ -464,7 +469,7 @@ fn only_a_token_of_its_own_ends_an_answer() {
     let (stop, note) = end("chatml", &bytes);
     assert_eq!(stop, None, "no byte ends an answer");
     let note = note.unwrap();
-    assert!(note.starts_with("data.chat.template \"chatml\": <|im_start|>, <|im_end|> are no tokens"), "{note}");
+    assert!(note.starts_with("data.chat.template \"chatml\": <|im_start|>, <|im_end|> are not tokens"), "{note}");
     assert!(note.contains("generation does not stop") && note.contains("\"plain\" needs no markers"), "{note}");
     assert!(end("llama3", &bytes).1.unwrap().contains("<|start_header_id|>, <|end_header_id|>, <|eot_id|> are"));
 

@@ -192,7 +192,7 @@ impl Whole<'_> {
         }
         let name = self.rules.template.name();
         Err(format!(
-            "the chat template writes nothing of what the assistant says: a name in it may be misspelt (data.chat.template \
+            "the chat template writes nothing of what the assistant says: a name in it may be misspelled (data.chat.template \
              \"{name}\")"
         ))
     }

@@ -77,7 +77,7 @@ pub(super) fn turns(
     let mut render = |index: usize| {
         budget = budget.checked_sub(2 * index + 1).ok_or_else(|| {
             format!(
-                "it has {} answers, and where they stand takes more than {MOST_RENDERED} messages to render, as the template \
+                "it has {} answers, and finding them takes more than {MOST_RENDERED} messages to render, as the template \
                  writes each in its own way\n  hint: divide the conversation, or use a template that marks answers \
                  with {{% generation %}}",
                 all.len()

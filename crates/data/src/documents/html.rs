@@ -3,29 +3,9 @@
 use scraper::{ElementRef, Html, Node, Selector};
 
 /// Elements that begin a new line.
-const BLOCKS: [&str; 19] = [
-    "p",
-    "div",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "li",
-    "ul",
-    "ol",
-    "pre",
-    "table",
-    "tr",
-    "blockquote",
-    "section",
-    "dl",
-    "dt",
-    "br",
-];
+const BLOCKS: &str = "p div h1 h2 h3 h4 h5 h6 li ul ol pre table tr blockquote section dl dt br";
 /// Elements whose text nobody reads.
-const SKIPPED: [&str; 9] = ["script", "style", "nav", "button", "svg", "head", "template", "noscript", "form"];
+const SKIPPED: &str = "script style nav button svg head template noscript form";
 
 /// The readable text of a page's main part (`main`, rustdoc's `#main-content`, else `body`): paragraphs apart, code as it
 /// stands.
@@ -59,9 +39,9 @@ fn append(element: ElementRef<'_>, verbatim: bool, text: &mut String) {
                     text.push(' ');
                 }
             }
-            Node::Element(tag) if !SKIPPED.contains(&tag.name()) => {
+            Node::Element(tag) if !has(SKIPPED, tag.name()) => {
                 let Some(child) = ElementRef::wrap(child) else { continue };
-                let block = BLOCKS.contains(&tag.name());
+                let block = has(BLOCKS, tag.name());
                 if block {
                     text.push('\n');
                 }
@@ -76,6 +56,10 @@ fn append(element: ElementRef<'_>, verbatim: bool, text: &mut String) {
             _ => {}
         }
     }
+}
+
+fn has(names: &str, name: &str) -> bool {
+    names.split(' ').any(|one| one == name)
 }
 
 /// No white space at line ends, at most one empty line in a row.

@@ -5,10 +5,12 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::open;
 use super::rows::{for_each_row, text_of};
-use super::{Documents, FromFiles, TextDocument};
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, some_path};
+use crate::source::Source;
+use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::{Data, DataError, Opening};
 
 /// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns,
 /// packed (.gz, .zst) or not; or of Parquet.
@@ -27,9 +29,6 @@ fn text_field() -> String {
 }
 
 impl Source for JsonlConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Text;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)
     }
@@ -38,12 +37,12 @@ impl Source for JsonlConfig {
         self.paths.clone()
     }
 
-    fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
-        Some(read_jsonl(self).and_then(|read| Documents::counted(read, "row", "jsonl")))
+    fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
+        Documents::counted(read_jsonl(self)?, "row", "jsonl").map(Some)
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        Documents::counted(read_jsonl(self)?, "row", opening.name)?.open(opening)
+        open(self, opening)
     }
 }
 
@@ -65,6 +64,11 @@ fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::testing::{Folder, gzip};
+
+    fn config(path: &Path) -> JsonlConfig {
+        JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() }
+    }
 
     fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
         all.items.iter().map(|document| document.text.as_str()).collect()
@@ -72,27 +76,20 @@ mod tests {
 
     #[test]
     fn rows_that_are_packed_or_of_another_encoding_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rows.jsonl");
-        let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
+        let dir = Folder::new();
         for (bytes, name) in [(&b"\xff\xfe{\0"[..], "UTF-16"), (b"{\xe9", ":1: not UTF-8 (byte 0xe9 at 1; Latin-1")] {
-            std::fs::write(&path, bytes).unwrap();
-            let error = read_jsonl(&config).unwrap_err().to_string();
+            let error = read_jsonl(&config(&dir.write("rows.jsonl", bytes))).unwrap_err().to_string();
             assert!(error.contains("rows.jsonl") && error.contains(name), "{error}");
         }
-        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        std::io::Write::write_all(&mut packed, b"{\"text\": \"a\"}\n").unwrap();
-        std::fs::write(&path, packed.finish().unwrap()).unwrap();
-        assert_eq!(texts(&read_jsonl(&config).unwrap()), ["a"]);
+        let packed = dir.write("rows.jsonl", gzip("{\"text\": \"a\"}\n"));
+        assert_eq!(texts(&read_jsonl(&config(&packed)).unwrap()), ["a"]);
     }
 
     #[test]
     fn a_malformed_row_is_named_by_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rows.jsonl");
-        std::fs::write(&path, "{\"text\": \"one\"}\n\n{\"body\": \"two\"}\n").unwrap();
-        let config = JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() };
-        let error = read_jsonl(&config).unwrap_err().to_string();
+        let dir = Folder::new();
+        let path = dir.write("rows.jsonl", "{\"text\": \"one\"}\n\n{\"body\": \"two\"}\n");
+        let error = read_jsonl(&config(&path)).unwrap_err().to_string();
         assert!(error.contains("rows.jsonl:3") && error.contains("body"), "{error}");
     }
 }

@@ -2,16 +2,8 @@
 
 use serde_json::Value;
 
+use crate::texts::FromFiles;
 use crate::{DataError, files};
-
-/// What was read from files.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FromFiles<T> {
-    /// In the order of the files.
-    pub items: Vec<T>,
-    /// What was left out or changed, with counts.
-    pub notes: Vec<String>,
-}
 
 /// A text with what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,7 +114,7 @@ fn name_of(row: &Value, what: &str, field: &str) -> Result<String, String> {
     }
 }
 
-/// What stands where something else was expected.
+/// What is where something else was expected.
 fn found(row: &Value, field: &str) -> String {
     match (row.get(field), row.as_object()) {
         (Some(other), _) => format!("it holds {other}"),
@@ -149,13 +141,13 @@ pub(super) fn for_each_row(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::testing::Folder;
 
     #[test]
     fn pairs_have_a_wrong_document_all_or_none() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pairs.jsonl");
+        let dir = Folder::new();
         let read = |rows: &str| {
-            std::fs::write(&path, rows).unwrap();
+            let path = dir.write("pairs.jsonl", rows);
             read_pairs(&[path.display().to_string()], ["query", "positive", "negative"])
         };
         let two = "{\"query\": \"q\", \"positive\": \"p\"}";
@@ -185,10 +177,9 @@ mod tests {
 
     #[test]
     fn labels_are_text_or_numbers() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rows.jsonl");
+        let dir = Folder::new();
         let read = |rows: &str| {
-            std::fs::write(&path, rows).unwrap();
+            let path = dir.write("rows.jsonl", rows);
             let fields = LabelledFields { text: "text", label: "class", group: None };
             read_labelled(&[path.display().to_string()], fields)
         };

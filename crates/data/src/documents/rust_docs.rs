@@ -9,24 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use super::html::html_to_text;
 use super::text::read_text;
-use super::{Documents, Syntax, TextConfig, TextDocument};
+use super::{Syntax, TextConfig, open};
 use crate::error::At;
-use crate::{Data, DataError, Modality, Opening, Source, Yields};
+use crate::files::{Search, walk};
+use crate::texts::{Documents, TextDocument};
+use crate::{Data, DataError, Opening, Source};
 
 /// The books among the documentation, which are prose; the API pages are ten times as much and mostly signatures.
-const BOOKS: [&str; 11] = [
-    "book",
-    "reference",
-    "nomicon",
-    "rust-by-example",
-    "cargo",
-    "edition-guide",
-    "rustc",
-    "rustdoc",
-    "embedded-book",
-    "error_codes",
-    "clippy",
-];
+const BOOKS: &str =
+    "book reference nomicon rust-by-example cargo edition-guide rustc rustdoc embedded-book error_codes clippy";
 /// Folders of translations.
 const TRANSLATIONS: [&str; 4] = ["es", "ja", "ko", "zh"];
 /// Pages that repeat others or hold no text.
@@ -40,15 +31,12 @@ const SHORTEST_PAGE: usize = 200;
 pub struct RustDocsConfig {}
 
 impl Source for RustDocsConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Text;
-
-    fn documents(&self, project_root: &Path) -> Option<Result<Documents, DataError>> {
-        Some(read_rust_docs(project_root))
+    fn documents(&self, project_root: &Path) -> Result<Option<Documents>, DataError> {
+        read_rust_docs(project_root).map(Some)
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        read_rust_docs(&opening.options.project_root)?.open(opening)
+        open(self, opening)
     }
 }
 
@@ -102,11 +90,15 @@ fn installed() -> Option<(PathBuf, String)> {
 
 /// All pages of the books, stripped; two at a time.
 fn books(root: &Path) -> Result<Vec<TextDocument>, DataError> {
-    let mut pages = Vec::new();
-    for book in BOOKS {
-        collect(&root.join(book), &mut pages)?;
+    let mut found = Search::default();
+    for book in BOOKS.split(' ').map(|book| root.join(book)).filter(|book| book.is_dir()) {
+        walk(&book, &["html"], &mut found)?;
     }
-    pages.sort();
+    let prose = |path: &PathBuf| {
+        let mut parts = path.strip_prefix(root).unwrap_or(path).iter().filter_map(|part| part.to_str());
+        !parts.any(|part| TRANSLATIONS.contains(&part) || NO_PROSE.contains(&part))
+    };
+    let pages: Vec<PathBuf> = found.files.into_keys().filter(prose).collect();
     let strip = |path: &PathBuf| -> Result<Option<TextDocument>, DataError> {
         let html = String::from_utf8_lossy(&std::fs::read(path).at(path)?).into_owned();
         if html.contains("http-equiv=\"refresh\"") {
@@ -129,24 +121,6 @@ fn books(root: &Path) -> Result<Vec<TextDocument>, DataError> {
     let mut seen = HashSet::new();
     documents.retain(|document| seen.insert(blake3::hash(document.text.as_bytes())));
     Ok(documents)
-}
-
-fn collect(folder: &Path, pages: &mut Vec<PathBuf>) -> Result<(), DataError> {
-    if !folder.is_dir() {
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_dir() {
-            if !TRANSLATIONS.contains(&name.as_str()) {
-                collect(&path, pages)?;
-            }
-        } else if name.ends_with(".html") && !NO_PROSE.contains(&name.as_str()) {
-            pages.push(path);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::html::html_to_text;
-use super::{Documents, FromFiles, TextDocument};
+use super::open;
 use crate::files::{Packed, Search, ending, not_text, search, structured, without_mark};
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, some_path};
+use crate::source::Source;
+use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::{Data, DataError, Opening};
 
 /// Endings that count as text when a folder is named.
 const TEXT_ENDINGS: [&str; 12] = ["txt", "md", "rst", "html", "htm", "rs", "py", "toml", "json", "tex", "c", "h"];
@@ -45,9 +47,6 @@ impl Syntax {
 }
 
 impl Source for TextConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Text;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)
     }
@@ -56,12 +55,12 @@ impl Source for TextConfig {
         self.paths.clone()
     }
 
-    fn documents(&self, _project_root: &Path) -> Option<Result<Documents, DataError>> {
-        Some(read_text(self).and_then(|read| Documents::counted(read, "text file", "text")))
+    fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
+        Documents::counted(read_text(self)?, "text file", "text").map(Some)
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        Documents::counted(read_text(self)?, "text file", opening.name)?.open(opening)
+        open(self, opening)
     }
 }
 
@@ -79,10 +78,10 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
             Ok(text) => text,
             Err((what, instead)) if named => {
                 let instead = instead.map_or(String::new(), |instead| format!(": {instead}"));
-                return Err(DataError::Unusable(format!("{} is {what}{instead}", path.display())));
+                return Err(unusable!("{} is {what}{instead}", path.display()));
             }
             Err((what, instead)) => {
-                let instead = instead.map_or(String::new(), |instead| format!(", which is no prose: {instead}"));
+                let instead = instead.map_or(String::new(), |instead| format!(", which is not prose: {instead}"));
                 left_out.add(&format!("{what}{instead}"), &path);
                 continue;
             }
@@ -98,9 +97,7 @@ pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataErr
     let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is left out"));
     let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
     match documents.is_empty() {
-        true => {
-            Err(DataError::Unusable(format!("data.text: the files hold no text to train on; {}", notes.join("; "))))
-        }
+        true => Err(unusable!("data.text: the files hold no text to train on; {}", notes.join("; "))),
         false => Ok(FromFiles { items: documents, notes }),
     }
 }
@@ -127,6 +124,7 @@ fn text_of_file<'a>(bytes: &'a [u8], path: &Path, syntax: Syntax) -> Result<&'a 
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::testing::{Folder, gzip};
 
     fn prose(paths: &[&Path]) -> TextConfig {
         TextConfig { paths: paths.iter().map(|path| path.display().to_string()).collect(), syntax: Syntax::Prose }
@@ -138,21 +136,16 @@ mod tests {
 
     #[test]
     fn lines_of_html_may_be_alike() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("page.html");
-        std::fs::write(&path, "<p>cats &amp; dogs &amp; mice</p>\n".repeat(20)).unwrap();
+        let dir = Folder::new();
+        let path = dir.write("page.html", "<p>cats &amp; dogs &amp; mice</p>\n".repeat(20));
         let read = read_text(&prose(&[&path])).unwrap();
         assert!(texts(&read)[0].contains("cats & dogs & mice"), "{:?}", texts(&read));
     }
 
     #[test]
     fn what_is_no_prose_is_refused_by_name_and_left_out_of_folders_by_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, bytes: &[u8]| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, bytes).unwrap();
-            path
-        };
+        let dir = Folder::new();
+        let write = |name: &str, bytes: &[u8]| dir.write(name, bytes);
         let rows = write("rows.txt", b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
         let info = write("dataset_info.json", b"{\"features\": {}}");
         let latin = write("latin.txt", b"caf\xe9");
@@ -168,7 +161,7 @@ mod tests {
         assert_eq!(texts(&read), ["It was a dark night."]);
         let notes = read.notes.join("; ");
         for part in [
-            "1 JSON rows, which is no prose: data.jsonl",
+            "1 JSON rows, which is not prose: data.jsonl",
             "1 empty (",
             "latin.txt",
             "1 files begin with a byte order mark",
@@ -188,14 +181,11 @@ mod tests {
 
     #[test]
     fn packed_texts_are_unpacked() {
-        let dir = tempfile::tempdir().unwrap();
-        let page = "<p>a &amp; b</p>\n";
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        std::io::Write::write_all(&mut gzip, page.as_bytes()).unwrap();
-        std::fs::write(dir.path().join("a.html.gz"), gzip.finish().unwrap()).unwrap();
+        let dir = Folder::new();
+        dir.write("a.html.gz", gzip("<p>a &amp; b</p>\n"));
         let zstandard = ruzstd::encoding::compress_to_vec(&b"plain"[..], ruzstd::encoding::CompressionLevel::Fastest);
-        std::fs::write(dir.path().join("b.txt.zst"), zstandard).unwrap();
-        std::fs::write(dir.path().join("c.zip.gz"), "").unwrap();
+        dir.write("b.txt.zst", zstandard);
+        dir.write("c.zip.gz", "");
         let read = read_text(&prose(&[dir.path()])).unwrap();
         assert_eq!(texts(&read), ["a & b\n", "plain"]);
         assert!(read.notes[0].contains("1 that end in .gz"), "{:?}", read.notes);
@@ -203,16 +193,11 @@ mod tests {
 
     #[test]
     fn folders_and_patterns_are_read_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &[u8]| {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
-        write("b.txt", b"second");
-        write("a/x.MD", b"first");
-        write("a/binary.txt", &[0xff, 0xfe]);
-        write("picture.png", b"no text");
+        let dir = Folder::new();
+        dir.write("b.txt", "second");
+        dir.write("a/x.MD", "first");
+        dir.write("a/binary.txt", [0xff, 0xfe]);
+        dir.write("picture.png", "no text");
         let all = read_text(&prose(&[dir.path()])).unwrap();
         assert_eq!(texts(&all), ["first", "second"]);
         assert!(all.notes[0].contains("1 that end in .png (") && all.notes[0].contains("1 UTF-16"), "{:?}", all.notes);
@@ -223,11 +208,9 @@ mod tests {
 
     #[test]
     fn a_file_that_several_patterns_mean_is_read_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("part[1]");
-        std::fs::create_dir(&folder).unwrap();
-        std::fs::write(folder.join("a.txt"), "only").unwrap();
-        let all = read_text(&prose(&[&folder, &folder.join("a.txt")])).unwrap();
+        let dir = Folder::new();
+        let file = dir.write("part[1]/a.txt", "only");
+        let all = read_text(&prose(&[&dir.path().join("part[1]"), &file])).unwrap();
         assert_eq!(texts(&all), ["only"]);
         let pattern = dir.path().join("*/*.txt");
         let again = read_text(&prose(&[&pattern, &pattern])).unwrap();

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use polyhead_models::MappedFile;
 
-use super::TextDocument;
 use crate::error::At;
+use crate::texts::TextDocument;
 use crate::{DataError, Tokenizer};
 
 const MAGIC: &[u8; 8] = b"polytok1";
@@ -73,9 +73,9 @@ impl TokenFile {
             // Read through the map, which outlives the file's name.
             Self::open(file.path(), ends).map(|opened| Self { key: name.to_owned(), ..opened })
         };
-        opened.map(Arc::new).ok_or_else(|| {
-            DataError::Unusable(format!("{}: written, but it does not read back; is the disk sound?", path.display()))
-        })
+        opened
+            .map(Arc::new)
+            .ok_or_else(|| unusable!("{}: written, but it does not read back; is the disk sound?", path.display()))
     }
 
     /// The file if it is there and whole. `ends`: whether a token that ends it follows each document.
@@ -107,7 +107,7 @@ impl TokenFile {
         self.tokens
     }
 
-    /// Where each document lies.
+    /// Where each document is.
     pub fn documents(&self) -> impl Iterator<Item = Range<u64>> {
         let ends = self.starts.iter().skip(1).copied().chain([self.tokens]);
         self.starts.iter().copied().zip(ends).map(|(start, end)| start..end)
@@ -248,8 +248,7 @@ pub struct Split {
 /// If `fraction` is not between 0 and 1, or a side would be empty.
 pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, DataError> {
     if !(fraction > 0.0 && fraction < 1.0) {
-        let problem = format!("validation.fraction ({fraction}) must be greater than 0 and less than 1");
-        return Err(DataError::Unusable(problem));
+        return Err(unusable!("validation.fraction ({fraction}) must be greater than 0 and less than 1"));
     }
     let count = file.starts.len();
     let (mut train, mut validation, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
@@ -286,8 +285,7 @@ pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, Da
         [("training", &train, true), ("validation", &validation, true), ("tracking", &tracked, tracking_is_due)]
     {
         if ranges.is_empty() && due {
-            let problem = format!("no text is left for {side}: {count} documents, validation.fraction = {fraction}");
-            return Err(DataError::Unusable(problem));
+            return Err(unusable!("no text is left for {side}: {count} documents, validation.fraction = {fraction}"));
         }
     }
     Ok(Split { train, validation, tracking: tracked, description })

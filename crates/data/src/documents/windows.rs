@@ -4,24 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use polyhead_models::IGNORE;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::tokens::TokenFile;
 use crate::DataError;
-use crate::loader::{Sample, Samples};
-use crate::order::mix;
-
-/// Whether tokens of a row see documents before their own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Packing {
-    /// They do: a plain stream, cut anywhere.
-    #[default]
-    Stream,
-    /// They do not: attention stays inside documents, and nothing is predicted across their ends.
-    Documents,
-}
+use crate::batches::{Sample, Samples};
+use crate::options::Packing;
+use crate::random::mix;
 
 /// Rows of `seq_len` tokens, cut one after the other from the concatenated ranges.
 pub struct Windows {
@@ -47,7 +35,7 @@ impl Windows {
         seed: Option<u64>,
     ) -> Result<Self, DataError> {
         if seq_len == 0 {
-            return Err(DataError::Unusable("training.seq_len (0) must be at least 1".into()));
+            return Err(unusable!("training.seq_len (0) must be at least 1"));
         }
         let mut starts = vec![0];
         for range in &ranges {
@@ -55,12 +43,11 @@ impl Windows {
         }
         let total = starts[starts.len() - 1];
         if total < seq_len as u64 + 1 {
-            let problem = format!(
+            return Err(unusable!(
                 "a side of the split has {total} tokens, but a row takes training.seq_len + 1 = {}: give more text, a \
                  smaller seq_len or another validation.fraction",
                 seq_len + 1
-            );
-            return Err(DataError::Unusable(problem));
+            ));
         }
         Ok(Self { file, ranges, starts, seq_len: seq_len as u64, packing, seed })
     }
@@ -124,7 +111,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
     use super::*;
     use crate::Tokenizer;
-    use crate::documents::TextDocument;
+    use crate::texts::TextDocument;
 
     fn file(texts: &[&str]) -> Arc<TokenFile> {
         let dir = tempfile::tempdir().unwrap();

@@ -57,7 +57,7 @@ impl ClassFolders<'_> {
                     }
                     (Err(problem), OnBadFile::Error) => {
                         let way_out = format!("replace it, or set data.{}.on_bad_file = \"skip\"", self.name);
-                        return Err(DataError::Unusable(format!("{}: {problem}; {way_out}", path.display())));
+                        return Err(DataError::in_file(&path, format!("{problem}; {way_out}")));
                     }
                 }
             }
@@ -65,8 +65,7 @@ impl ClassFolders<'_> {
         }
         if ends.len() == 2 && ends[1] == ends[0] {
             let (left_out, name) = (left_out.note().unwrap_or_default(), self.name);
-            let problem = format!("data.{name}: no file of validation_path can be read; {left_out}");
-            return Err(DataError::Unusable(problem));
+            return Err(unusable!("data.{name}: no file of validation_path can be read; {left_out}"));
         }
         Ok(Read { classes, items, to_train: ends[0], left_out })
     }
@@ -87,7 +86,7 @@ struct ClassFiles {
 /// # Errors
 /// If there are fewer than two, one holds no such file, or one is not `known`, where they are known.
 fn class_files(folder: &Path, endings: &[&str], known: Option<&[String]>) -> Result<ClassFiles, DataError> {
-    let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", folder.display()));
+    let unusable = |problem: String| DataError::in_file(folder, problem);
     let (mut names, mut left_out) = (BTreeSet::new(), LeftOut::default());
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();

@@ -33,7 +33,7 @@ impl Classes<'_> {
         let found: Vec<&str> =
             self.names.iter().zip(&counts).filter(|(_, count)| **count > 0).map(|(name, _)| name.as_str()).collect();
         let way_out = self.field.map_or(String::new(), |field| format!(" (data.{}.{field} says where)", self.data));
-        let unusable = |problem: String| Err(DataError::Unusable(format!("data.{}: {problem}", self.data)));
+        let unusable = |problem: String| Err(unusable!("data.{}: {problem}", self.data));
         let mut notes = Vec::new();
         match found.len() {
             0 | 1 => {

@@ -5,15 +5,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use polyhead_models::Pairs;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::divide;
 use super::features::{Array, tensors};
-use crate::loader::{LoaderOptions, Order};
-use crate::source::{Problem, Source, shown, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::batches::{LoaderOptions, Order, PairLoader, Paired, Samples};
+use crate::problem::{Problem, shown, some_path};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 /// `[data.feature_pairs]`: features of texts that belong together, for model.embedder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -28,9 +28,6 @@ pub struct FeaturePairsConfig {
 }
 
 impl Source for FeaturePairsConfig {
-    const YIELDS: Yields = Yields::Pairs;
-    const MODALITY: Modality = Modality::Features;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)
     }
@@ -48,15 +45,18 @@ impl Source for FeaturePairsConfig {
         let mut hash = blake3::Hasher::new();
         for file in &files {
             if file.shape != files[0].shape {
-                return Err(DataError::Unusable(format!(
+                return Err(unusable!(
                     "{} holds {:?} a row, {} {:?}: files of one set agree",
-                    file.features.name, file.shape, files[0].features.name, files[0].shape
-                )));
+                    file.features.name,
+                    file.shape,
+                    files[0].features.name,
+                    files[0].shape
+                ));
             }
             for row in 0..file.rows() {
                 let values = file.row(row)?;
                 if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-                    return Err(DataError::Unusable(format!("{}: row {row} holds {value}", file.features.name)));
+                    return Err(unusable!("{}: row {row} holds {value}", file.features.name));
                 }
                 for value in values {
                     hash.update(&value.to_le_bytes());
@@ -74,9 +74,9 @@ impl Source for FeaturePairsConfig {
             if parts == 3 { "pairs with a wrong document each" } else { "pairs" },
             validation.len()
         );
-        let files = Arc::new(files);
-        let loader =
-            |places, order| PairLoader { files: files.clone(), places, options: LoaderOptions::of(options, order) };
+        let (shape, files) = (files[0].shape, Arc::new(files));
+        let part = |places| Arc::new(Part { files: files.clone(), places });
+        let loader = |places, order| PairLoader::new(part(places), shape, LoaderOptions::of(options, order));
         Ok(Data::Pairs(Box::new(Paired {
             train: loader(train, Order::Shuffled),
             validation: loader(validation, Order::Once),
@@ -96,19 +96,19 @@ struct File {
 impl File {
     fn open(path: &Path) -> Result<Self, DataError> {
         let ([features], _) = tensors(path, ["features"])?;
-        match features.shape[..] {
+        match features.shape()[..] {
             [rows, parts @ 2..=3, layers, dim] if rows > 0 && layers > 0 && dim > 0 => {
                 Ok(Self { shape: [parts, layers, dim], features })
             }
-            ref other => Err(DataError::Unusable(format!(
+            ref other => Err(unusable!(
                 "{} is {other:?}: pairs are [n, 2 or 3, layers, numbers], as `polyhead features --pairs` writes them",
                 features.name
-            ))),
+            )),
         }
     }
 
     fn rows(&self) -> usize {
-        self.features.shape[0]
+        self.features.shape()[0]
     }
 
     fn row(&self, index: usize) -> Result<Vec<f32>, DataError> {
@@ -117,53 +117,22 @@ impl File {
     }
 }
 
-/// Batches of pairs by position.
-#[derive(Clone)]
-pub struct PairLoader {
+/// Some of the pairs of files.
+struct Part {
     files: Arc<Vec<File>>,
     /// File and row.
     places: Vec<(usize, usize)>,
-    options: LoaderOptions,
 }
 
-impl PairLoader {
-    /// Batches until every pair has come once.
-    pub fn batches_per_epoch(&self) -> u64 {
-        (self.places.len() as u64).div_ceil(self.options.batch_size.max(1) as u64)
+impl Samples<Vec<f32>> for Part {
+    fn per_epoch(&self) -> u64 {
+        self.places.len() as u64
     }
 
-    /// `[parts, layers, dim]`
-    pub fn shape(&self) -> [usize; 3] {
-        self.files[0].shape
+    fn sample(&self, _epoch: u64, index: u64) -> Result<Vec<f32>, DataError> {
+        let (file, row) = self.places[index as usize];
+        self.files[file].row(row)
     }
-
-    /// Batch number `position` since the start; where pairs come as they are, the last batch of an epoch is as short as what is
-    /// left.
-    ///
-    /// # Errors
-    /// None in files that were accepted when they were opened.
-    pub fn batch(&self, position: u64) -> Result<Pairs, DataError> {
-        let n = self.places.len() as u64;
-        let [parts, layers, dim] = self.shape();
-        let mut values = Vec::new();
-        for number in self.options.rows(n, position) {
-            let (file, row) = self.places[self.options.place(n, number).1 as usize];
-            values.extend(self.files[file].row(row)?);
-        }
-        Ok(Pairs { values, parts, layers, dim })
-    }
-}
-
-/// Pairs, ready to use.
-pub struct Paired {
-    /// Batches to train on, without end.
-    pub train: PairLoader,
-    /// Batches to validate on.
-    pub validation: PairLoader,
-    /// What the data is, in words.
-    pub description: String,
-    /// A hash of what was read.
-    pub text_hash: String,
 }
 
 /// The features `[n, layers, dim]` of a file that `polyhead features` wrote, with or without pairs: of pairs the parts follow
@@ -173,6 +142,6 @@ pub struct Paired {
 /// If the file cannot be read or holds none.
 pub fn read_features(path: &Path) -> Result<(Vec<f32>, Vec<usize>), DataError> {
     let ([features], _) = tensors(path, ["features"])?;
-    let count = features.shape.iter().product();
-    Ok((features.floats(0..count)?, features.shape))
+    let count = features.shape().iter().product();
+    Ok((features.floats(0..count)?, features.shape().to_vec()))
 }

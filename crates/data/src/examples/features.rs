@@ -20,9 +20,11 @@ use safetensors::tensor::{Dtype, TensorView};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Content, Example, Found};
-use crate::source::{Problem, Source, shown, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use super::Found;
+use crate::batches::{Content, Example};
+use crate::problem::{Problem, require, shown, some_path};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 pub(super) use array::{Array, tensors};
 
@@ -44,9 +46,6 @@ pub struct FeaturesConfig {
 }
 
 impl Source for FeaturesConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Features;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)?;
         for (field, files, beside, labels) in [
@@ -54,13 +53,12 @@ impl Source for FeaturesConfig {
             ("validation_labels", "validation_paths", &self.validation_paths, &self.validation_labels),
         ] {
             let arrays = beside.iter().filter(|path| is_npy(path)).count();
-            if arrays != labels.len() {
-                let problem = format!(
-                    "{field} names {} files for {arrays} .npy files in {files}: give one each (safetensors files hold their own)",
-                    labels.len()
-                );
-                return Err((field, problem));
-            }
+            require(arrays == labels.len(), field, || {
+                let count = labels.len();
+                format!(
+                    "{field} names {count} files for {arrays} .npy files in {files}: give one each (safetensors files hold their own)"
+                )
+            })?;
         }
         Ok(())
     }
@@ -80,28 +78,31 @@ impl Source for FeaturesConfig {
         for file in &files {
             let name = &file.features.name;
             if (file.n_layers, file.dim) != (layers, dim) {
-                return Err(DataError::Unusable(format!(
+                return Err(unusable!(
                     "{name} holds {} layers of {} numbers, {} holds {layers} of {dim}: files of one set agree",
-                    file.n_layers, file.dim, first.features.name
-                )));
+                    file.n_layers,
+                    file.dim,
+                    first.features.name
+                ));
             }
             if file.classes != first.classes {
-                return Err(DataError::Unusable(format!(
+                return Err(unusable!(
                     "{name} names the classes {:?}, {} names {:?}: files of one set agree (`polyhead features --classes` says which \
                      there are)",
-                    file.classes, first.features.name, first.classes
-                )));
+                    file.classes,
+                    first.features.name,
+                    first.classes
+                ));
             }
         }
         let most = files.iter().flat_map(|file| &file.labels).max().map_or(0, |label| *label as usize);
         let classes = first.classes.clone().unwrap_or_else(|| (0..=most).map(|class| class.to_string()).collect());
         if most >= classes.len() || classes.len() < 2 {
-            let problem = format!(
+            return Err(unusable!(
                 "{}: labels go up to {most}, and {} classes are named: two or more are needed, and a name for each",
                 first.features.name,
                 classes.len()
-            );
-            return Err(DataError::Unusable(problem));
+            ));
         }
         let mut hash = blake3::Hasher::new();
         for file in &files {
@@ -166,7 +167,7 @@ fn bytes_of(values: &[f32]) -> Vec<u8> {
 type NewTensor = (&'static str, Vec<usize>, Dtype, Vec<u8>);
 
 fn serialized(tensors: Vec<NewTensor>, metadata: Option<HashMap<String, String>>) -> Result<Vec<u8>, DataError> {
-    let unusable = |cause: SafeTensorError| DataError::Unusable(format!("features cannot be written: {cause}"));
+    let unusable = |cause: SafeTensorError| unusable!("features cannot be written: {cause}");
     let mut views = Vec::with_capacity(tensors.len());
     for (name, shape, dtype, bytes) in &tensors {
         views.push((*name, TensorView::new(*dtype, shape.clone(), bytes).map_err(unusable)?));
@@ -206,8 +207,8 @@ impl NewFeatures {
     pub fn to_safetensors(&self) -> Result<Vec<u8>, DataError> {
         let n = self.labels.len();
         let labels = self.labels.iter().flat_map(|label| i64::from(*label).to_le_bytes()).collect();
-        let classes = serde_json::to_string(&self.classes)
-            .map_err(|cause| DataError::Unusable(format!("features cannot be written: {cause}")))?;
+        let classes =
+            serde_json::to_string(&self.classes).map_err(|cause| unusable!("features cannot be written: {cause}"))?;
         let tensors = vec![
             ("features", vec![n, self.n_layers, self.dim], Dtype::F32, bytes_of(&self.values)),
             ("labels", vec![n], Dtype::I64, labels),
@@ -225,9 +226,9 @@ impl File {
                 Self::new(features, &labels, classes)
             }
             true => {
-                let beside = labels.next().ok_or_else(|| {
-                    DataError::Unusable(format!("{}: data.features.labels names no labels for it", path.display()))
-                })?;
+                let beside = labels
+                    .next()
+                    .ok_or_else(|| unusable!("{}: data.features.labels names no labels for it", path.display()))?;
                 Self::new(array::npy(path)?, &array::npy(beside)?, None)
             }
         };
@@ -236,7 +237,7 @@ impl File {
 
     fn new(features: Array, labels: &Array, classes: Option<Vec<String>>) -> Result<Self, DataError> {
         let problem = |problem: String| Err(DataError::Unusable(problem));
-        let (rows, n_layers, dim) = match features.shape[..] {
+        let (rows, n_layers, dim) = match features.shape()[..] {
             [rows, n_layers, dim] => (rows, n_layers, dim),
             [rows, dim] => (rows, 1, dim),
             ref other => {
@@ -246,14 +247,15 @@ impl File {
                 ));
             }
         };
-        if labels.shape != [rows] {
+        if labels.shape() != [rows] {
             return problem(format!(
                 "{} is {:?} for {rows} rows of features: labels are [{rows}], one a row",
-                labels.name, labels.shape
+                labels.name,
+                labels.shape()
             ));
         }
         if rows == 0 || n_layers == 0 || dim == 0 {
-            return problem(format!("{} is {:?}: it holds nothing", features.name, features.shape));
+            return problem(format!("{} is {:?}: it holds nothing", features.name, features.shape()));
         }
         Ok(Self { labels: labels.labels()?, features, n_layers, dim, classes })
     }
@@ -269,7 +271,7 @@ impl File {
         hash.update(&(self.labels.len() as u64).to_le_bytes());
         for (row, label) in self.labels.iter().enumerate() {
             if let Some(value) = self.features.floats(self.numbers(row))?.iter().find(|value| !value.is_finite()) {
-                return Err(DataError::Unusable(format!("{}: row {row} holds {value}", self.features.name)));
+                return Err(unusable!("{}: row {row} holds {value}", self.features.name));
             }
             hash.update(self.features.bytes(self.numbers(row))?).update(&label.to_le_bytes());
         }

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use polyhead_models::InputShape;
 
 use super::classes::Classes;
-use super::{Example, ExampleLoader, ExampleSet, Labelled};
-use crate::loader::Order;
+use crate::batches::{Example, ExampleLoader, Labelled, Order, Samples};
 use crate::{Data, DataError, Opening};
 
 /// Labelled examples that were found in files, not yet divided.
@@ -39,16 +38,12 @@ struct Part {
     indices: Vec<u32>,
 }
 
-impl ExampleSet for Part {
-    fn shape(&self) -> InputShape {
-        self.found.shape
-    }
-
+impl Samples<Example> for Part {
     fn per_epoch(&self) -> u64 {
         self.indices.len() as u64
     }
 
-    fn example(&self, index: u64) -> Result<Example, DataError> {
+    fn sample(&self, _epoch: u64, index: u64) -> Result<Example, DataError> {
         (self.found.example)(self.indices[index as usize] as usize)
     }
 }
@@ -59,8 +54,7 @@ impl Found {
         let Opening { name, options, tokenizer, .. } = opening;
         let mut notes = std::mem::take(&mut self.notes);
         if self.to_train == 0 || self.labels.is_empty() {
-            let problem = format!("data.{name}: no example to train on can be read; {}", notes.join("; "));
-            return Err(DataError::Unusable(problem));
+            return Err(unusable!("data.{name}: no example to train on can be read; {}", notes.join("; ")));
         }
         let classes = Classes { names: &self.classes, data: name, field: self.label_field };
         notes.extend(classes.check(self.labels[..self.to_train].iter().copied())?);
@@ -77,9 +71,9 @@ impl Found {
         let (classes, groups) = (self.classes.clone(), self.groups.clone());
         let is_text = matches!(self.shape, InputShape::Tokens { .. });
         let text_hash = Some(self.hash.finalize().to_hex().to_string());
-        let found = Arc::new(self);
-        let loader =
-            |indices, order| ExampleLoader::new(Arc::new(Part { found: found.clone(), indices }), (options, order));
+        let (shape, found) = (self.shape, Arc::new(self));
+        let part = |indices| Arc::new(Part { found: found.clone(), indices });
+        let loader = |indices, order| ExampleLoader::new(part(indices), shape, (options, order));
         Ok(Data::Examples(Box::new(Labelled {
             train: loader(train, Order::Shuffled),
             validation: loader(validation, Order::Once),
@@ -105,10 +99,10 @@ pub(super) fn divide(n: usize, to_train: usize, fraction: f64) -> Result<[Vec<u3
         return Ok([(0..to_train as u32).collect(), (to_train as u32..n as u32).collect()]);
     }
     if n < 2 {
-        return Err(DataError::Unusable(format!("{n} examples cannot be both trained and validated on: give more")));
+        return Err(unusable!("{n} examples cannot be both trained and validated on: give more"));
     }
     let kept = ((n as f64 * fraction).ceil() as u64).clamp(1, n as u64 - 1);
     let (validation, train) =
-        (0..n as u32).partition(|&index| crate::order::permute(n as u64, KEY, u64::from(index)) < kept);
+        (0..n as u32).partition(|&index| crate::random::permute(n as u64, KEY, u64::from(index)) < kept);
     Ok([train, validation])
 }

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use polyhead_models::InputShape;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Content, Example, ExampleLoader, ExampleSet, Labelled};
-use crate::loader::Order;
+use crate::batches::{Content, Example, ExampleLoader, Labelled, Order, Samples};
 use crate::synthetic::{EPOCH, Side};
 use crate::{Data, DataError, Opening};
 
@@ -44,17 +43,13 @@ pub(super) trait Maker: Clone + Send + Sync + 'static {
     fn make(&self, class: usize, group: usize, rng: &mut ChaCha8Rng) -> Vec<f32>;
 }
 
-impl<T: Maker> ExampleSet for Drawn<T> {
-    fn shape(&self) -> InputShape {
-        self.task.shape()
-    }
-
+impl<T: Maker> Samples<Example> for Drawn<T> {
     fn per_epoch(&self) -> u64 {
         self.samples
     }
 
     /// Classes take turns, so that any stretch of examples has all of them equally often.
-    fn example(&self, index: u64) -> Result<Example, DataError> {
+    fn sample(&self, _epoch: u64, index: u64) -> Result<Example, DataError> {
         let class = (index % self.task.classes().len() as u64) as usize;
         let mut rng = self.side.rng(self.seed, index);
         let group = self.task.group(class, &mut rng);
@@ -74,7 +69,8 @@ pub(super) fn generated(
     let (n, in_all) = (classes.len() as u64, samples.unwrap_or(EPOCH));
     let held_out = options.validation_samples.max(1);
     let loader = |side, samples, order| {
-        ExampleLoader::new(Arc::new(Drawn { task: task.clone(), seed, side, samples }), (options, order))
+        let drawn = Drawn { task: task.clone(), seed, side, samples };
+        ExampleLoader::new(Arc::new(drawn), task.shape(), (options, order))
     };
     let order = if samples.is_some() { Order::Shuffled } else { Order::Endless };
     let count = samples.map_or("new samples without end".into(), |samples| format!("{samples} samples to train on"));

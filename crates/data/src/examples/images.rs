@@ -1,6 +1,5 @@
 //! Images for classifiers, in memory as bytes.
 
-mod augment;
 mod cifar;
 mod csv_images;
 mod decode;
@@ -10,16 +9,15 @@ mod shapes;
 
 use polyhead_models::InputShape;
 
-use super::{Content, Example, Found};
+use super::Found;
+use crate::batches::{Content, Example};
 use crate::{Data, DataError, Opening};
 
-pub use augment::AugmentConfig;
 pub use cifar::CifarConfig;
 pub use csv_images::CsvImagesConfig;
 pub use idx::IdxConfig;
 pub use image_folder::ImageFolderConfig;
 pub use shapes::ShapesConfig;
-pub(super) use shapes::normal;
 
 /// Images of one size with their classes.
 struct Images {
@@ -61,7 +59,7 @@ impl Images {
         let to_train = labels.len();
         if let Some(held_out) = held_out {
             held_out.hash(&mut hash);
-            let unusable = |problem: &str| Err(DataError::Unusable(format!("data.{}: {problem}", opening.name)));
+            let unusable = |problem: &str| Err(unusable!("data.{}: {problem}", opening.name));
             if held_out.shape != shape {
                 return unusable("the images to validate on have another size than the others");
             }

@@ -6,10 +6,13 @@ use polyhead_models::InputShape;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Content, Example, Found};
-use crate::documents::{FromFiles, LabelledFields, LabelledText, distinct_names, read_labelled};
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use super::Found;
+use crate::batches::{Content, Example};
+use crate::documents::{LabelledFields, LabelledText, distinct_names, read_labelled};
+use crate::problem::{Problem, some_path};
+use crate::source::Source;
+use crate::texts::FromFiles;
+use crate::{Data, DataError, Opening};
 
 /// `[data.labelled_text]`: texts with their classes, one a row: a line of JSON, an object in a JSON array, or a row of a table
 /// (.csv, .tsv) whose first row names the columns, packed (.gz, .zst) or not; or a row of Parquet. Texts longer than training.seq_len are cut.
@@ -42,9 +45,6 @@ fn label() -> String {
 }
 
 impl Source for LabelledTextConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Text;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)
     }
@@ -71,8 +71,7 @@ impl Source for LabelledTextConfig {
                 hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
             }
             let label = places.get(label.as_str()).copied().ok_or_else(|| {
-                let problem = format!("{name}: class \"{label}\" occurs in data.labelled_text.validation_paths only");
-                DataError::Unusable(problem)
+                unusable!("{name}: class \"{label}\" occurs in data.labelled_text.validation_paths only")
             })?;
             let mut tokens = tokenizer.encode(&text)?;
             cut += usize::from(tokens.len() > seq_len);

@@ -15,9 +15,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Maker, generated};
-use crate::source::{Problem, require, within};
+use crate::problem::{Problem, require, within};
 use crate::synthetic::EPOCH;
-use crate::{Data, DataError, Modality, Opening, Source, Yields};
+use crate::{Data, DataError, Opening, Source};
 
 /// Numbers of a sample at most, so that a mistake in a size is an error and does not fill memory.
 const MOST_NUMBERS: usize = 1 << 22;
@@ -60,10 +60,6 @@ impl Default for LayerFeaturesConfig {
 }
 
 impl Source for LayerFeaturesConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Features;
-    const GENERATED: bool = true;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         let Self { n_layers, dim, n_classes, train_samples, .. } = *self;
         require(n_layers > 0, "n_layers", || "n_layers (0) must be at least 1".into())?;
@@ -82,8 +78,8 @@ impl Source for LayerFeaturesConfig {
         within("drift", self.drift, 0.0..=0.9)
     }
 
-    fn is_endless(&self) -> bool {
-        self.train_samples == 0
+    fn repeats(&self) -> bool {
+        self.train_samples > 0
     }
 
     fn shape(&self) -> Option<InputShape> {
@@ -158,8 +154,8 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::batches::{Content, Samples};
     use crate::examples::generated::Drawn;
-    use crate::examples::{Content, ExampleSet};
     use crate::synthetic::Side;
 
     fn drawn(config: &str, seed: u64, side: Side) -> Drawn<Encoder> {
@@ -169,7 +165,7 @@ mod tests {
     }
 
     fn row(set: &Drawn<Encoder>, index: u64) -> (Vec<f32>, u32) {
-        let example = set.example(index).unwrap();
+        let example = set.sample(0, index).unwrap();
         let Content::Numbers(values) = example.content else { panic!("no numbers") };
         (values, example.label)
     }

@@ -1,11 +1,10 @@
 #![allow(clippy::unwrap_used)]
-use std::io::Write;
 use std::path::Path;
 
-use polyhead_models::{Examples, Inputs};
+use polyhead_models::{Examples, InputShape, Inputs};
 
-use super::*;
-use crate::{DataConfig, OpenOptions};
+use crate::testing::gzip;
+use crate::{AugmentConfig, DataConfig, DataError, ExampleLoader, Labelled, OpenOptions, Tokenizer};
 
 fn open(json: &str, augment: &AugmentConfig, batch_size: usize) -> Result<Labelled, DataError> {
     let data: DataConfig = serde_json::from_str(json).unwrap();
@@ -105,9 +104,7 @@ fn idx_json(dir: &Path) -> String {
 fn write_idx(dir: &Path, count: u8) {
     let mut images = vec![0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 2, 0, 0, 0, 3];
     images.extend((0..6 * u16::from(count)).map(|i| i as u8));
-    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    packed.write_all(&images).unwrap();
-    std::fs::write(dir.join("images.gz"), packed.finish().unwrap()).unwrap();
+    std::fs::write(dir.join("images.gz"), gzip(images)).unwrap();
     let mut labels = vec![0, 0, 8, 1, 0, 0, 0, count];
     labels.extend((0..count).map(|i| i % 3));
     std::fs::write(dir.join("labels"), labels).unwrap();
@@ -200,7 +197,7 @@ fn folders_of_images_and_audio_are_read() {
     let json = |rate: u32| format!(r#"{{"wav_folder":{{"path": "{path}", "sample_rate": {rate}}}}}"#);
     let opened = plain(&json(8000));
     assert_eq!(opened.train.shape(), InputShape::Images { channels: 1, height: 32, width: 32 });
-    assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.set.per_epoch(), 6);
+    assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.per_epoch(), 6);
     let error = open(&json(16000), &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("8000 samples per second, not 16000"), "{error}");
     std::fs::write(dir.path().join("white/0.png"), b"no image").unwrap();
@@ -213,7 +210,7 @@ fn folders_of_images_and_audio_are_read() {
     std::fs::write(dir.path().join("readme.txt"), b"").unwrap();
     let skipping = |json: &str| plain(&json.replace("}}", ", \"on_bad_file\": \"skip\"}}"));
     let opened = skipping(&json);
-    assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.set.per_epoch(), 5);
+    assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.per_epoch(), 5);
     for part in [
         "1 that could not be read: not a readable image",
         "white/0.png",
@@ -257,11 +254,9 @@ fn a_set_of_one_class_is_refused_with_that_class() {
 fn a_packed_file_is_read_as_far_as_its_header_promises() {
     let dir = tempfile::tempdir().unwrap();
     write_idx(dir.path(), 10);
-    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    packed.write_all(&[0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 2, 0, 0, 0, 3]).unwrap();
-    let zeros = vec![0; 1 << 20];
-    (0..256).for_each(|_| packed.write_all(&zeros).unwrap());
-    std::fs::write(dir.path().join("images.gz"), packed.finish().unwrap()).unwrap();
+    let mut endless = vec![0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 2, 0, 0, 0, 3];
+    endless.resize(16 << 20, 0);
+    std::fs::write(dir.path().join("images.gz"), gzip(endless)).unwrap();
     let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
     assert!(error.contains("images.gz: more than 60 bytes behind the header"), "{error}");
     let header = [0, 0, 8, 3, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 1];

@@ -77,10 +77,10 @@ impl Packed {
         let most = if file.packed { RATIO.saturating_mul(file.size).saturating_add(AT_LEAST) } else { u64::MAX - 1 };
         let bytes = file.up_to(most + 1, path)?;
         match bytes.len() as u64 > most {
-            true => Err(DataError::Unusable(format!(
+            true => Err(unusable!(
                 "{} unpacks to more than {RATIO} times its size: unpack it first, if it is meant so",
                 path.display()
-            ))),
+            )),
             false => Ok(bytes),
         }
     }

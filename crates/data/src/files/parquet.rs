@@ -44,12 +44,12 @@ fn projection(reader: &dyn FileReader, path: &Path, columns: &[&str]) -> Result<
         schema.get_fields().iter().filter(|field| columns.contains(&field.name())).cloned().collect();
     if asked.is_empty() {
         let there: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
-        return Err(DataError::Unusable(format!(
+        return Err(unusable!(
             "{} has none of the columns {}: it has {}; name them in the recipe",
             path.display(),
             columns.join(", "),
             there.join(", ")
-        )));
+        ));
     }
     let projected = Type::group_type_builder(schema.name()).with_fields(asked).build();
     projected.map(Some).map_err(|cause| damaged(path, None, &cause))
@@ -59,19 +59,17 @@ fn damaged(path: &Path, group: Option<usize>, cause: &ParquetError) -> DataError
     let group = group.map_or(String::new(), |group| format!(" in row group {group}"));
     // The library writes a kind in front that says nothing.
     let cause = cause.to_string().replace("Parquet error: ", "");
-    DataError::Unusable(format!(
+    unusable!(
         "{}: this Parquet file cannot be read{group}: {cause}; if it is cut off or damaged, write or download it again; if it is \
          packed otherwise, write it with compression = \"snappy\"",
         path.display()
-    ))
+    )
 }
 
 /// The library panics on some damaged files.
 fn guarded<T>(call: impl FnOnce() -> Result<T, DataError>, path: &Path) -> Result<T, DataError> {
     guard::guarded("parquet", call).unwrap_or_else(|problem| {
-        let problem =
-            format!("{}: this Parquet file is damaged: {problem}; write or download it again", path.display());
-        Err(DataError::Unusable(problem))
+        Err(DataError::in_file(path, format!("this Parquet file is damaged: {problem}; write or download it again")))
     })
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{LeftOut, Packed, Search, ending, kind, parquet, search, without_mark};
+use super::{LeftOut, Packed, Search, Table, ending, kind, parquet, search, without_mark};
 use crate::DataError;
 
 /// How the names of files of rows end. Of a folder that has several of these kinds, the first is read.
@@ -28,7 +28,7 @@ impl Place<'_> {
     pub(crate) fn wrong(self, problem: String) -> DataError {
         match self.row_group {
             None => DataError::Row { path: self.path.to_owned(), line: self.line, problem },
-            Some(group) => DataError::Unusable(format!("{self} (row group {group}): {problem}")),
+            Some(group) => unusable!("{self} (row group {group}): {problem}"),
         }
     }
 }
@@ -90,7 +90,7 @@ pub(crate) fn for_each_row(paths: &[String], columns: &[&str], take: &mut Take<'
             left_out.add("empty", path);
         }
         if let Some(kind) = kind(&content) {
-            return Err(DataError::Unusable(format!("{} is {kind}", path.display())));
+            return Err(unusable!("{} is {kind}", path.display()));
         }
         let content = without_mark(&content);
         match ending(path).as_deref() {
@@ -110,12 +110,11 @@ fn lines(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
             && serde_json::from_slice::<Value>(line).is_err()
             && serde_json::from_slice::<Value>(content).is_ok()
         {
-            let problem = format!(
+            return Err(unusable!(
                 "{} is one JSON value over several lines: rows are one object a line, or a JSON array of objects (`jq` \
                  makes one: jq '.data' for the field \"data\")",
                 path.display()
-            );
-            return Err(DataError::Unusable(problem));
+            ));
         }
         take(Place { path, line: index + 1, row_group: None }, Row::Json(line))?;
     }
@@ -174,54 +173,26 @@ fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
         let what = super::not_text(content).unwrap_or_else(|| error.to_string());
         return Err(Place { path, line, row_group: None }.wrong(what));
     }
-    // Where the reader says that a record begins may be before the line ends in front of it.
-    let (mut line, mut byte) = (1, 0);
-    let mut at = |position: Option<&csv::Position>| {
-        let mut start = position.map_or(0, |position| position.byte() as usize).max(byte);
-        start += content[start..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
-        line += content[byte..start].iter().filter(|&&byte| byte == b'\n').count();
-        byte = start;
-        Place { path, line, row_group: None }
-    };
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter(content)).from_reader(content);
-    let headings = reader.headers().map_err(|error| at(error.position()).wrong(table_problem(&error)))?.clone();
+    let mut table = Table::new(path, content, &mut csv::ReaderBuilder::new(), usize::MAX);
+    let Some((first, headings)) = table.next_record()? else { return Ok(()) };
+    let place = |line: usize| Place { path, line, row_group: None };
     let names = || headings.iter();
-    if let Some((_, name)) = names().enumerate().find(|(place, name)| names().take(*place).any(|other| other == *name))
-    {
-        return Err(at(None).wrong(format!("two columns are called \"{name}\": rename one")));
+    let twice = names().enumerate().find(|(at, name)| names().take(*at).any(|other| other == *name));
+    if let Some((_, name)) = twice {
+        return Err(place(first).wrong(format!("two columns are called \"{name}\": rename one")));
     }
     let mut multi_line = None;
-    for record in reader.records() {
-        let record = record.map_err(|error| at(error.position()).wrong(table_problem(&error)))?;
-        let place = at(record.position());
-        multi_line = record.iter().any(|cell| cell.contains('\n')).then_some(place);
+    while let Some((line, record)) = table.next_record()? {
+        multi_line = record.iter().any(|cell| cell.contains('\n')).then_some(line);
         let cells = names().zip(&record).map(|(name, cell)| (name.to_owned(), Value::from(cell)));
-        take(place, Row::Fields(Value::Object(cells.collect::<Map<_, _>>())))?;
+        take(place(line), Row::Fields(Value::Object(cells.collect::<Map<_, _>>())))?;
     }
     // A quote that is never closed swallows the rest of the file.
     match multi_line {
-        Some(place) if content.iter().filter(|&&byte| byte == b'"').count() % 2 == 1 => {
-            Err(place.wrong("a quote that is opened here is never closed".into()))
+        Some(line) if content.iter().filter(|&&byte| byte == b'"').count() % 2 == 1 => {
+            Err(place(line).wrong("a quote that is opened here is never closed".into()))
         }
         _ => Ok(()),
-    }
-}
-
-/// What separates the cells of a table: a comma, unless its first line has none.
-pub(crate) fn delimiter(head: &[u8]) -> u8 {
-    let line = head.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    [b',', b';', b'\t'].into_iter().find(|delimiter| line.contains(delimiter)).unwrap_or(b',')
-}
-
-/// What the reader of tables says, without the place, which precedes it.
-pub(crate) fn table_problem(error: &csv::Error) -> String {
-    match error.kind() {
-        csv::ErrorKind::Io(cause) => cause.to_string(),
-        csv::ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
-        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
-            "{len} cells, and {expected_len} columns are named: text that holds separators or line ends is quoted (\"...\")"
-        ),
-        _ => error.to_string(),
     }
 }
 
@@ -229,12 +200,12 @@ pub(crate) fn table_problem(error: &csv::Error) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::testing::Folder;
 
     /// The rows of a file, each with its line; or the error.
     fn read(name: &str, content: &[u8]) -> Result<Vec<(usize, Value)>, String> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(name);
-        std::fs::write(&path, content).unwrap();
+        let dir = Folder::new();
+        let path = dir.write(name, content);
         let mut rows = Vec::new();
         let mut take = |place: Place<'_>, row: Row<'_>| {
             rows.push((place.line, row.value().map_err(|problem| place.wrong(problem))?));

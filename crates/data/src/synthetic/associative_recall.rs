@@ -7,9 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Task, answers_only, below, countable, distinct, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
+use crate::batches::Sample;
+use crate::problem::{Problem, require};
+use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.associative_recall]`. A row: `key value` n_pairs times, then n_queries of the keys with their values behind
 /// them, then padding. The answer is asked for at the queried key.
@@ -33,10 +33,6 @@ impl Default for AssociativeRecallConfig {
 }
 
 impl Source for AssociativeRecallConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_pairs, n_queries, n_keys, n_values } = *self;
         require(n_pairs > 0 && n_pairs <= n_keys, "n_pairs", || {
@@ -58,7 +54,7 @@ impl Source for AssociativeRecallConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.clone(), 0.0, opening)
+        open(self.clone(), opening)
     }
 }
 

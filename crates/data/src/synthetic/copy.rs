@@ -5,9 +5,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Task, answers_only, below, countable, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
+use crate::batches::Sample;
+use crate::problem::{Problem, require};
+use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for is behind the separator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -24,10 +24,6 @@ impl Default for CopyConfig {
 }
 
 impl Source for CopyConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         countable("vocab", 2, self.vocab)?;
         require(seq_len >= 3, "vocab", || format!("training.seq_len ({seq_len}) must be at least 3 for a copy"))
@@ -38,7 +34,7 @@ impl Source for CopyConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.clone(), 0.0, opening)
+        open(self.clone(), opening)
     }
 }
 

@@ -2,18 +2,16 @@
 //! phrasings of every question. Some facts are never stated, so that there is nothing to know about them; and of those that
 //! are stated, each is asked for in one phrasing in which it never was.
 
-use polyhead_models::{Known, Question};
-use rand::RngExt;
-use rand::SeedableRng;
+use polyhead_models::{IGNORE, Known, Question};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Side, Task, below, countable, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require, within};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
-use polyhead_models::IGNORE;
+use crate::batches::Sample;
+use crate::problem::{Problem, require, within};
+use crate::{Data, DataConfig, DataError, Opening, Source, Tokenizer};
 
 /// Tokens of an answer.
 const ANSWER: usize = 2;
@@ -45,10 +43,6 @@ impl Default for FactsConfig {
 }
 
 impl Source for FactsConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_entities, n_relations, n_values, n_phrasings, untaught } = *self;
         countable("n_entities", 2, n_entities)?;
@@ -69,12 +63,15 @@ impl Source for FactsConfig {
         self.n_ids()
     }
 
-    fn facts(&self, seed: u64) -> Option<World> {
-        Some(self.world(seed))
-    }
-
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.world(opening.options.seed), 0.0, opening)
+        open(self.world(opening.options.seed), opening)
+    }
+}
+
+impl DataConfig {
+    /// The facts that it states, if they are generated.
+    pub fn facts(&self, seed: u64) -> Option<World> {
+        if let Self::Facts(config) = self { Some(config.world(seed)) } else { None }
     }
 }
 

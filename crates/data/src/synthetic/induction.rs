@@ -6,9 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Task, answers_only, below, countable, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
+use crate::batches::Sample;
+use crate::problem::{Problem, require};
+use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for is in the second half.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -25,10 +25,6 @@ impl Default for InductionConfig {
 }
 
 impl Source for InductionConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         countable("vocab", 2, self.vocab)?;
         require(seq_len >= 4, "vocab", || format!("training.seq_len ({seq_len}) must be at least 4 for two halves"))
@@ -39,7 +35,7 @@ impl Source for InductionConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.clone(), 0.0, opening)
+        open(self.clone(), opening)
     }
 }
 

@@ -1,15 +1,14 @@
 //! A Markov chain: the best possible loss is its entropy rate, and every position teaches.
 
-use rand::RngExt;
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Task, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require, within};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
+use crate::batches::Sample;
+use crate::problem::{Problem, require, within};
+use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.markov]`: tokens from a random Markov chain of order one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -29,10 +28,6 @@ impl Default for MarkovConfig {
 }
 
 impl Source for MarkovConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         let Self { states, concentration } = *self;
         within("states", states, 2..=4096)?;
@@ -46,9 +41,7 @@ impl Source for MarkovConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        let chain = self.chain(opening.options.seed);
-        let floor = chain.floor();
-        open(chain, floor, opening)
+        open(self.chain(opening.options.seed), opening)
     }
 }
 
@@ -79,12 +72,6 @@ impl Markov {
     /// `[from][to]`: probabilities.
     pub fn transitions(&self) -> &[Vec<f64>] {
         &self.transitions
-    }
-
-    /// The entropy rate in nats per token: no model can have a lower loss.
-    pub fn floor(&self) -> f64 {
-        let entropy = |row: &Vec<f64>| row.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>();
-        self.stationary.iter().zip(&self.transitions).map(|(p, row)| p * entropy(row)).sum()
     }
 
     fn next(&self, from: usize, rng: &mut ChaCha8Rng) -> usize {
@@ -123,6 +110,12 @@ fn draw(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
 impl Task for Markov {
     fn n_ids(&self) -> usize {
         self.transitions.len()
+    }
+
+    /// The entropy rate.
+    fn floor(&self) -> f64 {
+        let entropy = |row: &Vec<f64>| row.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>();
+        self.stationary.iter().zip(&self.transitions).map(|(p, row)| p * entropy(row)).sum()
     }
 
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {

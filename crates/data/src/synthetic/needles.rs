@@ -7,9 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Task, answers_only, below, countable, distinct, open};
-use crate::loader::Sample;
-use crate::source::{Problem, require};
-use crate::{Data, DataError, Modality, Opening, Source, Tokenizer, Yields};
+use crate::batches::Sample;
+use crate::problem::{Problem, require};
+use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.needles]`. A row: filler in which `<needle> key value` and look-alikes `<other> key value` are scattered, then
 /// `<query> key value` n_queried times. The value is asked for at the queried key. Look-alikes use the keys of the
@@ -38,10 +38,6 @@ impl Default for NeedlesConfig {
 }
 
 impl Source for NeedlesConfig {
-    const YIELDS: Yields = Yields::Tokens;
-    const MODALITY: Modality = Modality::Ids;
-    const GENERATED: bool = true;
-
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_needles, n_queried, n_keys, n_values, n_filler, .. } = *self;
         require(n_needles > 0 && n_needles <= n_keys, "n_needles", || {
@@ -65,7 +61,7 @@ impl Source for NeedlesConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.clone(), 0.0, opening)
+        open(self.clone(), opening)
     }
 }
 

@@ -22,8 +22,7 @@ pub fn train_bpe(
     out: &Path,
 ) -> Result<usize, DataError> {
     if vocab_size < 258 {
-        let problem = format!("vocab_size ({vocab_size}) must be at least 258: 256 bytes and 2 special tokens");
-        return Err(DataError::Unusable(problem));
+        return Err(unusable!("vocab_size ({vocab_size}) must be at least 258: 256 bytes and 2 special tokens"));
     }
     let failed = |e: tokenizers::Error| DataError::Tokenizer { path: out.to_owned(), problem: e.to_string() };
     let mut tokenizer = HfTokenizer::new(BPE::default());

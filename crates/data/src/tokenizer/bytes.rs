@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 use tokenizers::Tokenizer as HfTokenizer;
 
-/// Bytes per id: as the tokens are spelt, and where spaces are in no token, with one for each word.
+/// Bytes per id: as the tokens are spelled, and where spaces are in no token, with one for each word.
 #[derive(Debug, Clone)]
 pub(super) struct TokenBytes {
     tables: Vec<Vec<u32>>,
@@ -112,7 +112,7 @@ impl TokenBytes {
         let spelling = Spelling::of(json);
         let (added, signs) = (inner.get_added_tokens_decoder(), super::byte_level::stand_ins());
         let count = |id: u32| -> (u32, bool) {
-            // Added tokens are spelt as they stand, never with stand-ins.
+            // Added tokens are spelled as they stand, never with stand-ins.
             match added.get(&id) {
                 _ if silent.contains(&id) => (0, false),
                 Some(added) if spelling.byte_fallback && is_byte(&added.content) => (1, false),

@@ -19,6 +19,7 @@ const METADATA: &str = "__metadata__";
 #[derive(Debug)]
 pub(super) struct Header {
     pub tensors: Vec<(String, TensorInfo)>,
+    pub metadata: HashMap<String, String>,
     pub start: usize,
 }
 
@@ -41,7 +42,8 @@ pub(super) fn read(file: &[u8]) -> Result<Header, String> {
         )
     })?;
     let text = std::str::from_utf8(text).map_err(|error| words(SafeTensorError::InvalidHeader(error)))?;
-    let Entries(mut tensors) = serde_json::from_str(text).map_err(|error| format!("invalid header: {error}"))?;
+    let Entries(mut tensors, metadata) =
+        serde_json::from_str(text).map_err(|error| format!("invalid header: {error}"))?;
     let mut names = BTreeSet::new();
     if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name)) {
         return Err(format!("tensor {name:?} stands in the header twice: each name may occur once"));
@@ -54,11 +56,11 @@ pub(super) fn read(file: &[u8]) -> Result<Header, String> {
         let how = if needed > there { "the file is cut short" } else { "bytes stand behind the last tensor" };
         return Err(format!("its tensors take {needed} bytes, and {there} follow the header: {how}"));
     }
-    Ok(Header { tensors, start })
+    Ok(Header { tensors, metadata, start })
 }
 
-/// The tensors of a header, in its order.
-struct Entries(Vec<(String, TensorInfo)>);
+/// The tensors of a header, in its order, and its metadata.
+struct Entries(Vec<(String, TensorInfo)>, HashMap<String, String>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -69,16 +71,16 @@ impl<'de> Deserialize<'de> for Entries {
                 f.write_str("an object with a tensor under each name")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-                let mut tensors = Vec::new();
+                let (mut tensors, mut metadata) = (Vec::new(), HashMap::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if name == METADATA {
-                        map.next_value::<Option<HashMap<String, String>>>()?;
+                        metadata = map.next_value::<Option<HashMap<String, String>>>()?.unwrap_or_default();
                         continue;
                     }
                     let info = map.next_value().map_err(|error| A::Error::custom(format!("{name:?}: {error}")))?;
                     tensors.push((name, info));
                 }
-                Ok(Entries(tensors))
+                Ok(Entries(tensors, metadata))
             }
         }
         deserializer.deserialize_map(All)
@@ -105,7 +107,7 @@ mod tests {
     fn a_sound_header_is_read_in_the_order_of_its_values() {
         let text = format!("{{{},\"__metadata__\":{{\"format\":\"pt\"}},{}}}", tensor("b", 8, 12), tensor("a", 0, 8));
         let header = read(&file(&text, 12)).unwrap();
-        assert_eq!(header.start, 8 + text.len());
+        assert_eq!((header.start, header.metadata["format"].as_str()), (8 + text.len(), "pt"));
         assert_eq!(header.tensors.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
         assert!(read(&file("{}", 0)).unwrap().tensors.is_empty());
     }

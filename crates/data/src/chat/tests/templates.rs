@@ -1,6 +1,7 @@
 //! Templates as under transformers, within limits; what rows say besides what is said in them; long conversations.
 
 use super::*;
+use crate::testing::gzip;
 
 /// Templates that we render otherwise than Jinja2, which refuses those that have no text here: iterators that are shown as lists,
 /// and loops over nothing.
@@ -284,15 +285,9 @@ fn files_of_other_kinds_are_named() {
         let error = world.read(100, json!({})).unwrap_err();
         assert!(error.contains(words) && error.contains("chats.jsonl"), "{error}");
     }
-    let packed = |text: &[u8]| {
-        use std::io::Write;
-        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-        packer.write_all(text).unwrap();
-        packer.finish().unwrap()
-    };
-    std::fs::write(&path, packed(GOOD.as_bytes())).unwrap();
+    std::fs::write(&path, gzip(GOOD)).unwrap();
     assert_eq!(world.read(100, json!({})).unwrap().0, expected);
-    std::fs::write(&path, packed(&vec![b' '; 80 << 20])).unwrap();
+    std::fs::write(&path, gzip(vec![b' '; 80 << 20])).unwrap();
     assert!(world.read(100, json!({})).unwrap_err().contains("unpacks to more than 100 times"));
 }
 

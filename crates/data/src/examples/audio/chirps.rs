@@ -7,10 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::log_mel::{LogMel, LogMelConfig};
-use crate::examples::images::normal;
 use crate::examples::{Maker, generated};
-use crate::source::{Problem, within};
-use crate::{Data, DataError, Modality, Opening, Source, Yields};
+use crate::problem::{Problem, within};
+use crate::random::normal;
+use crate::{Data, DataError, Opening, Source};
 
 const SAMPLE_RATE: u32 = 8000;
 /// The classes, in order.
@@ -39,10 +39,6 @@ impl Default for ChirpsConfig {
 }
 
 impl Source for ChirpsConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Audio;
-    const GENERATED: bool = true;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         within("n_classes", self.n_classes, 2..=SOUNDS.len())?;
         within("noise", self.noise, 0.0..=1000.0)?;

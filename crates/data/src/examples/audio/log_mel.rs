@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::fourier::Fourier;
-use crate::source::{Problem, within};
+use crate::problem::{Problem, require, within};
 
 /// Settings of a log-mel spectrogram. The defaults are chosen by us for short audio on small models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,25 +40,22 @@ impl LogMelConfig {
     /// # Errors
     /// Names the field and the rule.
     pub fn validate(&self, sample_rate: u32) -> Result<(), Problem> {
-        if !self.n_fft.is_power_of_two() {
-            return Err(("log_mel.n_fft", format!("log_mel.n_fft ({}) must be a power of two", self.n_fft)));
-        }
+        require(self.n_fft.is_power_of_two(), "log_mel.n_fft", || {
+            format!("log_mel.n_fft ({}) must be a power of two", self.n_fft)
+        })?;
         within("log_mel.n_fft", self.n_fft, 16..=1 << 16)?;
         within("log_mel.hop", self.hop, 1..=1 << 16)?;
         within("log_mel.n_frames", self.n_frames, 1..=1 << 14)?;
         within("log_mel.n_mels", self.n_mels, 1..=self.n_fft / 2)?;
         let dead = |band: &Vec<f32>| band.iter().all(|&weight| weight == 0.0);
-        match self.bands(sample_rate).iter().filter(|band| dead(band)).count() {
-            0 => Ok(()),
-            dead => Err((
-                "log_mel.n_mels",
-                format!(
-                    "log_mel.n_mels ({}): {dead} of the bands fall between two frequencies that n_fft ({}) tells apart at \
-                     {sample_rate} samples per second, and would stay black: fewer bands, or a larger n_fft",
-                    self.n_mels, self.n_fft
-                ),
-            )),
-        }
+        let dead = self.bands(sample_rate).iter().filter(|band| dead(band)).count();
+        require(dead == 0, "log_mel.n_mels", || {
+            format!(
+                "log_mel.n_mels ({}): {dead} of the bands fall between two frequencies that n_fft ({}) tells apart at \
+                 {sample_rate} samples per second, and would stay black: fewer bands, or a larger n_fft",
+                self.n_mels, self.n_fft
+            )
+        })
     }
 
     /// Triangles of height 1 on the mel scale, `[n_mels, n_fft / 2 + 1]`.

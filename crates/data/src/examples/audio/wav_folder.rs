@@ -8,11 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use super::log_mel::{LogMel, LogMelConfig};
 use super::wav;
+use crate::batches::{Content, Example};
+use crate::examples::Found;
 use crate::examples::class_folders::{ClassFolders, Read};
-use crate::examples::{Content, Example, Found};
 use crate::files::OnBadFile;
-use crate::source::{Problem, Source, shown, within};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, shown, within};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 /// `[data.wav_folder]`: WAV files in folders that are named for their classes, PCM of 8 to 32 bits or floats; several channels are
 /// averaged. Audio is read from its beginning.
@@ -36,9 +38,6 @@ pub struct WavFolderConfig {
 }
 
 impl Source for WavFolderConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Audio;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         within("sample_rate", self.sample_rate, 1000..=384_000)?;
         self.log_mel.validate(self.sample_rate)

@@ -4,114 +4,36 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use polyhead_models::MappedFile;
-use safetensors::tensor::{Dtype, SafeTensors};
+use polyhead_models::weights::{MappedTensor, TensorFiles, WeightsError};
+use safetensors::tensor::Dtype;
 
 use crate::DataError;
 use crate::error::At;
-use crate::files::{not_text, open_file};
+use crate::files::not_text;
 
 /// An array whose values are read when they are asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Array {
-    path: Arc<Path>,
-    map: Arc<MappedFile>,
-    /// Where in the file the values stand.
-    place: Range<usize>,
-    number: Number,
-    /// Sizes of the axes; row-major.
-    pub(crate) shape: Vec<usize>,
+    tensor: MappedTensor,
     /// What it is called in messages: the file, and the tensor where there are several.
     pub(crate) name: String,
 }
 
-/// How a number is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Number {
-    F64,
-    F32,
-    F16,
-    Bf16,
-    I64,
-    I32,
-    I16,
-    I8,
-    U64,
-    U32,
-    U16,
-    U8,
-}
-
-impl Number {
-    fn width(self) -> usize {
-        match self {
-            Self::F64 | Self::I64 | Self::U64 => 8,
-            Self::F32 | Self::I32 | Self::U32 => 4,
-            Self::F16 | Self::Bf16 | Self::I16 | Self::U16 => 2,
-            Self::I8 | Self::U8 => 1,
-        }
-    }
-
-    fn of_tensor(dtype: Dtype) -> Option<Self> {
-        Some(match dtype {
-            Dtype::F64 => Self::F64,
-            Dtype::F32 => Self::F32,
-            Dtype::F16 => Self::F16,
-            Dtype::BF16 => Self::Bf16,
-            Dtype::I64 => Self::I64,
-            Dtype::I32 => Self::I32,
-            Dtype::I16 => Self::I16,
-            Dtype::I8 => Self::I8,
-            Dtype::U64 => Self::U64,
-            Dtype::U32 => Self::U32,
-            Dtype::U16 => Self::U16,
-            Dtype::U8 => Self::U8,
-            _ => return None,
-        })
-    }
-
-    /// NumPy's name of a type; it has none for bf16.
-    fn of_numpy(descr: &str) -> Option<Self> {
-        Some(match descr {
-            "<f8" => Self::F64,
-            "<f4" => Self::F32,
-            "<f2" => Self::F16,
-            "<i8" => Self::I64,
-            "<i4" => Self::I32,
-            "<i2" => Self::I16,
-            "|i1" => Self::I8,
-            "<u8" => Self::U64,
-            "<u4" => Self::U32,
-            "<u2" => Self::U16,
-            "|u1" => Self::U8,
-            _ => return None,
-        })
-    }
-
-    fn is_float(self) -> bool {
-        matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::Bf16)
-    }
-}
-
 impl Array {
+    /// Sizes of the axes; row-major.
+    pub(crate) fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+
     /// Numbers `range` of a floating-point array, in f32.
     ///
     /// # Errors
     /// If they are whole numbers, or the file is shorter by now.
     pub(crate) fn floats(&self, range: Range<usize>) -> Result<Vec<f32>, DataError> {
-        let bytes = self.bytes(range)?;
-        let two = |value: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|&chunk| value(chunk)).collect();
-        Ok(match self.number {
-            Number::F32 => bytes.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
-            Number::F64 => bytes.as_chunks::<8>().0.iter().map(|&chunk| f64::from_le_bytes(chunk) as f32).collect(),
-            Number::F16 => two(|chunk| f16::from_le_bytes(chunk).to_f32()),
-            Number::Bf16 => two(|chunk| bf16::from_le_bytes(chunk).to_f32()),
-            other => {
-                let problem = format!("{} holds {other:?}: features are F32, F16, BF16 or F64", self.name);
-                return Err(DataError::Unusable(problem));
-            }
-        })
+        let (name, dtype) = (&self.name, self.tensor.dtype());
+        let floats = self.tensor.floats(range).map_err(unreadable)?;
+        floats.ok_or_else(|| unusable!("{name} holds {dtype:?}: features are F32, F16, BF16 or F64"))
     }
 
     /// All numbers of an array of whole ones.
@@ -119,28 +41,24 @@ impl Array {
     /// # Errors
     /// If they are fractions, or too large to be labels, or the file is shorter by now.
     pub(crate) fn labels(&self) -> Result<Vec<u32>, DataError> {
-        if self.number.is_float() {
-            let problem = format!("{} holds {:?}: labels are whole numbers", self.name, self.number);
-            return Err(DataError::Unusable(problem));
-        }
-        let bytes = self.bytes(0..self.shape.iter().product())?;
+        let (name, dtype) = (&self.name, self.tensor.dtype());
+        let signed = match dtype {
+            Dtype::I64 | Dtype::I32 | Dtype::I16 | Dtype::I8 => true,
+            Dtype::U64 | Dtype::U32 | Dtype::U16 | Dtype::U8 => false,
+            _ => return Err(unusable!("{name} holds {dtype:?}: labels are whole numbers")),
+        };
+        let bytes = self.bytes(0..self.tensor.numbers())?;
         let label = |(row, chunk): (usize, &[u8])| {
-            let mut wide = [0; 8];
-            let negative = !matches!(self.number, Number::U64 | Number::U32 | Number::U16 | Number::U8)
-                && chunk.last().is_some_and(|byte| *byte >= 0x80);
-            wide.fill(if negative { 0xFF } else { 0 });
+            let negative = signed && chunk.last().is_some_and(|byte| *byte >= 0x80);
+            let mut wide = [if negative { 0xFF } else { 0 }; 16];
             wide[..chunk.len()].copy_from_slice(chunk);
-            let value = i64::from_le_bytes(wide);
+            let value = i128::from_le_bytes(wide);
             u32::try_from(value).ok().filter(|label| *label < MOST_CLASSES).ok_or_else(|| {
-                let problem = format!(
-                    "{}: the label of row {row} is {value}; labels are numbers of classes, from 0 to {}",
-                    self.name,
-                    MOST_CLASSES - 1
-                );
-                DataError::Unusable(problem)
+                let most = MOST_CLASSES - 1;
+                unusable!("{name}: the label of row {row} is {value}; labels are numbers of classes, from 0 to {most}")
             })
         };
-        bytes.chunks(self.number.width()).enumerate().map(label).collect()
+        bytes.chunks(dtype.bitsize() / 8).enumerate().map(label).collect()
     }
 
     /// The bytes of numbers `range`.
@@ -148,9 +66,15 @@ impl Array {
     /// # Errors
     /// If the file is shorter by now.
     pub(crate) fn bytes(&self, range: Range<usize>) -> Result<&[u8], DataError> {
-        let width = self.number.width();
-        let place = self.place.start + range.start * width..self.place.start + range.end * width;
-        self.map.bytes(place).at(&self.path)
+        self.tensor.bytes(range).map_err(unreadable)
+    }
+}
+
+/// What the reader of tensors says, which names the file.
+fn unreadable(error: WeightsError) -> DataError {
+    match error {
+        WeightsError::File { path, cause } => DataError::File { path, cause },
+        other => DataError::Unusable(other.to_string()),
     }
 }
 
@@ -167,47 +91,38 @@ pub(crate) fn tensors<const N: usize>(
     path: &Path,
     names: [&str; N],
 ) -> Result<([Array; N], Option<Vec<String>>), DataError> {
-    let mapped = Arc::new(open(path)?);
-    let map = mapped.all().at(path)?;
-    let broken = |cause: String| DataError::Unusable(format!("{}: {cause}", path.display()));
-    let read = |cause: safetensors::SafeTensorError| match not_text(map).filter(|what| what != "safetensors") {
-        Some(what) => broken(format!("not a safetensors file: it is {what}")),
-        None => broken(format!("not a safetensors file, or one that is cut off: {cause}")),
-    };
-    let file = SafeTensors::deserialize(map).map_err(read)?;
-    let find = |name: &str| {
-        let view = file.tensor(name).map_err(|_| {
-            let mut there: Vec<String> = file.names().into_iter().map(|name| format!("\"{name}\"")).collect();
-            there.sort();
-            broken(format!(
-                "no tensor \"{name}\" ({} there); what is read is \"features\" and \"labels\"",
-                there.join(", ")
-            ))
+    let broken = |cause: String| DataError::in_file(path, cause);
+    let files = TensorFiles::open(&[path.to_owned()]).map_err(|error| match error {
+        WeightsError::Broken { cause, .. } => match other_kind(path, "safetensors") {
+            Some(what) => broken(format!("not a safetensors file: it is {what}")),
+            None => broken(format!("not a safetensors file, or one that is cut off: {cause}")),
+        },
+        other => unreadable(other),
+    })?;
+    let find = |name: &str| -> Result<Array, DataError> {
+        let tensor = files.tensor(name).ok_or_else(|| {
+            let there: Vec<String> = files.names().map(|name| format!("\"{name}\"")).collect();
+            let there = there.join(", ");
+            broken(format!("no tensor \"{name}\" ({there} there); what is read is \"features\" and \"labels\""))
         })?;
-        let number = Number::of_tensor(view.dtype()).ok_or_else(|| {
-            broken(format!("\"{name}\" is {:?}; F32, F16, BF16, F64 and whole numbers can be read", view.dtype()))
-        })?;
-        let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
-        Ok(Array {
-            path: path.into(),
-            map: mapped.clone(),
-            place: start..start + view.data().len(),
-            number,
-            shape: view.shape().to_vec(),
-            name: format!("{}, \"{name}\"", path.display()),
-        })
+        Ok(Array { tensor: tensor.clone(), name: format!("{}, \"{name}\"", path.display()) })
     };
-    let mut found = Vec::with_capacity(N);
-    for name in names {
-        found.push(find(name)?);
-    }
-    let (_, header) = SafeTensors::read_metadata(map).map_err(read)?;
-    let classes = header.metadata().as_ref().and_then(|all| all.get("classes")).map(|text| {
+    let classes = files.metadata("classes").map(|text| {
         serde_json::from_str(text)
-            .map_err(|cause| broken(format!("the metadata \"classes\" is no list of names: {cause}")))
+            .map_err(|cause| broken(format!("the metadata \"classes\" is not a list of names: {cause}")))
     });
+    let found = names.into_iter().map(find).collect::<Result<Vec<Array>, DataError>>()?;
     let found = found.try_into().unwrap_or_else(|_| unreachable!("one array per name"));
     Ok((found, classes.transpose()?))
+}
+
+/// What a file is by its content, where it is not what it is taken for.
+fn other_kind(path: &Path, taken_for: &str) -> Option<String> {
+    let mapped = MappedFile::open(path).ok()?;
+    match mapped.all().ok()? {
+        [] => Some("empty".into()),
+        bytes => not_text(bytes).filter(|what| !what.contains(taken_for)),
+    }
 }
 
 /// The array of a `.npy` file (format versions 1 to 3 of `numpy.lib.format`).
@@ -215,12 +130,12 @@ pub(crate) fn tensors<const N: usize>(
 /// # Errors
 /// If the file cannot be read or is none, or holds what is neither floats nor whole numbers in rows.
 pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
-    let mapped = open(path)?;
+    let mapped = Arc::new(MappedFile::open(path).at(path)?);
     let map = mapped.all().at(path)?;
-    let unusable = |problem: String| DataError::Unusable(format!("{}: {problem}", path.display()));
-    let none = || match not_text(map) {
-        Some(what) if !what.contains("NumPy") => unusable(format!("not a .npy file: it is {what}")),
-        _ => unusable("not a .npy file".into()),
+    let unusable = |problem: String| DataError::in_file(path, problem);
+    let none = || match other_kind(path, "NumPy") {
+        Some(what) => unusable(format!("not a .npy file: it is {what}")),
+        None => unusable("not a .npy file".into()),
     };
     if map.get(..6) != Some(b"\x93NUMPY") {
         return Err(none());
@@ -236,7 +151,7 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     // A Python dict in one fixed form: {'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }
     let value = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
     let descr = value("descr").and_then(|rest| rest.strip_prefix('\'')?.split('\'').next()).unwrap_or("a structure");
-    let number = Number::of_numpy(descr).ok_or_else(|| {
+    let dtype = numpy_type(descr).ok_or_else(|| {
         if descr.contains(['U', 'S', 'O']) {
             let problem = "classes are whole numbers from 0 on: save numpy.unique(labels, return_inverse=True)[1]";
             return unusable(format!("it holds text or objects ({descr}); {problem}"));
@@ -256,18 +171,26 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let shape = value("shape").and_then(|rest| rest.strip_prefix('(')?.split(')').next()).ok_or_else(none)?;
     let sizes = shape.split(',').map(str::trim).filter(|size| !size.is_empty()).map(|size| size.parse().ok());
     let shape: Vec<usize> = sizes.collect::<Option<_>>().ok_or_else(none)?;
-    let count = shape.iter().try_fold(number.width(), |product, size| product.checked_mul(*size));
-    let end = count.and_then(|bytes| start.checked_add(bytes)).filter(|end| *end == map.len());
-    let end = end
-        .ok_or_else(|| unusable(format!("its length is not that of {shape:?} numbers of {} bytes", number.width())))?;
-    let name = path.display().to_string();
-    Ok(Array { path: path.into(), map: Arc::new(mapped), place: start..end, number, shape, name })
+    let bytes = dtype.bitsize() / 8;
+    let unfit = unusable(format!("its length is not that of {shape:?} numbers of {bytes} bytes"));
+    let tensor = MappedTensor::new((mapped.clone(), path), dtype, shape, start..map.len()).ok_or(unfit)?;
+    Ok(Array { tensor, name: path.display().to_string() })
 }
 
-fn open(path: &Path) -> Result<MappedFile, DataError> {
-    let mapped = MappedFile::of(open_file(path)?, path).at(path)?;
-    if mapped.is_empty() {
-        return Err(DataError::Unusable(format!("{} is empty", path.display())));
-    }
-    Ok(mapped)
+/// The type that NumPy calls so; it has no name for bf16.
+fn numpy_type(descr: &str) -> Option<Dtype> {
+    Some(match descr {
+        "<f8" => Dtype::F64,
+        "<f4" => Dtype::F32,
+        "<f2" => Dtype::F16,
+        "<i8" => Dtype::I64,
+        "<i4" => Dtype::I32,
+        "<i2" => Dtype::I16,
+        "|i1" => Dtype::I8,
+        "<u8" => Dtype::U64,
+        "<u4" => Dtype::U32,
+        "<u2" => Dtype::U16,
+        "|u1" => Dtype::U8,
+        _ => return None,
+    })
 }

@@ -4,29 +4,17 @@ use half::{bf16, f16};
 use polyhead_models::Inputs;
 
 use super::*;
+use crate::testing::Folder;
 use crate::{DataConfig, ExampleLoader, Labelled, OpenOptions, Tokenizer};
 
-/// A folder with files of features.
-struct Files(tempfile::TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.0.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-
+impl Folder {
     /// A safetensors file with these tensors.
     fn tensors(&self, name: &str, tensors: &[(&str, Dtype, &[usize], &[u8])], classes: Option<&str>) -> PathBuf {
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
             ((*name).to_owned(), TensorView::new(*dtype, shape.to_vec(), bytes).unwrap())
         });
         let metadata = classes.map(|text| HashMap::from([("classes".to_owned(), text.to_owned())]));
-        self.write(name, &safetensors::serialize(views.collect::<Vec<_>>(), metadata).unwrap())
+        self.write(name, safetensors::serialize(views.collect::<Vec<_>>(), metadata).unwrap())
     }
 
     /// As NumPy 1 and 2 write an array.
@@ -37,7 +25,7 @@ impl Files {
         }
         header.push('\n');
         let length = (header.len() as u16).to_le_bytes();
-        self.write(name, &[b"\x93NUMPY\x01\x00", &length[..], header.as_bytes(), bytes].concat())
+        self.write(name, [b"\x93NUMPY\x01\x00", &length[..], header.as_bytes(), bytes].concat())
     }
 }
 
@@ -85,7 +73,7 @@ fn all_rows(data: &Labelled) -> Vec<(Vec<f32>, u32)> {
 
 #[test]
 fn every_type_and_both_formats_are_the_same_rows() {
-    let files = Files::new();
+    let files = Folder::new();
     let expected: Vec<(Vec<f32>, u32)> =
         values().chunks(6).enumerate().map(|(row, values)| (values.to_vec(), row as u32 % 3)).collect();
     let kinds: [(Dtype, &str, Vec<u8>); 4] = [
@@ -116,7 +104,7 @@ fn every_type_and_both_formats_are_the_same_rows() {
 
 #[test]
 fn several_files_are_one_set_and_files_to_validate_on_are_taken_whole() {
-    let files = Files::new();
+    let files = Folder::new();
     let bytes = bytes_of(&values(), f32::to_le_bytes);
     let file = |name: &str, rows: std::ops::Range<usize>| {
         let part = &bytes[rows.start * 24..rows.end * 24];
@@ -141,7 +129,7 @@ fn several_files_are_one_set_and_files_to_validate_on_are_taken_whole() {
 
 #[test]
 fn what_cannot_be_used_is_named() {
-    let files = Files::new();
+    let files = Folder::new();
     let bytes = bytes_of(&values(), f32::to_le_bytes);
     let message = |config: FeaturesConfig| open(&config).err().unwrap().to_string();
     let tensors = |tensors: &[(&str, Dtype, &[usize], &[u8])], classes: Option<&str>| {
@@ -191,11 +179,11 @@ fn what_cannot_be_used_is_named() {
 
 #[test]
 fn what_is_written_is_read_back() {
-    let files = Files::new();
+    let files = Folder::new();
     let labels: Vec<u32> = (0..40).map(|row| row % 3).collect();
     let classes = ["sad", "glad", "\"odd\""].map(String::from).to_vec();
     let new = NewFeatures { values: values(), n_layers: 2, dim: 3, labels: labels.clone(), classes: classes.clone() };
-    let path = files.write("new.safetensors", &new.to_safetensors().unwrap());
+    let path = files.write("new.safetensors", new.to_safetensors().unwrap());
     let set = open(&config(vec![path])).unwrap();
     let (read, labels_read): (Vec<_>, Vec<_>) = all_rows(&set).into_iter().unzip();
     assert_eq!((read.concat(), labels_read), (values(), labels));

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::files::{LeftOut, Packed, Search, search};
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, some_path};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 const PIXELS: usize = 3 * 32 * 32;
 /// The most bytes of a file; all of CIFAR-100 are 185 MB.
@@ -42,9 +43,6 @@ pub enum CifarLabels {
 }
 
 impl Source for CifarConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Images;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)
     }
@@ -80,13 +78,16 @@ impl CifarConfig {
         left_out.extend(besides);
         for path in files.into_keys() {
             let bytes = Packed::open(&path)?.up_to(MOST_BYTES + 1, &path)?;
-            let unfit = |problem: String| Err(DataError::Unusable(format!("{}: {problem}", path.display())));
+            let unfit = |problem: String| Err(DataError::in_file(&path, problem));
             let row = in_front + PIXELS;
             if bytes.len() as u64 > MOST_BYTES {
                 return unfit(format!("more than {MOST_BYTES} bytes: CIFAR's files are smaller"));
             }
             if bytes.is_empty() || !bytes.len().is_multiple_of(row) {
-                return unfit(format!("{} bytes are no rows of {row}: is data.cifar.labels right?", bytes.len()));
+                return unfit(format!(
+                    "{} bytes are not a whole number of rows of {row}: is data.cifar.labels right?",
+                    bytes.len()
+                ));
             }
             for row in bytes.chunks_exact(row) {
                 if row[taken] >= n_classes {

@@ -1,6 +1,5 @@
 //! Images as rows of a table: pixels and a class. scikit-learn's digits come like this (`digits.csv.gz`).
 
-use std::io::{BufRead, Read};
 use std::path::Path;
 
 use csv::StringRecord;
@@ -10,9 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::documents::distinct_names;
-use crate::files::{Packed, Search, delimiter, search, table_problem};
-use crate::source::{Problem, Source, some_path};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::files::{Packed, Search, Table, search};
+use crate::problem::{Problem, image_size, require, some_path};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 /// `[data.csv_images]`: one grey image a row, its pixels from left to right and from top to bottom and its class last or
 /// where `label` says; cells separated by commas, semicolons or tabs, quoted or not; packed (.gz, .zst) or not.
@@ -49,28 +49,21 @@ fn byte() -> f64 {
 }
 
 impl Source for CsvImagesConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Images;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         some_path(&self.paths)?;
-        if self.size.iter().any(|side| !(1..=4096).contains(side)) {
-            return Err(("size", format!("size ({:?}) must be height and width, each from 1 to 4096", self.size)));
-        }
+        image_size(self.size)?;
         let pixels = self.size[0] * self.size[1];
         match &self.label {
-            Some(Column::Place(place)) if *place > pixels => {
-                return Err(("label", format!("label ({place}) must be the place of a column, from 0 to {pixels}")));
-            }
-            Some(Column::Name(name)) if self.headings == Some(false) => {
-                return Err(("label", format!("label (\"{name}\") is a name: headings must not be false")));
-            }
-            _ => {}
+            Some(Column::Place(place)) => require(*place <= pixels, "label", || {
+                format!("label ({place}) must be the place of a column, from 0 to {pixels}")
+            })?,
+            Some(Column::Name(name)) => require(self.headings != Some(false), "label", || {
+                format!("label (\"{name}\") is a name: headings must not be false")
+            })?,
+            None => {}
         }
-        match self.white.is_finite() && self.white > 0.0 {
-            true => Ok(()),
-            false => Err(("white", format!("white ({}) must be a positive number", self.white))),
-        }
+        let white = self.white;
+        require(white.is_finite() && white > 0.0, "white", || format!("white ({white}) must be a positive number"))
     }
 
     fn paths(&self) -> Vec<String> {
@@ -92,14 +85,14 @@ impl CsvImagesConfig {
     fn read(&self) -> Result<(Images, Vec<String>), DataError> {
         let [height, width] = self.size;
         let Search { files, left_out } = search(&self.paths, &[&["csv", "tsv", "gz"]])?;
-        let mut table = Table { config: self, pixels: Vec::new(), labels: Vec::new(), headed: Vec::new() };
+        let mut table = Pixels { config: self, pixels: Vec::new(), labels: Vec::new(), headed: Vec::new() };
         for path in files.keys() {
             table.read(path)?;
         }
-        let Table { pixels, labels, headed, .. } = table;
+        let Pixels { pixels, labels, headed, .. } = table;
         if labels.is_empty() {
             let names: Vec<String> = files.keys().map(|path| path.display().to_string()).collect();
-            return Err(DataError::Unusable(format!("{}: no row but headings", names.join(", "))));
+            return Err(unusable!("{}: no row but headings", names.join(", ")));
         }
         let (classes, labels) = numbered(labels);
         let mut notes: Vec<String> = left_out.note().into_iter().collect();
@@ -129,7 +122,7 @@ fn class_number(cell: &str) -> Option<u32> {
 }
 
 /// Rows as they are read.
-struct Table<'a> {
+struct Pixels<'a> {
     config: &'a CsvImagesConfig,
     pixels: Vec<u8>,
     labels: Vec<String>,
@@ -137,37 +130,26 @@ struct Table<'a> {
     headed: Vec<String>,
 }
 
-impl Table<'_> {
+impl Pixels<'_> {
     fn read(&mut self, path: &Path) -> Result<(), DataError> {
         let [height, width] = self.config.size;
         let columns = height * width + 1;
         let mut file = Packed::open(path)?;
         if let Some(what) = file.not_text(path)? {
-            let problem = format!("{} is {what}: a table in UTF-8 is read, packed (.gz, .zst) or not", path.display());
-            return Err(DataError::Unusable(problem));
+            return Err(unusable!("{} is {what}: a table in UTF-8 is read, packed (.gz, .zst) or not", path.display()));
         }
-        let delimiter = delimiter(file.content.fill_buf().unwrap_or_default());
+        let mut settings = csv::ReaderBuilder::new();
         // 64 letters a cell, and some for headings.
-        let bounded = Bounded { inner: file.content, since: 0, most: 64 * columns + 65536 };
-        let mut reader = csv::ReaderBuilder::new()
-            .has_headers(false)
-            .flexible(true)
-            .delimiter(delimiter)
-            .trim(csv::Trim::All)
-            .from_reader(bounded);
-        let mut rows = reader.records();
+        let longest = 64 * columns + 65536;
+        let mut table = Table::new(path, file.content, settings.flexible(true).trim(csv::Trim::All), longest);
         let mut next = || -> Result<Option<(usize, StringRecord)>, DataError> {
-            let wrong =
-                |line: u64, problem: String| DataError::Row { path: path.to_owned(), line: line as usize, problem };
-            let Some(row) = rows.next() else { return Ok(None) };
-            let row =
-                row.map_err(|error| wrong(error.position().map_or(1, csv::Position::line), table_problem(&error)))?;
-            let line = row.position().map_or(1, csv::Position::line);
-            if row.len() != columns {
-                let problem = format!("{} cells; {height} x {width} pixels and a class are {columns}", row.len());
-                return Err(wrong(line, problem));
+            match table.next_record()? {
+                Some((line, row)) if row.len() != columns => {
+                    let problem = format!("{} cells; {height} x {width} pixels and a class are {columns}", row.len());
+                    Err(DataError::Row { path: path.to_owned(), line, problem })
+                }
+                row => Ok(row),
             }
-            Ok(Some((line as usize, row)))
         };
         let Some((line, first)) = next()? else { return Ok(()) };
         let second = next()?;
@@ -208,7 +190,7 @@ impl Table<'_> {
             if column == place {
                 if cell.is_empty() || cell.parse::<f64>().is_ok() && class_number(cell).is_none() {
                     let way_out = "0, 1, 2, ... or names; data.csv_images.label says which column holds it";
-                    return Err(wrong(format!("cell {}, \"{cell}\", is no class: {way_out}", column + 1)));
+                    return Err(wrong(format!("cell {}, \"{cell}\", is not a class: {way_out}", column + 1)));
                 }
                 self.labels.push(cell.to_owned());
                 continue;
@@ -218,7 +200,7 @@ impl Table<'_> {
                 let heading =
                     if line == 1 { ", and headings (data.csv_images.headings) are names throughout" } else { "" };
                 wrong(format!(
-                    "cell {}, \"{cell}\", is no pixel: a number from 0 to {white} (data.csv_images.white){heading}",
+                    "cell {}, \"{cell}\", is not a pixel: a number from 0 to {white} (data.csv_images.white){heading}",
                     column + 1
                 ))
             })?;
@@ -239,33 +221,6 @@ fn are_headings(first: &StringRecord, second: Option<&StringRecord>, place: usiz
     let named = !number(&first[place]) && second.is_some_and(|second| number(&second[place]));
     let counted = [0, 1].into_iter().any(|from| (from..).zip(pixels()).all(|(count, cell)| cell == count.to_string()));
     pixels().all(number) && (named || counted && !number(&first[place]))
-}
-
-/// A reader that refuses lines which are longer than a row can be: of a file that unpacks without end, no more is kept.
-struct Bounded<R> {
-    inner: R,
-    /// Bytes since the last line began.
-    since: usize,
-    most: usize,
-}
-
-impl<R: Read> Read for Bounded<R> {
-    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(into)?;
-        for piece in into[..count].split_inclusive(|&byte| byte == b'\n') {
-            self.since += piece.len();
-            if self.since > self.most {
-                return Err(std::io::Error::other(format!(
-                    "a line of more than {} bytes is no row of pixels",
-                    self.most
-                )));
-            }
-            if piece.ends_with(b"\n") {
-                self.since = 0;
-            }
-        }
-        Ok(count)
-    }
 }
 
 #[cfg(test)]

@@ -217,7 +217,7 @@ fn jpeg(bytes: &[u8]) -> Result<Raw, String> {
 
 /// What a JPEG's markers say (ITU-T T.81, annex B).
 struct Scans {
-    /// Where the end-of-image marker stands.
+    /// Where the end-of-image marker is.
     end: usize,
     count: usize,
     /// Whether its frame is baseline or extended sequential, Huffman-coded.

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::files::Packed;
-use crate::source::{Problem, Source, shown};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, require, shown};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 /// `[data.idx]`: IDX files of bytes, as MNIST's, packed (.gz, .zst) or not: images [n, height, width] (or [n, channels, height,
 /// width]) and their classes [n].
@@ -29,16 +30,10 @@ pub struct IdxConfig {
 }
 
 impl Source for IdxConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Images;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        match self.validation_images.is_some() == self.validation_labels.is_some() {
-            true => Ok(()),
-            false => {
-                Err(("validation_images", "validation_images and validation_labels are given both or neither".into()))
-            }
-        }
+        require(self.validation_images.is_some() == self.validation_labels.is_some(), "validation_images", || {
+            "validation_images and validation_labels are given both or neither".into()
+        })
     }
 
     fn paths(&self) -> Vec<String> {
@@ -60,19 +55,20 @@ fn read_pair(images: &Path, labels: &Path) -> Result<Images, DataError> {
     let shape = match sizes[..] {
         [_, height, width] => InputShape::Images { channels: 1, height, width },
         [_, channels, height, width] => InputShape::Images { channels, height, width },
-        _ => return Err(unfit(images, format!("sizes {sizes:?} are not those of images, which have 3 or 4"))),
+        _ => {
+            return Err(DataError::in_file(
+                images,
+                format!("sizes {sizes:?} are not those of images, which have 3 or 4"),
+            ));
+        }
     };
     let (counts, labels_read) = read(labels)?;
     if counts != [sizes[0]] {
-        return Err(unfit(labels, format!("sizes {counts:?} do not fit {} images", sizes[0])));
+        return Err(DataError::in_file(labels, format!("sizes {counts:?} do not fit {} images", sizes[0])));
     }
     let labels: Vec<u32> = labels_read.into_iter().map(u32::from).collect();
     let classes = Images::numbered(&labels);
     Ok(Images { shape, pixels, labels, classes })
-}
-
-fn unfit(path: &Path, problem: String) -> DataError {
-    DataError::Unusable(format!("{}: {problem}", path.display()))
 }
 
 /// The most bytes that one file may hold; far more than MNIST's likes do.
@@ -81,11 +77,11 @@ const MOST_BYTES: usize = 1 << 32;
 /// Sizes and bytes of a file: as many as its header promises, however much follows.
 fn read(path: &Path) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     let mut file = Packed::open(path)?;
-    let short = || unfit(path, "not an IDX file, or one that was cut off".into());
+    let short = || DataError::in_file(path, "not an IDX file, or one that was cut off");
     let start = file.up_to(4, path)?;
     let &[0, 0, kind, n_sizes] = start.first_chunk::<4>().ok_or_else(short)? else { return Err(short()) };
     if kind != 8 {
-        return Err(unfit(path, format!("holds numbers of type {kind:#04x}; bytes (0x08) can be read")));
+        return Err(DataError::in_file(path, format!("holds numbers of type {kind:#04x}; bytes (0x08) can be read")));
     }
     let sizes = file.up_to(4 * u64::from(n_sizes), path)?;
     if sizes.len() < 4 * usize::from(n_sizes) {
@@ -95,10 +91,11 @@ fn read(path: &Path) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     let sizes: Vec<usize> = sizes.map(|&size| u32::from_be_bytes(size) as usize).collect();
     let all = sizes.iter().try_fold(1usize, |all, &size| all.checked_mul(size));
     let all = all.filter(|all| (1..=MOST_BYTES).contains(all)).ok_or_else(|| {
-        unfit(path, format!("its header promises sizes {sizes:?}: from 1 to {MOST_BYTES} bytes are read"))
+        DataError::in_file(path, format!("its header promises sizes {sizes:?}: from 1 to {MOST_BYTES} bytes are read"))
     })?;
     let header = 4 + 4 * u64::from(n_sizes);
-    let unfitting = |there: String| unfit(path, format!("{there} bytes behind the header do not fit sizes {sizes:?}"));
+    let unfitting =
+        |there: String| DataError::in_file(path, format!("{there} bytes behind the header do not fit sizes {sizes:?}"));
     if let Some(length) = file.length().filter(|length| *length != header + all as u64) {
         return Err(unfitting(length.saturating_sub(header).to_string()));
     }

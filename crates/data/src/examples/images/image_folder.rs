@@ -10,8 +10,9 @@ use super::Images;
 use super::decode::{Image, decode};
 use crate::examples::class_folders::ClassFolders;
 use crate::files::OnBadFile;
-use crate::source::{Problem, Source, shown};
-use crate::{Data, DataError, Modality, Opening, Yields};
+use crate::problem::{Problem, image_size, require, shown};
+use crate::source::Source;
+use crate::{Data, DataError, Opening};
 
 const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"];
 /// What red, green and blue add to brightness (ITU-R BT.601).
@@ -44,17 +45,11 @@ fn three() -> usize {
 }
 
 impl Source for ImageFolderConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Images;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        if self.size.iter().any(|side| !(1..=4096).contains(side)) {
-            return Err(("size", format!("size ({:?}) must be height and width, each from 1 to 4096", self.size)));
-        }
-        match self.channels {
-            1 | 3 => Ok(()),
-            other => Err(("channels", format!("channels ({other}) must be 3 for colours or 1 for grey"))),
-        }
+        image_size(self.size)?;
+        require([1, 3].contains(&self.channels), "channels", || {
+            format!("channels ({}) must be 3 for colours or 1 for grey", self.channels)
+        })
     }
 
     fn paths(&self) -> Vec<String> {

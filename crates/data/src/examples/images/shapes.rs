@@ -9,8 +9,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::examples::{Maker, generated};
-use crate::source::{Problem, within};
-use crate::{Data, DataError, Modality, Opening, Source, Yields};
+use crate::problem::{Problem, within};
+use crate::random::normal;
+use crate::{Data, DataError, Opening, Source};
 
 /// The classes, in order.
 const SHAPES: [&str; 8] = ["disc", "square", "triangle", "cross", "ring", "star", "bar", "crescent"];
@@ -32,8 +33,8 @@ pub struct ShapesConfig {
     pub clutter: usize,
     /// Standard deviation of the noise on every pixel, where pixels go from -1 to 1. Default: 0.2.
     pub noise: f64,
-    /// Share of the images whose background is as bright as its class's always is, a shortcut that tells the class with no look
-    /// at the shape; in the others, a group of their own, it is as bright as another class's. Default: every background is drawn.
+    /// Share of the images whose background is as bright as its class's always is, a shortcut that gives the class away without the
+    /// shape; in the others, a group of their own, it is as bright as another class's. Default: every background is drawn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shortcut: Option<f64>,
 }
@@ -45,10 +46,6 @@ impl Default for ShapesConfig {
 }
 
 impl Source for ShapesConfig {
-    const YIELDS: Yields = Yields::Examples;
-    const MODALITY: Modality = Modality::Images;
-    const GENERATED: bool = true;
-
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
         within("size", self.size, 8..=1024)?;
         within("n_classes", self.n_classes, 2..=SHAPES.len())?;
@@ -166,10 +163,4 @@ fn outside(class: usize, [x, y]: [f32; 2]) -> f32 {
 
 fn length([x, y]: [f32; 2]) -> f32 {
     (x * x + y * y).sqrt()
-}
-
-/// A number from N(0, 1), by the method of Box and Muller (1958).
-pub(in crate::examples) fn normal(rng: &mut ChaCha8Rng) -> f32 {
-    let (a, b) = (1.0 - rng.random::<f32>(), rng.random::<f32>());
-    (-2.0 * a.ln()).sqrt() * (std::f32::consts::TAU * b).cos()
 }

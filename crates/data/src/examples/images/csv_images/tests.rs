@@ -1,16 +1,14 @@
 #![allow(clippy::unwrap_used)]
-use std::io::Write;
-
 use super::*;
+use crate::testing::{Folder, gzip};
 
 /// Pixels, labels, classes and notes.
 type Read = (Vec<u8>, Vec<u32>, Vec<String>, Vec<String>);
 
 /// What a table of 1 x 2 pixels, white at 16, is read as.
 fn read(text: &[u8], settings: &str) -> Result<Read, String> {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("t.csv");
-    std::fs::write(&path, text).unwrap();
+    let dir = Folder::new();
+    let path = dir.write("t.csv", text);
     let json = format!(r#"{{"paths": ["{}"], "size": [1, 2], "white": 16{settings}}}"#, path.display());
     let config: CsvImagesConfig = serde_json::from_str(&json).unwrap();
     config.validate(0).map_err(|(_, problem)| problem)?;
@@ -33,11 +31,7 @@ fn a_table_is_read_however_it_was_saved() {
     ] {
         assert_eq!(read(text.as_bytes(), "").unwrap(), plain, "{text:?}");
     }
-    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    packed.write_all(b"0,16,1\n").unwrap();
-    let mut other = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    other.write_all(b"8,4,0\n").unwrap();
-    let both = [packed.finish().unwrap(), other.finish().unwrap()].concat();
+    let both = [gzip("0,16,1\n"), gzip("8,4,0\n")].concat();
     assert_eq!(read(&both, "").unwrap(), plain, "packed in two pieces, as gzip -c a b makes it");
 }
 
@@ -58,7 +52,7 @@ fn headings_are_told_apart_from_images() {
     }
     // A broken cell makes no heading of an image.
     let problem = read(b"0,x,1\n8,4,0\n", "").unwrap_err();
-    assert!(problem.contains("t.csv:1: cell 2, \"x\", is no pixel") && problem.contains("headings"), "{problem}");
+    assert!(problem.contains("t.csv:1: cell 2, \"x\", is not a pixel") && problem.contains("headings"), "{problem}");
     assert_eq!(read(b"5,9,7\n8,4,0\n", ", \"headings\": true").unwrap().1, [0]);
 }
 
@@ -75,7 +69,7 @@ fn the_class_stands_where_it_is_said_to() {
     assert!(read(text, ", \"label\": 3").unwrap_err().contains("label (3)"));
     let problem = read(b"0,16,0.53\n", "").unwrap_err();
     assert!(
-        problem.contains("t.csv:1: cell 3, \"0.53\", is no class") && problem.contains("csv_images.label"),
+        problem.contains("t.csv:1: cell 3, \"0.53\", is not a class") && problem.contains("csv_images.label"),
         "{problem}"
     );
 }
@@ -93,10 +87,22 @@ fn what_is_no_pixel_is_refused_by_place() {
 }
 
 #[test]
+fn lines_are_counted_however_they_end() {
+    for (text, line) in [
+        ("0,16,1\n8,4,0\n17,4,0\n", 3),
+        ("0,16,1\r\n8,4,0\r\n17,4,0\r\n", 3),
+        ("\r\n\r\n0,16,1\r\n\r\n8,4,0\r\n\n17,4,0", 7),
+        ("\u{feff}a,b,c\r\n0,16,\"x\r\ny\"\r\n17,4,x\r\n", 4),
+        ("0,16,1\r\n8,4,0\r\n8,4\r\n", 3),
+    ] {
+        let problem = read(text.as_bytes(), "").unwrap_err();
+        assert!(problem.contains(&format!("t.csv:{line}: ")), "{text:?}: {problem}");
+    }
+}
+
+#[test]
 fn a_file_that_unpacks_without_end_is_not_kept() {
-    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    let zeros = vec![b'0'; 1 << 20];
-    (0..64).for_each(|_| packed.write_all(&zeros).unwrap());
-    let problem = read(&packed.finish().unwrap(), "").unwrap_err();
-    assert!(problem.contains("t.csv:1: a line of more than"), "{problem}");
+    let endless = format!("0,16,1\n{}", "0".repeat(64 << 20));
+    let problem = read(&gzip(endless), "").unwrap_err();
+    assert!(problem.contains("t.csv:2: a line of more than"), "{problem}");
 }

@@ -6,9 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::normal;
-use crate::order::mix;
-use crate::source::{Problem, within};
+use crate::problem::{Problem, within};
+use crate::random::{mix, normal};
 
 /// `[augmentation]`: how images are augmented in training. Default: not at all.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -38,12 +37,7 @@ impl AugmentConfig {
     }
 
     /// Augments an image as the seed, its epoch and its index decide.
-    pub(in crate::examples) fn apply(
-        &self,
-        pixels: &mut Vec<f32>,
-        shape: InputShape,
-        (seed, epoch, index): (u64, u64, u64),
-    ) {
+    pub(crate) fn apply(&self, pixels: &mut Vec<f32>, shape: InputShape, (seed, epoch, index): (u64, u64, u64)) {
         let InputShape::Images { channels, height, width } = shape else { return };
         let mut rng = ChaCha8Rng::seed_from_u64(mix(mix(seed, epoch), index));
         let most = self.crop as i64;

@@ -23,7 +23,7 @@ impl DataConfig {
     /// change the data while a model trains on it.
     pub fn would_read(&self, folder: &Path) -> Option<String> {
         let folder = real(folder);
-        self.paths().into_iter().find(|source| reads(source, &folder))
+        self.source().paths().into_iter().find(|source| reads(source, &folder))
     }
 }
 

@@ -1,4 +1,8 @@
-//! The order of samples: a keyed permutation, so that a position alone says which sample comes.
+//! Randomness that never changes between versions: a keyed permutation, by which a position alone says which sample comes, and
+//! normal numbers.
+
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
 
 /// A value-stable mix of two numbers (the finaliser of SplitMix64, Steele et al. 2014).
 pub(crate) fn mix(a: u64, b: u64) -> u64 {
@@ -26,6 +30,12 @@ pub(crate) fn permute(n: u64, key: u64, index: u64) -> u64 {
             return at;
         }
     }
+}
+
+/// A number from N(0, 1), by the method of Box and Muller (1958).
+pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    let (a, b) = (1.0 - rng.random::<f32>(), rng.random::<f32>());
+    (-2.0 * a.ln()).sqrt() * (std::f32::consts::TAU * b).cos()
 }
 
 #[cfg(test)]

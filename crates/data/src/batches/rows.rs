@@ -1,11 +1,11 @@
-//! Samples into batches. A batch is a pure function of its position, so a run resumes from a number.
+//! Batches of rows of tokens, for decoders.
 
 use std::sync::Arc;
 
 use polyhead_models::{Batch, IGNORE, Role};
 
-use crate::order::{mix, permute};
-use crate::{DataError, OpenOptions};
+use super::{LoaderOptions, Samples, Stream};
+use crate::{DataError, Tokenizer};
 
 /// One row of a batch.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -18,18 +18,6 @@ pub struct Sample {
     pub documents: Option<Vec<u32>>,
     /// Whose each token is, where rows are conversations.
     pub roles: Option<Vec<Role>>,
-}
-
-/// A set of samples, possibly another one in every epoch.
-pub trait Samples: Send + Sync {
-    /// Samples of an epoch.
-    fn per_epoch(&self) -> u64;
-
-    /// Sample `index` of epoch `epoch`.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    fn sample(&self, epoch: u64, index: u64) -> Result<Sample, DataError>;
 }
 
 /// The first samples, `most` or as many as there are, to track a model on: as in training, without padding.
@@ -47,127 +35,67 @@ pub(crate) fn first_rows(samples: &dyn Samples, most: u64) -> Result<Vec<Batch>,
     (0..most.min(samples.per_epoch())).map(row).collect()
 }
 
-/// How samples become batches.
-#[derive(Debug, Clone, Copy)]
-pub struct LoaderOptions {
-    /// Rows of a batch.
-    pub batch_size: usize,
-    /// Decides the order.
-    pub seed: u64,
-    /// In which order.
-    pub order: Order,
-}
-
-/// The order of samples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    /// Another one in every epoch; epochs follow each other without a seam.
-    Shuffled,
-    /// As they come, epoch after epoch without a seam.
-    Endless,
-    /// As they come, always the same; the last batch is as short as what is left, so that none counts twice.
-    Once,
-}
-
-impl LoaderOptions {
-    /// Batches of the size and the seed that data is opened with.
-    pub(crate) fn of(options: &OpenOptions, order: Order) -> Self {
-        Self { batch_size: options.batch_size, seed: options.seed, order }
-    }
-
-    /// The numbers since the start of the rows of batch `position`, of a set of `n`.
-    pub(crate) fn rows(&self, n: u64, position: u64) -> std::ops::Range<u64> {
-        let rows = self.batch_size.max(1) as u64;
-        if self.order != Order::Once {
-            return position * rows..(position + 1) * rows;
-        }
-        let first = position % n.div_ceil(rows).max(1) * rows;
-        first..(first + rows).min(n)
-    }
-
-    /// Epoch and index of a sample, from its number since the start, of a set of `n`.
-    pub(crate) fn place(&self, n: u64, number: u64) -> (u64, u64) {
-        let (epoch, index) = (number / n, number % n);
-        (epoch, if self.order == Order::Shuffled { permute(n, mix(self.seed, epoch), index) } else { index })
-    }
-}
-
-/// Batches by position.
+/// Batches of rows by position.
 #[derive(Clone)]
 pub struct Loader {
-    samples: Arc<dyn Samples>,
+    stream: Stream<Sample>,
     token_bytes: Option<Arc<[u32]>>,
-    options: LoaderOptions,
 }
 
 impl Loader {
     /// A loader over `samples`; `token_bytes` says how many bytes of text each id stands for, where the data is text.
     pub fn new(samples: Arc<dyn Samples>, token_bytes: Option<Vec<u32>>, options: LoaderOptions) -> Self {
-        Self { samples, token_bytes: token_bytes.map(Into::into), options }
+        Self { stream: Stream { samples, options }, token_bytes: token_bytes.map(Into::into) }
     }
 
     /// Samples of an epoch.
     pub fn per_epoch(&self) -> u64 {
-        self.samples.per_epoch()
+        self.stream.samples.per_epoch()
     }
 
     /// Batches until every sample has come once.
     pub fn batches_per_epoch(&self) -> u64 {
-        self.per_epoch().div_ceil(self.options.batch_size.max(1) as u64)
+        self.stream.batches_per_epoch()
     }
 
-    /// Batch number `position` since the start: its rows are samples counted through all epochs, so that none is left out at
-    /// an epoch's end.
+    /// Batch number `position` since the start.
     ///
     /// # Errors
     /// If a sample cannot be read, samples do not fit together, or there are none.
     pub fn batch(&self, position: u64) -> Result<Batch, DataError> {
-        if self.options.batch_size == 0 {
-            return Err(DataError::Unusable("training.batch_size (0) must be at least 1".into()));
-        }
-        if self.per_epoch() == 0 {
-            return Err(DataError::Unusable("the data set is empty: give at least one sample".into()));
-        }
-        let numbers = self.options.rows(self.per_epoch(), position);
-        let mut batch = Batch { batch: (numbers.end - numbers.start) as usize, ..Batch::default() };
-        for number in numbers {
-            let row = self.sample(number)?;
-            if batch.tokens.is_empty() {
-                batch.seq = row.tokens.len();
-                batch.documents = row.documents.as_ref().map(|_| Vec::new());
-                batch.roles = row.roles.as_ref().map(|_| Vec::new());
-            }
+        let rows = self.stream.batch(position)?;
+        let first = &rows[0];
+        let mut batch = Batch {
+            batch: rows.len(),
+            seq: first.tokens.len(),
+            documents: first.documents.as_ref().map(|_| Vec::new()),
+            roles: first.roles.as_ref().map(|_| Vec::new()),
+            ..Batch::default()
+        };
+        let numbers = self.stream.options.rows(self.per_epoch(), position);
+        for (number, row) in numbers.zip(rows) {
             fits(&row, &batch, number)?;
             batch.tokens.extend(row.tokens);
             batch.targets.extend(row.targets);
-            if let (Some(all), Some(documents)) = (&mut batch.documents, row.documents) {
-                all.extend(documents);
-            }
-            if let (Some(all), Some(roles)) = (&mut batch.roles, row.roles) {
-                all.extend(roles);
-            }
+            batch.documents.iter_mut().zip(row.documents).for_each(|(all, own)| all.extend(own));
+            batch.roles.iter_mut().zip(row.roles).for_each(|(all, own)| all.extend(own));
         }
         if let Some(bytes) = &self.token_bytes {
             for &target in batch.targets.iter().filter(|&&target| target != IGNORE) {
                 let known = usize::try_from(target).ok().and_then(|id| bytes.get(id));
                 batch.target_bytes += u64::from(*known.ok_or_else(|| {
                     let most = bytes.len();
-                    DataError::Unusable(format!("target {target} is not below the vocabulary size ({most})"))
+                    unusable!("target {target} is not below the vocabulary size ({most})")
                 })?);
             }
         }
         Ok(batch)
     }
-
-    fn sample(&self, number: u64) -> Result<Sample, DataError> {
-        let (epoch, index) = self.options.place(self.samples.per_epoch(), number);
-        self.samples.sample(epoch, index)
-    }
 }
 
 /// Rows come from any set of samples, so that their shapes are not certain.
 fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
-    let problem = |problem: String| Err(DataError::Unusable(format!("sample {number}: {problem}")));
+    let problem = |problem: String| Err(unusable!("sample {number}: {problem}"));
     let (tokens, seq) = (row.tokens.len(), batch.seq);
     if tokens != seq || tokens == 0 {
         return problem(format!("{tokens} tokens in a batch of rows of {seq}: pad or cut samples to one length"));
@@ -192,10 +120,33 @@ fn fits(row: &Sample, batch: &Batch, number: u64) -> Result<(), DataError> {
     }
 }
 
+/// Rows of tokens, ready to use.
+pub struct Opened {
+    /// Batches to train on, without end.
+    pub train: Loader,
+    /// Batches to validate on.
+    pub validation: Loader,
+    /// Texts to track a model on, a batch of one row each, without padding; empty where nobody does.
+    pub tracking: Vec<Batch>,
+    /// For text.
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids that occur.
+    pub vocab_size: usize,
+    /// What the data is, in words.
+    pub description: String,
+    /// What else there is to know before training on it.
+    pub notes: Vec<String>,
+    /// For text: a hash of the texts and the tokenizer, which tells whether files have changed.
+    pub text_hash: Option<String>,
+    /// The lowest loss that any model can reach, in nats per target, where it is known.
+    pub floor: Option<f64>,
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::Order;
 
     impl Samples for Vec<Sample> {
         fn per_epoch(&self) -> u64 {
