@@ -2,6 +2,8 @@
 
 use std::process::Stdio;
 
+use polyhead_training::tensorboard::EventValue;
+
 use crate::world::{SMALL, World, project};
 
 #[test]
@@ -102,8 +104,12 @@ fn text_is_learned_looked_at_and_generated() {
     let (out, _) =
         world.succeeds(&["plan", "recipe.toml", "model.decoder.d_model=131072", "training.batch_size=65536"]);
     assert!(out.contains("not measured: only"), "{out}");
-    let (_, err) = world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    let (sample, err) = world.succeeds(&["train", "recipe.toml", "--out", "run", "--device", "cpu"]);
     assert!(err.contains("bits per byte") && err.contains("saved to"), "{err}");
+    let events = world.events("run");
+    let text = events.iter().find(|event| event.tag == "sample").expect("the sample is in TensorBoard");
+    assert_eq!(text.step, 12);
+    assert!(matches!(&text.value, EventValue::Text(text) if text.contains(sample.trim_end())), "{text:?}");
     let generate = ["generate", "run", "--prompt", "the ", "--max-new-tokens", "20", "--seed", "3"];
     let (first, _) = world.succeeds(&generate);
     assert!(first.starts_with("the "));
@@ -147,13 +153,6 @@ fn every_recipe_is_valid() {
     assert!(count > 0);
 }
 
-#[test]
-fn the_reference_in_the_readme_is_the_types() {
-    let reference = World::new(SMALL).succeeds(&["reference"]).0;
-    let readme = std::fs::read_to_string(project().join("recipes/README.md")).unwrap();
-    assert!(readme.contains(&reference), "paste the output of `polyhead reference` into recipes/README.md");
-}
-
 /// Each with its exit code, and with words that lead out.
 #[test]
 fn mistakes_are_told_with_a_way_out() {
@@ -166,11 +165,26 @@ fn mistakes_are_told_with_a_way_out() {
     write("broken.jsonl", b"{\"text\": \"one\"}\n{\"te");
     write("number.jsonl", b"{\"text\": 5}");
     std::fs::create_dir(world.dir.path().join("folder")).unwrap();
+    std::fs::create_dir_all(world.dir.path().join("recipes/more")).unwrap();
+    write("recipes/more/mine.toml", b"# A recipe of\n# two lines. And more.\n[model]\n");
+    assert_eq!(
+        world.succeeds(&["ls"]).0.trim_end(),
+        format!("{:<44} A recipe of two lines.", "recipes/more/mine.toml")
+    );
     for (code, arguments, words) in [
         (2, "cp nowhere.toml x.toml", "`polyhead ls` lists"),
         (1, "cp recipe.toml recipe.toml", "exists already"),
         (2, "cat folder", "Is a directory"),
         (2, "validate recipe.toml steps=4", "its place is training.steps"),
+        (2, "validate recipe.tml", "did you mean recipe.toml?"),
+        (2, "train mine.toml", "did you mean recipes/more/mine.toml?"),
+        (2, "eval checkpoints/mine", "`polyhead train recipes/more/mine.toml` makes it"),
+        (2, "eval foldr", "did you mean folder?"),
+        (
+            2,
+            "validate recipe.toml lr_scheduler.warmup_steps=100",
+            "set lr_scheduler.warmup_steps=1 too, or train for 100",
+        ),
         (2, "validate recipe.toml training.steps=1e3", "expected a whole number"),
         (2, "validate recipe.toml training=3", "expected a table"),
         (2, "validate recipe.toml data.text.paths=book.txt", "expected a list"),

@@ -8,6 +8,7 @@ mod classify;
 mod cli;
 mod compare;
 mod convert;
+mod docs;
 mod faults;
 mod features;
 mod finetune;

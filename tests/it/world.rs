@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use polyhead_training::tensorboard::{Event, read_events};
+
 /// The project's folder.
 pub fn project() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -51,6 +53,15 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_polyhead"));
         command.args(args).current_dir(self.dir.path());
         command
+    }
+
+    /// All TensorBoard events of a run.
+    pub fn events(&self, run: &str) -> Vec<Event> {
+        let mut files: Vec<_> =
+            std::fs::read_dir(self.dir.path().join(run)).unwrap().map(|file| file.unwrap().path()).collect();
+        files.retain(|file| file.file_name().unwrap().to_str().unwrap().starts_with("events.out.tfevents."));
+        files.sort();
+        files.iter().flat_map(|file| read_events(file).unwrap()).collect()
     }
 
     /// Runs to the end.

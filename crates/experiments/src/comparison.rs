@@ -210,6 +210,11 @@ pub struct Read {
 /// Says what is wrong with flags of `polyhead eval`.
 pub type CheckTask = fn(&str) -> Result<(), String>;
 
+/// The schema of the file, without the recipe that it extends.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(Comparison).to_value()
+}
+
 /// Whether a file describes a comparison rather than a recipe.
 pub fn is_one(path: &Path) -> bool {
     recipe::read_layer(path).is_ok_and(|layer| layer.values().contains_key("arm"))
@@ -232,8 +237,7 @@ pub fn read(path: &Path, check_task: CheckTask) -> Result<Read, Problems> {
         Some(base) => recipe::read_layers(&path.parent().unwrap_or(Path::new("")).join(base), &[])?,
         None => Vec::new(),
     };
-    let schema = schemars::schema_for!(Comparison).to_value();
-    let unknown = schema::unknown_keys_of(&schema, std::slice::from_ref(&layer));
+    let unknown = schema::unknown_keys_of(&schema(), std::slice::from_ref(&layer));
     if !unknown.is_empty() {
         return Err(Problems(unknown));
     }

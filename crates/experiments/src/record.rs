@@ -154,32 +154,40 @@ fn read(path: &Path) -> Result<Record, Failure> {
     serde_json::from_slice(&bytes).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))
 }
 
-/// The replication table: a row for each claim of every recorded comparison.
+/// The replications as Markdown: a section for each recorded comparison, with its claims.
 ///
 /// # Errors
 /// If a file cannot be read, or names an arm that it does not have.
-pub fn replication_table() -> Result<String, Failure> {
+pub fn replications() -> Result<String, Failure> {
     let folder = folder();
     let entries = std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>, std::io::Error>>()?;
     paths.retain(|path| path.extension().is_some_and(|ending| ending == "json"));
     paths.sort();
-    let mut out = String::from(
-        "| claim | paper and its code | what we ran | what we measured (mean ± standard deviation) | difference to the first \
-         (95 % interval) | verdict |\n|---|---|---|---|---|---|\n",
-    );
+    let mut out = String::new();
     for path in paths {
         let record = read(&path)?;
+        let name = record.comparison.rsplit('/').next().unwrap_or_default();
+        let parameters = record.arms[0].values.get("parameters").and_then(|list| *list.first()?);
+        let parameters = parameters.map_or(String::new(), |count| format!(", {} parameters", thousands(count as u64)));
+        let data = record.data.split(": ").next().unwrap_or_default();
+        let _ = write!(
+            out,
+            "\n## {}\n\n`polyhead compare recipes/compare/{name}`: {data}{parameters}, {} tokens a run\n",
+            name.trim_end_matches(".toml"),
+            thousands(record.tokens_per_run)
+        );
         for claim in &record.claims {
-            out.push_str(
-                &row(&record, claim).map_err(|problem| Failure::Run(format!("{}: {problem}", path.display())))?,
-            );
+            let told =
+                told(&record, claim).map_err(|problem| Failure::Run(format!("{}: {problem}", path.display())))?;
+            out.push_str(&told);
         }
     }
     Ok(out)
 }
 
-fn row(record: &Record, claim: &RecordedClaim) -> Result<String, String> {
+/// A claim with its numbers and our verdict.
+fn told(record: &Record, claim: &RecordedClaim) -> Result<String, String> {
     let metric = claim.metric.metric();
     let values = |name: &String| -> Result<&Vec<Option<f64>>, String> {
         let arm = record.arms.iter().find(|arm| arm.name == *name);
@@ -188,43 +196,27 @@ fn row(record: &Record, claim: &RecordedClaim) -> Result<String, String> {
         arm.values.get(&*metric.key).ok_or_else(|| format!("the arm \"{name}\" has no {}", metric.key))
     };
     let signed = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
-    let (mut measured, mut differences) = (Vec::new(), Vec::new());
+    let code = if claim.code.is_empty() { String::new() } else { format!(" Code: {}.", claim.code) };
+    let verdict = if claim.verdict.is_empty() { "not judged yet" } else { &claim.verdict };
+    let mut out = format!("\n**{}.** {}.{code}\n\n**Verdict:** {verdict}.\n\n", claim.claim, claim.paper);
     let first = claim.arms.first().map(values).transpose()?.cloned().unwrap_or_default();
+    let _ = writeln!(out, "| arm | {} | difference to the first |\n|---|---|---|", metric.label());
     for (at, name) in claim.arms.iter().enumerate() {
         let own = values(name)?;
         let finished: Vec<f64> = own.iter().copied().flatten().collect();
         let summary = Summary::of(&finished).ok_or_else(|| format!("no run of \"{name}\" has finished"))?;
         let deviation = summary.deviation.map_or(String::new(), |deviation| format!(" ± {}", metric.shown(deviation)));
-        measured.push(format!("{name}: {}{deviation} (n = {})", metric.shown(summary.mean), summary.n));
+        let measured = format!("{}{deviation} (n = {})", metric.shown(summary.mean), summary.n);
         let paired: Vec<f64> = own.iter().zip(&first).filter_map(|(own, first)| Some((*own)? - (*first)?)).collect();
-        if let Some(difference) = Summary::of(&paired).filter(|_| at > 0) {
+        let difference = Summary::of(&paired).filter(|_| at > 0).map_or(String::new(), |difference| {
             let interval = difference.interval();
             let interval = interval.map_or("one seed, no interval".into(), |(low, high)| {
                 format!("{} to {}; n = {}", signed(low), signed(high), difference.n)
             });
-            differences.push(format!("{name}: {} ({interval})", signed(difference.mean)));
-        }
+            format!("{} ({interval})", signed(difference.mean))
+        });
+        let cell = |text: &str| text.replace('|', "\\|").replace('\n', " ");
+        let _ = writeln!(out, "| {} | {measured} | {difference} |", cell(name));
     }
-    let parameters = record.arms[0].values.get("parameters").and_then(|list| *list.first()?);
-    let parameters = parameters.map_or(String::new(), |count| format!(", {} parameters", thousands(count as u64)));
-    let code = if claim.code.is_empty() { String::new() } else { format!(" Code: {}", claim.code) };
-    let verdict = if claim.verdict.is_empty() { "not judged yet" } else { &claim.verdict };
-    let name = record.comparison.rsplit('/').next().unwrap_or_default();
-    let mut line = String::from("|");
-    for cell in [
-        claim.claim.clone(),
-        format!("{}.{code}", claim.paper),
-        format!(
-            "[{name}](compare/{name}): {}{parameters}, {} tokens a run",
-            record.data.split(": ").next().unwrap_or_default(),
-            thousands(record.tokens_per_run)
-        ),
-        format!("{}<br>{}", metric.label(), measured.join("<br>")),
-        differences.join("<br>"),
-        verdict.to_owned(),
-    ] {
-        let _ = write!(line, " {} |", cell.replace('|', "\\|").replace('\n', " "));
-    }
-    line.push('\n');
-    Ok(line)
+    Ok(out)
 }

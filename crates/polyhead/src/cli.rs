@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use polyhead_recipe::{DEVICES, device_name};
 
 /// Train, inspect and export attention mechanisms, from TOML recipes.
 #[derive(Debug, Parser)]
@@ -29,8 +31,18 @@ pub struct Cli {
     pub ignore_memory: bool,
 }
 
+/// Reads the name of a device.
+pub fn device() -> impl TypedValueParser<Value = String> {
+    let known = DEVICES.map(|name| match name == device_name("cpu") {
+        true => PossibleValue::new(name).alias("cpu"),
+        false => PossibleValue::new(name),
+    });
+    PossibleValuesParser::new(known).map(|name| device_name(&name).to_owned())
+}
+
 /// Flags that have other names now: of which command, the old name, the new one. The old ones work for one version more.
-const RENAMED: [(&str, &str, &str); 2] = [("export", "--to", "--out"), ("eval", "--new-tokens", "--max-new-tokens")];
+const RENAMED: [(&str, &str, &str); 3] =
+    [("export", "--to", "--out"), ("eval", "--new-tokens", "--max-new-tokens"), ("convert", "--text", "--text-file")];
 
 /// Warnings about flags among the arguments that have other names now.
 pub fn renamed_flags(arguments: &[String]) -> Vec<String> {
@@ -53,6 +65,13 @@ pub struct RecipeArgs {
     pub overrides: Vec<String>,
 }
 
+impl RecipeArgs {
+    /// Lets a device that was named take the place of the recipe's.
+    pub fn on(&mut self, device: Option<&str>) {
+        self.overrides.extend(device.map(|device| format!("training.device={device}")));
+    }
+}
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -65,8 +84,11 @@ pub enum Command {
     /// A recipe with [[stage]] tables is run stage after stage, each from the weights of the one before, into 1-<name>,
     /// 2-<name>, ... there.
     Train(TrainArgs),
-    /// List the recipes at hand.
-    Ls,
+    /// List recipes: those in the folder `recipes` here, or else those that come with Polyhead.
+    Ls {
+        /// Another folder.
+        folder: Option<PathBuf>,
+    },
     /// Copy a recipe to edit it.
     Cp {
         /// Which recipe.
@@ -89,6 +111,9 @@ pub enum Command {
         /// Only compute, do not train.
         #[arg(long)]
         no_probe: bool,
+        /// The same as training.device=...
+        #[arg(long, value_parser = device())]
+        device: Option<String>,
     },
     /// Show the tokens that a model would see, and which of them it learns to predict; of images, a sheet.
     ///
@@ -146,7 +171,7 @@ Examples:
   polyhead inspect checkpoints/quickstart --text \"Ownership is a set of rules\"
   polyhead inspect checkpoints/quickstart --layers 0,3 --out heads")]
     Inspect(InspectArgs),
-    /// Print the replication table: what others found and what we measured, from recipes/results.
+    /// Print the replications: what papers claim and what we measured, from recipes/results.
     Results,
     /// Validate a trained model on its held-out data, or ask it questions about long texts (--task).
     ///
@@ -185,6 +210,9 @@ Examples:
         /// place for: what is written computes something else then.
         #[arg(long)]
         without_mask: bool,
+        /// Where the weights are read; what is written is the same. Default: flex, the CPU.
+        #[arg(long, value_parser = device())]
+        device: Option<String>,
     },
     /// Turn a trained model into a leaner one, without training.
     ///
@@ -197,7 +225,7 @@ Examples:
   polyhead convert checkpoints/lagrangian --to decoupled_head --search dynamic --fusing --out checkpoints/again
   polyhead convert checkpoints/run --to key_driven --kv-heads 4 --out checkpoints/driven
   polyhead convert checkpoints/run --to mixture_of_head --shared 8 --top-k 4 --out checkpoints/moh
-  polyhead convert llama-folder --to grouped_query --kv-heads 4 --pool norm_restoring --text book.txt --out checkpoints/gqa")]
+  polyhead convert llama-folder --to grouped_query --kv-heads 4 --pool norm_restoring --text-file book.txt --out checkpoints/gqa")]
     Convert(crate::commands::convert::ConvertArgs),
     /// Make a trained model larger without changing what it computes.
     ///
@@ -242,6 +270,9 @@ Examples:
         /// The safetensors file to write: `tokens` [1, n] and `logits` [1, n, vocab].
         #[arg(long)]
         out: PathBuf,
+        /// Default: the recipe's.
+        #[arg(long, value_parser = device())]
+        device: Option<String>,
     },
     /// Show what this machine and this binary can do.
     Doctor,
@@ -254,7 +285,28 @@ Examples:
         shell: clap_complete::Shell,
     },
     /// Print the recipe reference: every key with its type and meaning, as Markdown.
-    Reference,
+    ///
+    /// With --out, write the generated pages of the documentation into a folder: recipe keys, comparison keys, the numbers
+    /// that layers log, the command line, the replications, and the JSON Schemas of recipes and comparisons.
+    Reference {
+        /// The folder to write, docs/src/reference in the project's own.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Print the JSON Schema of a kind of file, with which editors complete and check it.
+    Schema {
+        /// Which kind.
+        kind: SchemaKind,
+    },
+}
+
+/// A kind of file.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum SchemaKind {
+    /// A recipe, with or without stages.
+    Recipe,
+    /// A comparison.
+    Comparison,
 }
 
 /// How to train.
@@ -270,7 +322,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
     pub resume: String,
     /// The same as training.device=...
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = device())]
     pub device: Option<String>,
     /// Show a dashboard with curves instead of a progress bar; for binaries that were built with --features tui.
     ///
@@ -325,7 +377,7 @@ pub struct EvalArgs {
     #[arg(long, requires = "task")]
     pub heatmap: Option<PathBuf>,
     /// Default: the recipe's.
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = device())]
     pub device: Option<String>,
 }
 
@@ -362,7 +414,7 @@ pub struct InspectArgs {
     #[arg(long)]
     pub out: Option<PathBuf>,
     /// Default: the recipe's.
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = device())]
     pub device: Option<String>,
 }
 
@@ -386,6 +438,9 @@ pub struct CompareArgs {
     /// Write the numbers to recipes/results too, for the replication table.
     #[arg(long, conflicts_with = "dry_run")]
     pub record: bool,
+    /// The same as training.device=... in the base recipe.
+    #[arg(long, value_parser = device())]
+    pub device: Option<String>,
 }
 
 /// How to generate.
@@ -416,7 +471,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Default: the recipe's.
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = device())]
     pub device: Option<String>,
 }
 

@@ -9,7 +9,9 @@ pub mod flags;
 mod growth;
 pub mod layers;
 mod load;
+pub mod nearest;
 mod problem;
+pub mod reference;
 mod rules;
 pub mod schema;
 mod settings;
@@ -25,6 +27,11 @@ pub use settings::{GenerationConfig, LoaderConfig, ModelConfig, Recipe};
 
 /// What `training.device` may be.
 pub const DEVICES: [&str; 3] = ["flex", "ndarray", "cuda"];
+
+/// The device that a name means: "cpu" is Burn's backend for it.
+pub fn device_name(name: &str) -> &str {
+    if name == "cpu" { "flex" } else { name }
+}
 
 /// A name as part of a folder's name: lower-case letters, digits and single hyphens.
 pub fn folder_name(name: &str) -> String {

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::layers::{Layer, at, merge, parse_layer, parse_override, undecided};
+use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
 use crate::problem::{Problem, Problems, in_words};
 use crate::settings::Recipe;
-use crate::{rules, schema};
+use crate::{device_name, rules, schema};
 
 /// A recipe with where its keys stand.
 pub struct Loaded {
@@ -55,6 +56,7 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
     if recipe.model.pretrained().is_none() {
         recipe.tokenizer.get_or_insert_default();
     }
+    recipe.training.device = device_name(&recipe.training.device).to_owned();
     let loaded = Loaded { recipe, layers };
     let problems: Vec<Problem> =
         rules::validate(&loaded.recipe).into_iter().map(|(path, message)| loaded.problem(&path, message)).collect();
@@ -69,7 +71,17 @@ pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
     toml::to_string_pretty(recipe).map_err(|error| Problems::plain(format!("the recipe cannot be written: {error}")))
 }
 
-const NO_FILE: &str = "recipes are files that end in .toml; `polyhead ls` lists those at hand";
+/// What may have been meant by a recipe that is not there: one with such a name beside it, or below the folder `recipes`.
+fn meant(path: &Path) -> String {
+    let known = recipes_below(Path::new("recipes"));
+    let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let named = |name: &str| known.iter().find(|path| stem(path) == name).cloned();
+    let alike = || named(&nearest(&stem(path), known.iter().map(|path| stem(path)))?);
+    match named(&stem(path)).or_else(|| nearest_path(path, is_recipe)).or_else(alike) {
+        Some(near) if !path.exists() => format!("did you mean {}?", near.display()),
+        _ => "recipes are files that end in .toml; `polyhead ls` lists those at hand".to_owned(),
+    }
+}
 
 /// The text of a recipe's file.
 ///
@@ -77,7 +89,7 @@ const NO_FILE: &str = "recipes are files that end in .toml; `polyhead ls` lists 
 /// If there is none, or it is no text, with the line where it is none.
 pub fn read_file(path: &Path) -> Result<String, Problems> {
     let bytes = std::fs::read(path)
-        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {NO_FILE}", path.display())))?;
+        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {}", path.display(), meant(path))))?;
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let bytes = error.into_bytes();

@@ -125,8 +125,11 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         lr_scheduler.warmup_steps <= training.steps,
         "lr_scheduler.warmup_steps",
         format!(
-            "lr_scheduler.warmup_steps ({}) must not exceed training.steps ({})",
-            lr_scheduler.warmup_steps, training.steps
+            "lr_scheduler.warmup_steps ({warmup}) must not exceed training.steps ({}): set \
+             lr_scheduler.warmup_steps={} too, or train for {warmup} steps or more",
+            training.steps,
+            training.steps / 10,
+            warmup = lr_scheduler.warmup_steps
         ),
     );
     rule(

@@ -1,12 +1,11 @@
-//! What keys there are: read off the types, for finding unknown keys, naming the nearest valid one, and the reference.
+//! What keys there are: read off the types, for finding unknown keys and naming the nearest valid one.
 
-use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use polyhead_attention::AttentionConfig;
 use serde_json::Value;
 
 use crate::layers::{self, Layer};
+use crate::nearest::nearest;
 use crate::problem::{Problem, Problems};
 use crate::settings::Recipe;
 
@@ -103,8 +102,7 @@ enum Fault<'a> {
 fn table_for(path: &str, word: &str, mut valid: Vec<String>) -> String {
     valid.sort_unstable();
     valid.dedup();
-    let near = valid.iter().max_by(|a, b| strsim::jaro_winkler(word, a).total_cmp(&strsim::jaro_winkler(word, b)));
-    let near = near.filter(|name| strsim::jaro_winkler(word, name) > 0.82);
+    let near = nearest(word, &valid);
     let example = near.or(valid.first()).map_or("...", String::as_str);
     let like = if near.is_some() { "write" } else { "write, for instance," };
     format!("{like} {path}.{example}={{}} (valid here: {})", valid.join(", "))
@@ -176,9 +174,7 @@ fn suggestion(root: &Value, key: &str, valid: &[String]) -> String {
     if !places.is_empty() {
         return format!("its place is {}", places.join(" or "));
     }
-    let near = valid.iter().map(|name| (strsim::jaro_winkler(key, name), name));
-    let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.82);
-    if let Some((_, name)) = near {
+    if let Some(name) = nearest(key, valid) {
         return format!("did you mean `{name}`?");
     }
     if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
@@ -201,68 +197,4 @@ fn find_key(root: &Value, schema: &Value, path: &str, key: &str, places: &mut Ve
             }
         }
     }
-}
-
-/// The recipe reference: every key with its meaning, from the types' own documentation.
-pub fn reference() -> String {
-    let root = recipe();
-    let mut out = String::from("| key | type | meaning |\n|---|---|---|\n");
-    describe(root, root, "", (&mut BTreeMap::new(), &mut out));
-    out.push_str("\n| mechanism | logs as `attention/layer_NN/...` | meaning |\n|---|---|---|\n");
-    for (mechanism, rows) in AttentionConfig::observed() {
-        for row in rows {
-            out.push_str(&format!("| `{mechanism}` | `{}` | {row} |\n", row.name));
-        }
-    }
-    out
-}
-
-/// Describes each kind of list item in full where it comes first (`lists`, by reference), and points there afterwards.
-fn describe<'a>(
-    root: &'a Value,
-    schema: &'a Value,
-    path: &str,
-    (lists, out): (&mut BTreeMap<&'a str, String>, &mut String),
-) {
-    let variants = variants(root, schema);
-    let single = variants.iter().any(|variant| variant.get("properties").is_some());
-    for variant in variants {
-        // Where one table may stand instead of a list of them, it is described once.
-        if let Some(items) = variant.get("items").filter(|_| !single) {
-            let path = format!("{path}[]");
-            let first = items.get("$ref").and_then(Value::as_str).map(|name| lists.entry(name).or_insert(path.clone()));
-            match first.filter(|first| **first != path) {
-                Some(first) => out.push_str(&format!("| `{path}` | table | as `{first}` |\n")),
-                None => describe(root, items, &path, (lists, out)),
-            }
-        }
-        let Some(properties) = variant.get("properties").and_then(Value::as_object) else { continue };
-        for (key, property) in properties {
-            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-            let words = property.get("description").or_else(|| variant.get("description")).and_then(Value::as_str);
-            let words = words.unwrap_or_default().replace('\n', " ").replace('|', "\\|");
-            out.push_str(&format!("| `{path}` | {} | {words} |\n", type_name(root, property)));
-            describe(root, property, &path, (lists, out));
-        }
-    }
-}
-
-fn type_name(root: &Value, property: &Value) -> String {
-    let mut names: Vec<String> = Vec::new();
-    for variant in variants(root, property) {
-        let constants = variant.get("enum").and_then(Value::as_array).cloned();
-        let constants = constants.or_else(|| variant.get("const").map(|value| vec![value.clone()]));
-        match (constants, variant.get("type")) {
-            (Some(values), _) => names.extend(values.iter().map(|value| format!("`{value}`"))),
-            (None, Some(Value::String(name))) if name == "object" => names.push("table".into()),
-            (None, Some(Value::String(name))) => names.push(name.clone()),
-            (None, Some(Value::Array(types))) => {
-                names.extend(types.iter().filter_map(Value::as_str).filter(|name| *name != "null").map(Into::into));
-            }
-            _ => {}
-        }
-    }
-    names.retain(|name| name != "null");
-    names.dedup();
-    names.join(" or ")
 }

@@ -38,6 +38,11 @@ pub struct Stage {
     pub convert: Option<Conversion>,
 }
 
+/// The schema of the file of a run in stages, without what is around them.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(Stages).to_value()
+}
+
 /// A recipe in stages with where its keys stand.
 pub struct Staged {
     /// Its stages, at least one.
@@ -57,7 +62,7 @@ pub struct Staged {
 pub fn read(path: &Path, overrides: &[String]) -> Result<Option<Staged>, Problems> {
     let mut file = read_layer(path)?;
     let Some(own) = file.take("stage") else { return Ok(None) };
-    let unknown = schema::unknown_keys_of(&schemars::schema_for!(Stages).to_value(), std::slice::from_ref(&own));
+    let unknown = schema::unknown_keys_of(&schema(), std::slice::from_ref(&own));
     if !unknown.is_empty() {
         return Err(Problems(unknown));
     }

@@ -125,6 +125,12 @@ pub fn project_root() -> PathBuf {
     built.ancestors().nth(2).unwrap_or(built).to_owned()
 }
 
+/// The recipes at hand: the folder `recipes` here, or else the project's.
+pub fn recipes_folder() -> PathBuf {
+    let here = PathBuf::from("recipes");
+    if here.is_dir() { here } else { project_root().join("recipes") }
+}
+
 /// How the text is another one than a checkpoint learned from, if it is: its files may have changed since.
 ///
 /// # Errors

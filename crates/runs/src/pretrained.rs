@@ -8,11 +8,13 @@ use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig}
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::weights::{self, NonFinite};
 use polyhead_models::{Decoder, DecoderConfig, hf};
+use polyhead_recipe::nearest::{is_recipe, nearest_path, recipes_below};
 use polyhead_recipe::{ModelConfig, Problems, Recipe};
 use polyhead_training::checkpoint::{Hold, hold, newest_good, read_file, verify};
 use polyhead_training::state;
 
 use crate::Caller;
+use crate::data::recipes_folder;
 
 use crate::error::Failure;
 use crate::stages;
@@ -170,10 +172,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
         return Ok((path.to_owned(), held));
     }
     if !path.is_dir() {
-        let hint = match path.extension().is_some_and(|ending| ending == "toml") {
-            true => "this looks like a recipe, from which `polyhead train` makes one",
-            false => "`ls checkpoints` shows yours",
-        };
+        let hint = meant(path);
         let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
         return Err(Problems::plain(problem).into());
     }
@@ -192,6 +191,22 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
             (caller.tell)(&format!("warning: {problem}; looking for an older checkpoint"));
         }
         return Ok((found, held));
+    }
+}
+
+/// What may have been meant by a run that is not there: a recipe, the run that a recipe makes, or one with such a name.
+fn meant(path: &Path) -> String {
+    if is_recipe(path) {
+        return "this looks like a recipe, from which `polyhead train` makes one".into();
+    }
+    let known = recipes_below(&recipes_folder());
+    let is_default = path.parent().and_then(Path::file_name).is_some_and(|folder| folder == "checkpoints");
+    if let Some(recipe) = known.iter().find(|recipe| is_default && recipe.file_stem() == path.file_name()) {
+        return format!("`polyhead train {}` makes it", recipe.display());
+    }
+    match nearest_path(path, Path::is_dir) {
+        Some(near) => format!("did you mean {}?", near.display()),
+        None => "`ls checkpoints` shows yours".into(),
     }
 }
 

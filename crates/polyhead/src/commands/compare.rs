@@ -37,7 +37,9 @@ use polyhead_runs::costs::tokens_per_step;
 pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let out = args.out.clone().unwrap_or_else(|| default_folder(&args.comparison));
     let mut known = BTreeMap::new();
-    let read = comparison::read(&args.comparison, check_task)?;
+    let mut read = comparison::read(&args.comparison, check_task)?;
+    let device: Vec<String> = args.device.iter().map(|device| format!("training.device={device}")).collect();
+    read.base.extend(polyhead_recipe::override_layers(&device)?);
     read.warnings.iter().for_each(|warning| talk!("warning: {warning}"));
     let places = (args.comparison.as_path(), out.as_path());
     let prepared = Prepared::plan(&read, places)?;
@@ -54,7 +56,7 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
             Err(_) => show_preparations(&prepared),
         };
     }
-    let again = again(places, share);
+    let again = again(places, share, args.device.as_deref());
     let interrupted = |failure: &Failure| {
         if matches!(failure, Failure::Interrupted(_)) {
             talk!("\nstopped; every run has saved. This goes on from there:\n  {again}");
@@ -145,12 +147,13 @@ fn default_folder(comparison: &Path) -> PathBuf {
 }
 
 /// The command that runs a comparison again.
-fn again((file, out): (&Path, &Path), share: Share) -> String {
+fn again((file, out): (&Path, &Path), share: Share, device: Option<&str>) -> String {
     let mut words = vec![program(), "compare".into(), quoted(&file.display().to_string())];
     words.push(format!("--jobs {}", share.jobs));
     if out != default_folder(file) {
         words.push(format!("--out {}", quoted(&out.display().to_string())));
     }
+    words.extend(device.map(|device| format!("--device {device}")));
     words.join(" ")
 }
 

@@ -35,10 +35,13 @@ pub struct ConvertArgs {
     /// The run folder to write: `model.pretrained`, eval, generate and export take it.
     #[arg(long)]
     pub out: PathBuf,
-    /// Compare on this text, from its beginning, instead of what is held out of the data that the model's recipe names.
-    /// key_driven measures keys on it too, but for its last part.
-    #[arg(long)]
-    pub text: Vec<String>,
+    /// Compare on the text of these files, from its beginning, instead of what is held out of the data that the model's recipe
+    /// names. key_driven measures keys on it too, but for its last part.
+    #[arg(long, alias = "text")]
+    pub text_file: Vec<String>,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::cli::device())]
+    pub device: Option<String>,
     /// Batches to compare on, and to measure keys on, at most; 0 takes all.
     #[arg(long, default_value_t = BATCHES)]
     pub batches: u64,
@@ -60,7 +63,7 @@ pub const BATCHES: u64 = 20;
 pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
     args.conversion.check().map_err(Problems::plain)?;
-    let parent = open_trained(&args.checkpoint, None, caller())?.unmasked(caller());
+    let parent = open_trained(&args.checkpoint, args.device.as_deref(), caller())?.unmasked(caller());
     let recipe = recipe_for(args, &parent)?;
     must_not_be_data(&recipe, &args.out)?;
     let folder = NewFolder::begin(&args.out)?;
@@ -135,8 +138,8 @@ fn batches_of(loader: &Loader, batches: u64) -> impl Iterator<Item = Result<Batc
 
 /// The recipe whose data both models are compared on.
 fn recipe_for(args: &ConvertArgs, parent: &Trained) -> Result<Recipe, Failure> {
-    let text = (!args.text.is_empty())
-        .then(|| DataConfig::Text(TextConfig { paths: args.text.clone(), syntax: Syntax::Prose }));
+    let text = (!args.text_file.is_empty())
+        .then(|| DataConfig::Text(TextConfig { paths: args.text_file.clone(), syntax: Syntax::Prose }));
     let mut recipe = match (&parent.recipe, &text) {
         (Some(recipe), _) => recipe.clone(),
         (None, Some(_)) => {
@@ -147,13 +150,13 @@ fn recipe_for(args: &ConvertArgs, parent: &Trained) -> Result<Recipe, Failure> {
             toml::from_str(&minimal).map_err(|error| Failure::Run(error.to_string()))?
         }
         (None, None) => {
-            let problem = format!("{} says nothing about data: name a text with --text", parent.path.display());
+            let problem = format!("{} says nothing about data: name a text with --text-file", parent.path.display());
             return Err(Problems::plain(problem).into());
         }
     };
     if let Some(text) = text {
         if parent.tokenizer.is_none() {
-            let problem = format!("--text: {} has no tokenizer", parent.path.display());
+            let problem = format!("--text-file: {} has no tokenizer", parent.path.display());
             return Err(Problems::plain(problem).into());
         }
         recipe.data = text;

@@ -40,13 +40,32 @@ pub fn diff(paths: [&Path; 2]) -> Result<(), Failure> {
     })?;
     put!("\nmeasured")?;
     both(&a.numbers, &b.numbers, |name, values| {
-        let shown = values.map(|value| value.map_or("–".to_owned(), |value| number(*value)));
+        let shown = values.map(|value| value.map_or("–".to_owned(), |value| number(*value, 6)));
         let change = match values {
-            [Some(a), Some(b)] if a != b => format!("{}{}", if b > a { "+" } else { "" }, number(b - a)),
+            [Some(a), Some(b)] if a != b => {
+                format!("{}{}{}", if b > a { "+" } else { "" }, number(b - a, 3), better(name, b - a))
+            }
             _ => String::new(),
         };
         line(name, &shown[0], &shown[1], &change)
     })
+}
+
+/// Numbers that are better when they are smaller, by the end of their names.
+const SMALLER: [&str; 7] =
+    ["loss", "bits_per_byte", "perplexity", "calibration_error", "seconds", "peak_memory_bytes", "kv_bytes_per_token"];
+/// Numbers that are better when they are larger.
+const LARGER: [&str; 4] = ["accuracy", "f1", "recall", "tokens_per_second"];
+
+/// Which side is better, where the name of a number says so.
+fn better(name: &str, difference: f64) -> &'static str {
+    let is = |names: &[&str]| names.iter().any(|end| name.ends_with(end));
+    let right = match (is(&SMALLER), is(&LARGER)) {
+        (true, _) => difference < 0.0,
+        (_, true) => difference > 0.0,
+        _ => return "",
+    };
+    if right { "  right is better" } else { "  left is better" }
 }
 
 fn read(path: &Path) -> Result<Run, Failure> {
@@ -113,9 +132,42 @@ fn line(name: &str, a: &str, b: &str, note: &str) -> Result<(), Failure> {
     put!("  {name:<44} {:>WIDTH$}  {:>WIDTH$}  {note}", cut(a), cut(b))
 }
 
-fn number(value: f64) -> String {
-    match value.fract() == 0.0 && value.abs() < 1e15 {
-        true => format!("{value:.0}"),
-        false => format!("{value:.6}"),
+/// A number with so many significant digits; whole ones are not rounded.
+fn number(value: f64, digits: usize) -> String {
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        return format!("{value:.0}");
+    }
+    let magnitude = value.abs().log10().floor();
+    match (-5.0..15.0).contains(&magnitude) {
+        true => format!("{value:.*}", (digits as f64 - 1.0 - magnitude).max(0.0) as usize),
+        false => format!("{value:.*e}", digits - 1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{better, number};
+
+    #[test]
+    fn numbers_have_significant_digits() {
+        for (value, digits, shown) in [
+            (1.359_912_3, 6, "1.35991"),
+            (0.001_234_567, 3, "0.00123"),
+            (-0.000_045_67, 3, "-0.0000457"),
+            (1.234e-7, 3, "1.23e-7"),
+            (123_456.78, 3, "123457"),
+            (2000.0, 3, "2000"),
+            (f64::NAN, 3, "NaN"),
+        ] {
+            assert_eq!(number(value, digits), shown);
+        }
+    }
+
+    #[test]
+    fn the_better_side_follows_from_the_name() {
+        assert_eq!(better("validation.loss", -0.1), "  right is better");
+        assert_eq!(better("validation.macro_f1", -0.1), "  left is better");
+        assert_eq!(better("tokens_per_second", 5.0), "  right is better");
+        assert_eq!(better("parameters", 5.0), "");
     }
 }

@@ -35,7 +35,7 @@ pub struct EmbedArgs {
     #[arg(long, default_value_t = 256, value_parser = at_least_one)]
     pub batch_size: usize,
     /// Default: the recipe's.
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = crate::cli::device())]
     pub device: Option<String>,
 }
 

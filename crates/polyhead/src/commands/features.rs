@@ -63,7 +63,7 @@ pub struct FeaturesArgs {
     #[arg(long)]
     pub out: PathBuf,
     /// Default: the recipe's.
-    #[arg(long, value_parser = polyhead_recipe::DEVICES)]
+    #[arg(long, value_parser = crate::cli::device())]
     pub device: Option<String>,
 }
 

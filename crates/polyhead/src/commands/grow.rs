@@ -33,6 +33,9 @@ pub struct GrowArgs {
     /// How it grows.
     #[command(flatten)]
     pub growth: recipe::Growth,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::cli::device())]
+    pub device: Option<String>,
 }
 
 /// What grown logits may differ by.
@@ -43,7 +46,7 @@ const COMPARED: usize = 256;
 /// Writes the grown model, if it computes what its parent does.
 pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     must_not_exist(&args.out)?;
-    let parent = open_trained(&args.checkpoint, None, caller())?.unmasked(caller());
+    let parent = open_trained(&args.checkpoint, args.device.as_deref(), caller())?.unmasked(caller());
     let Some(trained_by) = &parent.recipe else {
         let problem = format!(
             "{}: only a checkpoint of ours can grow, because its recipe goes on; a run with model.pretrained = {:?}, \

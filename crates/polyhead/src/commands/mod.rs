@@ -13,6 +13,7 @@ mod new_folder;
 mod plan;
 mod preview;
 mod recipes;
+mod reference;
 mod stages;
 mod tokenizer;
 mod train;
@@ -39,7 +40,7 @@ use polyhead_runs::Failure;
 pub fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Train(args) => train::train(args),
-        Command::Ls => recipes::ls(),
+        Command::Ls { folder } => recipes::ls(folder.as_deref()),
         Command::Cp { recipe, to } => recipes::cp(&recipe, &to),
         Command::Cat(args) => match staged(&args)? {
             Some(staged) => stages::cat(&args.recipe, &staged),
@@ -53,17 +54,20 @@ pub fn run(command: Command) -> Result<(), Failure> {
             }
             put!("{}: valid", args.recipe.display())
         }
-        Command::Plan { recipe, no_probe } => match staged(&recipe)? {
-            Some(staged) => stages::plan(&recipe.recipe, &staged, !no_probe),
-            None => plan::plan(&load(&recipe)?, !no_probe),
-        },
+        Command::Plan { mut recipe, no_probe, device } => {
+            recipe.on(device.as_deref());
+            match staged(&recipe)? {
+                Some(staged) => stages::plan(&recipe.recipe, &staged, !no_probe),
+                None => plan::plan(&load(&recipe)?, !no_probe),
+            }
+        }
         Command::Preview { recipe, rows, table, out } => {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table, out })
         }
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
         Command::Compare(args) => compare::compare(&args),
-        Command::Results => print(format_args!("{}", record::replication_table()?)),
+        Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             [] => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
             ["eigenscore"] => hallucination::eigenscore(&args),
@@ -74,15 +78,16 @@ pub fn run(command: Command) -> Result<(), Failure> {
             _ => long_context::eval(&args),
         },
         Command::Generate(args) => trained::generate(&args),
-        Command::Export { checkpoint, out, expanded, without_mask, native } => {
-            trained::export(&checkpoint, &out, trained::Export { expanded, without_mask, native })
+        Command::Export { checkpoint, out, expanded, without_mask, native, device } => {
+            let how = trained::Export { expanded, without_mask, native };
+            trained::export((&checkpoint, device.as_deref()), &out, how)
         }
         Command::Convert(args) => convert::convert(&args),
         Command::Grow(args) => grow::grow(&args),
         Command::Features(args) => features::features(&args),
         Command::Embed(args) => embed::embed(&args),
-        Command::Logits { checkpoint, tokens, text, out } => {
-            trained::logits(&checkpoint, &tokens, text.as_deref(), &out)
+        Command::Logits { checkpoint, tokens, text, out, device } => {
+            trained::logits((&checkpoint, device.as_deref()), &tokens, text.as_deref(), &out)
         }
         Command::Doctor => doctor::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
@@ -95,7 +100,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut command, "polyhead", &mut script);
             print(format_args!("{}", String::from_utf8_lossy(&script)))
         }
-        Command::Reference => print(format_args!("{}", polyhead_recipe::schema::reference())),
+        Command::Reference { out: None } => print(format_args!("{}", reference::recipe_keys())),
+        Command::Reference { out: Some(folder) } => reference::write(&folder),
+        Command::Schema { kind } => print(format_args!("{}", reference::schema(kind)?)),
     }
 }
 

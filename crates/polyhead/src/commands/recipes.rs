@@ -1,39 +1,33 @@
 //! `polyhead ls`, `cp` and `cat`: the recipes at hand.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use polyhead_recipe::nearest::recipes_below;
 use polyhead_recipe::{self as recipe, Loaded};
 use polyhead_runs::Failure;
-use polyhead_runs::data::project_root;
+use polyhead_runs::data::recipes_folder;
 use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use crate::console::{print, put};
 
-/// Lists recipes with the comment that each begins with.
-pub fn ls() -> Result<(), Failure> {
-    let folder = project_root().join("recipes");
-    let mut found = Vec::new();
-    collect(&folder, &mut found)?;
-    found.sort();
-    for path in found {
-        let text = std::fs::read_to_string(&path)?;
-        let about = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
-        put!("{:<44} {about}", shown(&path).display())?;
+/// Lists the recipes of a folder with the first sentence of the comment that each begins with. Without one: the folder
+/// `recipes` here, or else the project's.
+pub fn ls(folder: Option<&Path>) -> Result<(), Failure> {
+    let folder = folder.map_or_else(recipes_folder, Path::to_owned);
+    std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
+    for path in recipes_below(&folder) {
+        put!("{:<44} {}", shown(&path).display(), about(&std::fs::read_to_string(&path)?))?;
     }
     Ok(())
 }
 
-fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), Failure> {
-    for entry in std::fs::read_dir(folder).map_err(|error| Failure::file("read", folder, error))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            collect(&path, found)?;
-        } else if path.extension().is_some_and(|ending| ending == "toml") {
-            found.push(path);
-        }
-    }
-    Ok(())
+/// The first sentence of the comment that a recipe begins with.
+fn about(text: &str) -> String {
+    let lines = text.lines().map_while(|line| line.strip_prefix("# "));
+    let comment = lines.collect::<Vec<_>>().join(" ");
+    let sentence = comment.split_inclusive(". ").next().unwrap_or_default();
+    sentence.trim_end().to_owned()
 }
 
 /// Copies a recipe.

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
+use polyhead_training::TrainError;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::tensorboard::EventWriter;
 
 use super::new_folder::must_not_be_data;
 use crate::allowed::{allowed, caller};
@@ -115,7 +117,16 @@ impl ForAnyKind for Train<'_> {
         task.tell_end(&outcome, data.description(), data.floor());
         match (outcome.model.as_decoder(), data.tokenizer()) {
             (Some(model), Some(tokenizer)) if task.session.asked.is_some() => {
-                summary::sample(&task.resolved.recipe, model, tokenizer)
+                let recipe = &task.resolved.recipe;
+                let sample = summary::sample(recipe, model, tokenizer)?;
+                // A run that was at its end already has one.
+                if recipe.metrics.tensorboard && outcome.validation.is_some() {
+                    let step = outcome.progress.step;
+                    let mut events = EventWriter::create(task.session.run_dir, Some(step)).map_err(TrainError::from)?;
+                    events.text("sample", step, &format!("```text\n{sample}\n```")).map_err(TrainError::from)?;
+                    events.flush().map_err(TrainError::from)?;
+                }
+                Ok(())
             }
             _ => Ok(()),
         }

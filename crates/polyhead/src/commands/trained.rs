@@ -128,7 +128,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     };
     let started = Instant::now();
     let prompt = if args.chat { chat_prompt(tokenizer, &args.prompt)? } else { plain_prompt(tokenizer, &args.prompt)? };
-    let count = write_text(&trained.model, tokenizer, &prompt, &sampling)?;
+    let (count, _) = write_text(&trained.model, tokenizer, &prompt, &sampling)?;
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
     Ok(())
@@ -177,30 +177,33 @@ fn stops(tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
     Ok(stops)
 }
 
-/// Writes a prompt and what the model makes of it to standard output, as it comes. Gives how many tokens came.
+/// Writes a prompt and what the model makes of it to standard output, as it comes. Gives how many tokens came, and the text.
 pub fn write_text(
     model: &Decoder,
     tokenizer: &Tokenizer,
     prompt: &Prompt<'_>,
     sampling: &Sampling,
-) -> Result<usize, Failure> {
+) -> Result<(usize, String), Failure> {
     let on_terminal = std::io::stdout().is_terminal();
     let show = |text: &str| match on_terminal {
         true => print(format_args!("{}", harmless(text))),
         false => print(format_args!("{text}")),
     };
     show(prompt.shown)?;
-    let (mut stream, mut written) = (StreamDecoder::new(tokenizer), Ok(()));
+    let (mut stream, mut written, mut all) = (StreamDecoder::new(tokenizer), Ok(()), prompt.shown.to_owned());
     let new = polyhead_models::generate(model, &prompt.ids, sampling, tokenizer.end_of_text(), |token| {
         if prompt.stops.contains(&token) {
             return ControlFlow::Break(());
         }
-        written = stream.push(token).map_or(Ok(()), |text| show(&text));
+        written = stream.push(token).map_or(Ok(()), |text| {
+            all.push_str(&text);
+            show(&text)
+        });
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     written?;
     put!("")?;
-    Ok(new.len())
+    Ok((new.len(), all))
 }
 
 /// The tokenizer of a model that needs one for what is asked of it.
@@ -224,12 +227,12 @@ pub struct Export {
 }
 
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
-pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> {
+pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Export) -> Result<(), Failure> {
     // What a finished export of the same left is compared below; anything else is refused before work is done.
     if !to.join("config.json").exists() {
         must_not_exist(to)?;
     }
-    let mut trained = open_trained(checkpoint, Some("flex"), caller())?;
+    let mut trained = open_trained(checkpoint, device.or(Some("flex")), caller())?;
     if let Some(gate) = trained.model.gate().filter(|_| !how.without_mask) {
         let problem = format!(
             "{} is evaluated with a mask behind layer {} (mask_at_eval), which Hugging Face's format has no place for: \
@@ -281,8 +284,13 @@ pub fn export(checkpoint: &Path, to: &Path, how: Export) -> Result<(), Failure> 
 }
 
 /// Writes the logits of tokens, or of a text.
-pub fn logits(checkpoint: &Path, tokens: &[u32], text: Option<&str>, out: &Path) -> Result<(), Failure> {
-    let trained = open_trained(checkpoint, None, caller())?;
+pub fn logits(
+    (checkpoint, device): (&Path, Option<&str>),
+    tokens: &[u32],
+    text: Option<&str>,
+    out: &Path,
+) -> Result<(), Failure> {
+    let trained = open_trained(checkpoint, device, caller())?;
     let vocab = trained.model.vocab_size();
     let tokens = match text {
         None => tokens.to_vec(),

@@ -1,8 +1,10 @@
 //! What is looked at while training: attention on one row of a batch, and the spread of the weights.
 
+use std::collections::BTreeSet;
+
 use burn::tensor::Tensor;
 use polyhead_attention::Observe;
-use polyhead_models::{Trainable, weights};
+use polyhead_models::{Trainable, parameters, weights};
 use serde_json::json;
 
 use super::Record;
@@ -20,6 +22,8 @@ pub(crate) struct Look {
 /// Looks at `model` on the first row of `batch`. Numbers go to both logs, as their mean over heads; how they are spread
 /// over heads, the maps and the histograms go to TensorBoard.
 pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch): (&M, &M::Batch), step: u64) {
+    let frozen: BTreeSet<String> =
+        parameters(model).into_iter().filter(|one| !one.trainable).map(|one| one.name).collect();
     let model = model.valid();
     let observe = if look.maps { Observe::Maps } else { Observe::Numbers };
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
@@ -60,9 +64,9 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
     }
     let appended = record.metrics.append(&line);
     record.heed(appended.map_err(Into::into));
-    // One at a time: no copy of the whole model.
+    // One at a time: no copy of the whole model. What is frozen has the same histogram at every step.
     record.write_events(|events| {
-        for parameter in weights::held(&model) {
+        for parameter in weights::held(&model).into_iter().filter(|parameter| !frozen.contains(&parameter.name)) {
             events.histogram(&format!("weights/{}", parameter.name), step, &parameter.values())?;
         }
         Ok(())

@@ -103,10 +103,9 @@ pub fn program() -> String {
     std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
 }
 
-/// A sample of what the model writes, on standard output.
-pub(super) fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), Failure> {
+/// A sample of what the model writes, on standard output; gives it.
+pub(super) fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<String, Failure> {
     talk!("\nsample:");
     let prompt = plain_prompt(tokenizer, &recipe.generation.prompt)?;
-    write_text(&model.valid(), tokenizer, &prompt, &recipe.generation.sampling)?;
-    Ok(())
+    Ok(write_text(&model.valid(), tokenizer, &prompt, &recipe.generation.sampling)?.1)
 }
