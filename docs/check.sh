@@ -20,7 +20,9 @@ mkdir "$work/bin"
 cat > "$work/bin/polyhead" <<END
 #!/usr/bin/env bash
 case "\$1" in
-train) exec "$binary" "\$@" $short generation.sampling.max_new_tokens=8 ;;
+train)
+    [[ "\$*" == *neuron_dropout* ]] && set -- "\$@" procedure.neuron_dropout.interval=1
+    exec "$binary" "\$@" $short generation.sampling.max_new_tokens=8 ;;
 eval | convert) [[ " \$* " == *" --task "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
 plan) [[ " \$* " == *" --no-probe"* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --no-probe ;;
 *) exec "$binary" "\$@" ;;

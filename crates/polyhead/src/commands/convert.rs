@@ -67,7 +67,7 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     let recipe = recipe_for(args, &parent)?;
     must_not_be_data(&recipe, &args.out)?;
     let folder = NewFolder::begin(&args.out)?;
-    let on = On { text: !args.text.is_empty(), batches: args.batches };
+    let on = On { text: !args.text_file.is_empty(), batches: args.batches };
     perform(&args.conversion, &parent, recipe, (folder.path(), on))?;
     folder.finish()?;
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());
