@@ -91,6 +91,46 @@ fn numbers_are_drawn_in_one_place() {
     }
 }
 
+/// The text of a source file without its comments and its tests.
+fn code_of(text: &str) -> String {
+    let code = text.split("#[cfg(test)]").next().unwrap();
+    code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Whether `text` has `name` as a word of its own: `data.json` is not in `data.jsonl`.
+fn names(text: &str, name: &str) -> bool {
+    // `x().lock` is a method.
+    let part = |c: char| c.is_alphanumeric() || "_)".contains(c);
+    text.match_indices(name).any(|(at, _)| !text[..at].ends_with(part) && !text[at + name.len()..].starts_with(part))
+}
+
+/// The names of files that a source file owns: the values of its constants.
+fn owned(file: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(project().join(file)).unwrap();
+    let value = |line: &str| Some(line.split_once(": &str = \"")?.1.trim_end_matches("\";").to_owned());
+    text.lines().filter_map(value).collect()
+}
+
+#[test]
+fn files_are_named_by_their_owners() {
+    let of_runs = owned("crates/training/src/run_folder/files.rs");
+    let of_hugging_face = owned("crates/models/src/hf/files.rs");
+    assert!(of_runs.len() > 10 && of_hugging_face.len() > 5, "{of_runs:?} {of_hugging_face:?}");
+    // The tokenizer is what writes and reads the files of tokenizers, and what explains formats names them.
+    for krate in CRATES.into_iter().filter(|krate| *krate != "data") {
+        for (path, text) in sources(krate) {
+            let test = ["tests.rs", "/files.rs"].iter().any(|ending| path.ends_with(ending));
+            for name in of_runs.iter().chain(&of_hugging_face).filter(|_| !test) {
+                let its_own = of_hugging_face.contains(name) && path.contains("models/src/hf/");
+                assert!(
+                    its_own || !names(&code_of(&text), name),
+                    "{path} spells {name}: use the constant of its owner"
+                );
+            }
+        }
+    }
+}
+
 /// The file of a crate that a path in its code leads to: the one of the longest known beginning.
 fn file_of(files: &[String], module: &[&str]) -> Option<String> {
     (1..=module.len()).rev().find_map(|length| {

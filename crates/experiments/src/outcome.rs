@@ -18,6 +18,7 @@ use super::metric::{METRICS, Metric};
 use super::plan::{ArmPlan, Plan};
 use super::runs::End;
 use super::statistics::Summary;
+use polyhead_training::run_folder::files::CONVERSION;
 
 /// What a comparison found.
 pub struct Outcome {
@@ -186,8 +187,7 @@ fn conversion(recipe: &str) -> BTreeMap<String, f64> {
         let folder = recipe.get("model")?.get("pretrained")?.as_str()?;
         Some(PathBuf::from(folder))
     });
-    let read =
-        || -> Option<Value> { serde_json::from_slice(&std::fs::read(folder?.join("conversion.json")).ok()?).ok() };
+    let read = || -> Option<Value> { serde_json::from_slice(&std::fs::read(folder?.join(CONVERSION)).ok()?).ok() };
     let told = read().unwrap_or_default();
     let (before, after) = (told["before"]["loss"].as_f64(), told["after"]["loss"].as_f64());
     let jump = before.zip(after).map(|(before, after)| after - before);

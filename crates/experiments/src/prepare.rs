@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use polyhead_training::run::Requests;
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, files};
 use serde_json::json;
 
 use polyhead_recipe::flags::flags_of;
@@ -27,7 +27,6 @@ use super::comparison::{Preparation, Read, in_braces};
 use super::processes::{LOOK, Share, children, end_of_log, spawn};
 
 /// Written into a folder once it is complete.
-const MARK: &str = "prepared.json";
 
 /// What is made, a chain for each seed.
 pub struct Prepared {
@@ -188,7 +187,7 @@ impl Step {
     }
 
     fn complete(&self) -> bool {
-        self.folder.join(MARK).exists()
+        self.folder.join(files::PREPARED).exists()
     }
 
     fn log(&self) -> PathBuf {
@@ -206,7 +205,7 @@ impl Step {
             // A training that was cut off goes on.
             Some(text) => {
                 create(&self.folder)?;
-                atomic_write(&self.folder.join("recipe.toml"), text.as_bytes())?;
+                atomic_write(&self.folder.join(files::RECIPE), text.as_bytes())?;
             }
             None => {
                 create(&self.folder)?;
@@ -218,7 +217,7 @@ impl Step {
 
     fn mark(&self) -> Result<(), Failure> {
         let text = format!("{:#}\n", json!({ "command": self.command() }));
-        Ok(atomic_write(&self.folder.join(MARK), text.as_bytes())?)
+        Ok(atomic_write(&self.folder.join(files::PREPARED), text.as_bytes())?)
     }
 }
 
@@ -237,7 +236,8 @@ fn training(
     let text = recipe::resolved(&recipe::from_layers(layers)?.recipe)?;
     let mut step = Step::new(preparation, seed, out, &text);
     let folder = step.folder.display().to_string();
-    step.arguments = vec!["train".into(), format!("{folder}/recipe.toml"), "--out".into(), folder];
+    step.arguments =
+        vec!["train".into(), step.folder.join(files::RECIPE).display().to_string(), "--out".into(), folder];
     step.recipe = Some(text);
     Ok(step)
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use polyhead_training::run::Requests;
-use polyhead_training::run_folder::{RunFolderError, RunLock, atomic_write};
+use polyhead_training::run_folder::{RunFolderError, RunLock, atomic_write, files};
 
 use polyhead_runs::Failure;
 use polyhead_runs::result::{self, RunResult};
@@ -124,12 +124,12 @@ fn wait_until_free(run: &Run) -> Result<(), Failure> {
 
 /// `polyhead train` on the run's recipe; what it says goes to `log.txt`.
 fn start(run: &Run, threads: usize) -> Result<Child, Failure> {
-    let recipe = run.folder.join("recipe.toml");
+    let recipe = run.folder.join(files::RECIPE);
     atomic_write(&recipe, run.text.as_bytes())?;
     let [recipe, folder] = [&recipe, &run.folder].map(|path| path.display().to_string());
     spawn(&["train".into(), recipe, "--out".into(), folder], &log_of(run), None, threads)
 }
 
 fn log_of(run: &Run) -> PathBuf {
-    run.folder.join("log.txt")
+    run.folder.join(files::LOG)
 }

@@ -14,13 +14,15 @@ use polyhead_training::state;
 
 use crate::Caller;
 use crate::costs::Known;
-use crate::data::{RECORD, Source, TrainingData, options, record};
+use crate::data::{Source, TrainingData, options, record};
 use crate::device;
 use crate::error::Failure;
 use crate::kind::Kind;
 use crate::pretrained::{find_checkpoint, recipe_of, tokenizer_of};
 use crate::resolve::Resolved;
 use crate::result::ClassTable;
+use polyhead_models::hf;
+use polyhead_training::run_folder::files::DATA;
 
 impl TrainingData<Examples> for Labelled {
     fn description(&self) -> &str {
@@ -159,7 +161,7 @@ fn trained(resolved: &Resolved, path: &Path, fresh: Classifier, data: &Labelled)
 /// What the record of a checkpoint says of its inputs and classes.
 fn described(folder: &Path) -> Result<(InputShape, Vec<String>), Failure> {
     let record = record(folder)?;
-    let unfit = |what: &str| Failure::Run(format!("{}/{RECORD}: {what} is missing or damaged", folder.display()));
+    let unfit = |what: &str| Failure::Run(format!("{}/{DATA}: {what} is missing or damaged", folder.display()));
     let input = serde_json::from_value(record["input"].clone()).map_err(|_| unfit("input"))?;
     Ok((input, serde_json::from_value(record["classes"].clone()).map_err(|_| unfit("classes"))?))
 }
@@ -219,7 +221,7 @@ pub fn open_classifier(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedClassifier>, Failure> {
-    if path.join("config.json").exists() {
+    if hf::files::is_folder(path) {
         return Ok(None);
     }
     let path = find_checkpoint(path, caller)?;

@@ -13,6 +13,7 @@ use polyhead_training::evaluate::Batches;
 
 use crate::costs::Known;
 use crate::error::Failure;
+use polyhead_training::run_folder::files::DATA;
 
 /// A loader as the loop sees it.
 pub struct Source<'a, L>(pub &'a L);
@@ -136,7 +137,7 @@ pub fn recipes_folder() -> PathBuf {
 /// # Errors
 /// If the checkpoint's record is damaged. One without a record is taken at its word.
 pub fn changed_text(checkpoint: &Path, text_hash: Option<&str>) -> Result<Option<String>, Failure> {
-    if !checkpoint.join(RECORD).exists() {
+    if !checkpoint.join(DATA).exists() {
         return Ok(None);
     }
     let record = record(checkpoint)?;
@@ -150,14 +151,11 @@ pub fn changed_text(checkpoint: &Path, text_hash: Option<&str>) -> Result<Option
     }))
 }
 
-/// What a checkpoint says about what was learned from.
-pub const RECORD: &str = "data.json";
-
-/// What it says.
+/// What a checkpoint says about the data it was trained on.
 ///
 /// # Errors
 /// If it is missing or damaged.
 pub fn record(checkpoint: &Path) -> Result<serde_json::Value, Failure> {
-    serde_json::from_slice(&read_file(checkpoint, RECORD)?)
-        .map_err(|error| Failure::Run(format!("{}/{RECORD}: {error}", checkpoint.display())))
+    serde_json::from_slice(&read_file(checkpoint, DATA)?)
+        .map_err(|error| Failure::Run(format!("{}/{DATA}: {error}", checkpoint.display())))
 }

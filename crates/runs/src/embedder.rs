@@ -11,12 +11,14 @@ use polyhead_training::state;
 
 use crate::Caller;
 use crate::costs::Known;
-use crate::data::{RECORD, Source, TrainingData, options, record};
+use crate::data::{Source, TrainingData, options, record};
 use crate::device;
 use crate::error::Failure;
 use crate::kind::Kind;
 use crate::pretrained::{find_checkpoint, recipe_of};
 use crate::resolve::Resolved;
+use polyhead_models::hf;
+use polyhead_training::run_folder::files::DATA;
 
 impl TrainingData<Pairs> for Paired {
     fn description(&self) -> &str {
@@ -108,14 +110,14 @@ pub fn open_embedder(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedEmbedder>, Failure> {
-    if path.join("config.json").exists() {
+    if hf::files::is_folder(path) {
         return Ok(None);
     }
     let path = find_checkpoint(path, caller)?;
     let recipe = recipe_of(&path)?;
     let ModelConfig::Embedder(config) = &recipe.model else { return Ok(None) };
     let input: [usize; 2] = serde_json::from_value(record(&path)?["input"].clone())
-        .map_err(|_| Failure::Run(format!("{}/{RECORD}: input is missing or damaged", path.display())))?;
+        .map_err(|_| Failure::Run(format!("{}/{DATA}: input is missing or damaged", path.display())))?;
     let [layers, dim] = input;
     config.validate(Some(dim)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;

@@ -10,7 +10,8 @@ use polyhead_models::weights::{self, NonFinite};
 use polyhead_models::{Decoder, DecoderConfig, hf};
 use polyhead_recipe::nearest::{is_recipe, nearest_path, recipes_below};
 use polyhead_recipe::{ModelConfig, Problems, Recipe};
-use polyhead_training::checkpoint::{Hold, hold, newest_good, read_file, verify};
+use polyhead_training::checkpoint::{Hold, hold, is_named_as_checkpoint, newest_good, read_file, verify};
+use polyhead_training::run_folder::files::{RECIPE, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, is_checkpoint};
 use polyhead_training::state;
 
 use crate::Caller;
@@ -18,9 +19,6 @@ use crate::data::recipes_folder;
 
 use crate::error::Failure;
 use crate::stages;
-
-const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// A trained model whose weights have not been read yet.
 pub struct Pretrained {
@@ -46,7 +44,7 @@ impl Pretrained {
     /// # Errors
     /// If there is none, or it is damaged, or does not fit together.
     pub fn open(path: &Path, caller: Caller) -> Result<Self, Failure> {
-        if path.join("config.json").exists() {
+        if hf::files::is_folder(path) {
             return Self::open_foreign(path, caller);
         }
         let path = find_checkpoint(path, caller)?;
@@ -54,7 +52,7 @@ impl Pretrained {
         let decoder = match &recipe.model {
             ModelConfig::Decoder { config: Some(decoder), .. } => decoder.clone(),
             ModelConfig::Decoder { config: None, .. } => {
-                return Err(Failure::Run(format!("{}/recipe.toml: model.decoder is missing", path.display())));
+                return Err(Failure::Run(format!("{}/{RECIPE}: model.decoder is missing", path.display())));
             }
             ModelConfig::Classifier { .. } => {
                 let hint = "`polyhead eval` tells how well it does";
@@ -92,10 +90,11 @@ impl Pretrained {
         if let Some(known) = tokenizer.as_ref().map(Tokenizer::vocab_size).filter(|&known| known > folder.vocab_size())
         {
             return Err(Failure::Run(format!(
-                "{}: {TOKENIZER} has {known} ids, the model knows {} (vocab_size in config.json): put the tokenizer there that \
+                "{}: {TOKENIZER} has {known} ids, the model knows {} (vocab_size in {}): put the tokenizer there that \
                  belongs to it",
                 path.display(),
-                folder.vocab_size()
+                folder.vocab_size(),
+                hf::files::CONFIG
             )));
         }
         Ok(Self {
@@ -164,9 +163,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
         return locate_checkpoint(&stage, caller);
     }
     // What is named as a checkpoint is none without its manifest: the message tells that, instead of what a run lacks.
-    let named_as_one =
-        path.is_dir() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
-    if named_as_one || path.join("manifest.json").exists() {
+    if is_named_as_checkpoint(path) || is_checkpoint(path) {
         let held = hold(path);
         verify(path)?;
         return Ok((path.to_owned(), held));
@@ -184,7 +181,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
         };
         let held = hold(&found);
         // A training beside may have pruned it, or others, since the folder was listed.
-        if !found.join("manifest.json").exists() {
+        if !is_checkpoint(&found) {
             continue;
         }
         for problem in skipped {
@@ -215,8 +212,8 @@ fn meant(path: &Path) -> String {
 /// # Errors
 /// If it is missing, altered or of another version.
 pub fn recipe_of(checkpoint: &Path) -> Result<Recipe, Failure> {
-    let text = String::from_utf8_lossy(&read_file(checkpoint, "recipe.toml")?).into_owned();
-    toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/recipe.toml: {error}", checkpoint.display())))
+    let text = String::from_utf8_lossy(&read_file(checkpoint, RECIPE)?).into_owned();
+    toml::from_str(&text).map_err(|error| Failure::Run(format!("{}/{RECIPE}: {error}", checkpoint.display())))
 }
 
 /// The tokenizer in a checkpoint, if there is one.
@@ -239,12 +236,20 @@ pub fn tokenizer_of(checkpoint: &Path) -> Result<Option<Tokenizer>, Failure> {
     }
 }
 
+/// The files of a tokenizer, as checkpoints and Hugging Face's folders contain them.
+pub fn tokenizer_files(tokenizer: &Tokenizer) -> [(String, Vec<u8>); 2] {
+    [
+        (TOKENIZER.into(), tokenizer.to_json().as_bytes().to_vec()),
+        (TOKENIZER_CONFIG.into(), tokenizer.config_json().into_bytes()),
+    ]
+}
+
 /// How many ids a checkpoint's model knows.
 ///
 /// # Errors
 /// If it has no embedding.
 pub fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
-    let file = checkpoint.join("model.safetensors");
+    let file = checkpoint.join(WEIGHTS);
     let files = weights::TensorFiles::open(std::slice::from_ref(&file))?;
     let rows = files.shape("embedding.weight").and_then(|shape| shape.first().copied()).filter(|&rows| rows > 0);
     rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing, or empty", file.display())))

@@ -7,7 +7,7 @@ use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::Decoder;
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
 use polyhead_training::optimizer::Optimizer;
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, files};
 use polyhead_training::state::{self, Companions, Progress, Saving};
 use polyhead_training::{Parts, ProcedureConfig, Trainee};
 
@@ -15,7 +15,6 @@ use crate::Caller;
 use crate::device;
 use crate::error::Failure;
 use crate::pretrained::{Pretrained, find_checkpoint, recipe_of, tokenizer_of, vocab_of};
-use crate::stages;
 
 /// A recipe as it is run: everything about its model is at hand.
 pub struct Resolved {
@@ -37,7 +36,7 @@ pub struct Resolved {
 pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     let mut recipe = loaded.recipe.clone();
     if let (ModelConfig::Classifier { pretrained: Some(path), .. }, None) = (&recipe.model, &recipe.tokenizer) {
-        let file = find_checkpoint(path, caller)?.join("tokenizer.json");
+        let file = find_checkpoint(path, caller)?.join(files::TOKENIZER);
         let its_own = match file.exists() {
             true => TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }),
             false => TokenizerConfig::default(),
@@ -71,8 +70,8 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
         (None, Some(theirs)) => theirs.clone(),
         (None, None) if recipe.data.is_text() => {
             let problem = format!("{} has no tokenizer, and the recipe names none", path.display());
-            let hint = "put its tokenizer.json there, or name it: tokenizer.huggingface.path=...";
-            return Err(loaded.problem("model.pretrained", problem).hint(Some(hint.into())).into());
+            let hint = format!("put its {} there, or name it: tokenizer.huggingface.path=...", files::TOKENIZER);
+            return Err(loaded.problem("model.pretrained", problem).hint(Some(hint)).into());
         }
         (None, None) => Tokenizer::bytes(),
     };
@@ -121,7 +120,7 @@ fn same_place(before: &Path, now: &Path, checkpoint: &Path) -> bool {
         return true;
     }
     let beside = |path: &Path| real(path).and_then(|path| Some(path.parent()?.to_owned()));
-    let stages = checkpoint.parent().and_then(beside).filter(|folder| folder.join(stages::RECORD).exists());
+    let stages = checkpoint.parent().and_then(beside).filter(|folder| folder.join(files::STAGES).exists());
     stages.is_some() && stages == beside(now) && before.file_name() == now.file_name()
 }
 
@@ -164,7 +163,7 @@ pub fn begin_run(
         ..recipe
     };
     let text = recipe::resolved(&recipe)?;
-    companions.push(("recipe.toml".into(), text.clone().into_bytes()));
+    companions.push((files::RECIPE.into(), text.clone().into_bytes()));
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()),
         training: &recipe.training,
@@ -184,6 +183,6 @@ pub fn begin_run(
         nonfinite: caller.nonfinite,
     };
     let checkpoint = state::save(run_dir, &saving)?;
-    atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+    atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
     Ok(checkpoint)
 }

@@ -8,15 +8,12 @@ use polyhead_models::{ClassScore, ClassTotals, EvalTotals, Trainable};
 use polyhead_training::evaluate::{Batches, evaluate_range};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
-use polyhead_training::run_folder::{atomic_write, read_metrics};
+use polyhead_training::run_folder::{atomic_write, files, read_metrics};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::costs::Costs;
 use crate::error::Failure;
-
-/// The file's name in a run folder.
-pub const FILE: &str = "result.json";
 
 /// What a finished run reached and what it took.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -251,7 +248,7 @@ pub fn write<M: Trainable>(
         environment: about.environment,
     };
     let text = serde_json::to_string_pretty(&result).map_err(|error| Failure::Run(error.to_string()))?;
-    Ok(atomic_write(&run_dir.join(FILE), text.as_bytes())?)
+    Ok(atomic_write(&run_dir.join(files::RESULT), text.as_bytes())?)
 }
 
 impl Score {
@@ -277,7 +274,7 @@ impl Score {
 /// # Errors
 /// If there is one that cannot be read.
 pub fn read(run_dir: &Path) -> Result<Option<RunResult>, Failure> {
-    let path = run_dir.join(FILE);
+    let path = run_dir.join(files::RESULT);
     match std::fs::read(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Failure::file("read", &path, error)),
@@ -295,7 +292,7 @@ pub fn read(run_dir: &Path) -> Result<Option<RunResult>, Failure> {
 pub fn history(run_dir: &Path, tell: fn(&str)) -> Result<Vec<Value>, Failure> {
     let (lines, damaged) = read_metrics(run_dir)?;
     for line in damaged {
-        tell(&format!("warning: {}:{line}: damaged, so it is left out", run_dir.join("metrics.jsonl").display()));
+        tell(&format!("warning: {}:{line}: damaged, so it is left out", run_dir.join(files::METRICS).display()));
     }
     Ok(lines)
 }

@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
-
-/// The file in the folder of the whole run.
-pub const RECORD: &str = "stages.json";
+use polyhead_training::run_folder::files::STAGES;
 
 /// What a finished stage did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,7 +42,7 @@ pub fn last_finished(path: &Path) -> Result<Option<PathBuf>, Failure> {
 /// # Errors
 /// If the record cannot be read.
 pub fn read_records(out: &Path) -> Result<Vec<StageRecord>, Failure> {
-    let file = out.join(RECORD);
+    let file = out.join(STAGES);
     match std::fs::read(&file) {
         Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
             Ok(Vec::new())

@@ -12,6 +12,7 @@ use crate::data::open_tokens;
 use crate::device;
 use crate::error::Failure;
 use crate::pretrained::Pretrained;
+use polyhead_training::run_folder::files::STATE;
 
 /// A trained model with what belongs to it.
 pub struct Trained {
@@ -38,7 +39,7 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
     let model = found.model(&device, caller.nonfinite)?;
     let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
     let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
-    if let Some(recipe) = recipe.as_ref().filter(|_| path.join("state.json").exists()) {
+    if let Some(recipe) = recipe.as_ref().filter(|_| path.join(STATE).exists()) {
         let state = read_progress(&path)?.procedure;
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;
         model = model.gated(gate);

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::run_folder::FileError;
+use crate::run_folder::files::MANIFEST;
 
 mod best;
 mod draft;
@@ -28,9 +29,6 @@ pub use verify::{read_file, verify};
 
 /// The version of the layout that this code writes; it reads no other.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// The file that makes a folder a checkpoint.
-pub(crate) const MANIFEST: &str = "manifest.json";
 
 /// What a checkpoint consists of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -159,15 +157,23 @@ pub enum CheckpointError {
     },
 }
 
+/// What starts the names of checkpoints in a run folder.
+const PREFIX: &str = "step-";
+
+/// Whether `path` is a folder that is named as a checkpoint in a run folder is, complete or not.
+pub fn is_named_as_checkpoint(path: &Path) -> bool {
+    path.is_dir() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX))
+}
+
 /// The name of the folder of a step.
 pub fn folder_name(step: u64) -> String {
-    format!("step-{step:08}")
+    format!("{PREFIX}{step:08}")
 }
 
 /// The step in a folder's name, if it is one that [`folder_name`] gives.
 fn step_of(path: &Path) -> Option<u64> {
     let name = path.file_name()?.to_str()?;
-    let step = name.strip_prefix("step-")?.parse().ok()?;
+    let step = name.strip_prefix(PREFIX)?.parse().ok()?;
     (folder_name(step) == name).then_some(step)
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::TrainError;
+use crate::run_folder::files;
 use crate::run_folder::{atomic_write, read_metrics};
 use plotters::prelude::*;
 
@@ -28,7 +29,7 @@ pub(crate) fn draw(run_dir: &Path) -> Result<(), TrainError> {
         return Ok(());
     }
     let svg = picture(&training, &validation).map_err(TrainError::Curve)?;
-    Ok(atomic_write(&run_dir.join("curve.svg"), svg.as_bytes())?)
+    Ok(atomic_write(&run_dir.join(files::CURVE), svg.as_bytes())?)
 }
 
 fn picture(training: &Points, validation: &Points) -> Result<String, String> {

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use crate::TrainError;
 use crate::optimizer::Optimizer;
 use crate::procedure::{Parts, Procedure, StepContext, StepReport};
+use crate::run_folder::files::STATE;
 use crate::update::{Step, Updater};
 
 /// Decays of the multipliers' moments, as in LLM-Shearing.
@@ -154,7 +155,7 @@ impl Fusion {
     /// If the state is not one of fusion's.
     pub fn new(config: FusionConfig, parts: Parts<'_>, state: &Value) -> Result<Self, TrainError> {
         let multipliers = Multipliers::restore(state).ok_or_else(|| TrainError::State {
-            path: "state.json".into(),
+            path: STATE.into(),
             problem: "procedure: not the state of fusion".into(),
         })?;
         let rate = config.operator_rate;

@@ -12,6 +12,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub mod files;
 mod metrics_log;
 pub use metrics_log::{MetricsLog, read_metrics};
 
@@ -90,7 +91,7 @@ impl RunLock {
     /// [`RunFolderError::Locked`] names the process that holds it.
     pub fn acquire(run_dir: &Path) -> Result<Self, RunFolderError> {
         fs::create_dir_all(run_dir).at("create", run_dir)?;
-        let path = run_dir.join(".lock");
+        let path = run_dir.join(files::LOCK);
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).at("open", &path)?;
         match file.try_lock() {

@@ -15,6 +15,7 @@ use crate::checkpoint::{Best, Draft, info, read_file};
 use crate::config::OptimizerConfig;
 use crate::optimizer::Optimizer;
 use crate::procedure::Procedure;
+use crate::run_folder::files;
 
 /// The counters of a run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -95,14 +96,14 @@ pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<Path
     let Saving { model, procedure, progress, companions, .. } = *saving;
     let mut draft = Draft::begin(run_dir, progress.step)?;
     let metadata = [("format", "polyhead".to_owned())];
-    let bad = draft.file_with("model.safetensors", |out| write_safetensors(&held(model), &metadata, out))?;
+    let bad = draft.file_with(files::WEIGHTS, |out| write_safetensors(&held(model), &metadata, out))?;
     if !bad.is_empty() && saving.nonfinite == NonFinite::Refuse {
         return Err(TrainError::NonfiniteWeights { step: progress.step, found: told(&bad) });
     }
     let moments = procedure.optimizer().tensors();
-    draft.file_with("optimizer.safetensors", |out| write_safetensors(&moments, &metadata, out))?;
+    draft.file_with(files::OPTIMIZER, |out| write_safetensors(&moments, &metadata, out))?;
     let state = serde_json::to_vec_pretty(progress).map_err(|cause| TrainError::Data(Box::new(cause)))?;
-    draft.file("state.json", &state)?;
+    draft.file(files::STATE, &state)?;
     for (name, bytes) in companions {
         draft.file(name, bytes)?;
     }
@@ -125,9 +126,9 @@ fn told(found: &[(String, usize)]) -> String {
 /// # Errors
 /// If the file is missing, altered or not ours.
 pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
-    let bytes = read_file(checkpoint, "state.json")?;
+    let bytes = read_file(checkpoint, files::STATE)?;
     serde_json::from_slice(&bytes).map_err(|cause| TrainError::State {
-        path: checkpoint.join("state.json").display().to_string(),
+        path: checkpoint.join(files::STATE).display().to_string(),
         problem: cause.to_string(),
     })
 }
@@ -137,8 +138,7 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
 /// # Errors
 /// If the file is missing or altered, or does not fit the model, or holds numbers that are not finite.
 pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) -> Result<M, TrainError> {
-    const NAME: &str = "model.safetensors";
-    let bytes = read_file(checkpoint, NAME)?;
+    let bytes = read_file(checkpoint, files::WEIGHTS)?;
     let check = |tensor: &Named| check_finite(&tensor.name, &tensor.shape, &tensor.values).err();
     let read = from_safetensors(&bytes).and_then(|tensors| {
         let bad: Vec<String> = tensors.values().filter_map(check).collect();
@@ -147,7 +147,7 @@ pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) 
             _ => load(model, tensors),
         }
     });
-    read.map_err(|cause| unfit(checkpoint, NAME, &cause))
+    read.map_err(|cause| unfit(checkpoint, files::WEIGHTS, &cause))
 }
 
 /// The optimiser of a checkpoint.
@@ -160,10 +160,9 @@ pub fn read_optimizer(
     updates: u64,
     device: &Device,
 ) -> Result<Optimizer, TrainError> {
-    const NAME: &str = "optimizer.safetensors";
-    let bytes = read_file(checkpoint, NAME)?;
+    let bytes = read_file(checkpoint, files::OPTIMIZER)?;
     let restored = from_safetensors(&bytes).and_then(|tensors| Optimizer::restore(config, updates, tensors, device));
-    restored.map_err(|cause| unfit(checkpoint, NAME, &cause))
+    restored.map_err(|cause| unfit(checkpoint, files::OPTIMIZER, &cause))
 }
 
 /// A file that is what was saved, but not what is needed.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use polyhead_attention::{AttentionConfig, Family, Form, GroupedDifferentialConfig, Published, RopeLayout};
 use serde_json::{Value, json};
 
+use super::files;
 use super::import::transpose;
 use super::names::{Layout, POLYHEAD, place};
 use super::own;
@@ -89,15 +90,15 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
     let tensors = placed(tensors, model.config(), family);
-    let mut files = vec![
-        ("config.json".into(), text(&config)),
-        ("generation_config.json".into(), text(&generation)),
-        ("model.safetensors".into(), to_safetensors(&tensors, &[("format", "pt".into())])?),
+    let mut made = vec![
+        (files::CONFIG.into(), text(&config)),
+        (files::GENERATION_CONFIG.into(), text(&generation)),
+        (files::WEIGHTS.into(), to_safetensors(&tensors, &[("format", "pt".into())])?),
     ];
     if family.remote_code {
-        files.extend(REMOTE_CODE.map(|(name, code)| (name.into(), code.as_bytes().to_vec())));
+        made.extend(REMOTE_CODE.map(|(name, code)| (name.into(), code.as_bytes().to_vec())));
     }
-    Ok(files)
+    Ok(made)
 }
 
 /// The published family that has such a decoder, and what its config.json says of attention.

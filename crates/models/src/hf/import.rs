@@ -8,6 +8,7 @@ use polyhead_attention::Family;
 use serde_json::Value;
 
 use super::config::{self, Described, entries};
+use super::files;
 use super::names::{Layout, is_left_over, place};
 use crate::weights::{NonFinite, TensorFiles, WeightsError, check_finite, load_with};
 use crate::{Decoder, DecoderConfig};
@@ -63,7 +64,7 @@ impl Folder {
     /// # Errors
     /// If it describes a model that is not supported, or has no weights that can be read.
     pub fn open(path: &Path) -> Result<Self, ImportError> {
-        let config = path.join("config.json");
+        let config = path.join(files::CONFIG);
         let text =
             std::fs::read_to_string(&config).map_err(|cause| ImportError::File { path: config.clone(), cause })?;
         let described = config::read(&text).map_err(|problem| ImportError::Config { path: config, problem })?;
@@ -192,7 +193,7 @@ impl Folder {
 
 /// Refuses a generation_config.json with ids of special tokens that the model does not know.
 fn check_generation_config(folder: &Path, vocab_size: usize) -> Result<(), ImportError> {
-    let path = folder.join("generation_config.json");
+    let path = folder.join(files::GENERATION_CONFIG);
     if !path.is_file() {
         return Ok(());
     }
@@ -208,7 +209,7 @@ fn numbers(shape: &[usize]) -> u64 {
 
 /// The safetensors files of a folder.
 fn shards(folder: &Path) -> Result<Vec<PathBuf>, ImportError> {
-    let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
+    let (single, index) = (folder.join(files::WEIGHTS), folder.join(files::WEIGHTS_INDEX));
     let no_weights = |problem: String| ImportError::NoWeights { path: folder.to_owned(), problem };
     if single.is_file() {
         return Ok(vec![single]);

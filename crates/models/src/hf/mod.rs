@@ -6,6 +6,7 @@
 
 mod config;
 mod export;
+pub mod files;
 mod import;
 mod names;
 mod own;

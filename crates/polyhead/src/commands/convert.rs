@@ -17,8 +17,10 @@ use polyhead_recipe::Recipe;
 use polyhead_runs::Calibration;
 use polyhead_runs::Failure;
 use polyhead_runs::data::{TrainingData, open_tokens, options, project_root, record_text};
+use polyhead_runs::pretrained::tokenizer_files;
 use polyhead_runs::resolve::begin_run;
 use polyhead_runs::{Trained, open_trained};
+use polyhead_training::run_folder::files;
 
 mod summary;
 
@@ -106,10 +108,9 @@ pub fn perform(
     summary::print(&measured, models, opened.vocab_size)?;
 
     let recipe = parent.recipe.clone().unwrap_or(recipe);
-    let mut companions = vec![("data.json".to_owned(), record_text(&opened.record()))];
+    let mut companions = vec![(files::DATA.to_owned(), record_text(&opened.record()))];
     if let Some(tokenizer) = &parent.tokenizer {
-        companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
-        companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
+        companions.extend(tokenizer_files(tokenizer));
     }
     begin_run(out, &child, recipe, companions, caller())?;
     summary::draw(out, models)?;

@@ -9,6 +9,7 @@ use polyhead_recipe::Problems;
 use polyhead_recipe::{self as recipe, Recipe};
 use polyhead_runs::Failure;
 use polyhead_runs::result;
+use polyhead_training::run_folder::files::RECIPE;
 
 /// Longer values are cut in the middle columns; chosen by us.
 const WIDTH: usize = 36;
@@ -69,7 +70,7 @@ fn better(name: &str, difference: f64) -> &'static str {
 }
 
 fn read(path: &Path) -> Result<Run, Failure> {
-    let file = path.join("recipe.toml");
+    let file = path.join(RECIPE);
     let text = std::fs::read_to_string(&file).map_err(|error| {
         let hint = "name the folders of two runs; `ls checkpoints` shows yours";
         Failure::from(Problems::plain(format!("{}: {error}\n  hint: {hint}", file.display())))

@@ -21,6 +21,7 @@ use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::open_trained;
 use polyhead_runs::resolve::begin_run;
+use polyhead_training::run_folder::files;
 
 /// What grows.
 #[derive(Debug, Args)]
@@ -81,7 +82,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         return Err(Failure::Run(problem.into()));
     }
     let mut companions = Companions::new();
-    for name in ["data.json", "tokenizer.json", "tokenizer_config.json"] {
+    for name in [files::DATA, files::TOKENIZER, files::TOKENIZER_CONFIG] {
         if parent.path.join(name).exists() {
             companions.push((name.into(), read_file(&parent.path, name)?));
         }
@@ -91,7 +92,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     let checkpoint = args.out.join(made.file_name().unwrap_or_default());
     folder.finish()?;
     talk!("the optimiser starts afresh: its state belonged to the parent's weights");
-    talk!("next: model.pretrained = {:?} in a recipe, or train {}", args.out, args.out.join("recipe.toml").display());
+    talk!("next: model.pretrained = {:?} in a recipe, or train {}", args.out, args.out.join(files::RECIPE).display());
     put!("{}", checkpoint.display())
 }
 

@@ -2,16 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use polyhead_training::run_folder::RunLock;
+use polyhead_training::run_folder::{RunLock, files::LOCK};
 
 use super::must_not_exist;
 use crate::console::talk;
 use polyhead_recipe::Problems;
 use polyhead_recipe::Recipe;
 use polyhead_runs::Failure;
-
-/// The lock in an unfinished folder; it says that the folder is ours.
-const LOCK: &str = ".lock";
 
 /// A folder that is filled beside its place and then renamed to it.
 pub struct NewFolder {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use polyhead_training::checkpoint::newest_good;
-use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::run_folder::{RunLock, atomic_write, files};
 use polyhead_training::state;
 
 use super::convert::{self, Measured, cached_bytes};
@@ -68,16 +68,16 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
             let measured = run(args, stage, loaded, &folder, finished, signals)?;
             records.push(record(stage, &folder, (measured, fresh))?);
             let text = serde_json::to_string_pretty(&records).map_err(|error| Failure::Run(error.to_string()))?;
-            atomic_write(&out.join(stages::RECORD), text.as_bytes())?;
+            atomic_write(&out.join(files::STAGES), text.as_bytes())?;
         }
         match signals.stop() {
             0 => {}
             signal => return Err(Failure::Interrupted(signal)),
         }
     }
-    let last = staged.folder(&out, staged.stages.len() - 1).join(result::FILE);
+    let last = staged.folder(&out, staged.stages.len() - 1).join(files::RESULT);
     if last.exists() {
-        atomic_write(&out.join(result::FILE), &std::fs::read(&last)?)?;
+        atomic_write(&out.join(files::RESULT), &std::fs::read(&last)?)?;
     }
     tell(&records);
     talk!(
@@ -158,7 +158,7 @@ fn trained(stage: &Stage, loaded: &Loaded, folder: &Path, left_behind: bool) -> 
 
 /// Whether a conversion has come to its end as what the recipe says now.
 fn converted(stage: &Stage, folder: &Path) -> Result<bool, Failure> {
-    let path = folder.join("conversion.json");
+    let path = folder.join(files::CONVERSION);
     if !path.exists() || newest_good(folder)?.0.is_none() {
         return Ok(false);
     }

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::run::{Job, Outcome, View, run};
-use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::run_folder::{RunLock, atomic_write, files};
 use polyhead_training::tensorboard::EventWriter;
 
 use super::new_folder::must_not_be_data;
@@ -23,7 +23,7 @@ use polyhead_runs::Resolved;
 use polyhead_runs::costs::{Costs, Known, tokens_per_step};
 use polyhead_runs::data::{TrainingData, changed_text, record_text};
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
-use polyhead_runs::pretrained::locate_checkpoint;
+use polyhead_runs::pretrained::{locate_checkpoint, tokenizer_files};
 use polyhead_runs::resolve::{self, training_device};
 use polyhead_runs::result;
 
@@ -176,14 +176,13 @@ impl Task<'_> {
             costs: Costs::of(recipe, known),
             environment: result::Environment::here(&recipe.training.device),
         };
-        atomic_write(&run_dir.join("recipe.toml"), text.as_bytes())?;
+        atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
         let mut companions = vec![
-            ("recipe.toml".to_owned(), text.clone().into_bytes()),
-            ("data.json".to_owned(), record_text(&data.record())),
+            (files::RECIPE.to_owned(), text.clone().into_bytes()),
+            (files::DATA.to_owned(), record_text(&data.record())),
         ];
         if let Some(tokenizer) = data.tokenizer() {
-            companions.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
-            companions.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
+            companions.extend(tokenizer_files(tokenizer));
         }
         let job = Job {
             run_dir: run_dir.to_path_buf(),

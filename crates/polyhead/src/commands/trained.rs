@@ -14,7 +14,7 @@ use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_models::{ClassScore, Decoder, EvalTotals, Evaluated, Sampling};
 use polyhead_training::evaluate::evaluate;
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, files::TOKENIZER};
 
 use super::must_not_exist;
 use super::new_folder::NewFolder;
@@ -26,6 +26,7 @@ use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, changed_text};
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
 use polyhead_runs::open_trained;
+use polyhead_runs::pretrained::tokenizer_files;
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
@@ -212,7 +213,7 @@ pub fn write_text(
 /// If it has none.
 pub fn text_tokenizer<'a>(tokenizer: Option<&'a Tokenizer>, path: &Path) -> Result<&'a Tokenizer, Failure> {
     let problem =
-        || format!("{} has no tokenizer: it learned generated data, or its tokenizer.json is missing", path.display());
+        || format!("{} has no tokenizer: it learned generated data, or its {TOKENIZER} is missing", path.display());
     tokenizer.ok_or_else(|| Failure::Run(problem()))
 }
 
@@ -229,7 +230,7 @@ pub struct Export {
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
 pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Export) -> Result<(), Failure> {
     // What a finished export of the same left is compared below; anything else is refused before work is done.
-    if !to.join("config.json").exists() {
+    if !hf::files::is_folder(to) {
         must_not_exist(to)?;
     }
     let mut trained = open_trained(checkpoint, device.or(Some("flex")), caller())?;
@@ -257,15 +258,14 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
     if let Some(tokenizer) = &trained.tokenizer {
         let stops = stops(tokenizer)?;
         if stops.len() > 1
-            && let Some((_, bytes)) = files.iter_mut().find(|(name, _)| name == "generation_config.json")
+            && let Some((_, bytes)) = files.iter_mut().find(|(name, _)| name == hf::files::GENERATION_CONFIG)
         {
-            let broken = |error: serde_json::Error| Failure::Run(format!("generation_config.json: {error}"));
+            let broken = |error: serde_json::Error| Failure::Run(format!("{}: {error}", hf::files::GENERATION_CONFIG));
             let mut config: serde_json::Value = serde_json::from_slice(bytes).map_err(broken)?;
             config["eos_token_id"] = serde_json::json!(stops);
             *bytes = format!("{config:#}\n").into_bytes();
         }
-        files.push(("tokenizer.json".into(), tokenizer.to_json().as_bytes().to_vec()));
-        files.push(("tokenizer_config.json".into(), tokenizer.config_json().into_bytes()));
+        files.extend(tokenizer_files(tokenizer));
     }
     let same = |(name, bytes): &(String, Vec<u8>)| std::fs::read(to.join(name)).is_ok_and(|there| there == *bytes);
     if to.exists() && files.iter().all(same) {

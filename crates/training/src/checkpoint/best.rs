@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::verify::read_manifest;
 use super::{CheckpointError, Manifest, folder_name, list};
+use crate::run_folder::files::BEST;
 use crate::run_folder::{At, atomic_write};
 
 /// The step with the smallest validation loss so far.
@@ -130,5 +131,5 @@ pub fn read_best(run_dir: &Path) -> Result<Option<Best>, CheckpointError> {
 }
 
 fn path_in(run_dir: &Path) -> PathBuf {
-    run_dir.join("best.json")
+    run_dir.join(BEST)
 }

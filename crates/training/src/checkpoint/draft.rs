@@ -6,7 +6,8 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{CheckpointError, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, folder_name, is_plain, retention, verify};
+use super::{CheckpointError, FORMAT_VERSION, FileEntry, Manifest, folder_name, is_plain, retention, verify};
+use crate::run_folder::files::MANIFEST;
 use crate::run_folder::{At, TEMPORARY, sync_folder};
 
 /// A checkpoint that is being written. Dropped without [`commit`](Draft::commit), it leaves nothing.

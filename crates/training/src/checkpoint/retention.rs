@@ -6,7 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::best::called_best;
-use super::{CheckpointError, MANIFEST, Manifest, folder_name, step_of, verify};
+use super::{CheckpointError, Manifest, folder_name, step_of, verify};
+use crate::run_folder::files::MANIFEST;
 use crate::run_folder::{At, FileError, TEMPORARY, sync_folder};
 
 const OLD: &str = ".old-";

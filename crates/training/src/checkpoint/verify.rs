@@ -6,8 +6,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointError, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, is_plain, step_of};
+use super::{CheckpointError, FORMAT_VERSION, FileEntry, Manifest, is_plain, step_of};
 use crate::run_folder::At;
+use crate::run_folder::files::MANIFEST;
 
 /// The manifest as it stands in the file: it ends with a hash of its own text, in which the digits
 /// of that hash are zeros.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::files;
 use super::{At, FileError, atomic_write_with};
 
 /// The append-only log of a run's measurements.
@@ -35,7 +36,7 @@ impl MetricsLog {
     /// If the file cannot be read or written.
     pub fn open(run_dir: &Path, resume_step: Option<u64>) -> Result<Self, FileError> {
         fs::create_dir_all(run_dir).at("create", run_dir)?;
-        let path = run_dir.join("metrics.jsonl");
+        let path = run_dir.join(files::METRICS);
         let Unwanted { lines: dropped, damaged } = match resume_step {
             Some(step) => drop_lines_after(&path, step)?,
             None => Unwanted::default(),
@@ -100,7 +101,7 @@ impl MetricsLog {
 /// # Errors
 /// If the file cannot be read.
 pub fn read_metrics(run_dir: &Path) -> Result<(Vec<Value>, Vec<usize>), FileError> {
-    let path = run_dir.join("metrics.jsonl");
+    let path = run_dir.join(files::METRICS);
     let bytes = match fs::read(&path) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
         read => read.at("read", &path)?,

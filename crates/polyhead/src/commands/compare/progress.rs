@@ -12,6 +12,7 @@ use polyhead_runs::result::RunResult;
 
 use polyhead_experiments::plan::{Plan, Run};
 use polyhead_experiments::runs::Watch;
+use polyhead_training::run_folder::files::METRICS;
 
 /// Between two lines about the whole where there is no terminal; chosen by us.
 const QUIET: Duration = Duration::from_secs(30);
@@ -134,7 +135,7 @@ impl Drop for Progress<'_> {
 /// The last step in a run's log; 0 where there is none yet.
 fn steps_taken(run_dir: &Path) -> u64 {
     let read = || -> std::io::Result<String> {
-        let mut file = std::fs::File::open(run_dir.join("metrics.jsonl"))?;
+        let mut file = std::fs::File::open(run_dir.join(METRICS))?;
         let length = file.metadata()?.len();
         file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
         let mut bytes = Vec::new();

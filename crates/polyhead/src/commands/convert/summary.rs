@@ -7,7 +7,7 @@ use polyhead_data::Loader;
 use polyhead_models::surgery::{self, Cell, Heads};
 use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
 use polyhead_training::picture::{Options, PictureError, Png, attention_grid, heat_map};
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, files::CONVERSION};
 use polyhead_training::tensorboard::EventWriter;
 use serde_json::json;
 
@@ -160,7 +160,7 @@ pub fn summarize(
         "targets": measured.before.targets, "kv_bytes_per_token": measured.cached,
         "allocation": allocation, "heads": heads,
     });
-    Ok(atomic_write(&out.join("conversion.json"), format!("{summary:#}\n").as_bytes())?)
+    Ok(atomic_write(&out.join(CONVERSION), format!("{summary:#}\n").as_bytes())?)
 }
 
 /// Pictures of how alike the parent's heads are and of what each layer was given.

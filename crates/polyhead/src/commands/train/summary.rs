@@ -16,6 +16,7 @@ use polyhead_recipe::Recipe;
 use polyhead_runs::Failure;
 use polyhead_runs::kind::Kind;
 use polyhead_runs::text::quoted;
+use polyhead_training::run_folder::files::CURVE;
 
 impl Task<'_> {
     /// What is trained, and from what.
@@ -79,7 +80,7 @@ impl Task<'_> {
         }
         let run = run_dir.display();
         let polyhead = program();
-        talk!("saved to {run} (picture: {run}/curve.svg; all curves: tensorboard --logdir {run})");
+        talk!("saved to {run} (picture: {run}/{CURVE}; all curves: tensorboard --logdir {run})");
         if recipe.data.modality() == Modality::Chat {
             talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
             talk!("         {polyhead} eval {run} --task all");
