@@ -1,6 +1,7 @@
 //! The model around a layer, errors of settings, and costs.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -62,8 +63,38 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// `Ok` if `rule` holds, else an error about `field`.
-pub(crate) fn require(rule: bool, field: &str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
+///
+/// # Errors
+/// If it does not.
+pub fn require(rule: bool, field: &str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
     if rule { Ok(()) } else { Err(ConfigError::new(field, problem())) }
+}
+
+/// `Ok` if a value is in a range, both ends included.
+///
+/// # Errors
+/// If it is not.
+pub fn require_range<T: PartialOrd + fmt::Display>(
+    field: &str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<(), ConfigError> {
+    let rule = || format!("{field} ({value}) must be {} to {}", range.start(), range.end());
+    require(range.contains(&value), field, rule)
+}
+
+/// `Ok` for a finite number above 0.
+///
+/// # Errors
+/// For any other.
+pub fn require_positive(field: &str, value: f64) -> Result<(), ConfigError> {
+    require(value.is_finite() && value > 0.0, field, || format!("{field} ({value}) must be a positive number"))
+}
+
+/// The rules that do not hold, of those that are given as whether one holds, its field, and the problem.
+pub fn broken<'a>(rules: impl IntoIterator<Item = (bool, &'a str, String)>) -> Vec<ConfigError> {
+    let broken = rules.into_iter().filter(|(holds, ..)| !holds);
+    broken.map(|(_, field, problem)| ConfigError::new(field, problem)).collect()
 }
 
 /// A number for all layers, or a list with one per layer.
@@ -83,6 +114,15 @@ impl PerLayerCount {
         match self {
             Self::Same(count) => Some(*count),
             Self::Each(counts) => counts.get(layer).copied(),
+        }
+    }
+
+    /// The numbers of a model whose layers are `sources` of this one's; of a single layer, its own.
+    pub(crate) fn moved(self, sources: &[usize]) -> Self {
+        match (self, sources) {
+            (Self::Each(counts), [layer]) => Self::Same(counts[*layer]),
+            (Self::Each(counts), _) => Self::Each(sources.iter().map(|&layer| counts[layer]).collect()),
+            (same, _) => same,
         }
     }
 

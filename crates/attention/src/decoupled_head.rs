@@ -32,6 +32,7 @@ use crate::config::require;
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
+use crate::settings::head_settings;
 use crate::softmax::{check_heads, own_width};
 use crate::{
     Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
@@ -55,34 +56,25 @@ const SCATTER: [Observed; 2] = [
     ),
 ];
 
-/// Settings of decoupled-head attention. `polyhead convert` finds the maps.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct DecoupledHeadConfig {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// For each query head, which key head it reads: numbers from 0, none left out.
-    pub key_map: Vec<usize>,
-    /// For each query head, which value head it reads: numbers from 0, none left out.
-    pub value_map: Vec<usize>,
-    /// Biases on the query, key and value projections. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// Whether the heads of a group are still to be fused: the layer has `n_kv_heads` key and value heads then, mixed within
-    /// the groups of the maps. Default: false.
-    #[serde(default)]
-    pub fusing: bool,
-    /// Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry
-    /// in the maps. Default: n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
+head_settings! {
+    /// Settings of decoupled-head attention. `polyhead convert` finds the maps.
+    #[derive(Default)]
+    pub struct DecoupledHeadConfig {
+        /// Query heads.
+        pub n_heads: usize,
+        @head_dim,
+        /// For each query head, which key head it reads: numbers from 0, none left out.
+        pub key_map: Vec<usize>,
+        /// For each query head, which value head it reads: numbers from 0, none left out.
+        pub value_map: Vec<usize>,
+        @flag qkv_bias "Biases on the query, key and value projections. Default: false.",
+        @flag o_bias "A bias on the output projection. Default: false.",
+        /// Whether the heads of a group are still to be fused: the layer has `n_kv_heads` key and value heads then, mixed within
+        /// the groups of the maps. Default: false.
+        #[serde(default)]
+        pub fusing: bool,
+        @n_kv_heads "Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry\nin the maps. Default: n_heads.",
+    }
 }
 
 impl DecoupledHeadConfig {

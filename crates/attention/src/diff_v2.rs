@@ -20,42 +20,27 @@ use polyhead_kernels::{AttentionOptions, Statistics, attention};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
-use crate::config::PerLayerCount;
 use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, linear, residual_std, split_heads};
 use crate::rope::rotate;
-use crate::softmax::{SoftmaxConfig, check_width};
+use crate::settings::head_settings;
+use crate::softmax::check_width;
 use crate::window::{Within, window_of, within};
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observed};
 
 const LAMBDA: Observed =
     Observed::new("lambda", "λ, by which the second head of a pair is multiplied, mean over tokens", "");
 
-/// Settings of differential attention, version 2.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct DiffV2Config {
-    /// Output heads: pairs of query heads, of which there are twice as many.
-    pub n_heads: usize,
-    /// Key/value heads: n_heads gives one per pair (the default), a divisor of it shares them among pairs.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
-}
-
-impl DiffV2Config {
-    /// Softmax attention with as many output heads.
-    fn single(&self) -> SoftmaxConfig {
-        let Self { n_heads, n_kv_heads, head_dim, .. } = *self;
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, window: self.window.clone(), ..SoftmaxConfig::default() }
-    }
+head_settings! {
+    /// Settings of differential attention, version 2.
+    #[derive(Eq)]
+    pub struct DiffV2Config {
+        /// Output heads: pairs of query heads, of which there are twice as many.
+        pub n_heads: usize,
+        @n_kv_heads "Key/value heads: n_heads gives one per pair (the default), a divisor of it shares them among pairs.",
+        @head_dim,
+        @window,
+    } => fn single
 }
 
 impl MechanismConfig for DiffV2Config {
@@ -191,7 +176,7 @@ mod tests {
 
     use super::*;
     use crate::laws::{Spread, draw};
-    use crate::{Mask, Mechanism};
+    use crate::{Mask, Mechanism, SoftmaxConfig};
 
     /// Without weights λ is ½ everywhere; and the heads of a pair are not alike.
     #[test]

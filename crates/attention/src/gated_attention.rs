@@ -20,46 +20,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::Observed;
 use crate::cache::KvCache;
-use crate::config::{PerLayerCount, require};
+use crate::config::require;
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, linear};
-use crate::softmax::{Softmax, SoftmaxConfig};
+use crate::settings::head_settings;
+use crate::softmax::Softmax;
 use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig};
 
 const SIGMOID_GATE: Observed = Observed::new("sigmoid_gate", "gate of a head or channel, mean over tokens", "");
 
-/// Settings of gated attention.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct GatedAttentionConfig {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Biases on the query, key, value and gate projections. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// Normalise every query and key head before it is rotated, as the authors' models do. Default: false.
-    #[serde(default)]
-    pub qk_norm: bool,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
-    /// The place of the gate. Default: "heads" (G1), the paper's recommendation.
-    #[serde(default)]
-    pub gated: GatedPlace,
-    /// A gate per channel, or one per head. Default: "elementwise", the paper's best.
-    #[serde(default)]
-    pub granularity: Granularity,
+head_settings! {
+    /// Settings of gated attention.
+    pub struct GatedAttentionConfig {
+        /// Query heads.
+        pub n_heads: usize,
+        @n_kv_heads,
+        @head_dim,
+        @flag qkv_bias "Biases on the query, key, value and gate projections. Default: false.",
+        @flag o_bias "A bias on the output projection. Default: false.",
+        @flag qk_norm "Normalise every query and key head before it is rotated, as the authors' models do. Default: false.",
+        @window,
+        /// The place of the gate. Default: "heads" (G1), the paper's recommendation.
+        #[serde(default)]
+        pub gated: GatedPlace,
+        /// A gate per channel, or one per head. Default: "elementwise", the paper's best.
+        #[serde(default)]
+        pub granularity: Granularity,
+    } => fn plain
 }
 
 /// The place of the gate.
@@ -93,13 +80,6 @@ pub enum Granularity {
 }
 
 impl GatedAttentionConfig {
-    /// The same heads without gates.
-    fn plain(&self) -> SoftmaxConfig {
-        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, .. } = *self;
-        let window = self.window.clone();
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, window, ..SoftmaxConfig::default() }
-    }
-
     /// Heads that are gated, and numbers of each gate.
     fn gates(&self, dims: &Dims) -> [usize; 2] {
         let plain = self.plain();

@@ -34,11 +34,12 @@ use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::published::uniform;
 use crate::rope::rotate;
+use crate::settings::head_settings;
 use crate::softmax::{check_heads, own_width};
-use crate::window::{Within, check_window, window_of, within};
+use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
-    Attended, Call, ConfigError, Cost, Dims, Family, Form, Mechanism, MechanismConfig, Observation, Observed,
-    Published, Setting,
+    Attended, Call, ConfigError, Cost, Dims, Family, Form, HeadChannels, Mechanism, MechanismConfig, Observation,
+    Observed, Published, Setting,
 };
 
 /// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
@@ -57,39 +58,35 @@ const LAMBDA: Observed =
 const CANCELLED: Observed =
     Observed::new("cancelled", "share of the signal heads' output that the subtraction takes away", "");
 
-/// Settings of grouped differential attention.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct GroupedDifferentialConfig {
-    /// Query heads in all, signal and noise.
-    pub n_heads: usize,
-    /// Noise heads among them, one per group. n_heads / 2 gives the Differential Transformer; the paper recommends
-    /// three or four signal heads per noise head.
-    pub n_noise_heads: usize,
-    /// Key/value heads, counted in halves as Motif does: a pair of them is two key heads and one value of twice the
-    /// width. Default: 2 * n_noise_heads, no sharing between groups.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a query or key head; values have twice as many. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// The constant part of λ. Default: "paper".
-    #[serde(default)]
-    pub lambda_init: LambdaInit,
-    /// Normalise every signal head after the subtraction, and scale by 1 - λ_init. Default: true; the papers'
-    /// ablation without it is clearly worse.
-    #[serde(default = "yes")]
-    pub subln: bool,
-    /// Fresh weights of that norm. Default: 0.1 (chosen by us). The authors' is 1, with which heads that see nothing yet are as
-    /// loud as heads that do, and drown token embeddings where these start at N(0, 0.02²): a decoder of 96 channels is then
-    /// 0.3 bits per byte behind softmax attention after 1000 steps, and not behind it with 0.1.
-    #[serde(default = "quiet")]
-    pub subln_init: f64,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
+head_settings! {
+    /// Settings of grouped differential attention.
+    pub struct GroupedDifferentialConfig {
+        /// Query heads in all, signal and noise.
+        pub n_heads: usize,
+        /// Noise heads among them, one per group. n_heads / 2 gives the Differential Transformer; the paper recommends
+        /// three or four signal heads per noise head.
+        pub n_noise_heads: usize,
+        /// Key/value heads, counted in halves as Motif does: a pair of them is two key heads and one value of twice the
+        /// width. Default: 2 * n_noise_heads, no sharing between groups.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub n_kv_heads: Option<usize>,
+        /// Channels of a query or key head; values have twice as many. Default: d_model / n_heads.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub head_dim: Option<usize>,
+        /// The constant part of λ. Default: "paper".
+        #[serde(default)]
+        pub lambda_init: LambdaInit,
+        /// Normalise every signal head after the subtraction, and scale by 1 - λ_init. Default: true; the papers'
+        /// ablation without it is clearly worse.
+        #[serde(default = "yes")]
+        pub subln: bool,
+        /// Fresh weights of that norm. Default: 0.1 (chosen by us). The authors' is 1, with which heads that see nothing yet are as
+        /// loud as heads that do, and drown token embeddings where these start at N(0, 0.02²): a decoder of 96 channels is then
+        /// 0.3 bits per byte behind softmax attention after 1000 steps, and not behind it with 0.1.
+        #[serde(default = "quiet")]
+        pub subln_init: f64,
+        @window,
+    }
 }
 
 fn yes() -> bool {
@@ -322,6 +319,39 @@ impl MechanismConfig for GroupedDifferentialConfig {
             subln: true,
             subln_init: keys.subln_init.unwrap_or_else(quiet),
         }])
+    }
+
+    fn grown(&self, dims: &Dims, signal_heads: usize) -> Result<Self, String> {
+        Ok(Self {
+            n_heads: (self.n_heads - self.n_noise_heads) * signal_heads + self.n_noise_heads,
+            n_kv_heads: Some(self.kv_heads()),
+            head_dim: Some(self.head_dim(dims)),
+            ..self.clone()
+        })
+    }
+
+    fn repeated_channels(&self, dims: &Dims, signal_heads: usize, of: HeadChannels) -> Option<Vec<usize>> {
+        let signals = self.n_heads / self.n_noise_heads - 1;
+        // Noise heads, at the end of their groups, write no output; values are twice as wide.
+        let (stripe, width) = match of {
+            HeadChannels::Queries => (signals + 1, self.head_dim(dims)),
+            HeadChannels::Outputs => (signals, 2 * self.head_dim(dims)),
+        };
+        let heads = (0..self.n_noise_heads * stripe).flat_map(|head| {
+            let times = if head % stripe < signals { signal_heads } else { 1 };
+            std::iter::repeat_n(head, times)
+        });
+        Some(heads.flat_map(|head| head * width..(head + 1) * width).collect())
+    }
+
+    fn moved(self, sources: &[usize]) -> Self {
+        let of = |layer: &usize| self.lambda_init.of_layer(*layer);
+        let lambda_init = match (&self.lambda_init, sources) {
+            (LambdaInit::Constant(value), _) => LambdaInit::Constant(*value),
+            (_, [layer]) => LambdaInit::Constant(of(layer)),
+            _ => LambdaInit::Each(sources.iter().map(of).collect()),
+        };
+        Self { lambda_init, window: moved_window(self.window, sources), ..self }
     }
 
     fn example() -> Self {

@@ -38,6 +38,7 @@ use crate::config::require;
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
+use crate::settings::head_settings;
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mask, Mechanism, MechanismConfig,
     Observation, Observed, SharedHeads, SoftmaxConfig,
@@ -52,30 +53,23 @@ pub use noise::perturbed;
 
 const QUERY_HEADS: Observed = Observed::new("query_heads", "query heads that read each key/value head", "");
 
-/// Settings of key-driven attention.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct KeyDrivenConfig {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads: a divisor of n_heads.
-    pub n_kv_heads: usize,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Biases on the query, key and value projections, as in vision transformers. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// The number of query heads of each key/value head.
-    pub allocation: AllocationConfig,
-    /// PGQA: take noise off the outputs of heads, in training and evaluation alike, so that those of a group differ. It reads
-    /// all positions of a row, padding included: for encoders. Default: false.
-    #[serde(default)]
-    pub perturb: bool,
+head_settings! {
+    /// Settings of key-driven attention.
+    pub struct KeyDrivenConfig {
+        /// Query heads.
+        pub n_heads: usize,
+        /// Key/value heads: a divisor of n_heads.
+        pub n_kv_heads: usize,
+        @head_dim,
+        @flag qkv_bias "Biases on the query, key and value projections, as in vision transformers. Default: false.",
+        @flag o_bias "A bias on the output projection. Default: false.",
+        /// The number of query heads of each key/value head.
+        pub allocation: AllocationConfig,
+        /// PGQA: take noise off the outputs of heads, in training and evaluation alike, so that those of a group differ. It reads
+        /// all positions of a row, padding included: for encoders. Default: false.
+        #[serde(default)]
+        pub perturb: bool,
+    }
 }
 
 /// The number of query heads of each key/value head: one of its tables.

@@ -27,6 +27,7 @@ mod observe;
 mod projection;
 mod published;
 mod rope;
+mod settings;
 mod sink;
 mod softmax;
 mod window;
@@ -38,7 +39,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use adapter::{Adapter, Adapters};
 pub use cache::{Cache, KvCache, MechanismCache, NoCache};
-pub use config::{ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID};
+pub use config::{
+    ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID, broken, require, require_positive, require_range,
+};
 pub use decoupled_head::{DecoupledHead, DecoupledHeadConfig, Fusion, energy};
 pub use diff_v2::{DiffV2, DiffV2Config};
 pub use gated_attention::{GatedAttention, GatedAttentionConfig, GatedPlace, Granularity};
@@ -58,7 +61,9 @@ pub use mla::{LatentCache, Mla, MlaConfig};
 pub use observe::{Observation, Observe, Observed};
 pub use polyhead_kernels::{Mask, RopeLayout};
 pub use projection::{INIT_STD, linear};
-pub use published::{Conversion, Family, Form, HeadCounts, Projection, Published, Setting, SharedHeads, Window};
+pub use published::{
+    Conversion, Family, Form, HeadChannels, HeadCounts, Projection, Published, Setting, SharedHeads, Window,
+};
 pub use rope::{Rope, frequencies};
 pub use sink::{Sink, SinkConfig};
 pub use softmax::{Softmax, SoftmaxConfig};
@@ -163,6 +168,25 @@ pub trait MechanismConfig: Sized {
     /// The conversions that lead to this mechanism.
     fn conversions() -> &'static [Conversion] {
         &[]
+    }
+
+    /// The settings in a wider model with `signal_heads` times as many signal heads, where heads keep their width.
+    ///
+    /// # Errors
+    /// Why it cannot grow so, as what a mechanism does: "has no signal heads".
+    fn grown(&self, _dims: &Dims, _signal_heads: usize) -> Result<Self, String> {
+        Err("cannot grow".into())
+    }
+
+    /// Where the channels of heads come from once each signal head has been repeated behind itself; `None` where none is.
+    fn repeated_channels(&self, _dims: &Dims, _signal_heads: usize, _of: HeadChannels) -> Option<Vec<usize>> {
+        None
+    }
+
+    /// The settings in a deeper model whose layers are `sources` of this one's; of a single layer, its own. What follows the
+    /// depth of a layer stays what it was.
+    fn moved(self, _sources: &[usize]) -> Self {
+        self
     }
 
     /// How the heads of layer `layer` are divided, where the numbers say something.
@@ -283,6 +307,24 @@ macro_rules! mechanisms {
             /// The conversions to any mechanism.
             pub fn conversions() -> impl Iterator<Item = &'static Conversion> {
                 [$($Config::conversions()),+].into_iter().flatten()
+            }
+
+            /// See [`MechanismConfig::grown`].
+            ///
+            /// # Errors
+            /// Why it cannot grow so.
+            pub fn grown(&self, dims: &Dims, signal_heads: usize) -> Result<Self, String> {
+                match self { $(Self::$Layer(config) => config.grown(dims, signal_heads).map(Self::$Layer),)+ }
+            }
+
+            /// See [`MechanismConfig::repeated_channels`].
+            pub fn repeated_channels(&self, dims: &Dims, signal_heads: usize, of: HeadChannels) -> Option<Vec<usize>> {
+                match self { $(Self::$Layer(config) => config.repeated_channels(dims, signal_heads, of),)+ }
+            }
+
+            /// See [`MechanismConfig::moved`].
+            pub fn moved(self, sources: &[usize]) -> Self {
+                match self { $(Self::$Layer(config) => Self::$Layer(config.moved(sources)),)+ }
             }
 
             /// See [`MechanismConfig::head_counts`].

@@ -28,7 +28,7 @@ use crate::config::{PerLayerCount, require};
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
-use crate::softmax::SoftmaxConfig;
+use crate::settings::head_settings;
 use crate::window::{Within, window_of, within};
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mechanism, MechanismConfig, Observation,
@@ -42,42 +42,30 @@ pub use router::{
     Balance, GateNorm, LearnedRouter, LearnedRouterConfig, QueryNormConfig, RouterConfig, Routing, StraightThrough,
 };
 
-/// Settings of mixture-of-head attention.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct MixtureOfHeadConfig {
-    /// Query heads in all, shared and routed.
-    pub n_heads: usize,
-    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Biases on the query, key and value projections. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection, as in the authors' vision models. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// Heads that take part at every position: the first ones. A number, or a list with one per layer. The authors advise
-    /// more than 40 % of those that take part.
-    pub shared_heads: PerLayerCount,
-    /// Routed heads that take part at each position. A number, or a list with one per layer; 0 only where all heads are
-    /// shared, which leaves a weighted sum of all heads.
-    pub top_k: PerLayerCount,
-    /// The router. Default: learned.
-    #[serde(default)]
-    pub router: RouterConfig,
-    /// The normalisation of the load-balance penalty; its weight is training.penalty_weight, 0.01 in the paper. "code"
-    /// (default): balanced heads give top_k in every layer. "paper": smaller by the number of routed heads.
-    #[serde(default)]
-    pub penalty_norm: GateNorm,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
+head_settings! {
+    /// Settings of mixture-of-head attention.
+    pub struct MixtureOfHeadConfig {
+        /// Query heads in all, shared and routed.
+        pub n_heads: usize,
+        @n_kv_heads,
+        @head_dim,
+        @flag qkv_bias "Biases on the query, key and value projections. Default: false.",
+        @flag o_bias "A bias on the output projection, as in the authors' vision models. Default: false.",
+        /// Heads that take part at every position: the first ones. A number, or a list with one per layer. The authors advise
+        /// more than 40 % of those that take part.
+        pub shared_heads: PerLayerCount,
+        /// Routed heads that take part at each position. A number, or a list with one per layer; 0 only where all heads are
+        /// shared, which leaves a weighted sum of all heads.
+        pub top_k: PerLayerCount,
+        /// The router. Default: learned.
+        #[serde(default)]
+        pub router: RouterConfig,
+        /// The normalisation of the load-balance penalty; its weight is training.penalty_weight, 0.01 in the paper. "code"
+        /// (default): balanced heads give top_k in every layer. "paper": smaller by the number of routed heads.
+        #[serde(default)]
+        pub penalty_norm: GateNorm,
+        @window,
+    } => fn dense
 }
 
 impl MixtureOfHeadConfig {
@@ -94,13 +82,6 @@ impl MixtureOfHeadConfig {
         let of = |counts: &PerLayerCount| counts.of_layer(layer).expect("validate: one number per layer");
         let shared = of(&self.shared_heads);
         HeadSplit { shared, routed: self.n_heads.saturating_sub(shared), top_k: of(&self.top_k) }
-    }
-
-    /// The same heads, all of them everywhere.
-    fn dense(&self) -> SoftmaxConfig {
-        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *self;
-        let window = self.window.clone();
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, window, ..SoftmaxConfig::default() }
     }
 }
 

@@ -116,6 +116,15 @@ pub struct SharedHeads {
     pub maps: [Vec<usize>; 2],
 }
 
+/// The channels of a layer that belong to heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadChannels {
+    /// Those that the query projection writes.
+    Queries,
+    /// Those that the output projection reads.
+    Outputs,
+}
+
 /// How the heads of a layer are divided, for tables and pictures.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HeadCounts {

@@ -16,47 +16,25 @@ use serde::{Deserialize, Serialize};
 use crate::Observed;
 use crate::config::{PerLayerCount, require};
 use crate::observe::{SCORES, SINK_MASS};
-use crate::softmax::{Softmax, SoftmaxConfig};
+use crate::settings::head_settings;
+use crate::softmax::Softmax;
 use crate::{Attended, Call, ConfigError, Cost, Dims, KvCache, Mechanism, MechanismConfig};
 
-/// Settings of softmax attention with sinks.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct SinkConfig {
-    /// Query heads, each with a sink of its own.
-    pub n_heads: usize,
-    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Biases on the query, key and value projections, as in GPT-OSS. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection, as in GPT-OSS. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// Normalise every query and key head before it is rotated. Default: false.
-    #[serde(default)]
-    pub qk_norm: bool,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
-    /// Fresh logits of the sinks. Default: 0, as much as one key of score 0.
-    #[serde(default)]
-    pub sink_init: f64,
-}
-
-impl SinkConfig {
-    /// The same heads without sinks.
-    fn plain(&self) -> SoftmaxConfig {
-        let Self { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, .. } = *self;
-        let window = self.window.clone();
-        SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, window, ..SoftmaxConfig::default() }
-    }
+head_settings! {
+    /// Settings of softmax attention with sinks.
+    pub struct SinkConfig {
+        /// Query heads, each with a sink of its own.
+        pub n_heads: usize,
+        @n_kv_heads,
+        @head_dim,
+        @flag qkv_bias "Biases on the query, key and value projections, as in GPT-OSS. Default: false.",
+        @flag o_bias "A bias on the output projection, as in GPT-OSS. Default: false.",
+        @flag qk_norm "Normalise every query and key head before it is rotated. Default: false.",
+        @window,
+        /// Fresh logits of the sinks. Default: 0, as much as one key of score 0.
+        #[serde(default)]
+        pub sink_init: f64,
+    } => fn plain
 }
 
 impl MechanismConfig for SinkConfig {

@@ -15,44 +15,32 @@ use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::published::uniform;
 use crate::rope::rotate;
-use crate::window::{Within, check_window, window_of, within};
+use crate::settings::head_settings;
+use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
     Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
     Observation, Projection, Published, Setting, SharedHeads, Window,
 };
 
-/// Settings of softmax attention.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct SoftmaxConfig {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads: n_heads gives MHA (the default), a divisor of it GQA, 1 MQA.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Channels of a head. Default: d_model / n_heads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Biases on the query, key and value projections, as in Qwen2. Default: false.
-    #[serde(default)]
-    pub qkv_bias: bool,
-    /// A bias on the output projection, as in GPT-NeoX. Default: false.
-    #[serde(default)]
-    pub o_bias: bool,
-    /// Normalise every query and key head before it is rotated, as in Qwen3. Default: false.
-    #[serde(default)]
-    pub qk_norm: bool,
-    /// Keys that a query sees: itself and those before it, in an encoder as many again behind it. A number, or a list with one
-    /// per layer, with 0 for full attention. Default: full attention.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window: Option<PerLayerCount>,
-    /// Bound of the scores, softcap · tanh(score / softcap), as in Gemma 2. Default: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub softcap: Option<f64>,
-    /// Factor of the scores; Gemma 2 has query_pre_attn_scalar^-0.5. Default: head_dim^-0.5.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub scale: Option<f64>,
+head_settings! {
+    /// Settings of softmax attention.
+    #[derive(Default)]
+    pub struct SoftmaxConfig {
+        /// Query heads.
+        pub n_heads: usize,
+        @n_kv_heads,
+        @head_dim,
+        @flag qkv_bias "Biases on the query, key and value projections, as in Qwen2. Default: false.",
+        @flag o_bias "A bias on the output projection, as in GPT-NeoX. Default: false.",
+        @flag qk_norm "Normalise every query and key head before it is rotated, as in Qwen3. Default: false.",
+        @window,
+        /// Bound of the scores, softcap · tanh(score / softcap), as in Gemma 2. Default: none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub softcap: Option<f64>,
+        /// Factor of the scores; Gemma 2 has query_pre_attn_scalar^-0.5. Default: head_dim^-0.5.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub scale: Option<f64>,
+    }
 }
 
 impl SoftmaxConfig {
@@ -199,6 +187,17 @@ impl MechanismConfig for SoftmaxConfig {
 
     fn conversions() -> &'static [Conversion] {
         &[Conversion { name: "grouped_query", from: &["softmax"] }]
+    }
+
+    fn grown(&self, dims: &Dims, signal_heads: usize) -> Result<Self, String> {
+        match signal_heads {
+            1 => Ok(Self { head_dim: Some(self.head_dim(dims)), ..self.clone() }),
+            _ => Err("has no signal heads; it grows in width and depth".into()),
+        }
+    }
+
+    fn moved(self, sources: &[usize]) -> Self {
+        Self { window: moved_window(self.window, sources), ..self }
     }
 
     fn head_counts(&self, _: usize) -> Option<HeadCounts> {

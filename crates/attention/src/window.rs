@@ -28,6 +28,11 @@ pub(crate) fn window_of(window: Option<&PerLayerCount>, layer: usize) -> Option<
     window.and_then(|window| window.of_layer(layer)).filter(|&window| window > 0)
 }
 
+/// The setting in a model whose layers are `sources` of this one's; of a single layer, its own.
+pub(crate) fn moved_window(window: Option<PerLayerCount>, sources: &[usize]) -> Option<PerLayerCount> {
+    window.map(|window| window.moved(sources)).filter(|window| *window != PerLayerCount::Same(0))
+}
+
 /// The keys and values that a call attends to, with their mask.
 pub(crate) struct Within<'a> {
     /// `[batch, key heads, keys, width]`

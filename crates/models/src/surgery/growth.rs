@@ -12,17 +12,18 @@
 //! Exact replicas would get the same gradients for ever. So noise is added to what reads them, with a sum of zero over the
 //! replicas of a unit: the function stays, and the gradients of the replicas differ from the first step on.
 //!
-//! λ_init follows the depth of a layer, and depth growth would change it: the grown model keeps every layer's number.
+//! What grows in its own way (signal heads) or follows the depth of a layer (λ_init, windows) the mechanism tells
+//! ([`MechanismConfig::grown`](polyhead_attention::MechanismConfig::grown)); the grown model keeps every layer's numbers.
 
 use std::collections::BTreeMap;
 
-use polyhead_attention::{AttentionConfig, GroupedDifferentialConfig, LambdaInit, SoftmaxConfig};
+use polyhead_attention::{AttentionConfig, Dims, HeadChannels};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::SurgeryError;
 use super::convert::refused;
-use crate::weights::{Named, load, named};
+use crate::weights::{Named, layer_of, load, named};
 use crate::{Decoder, DecoderConfig, PerLayer};
 
 /// What grows.
@@ -88,10 +89,6 @@ pub fn grow(parent: &Decoder, growth: &Growth) -> Result<Decoder, SurgeryError> 
     Ok(load(config.init(parent.vocab_size(), &parent.device()), grown)?)
 }
 
-fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("layers.")?.split('.').next()?.parse().ok()
-}
-
 /// Where a layer of the grown model comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
@@ -154,72 +151,38 @@ pub fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderCo
                 .into(),
         );
     }
-    let sources = sources(parent.n_layers, after);
-    let layer = |source: &Source| {
-        let (layer, dims) = (source.layer(), parent.head_dim(source.layer()));
-        match parent.mechanism(layer) {
-            AttentionConfig::GroupedDifferential(old) => Ok(grown_differential(old, dims, signal_heads)),
-            AttentionConfig::Softmax(old) if signal_heads == 1 => {
-                Ok(AttentionConfig::Softmax(SoftmaxConfig { head_dim: Some(dims), ..old.clone() }))
-            }
-            AttentionConfig::Softmax(_) => refused(format!(
-                "layer {layer} has softmax attention, which has no signal heads; it grows in width and depth"
-            )),
-            other => refused(format!(
-                "layer {layer} has {} attention; grouped_differential and softmax can grow",
-                other.name()
-            )),
-        }
+    let from: Vec<usize> = sources(parent.n_layers, after).into_iter().map(Source::layer).collect();
+    let grown = |layer: usize, sources: &[usize]| {
+        let grown = grown_attention(layer, parent, signal_heads)?;
+        Ok::<_, SurgeryError>(if after > parent.n_layers { grown.moved(sources) } else { grown })
     };
     let attention = match &parent.attention {
-        PerLayer::Same(_) => PerLayer::Same(layer(&Source::Kept(0))?),
-        PerLayer::Each(_) => PerLayer::Each(sources.iter().map(layer).collect::<Result<_, _>>()?),
+        PerLayer::Same(_) => PerLayer::Same(grown(0, &from)?),
+        PerLayer::Each(_) => {
+            PerLayer::Each(from.iter().map(|&layer| grown(layer, &[layer])).collect::<Result<_, _>>()?)
+        }
     };
-    let mut grown = DecoderConfig {
+    let grown = DecoderConfig {
         d_model: parent.d_model * width,
         d_ff: Some(parent.feed_forward() * width),
         n_layers: after,
         attention,
         ..parent.clone()
     };
-    if after > parent.n_layers {
-        keep_lambdas(&mut grown.attention, parent, &sources);
-    }
     grown.validate().map_err(|error| SurgeryError::Refused(error.to_string()))?;
     Ok(grown)
 }
 
-fn grown_differential(old: &GroupedDifferentialConfig, head_dim: usize, factor: usize) -> AttentionConfig {
-    let signals = old.n_heads - old.n_noise_heads;
-    AttentionConfig::GroupedDifferential(GroupedDifferentialConfig {
-        n_heads: signals * factor + old.n_noise_heads,
-        n_kv_heads: Some(old.kv_heads()),
-        head_dim: Some(head_dim),
-        ..old.clone()
+/// The attention of a layer, grown.
+fn grown_attention(layer: usize, parent: &DecoderConfig, signal_heads: usize) -> Result<AttentionConfig, SurgeryError> {
+    let old = parent.mechanism(layer);
+    old.grown(&parent.dims(layer), signal_heads).or_else(|problem| {
+        let grows = |config: &AttentionConfig| config.grown(&Dims::example(), 1).is_ok();
+        let can: Vec<&str> =
+            AttentionConfig::examples().iter().filter(|config| grows(config)).map(AttentionConfig::name).collect();
+        let others = if grows(old) { String::new() } else { format!("; {} can", can.join(" and ")) };
+        refused(format!("layer {layer} has {} attention, which {problem}{others}", old.name()))
     })
-}
-
-/// Writes down the λ_init of each layer, which would otherwise follow its new depth.
-fn keep_lambdas(attention: &mut PerLayer<AttentionConfig>, parent: &DecoderConfig, sources: &[Source]) {
-    let of = |source: &Source| match parent.mechanism(source.layer()) {
-        AttentionConfig::GroupedDifferential(old) => old.lambda_init.of_layer(source.layer()),
-        _ => 0.0,
-    };
-    match attention {
-        PerLayer::Same(AttentionConfig::GroupedDifferential(config)) => {
-            if !matches!(config.lambda_init, LambdaInit::Constant(_)) {
-                config.lambda_init = LambdaInit::Each(sources.iter().map(of).collect());
-            }
-        }
-        PerLayer::Each(list) => {
-            for (config, source) in list.iter_mut().zip(sources) {
-                if let AttentionConfig::GroupedDifferential(config) = config {
-                    config.lambda_init = LambdaInit::Constant(of(source));
-                }
-            }
-        }
-        PerLayer::Same(_) => {}
-    }
 }
 
 /// How a tensor grows: which row and column of the parent's each of its own comes from.
@@ -236,15 +199,19 @@ impl Plan {
     fn of(name: &str, parent: &DecoderConfig, growth: &Growth) -> Self {
         let channels = || Some(cloned(parent.d_model, growth.width));
         let units = || Some(cloned(parent.feed_forward(), growth.width));
+        let heads = |of| {
+            let layer = layer_of(name)?;
+            parent.mechanism(layer).repeated_channels(&parent.dims(layer), growth.signal_heads, of)
+        };
         let last = |depth: usize| name.split('.').rev().nth(depth).unwrap_or_default();
         let (module, kind) = (last(1), last(0));
         let plan = |rows, columns, reads| Self { rows, columns, factor: 1.0, reads };
         match (module, kind) {
             ("embedding", _) => plan(None, channels(), false),
-            ("q_proj", "weight") => plan(channels(), signal_channels(name, parent, growth, 1, true), true),
-            ("q_proj", "bias") => plan(None, signal_channels(name, parent, growth, 1, true), false),
+            ("q_proj", "weight") => plan(channels(), heads(HeadChannels::Queries), true),
+            ("q_proj", "bias") => plan(None, heads(HeadChannels::Queries), false),
             ("k_proj" | "v_proj" | "head", "weight") => plan(channels(), None, true),
-            ("o_proj", "weight") => plan(signal_channels(name, parent, growth, 2, false), channels(), true),
+            ("o_proj", "weight") => plan(heads(HeadChannels::Outputs), channels(), true),
             ("gate_proj" | "up_proj", "weight") => plan(channels(), units(), true),
             ("down_proj", "weight") => plan(units(), channels(), true),
             ("gate_proj" | "up_proj", "bias") => plan(None, units(), false),
@@ -285,27 +252,6 @@ impl Plan {
 /// `n` units and their clones.
 fn cloned(n: usize, times: usize) -> Vec<usize> {
     (0..n * times).map(|unit| unit % n).collect()
-}
-
-/// Where the channels of heads come from once signal heads have been repeated, each behind itself; `widths` head_dims a head,
-/// with the noise heads at the end of their groups or without them. `None` where no head is repeated.
-fn signal_channels(
-    name: &str,
-    parent: &DecoderConfig,
-    growth: &Growth,
-    widths: usize,
-    with_noise: bool,
-) -> Option<Vec<usize>> {
-    let layer = layer_of(name)?;
-    let AttentionConfig::GroupedDifferential(config) = parent.mechanism(layer) else { return None };
-    let width = widths * parent.head_dim(layer);
-    let ratio = config.n_heads / config.n_noise_heads - 1;
-    let stripe = if with_noise { ratio + 1 } else { ratio };
-    let heads = (0..config.n_noise_heads * stripe).flat_map(|head| {
-        let signal = head % stripe < ratio;
-        std::iter::repeat_n(head, if signal { growth.signal_heads } else { 1 })
-    });
-    Some(heads.flat_map(|head| head * width..(head + 1) * width).collect())
 }
 
 /// `[rows, old columns]`: normal numbers whose sum over the replicas of each of the parent's rows is zero.

@@ -54,6 +54,11 @@ fn the_function_stays() {
     let qwen = json!({ "softmax": { "n_heads": 4, "n_kv_heads": 2, "qkv_bias": true, "qk_norm": true } });
     let neox = json!({ "norm": "layer", "mlp": "gelu", "parallel_residual": true, "tie_embeddings": false });
     let softmax = json!({ "softmax": { "n_heads": 4, "o_bias": true } });
+    let windows = json!([0, 3, 2]);
+    let windowed = json!({ "softmax": { "n_heads": 4, "window": windows } });
+    let differential = json!({ "grouped_differential": { "n_heads": 4, "n_noise_heads": 2, "head_dim": 4,
+        "window": windows } });
+    let mixed = json!([differential, windowed, differential]);
     for (attention, more, signal_heads) in [
         (json!({ "grouped_differential": { "n_heads": 4, "n_noise_heads": 2, "head_dim": 4 } }), json!({}), 4),
         (
@@ -64,6 +69,9 @@ fn the_function_stays() {
         ),
         (qwen, json!({}), 1),
         (softmax, neox, 1),
+        (windowed, json!({}), 1),
+        (differential, json!({}), 2),
+        (mixed, json!({}), 1),
     ] {
         let parent = parent(attention, more, &device);
         let (before, mut grew) = (logits(&parent), 0);
@@ -154,6 +162,9 @@ fn what_cannot_grow_is_refused() {
     assert!(problem(&softmax, Growth { signal_heads: 2, ..Growth::default() }).contains("no signal heads"));
     assert!(problem(&softmax, Growth::default()).contains("nothing grows"));
     assert!(problem(&softmax, Growth { depth: Some(2), ..Growth::default() }).contains("n_layers (3)"));
+    let sinks = parent(json!({ "sink": { "n_heads": 4 } }), json!({}), &device);
+    let told = problem(&sinks, Growth { width: 2, ..Growth::default() });
+    assert_eq!(told, "layer 0 has sink attention, which cannot grow; softmax and grouped_differential can");
     for growth in [
         Growth { signal_heads: usize::MAX, ..Growth::default() },
         Growth { width: usize::MAX / 2, ..Growth::default() },
