@@ -409,7 +409,7 @@ mod tests {
         assert_eq!(counts([3, 5]), (3..=5).collect());
         for wrong in [[1, 8], [2, 9], [5, 4]] {
             let config = LongContextConfig { keys: wrong, ..Default::default() };
-            assert_eq!(config.validate(0).unwrap_err().0, "keys");
+            assert_eq!(config.validate(0).unwrap_err().field, "keys");
         }
     }
 

@@ -1,26 +1,11 @@
 //! Rules for settings, each with the field that breaks it.
 
-use std::fmt::Display;
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-/// A setting that breaks a rule: the field, and the problem in words.
-pub type Problem = (&'static str, String);
+pub(crate) use polyhead_models::{require, require_range as within};
 
-/// `Ok` if `rule` holds.
-pub(crate) fn require(rule: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Problem> {
-    if rule { Ok(()) } else { Err((field, problem())) }
-}
-
-/// `Ok` if a value is in a range.
-pub(crate) fn within<T: PartialOrd + Display>(
-    field: &'static str,
-    value: T,
-    range: RangeInclusive<T>,
-) -> Result<(), Problem> {
-    let rule = || format!("{field} ({value}) must be {} to {}", range.start(), range.end());
-    require(range.contains(&value), field, rule)
-}
+/// A setting that breaks a rule.
+pub type Problem = polyhead_models::ConfigError;
 
 /// Checks the height and width of images.
 pub(crate) fn image_size(size: [usize; 2]) -> Result<(), Problem> {

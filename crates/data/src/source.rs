@@ -192,7 +192,7 @@ impl DataConfig {
         }
         self.source()
             .validate(options.seq_len)
-            .map_err(|(field, problem)| unusable!("data.{}.{field}: {problem}", self.name()))?;
+            .map_err(|error| unusable!("data.{}.{error}", self.name()))?;
         self.source().open(Opening { name: self.name(), tokenizer, options, progress })
     }
 

@@ -157,7 +157,7 @@ fn below(rng: &mut ChaCha8Rng, n: usize) -> u32 {
 }
 
 /// Checks a number of ids: one table of the model has a row for each.
-fn countable(field: &'static str, least: usize, count: usize) -> Result<(), Problem> {
+fn countable(field: &str, least: usize, count: usize) -> Result<(), Problem> {
     require((least..=MOST_IDS).contains(&count), field, || {
         format!("{field} ({count}) must be at least {least} and at most {MOST_IDS}")
     })
@@ -219,7 +219,7 @@ mod tests {
                     let json = format!(r#"{{"{name}":{{"{field}":{value}}}}}"#);
                     let config: DataConfig = serde_json::from_str(&json).unwrap();
                     match config.source().validate(64) {
-                        Err((named, problem)) => assert!(problem.contains(named), "{json}: {problem}"),
+                        Err(error) => assert!(error.problem.contains(&error.field), "{json}: {error}"),
                         Ok(()) => {
                             assert!(value <= MOST_IDS as u64, "{json}");
                             assert_eq!(opened(&config, 3).train.batch(0).unwrap().tokens.len(), 64);

@@ -20,6 +20,7 @@
 mod coefficients;
 
 use nalgebra::{DMatrix, DVector};
+use polyhead_models::{ConfigError, require, require_range};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -81,14 +82,14 @@ pub enum Probes {
 
 impl EesConfig {
     /// Checks the settings: the fields that break a rule, with the rules.
-    pub fn validate(&self) -> Vec<(&'static str, String)> {
+    pub fn validate(&self) -> Vec<ConfigError> {
         let Self { terms, n_probes, alpha, .. } = *self;
         let rules = [
-            ((1..=1000).contains(&terms), "terms", format!("terms ({terms}) must be 1 to 1000")),
-            ((1..=100_000).contains(&n_probes), "n_probes", format!("n_probes ({n_probes}) must be 1 to 100000")),
-            ((1e-12..=1.0).contains(&alpha), "alpha", format!("alpha ({alpha}) must be 1e-12 to 1")),
+            require_range("terms", terms, 1..=1000),
+            require_range("n_probes", n_probes, 1..=100_000),
+            require((1e-12..=1.0).contains(&alpha), "alpha", || format!("alpha ({alpha}) must be 1e-12 to 1")),
         ];
-        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, field, problem)| (field, problem)).collect()
+        rules.into_iter().filter_map(Result::err).collect()
     }
 
     /// EES of `answers`, `[n, K]`: a column per answer. Random numbers are a function of `seed`.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use polyhead_models::{ConfigError, require};
 use polyhead_recipe::flags::table_or_flags;
 use polyhead_recipe::layers::{self, Layer};
 use polyhead_recipe::schema;
@@ -247,9 +248,8 @@ pub fn read(path: &Path, check_task: CheckTask) -> Result<Read, Problems> {
             let message = in_words(&error.into_inner().to_string());
             Problems(vec![layers::at(std::slice::from_ref(&layer), &path, message)])
         })?;
-    let problems = rules(&comparison, check_task);
-    let problems: Vec<Problem> =
-        problems.into_iter().map(|(path, message)| layers::at(std::slice::from_ref(&layer), &path, message)).collect();
+    let told = |error: ConfigError| layers::at(std::slice::from_ref(&layer), &error.field, error.problem);
+    let problems: Vec<Problem> = rules(&comparison, check_task).into_iter().map(told).collect();
     if !problems.is_empty() {
         return Err(Problems(problems));
     }
@@ -274,16 +274,14 @@ fn flags_in_strings(layer: &Layer) -> Vec<String> {
 }
 
 /// Rules about the comparison itself, each with the key it is about.
-fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<(String, String)> {
+fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
     let Comparison { seeds, arm, tolerance, .. } = comparison;
     let names: Vec<&str> = arm.iter().map(|arm| arm.name.as_str()).collect();
     let known = |name: &str| names.contains(&name);
     let listed = || names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
     let mut problems = Vec::new();
     let mut rule = |holds: bool, key: String, message: String| {
-        if !holds {
-            problems.push((key, message));
-        }
+        problems.extend(require(holds, &key, || message).err());
     };
     rule(!seeds.is_empty(), "seeds".into(), "seeds is empty: give at least one, better three or more".into());
     for (at, seed) in seeds.iter().enumerate() {

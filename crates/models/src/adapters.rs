@@ -6,7 +6,7 @@
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
-use polyhead_attention::Adapter;
+use polyhead_attention::{Adapter, ConfigError, require, require_positive, require_range};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -38,17 +38,10 @@ impl LoraConfig {
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), (&'static str, String)> {
-        if !(1..=1 << 16).contains(&self.rank) {
-            return Err(("rank", format!("rank ({}) must be 1 to {}", self.rank, 1 << 16)));
-        }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return Err(("alpha", format!("alpha ({}) must be a positive number", self.alpha)));
-        }
-        if self.targets.is_empty() {
-            return Err(("targets", "targets is empty: name projections, such as \"q_proj\"".into()));
-        }
-        Ok(())
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        require_range("rank", self.rank, 1..=1 << 16)?;
+        require_positive("alpha", self.alpha)?;
+        require(!self.targets.is_empty(), "targets", || "targets is empty: name projections, such as \"q_proj\"".into())
     }
 }
 
@@ -299,6 +292,6 @@ mod tests {
         let config = LoraConfig { targets: vec!["qkv_proj".into()], ..LoraConfig::default() };
         let told = model(r#"{"softmax":{"n_heads":4}}"#).with_lora(&config, 3).err().unwrap().to_string();
         assert!(told.contains("\"qkv_proj\"") && told.contains("gate_proj, k_proj"), "{told}");
-        assert_eq!(LoraConfig { rank: 0, ..LoraConfig::default() }.validate().unwrap_err().0, "rank");
+        assert_eq!(LoraConfig { rank: 0, ..LoraConfig::default() }.validate().unwrap_err().field, "rank");
     }
 }

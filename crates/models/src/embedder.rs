@@ -7,7 +7,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_attention::{ConfigError, Cost, Observation, Observe};
+use polyhead_attention::{ConfigError, Cost, Observation, Observe, require_positive};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -73,9 +73,7 @@ impl EmbedderConfig {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self, dim: Option<usize>) -> Result<(), ConfigError> {
-        if !(self.scale.is_finite() && self.scale > 0.0) {
-            return Err(ConfigError::new("scale", format!("scale ({}) must be a positive number", self.scale)));
-        }
+        require_positive("scale", self.scale)?;
         match &self.pooling {
             PoolingConfig::Mltp(config) if config.input == PoolInput::TokensOfLastLayer => Err(ConfigError::new(
                 "pooling.mltp.input",

@@ -23,7 +23,7 @@ use burn::nn::Linear;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation, module};
 use polyhead_attention::{
-    Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask,
+    Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask, require,
 };
 use polyhead_kernels::random;
 use schemars::JsonSchema;
@@ -143,13 +143,10 @@ impl GaussianAdaptiveTransformerConfig {
     /// Names the field, its value and the rule.
     pub fn validate(&self, sizes: FeatureSizes) -> Result<(), ConfigError> {
         let d_model = sizes.d_model;
-        if self.d_conv == 0 {
-            return Err(ConfigError::new("d_conv", "d_conv (0) must be at least 1"));
-        }
-        if self.d_conv > MOST_CHANNELS {
-            let problem = format!("d_conv ({}) must be at most {MOST_CHANNELS}", self.d_conv);
-            return Err(ConfigError::new("d_conv", problem));
-        }
+        require(self.d_conv > 0, "d_conv", || "d_conv (0) must be at least 1".into())?;
+        require(self.d_conv <= MOST_CHANNELS, "d_conv", || {
+            format!("d_conv ({}) must be at most {MOST_CHANNELS}", self.d_conv)
+        })?;
         self.check_layers(sizes.n_layers)?;
         let read = [self.n_layers(sizes), d_model];
         match &self.mixer {
@@ -165,12 +162,9 @@ impl GaussianAdaptiveTransformerConfig {
             }
         }
         let ([height, width], behind) = (self.grid(d_model), self.width(d_model));
-        if height.checked_mul(width) != Some(behind) {
-            let problem =
-                format!("grid ([{height}, {width}]) must hold the features of a layer ({behind}), or be left out");
-            return Err(ConfigError::new("grid", problem));
-        }
-        Ok(())
+        require(height.checked_mul(width) == Some(behind), "grid", || {
+            format!("grid ([{height}, {width}]) must hold the features of a layer ({behind}), or be left out")
+        })
     }
 
     fn check_layers(&self, n_layers: usize) -> Result<(), ConfigError> {

@@ -31,6 +31,8 @@ mod trained;
 mod transformer;
 pub mod weights;
 
+pub use polyhead_attention::{ConfigError, broken, require, require_positive, require_range};
+
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use classifier::{
     Bin, Body, ClassScore, ClassTotals, ClassWeights, Classifier, ClassifierConfig, Encoder, GroupCount, InputLayer,

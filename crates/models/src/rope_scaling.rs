@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-use polyhead_attention::ConfigError;
+use polyhead_attention::{ConfigError, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,20 +44,17 @@ impl RopeScaling {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let at_least_one = |table: &str, factor: f64| match factor.is_finite() && factor >= 1.0 {
-            true => Ok(()),
-            false => Err(ConfigError::new("factor", format!("factor ({factor}) must be at least 1")).within(table)),
+        let at_least_one = |field: &str, factor: f64| {
+            let rule = factor.is_finite() && factor >= 1.0;
+            require(rule, field, || format!("factor ({factor}) must be at least 1"))
         };
         match self {
-            Self::Linear(linear) => at_least_one("linear", linear.factor),
+            Self::Linear(linear) => at_least_one("linear.factor", linear.factor),
             Self::Llama3(Llama3Scaling { factor, low_freq_factor: low, high_freq_factor: high, .. }) => {
-                at_least_one("llama3", *factor)?;
-                if !(*low > 0.0 && high > low) {
-                    let problem =
-                        format!("high_freq_factor ({high}) must be above low_freq_factor ({low}), and both above 0");
-                    return Err(ConfigError::new("high_freq_factor", problem).within("llama3"));
-                }
-                Ok(())
+                at_least_one("llama3.factor", *factor)?;
+                require(*low > 0.0 && high > low, "llama3.high_freq_factor", || {
+                    format!("high_freq_factor ({high}) must be above low_freq_factor ({low}), and both above 0")
+                })
             }
         }
     }

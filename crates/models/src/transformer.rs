@@ -9,7 +9,7 @@ use burn::tensor::activation::gelu;
 use burn::tensor::{DType, Device, Tensor};
 use polyhead_attention::{
     Adapters, Attended, Attention, AttentionConfig, Call, ConfigError, Cost, Dims, GaussianAdaptive,
-    GaussianAdaptiveConfig, INIT_STD, linear,
+    GaussianAdaptiveConfig, INIT_STD, linear, require, require_positive,
 };
 use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
@@ -126,13 +126,12 @@ impl TransformerConfig {
         check: impl Fn(usize, &AttentionConfig) -> Result<(), ConfigError>,
     ) -> Result<(), ConfigError> {
         check_sizes([self.d_model, self.n_layers, self.d_ff])?;
-        check_positive("norm_eps", self.norm_eps)?;
-        if let PerLayer::Each(list) = &self.attention
-            && list.len() != self.n_layers
-        {
+        require_positive("norm_eps", self.norm_eps)?;
+        if let PerLayer::Each(list) = &self.attention {
             let (listed, n_layers) = (list.len(), self.n_layers);
-            let problem = format!("attention lists {listed} mechanisms for n_layers ({n_layers}): give one per layer");
-            return Err(ConfigError::new("attention", problem));
+            require(listed == n_layers, "attention", || {
+                format!("attention lists {listed} mechanisms for n_layers ({n_layers}): give one per layer")
+            })?;
         }
         for layer in 0..self.n_layers {
             let table = match &self.attention {
@@ -211,22 +210,10 @@ fn check_sizes([d_model, n_layers, d_ff]: [usize; 3]) -> Result<(), ConfigError>
     for (field, value, most) in
         [("d_model", d_model, 1 << 20), ("n_layers", n_layers, 1 << 14), ("d_ff", d_ff, 1 << 24)]
     {
-        if value == 0 {
-            return Err(ConfigError::new(field, format!("{field} (0) must be at least 1")));
-        }
-        if value > most {
-            return Err(ConfigError::new(field, format!("{field} ({value}) must be at most {most}")));
-        }
+        require(value > 0, field, || format!("{field} (0) must be at least 1"))?;
+        require(value <= most, field, || format!("{field} ({value}) must be at most {most}"))?;
     }
     Ok(())
-}
-
-/// `Ok` for a finite number above 0.
-pub(crate) fn check_positive(field: &str, value: f64) -> Result<(), ConfigError> {
-    match value.is_finite() && value > 0.0 {
-        true => Ok(()),
-        false => Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number"))),
-    }
 }
 
 /// A norm's weights; the epsilon is the model's.

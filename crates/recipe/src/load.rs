@@ -58,8 +58,8 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
     }
     recipe.training.device = device_name(&recipe.training.device).to_owned();
     let loaded = Loaded { recipe, layers };
-    let problems: Vec<Problem> =
-        rules::validate(&loaded.recipe).into_iter().map(|(path, message)| loaded.problem(&path, message)).collect();
+    let told = rules::validate(&loaded.recipe).into_iter();
+    let problems: Vec<Problem> = told.map(|error| loaded.problem(&error.field, error.problem)).collect();
     if problems.is_empty() { Ok(loaded) } else { Err(Problems(problems)) }
 }
 

@@ -3,7 +3,8 @@
 use polyhead_data::{Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{
-    ActivationCheckpointing, ClassifierConfig, ContextMask, DecoderConfig, EmbedderConfig, LossConfig, Precision,
+    ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, EmbedderConfig, LossConfig,
+    Precision, broken, require,
 };
 use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
@@ -16,12 +17,10 @@ use crate::settings::{ModelConfig, Recipe};
 const MOST_TOKENS: usize = 1 << 30;
 
 /// Every rule about values, with the key it is about.
-pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
+pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     let mut problems = Vec::new();
     let mut rule = |holds: bool, key: &str, message: String| {
-        if !holds {
-            problems.push((key.to_owned(), message));
-        }
+        problems.extend(require(holds, key, || message).err());
     };
     let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
     let decoder = model.decoder();
@@ -137,20 +136,15 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
         "training.device",
         format!("training.device (\"{}\") must be one of {}", training.device, DEVICES.join(", ")),
     );
-    if let Err((field, message)) = recipe.data.source().validate(training.seq_len) {
-        problems.push((format!("data.{}.{field}", recipe.data.name()), message));
-    }
+    let data = recipe.data.source().validate(training.seq_len).map_err(|error| error.within(recipe.data.name()));
+    problems.extend(within("data", data));
     let procedure = recipe.procedure.validate(decoder, training);
-    problems.extend(procedure.into_iter().map(|(field, message)| (format!("procedure.{field}"), message)));
+    problems.extend(procedure.into_iter().map(|error| error.within("procedure")));
     if let ProcedureConfig::NeuronDropout(config) = &recipe.procedure {
         problems.extend(validate_neuron_dropout(recipe, config));
     }
-    if let Err((field, message)) = recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX)) {
-        problems.push((format!("freeze.{field}"), message));
-    }
-    if let Some(Err((field, message))) = recipe.lora.as_ref().map(LoraConfig::validate) {
-        problems.push((format!("lora.{field}"), message));
-    }
+    problems.extend(within("freeze", recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX))));
+    problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
         ModelConfig::Classifier { config: classifier, .. } => {
@@ -161,12 +155,10 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     }
     if !is_classifier && (recipe.loss != LossConfig::default() || !recipe.augmentation.is_nothing()) {
         let key = if recipe.augmentation.is_nothing() { "loss" } else { "augmentation" };
-        problems.push((key.into(), format!("{key} is for model.classifier: leave it out")));
+        problems.push(ConfigError::new(key, format!("{key} is for model.classifier: leave it out")));
     }
-    if problems.is_empty()
-        && let Some(Err(error)) = decoder.map(DecoderConfig::validate)
-    {
-        problems.push((format!("model.decoder.{}", error.field), error.problem));
+    if problems.is_empty() {
+        problems.extend(within("model.decoder", decoder.map_or(Ok(()), DecoderConfig::validate)));
     }
     if problems.is_empty()
         && model.pretrained().is_none()
@@ -178,35 +170,40 @@ pub fn validate(recipe: &Recipe) -> Vec<(String, String)> {
     problems
 }
 
+/// The error of a table's own rules, seen from the whole recipe.
+fn within(table: &str, checked: Result<(), ConfigError>) -> Option<ConfigError> {
+    checked.err().map(|error| error.within(table))
+}
+
 /// Whether all that is to be frozen exists. Where even the names are much work, the run finds out.
-fn validate_patterns(freeze: &FreezeConfig, decoder: &DecoderConfig) -> Option<(String, String)> {
+fn validate_patterns(freeze: &FreezeConfig, decoder: &DecoderConfig) -> Option<ConfigError> {
     if freeze.parameters.is_empty() {
         return None;
     }
     let names = decoder.parameter_names()?;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    freeze.find(&names).err().map(|problem| ("freeze.parameters".into(), problem))
+    freeze.find(&names).err().map(|problem| ConfigError::new("freeze.parameters", problem))
 }
 
 /// What [procedure.neuron_dropout] asks of other tables.
-fn validate_neuron_dropout(recipe: &Recipe, config: &NeuronDropoutConfig) -> Vec<(String, String)> {
+fn validate_neuron_dropout(recipe: &Recipe, config: &NeuronDropoutConfig) -> Vec<ConfigError> {
     let mut problems = Vec::new();
     if config.unit == Unit::Epochs && recipe.data.is_endless() {
-        problems.push(("procedure.neuron_dropout.unit".into(), NO_EPOCHS.into()));
+        problems.push(ConfigError::new("procedure.neuron_dropout.unit", NO_EPOCHS));
     }
     if let Some(decoder) = recipe.model.decoder() {
         let layer = config.layer_of(decoder.n_layers);
         let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("layers.{layer}.mlp.{name}.weight"));
         let frozen = recipe.lora.is_some() || names.iter().any(|name| recipe.freeze.freezes(name));
         if frozen && config.mode == Mode::WeightsCompat && config.select != Select::None {
-            problems.push(("procedure.neuron_dropout.mode".into(), weights_stay(layer)));
+            problems.push(ConfigError::new("procedure.neuron_dropout.mode", weights_stay(layer)));
         }
     }
     problems
 }
 
 /// The rules of recipes for embedders, as far as they can be told without the features.
-fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String, String)> {
+fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<ConfigError> {
     let Recipe { procedure, training, .. } = recipe;
     let rules = [
         (recipe.lora.is_none(), "lora", "lora is for decoders"),
@@ -227,20 +224,16 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<(String,
             "training.activation_checkpointing must be \"none\" for an embedder, which has no transformer layers",
         ),
     ];
-    let broken =
-        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, key, words)| (key.to_owned(), words.to_owned()));
-    let settings =
-        embedder.validate(None).err().map(|error| (format!("model.embedder.{}", error.field), error.problem));
-    broken.chain(settings).collect()
+    let mut problems = broken(rules.map(|(holds, key, words)| (holds, key, words.to_owned())));
+    problems.extend(within("model.embedder", embedder.validate(None)));
+    problems
 }
 
 /// The rules of recipes for classifiers; where the rest is `sound`, those between the model and the shape of its data too.
-fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bool) -> Vec<(String, String)> {
+fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bool) -> Vec<ConfigError> {
     let mut problems = Vec::new();
     let mut refuse = |holds: bool, key: &str, message: &str| {
-        if !holds {
-            problems.push((key.to_owned(), format!("{key} {message}")));
-        }
+        problems.extend(require(holds, key, || format!("{key} {message}")).err());
     };
     let Recipe { procedure, .. } = recipe;
     refuse(recipe.lora.is_none(), "lora", "is for decoders");
@@ -278,15 +271,9 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
         "augmentation",
         "of audio can only add noise: mirrored (flip) or moved (crop) it is other audio",
     );
-    if let Err((field, message)) = recipe.augmentation.validate() {
-        problems.push((format!("augmentation.{field}"), message));
-    }
-    if let Err((field, message)) = recipe.loss.validate(None) {
-        problems.push((format!("loss.{field}"), message));
-    }
+    problems.extend(within("augmentation", recipe.augmentation.validate()));
+    problems.extend(within("loss", recipe.loss.validate(None)));
     let shape = recipe.data.source().shape().filter(|_| sound && problems.is_empty());
-    if let Err(error) = classifier.validate(shape) {
-        problems.push((format!("model.classifier.{}", error.field), error.problem));
-    }
+    problems.extend(within("model.classifier", classifier.validate(shape)));
     problems
 }

@@ -89,7 +89,7 @@ impl Kind for Classifier {
         let checked = config(resolved)?.validate(Some(labelled.train.shape()));
         checked.map_err(|error| Problems::plain(format!("model.classifier.{error}")))?;
         let checked = recipe.loss.validate(Some(labelled.classes.len()));
-        checked.map_err(|(field, problem)| Problems::plain(format!("loss.{field}: {problem}")))?;
+        checked.map_err(|error| Problems::plain(format!("loss.{error}")))?;
         if recipe.loss.worst_group > 0.0 && labelled.groups.len() < 2 {
             let problem = format!(
                 "loss.worst_group ({}) needs data that tells at least two groups: data.labelled_text.group_field names the \

@@ -20,7 +20,7 @@
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use polyhead_models::adapters::{self, LoraConfig};
-use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, Pass};
+use polyhead_models::{Batch, ConfigError, ContextMask, Decoder, Evaluated, Pass, require, require_range};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -102,20 +102,15 @@ impl BilevelConfig {
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self) -> Result<(), (&'static str, String)> {
+    pub fn validate(&self) -> Result<(), ConfigError> {
         self.pairs().validate()?;
         for (field, value) in [("inner_lr", self.inner_lr), ("inner_clip", self.inner_clip)] {
-            if !(value.is_finite() && value >= 0.0) {
-                return Err((field, format!("{field} ({value}) must be 0 or more")));
-            }
+            require(value.is_finite() && value >= 0.0, field, || format!("{field} ({value}) must be 0 or more"))?;
         }
-        if self.inner_steps > 1000 {
-            return Err(("inner_steps", format!("inner_steps ({}) must be at most 1000", self.inner_steps)));
-        }
-        match (0.0..=1.0).contains(&self.layer_fraction) {
-            true => Ok(()),
-            false => Err(("layer_fraction", format!("layer_fraction ({}) must be 0 to 1", self.layer_fraction))),
-        }
+        require(self.inner_steps <= 1000, "inner_steps", || {
+            format!("inner_steps ({}) must be at most 1000", self.inner_steps)
+        })?;
+        require_range("layer_fraction", self.layer_fraction, 0.0..=1.0)
     }
 
     /// The first layer with fast weights, in f64 as the authors compute it: of 10 layers, a fraction of 0.9 starts at 0.

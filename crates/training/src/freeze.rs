@@ -2,7 +2,7 @@
 
 use glob::Pattern;
 use polyhead_models::weights::layer_of;
-use polyhead_models::{Trainable, parameters, train_only};
+use polyhead_models::{ConfigError, Trainable, parameters, require, train_only};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,17 +25,14 @@ impl FreezeConfig {
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self, n_layers: usize) -> Result<(), (&'static str, String)> {
-        if self.layers > n_layers {
-            let problem = format!("freeze.layers ({}) must be at most n_layers ({n_layers})", self.layers);
-            return Err(("layers", problem));
-        }
-        for pattern in &self.parameters {
-            if let Err(error) = Pattern::new(pattern) {
-                return Err(("parameters", format!("freeze.parameters: \"{pattern}\" is no pattern: {error}")));
-            }
-        }
-        Ok(())
+    pub fn validate(&self, n_layers: usize) -> Result<(), ConfigError> {
+        require(self.layers <= n_layers, "layers", || {
+            format!("freeze.layers ({}) must be at most n_layers ({n_layers})", self.layers)
+        })?;
+        self.parameters.iter().try_for_each(|pattern| {
+            let problem = |error| format!("freeze.parameters: \"{pattern}\" is no pattern: {error}");
+            Pattern::new(pattern).map(drop).map_err(|error| ConfigError::new("parameters", problem(error)))
+        })
     }
 
     /// Whether every pattern means one of these parameters.
@@ -66,7 +63,7 @@ impl FreezeConfig {
         if *self == Self::default() {
             return Ok(model);
         }
-        self.validate(model.n_layers()).map_err(|(_, problem)| TrainError::Freeze(problem))?;
+        self.validate(model.n_layers()).map_err(|error| TrainError::Freeze(error.problem))?;
         let all = parameters(&model);
         let names: Vec<&str> = all.iter().map(|parameter| parameter.name.as_str()).collect();
         self.find(&names).map_err(TrainError::Freeze)?;
@@ -158,8 +155,8 @@ mod tests {
         assert!(told(0, &["layer.*"]).contains("\"layer.*\" means no parameter; there are embedding.weight, "));
         assert!(told(0, &["*"]).contains("nothing is left"));
         let wrong = FreezeConfig { layers: 4, parameters: vec![] };
-        assert!(wrong.validate(3).unwrap_err().1.contains("freeze.layers (4)"));
+        assert!(wrong.validate(3).unwrap_err().problem.contains("freeze.layers (4)"));
         let wrong = FreezeConfig { layers: 0, parameters: vec!["a***".into()] };
-        assert_eq!(wrong.validate(3).unwrap_err().0, "parameters");
+        assert_eq!(wrong.validate(3).unwrap_err().field, "parameters");
     }
 }

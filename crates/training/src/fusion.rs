@@ -7,8 +7,7 @@
 //! code that the authors say they built on (LLM-Shearing), as their own equations could not be read.
 
 use burn::module::Module;
-use polyhead_models::ContextMask;
-use polyhead_models::{Batch, Decoder, DecoderConfig, Pass, surgery};
+use polyhead_models::{Batch, ConfigError, ContextMask, Decoder, DecoderConfig, Pass, require, require_range, surgery};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -64,22 +63,13 @@ impl FusionConfig {
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), (String, String)> {
-        for (field, value, most) in [
-            ("operator_rate", self.operator_rate, 1e6),
-            ("multiplier_lr", self.multiplier_lr, 1e6),
-            ("target_warmup", self.target_warmup, 1.0),
-        ] {
-            if !(0.0..=most).contains(&value) {
-                return Err((field.into(), format!("{field} ({value}) must be 0 to {most}")));
-            }
-        }
-        if let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok())
-            && !(0..decoder.n_layers).any(|layer| decoder.mechanism(layer).fuses())
-        {
-            return Err(("mode".into(), NOTHING_TO_FUSE.into()));
-        }
-        Ok(())
+    pub fn validate(&self, decoder: Option<&DecoderConfig>) -> Result<(), ConfigError> {
+        require_range("operator_rate", self.operator_rate, 0.0..=1e6)?;
+        require_range("multiplier_lr", self.multiplier_lr, 0.0..=1e6)?;
+        require_range("target_warmup", self.target_warmup, 0.0..=1.0)?;
+        let Some(decoder) = decoder.filter(|decoder| decoder.validate().is_ok()) else { return Ok(()) };
+        let fuses = (0..decoder.n_layers).any(|layer| decoder.mechanism(layer).fuses());
+        require(fuses, "mode", || NOTHING_TO_FUSE.into())
     }
 }
 

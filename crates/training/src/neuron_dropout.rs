@@ -15,7 +15,7 @@ mod watch;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
-use polyhead_models::{Batch, Decoder, Gate, GateKind};
+use polyhead_models::{Batch, ConfigError, Decoder, Gate, GateKind};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -29,7 +29,7 @@ use polyhead_evaluation::sensitivity::{
 };
 use polyhead_evaluation::texts::Texts;
 
-pub use config::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, Wrong};
+pub use config::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit};
 use state::State;
 
 /// Training that drops sensitive indices.
@@ -50,8 +50,8 @@ impl NeuronDropout {
     /// # Errors
     /// If settings do not fit the model or the data, or the state is not one of this procedure's.
     pub fn new(config: NeuronDropoutConfig, parts: Parts<'_>, state: &serde_json::Value) -> Result<Self, TrainError> {
-        let named = |(field, problem): (&str, String)| format!("procedure.neuron_dropout.{field}: {problem}");
-        let wrong = |wrong: (&str, String)| TrainError::Procedure(named(wrong));
+        let named = |error: ConfigError| format!("procedure.neuron_dropout.{error}");
+        let wrong = |error| TrainError::Procedure(named(error));
         let decoder = parts.model.config();
         let problems: Vec<String> = config.validate(Some(decoder), parts.training).into_iter().map(named).collect();
         if !problems.is_empty() {
@@ -65,14 +65,14 @@ impl NeuronDropout {
                 "the data keeps {} to be tracked, and {least} are needed: {why}; give more text, or a larger tracking_fraction",
                 texts.len()
             );
-            return Err(wrong(("tracking_texts", problem)));
+            return Err(wrong(ConfigError::new("tracking_texts", problem)));
         }
         let (layer, d_model) = (config.layer_of(decoder.n_layers), decoder.d_model);
         if config.mode == Mode::WeightsCompat && config.select != Select::None {
             let mlp = &parts.model.layers[layer].mlp;
             let mut linears = mlp.gate_proj.iter().chain([&mlp.up_proj, &mlp.down_proj]);
             if !linears.all(|linear| linear.weight.is_require_grad()) {
-                return Err(wrong(("mode", weights_stay(layer))));
+                return Err(wrong(ConfigError::new("mode", weights_stay(layer))));
             }
         }
         let state = State::read(state, d_model, texts.len())?;

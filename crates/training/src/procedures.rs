@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Classifier, Decoder, DecoderConfig, Embedder, Gate};
+use polyhead_models::{Classifier, ConfigError, Decoder, DecoderConfig, Embedder, Gate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -39,15 +39,14 @@ impl Default for ProcedureConfig {
 impl ProcedureConfig {
     /// Checks the numbers, against a run, and against a model where it is known: the fields, from the name of the table on,
     /// with the rules that they break.
-    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<(String, String)> {
-        let named = |(field, problem): (&str, String)| (field.to_owned(), problem);
-        let problems: Vec<(String, String)> = match self {
+    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<ConfigError> {
+        let problems = match self {
             Self::Standard(_) => Vec::new(),
-            Self::Bilevel(config) => config.validate().map_err(named).err().into_iter().collect(),
-            Self::Fusion(config) => config.validate(decoder).err().into_iter().collect(),
-            Self::NeuronDropout(config) => config.validate(decoder, training).into_iter().map(named).collect(),
+            Self::Bilevel(config) => Vec::from_iter(config.validate().err()),
+            Self::Fusion(config) => Vec::from_iter(config.validate(decoder).err()),
+            Self::NeuronDropout(config) => config.validate(decoder, training),
         };
-        problems.into_iter().map(|(field, problem)| (format!("{}.{field}", self.name()), problem)).collect()
+        problems.into_iter().map(|error| error.within(self.name())).collect()
     }
 
     /// The name of its table.

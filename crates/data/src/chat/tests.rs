@@ -252,7 +252,7 @@ fn variables_of_a_template_are_set_and_kept_as_defaults() {
     {
         let config = json!({ "paths": ["x"], "template_variables": { name: 1 } });
         let config: ChatConfig = serde_json::from_value(config).unwrap();
-        assert!(config.validate(0).unwrap_err().1.contains(words), "{name}");
+        assert!(config.validate(0).unwrap_err().problem.contains(words), "{name}");
     }
 }
 

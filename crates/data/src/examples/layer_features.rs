@@ -259,8 +259,8 @@ mod tests {
             (r#"{"train_samples": 18446744073709551615}"#, "train_samples"),
         ] {
             let config: LayerFeaturesConfig = serde_json::from_str(json).unwrap();
-            let (named, problem) = config.validate(0).unwrap_err();
-            assert!(named == field && problem.contains(field), "{json}: {named} {problem}");
+            let error = config.validate(0).unwrap_err();
+            assert!(error.field == field && error.problem.contains(field), "{json}: {error}");
         }
     }
 }

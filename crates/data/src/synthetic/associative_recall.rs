@@ -89,7 +89,7 @@ mod tests {
     fn every_answer_stands_behind_its_key() {
         let config = AssociativeRecallConfig { n_queries: 5, ..Default::default() };
         assert!(config.validate(40).is_ok());
-        assert_eq!(config.validate(20).err().map(|e| e.0), Some("n_pairs"));
+        assert_eq!(config.validate(20).err().map(|e| e.field), Some("n_pairs".into()));
         for row in rows(config, 40) {
             let all = answers(&row);
             assert_eq!(all.len(), 5);

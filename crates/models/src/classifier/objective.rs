@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor, TensorData};
+use polyhead_attention::{ConfigError, require, require_range};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -59,31 +60,24 @@ impl LossConfig {
     ///
     /// # Errors
     /// Names the field and the rule.
-    pub fn validate(&self, n_classes: Option<usize>) -> Result<(), (&'static str, String)> {
-        let within = |field: &'static str, value: f64, most: f64| match (0.0..=most).contains(&value) {
-            true => Ok(()),
-            false => Err((field, format!("{field} ({value}) must be 0 to {most}"))),
-        };
-        within("label_smoothing", self.label_smoothing, 0.999)?;
-        within("focal_gamma", self.focal_gamma, 100.0)?;
-        within("worst_class", self.worst_class, 1000.0)?;
-        within("worst_group", self.worst_group, 1000.0)?;
-        if self.worst_class > 0.0 && self.worst_group > 0.0 {
-            let problem = "worst_group and worst_class cannot both be set: a loss is tilted one way".into();
-            return Err(("worst_group", problem));
-        }
+    pub fn validate(&self, n_classes: Option<usize>) -> Result<(), ConfigError> {
+        require_range("label_smoothing", self.label_smoothing, 0.0..=0.999)?;
+        require_range("focal_gamma", self.focal_gamma, 0.0..=100.0)?;
+        require_range("worst_class", self.worst_class, 0.0..=1000.0)?;
+        require_range("worst_group", self.worst_group, 0.0..=1000.0)?;
+        require(self.worst_class == 0.0 || self.worst_group == 0.0, "worst_group", || {
+            "worst_group and worst_class cannot both be set: a loss is tilted one way".into()
+        })?;
         let ClassWeights::Listed(weights) = &self.class_weights else { return Ok(()) };
-        if let Some(weight) = weights.iter().find(|weight| !(weight.is_finite() && **weight >= 0.0)) {
-            return Err(("class_weights", format!("class_weights ({weight}) must be numbers from 0 up")));
+        for weight in weights {
+            require(weight.is_finite() && *weight >= 0.0, "class_weights", || {
+                format!("class_weights ({weight}) must be numbers from 0 up")
+            })?;
         }
-        match n_classes.filter(|n| *n != weights.len()) {
-            Some(n) => {
-                let problem =
-                    format!("class_weights lists {} numbers for {n} classes: give one per class", weights.len());
-                Err(("class_weights", problem))
-            }
-            None => Ok(()),
-        }
+        let (listed, n) = (weights.len(), n_classes.unwrap_or(weights.len()));
+        require(listed == n, "class_weights", || {
+            format!("class_weights lists {listed} numbers for {n} classes: give one per class")
+        })
     }
 
     /// The objective, for training data with so many examples of each class.
@@ -234,7 +228,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_told_by_name() {
-        let field = |config: LossConfig| config.validate(Some(3)).expect_err("a mistake").0;
+        let field = |config: LossConfig| config.validate(Some(3)).expect_err("a mistake").field;
         assert_eq!(field(LossConfig { label_smoothing: 1.0, ..Default::default() }), "label_smoothing");
         assert_eq!(field(LossConfig { focal_gamma: -1.0, ..Default::default() }), "focal_gamma");
         assert_eq!(field(LossConfig { worst_class: 1.0, worst_group: 1.0, ..Default::default() }), "worst_group");

@@ -1,12 +1,14 @@
 //! Settings of a decoder: what can be wrong with them, and what they cost.
 
 use burn::tensor::Device;
-use polyhead_attention::{AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig, RopeLayout};
+use polyhead_attention::{
+    AttentionConfig, ConfigError, Dims, GaussianAdaptiveConfig, RopeLayout, require, require_positive,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::rope_scaling::RopeScaling;
-use crate::transformer::{MlpKind, NormKind, Part, TransformerConfig, check_positive};
+use crate::transformer::{MlpKind, NormKind, Part, TransformerConfig};
 use crate::{PerLayer, parameters};
 
 /// Settings of a decoder.
@@ -135,7 +137,7 @@ impl DecoderConfig {
     /// # Errors
     /// Names the field, its value and the rule.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        check_positive("rope_theta", self.rope_theta)?;
+        require_positive("rope_theta", self.rope_theta)?;
         if let Some(scaling) = &self.rope_scaling {
             scaling.validate().map_err(|error| error.within("rope_scaling"))?;
         }
@@ -149,18 +151,14 @@ impl DecoderConfig {
 
     fn check_rotation(&self, layer: usize) -> Result<(), ConfigError> {
         let (fraction, rotated) = (self.rope_fraction, self.rotated(layer));
-        if !self.rope
-            || !self.mechanism(layer).rotates()
-            || (fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2))
-        {
-            return Ok(());
-        }
-        let problem = format!(
-            "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head ({}) to \
-             rotate, not {rotated}",
-            self.head_dim(layer)
-        );
-        Err(ConfigError::new("rope_fraction", problem))
+        let even = fraction > 0.0 && fraction <= 1.0 && rotated > 0 && rotated.is_multiple_of(2);
+        require(even || !self.rope || !self.mechanism(layer).rotates(), "rope_fraction", || {
+            format!(
+                "rope_fraction ({fraction}) must be above 0, up to 1, and leave an even number of channels of a head ({}) to \
+                 rotate, not {rotated}",
+                self.head_dim(layer)
+            )
+        })
     }
 
     /// Parameters and costs by part.

@@ -14,7 +14,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Device, Distribution, Tensor};
-use polyhead_attention::{ConfigError, GaussianAdaptive, GaussianAdaptiveConfig};
+use polyhead_attention::{ConfigError, GaussianAdaptive, GaussianAdaptiveConfig, require};
 use polyhead_kernels::{AttentionOptions, attention, linear, random};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -54,18 +54,12 @@ impl GqdaamConfig {
     pub(super) fn validate(&self, sizes: &[usize]) -> Result<(), ConfigError> {
         self.gate.validate(sizes).map_err(|error| error.within("gate"))?;
         let Self { d_attention, n_heads, n_kv_heads, .. } = *self;
-        let error = |field: &str, problem: String| Err(ConfigError::new(field, problem));
-        if n_heads == 0 || d_attention == 0 || !d_attention.is_multiple_of(n_heads) {
-            let problem = format!("n_heads ({n_heads}) must be at least 1 and divide d_attention ({d_attention})");
-            return error("n_heads", problem);
-        }
-        if n_kv_heads == 0 || !n_heads.is_multiple_of(n_kv_heads) {
-            return error(
-                "n_kv_heads",
-                format!("n_kv_heads ({n_kv_heads}) must be at least 1 and divide n_heads ({n_heads})"),
-            );
-        }
-        Ok(())
+        require(n_heads > 0 && d_attention > 0 && d_attention.is_multiple_of(n_heads), "n_heads", || {
+            format!("n_heads ({n_heads}) must be at least 1 and divide d_attention ({d_attention})")
+        })?;
+        require(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "n_kv_heads", || {
+            format!("n_kv_heads ({n_kv_heads}) must be at least 1 and divide n_heads ({n_heads})")
+        })
     }
 
     /// Weights for features `[layers, d_model]`.

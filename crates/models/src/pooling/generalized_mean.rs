@@ -11,7 +11,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Bool, DType, Device, Tensor};
-use polyhead_attention::ConfigError;
+use polyhead_attention::{ConfigError, require, require_positive};
 use polyhead_kernels::in_type;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -59,16 +59,11 @@ fn yes() -> bool {
 
 impl GeneralizedMeanConfig {
     pub(super) fn validate(&self, d_model: usize) -> Result<(), ConfigError> {
-        if self.n_groups == 0 || !d_model.is_multiple_of(self.n_groups) {
-            let problem = format!("n_groups ({}) must be at least 1 and divide d_model ({d_model})", self.n_groups);
-            return Err(ConfigError::new("n_groups", problem));
-        }
-        for (field, value) in [("p_init", self.p_init), ("eps", self.eps)] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(ConfigError::new(field, format!("{field} ({value}) must be a positive number")));
-            }
-        }
-        Ok(())
+        require(self.n_groups > 0 && d_model.is_multiple_of(self.n_groups), "n_groups", || {
+            format!("n_groups ({}) must be at least 1 and divide d_model ({d_model})", self.n_groups)
+        })?;
+        require_positive("p_init", self.p_init)?;
+        require_positive("eps", self.eps)
     }
 
     pub(super) fn init(&self, device: &Device) -> GeneralizedMean {

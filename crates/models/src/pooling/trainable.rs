@@ -19,7 +19,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::{Bool, DType, Device, Distribution, Tensor, activation};
-use polyhead_attention::{ConfigError, Mask};
+use polyhead_attention::{ConfigError, Mask, require};
 use polyhead_kernels::{AttentionOptions, attention, in_type, linear, random};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -78,25 +78,16 @@ impl PoolInput {
 
 impl TrainablePoolingConfig {
     pub(super) fn validate(&self, d_model: usize) -> Result<(), ConfigError> {
-        let error = |field: &str, problem: String| Err(ConfigError::new(field, problem));
-        if self.n_latents == 0 {
-            return error("n_latents", "n_latents (0) must be at least 1".into());
+        let Self { n_latents, n_heads, head_dim, latent_std, .. } = *self;
+        for (field, size) in [("n_latents", n_latents), ("n_heads", n_heads), ("head_dim", head_dim.unwrap_or(1))] {
+            require(size > 0, field, || format!("{field} (0) must be at least 1"))?;
         }
-        if self.n_heads == 0 {
-            return error("n_heads", "n_heads (0) must be at least 1".into());
-        }
-        if self.head_dim == Some(0) {
-            return error("head_dim", "head_dim (0) must be at least 1".into());
-        }
-        if self.head_dim.is_none() && !d_model.is_multiple_of(self.n_heads) {
-            let problem =
-                format!("n_heads ({}) must divide d_model ({d_model}), or head_dim must be given", self.n_heads);
-            return error("n_heads", problem);
-        }
-        if !(self.latent_std.is_finite() && self.latent_std >= 0.0) {
-            return error("latent_std", format!("latent_std ({}) must be a number from 0 up", self.latent_std));
-        }
-        Ok(())
+        require(head_dim.is_some() || d_model.is_multiple_of(n_heads), "n_heads", || {
+            format!("n_heads ({n_heads}) must divide d_model ({d_model}), or head_dim must be given")
+        })?;
+        require(latent_std.is_finite() && latent_std >= 0.0, "latent_std", || {
+            format!("latent_std ({latent_std}) must be a number from 0 up")
+        })
     }
 
     pub(super) fn parameters(&self, d_model: usize, n_layers: usize) -> u64 {

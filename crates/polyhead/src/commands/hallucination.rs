@@ -48,7 +48,7 @@ fn ees_of(args: &EvalArgs) -> Result<EesConfig, Failure> {
     }
     config.n_probes = args.ees_n_probes.unwrap_or(config.n_probes);
     match config.validate().into_iter().next() {
-        Some((_, problem)) => Err(Problems::plain(format!("--ees-n-probes: {problem}")).into()),
+        Some(error) => Err(Problems::plain(format!("--ees-n-probes: {}", error.problem)).into()),
         None => Ok(config),
     }
 }

@@ -172,6 +172,6 @@ fn wrong_settings_are_told() {
         (BilevelConfig { layer_fraction: 1.5, ..config() }, "layer_fraction"),
         (BilevelConfig { rank: 0, ..config() }, "rank"),
     ] {
-        assert_eq!(config.validate().unwrap_err().0, field);
+        assert_eq!(config.validate().unwrap_err().field, field);
     }
 }

@@ -1,15 +1,12 @@
 //! Settings.
 
-use polyhead_models::{ContextMask, DecoderConfig};
+use polyhead_models::{ConfigError, ContextMask, DecoderConfig, broken, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainingConfig;
 use polyhead_evaluation::ees::EesConfig;
 use polyhead_evaluation::sensitivity::{Embedding, Pool};
-
-/// A setting that breaks a rule: the field, and the problem in words.
-pub type Wrong = (&'static str, String);
 
 /// What is wrong with counting epochs of generated data.
 pub const NO_EPOCHS: &str = "unit \"epochs\": generated data has no epochs; set unit = \"steps\"";
@@ -154,12 +151,10 @@ pub enum Mode {
 
 impl NeuronDropoutConfig {
     /// Checks the settings, against a run, and against a model where it is known: all that is wrong.
-    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<Wrong> {
+    pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<ConfigError> {
         let mut problems = Vec::new();
-        let mut rule = |holds: bool, field: &'static str, problem: String| {
-            if !holds {
-                problems.push((field, problem));
-            }
+        let mut rule = |holds: bool, field: &str, problem: String| {
+            problems.extend(require(holds, field, || problem).err());
         };
         let Self { k, window, interval, refresh, tracking_fraction, tracking_texts, .. } = *self;
         let select = self.select.name();
@@ -201,11 +196,7 @@ impl NeuronDropoutConfig {
             };
             format!("mask_at_eval keeps the last mask, which {key} = \"{value}\" has none of: leave it out")
         });
-        problems.extend(self.ees.validate().into_iter().map(|(field, problem)| match field {
-            "terms" => ("ees.terms", problem),
-            "alpha" => ("ees.alpha", problem),
-            _ => ("ees.n_probes", problem),
-        }));
+        problems.extend(self.ees.validate().into_iter().map(|error| error.within("ees")));
         if problems.is_empty() && self.unit == Unit::Steps {
             problems.extend(self.drops_in_time(interval, training.steps, "steps").err());
         }
@@ -214,7 +205,7 @@ impl NeuronDropoutConfig {
     }
 
     /// What does not fit a model.
-    fn problems_of(&self, decoder: &DecoderConfig) -> Vec<Wrong> {
+    fn problems_of(&self, decoder: &DecoderConfig) -> Vec<ConfigError> {
         let (layers, layer) = (decoder.n_layers as i64, self.layer);
         let (d_model, d_ff) = (decoder.d_model, decoder.feed_forward());
         let (k, least) = (self.k, (1e4 / d_model.max(1) as f64).ceil() / 1e4);
@@ -229,7 +220,7 @@ impl NeuronDropoutConfig {
                 format!("k ({k}) of d_model ({d_model}) is less than one coordinate: make it at least {least}")
             }),
         ];
-        rules.into_iter().filter(|(holds, ..)| !holds).map(|(_, field, problem)| (field, problem)).collect()
+        broken(rules)
     }
 
     /// How many texts the settings ask for, and what for.
@@ -247,7 +238,7 @@ impl NeuronDropoutConfig {
     }
 
     /// Whether anything is ever dropped in a run of `length` steps or batches, with intervals of `period`.
-    fn drops_in_time(&self, period: u64, length: u64, what: &str) -> Result<(), Wrong> {
+    fn drops_in_time(&self, period: u64, length: u64, what: &str) -> Result<(), ConfigError> {
         let Self { window, refresh, interval, .. } = *self;
         let first = (window as u64).checked_next_multiple_of(refresh).unwrap_or(u64::MAX);
         let chosen = first.saturating_mul(period);
@@ -259,7 +250,7 @@ impl NeuronDropoutConfig {
              {chosen} {what}, and the run has {length}, so that nothing is ever dropped: make interval ({interval}) shorter, \
              give more training.steps, or only measure with select = \"none\""
         );
-        Err(("window", problem))
+        Err(ConfigError::new("window", problem))
     }
 
     /// The layer, from 0.
@@ -277,10 +268,10 @@ impl NeuronDropoutConfig {
     ///
     /// # Errors
     /// If epochs are counted that never end, or too long for anything to be dropped.
-    pub(super) fn period(&self, batches_per_epoch: u64, training: &TrainingConfig) -> Result<u64, Wrong> {
+    pub(super) fn period(&self, batches_per_epoch: u64, training: &TrainingConfig) -> Result<u64, ConfigError> {
         match self.unit {
             Unit::Steps => Ok(self.interval),
-            Unit::Epochs if batches_per_epoch >= ENDLESS => Err(("unit", NO_EPOCHS.into())),
+            Unit::Epochs if batches_per_epoch >= ENDLESS => Err(ConfigError::new("unit", NO_EPOCHS)),
             Unit::Epochs => {
                 let period = self.interval.saturating_mul(batches_per_epoch.max(1));
                 let batches = training.steps.saturating_mul(training.gradient_accumulation_steps as u64);

@@ -312,7 +312,7 @@ fn settings_that_do_not_fit_are_named() {
         ("mask_at_eval", NeuronDropoutConfig { mask_at_eval: true, ..compat.clone() }),
         ("select", NeuronDropoutConfig { select: Select::Dropout, ..compat.clone() }),
     ] {
-        let found: Vec<&str> = told(wrong.clone()).into_iter().map(|(field, _)| field).collect();
+        let found: Vec<String> = told(wrong.clone()).into_iter().map(|error| error.field).collect();
         assert_eq!(found, [field], "{wrong:?}");
     }
     for right in [
@@ -327,10 +327,10 @@ fn settings_that_do_not_fit_are_named() {
     }
     let ees = polyhead_evaluation::ees::EesConfig { terms: 0, alpha: 2.0, ..Default::default() };
     let several = told(NeuronDropoutConfig { k: 2.0, window: 1, layer: 9, ees, ..config() });
-    let fields: Vec<&str> = several.iter().map(|(field, _)| *field).collect();
+    let fields: Vec<&str> = several.iter().map(|error| &*error.field).collect();
     assert_eq!(fields, ["k", "window", "ees.terms", "ees.alpha", "layer"]);
     let epochs = NeuronDropoutConfig { unit: Unit::Epochs, ..config() };
-    assert_eq!(epochs.period(1 << 40, &training()).unwrap_err().0, "unit");
+    assert_eq!(epochs.period(1 << 40, &training()).unwrap_err().field, "unit");
     assert_eq!(epochs.period(3, &training()), Ok(6));
-    assert_eq!(epochs.period(25, &training()).unwrap_err().0, "window", "4 epochs of 25 batches are more than 99");
+    assert_eq!(epochs.period(25, &training()).unwrap_err().field, "window", "4 epochs of 25 batches are more than 99");
 }

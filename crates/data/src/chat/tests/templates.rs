@@ -132,7 +132,7 @@ fn today_is_a_fixed_day() {
     assert!(text(&careful, json!({})).0.starts_with("mine|"));
     assert!(text(&careful, json!({ "date": "2024-02-29" })).0.starts_with("2024|"));
     let config: ChatConfig = serde_json::from_value(json!({ "paths": ["x"], "date": "2025-02-30" })).unwrap();
-    assert!(config.validate(0).unwrap_err().1.contains("2025-02-30"));
+    assert!(config.validate(0).unwrap_err().problem.contains("2025-02-30"));
 }
 
 #[test]

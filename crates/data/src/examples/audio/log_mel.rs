@@ -171,8 +171,8 @@ mod tests {
 
     #[test]
     fn bands_that_would_stay_black_are_refused() {
-        let (field, problem) = LogMelConfig::default().validate(44_100).unwrap_err();
-        assert!(field == "log_mel.n_mels" && problem.contains("a larger n_fft"), "{problem}");
+        let error = LogMelConfig::default().validate(44_100).unwrap_err();
+        assert!(error.field == "log_mel.n_mels" && error.problem.contains("a larger n_fft"), "{error}");
         LogMelConfig { n_fft: 1024, ..Default::default() }.validate(44_100).unwrap();
     }
 

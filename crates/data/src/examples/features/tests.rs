@@ -174,7 +174,7 @@ fn what_cannot_be_used_is_named() {
         assert!(found.contains(words), "{words}: {found}");
     }
     let pair = config(vec!["x.npy".into()]);
-    assert_eq!(pair.validate(0).unwrap_err().0, "labels");
+    assert_eq!(pair.validate(0).unwrap_err().field, "labels");
 }
 
 #[test]

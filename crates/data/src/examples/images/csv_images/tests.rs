@@ -11,7 +11,7 @@ fn read(text: &[u8], settings: &str) -> Result<Read, String> {
     let path = dir.write("t.csv", text);
     let json = format!(r#"{{"paths": ["{}"], "size": [1, 2], "white": 16{settings}}}"#, path.display());
     let config: CsvImagesConfig = serde_json::from_str(&json).unwrap();
-    config.validate(0).map_err(|(_, problem)| problem)?;
+    config.validate(0).map_err(|error| error.problem)?;
     let (images, notes) = config.read().map_err(|error| error.to_string())?;
     Ok((images.pixels, images.labels, images.classes, notes))
 }
