@@ -5,7 +5,7 @@
 //! cargo bench --bench ees -- --out benches/EES.md
 //! ```
 //!
-//! The forms run in turns; times are medians over the rounds.
+//! The forms run alternately; times are medians over the rounds.
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -1,11 +1,11 @@
-//! What resting heads save: Mixture-of-Head attention beside its masked form and multi-head attention, by the length of the
+//! What inactive heads save: Mixture-of-Head attention beside its masked form and multi-head attention, by the length of the
 //! sequence and the share of heads that take part.
 //!
 //! ```sh
 //! cargo bench --bench mixture_of_head -- --out benches/MIXTURE_OF_HEAD.md
 //! ```
 //!
-//! All variants run in turns, so that whatever else the machine does meets all of them; times are medians over the rounds,
+//! All variants run alternately, so that whatever else the machine does meets all of them; times are medians over the rounds,
 //! ratios are medians of the ratios to multi-head attention in the same round.
 
 use std::path::PathBuf;
@@ -150,7 +150,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let mut report = format!(
-        "# What resting heads save\n\nMade by `cargo bench --bench mixture_of_head`: one attention layer, d_model {D_MODEL}, \
+        "# What inactive heads save\n\nMade by `cargo bench --bench mixture_of_head`: one attention layer, d_model {D_MODEL}, \
          {HEADS} heads, one row of tokens, causal; {} threads, {} rounds, load before {}. Speed is relative to multi-head \
          attention in the same round, medians.\n\n| tokens | heads | training, ms | tokens/s | speed | prefill, ms | tokens/s \
          | speed |\n|---|---|---|---|---|---|---|---|\n",

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! One product is really computed. The addition is measured by itself, as a share of a block's time: no fusion saves more than
-//! all of it. Variants run in turns; times are medians over the rounds, forward and backward.
+//! all of it. Variants run alternately; times are medians over the rounds, forward and backward.
 
 use std::time::Instant;
 

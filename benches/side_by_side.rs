@@ -1,4 +1,4 @@
-//! Polyhead beside PyTorch: the same decoder, first weights and first batch, trained in turns in one session.
+//! Polyhead beside PyTorch: the same decoder, first weights and first batch, trained alternately in one session.
 //!
 //! ```sh
 //! cargo bench --bench side_by_side -- --python venv/bin/python --out benches/RESULTS.md
@@ -25,7 +25,7 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 /// Steps of a process that only warm up.
 const WARM_UP: usize = 2;
 
-/// Trains the same decoders in Polyhead and in PyTorch, in turns, and prints how fast and how lean each was.
+/// Trains the same decoders in Polyhead and in PyTorch, alternately, and prints how fast and how lean each was.
 #[derive(Parser)]
 struct Args {
     /// A Python with torch and safetensors; without it only Polyhead is measured.

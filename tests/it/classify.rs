@@ -268,7 +268,7 @@ fn what_makes_no_sense_for_classifiers_is_refused() {
         (2, "validate recipe.toml training.seq_len=16", "training.seq_len (16) has no meaning"),
         (2, "validate recipe.toml lora.rank=2", "lora is for decoders"),
         (2, "validate recipe.toml procedure.bilevel.rank=2", "procedure.bilevel is for decoders"),
-        (2, "validate recipe.toml data.shapes.size=18", "patch_size (4) must divide the pictures, 18 x 18"),
+        (2, "validate recipe.toml data.shapes.size=18", "patch_size (4) must divide the images, 18 x 18"),
         (2, "validate recipe.toml data.shapes.noise=-1", "noise (-1)"),
         (2, "validate recipe.toml augmentation.crop=5000", "crop (5000)"),
         (2, "validate recipe.toml loss.label_smoothing=2", "label_smoothing (2)"),

@@ -62,7 +62,7 @@ fn a_best_checkpoint_that_is_gone_is_told_and_the_next_one_named() {
 }
 
 #[test]
-fn a_picture_that_cannot_be_written_costs_nothing() {
+fn an_image_that_cannot_be_written_costs_nothing() {
     let world = World::new(SMALL);
     std::fs::create_dir_all(world.dir.path().join("run/curve.svg/in the way")).unwrap();
     let (_, err) = world.succeeds(&["train", RECIPE, "--out", "run"]);

@@ -222,7 +222,7 @@ fn broken_indices_and_names_are_told() {
     std::fs::copy(&second, &third).unwrap();
     let error = error(&dir);
     assert!(
-        error.contains("stands in two files") && error.contains("model-00002") && error.contains("model-00003"),
+        error.contains("is in two files") && error.contains("model-00002") && error.contains("model-00003"),
         "{error}"
     );
 }

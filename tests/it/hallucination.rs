@@ -1,4 +1,4 @@
-//! What a model makes up: measured along a run and asked of a checkpoint.
+//! Hallucination, measured during a run and on a checkpoint.
 
 use serde_json::Value;
 

@@ -182,7 +182,7 @@ fn no_files_use_each_other_in_a_circle() {
         let mut edges: Vec<(String, String)> = uses(krate)
             .into_iter()
             .map(|(from, to)| match krate {
-                // Its folders are rooms, not parts of a file.
+                // Its folders are topics, not parts of a file.
                 "polyhead" if !whole(&from).is_empty() => (from, to),
                 _ => (whole(&from), whole(&to)),
             })

@@ -25,7 +25,7 @@ pub fn assert_whole(page: &Path) {
     let title = dom.split("<title>").nth(1).and_then(|rest| rest.split("</title>").next()).unwrap();
     let numbers: Vec<usize> = title.split(' ').map(|number| number.parse().unwrap()).collect();
     assert!(numbers[0] <= numbers[1], "the page is {} wide on a screen of {}", numbers[0], numbers[1]);
-    assert_eq!(&numbers[2..], [figures, 0], "figures shown, pictures that did not load");
+    assert_eq!(&numbers[2..], [figures, 0], "figures shown, images that did not load");
     let light = brightness(&browser, folder.path(), page, "1");
     let dark = brightness(&browser, folder.path(), page, "0");
     assert!(light > 180.0 && dark < 80.0, "mean brightness {light} on light ground, {dark} on dark");
@@ -83,8 +83,8 @@ fn brightness(browser: &Path, folder: &Path, page: &Path, scheme: &str) -> f64 {
     let shot = format!("--screenshot={}", file.display());
     let scheme = format!("--blink-settings=preferredColorScheme={scheme}");
     browse(browser, folder, &[&shot, &scheme, "--window-size=1000,1600"], page);
-    let picture = std::io::BufReader::new(std::fs::File::open(file).unwrap());
-    let mut reader = png::Decoder::new(picture).read_info().unwrap();
+    let image = std::io::BufReader::new(std::fs::File::open(file).unwrap());
+    let mut reader = png::Decoder::new(image).read_info().unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
     reader.next_frame(&mut pixels).unwrap();
     pixels.iter().map(|&value| f64::from(value)).sum::<f64>() / pixels.len() as f64

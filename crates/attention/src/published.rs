@@ -125,7 +125,7 @@ pub enum HeadChannels {
     Outputs,
 }
 
-/// How the heads of a layer are divided, for tables and pictures.
+/// How the heads of a layer are divided, for tables and images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HeadCounts {
     /// Key heads and value heads.

@@ -1,4 +1,4 @@
-//! Answers to questions at several lengths and depths of a text: right or wrong, and their table as a picture.
+//! Answers to questions at several lengths and depths of a text: right or wrong, and their table as an image.
 
 use std::fmt::Write;
 use std::ops::Range;
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_picture_has_a_cell_for_every_number() {
+    fn the_image_has_a_cell_for_every_number() {
         let row = |task, times, by_depth: Vec<f64>| Row {
             task,
             has_depth: by_depth.len() > 1,

@@ -1,4 +1,4 @@
-//! EigenScore (INSIDE, Chen et al., arXiv 2402.03744): how far the answers to one prompt lie apart inside the model. Higher
+//! EigenScore (INSIDE, Chen et al., arXiv 2402.03744): how far apart the answers to one prompt are inside the model. Higher
 //! means more spread, which the paper takes for a sign of hallucination.
 //!
 //! Paper and code of INSIDE, and two functions in the code of SenD, normalise differently; all four are here.

@@ -131,7 +131,7 @@ pub struct Arm {
     /// The key that is sought for this arm, where it is another one.
     #[serde(default)]
     pub solve: Option<String>,
-    /// Where it stands in the file.
+    /// Its place in the file.
     #[serde(skip)]
     pub place: Place,
 }
@@ -285,7 +285,7 @@ fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
     };
     rule(!seeds.is_empty(), "seeds".into(), "seeds is empty: give at least one, better three or more".into());
     for (at, seed) in seeds.iter().enumerate() {
-        rule(!seeds[..at].contains(seed), "seeds".into(), format!("seeds: {seed} stands there twice"));
+        rule(!seeds[..at].contains(seed), "seeds".into(), format!("seeds: {seed} is there twice"));
     }
     rule(arm.len() > 1, "arm".into(), format!("a comparison takes two arms or more; there is {}", arm.len()));
     for (at, name) in names.iter().enumerate() {

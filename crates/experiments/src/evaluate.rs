@@ -1,4 +1,4 @@
-//! Tasks that trained runs are put to, each with `polyhead eval` in a process of its own. What came out lies in the run's
+//! Tasks that trained runs are put to, each with `polyhead eval` in a process of its own. What came out is in the run's
 //! folder, so that nothing is asked twice.
 
 use std::collections::VecDeque;

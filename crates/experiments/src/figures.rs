@@ -328,7 +328,7 @@ fn text(area: &Area<'_>, words: &str, at: (i32, i32), side: HPos) -> Result<(), 
     area.draw(&Text::new(words.to_owned(), at, style)).map_err(said)
 }
 
-/// The part of a line that does not lie above `top`.
+/// The part of a line that is not above `top`.
 fn inside(a: At, b: At, top: f64) -> Option<((f64, f64), (f64, f64))> {
     let crossing = || {
         let part = (top - a.y) / (b.y - a.y);

@@ -62,7 +62,7 @@ pub struct ArmOutcome {
 pub struct RunOutcome {
     /// Its seed.
     pub seed: u64,
-    /// Where it lies.
+    /// Its folder.
     pub folder: PathBuf,
     /// What it reached, or why it failed.
     pub end: Result<RunResult, String>,

@@ -92,7 +92,7 @@ impl Prepared {
     /// The layers with the folder in place of a `{name}` that they start from.
     ///
     /// # Errors
-    /// If the folder's name cannot stand in a recipe.
+    /// If the folder's name cannot be in a recipe.
     pub fn filled(&self, mut layers: Vec<Layer>, seed: u64) -> Result<Vec<Layer>, Problems> {
         let pretrained = |layer: &Layer| Some(layer.values().get("model")?.get("pretrained")?.as_str()?.to_owned());
         let named = layers.iter().rev().find_map(pretrained);
@@ -178,7 +178,7 @@ struct Running<'a> {
 }
 
 impl Step {
-    /// A step whose folder is named by all that decides what will lie there.
+    /// A step whose folder is named by all that decides its contents.
     fn new(preparation: &Preparation, seed: u64, out: &Path, decides: &str) -> Self {
         let name = preparation.name.clone();
         let id = result::id(decides, None);
@@ -244,7 +244,7 @@ fn training(
 
 /// A command other than `train`.
 fn conversion(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> Result<Step, String> {
-    let (verb, flags) = match (&preparation.convert, &preparation.grow) {
+    let (command, flags) = match (&preparation.convert, &preparation.grow) {
         (Some(conversion), _) => {
             conversion.check()?;
             ("convert", conversion.flags())
@@ -252,8 +252,8 @@ fn conversion(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> 
         (None, growth) => ("grow", flags_of(&growth.clone().unwrap_or_default(), &Growth::default())),
     };
     let from = from.display().to_string();
-    let mut step = Step::new(preparation, seed, out, &format!("{verb} {from} {flags}"));
-    step.arguments = [verb, &from].into_iter().chain(flags.split_whitespace()).map(str::to_owned).collect();
+    let mut step = Step::new(preparation, seed, out, &format!("{command} {from} {flags}"));
+    step.arguments = [command, &from].into_iter().chain(flags.split_whitespace()).map(str::to_owned).collect();
     step.arguments.extend(["--out".into(), step.folder.display().to_string()]);
     Ok(step)
 }

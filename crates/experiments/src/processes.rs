@@ -41,7 +41,7 @@ pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, threads: us
     Ok(command.spawn()?)
 }
 
-/// The last lines of a log, and where it lies.
+/// The last lines of a log, and where it is.
 pub fn end_of_log(path: &Path) -> String {
     let log = std::fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();

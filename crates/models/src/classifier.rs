@@ -1,4 +1,4 @@
-//! Classifiers: a class for a picture, a text or the features of another model.
+//! Classifiers: a class for an image, a text or the features of another model.
 //!
 //! A classifier is a body ([`ClassifierConfig`] has one variant for each) that turns inputs into scores of the classes, what
 //! its scores are trained by ([`Objective`]), and what an evaluation adds up ([`ClassTotals`]). What the inputs are and how
@@ -29,7 +29,7 @@ pub use sums::{Bin, ClassScore, ClassTotals, GroupCount, MOST_CONFUSED};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassifierConfig {
-    /// Pictures, or spectrograms, cut into patches.
+    /// Images, or spectrograms, cut into patches.
     VisionTransformer(VisionTransformerConfig),
     /// Texts as tokens that see each other both ways.
     TextEncoder(TextEncoderConfig),
@@ -180,7 +180,7 @@ pub struct Classifier {
 #[allow(clippy::large_enum_variant)]
 #[derive(Module, Debug)]
 pub enum Body {
-    /// A bidirectional transformer: of pictures, of texts.
+    /// A bidirectional transformer: of images, of texts.
     Encoder(Encoder),
     /// Convolutions over gated features.
     GaussianAdaptiveTransformer(GaussianAdaptiveTransformer),

@@ -18,7 +18,7 @@ pub struct Examples {
 /// What is classified: `n` examples of one shape.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Inputs {
-    /// Pictures, or spectrograms.
+    /// Images, or spectrograms.
     Images {
         /// `[n, channels, height, width]` row-major, around 0 and of the order of 1.
         pixels: Vec<f32>,

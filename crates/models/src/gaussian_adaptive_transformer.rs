@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! features [layers, d_model], each the mean over time  ->  gate
-//! every layer's features as a picture [height, width], layers as channels
+//! every layer's features as an image [height, width], layers as channels
 //!   ->  conv 3x3 (layers -> d_conv), ReLU  ->  conv 3x3 (d_conv -> layers), ReLU  ->  linear (layers * d_model -> classes)
 //! ```
 //! The gate is [`GaussianAdaptive`]; the arms that it is compared with take its place ([`FeatureMixerConfig`]): nothing at all,
@@ -297,8 +297,8 @@ impl GaussianAdaptiveTransformer {
             Some(FeatureMixer::Attention(_)) | None => None,
         };
         let ([batch, n_layers, channels], [height, width]) = (mixed.dims(), self.grid);
-        let picture = mixed.reshape([batch, n_layers, height, width]);
-        let hidden = activation::relu(self.conv1.forward(picture));
+        let image = mixed.reshape([batch, n_layers, height, width]);
+        let hidden = activation::relu(self.conv1.forward(image));
         let flat = activation::relu(self.conv2.forward(hidden)).reshape([batch, n_layers * channels]);
         let bias = self.head.bias.as_ref().map(Param::val);
         Classified { logits: polyhead_kernels::linear(flat, self.head.weight.val(), bias), gates, factor }

@@ -1,4 +1,4 @@
-//! Pooling: one vector from the tokens of a sequence, or of a picture.
+//! Pooling: one vector from the tokens of a sequence, or of an image.
 //!
 //! | name | what |
 //! |---|---|

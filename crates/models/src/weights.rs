@@ -42,7 +42,7 @@ pub enum WeightsError {
         cause: String,
     },
     /// A name that two files of one model have.
-    #[error("{name} stands in two files, {} and {}: each tensor may be in one", files[0].display(), files[1].display())]
+    #[error("{name} is in two files, {} and {}: each tensor may be in one", files[0].display(), files[1].display())]
     Twice {
         /// The tensor.
         name: String,

@@ -179,7 +179,7 @@ Examples:
     /// that the model was trained with. An answer counts if every token of it is the model's first choice. A table goes to
     /// standard error, the numbers as JSON to standard output.
     ///
-    /// --task eigenscore tells how far the answers to each prompt of a file lie apart inside the model (EigenScore, EES).
+    /// --task eigenscore tells how far apart the answers to each prompt of a file are inside the model (EigenScore, EES).
     /// --task facts asks a model that learned [data.facts] everything: what it was taught, what it was taught in other words,
     /// and what it cannot know.
     #[command(after_help = "\

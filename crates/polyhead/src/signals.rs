@@ -28,7 +28,7 @@ impl Drop for Busy<'_> {
 
 impl Signals {
     /// From here on there is something to save. Before, and once what is returned is dropped, a signal ends the process at
-    /// once: all there is lies on the disk.
+    /// once: everything is on the disk.
     pub fn busy(&self) -> Busy<'_> {
         self.busy.store(true, Ordering::SeqCst);
         Busy(self)

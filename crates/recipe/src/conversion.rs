@@ -125,7 +125,7 @@ pub enum Search {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AllocationName {
-    /// KDGQA: by how far they lie above the smallest one, whose head nobody reads.
+    /// KDGQA: by how far they are above the smallest one, whose head nobody reads.
     #[default]
     Range,
     /// DGQA: in proportion.

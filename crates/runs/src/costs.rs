@@ -181,7 +181,7 @@ fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
             classifier.kept_numbers(sizes, checkpointed)
         }
         (ModelConfig::Decoder { config: Some(decoder), .. }, _) => {
-            let (layer, layers) = (numbers_per_token(decoder), decoder.n_layers);
+            let (layer, layers) = (activations_per_token(decoder), decoder.n_layers);
             let per_token = match checkpointed {
                 true => layer.saturating_add(layers.saturating_mul(decoder.d_model)),
                 false => layer.saturating_mul(layers),
@@ -194,6 +194,6 @@ fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
 }
 
 /// Numbers that a layer keeps of each token.
-fn numbers_per_token(decoder: &DecoderConfig) -> usize {
+fn activations_per_token(decoder: &DecoderConfig) -> usize {
     decoder.d_model.saturating_mul(10).saturating_add(decoder.feed_forward().saturating_mul(4))
 }

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use polyhead_kernels::seed_random;
 use polyhead_models::{Classifier, Decoder, Embedder, Trainable};
 use polyhead_recipe::{ModelConfig, Recipe};
-use polyhead_training::Trainee;
+use polyhead_training::TrainableModel;
 use polyhead_training::run::Probe;
 
 use crate::costs::Known;
@@ -15,7 +15,7 @@ use crate::resolve::Resolved;
 use crate::result::ClassTable;
 
 /// A kind of model: from a recipe to what is trained, and on what.
-pub trait Kind: Trainee {
+pub trait Kind: TrainableModel {
     /// Its data, opened.
     type Data: TrainingData<Self::Batch>;
 

@@ -9,7 +9,7 @@ use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
 use polyhead_training::state::{self, Companions, Progress, Saving};
-use polyhead_training::{Parts, ProcedureConfig, Trainee};
+use polyhead_training::{Parts, ProcedureConfig, TrainableModel};
 
 use crate::Caller;
 use crate::device;

@@ -80,7 +80,7 @@ pub struct Score {
     /// For classifiers of data that tells groups: the accuracy of the group with the least.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst_group_accuracy: Option<f64>,
-    /// For classifiers: how far confidence and accuracy lie apart.
+    /// For classifiers: how far apart confidence and accuracy are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration_error: Option<f64>,
 }

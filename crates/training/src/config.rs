@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub struct TrainingConfig {
     /// Optimiser steps.
     pub steps: u64,
-    /// Tokens per row; for texts with classes, tokens of a text at most. Pictures and features have none.
+    /// Tokens per row; for texts with classes, tokens of a text at most. Images and features have none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seq_len: usize,
     /// Rows per forward pass.

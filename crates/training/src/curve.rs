@@ -1,4 +1,4 @@
-//! The picture of a run: its losses over the steps, as an SVG that any browser shows.
+//! The image of a run: its losses over the steps, as an SVG that any browser shows.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ type Points = Vec<(f64, f64)>;
 /// Draws `curve.svg` from the run's `metrics.jsonl`. Nothing is drawn before there are two steps.
 ///
 /// # Errors
-/// If the log cannot be read or the picture cannot be written.
+/// If the log cannot be read or the image cannot be written.
 pub(crate) fn draw(run_dir: &Path) -> Result<(), TrainError> {
     let (lines, _) = read_metrics(run_dir)?; // what is damaged was told when the log was opened
     let points = |key: &str| -> Points {
@@ -28,11 +28,11 @@ pub(crate) fn draw(run_dir: &Path) -> Result<(), TrainError> {
     if training.len() < 2 {
         return Ok(());
     }
-    let svg = picture(&training, &validation).map_err(TrainError::Curve)?;
+    let svg = image(&training, &validation).map_err(TrainError::Curve)?;
     Ok(atomic_write(&run_dir.join(files::CURVE), svg.as_bytes())?)
 }
 
-fn picture(training: &Points, validation: &Points) -> Result<String, String> {
+fn image(training: &Points, validation: &Points) -> Result<String, String> {
     let last = training.iter().chain(validation).map(|point| point.0).fold(1.0, f64::max);
     let losses = || training.iter().chain(validation).map(|point| point.1);
     let (lowest, highest) = losses().fold((f64::MAX, f64::MIN), |(low, high), y| (low.min(y), high.max(y)));
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_becomes_a_picture_and_one_step_none() {
+    fn a_run_becomes_an_image_and_one_step_none() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("metrics.jsonl");
         std::fs::write(&log, "{\"step\":1,\"loss\":4.5}\n").unwrap();

@@ -1,7 +1,7 @@
 //! What can go wrong while training.
 
 use crate::checkpoint::CheckpointError;
-use crate::picture::PictureError;
+use crate::image::ImageError;
 use crate::run_folder::{FileError, RunFolderError};
 use crate::tensorboard::TensorboardError;
 
@@ -70,9 +70,9 @@ pub enum TrainError {
     /// TensorBoard's files could not be written.
     #[error(transparent)]
     Tensorboard(#[from] TensorboardError),
-    /// A picture could not be drawn.
+    /// An image could not be drawn.
     #[error(transparent)]
-    Picture(#[from] PictureError),
+    Image(#[from] ImageError),
     /// The curve of the run could not be drawn.
     #[error("the curve of the run could not be drawn: {0}")]
     Curve(String),

@@ -47,7 +47,7 @@ impl Default for FusionConfig {
     }
 }
 
-/// How heads are led together.
+/// How heads are fused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FusionMode {
@@ -129,7 +129,7 @@ pub fn slope([linear, square]: [f64; 2], excess: f64) -> f64 {
     linear + 2.0 * square * excess
 }
 
-/// Training with heads that are led together.
+/// Training with heads that are being fused.
 #[derive(Debug)]
 pub struct Fusion {
     config: FusionConfig,

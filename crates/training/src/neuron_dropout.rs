@@ -156,8 +156,8 @@ impl NeuronDropout {
         }
         let logarithms = v.iter().map(|v| v.max(1e-30).log10() as f32).collect();
         report.shown.push(("neuron_dropout/log10_v".into(), Shown::Histogram(logarithms)));
-        let picture = watch::dropped_over_time(&self.state.dropped, self.d_model)?;
-        report.shown.push(("neuron_dropout/dropped".into(), Shown::Picture(picture)));
+        let image = watch::dropped_over_time(&self.state.dropped, self.d_model)?;
+        report.shown.push(("neuron_dropout/dropped".into(), Shown::Image(image)));
         Ok(())
     }
 

@@ -5,8 +5,8 @@ use polyhead_models::{Decoder, Trainable};
 use crate::TrainError;
 use crate::config::TrainingConfig;
 use crate::evaluate::Batches;
+use crate::image::Png;
 use crate::optimizer::Optimizer;
-use crate::picture::Png;
 
 /// What a procedure is made of.
 pub struct Parts<'a, M: Trainable = Decoder> {
@@ -115,6 +115,6 @@ pub struct StepReport {
 pub enum Shown {
     /// The spread of these values.
     Histogram(Vec<f32>),
-    /// A picture.
-    Picture(Png),
+    /// An image.
+    Image(Png),
 }

@@ -1,6 +1,6 @@
 //! The procedures there are.
 //!
-//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`Trainee`]
+//! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`TrainableModel`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
 use polyhead_models::{Classifier, ConfigError, Decoder, DecoderConfig, Embedder, Gate};
@@ -80,7 +80,7 @@ impl ProcedureConfig {
 }
 
 /// A model that there are procedures for.
-pub trait Trainee: WatchesAttention {
+pub trait TrainableModel: WatchesAttention {
     /// The procedure, with `state` as [`Procedure::state`] gave it where a run is resumed. Plain training, where a kind of
     /// model has no other.
     ///
@@ -104,7 +104,7 @@ pub trait Trainee: WatchesAttention {
     }
 }
 
-impl Trainee for Decoder {
+impl TrainableModel for Decoder {
     fn procedure(
         config: &ProcedureConfig,
         parts: Parts<'_>,
@@ -123,5 +123,5 @@ impl Trainee for Decoder {
     }
 }
 
-impl Trainee for Classifier {}
-impl Trainee for Embedder {}
+impl TrainableModel for Classifier {}
+impl TrainableModel for Embedder {}

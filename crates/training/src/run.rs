@@ -15,7 +15,7 @@ use crate::evaluate::{self, Batches, evaluate};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport};
-use crate::procedures::Trainee;
+use crate::procedures::TrainableModel;
 use crate::schedule;
 use crate::state::{self, Owed, Progress, Saving};
 
@@ -34,7 +34,7 @@ use requests::PuttingOff;
 ///
 /// # Errors
 /// See [`TrainError`]; what was saved before stays whole, and what can be saved is.
-pub fn run<M: Trainee>(model: M, job: Job<'_, M>, view: &mut dyn View) -> Result<Outcome<M>, TrainError> {
+pub fn run<M: TrainableModel>(model: M, job: Job<'_, M>, view: &mut dyn View) -> Result<Outcome<M>, TrainError> {
     let (mut run, mut model) = Run::begin(model, job, view)?;
     let signal = loop {
         let put_off = match run.settle(&model) {
@@ -72,7 +72,7 @@ pub fn run<M: Trainee>(model: M, job: Job<'_, M>, view: &mut dyn View) -> Result
 }
 
 /// A run at work.
-struct Run<'a, 'v, M: Trainee> {
+struct Run<'a, 'v, M: TrainableModel> {
     job: Job<'a, M>,
     view: &'v mut dyn View,
     procedure: Box<dyn Procedure<M>>,
@@ -93,7 +93,7 @@ struct Run<'a, 'v, M: Trainee> {
     micros_since: u64,
 }
 
-impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
+impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// Reads the state of a run that goes on, and opens its logs.
     fn begin(mut model: M, job: Job<'a, M>, view: &'v mut dyn View) -> Result<(Self, M), TrainError> {
         let device = model.device();
@@ -341,7 +341,7 @@ impl<'a, 'v, M: Trainee> Run<'a, 'v, M> {
         self.record.heed(pruned.map(drop).map_err(Into::into));
     }
 
-    /// Saves what an error would lose; where it lies then, in words.
+    /// Saves what an error would lose; where it is then, in words.
     fn kept(&mut self, model: &M) -> String {
         let step = self.progress.step;
         let kept = match (self.unsaved, &self.saved) {

@@ -67,7 +67,7 @@ impl Owed {
     }
 }
 
-/// Files that lie in every checkpoint besides the state: name and content.
+/// Files of every checkpoint besides the state: name and content.
 pub type Companions = Vec<(String, Vec<u8>)>;
 
 /// What a checkpoint is made of.

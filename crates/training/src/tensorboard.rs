@@ -42,7 +42,7 @@ pub enum TensorboardError {
     #[error("tag is empty: name the value, for example loss/train")]
     EmptyTag,
     /// The bytes of an image are something else.
-    #[error("the bytes of image {tag} are not a PNG file: encode the picture first")]
+    #[error("the bytes of image {tag} are not a PNG file: encode the image first")]
     NotPng {
         /// The image's tag.
         tag: String,

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::{Arm, Claim, Comparison};
 
-/// Where an arm stands in the file.
+/// The place of an arm in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
     /// The number of its `[[arm]]`.

@@ -82,7 +82,7 @@ macro_rules! encoder_settings {
 encoder_settings! {
     /// `[model.classifier.vision_transformer]`: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929).
     VisionTransformerConfig {
-        /// Side of a patch, in pixels; divides height and width of the pictures.
+        /// Side of a patch, in pixels; divides height and width of the images.
         pub patch_size: usize,
     }
     d_ff: ", as in ViT",
@@ -169,7 +169,7 @@ impl VisionTransformerConfig {
             return Err(ConfigError::new("", problem));
         };
         require(height.is_multiple_of(side) && width.is_multiple_of(side), "patch_size", || {
-            format!("patch_size ({side}) must divide the pictures, {height} x {width} pixels")
+            format!("patch_size ({side}) must divide the images, {height} x {width} pixels")
         })?;
         let encoder = self.encoder(input);
         if let Some(gate) = &self.attention_gate {

@@ -191,7 +191,7 @@ impl Encoder {
         let (embedded, lengths) = match (inputs, &self.input, self.config.source) {
             (Inputs::Images { pixels, channels, height, width }, InputLayer::Projection(layer), source) => {
                 let Source::Patches { side, grid, .. } = source else { unreachable!("a projection is of patches") };
-                assert_eq!([height / side, width / side], grid, "pictures have another size than the model's");
+                assert_eq!([height / side, width / side], grid, "images have another size than the model's");
                 let count = pixels.len() / (channels * height * width);
                 let pixels = TensorData::new(pixels.clone(), [count, *channels, *height, *width]);
                 let patches = patches(Tensor::from_data(pixels, &device), side);
@@ -223,10 +223,10 @@ impl Encoder {
 }
 
 /// `[batch, channels, height, width]` to `[batch, patches, channels * side²]`, patches row by row.
-fn patches(pictures: Tensor<4>, side: usize) -> Tensor<3> {
-    let [batch, channels, height, width] = pictures.dims();
+fn patches(images: Tensor<4>, side: usize) -> Tensor<3> {
+    let [batch, channels, height, width] = images.dims();
     let (rows, columns) = (height / side, width / side);
-    let cut = pictures.reshape([batch, channels, rows, side, columns, side]);
+    let cut = images.reshape([batch, channels, rows, side, columns, side]);
     cut.permute([0, 2, 4, 1, 3, 5]).reshape([batch, rows * columns, channels * side * side])
 }
 
@@ -246,9 +246,9 @@ mod tests {
         let device = Device::flex();
         // Every pixel holds the number of its patch.
         let map = Tensor::<1, Int>::arange(0..24, &device).float().reshape([1, 1, 4, 1, 6, 1]);
-        let pictures = map.expand([2, 3, 4, 2, 6, 2]).reshape([2, 3, 8, 12]);
+        let images = map.expand([2, 3, 4, 2, 6, 2]).reshape([2, 3, 8, 12]);
         let want = Tensor::<1, Int>::arange(0..24, &device).float().reshape([1, 24, 1]).expand([2, 24, 12]);
-        patches(pictures, 2).into_data().assert_eq(&want.into_data(), true);
+        patches(images, 2).into_data().assert_eq(&want.into_data(), true);
         // And inside of a patch: channel, then row, then column.
         let one = Tensor::<1, Int>::arange(0..12, &device).float();
         let inside = patches(one.clone().reshape([1, 3, 2, 2]), 2);

@@ -166,7 +166,7 @@ impl ClassTotals {
         self.groups.values().map(GroupCount::accuracy).reduce(f64::min).filter(|_| self.groups.len() > 1)
     }
 
-    /// Expected calibration error: how far confidence and accuracy lie apart, on average over 15 bins of confidence.
+    /// Expected calibration error: how far apart confidence and accuracy are, on average over 15 bins of confidence.
     pub fn calibration_error(&self) -> f64 {
         let gaps = self.bins.iter().map(|bin| (bin.confidence - bin.correct as f64).abs());
         gaps.sum::<f64>() / self.examples().max(1) as f64
@@ -221,7 +221,7 @@ impl EvalTotals for ClassTotals {
     }
 
     /// Confusions: rows are the truth, each divided by its examples; columns what was answered. Importance: rows are layers,
-    /// columns their features. Very many classes have no picture.
+    /// columns their features. Very many classes have no image.
     fn matrices(&self) -> Vec<(&'static str, Matrix)> {
         let n = self.n_classes;
         let confusion = self.confusion().map(|matrix| {

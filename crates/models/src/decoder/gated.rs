@@ -34,7 +34,7 @@ fn hidden(model: &Decoder, ids: &[i32]) -> Tensor<3> {
 }
 
 #[test]
-fn gates_are_learnt_look_at_no_later_token_and_decode_from_a_cache() {
+fn gates_are_learned_look_at_no_later_token_and_decode_from_a_cache() {
     let model = model(GATE);
     let ids = [3, 1, 4, 1, 5, 9];
     let whole = hidden(&model, &ids);

@@ -265,7 +265,7 @@ pub(super) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
     out
 }
 
-/// One third of rows that lie as `[n_heads, 3, head_dim]`.
+/// One third of rows with the layout `[n_heads, 3, head_dim]`.
 fn third(values: &[f32], n_heads: usize, part: usize) -> Vec<f32> {
     let per_head = values.len() / n_heads;
     let length = per_head / 3;

@@ -12,7 +12,7 @@ pub(super) fn families() -> impl Iterator<Item = &'static Family> {
     AttentionConfig::families().chain([&POLYHEAD])
 }
 
-/// How the values of a parameter lie in the files.
+/// The layout of a parameter's values in the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
     /// As ours.

@@ -108,7 +108,7 @@ fn unusual() -> Value {
 #[test]
 fn every_mechanism_comes_back_in_any_decoder() {
     let examples = examples();
-    assert!(examples.len() + 2 > AttentionConfig::NAMES.len(), "all but those of pictures");
+    assert!(examples.len() + 2 > AttentionConfig::NAMES.len(), "all but those of images");
     for example in &examples {
         let class = comes_back(&model(PerLayer::Same(example.clone()), json!({ "d_ff": 32 })));
         let layers: Vec<_> = vec![example; Dims::example().n_layers];

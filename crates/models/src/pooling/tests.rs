@@ -139,7 +139,7 @@ fn generalised_means_stay_finite_where_powers_vanish() {
 }
 
 #[test]
-fn exponents_that_are_not_learnt_are_left_alone() {
+fn exponents_that_are_not_learned_are_left_alone() {
     let learns = |json: &str| match pooling(json) {
         Pooling::Ggem(pooling) => pooling.p.val().is_require_grad(),
         _ => panic!("ggem"),

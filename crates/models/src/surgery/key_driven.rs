@@ -17,7 +17,7 @@ use crate::{Batch, ContextMask, Decoder, Pass};
 /// How norms of keys become numbers of query heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AllocationRule {
-    /// KDGQA's: by how far they lie above the smallest one, whose head nobody reads.
+    /// KDGQA's: by how far they are above the smallest one, whose head nobody reads.
     Range,
     /// DGQA's: in proportion.
     Proportion,

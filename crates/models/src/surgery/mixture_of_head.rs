@@ -112,7 +112,7 @@ mod tests {
         assert_tensors_close("logits", logits(&same), logits(&parent), Tolerance::absolute(1e-5));
         let fewer = route_heads(&parent, &by_norm(2, 1)).unwrap();
         let difference = largest_difference(logits(&fewer), logits(&parent));
-        assert!(difference > 1e-3, "a head rests at every position: {difference}");
+        assert!(difference > 1e-3, "a head is inactive at every position: {difference}");
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub(super) fn read(file: &[u8]) -> Result<Header, String> {
         serde_json::from_str(text).map_err(|error| format!("invalid header: {error}"))?;
     let mut names = BTreeSet::new();
     if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name)) {
-        return Err(format!("tensor {name:?} stands in the header twice: each name may occur once"));
+        return Err(format!("tensor {name:?} occurs in the header twice: each name may occur once"));
     }
     drop(names);
     tensors.sort_by_key(|(_, info)| info.data_offsets);
@@ -122,7 +122,7 @@ mod tests {
         let mut long = file("{}", 0);
         long[0] = 90;
         for (bytes, words) in [
-            (file(&format!("{{{},{}}}", tensor("w", 0, 8), tensor("w", 0, 8)), 8), "\"w\" stands in the header twice"),
+            (file(&format!("{{{},{}}}", tensor("w", 0, 8), tensor("w", 0, 8)), 8), "\"w\" occurs in the header twice"),
             (file(&format!("{{{},{}}}", tensor("w", 0, 8), tensor("v", 4, 12)), 12), "nvalid offset for tensor `v`"),
             (file(&format!("{{{}}}", tensor("w", 0, 8)), 4), "take 8 bytes, and 4 follow"),
             (file(&format!("{{{}}}", tensor("w", 0, 8)), 9), "bytes stand behind the last tensor"),

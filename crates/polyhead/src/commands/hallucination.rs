@@ -1,4 +1,4 @@
-//! `polyhead eval --task eigenscore` and `--task facts`: what a model makes up.
+//! `polyhead eval --task eigenscore` and `--task facts`: how much a model hallucinates.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -58,7 +58,7 @@ fn named<T: DeserializeOwned>(name: &str) -> Result<T, Failure> {
     serde_json::from_value(json!(name)).map_err(|error| Problems::plain(format!("{name}: {error}")).into())
 }
 
-/// Scores how far the answers to each line of a file lie apart.
+/// Scores how far apart the answers to each line of a file are.
 pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let file = args.prompts.as_deref().ok_or_else(|| {
         Problems::plain("--task eigenscore takes its prompts from a file, one a line: name it with --prompts".into())

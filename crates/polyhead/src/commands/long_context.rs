@@ -58,7 +58,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     }
     if let Some(path) = &args.heatmap {
         atomic_write(path, heatmap(&rows).as_bytes())?;
-        talk!("picture: {}", path.display());
+        talk!("image: {}", path.display());
     }
     let results: Vec<_> = rows
         .iter()

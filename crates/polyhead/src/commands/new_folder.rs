@@ -22,7 +22,7 @@ impl NewFolder {
     /// Begins a folder, over what a command that was killed left of it.
     ///
     /// # Errors
-    /// If it exists, another process is filling it, or what stands in its way is not ours.
+    /// If it exists, another process is filling it, or what is in its way is not ours.
     pub fn begin(to: &Path) -> Result<Self, Failure> {
         must_not_exist(to)?;
         let mut name = to.file_name().unwrap_or_default().to_os_string();
@@ -31,7 +31,7 @@ impl NewFolder {
         let left = entries(&partial)?;
         if !left.is_empty() && !partial.join(LOCK).exists() {
             return Err(Failure::Run(format!(
-                "{} stands in the way, and was not left by an interrupted command: remove it, or name another place",
+                "{} is in the way, and was not left by an interrupted command: remove it, or name another place",
                 partial.display()
             )));
         }
@@ -73,7 +73,7 @@ impl Drop for NewFolder {
     }
 }
 
-/// What lies in a folder, if there is one.
+/// The contents of a folder, if there is one.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
     match std::fs::read_dir(folder) {
         Ok(entries) => entries
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(entries(dir.path()).unwrap(), std::slice::from_ref(&to));
         std::fs::create_dir(dir.path().join("other.partial")).unwrap();
         std::fs::write(dir.path().join("other.partial/thesis.txt"), "mine").unwrap();
-        assert!(NewFolder::begin(&other).err().unwrap().to_string().contains("stands in the way"));
+        assert!(NewFolder::begin(&other).err().unwrap().to_string().contains("is in the way"));
     }
 
     #[test]

@@ -118,7 +118,7 @@ fn time<K: Kind>(resolved: &Resolved, data: &K::Data, costs: &Costs) -> Result<(
     )
 }
 
-/// Checkpoints that lie side by side at most: those kept, the best one, and the one being written.
+/// Checkpoints on the disk at most: those kept, the best one, and the one being written.
 fn checkpoints(recipe: &Recipe) -> u64 {
     let in_all = recipe.training.steps.checked_div(recipe.checkpoint.interval).unwrap_or(0).saturating_add(1);
     match recipe.checkpoint.keep_latest_k as u64 {

@@ -8,7 +8,7 @@ use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 use polyhead_data::{Labelled, Modality, Opened, Paired, StreamDecoder, Tokenizer};
 use polyhead_models::{Classifier, Decoder, Embedder, Examples, IGNORE, Inputs, Role};
-use polyhead_training::picture::{Sheet, sheet};
+use polyhead_training::image::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
@@ -117,7 +117,7 @@ fn tokens(loaded: &Loaded, opened: &Opened, options: PreviewOptions) -> Result<(
     Ok(())
 }
 
-/// Pictures of a row of a sheet.
+/// Images of a row of a sheet.
 const ACROSS: usize = 8;
 
 /// Lists examples with their classes; where they can be seen, as a sheet of images.
@@ -276,7 +276,7 @@ mod tests {
     const READ: Shade = Shade::Read(None);
 
     #[test]
-    fn what_is_learnt_is_told_from_what_is_read() {
+    fn what_is_learned_is_told_from_what_is_read() {
         let tokenizer = Tokenizer::bytes();
         let tokens: Vec<u32> = "aé\u{1b}b".bytes().map(u32::from).chain([256, 99]).collect();
         let mut targets: Vec<i64> = tokens[1..].iter().map(|&id| i64::from(id)).chain([100]).collect();

@@ -81,7 +81,7 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
     }
     tell(&records);
     talk!(
-        "\nlies in  {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
+        "\nsaved in {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
         out.display(),
         train::summary::program()
     );

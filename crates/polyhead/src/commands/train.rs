@@ -303,7 +303,7 @@ fn choose_checkpoint(resume: &str, run_dir: &Path) -> Result<Option<PathBuf>, Fa
             match inside {
                 true => Ok(Some(path)),
                 false => Err(Failure::Run(format!(
-                    "{} lies outside the run folder {}: name its run folder with --out",
+                    "{} is outside the run folder {}: name its run folder with --out",
                     path.display(),
                     run_dir.display()
                 ))),

@@ -1,4 +1,4 @@
-//! Verbs about a trained model: `eval`, `generate`, `export`, `logits`.
+//! Commands on a trained model: `eval`, `generate`, `export`, `logits`.
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;

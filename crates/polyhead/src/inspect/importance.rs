@@ -5,7 +5,7 @@ use std::fmt::Write;
 use polyhead_attention::Importance;
 use polyhead_models::{ClassifierConfig, Matrix};
 use polyhead_training::evaluate::evaluate;
-use polyhead_training::picture::matrix;
+use polyhead_training::image::matrix;
 use polyhead_training::run_folder::atomic_write;
 
 use super::{choose, default_folder, embedded};
@@ -70,7 +70,7 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
     let _ = writeln!(
         body,
         "<p class=\"quiet\">IF = (DA - min DA) / (max DA - min DA), DA the mean gate over {} held-out examples (Ioannides et \
-         al. 2024, arXiv 2401.11143). High is what lies near the mean of its head's layers: what does not surprise, not what \
+         al. 2024, arXiv 2401.11143). High is what is near the mean of its head's layers: what does not surprise, not what \
          is large.</p>",
         sums.examples()
     );

@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use burn::module::Module;
 use polyhead_data::Tokenizer;
 use polyhead_models::{Batch, IGNORE};
-use polyhead_training::picture::{Png, attention_grid, head_gates};
+use polyhead_training::image::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
@@ -25,7 +25,7 @@ use polyhead_runs::{Trained, open_trained};
 
 use polyhead_evaluation::heads::{self, Head, Layer};
 
-/// A picture inside a page.
+/// An image inside a page.
 fn embedded(png: &Png, about: &str) -> String {
     format!(
         "<img alt=\"{about}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
@@ -80,22 +80,21 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let png = attention_grid(&maps, layer.length, layer.length).map_err(|error| Failure::Run(error.to_string()))?;
         let file = out.join(format!("maps-layer-{at:02}.png"));
         atomic_write(&file, &png.bytes)?;
-        let picture = embedded(&png, &format!("attention maps of layer {at}"));
+        let image = embedded(&png, &format!("attention maps of layer {at}"));
         let numbers = layer.numbers.iter().map(|(row, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
             format!("{} ({row}): {}", row.name.replace('_', " "), values.join(", "))
         });
         let list: Vec<String> = heads.iter().map(usize::to_string).collect();
         let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));
-        body.push_str(&figure(&format!("Layer {at}: {name}"), &small, &picture));
+        body.push_str(&figure(&format!("Layer {at}: {name}"), &small, &image));
         if let Some(gates) = &layer.gates {
             let png =
                 head_gates(gates, layer.heads.len(), layer.length).map_err(|error| Failure::Run(error.to_string()))?;
             atomic_write(&out.join(format!("gates-layer-{at:02}.png")), &png.bytes)?;
-            let picture = embedded(&png, &format!("which heads the tokens chose in layer {at}"));
-            let small =
-                "one row per head, one column per token: the brighter, the more the head counts; dark where it rests";
-            body.push_str(&figure(&format!("Layer {at}: the heads that tokens chose"), small, &picture));
+            let image = embedded(&png, &format!("which heads the tokens chose in layer {at}"));
+            let small = "one row per head, one column per token: the brighter, the more the head counts; dark where it is inactive";
+            body.push_str(&figure(&format!("Layer {at}: the heads that tokens chose"), small, &image));
         }
     }
     body.push_str(

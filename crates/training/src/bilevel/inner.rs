@@ -106,7 +106,7 @@ impl Adapted {
     }
 }
 
-/// Adapts `fresh` fast weights to a batch. `model` lies on an autodiff device and is not changed. A batch without targets
+/// Adapts `fresh` fast weights to a batch. `model` is on an autodiff device and is not changed. A batch without targets
 /// adapts nothing.
 pub fn adapt(model: &Decoder, batch: &Batch, config: &BilevelConfig, fresh: FastWeights) -> Adapted {
     let mut adapted = Adapted { trajectory: vec![fresh], steps: Vec::new(), below: None };

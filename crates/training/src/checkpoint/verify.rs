@@ -10,7 +10,7 @@ use super::{CheckpointError, FORMAT_VERSION, FileEntry, Manifest, is_plain, step
 use crate::run_folder::At;
 use crate::run_folder::files::MANIFEST;
 
-/// The manifest as it stands in the file: it ends with a hash of its own text, in which the digits
+/// The manifest as it is in the file: it ends with a hash of its own text, in which the digits
 /// of that hash are zeros.
 #[derive(Serialize, Deserialize)]
 struct Sealed {

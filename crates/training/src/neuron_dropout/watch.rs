@@ -5,7 +5,7 @@ use polyhead_models::{Batch, Decoder, IGNORE, Sampling};
 
 use super::NeuronDropoutConfig;
 use crate::TrainError;
-use crate::picture::{Options, Png, heat_map};
+use crate::image::{Options, Png, heat_map};
 use polyhead_evaluation::eigenscore::matrix;
 
 /// Mean EES over the continuations of the beginnings of the first `prompts` texts.

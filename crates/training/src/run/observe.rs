@@ -8,7 +8,7 @@ use polyhead_models::{Trainable, parameters, weights};
 use serde_json::json;
 
 use super::Record;
-use crate::picture::{attention_grid, head_gates};
+use crate::image::{attention_grid, head_gates};
 
 /// What is to be looked at after a step.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@ use polyhead_models::EvalTotals;
 use serde_json::json;
 
 use super::Logged;
-use crate::picture::matrix;
+use crate::image::matrix;
 use crate::procedure::{Shown, StepReport};
 use crate::run_folder::MetricsLog;
 use crate::tensorboard::EventWriter;
@@ -126,7 +126,7 @@ impl Record {
                     Shown::Histogram(values) => {
                         events.histogram(name, step, values)?;
                     }
-                    Shown::Picture(png) => events.image_png(name, step, png.width, png.height, &png.bytes)?,
+                    Shown::Image(png) => events.image_png(name, step, png.width, png.height, &png.bytes)?,
                 }
             }
             Ok(())
@@ -167,7 +167,7 @@ impl Record {
         self.heed(synced.map_err(Into::into));
     }
 
-    /// The picture of the losses.
+    /// The image of the losses.
     pub(super) fn draw(&mut self) {
         let drawn = curve::draw(&self.run_dir);
         self.heed(drawn);

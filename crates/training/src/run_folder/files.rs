@@ -10,7 +10,7 @@ pub const RECIPE: &str = "recipe.toml";
 pub const METRICS: &str = "metrics.jsonl";
 /// What a finished run reached and what it took.
 pub const RESULT: &str = "result.json";
-/// The losses as a picture.
+/// The losses as an image.
 pub const CURVE: &str = "curve.svg";
 /// The step with the smallest validation loss.
 pub const BEST: &str = "best.json";

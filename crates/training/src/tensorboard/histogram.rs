@@ -15,7 +15,7 @@ pub(super) struct Histogram {
     pub sum_squares: f64,
     /// The upper end, exclusive, of each bucket; the lower end is the one before.
     pub limits: Vec<f64>,
-    /// How many values lie in each bucket.
+    /// How many values are in each bucket.
     pub counts: Vec<f64>,
 }
 

@@ -41,7 +41,7 @@ pub enum EventValue {
         sum_squares: f64,
         /// The upper end of each bucket.
         limits: Vec<f64>,
-        /// How many values lie in each bucket.
+        /// How many values are in each bucket.
         counts: Vec<f64>,
     },
     /// Markdown.
@@ -208,7 +208,7 @@ fn doubles(packed: &[u8]) -> Option<Vec<f64>> {
     rest.is_empty().then(|| chunks.iter().map(|chunk| f64::from_le_bytes(*chunk)).collect())
 }
 
-/// The value of one field as it stands in the message.
+/// The value of one field as it is in the message.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Wire<'a> {
     Varint(u64),

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::picture::{Options, heat_map};
+use crate::image::{Options, heat_map};
 use std::collections::BTreeMap;
 
 /// All tagged events of a folder, in the order in which TensorBoard reads them.
@@ -38,7 +38,7 @@ fn assert_each_once(dir: &Path, steps: std::ops::RangeInclusive<u64>) {
 #[test]
 fn every_kind_comes_back_as_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
-    let picture = heat_map(&[0.0, 0.5, 1.0, 0.25, 0.1, 0.9], 2, 3, &Options::default()).unwrap();
+    let image = heat_map(&[0.0, 0.5, 1.0, 0.25, 0.1, 0.9], 2, 3, &Options::default()).unwrap();
     let before = now();
     let mut writer = EventWriter::create(dir.path(), None).unwrap();
     writer.scalar("loss/train", 7, 2.5).unwrap();
@@ -46,7 +46,7 @@ fn every_kind_comes_back_as_it_was_written() {
     let values = [-1.0, 0.0, 0.5, 0.5, 3.0, f32::NAN, f32::INFINITY];
     assert_eq!(writer.histogram("weights", 7, &values).unwrap(), 2);
     writer.text("recipe", 0, "# Überschrift\n|a|b|").unwrap();
-    writer.image_png("attention", 7, picture.width, picture.height, &picture.bytes).unwrap();
+    writer.image_png("attention", 7, image.width, image.height, &image.bytes).unwrap();
     drop(writer);
 
     let events = read_folder(dir.path());
@@ -75,8 +75,7 @@ fn every_kind_comes_back_as_it_was_written() {
     assert_eq!(events[3].value, EventValue::Scalar(2.0));
     let text = EventValue::Text("# Überschrift\n|a|b|".into());
     assert_eq!(events[4].value, text);
-    let image =
-        EventValue::Image { width: u64::from(picture.width), height: u64::from(picture.height), png: picture.bytes };
+    let image = EventValue::Image { width: u64::from(image.width), height: u64::from(image.height), png: image.bytes };
     assert_eq!(events[5].value, image);
 }
 

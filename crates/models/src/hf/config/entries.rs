@@ -11,7 +11,7 @@ const SHOWN: usize = 60;
 /// The keys of a JSON object, with their values.
 ///
 /// # Errors
-/// If the text is no JSON object, or has a key twice.
+/// If the text is not a JSON object, or has a key twice.
 pub(in crate::hf) fn read(text: &str) -> Result<Map<String, Value>, String> {
     struct Keys;
     impl<'de> Visitor<'de> for Keys {

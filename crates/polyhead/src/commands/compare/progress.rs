@@ -16,7 +16,7 @@ use polyhead_training::run_folder::files::METRICS;
 
 /// Between two lines about the whole where there is no terminal; chosen by us.
 const QUIET: Duration = Duration::from_secs(30);
-/// Bytes at the end of a log in which its last line lies; chosen by us.
+/// Bytes at the end of a log that contain its last line; chosen by us.
 const TAIL: u64 = 1 << 16;
 
 /// A view of all runs on standard error.

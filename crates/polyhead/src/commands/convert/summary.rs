@@ -1,4 +1,4 @@
-//! What a conversion did: numbers on standard output and in `conversion.json`, pictures as files and for TensorBoard.
+//! What a conversion did: numbers on standard output and in `conversion.json`, images as files and for TensorBoard.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use polyhead_attention::{Cache, HeadCounts, HeadSplit, Mask, Observe};
 use polyhead_data::Loader;
 use polyhead_models::surgery::{self, Cell, Heads};
 use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
-use polyhead_training::picture::{Options, PictureError, Png, attention_grid, heat_map};
+use polyhead_training::image::{ImageError, Options, Png, attention_grid, heat_map};
 use polyhead_training::run_folder::{atomic_write, files::CONVERSION};
 use polyhead_training::tensorboard::EventWriter;
 use serde_json::json;
@@ -151,7 +151,7 @@ pub fn summarize(
             HeadCounts::Selected(split) => heads.push(head_map(split)),
         }
     }
-    // Of a parent whose heads were led together: how far they still are apart.
+    // Of a parent whose heads were being fused: how far apart they still are.
     let scatter = surgery::mean_scatter(parent);
     let summary = json!({
         "conversion": conversion,
@@ -163,7 +163,7 @@ pub fn summarize(
     Ok(atomic_write(&out.join(CONVERSION), format!("{summary:#}\n").as_bytes())?)
 }
 
-/// Pictures of how alike the parent's heads are and of what each layer was given.
+/// Images of how alike the parent's heads are and of what each layer was given.
 pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
     let mut album = Album { out, events: None };
     let n_layers = parent.config().n_layers;
@@ -205,7 +205,7 @@ pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Pixels of a number in the picture of the allocation; chosen by us.
+/// Pixels of a number in the image of the allocation; chosen by us.
 const CELL: u32 = 24;
 
 type Measure = fn(&Heads) -> Vec<f64>;
@@ -220,14 +220,14 @@ fn row_name(child: &Decoder, row: usize) -> String {
     }
 }
 
-/// Pictures in a run folder, as files and for TensorBoard.
+/// Images in a run folder, as files and for TensorBoard.
 struct Album<'a> {
     out: &'a Path,
     events: Option<EventWriter>,
 }
 
 impl Album<'_> {
-    fn add(&mut self, folder: &str, name: &str, png: Result<Png, PictureError>) -> Result<(), Failure> {
+    fn add(&mut self, folder: &str, name: &str, png: Result<Png, ImageError>) -> Result<(), Failure> {
         let png = png.map_err(failed)?;
         let path = self.out.join(folder);
         std::fs::create_dir_all(&path).map_err(|error| Failure::file("create", &path, error))?;

@@ -80,7 +80,7 @@ impl Task<'_> {
         }
         let run = run_dir.display();
         let polyhead = program();
-        talk!("saved to {run} (picture: {run}/{CURVE}; all curves: tensorboard --logdir {run})");
+        talk!("saved to {run} (image: {run}/{CURVE}; all curves: tensorboard --logdir {run})");
         if recipe.data.modality() == Modality::Chat {
             talk!("next     {polyhead} generate {run} --chat --prompt \"...\"");
             talk!("         {polyhead} eval {run} --task all");

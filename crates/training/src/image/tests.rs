@@ -4,14 +4,14 @@ use super::*;
 const DARK: [u8; 3] = VIRIDIS[0];
 const BRIGHT: [u8; 3] = VIRIDIS[15];
 
-/// The picture's pixels as red, green, blue, row by row.
-fn decode(picture: &Png) -> Vec<[u8; 3]> {
-    let mut decoder = png::Decoder::new(std::io::Cursor::new(&picture.bytes));
+/// The image's pixels as red, green, blue, row by row.
+fn decode(image: &Png) -> Vec<[u8; 3]> {
+    let mut decoder = png::Decoder::new(std::io::Cursor::new(&image.bytes));
     decoder.set_transformations(png::Transformations::EXPAND);
     let mut reader = decoder.read_info().unwrap();
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
-    assert_eq!((info.width, info.height), (picture.width, picture.height));
+    assert_eq!((info.width, info.height), (image.width, image.height));
     assert_eq!(info.color_type, png::ColorType::Rgb);
     bytes.as_chunks::<3>().0.to_vec()
 }
@@ -20,9 +20,9 @@ fn decode(picture: &Png) -> Vec<[u8; 3]> {
 fn each_value_fills_its_cell() {
     let options = Options { scale: 3, range: None };
     let values = [0.0, 1.0, f32::NAN, 0.5, -1.0, 0.25];
-    let picture = heat_map(&values, 2, 3, &options).unwrap();
-    assert_eq!((picture.width, picture.height), (9, 6));
-    let pixels = decode(&picture);
+    let image = heat_map(&values, 2, 3, &options).unwrap();
+    assert_eq!((image.width, image.height), (9, 6));
+    let pixels = decode(&image);
     let palette = palette(&VIRIDIS);
     for (index, pixel) in pixels.iter().enumerate() {
         let (y, x) = (index / 9, index % 9);
@@ -32,7 +32,7 @@ fn each_value_fills_its_cell() {
     assert_eq!(pixels[3], BRIGHT);
     assert_eq!(pixels[6], [0x80; 3]);
     assert_eq!(pixels[3 * 9 + 3], DARK);
-    assert_eq!(picture, heat_map(&values, 2, 3, &options).unwrap());
+    assert_eq!(image, heat_map(&values, 2, 3, &options).unwrap());
 }
 
 #[test]
@@ -71,27 +71,27 @@ fn brightness_rises_along_the_palette() {
 fn heads_are_tiled_with_one_scale_of_colours() {
     // Three heads of 2 x 2: a grid of 2 x 2 with one place empty.
     let maps = vec![vec![1.0, 0.0, 0.5, 0.5], vec![0.25, 0.0, 0.0, 0.25], vec![0.0, 0.0, 0.0, 2.0]];
-    let picture = attention_grid(&maps, 2, 2).unwrap();
+    let image = attention_grid(&maps, 2, 2).unwrap();
     let side = 2 * 16;
     let ground = [0xd8; 3];
-    assert_eq!(picture.width as usize, 2 * side + GAP);
-    assert_eq!(picture.height as usize, 2 * side + GAP);
-    let pixels = decode(&picture);
-    let at = |x: usize, y: usize| pixels[y * picture.width as usize + x];
+    assert_eq!(image.width as usize, 2 * side + GAP);
+    assert_eq!(image.height as usize, 2 * side + GAP);
+    let pixels = decode(&image);
+    let at = |x: usize, y: usize| pixels[y * image.width as usize + x];
     assert_eq!(at(16, 0), [0xff; 3]); // nothing is attended to
     assert_eq!(at(side, 0), ground); // the gap
-    assert_eq!(at(picture.width as usize - 1, picture.height as usize - 1), ground);
-    assert_eq!(at(side - 1, picture.height as usize - 1), BRIGHT);
+    assert_eq!(at(image.width as usize - 1, image.height as usize - 1), ground);
+    assert_eq!(at(side - 1, image.height as usize - 1), BRIGHT);
     // 1.0 of the first head and 2.0 of the third: half as bright, not both brightest.
     assert_ne!(at(0, 0), BRIGHT);
-    assert_eq!(picture, attention_grid(&maps, 2, 2).unwrap());
+    assert_eq!(image, attention_grid(&maps, 2, 2).unwrap());
 }
 
 #[test]
 fn weights_below_0_have_a_colour_of_their_own() {
-    let picture = attention_grid(&[vec![1.0, -1.0, 0.25, f32::NAN]], 2, 2).unwrap();
-    let pixels = decode(&picture);
-    let at = |x: usize, y: usize| pixels[16 * y * picture.width as usize + 16 * x];
+    let image = attention_grid(&[vec![1.0, -1.0, 0.25, f32::NAN]], 2, 2).unwrap();
+    let pixels = decode(&image);
+    let at = |x: usize, y: usize| pixels[16 * y * image.width as usize + 16 * x];
     assert_eq!([at(0, 0), at(1, 0)], [ORANGE_TO_BLUE[8], ORANGE_TO_BLUE[0]]);
     // A quarter of the largest weight is half way to its colour.
     assert_eq!([at(0, 1), at(1, 1)], [ORANGE_TO_BLUE[6], [0x80; 3]]);
@@ -104,9 +104,9 @@ fn large_maps_are_shrunk_without_losing_a_narrow_line() {
     for row in 0..rows {
         map[row * cols + 501] = 1.0;
     }
-    let picture = attention_grid(&[map], rows, cols).unwrap();
-    assert_eq!((picture.width, picture.height), (250, 75)); // 4 cells in one, not magnified
-    let bright = decode(&picture).iter().filter(|p| **p == BRIGHT).count();
+    let image = attention_grid(&[map], rows, cols).unwrap();
+    assert_eq!((image.width, image.height), (250, 75)); // 4 cells in one, not magnified
+    let bright = decode(&image).iter().filter(|p| **p == BRIGHT).count();
     assert_eq!(bright, 75);
     assert_eq!(pool(&[1.0, -3.0, 2.0, f32::NAN, 0.0, 4.0], 3, 2)[1], 4.0);
     assert!(pool(&[1.0, -3.0, 2.0, f32::NAN, 0.0, 4.0], 3, 2)[0].is_nan());
@@ -114,7 +114,7 @@ fn large_maps_are_shrunk_without_losing_a_narrow_line() {
 
 #[test]
 fn unusable_input_is_refused_by_name() {
-    let refused = |result: Result<Png, PictureError>, part: &str| {
+    let refused = |result: Result<Png, ImageError>, part: &str| {
         let message = result.unwrap_err().to_string();
         assert!(message.contains(part), "{message}");
     };

@@ -1,4 +1,4 @@
-//! Pictures of matrices, as PNG files: attention maps, weights.
+//! Images of matrices, as PNG files: attention maps, weights.
 //!
 //! The colours are those of viridis (Smith and van der Walt, 2015, released under CC0): perceptually
 //! uniform, readable without colour vision and in print. Weights that can be negative get two colours
@@ -7,7 +7,7 @@
 
 use polyhead_models::Matrix;
 
-/// An encoded picture.
+/// An encoded image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Png {
     /// Pixels across.
@@ -34,11 +34,11 @@ impl Default for Options {
     }
 }
 
-/// Why a picture cannot be drawn.
+/// Why an image cannot be drawn.
 #[derive(Debug, thiserror::Error)]
-pub enum PictureError {
+pub enum ImageError {
     /// The number of values and the shape disagree.
-    #[error("a picture of rows ({rows}) x cols ({cols}) takes as many values; there are {found}")]
+    #[error("an image of rows ({rows}) x cols ({cols}) takes as many values; there are {found}")]
     Shape {
         /// Rows asked for.
         rows: usize,
@@ -48,13 +48,13 @@ pub enum PictureError {
         found: usize,
     },
     /// There is nothing to draw.
-    #[error("{what} is zero: a picture needs at least one")]
+    #[error("{what} is zero: an image needs at least one")]
     Empty {
         /// What there is none of.
         what: &'static str,
     },
     /// More pixels than anybody looks at.
-    #[error("a picture of {width} x {height} pixels is larger than {MAX_PIXELS} pixels: lower scale")]
+    #[error("an image of {width} x {height} pixels is larger than {MAX_PIXELS} pixels: lower scale")]
     TooLarge {
         /// Pixels across.
         width: u64,
@@ -70,7 +70,7 @@ pub enum PictureError {
         high: f32,
     },
     /// The encoder failed.
-    #[error("cannot encode the picture: {0}")]
+    #[error("cannot encode the image: {0}")]
     Encode(String),
 }
 
@@ -83,7 +83,7 @@ const MAX_SIDE: usize = 400;
 /// Between the maps of a grid, in pixels.
 const GAP: usize = 2;
 
-// A picture is drawn in numbers of palette entries: 253 colours, nothing, the ground and the mark of NaN.
+// An image is drawn in numbers of palette entries: 253 colours, nothing, the ground and the mark of NaN.
 const COLOURS: u8 = 253;
 const NOTHING: u8 = 253;
 const GROUND: u8 = 254;
@@ -93,7 +93,7 @@ const NOT_FINITE: u8 = 255;
 ///
 /// # Errors
 /// If shape, scale or range are unusable.
-pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> Result<Png, PictureError> {
+pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> Result<Png, ImageError> {
     check_shape(values, rows, cols)?;
     let range = range_or(options.range, std::iter::once(values))?;
     let mut canvas = Canvas::new(cols as u64 * u64::from(options.scale), rows as u64 * u64::from(options.scale))?;
@@ -105,7 +105,7 @@ pub fn heat_map(values: &[f32], rows: usize, cols: usize, options: &Options) -> 
 ///
 /// # Errors
 /// If it has no cells, or not as many as stated.
-pub fn matrix(matrix: &Matrix) -> Result<Png, PictureError> {
+pub fn matrix(matrix: &Matrix) -> Result<Png, ImageError> {
     let Matrix { rows, cols, values } = matrix;
     let largest = values.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
     let scale = (MAX_SIDE / rows.max(cols).max(&1)).clamp(1, 32) as u32;
@@ -119,7 +119,7 @@ pub fn matrix(matrix: &Matrix) -> Result<Png, PictureError> {
 ///
 /// # Errors
 /// If there are none, or not as many as stated.
-pub fn head_gates(gates: &[f32], heads: usize, tokens: usize) -> Result<Png, PictureError> {
+pub fn head_gates(gates: &[f32], heads: usize, tokens: usize) -> Result<Png, ImageError> {
     let largest = gates.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
     let scale = (2048 / tokens.max(1)).clamp(1, 8) as u32;
     heat_map(gates, heads, tokens, &Options { range: Some((0.0, largest)), scale })
@@ -135,9 +135,9 @@ pub fn head_gates(gates: &[f32], heads: usize, tokens: usize) -> Result<Png, Pic
 ///
 /// # Errors
 /// If there is no map or one of them has another shape.
-pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png, PictureError> {
+pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png, ImageError> {
     if maps.is_empty() {
-        return Err(PictureError::Empty { what: "maps" });
+        return Err(ImageError::Empty { what: "maps" });
     }
     for map in maps {
         check_shape(map, rows, cols)?;
@@ -159,12 +159,12 @@ pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png
     canvas.encode(if signed { &ORANGE_TO_BLUE } else { &VIRIDIS })
 }
 
-fn check_shape(values: &[f32], rows: usize, cols: usize) -> Result<(), PictureError> {
+fn check_shape(values: &[f32], rows: usize, cols: usize) -> Result<(), ImageError> {
     match (rows, cols) {
-        (0, _) => Err(PictureError::Empty { what: "rows" }),
-        (_, 0) => Err(PictureError::Empty { what: "cols" }),
+        (0, _) => Err(ImageError::Empty { what: "rows" }),
+        (_, 0) => Err(ImageError::Empty { what: "cols" }),
         _ if rows.checked_mul(cols) == Some(values.len()) => Ok(()),
-        _ => Err(PictureError::Shape { rows, cols, found: values.len() }),
+        _ => Err(ImageError::Shape { rows, cols, found: values.len() }),
     }
 }
 
@@ -175,10 +175,10 @@ fn extent<'a>(maps: impl Iterator<Item = &'a [f32]>) -> (f32, f32) {
         .fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), value| (low.min(*value), high.max(*value)))
 }
 
-fn range_or<'a>(range: Option<(f32, f32)>, maps: impl Iterator<Item = &'a [f32]>) -> Result<(f32, f32), PictureError> {
+fn range_or<'a>(range: Option<(f32, f32)>, maps: impl Iterator<Item = &'a [f32]>) -> Result<(f32, f32), ImageError> {
     match range {
         Some((low, high)) if low.is_finite() && high.is_finite() && low < high => Ok((low, high)),
-        Some((low, high)) => Err(PictureError::Range { low, high }),
+        Some((low, high)) => Err(ImageError::Range { low, high }),
         None => Ok(extent(maps)),
     }
 }
@@ -210,12 +210,12 @@ struct Canvas {
 }
 
 impl Canvas {
-    fn new(width: u64, height: u64) -> Result<Self, PictureError> {
+    fn new(width: u64, height: u64) -> Result<Self, ImageError> {
         if width == 0 || height == 0 {
-            return Err(PictureError::Empty { what: "scale" });
+            return Err(ImageError::Empty { what: "scale" });
         }
         if width.checked_mul(height).is_none_or(|n| n > MAX_PIXELS) {
-            return Err(PictureError::TooLarge { width, height });
+            return Err(ImageError::TooLarge { width, height });
         }
         let (width, height) = (width as usize, height as usize);
         Ok(Self { width, height, pixels: vec![GROUND; width * height] })
@@ -234,8 +234,8 @@ impl Canvas {
         }
     }
 
-    fn encode(&self, colours: &[[u8; 3]]) -> Result<Png, PictureError> {
-        let failed = |error: png::EncodingError| PictureError::Encode(error.to_string());
+    fn encode(&self, colours: &[[u8; 3]]) -> Result<Png, ImageError> {
+        let failed = |error: png::EncodingError| ImageError::Encode(error.to_string());
         let (width, height) = (self.width as u32, self.height as u32);
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, width, height);

@@ -1,13 +1,13 @@
-//! A sheet of small pictures, side by side in their own colours.
+//! A sheet of small images, side by side in their own colours.
 
-use super::{GAP, MAX_PIXELS, PictureError, Png};
+use super::{GAP, ImageError, MAX_PIXELS, Png};
 
-/// About as large as one picture is shown, in pixels (chosen by us).
+/// About as large as one image is shown, in pixels (chosen by us).
 const SHOWN: usize = 96;
-/// Between pictures.
+/// Between images.
 const GROUND: u8 = 0xd8;
 
-/// How pictures are laid out.
+/// How images are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sheet {
     /// 3 for red, green and blue; of any other number the first is shown in grey.
@@ -16,36 +16,36 @@ pub struct Sheet {
     pub height: usize,
     /// Pixels across.
     pub width: usize,
-    /// Pictures in a row.
+    /// Images in a row.
     pub across: usize,
 }
 
-/// Draws pictures, each `[channels, height, width]`. All share one scale: the smallest value of all is black, the largest white.
+/// Draws images, each `[channels, height, width]`. All share one scale: the smallest value of all is black, the largest white.
 ///
 /// # Errors
 /// If there is none, or one is not of the size that is told.
-pub fn sheet(pictures: &[&[f32]], layout: Sheet) -> Result<Png, PictureError> {
+pub fn sheet(images: &[&[f32]], layout: Sheet) -> Result<Png, ImageError> {
     let Sheet { channels, height, width, across } = layout;
-    for (what, size) in [("pictures", pictures.len()), ("height", height), ("width", width), ("across", across)] {
+    for (what, size) in [("images", images.len()), ("height", height), ("width", width), ("across", across)] {
         if size == 0 {
-            return Err(PictureError::Empty { what });
+            return Err(ImageError::Empty { what });
         }
     }
-    if let Some(wrong) = pictures.iter().find(|picture| picture.len() != channels * height * width) {
-        return Err(PictureError::Shape { rows: channels * height, cols: width, found: wrong.len() });
+    if let Some(wrong) = images.iter().find(|image| image.len() != channels * height * width) {
+        return Err(ImageError::Shape { rows: channels * height, cols: width, found: wrong.len() });
     }
-    let (low, high) = super::extent(pictures.iter().copied());
+    let (low, high) = super::extent(images.iter().copied());
     let byte =
         |value: f32| (255.0 * ((value - low) / (high - low).max(f32::MIN_POSITIVE)).clamp(0.0, 1.0)).round() as u8;
     let scale = (SHOWN / height.max(width)).max(1);
-    let (columns, rows) = (across.min(pictures.len()), pictures.len().div_ceil(across));
+    let (columns, rows) = (across.min(images.len()), images.len().div_ceil(across));
     let side = |count: usize, pixels: usize| count * (pixels * scale + GAP) - GAP;
     let (all_width, all_height) = (side(columns, width), side(rows, height));
     if (all_width as u64).checked_mul(all_height as u64).is_none_or(|pixels| pixels > MAX_PIXELS) {
-        return Err(PictureError::TooLarge { width: all_width as u64, height: all_height as u64 });
+        return Err(ImageError::TooLarge { width: all_width as u64, height: all_height as u64 });
     }
     let mut bytes = vec![GROUND; 3 * all_width * all_height];
-    for (index, picture) in pictures.iter().enumerate() {
+    for (index, image) in images.iter().enumerate() {
         let (left, top) = (index % across * (width * scale + GAP), index / across * (height * scale + GAP));
         for y in 0..height * scale {
             for x in 0..width * scale {
@@ -53,12 +53,12 @@ pub fn sheet(pictures: &[&[f32]], layout: Sheet) -> Result<Png, PictureError> {
                 let to = 3 * ((top + y) * all_width + left + x);
                 for (colour, target) in bytes[to..to + 3].iter_mut().enumerate() {
                     let plane = if channels == 3 { colour } else { 0 };
-                    *target = byte(picture[plane * height * width + from]);
+                    *target = byte(image[plane * height * width + from]);
                 }
             }
         }
     }
-    let failed = |error: png::EncodingError| PictureError::Encode(error.to_string());
+    let failed = |error: png::EncodingError| ImageError::Encode(error.to_string());
     let (width, height) = (all_width as u32, all_height as u32);
     let mut file = Vec::new();
     let mut encoder = png::Encoder::new(&mut file, width, height);
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_stand_side_by_side_in_their_colours() {
+    fn images_stand_side_by_side_in_their_colours() {
         let red = [1.0, -1.0, -1.0];
         let white = [1.0; 3];
         let layout = Sheet { channels: 3, height: 1, width: 1, across: 2 };
