@@ -26,8 +26,6 @@ use polyhead_recipe::folder_name;
 use super::comparison::{Preparation, Read, in_braces};
 use super::processes::{LOOK, Share, children, end_of_log, spawn};
 
-/// Written into a folder once it is complete.
-
 /// What is made, a chain for each seed.
 pub struct Prepared {
     chains: Vec<Vec<Step>>,
