@@ -3,14 +3,13 @@
 
 use std::mem::MaybeUninit;
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::scratch::{ScratchBuffer, write_chunks, write_rows};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, rms_norm, simd};
@@ -79,38 +78,15 @@ pub fn difference(heads: Tensor<4>, lambda: Tensor<1>, ratio: usize) -> Tensor<4
     (signal - noise).reshape([batch, groups * ratio, seq, width])
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait SubtractNoise: Backend {
-    fn subtract_noise(
-        heads: FloatTensor<Self>,
-        lambda: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        how: Combination,
-    ) -> FloatTensor<Self>;
+fused!(SubtractNoise: subtract_noise(heads, lambda, weight; how: Combination), run, back);
+
+fn run([heads, lambda, weight]: [FlexTensor; 3], how: Combination) -> (FlexTensor, ([FlexTensor; 3], Combination)) {
+    let inputs = [cpu::row_major(heads), lambda.to_contiguous(), weight.to_contiguous()];
+    (forward(&inputs[0], &inputs[1], &inputs[2], how), (inputs, how))
 }
 
-impl SubtractNoise for Flex {
-    fn subtract_noise(heads: FlexTensor, lambda: FlexTensor, weight: FlexTensor, how: Combination) -> FlexTensor {
-        forward(&cpu::row_major(heads), &lambda.to_contiguous(), &weight.to_contiguous(), how)
-    }
-}
-
-impl<C: CheckpointStrategy> SubtractNoise for Autodiff<Flex, C> {
-    fn subtract_noise(
-        heads: FloatTensor<Self>,
-        lambda: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        how: Combination,
-    ) -> FloatTensor<Self> {
-        let run = |[heads, lambda, weight]: [FlexTensor; 3], _: Wanted<3>| {
-            let inputs = [cpu::row_major(heads), lambda.to_contiguous(), weight.to_contiguous()];
-            (forward(&inputs[0], &inputs[1], &inputs[2], how), (inputs, how), ())
-        };
-        let back = |(inputs, how): ([FlexTensor; 3], Combination), y_grad: FlexTensor, wanted: Wanted<3>| {
-            backward(&inputs, &cpu::row_major(y_grad), how, wanted)
-        };
-        differentiable::<Flex, C, _, _, 3>([heads, lambda, weight], run, back).0
-    }
+fn back((inputs, how): ([FlexTensor; 3], Combination), y_grad: FlexTensor, wanted: Wanted<3>) -> InputGrads<Flex, 3> {
+    backward(&inputs, &cpu::row_major(y_grad), how, wanted)
 }
 
 fn forward(heads: &FlexTensor, lambda: &FlexTensor, weight: &FlexTensor, how: Combination) -> FlexTensor {

@@ -68,3 +68,35 @@ where
         }
     }
 }
+
+/// Makes an operation of some tensors, and perhaps of something else, for the CPU backend and its tape: `$run` takes the inputs in
+/// order and gives the output with what the backward needs, `$backward` is a [`BackwardOf`] that.
+macro_rules! fused {
+    ($Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr) => {
+        #[burn::backend::backend_extension(Flex, Autodiff)]
+        trait $Trait: burn::backend::Backend {
+            fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self>;
+        }
+
+        impl $Trait for Flex {
+            fn $name($($input: FlexTensor,)+ $($more: $More)?) -> FlexTensor {
+                $run([$($input),+] $(, $more)?).0
+            }
+        }
+
+        impl<C> $Trait for Autodiff<Flex, C>
+        where
+            C: burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy,
+        {
+            fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self> {
+                const N: usize = [$(stringify!($input)),+].len();
+                let run = |inputs: [FlexTensor; N], _: [bool; N]| {
+                    let (output, kept) = $run(inputs $(, $more)?);
+                    (output, kept, ())
+                };
+                $crate::differentiable::differentiable::<Flex, C, _, _, N>([$($input),+], run, $backward).0
+            }
+        }
+    };
+}
+pub(crate) use fused;

@@ -1,13 +1,12 @@
 //! The gated feed-forward layer (Shazeer 2020, arXiv 2002.05202) as one operation: what is between its products is made
 //! again in the backward instead of being kept, and the gradient of the input is added up inside the products.
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor, module};
 use burn_flex::FlexTensor;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::linear::{self, add_back_to_input, back_to_input, back_to_weight};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, swiglu};
@@ -40,36 +39,7 @@ fn plain(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tenso
     linear(swiglu::swiglu(linear(x.clone(), gate), linear(x, up)), down)
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait GatedMlp: Backend {
-    fn gated_mlp(
-        x: FloatTensor<Self>,
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        down: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
-}
-
-impl GatedMlp for Flex {
-    fn gated_mlp(x: FlexTensor, gate: FlexTensor, up: FlexTensor, down: FlexTensor) -> FlexTensor {
-        forward([x, gate, up, down]).0
-    }
-}
-
-impl<C: CheckpointStrategy> GatedMlp for Autodiff<Flex, C> {
-    fn gated_mlp(
-        x: FloatTensor<Self>,
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        down: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        let run = |inputs: [FlexTensor; 4], _: Wanted<4>| {
-            let (y, kept) = forward(inputs);
-            (y, kept, ())
-        };
-        differentiable::<Flex, C, _, _, 4>([x, gate, up, down], run, backward).0
-    }
-}
+fused!(GatedMlp: gated_mlp(x, gate, up, down), forward, backward);
 
 /// The values kept for the backward.
 #[derive(Debug, Clone)]

@@ -3,13 +3,12 @@
 //! Burn's own multiplies batch by batch where it takes that to be better; on the CPU it is not: the weight is then packed
 //! once per row of the batch.
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor, module};
 use burn_flex::FlexTensor;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type};
@@ -40,25 +39,11 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait LinearMap: Backend {
-    fn linear_map(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
-}
+fused!(LinearMap: linear_map(x, weight), run, backward);
 
-impl LinearMap for Flex {
-    fn linear_map(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-        forward(&x.to_contiguous(), &cpu::not_backwards(weight))
-    }
-}
-
-impl<C: CheckpointStrategy> LinearMap for Autodiff<Flex, C> {
-    fn linear_map(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let run = |[x, weight]: [FlexTensor; 2], _: Wanted<2>| {
-            let (x, weight) = (x.to_contiguous(), cpu::not_backwards(weight));
-            (forward(&x, &weight), [x, weight], ())
-        };
-        differentiable::<Flex, C, _, _, 2>([x, weight], run, backward).0
-    }
+fn run([x, weight]: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
+    let inputs = [x.to_contiguous(), cpu::not_backwards(weight)];
+    (forward(&inputs[0], &inputs[1]), inputs)
 }
 
 fn backward([x, weight]: [FlexTensor; 2], y_grad: FlexTensor, [of_x, of_weight]: Wanted<2>) -> InputGrads<Flex, 2> {

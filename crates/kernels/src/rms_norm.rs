@@ -1,13 +1,12 @@
 //! Root mean square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::scratch::{write_chunks, write_rows};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, simd};
@@ -41,52 +40,31 @@ fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D>
     if dtype == DType::F32 { y } else { y.cast(dtype) }
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait RmsNorm: Backend {
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
-}
+fused!(RmsNorm: rms_norm(x, weight; eps: f32), forward, backward);
 
-impl RmsNorm for Flex {
-    fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor {
-        forward(&x.to_contiguous(), &weight.to_contiguous(), eps).0
-    }
-}
+/// What the backward needs: x, the weight, and per row the reciprocal of its root mean square.
+type Kept = (FlexTensor, FlexTensor, Vec<f32>);
 
-impl<C: CheckpointStrategy> RmsNorm for Autodiff<Flex, C> {
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        let run = |inputs: [FlexTensor; 2], _: Wanted<2>| {
-            let [x, weight] = inputs.map(|input| input.to_contiguous());
-            let (y, inverses) = forward(&x, &weight, eps);
-            (y, (x, weight, inverses), ())
-        };
-        differentiable::<Flex, C, _, _, 2>([x, weight], run, backward).0
-    }
-}
-
-/// The output, and per row the reciprocal of its root mean square.
-fn forward(x: &FlexTensor, weight: &FlexTensor, eps: f32) -> (FlexTensor, Vec<f32>) {
-    let (all, weight) = (cpu::values(x), cpu::values(weight));
-    let channels = weight.len();
+fn forward(inputs: [FlexTensor; 2], eps: f32) -> (FlexTensor, Kept) {
+    let [x, weight] = inputs.map(|input| input.to_contiguous());
+    let (all, weights) = (cpu::values(&x), cpu::values(&weight));
+    let channels = weights.len();
     let mut inverses = vec![0.0; all.len() / channels.max(1)];
     let chunk = (ROWS * channels).max(1);
     let inputs = (inverses.par_chunks_mut(ROWS), all.par_chunks(chunk)).into_par_iter();
     let (y, _) = write_chunks(all.len(), chunk, inputs, |y, (inverses, x)| {
         let written = write_rows(y, channels, |row, y| {
-            let (y, inverse) = simd::rms_norm(&x[row * channels..][..channels], weight, eps, y);
+            let (y, inverse) = simd::rms_norm(&x[row * channels..][..channels], weights, eps, y);
             inverses[row] = inverse;
             y
         });
         (written, ())
     });
-    (cpu::tensor(y, cpu::shape(x)), inverses)
+    (cpu::tensor(y, cpu::shape(&x)), (x, weight, inverses))
 }
 
 /// Gradients of x and of the weight.
-fn backward(
-    (x, weight, inverses): (FlexTensor, FlexTensor, Vec<f32>),
-    y_grad: FlexTensor,
-    [of_x, of_weight]: Wanted<2>,
-) -> InputGrads<Flex, 2> {
+fn backward((x, weight, inverses): Kept, y_grad: FlexTensor, [of_x, of_weight]: Wanted<2>) -> InputGrads<Flex, 2> {
     let y_grad = y_grad.to_contiguous();
     let (all, weight, y_grads) = (cpu::values(&x), cpu::values(&weight), cpu::values(&y_grad));
     let channels = weight.len();

@@ -5,13 +5,12 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::shapes::assert_shapes;
 use crate::{SelectedRows, cpu, in_type, linear};
 
@@ -103,59 +102,26 @@ fn zero_where_unselected(x: Tensor<3>, selected: &SelectedRows) -> Tensor<3> {
     x.reshape(full).mask_fill(hidden, 0.0).reshape([batch, seq, channels])
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait RoutedLinear: Backend {
-    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, selected: Arc<SelectedRows>) -> FloatTensor<Self>;
+type Selected = Arc<SelectedRows>;
 
-    fn out_of_heads(
-        heads: FloatTensor<Self>,
-        gates: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        selected: Arc<SelectedRows>,
-    ) -> FloatTensor<Self>;
+fused!(IntoHeads: into_heads(x, weight; of: Selected), run_into_heads, into_heads_backward);
+fused!(OutOfHeads: out_of_heads(heads, gates, weight; of: Selected), run_out_of_heads, out_of_heads_backward);
+
+fn run_into_heads([x, weight]: [FlexTensor; 2], selected: Selected) -> (FlexTensor, ([FlexTensor; 2], Selected)) {
+    let inputs = [x.to_contiguous(), cpu::not_backwards(weight)];
+    (maps::into_heads(&inputs[0], &inputs[1], &selected), (inputs, selected))
 }
 
-impl RoutedLinear for Flex {
-    fn into_heads(x: FlexTensor, weight: FlexTensor, selected: Arc<SelectedRows>) -> FlexTensor {
-        maps::into_heads(&x.to_contiguous(), &cpu::not_backwards(weight), &selected)
-    }
-
-    fn out_of_heads(
-        heads: FlexTensor,
-        gates: FlexTensor,
-        weight: FlexTensor,
-        selected: Arc<SelectedRows>,
-    ) -> FlexTensor {
-        let weight = cpu::not_backwards(weight);
-        maps::out_of_heads([&heads.to_contiguous(), &gates.to_contiguous(), &weight], &selected)
-    }
-}
-
-impl<C: CheckpointStrategy> RoutedLinear for Autodiff<Flex, C> {
-    fn into_heads(x: FloatTensor<Self>, weight: FloatTensor<Self>, selected: Arc<SelectedRows>) -> FloatTensor<Self> {
-        let run = |[x, weight]: [FlexTensor; 2], _: Wanted<2>| {
-            let (x, weight) = (x.to_contiguous(), cpu::not_backwards(weight));
-            (maps::into_heads(&x, &weight, &selected), ([x, weight], selected), ())
-        };
-        differentiable::<Flex, C, _, _, 2>([x, weight], run, into_heads_backward).0
-    }
-
-    fn out_of_heads(
-        heads: FloatTensor<Self>,
-        gates: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        selected: Arc<SelectedRows>,
-    ) -> FloatTensor<Self> {
-        let run = |[heads, gates, weight]: [FlexTensor; 3], _: Wanted<3>| {
-            let inputs = [heads.to_contiguous(), gates.to_contiguous(), cpu::not_backwards(weight)];
-            (maps::out_of_heads(inputs.each_ref(), &selected), (inputs, selected), ())
-        };
-        differentiable::<Flex, C, _, _, 3>([heads, gates, weight], run, out_of_heads_backward).0
-    }
+fn run_out_of_heads(
+    [heads, gates, weight]: [FlexTensor; 3],
+    selected: Selected,
+) -> (FlexTensor, ([FlexTensor; 3], Selected)) {
+    let inputs = [heads.to_contiguous(), gates.to_contiguous(), cpu::not_backwards(weight)];
+    (maps::out_of_heads(inputs.each_ref(), &selected), (inputs, selected))
 }
 
 fn into_heads_backward(
-    ([x, weight], selected): ([FlexTensor; 2], Arc<SelectedRows>),
+    ([x, weight], selected): ([FlexTensor; 2], Selected),
     y_grad: FlexTensor,
     [of_x, of_weight]: Wanted<2>,
 ) -> InputGrads<Flex, 2> {
@@ -167,7 +133,7 @@ fn into_heads_backward(
 }
 
 fn out_of_heads_backward(
-    (inputs, selected): ([FlexTensor; 3], Arc<SelectedRows>),
+    (inputs, selected): ([FlexTensor; 3], Selected),
     y_grad: FlexTensor,
     [of_heads, of_gates, of_weight]: Wanted<3>,
 ) -> InputGrads<Flex, 3> {

@@ -1,13 +1,12 @@
 //! The gated unit of LLaMA-like feed-forward layers (Shazeer 2020, arXiv 2002.05202).
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::scratch::{write_chunks, write_two_in_chunks};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, simd};
@@ -35,28 +34,15 @@ fn plain(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     activation::silu(gate) * up
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait Swiglu: Backend {
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+fused!(Swiglu: swiglu(gate, up), run, back);
+
+fn run(inputs: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
+    let inputs = inputs.map(|input| input.to_contiguous());
+    (forward(&inputs[0], &inputs[1]), inputs)
 }
 
-impl Swiglu for Flex {
-    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        forward(&gate.to_contiguous(), &up.to_contiguous())
-    }
-}
-
-impl<C: CheckpointStrategy> Swiglu for Autodiff<Flex, C> {
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let run = |inputs: [FlexTensor; 2], _: Wanted<2>| {
-            let [gate, up] = inputs.map(|input| input.to_contiguous());
-            (forward(&gate, &up), [gate, up], ())
-        };
-        let back = |[gate, up]: [FlexTensor; 2], y_grad: FlexTensor, wanted: Wanted<2>| -> InputGrads<Flex, 2> {
-            backward(&gate, &up, &y_grad.to_contiguous(), wanted)
-        };
-        differentiable::<Flex, C, _, _, 2>([gate, up], run, back).0
-    }
+fn back([gate, up]: [FlexTensor; 2], y_grad: FlexTensor, wanted: Wanted<2>) -> InputGrads<Flex, 2> {
+    backward(&gate, &up, &y_grad.to_contiguous(), wanted)
 }
 
 pub(crate) fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
