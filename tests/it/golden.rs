@@ -269,23 +269,15 @@ pub fn compare_gradients<M: burn::module::Module>(
 
 /// The gradients of those parameters that have one, by name.
 pub fn gradients<M: burn::module::Module>(module: &M, grads: &burn::tensor::Gradients) -> BTreeMap<String, Vec<f32>> {
-    struct Collect<'a>(weights::Path, &'a burn::tensor::Gradients, BTreeMap<String, Vec<f32>>);
-    impl burn::module::ModuleVisitor for Collect<'_> {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<Tensor<D>>) {
-            if let Some(grad) = param.val().grad(self.1) {
-                self.2.insert(self.0.name(), values(grad));
+    struct Collect<'a>(&'a burn::tensor::Gradients, BTreeMap<String, Vec<f32>>);
+    impl weights::ParameterVisitor for Collect<'_> {
+        fn visit<const D: usize>(&mut self, name: String, param: &burn::module::Param<Tensor<D>>) {
+            if let Some(grad) = param.val().grad(self.0) {
+                self.1.insert(name, values(grad));
             }
         }
     }
-    let mut collect = Collect(weights::Path::default(), grads, BTreeMap::new());
-    module.visit(&mut collect);
-    collect.2
+    weights::visit_parameters(module, Collect(grads, BTreeMap::new())).1
 }
 
 /// Fails unless `got` is within `tolerance` of `want`, absolute or relative to the largest number.

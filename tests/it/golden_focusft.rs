@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::Observe;
 use polyhead_kernels::comparison::{Tolerance, assert_close};
@@ -137,21 +137,14 @@ impl Case {
         let training = serde_json::from_value(json!({ "steps": 1, "seq_len": 1, "batch_size": 1 })).unwrap();
         let bilevel = Bilevel::new(config, Optimizer::new(Default::default()), &training);
         let (grads, beside) = bilevel.gradients(&self.model, &self.batch, adapted);
-        struct Collect<'a>(weights::Path, &'a burn::optim::GradientsParams, BTreeMap<String, Vec<f32>>);
-        impl ModuleVisitor for Collect<'_> {
-            fn enter_module(&mut self, name: &str, container: &str) {
-                self.0.enter(name, container);
-            }
-            fn exit_module(&mut self, _name: &str, container: &str) {
-                self.0.exit(container);
-            }
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                self.2.insert(self.0.name(), values(self.1.get::<D>(param.id).unwrap()));
+        struct Collect<'a>(&'a burn::optim::GradientsParams, BTreeMap<String, Vec<f32>>);
+        impl weights::ParameterVisitor for Collect<'_> {
+            fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
+                self.1.insert(name, values(self.0.get::<D>(param.id).unwrap()));
             }
         }
-        let mut collect = Collect(weights::Path::default(), &grads, BTreeMap::new());
-        self.model.visit(&mut collect);
-        (collect.2, beside)
+        let Collect(_, found) = weights::visit_parameters(&self.model, Collect(&grads, BTreeMap::new()));
+        (found, beside)
     }
 
     fn close(&self, key: &str, got: &[f32], tolerance: Tolerance) {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_models::weights::{self, Named, Path};
+use polyhead_models::weights::{self, Named, ParameterMapper, map_parameters};
 use polyhead_training::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 use polyhead_training::gradients::{clip_factor, global_norm};
 use polyhead_training::optimizer::{Optimizer, Update};
@@ -50,7 +50,7 @@ fn check_file(golden: &Golden) {
         let step = index + 1;
         let (mut grads, inner) = (GradientsParams::new(), device.clone().inner());
         let mut given = tensors.under(&format!("grad.{step}."));
-        model = model.map(&mut Give { given: &mut given, grads: &mut grads, device: &inner, path: Path::default() });
+        model = map_parameters(model, Give { given: &mut given, grads: &mut grads, device: &inner }).0;
         assert!(given.is_empty(), "{name}: gradients of no parameter: {:?}", given.keys());
         let norm = global_norm(&grads, &model);
         compare(name, "the norm", &tensors["norms"].values[index..step], &[norm as f32], WEIGHT, true);
@@ -112,20 +112,10 @@ struct Give<'a> {
     given: &'a mut BTreeMap<String, Named>,
     grads: &'a mut GradientsParams,
     device: &'a Device,
-    path: Path,
 }
 
-impl ModuleMapper for Give<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, container: &str) {
-        self.path.exit(container);
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let name = self.path.name();
+impl ParameterMapper for Give<'_> {
+    fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let grad = self.given.remove(&name).unwrap_or_else(|| panic!("no gradient of {name}"));
         self.grads.register(param.id, Tensor::<D>::from_data(TensorData::new(grad.values, grad.shape), self.device));
         param

@@ -5,11 +5,11 @@
 //! `o_proj` that read it, so that `∂L/∂ξ_h = Σ W_o ⊙ ∂L/∂W_o` over these rows. So it works for every mechanism whose heads
 //! meet in an `o_proj`, as all of ours do.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use polyhead_attention::{Mask, Observe, Observed};
-use polyhead_models::weights::Path;
+use polyhead_models::weights::{ParameterVisitor, visit_parameters};
 use polyhead_models::{Batch, Decoder};
 
 /// A layer as it was seen.
@@ -86,21 +86,15 @@ fn distance(map: &[f32], length: usize) -> f32 {
 /// For each batch row of text, each layer and each row of its `o_proj`: `Σ W_o ⊙ ∂L/∂W_o` over columns.
 /// Indexed `[layer][text row][row of o_proj]`.
 fn importance(model: &Decoder, rows: &[Batch]) -> Vec<Vec<Vec<f32>>> {
-    struct Rows<'a>(Path, &'a GradientsParams, Vec<Vec<f32>>);
-    impl ModuleVisitor for Rows<'_> {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+    struct Rows<'a>(&'a GradientsParams, Vec<Vec<f32>>);
+    impl ParameterVisitor for Rows<'_> {
+        fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
             if D == 2
-                && self.0.name().ends_with(".attention.o_proj.weight")
-                && let Some(gradient) = self.1.get::<D>(param.id)
+                && name.ends_with(".attention.o_proj.weight")
+                && let Some(gradient) = self.0.get::<D>(param.id)
             {
                 let product = param.val().inner() * gradient;
-                self.2.push(product.sum_dim(1).into_data().iter::<f32>().collect());
+                self.1.push(product.sum_dim(1).into_data().iter::<f32>().collect());
             }
         }
     }
@@ -108,10 +102,9 @@ fn importance(model: &Decoder, rows: &[Batch]) -> Vec<Vec<Vec<f32>>> {
     for row in rows {
         let loss = model.loss(row, Observe::Nothing).cross_entropy / row.target_tokens().max(1) as f64;
         let gradients = GradientsParams::from_grads(loss.backward(), model);
-        let mut found = Rows(Path::default(), &gradients, Vec::new());
-        model.visit(&mut found);
-        layers.resize_with(found.2.len().max(layers.len()), Vec::new);
-        for (layer, sums) in layers.iter_mut().zip(found.2) {
+        let found = visit_parameters(model, Rows(&gradients, Vec::new())).1;
+        layers.resize_with(found.len().max(layers.len()), Vec::new);
+        for (layer, sums) in layers.iter_mut().zip(found) {
             layer.push(sums);
         }
     }

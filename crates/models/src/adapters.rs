@@ -4,7 +4,7 @@
 //! As in the authors' code and PEFT: A is drawn from U(-1/sqrt(d_input), 1/sqrt(d_input)) (Kaiming's initialisation with
 //! a = sqrt(5)), B is zero, and the product is scaled by alpha / rank. Left out: dropout, adapters on embeddings.
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{Adapter, ConfigError, require, require_positive, require_range};
 use rand::{RngExt, SeedableRng};
@@ -12,8 +12,8 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Decoder;
-use crate::weights::Path;
+use crate::weights::{ParameterMapper, map_parameters};
+use crate::{Decoder, Parameter, parameters};
 
 /// Low-rank pairs: how large, and for which projections.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -64,24 +64,13 @@ fn projection_of(parameter: &str) -> Option<(usize, &str)> {
 }
 
 fn projections(model: &Decoder) -> Vec<Projection> {
-    struct Collect(Path, Vec<Projection>);
-    impl ModuleVisitor for Collect {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
+    let projection = |parameter: Parameter| match (projection_of(&parameter.name), &parameter.shape[..]) {
+        (Some((layer, name)), &[d_input, d_output]) => {
+            Some(Projection { layer, name: name.to_owned(), sizes: [d_input, d_output] })
         }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let (path, sizes) = (self.0.name(), param.dims());
-            if let (Some((layer, name)), [d_input, d_output]) = (projection_of(&path), &sizes[..]) {
-                self.1.push(Projection { layer, name: name.to_owned(), sizes: [*d_input, *d_output] });
-            }
-        }
-    }
-    let mut collect = Collect(Path::default(), Vec::new());
-    model.visit(&mut collect);
-    collect.1
+        _ => None,
+    };
+    parameters(model).into_iter().filter_map(projection).collect()
 }
 
 /// A target that no layer has.
@@ -196,18 +185,11 @@ impl Decoder {
 
     /// The decoder with its pairs folded into the weights; the same where there are none.
     pub fn merged(mut self) -> Self {
-        struct Fold<'a>(Path, &'a [LoraLayer]);
-        impl ModuleMapper for Fold<'_> {
-            fn enter_module(&mut self, name: &str, container: &str) {
-                self.0.enter(name, container);
-            }
-            fn exit_module(&mut self, _name: &str, container: &str) {
-                self.0.exit(container);
-            }
-            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                let path = self.0.name();
-                let Some((layer, name)) = projection_of(&path) else { return param };
-                let pairs = self.1[layer].adapters().filter(|pair| &*pair.projection == name);
+        struct Fold<'a>(&'a [LoraLayer]);
+        impl ParameterMapper for Fold<'_> {
+            fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                let Some((layer, name)) = projection_of(&name) else { return param };
+                let pairs = self.0[layer].adapters().filter(|pair| &*pair.projection == name);
                 pairs.fold(param, |param, Adapter { a, b, scale, .. }| {
                     let product = (a.matmul(b) * scale).detach();
                     param.map(|weight| {
@@ -219,7 +201,7 @@ impl Decoder {
             }
         }
         match self.lora.take() {
-            Some(lora) => self.map(&mut Fold(Path::default(), &lora.layers)),
+            Some(lora) => map_parameters(self, Fold(&lora.layers)).0,
             None => self,
         }
     }
@@ -228,6 +210,7 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use burn::module::ModuleMapper;
     use burn::tensor::{Device, Distribution, Int};
     use polyhead_attention::Mask;
     use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};

@@ -1,27 +1,21 @@
 //! Which parameters are learned.
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::weights::Path;
+use crate::weights::{ParameterMapper, ParameterVisitor, map_parameters, visit_parameters};
 
 /// The model in which only the parameters are learned whose names `learned` accepts; a parameter that is not learned already
 /// stays so. What is not learned requires no gradient: no backward pass computes one, no optimiser moves it, and it counts
 /// in no norm.
 pub fn train_only<M: Module>(model: M, learned: impl Fn(&str) -> bool) -> M {
-    struct Choose<F>(Path, F);
-    impl<F: Fn(&str) -> bool> ModuleMapper for Choose<F> {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            if (self.1)(&self.0.name()) { param } else { param.set_require_grad(false) }
+    struct Choose<F>(F);
+    impl<F: Fn(&str) -> bool> ParameterMapper for Choose<F> {
+        fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if (self.0)(&name) { param } else { param.set_require_grad(false) }
         }
     }
-    model.map(&mut Choose(Path::default(), learned))
+    map_parameters(model, Choose(learned)).0
 }
 
 /// A parameter without its values.
@@ -29,28 +23,27 @@ pub fn train_only<M: Module>(model: M, learned: impl Fn(&str) -> bool) -> M {
 pub struct Parameter {
     /// Field names from the model down, joined by dots.
     pub name: String,
-    /// How many numbers it holds.
-    pub numbers: usize,
+    /// Its sizes.
+    pub shape: Vec<usize>,
     /// Whether it is learned.
     pub trainable: bool,
 }
 
+impl Parameter {
+    /// How many elements it has.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
 /// All parameters of a model, in the order of its fields.
 pub fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
-    struct Collect(Path, Vec<Parameter>);
-    impl ModuleVisitor for Collect {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let (name, numbers) = (self.0.name(), param.dims().iter().product());
-            self.1.push(Parameter { name, numbers, trainable: param.val().is_require_grad() });
+    struct Collect(Vec<Parameter>);
+    impl ParameterVisitor for Collect {
+        fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
+            let (shape, trainable) = (param.dims().to_vec(), param.val().is_require_grad());
+            self.0.push(Parameter { name, shape, trainable });
         }
     }
-    let mut collect = Collect(Path::default(), Vec::new());
-    model.visit(&mut collect);
-    collect.1
+    visit_parameters(model, Collect(Vec::new())).0
 }

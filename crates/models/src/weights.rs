@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 
@@ -11,10 +11,12 @@ mod files;
 mod finite;
 mod header;
 mod stream;
+mod walk;
 
 pub use files::{MappedTensor, TensorFiles};
 pub use finite::{NonFinite, check_finite};
 pub use stream::{Held, held, write_safetensors};
+pub use walk::{ParameterMapper, ParameterVisitor, map_parameters, visit_parameters};
 
 /// Weights that do not fit the model.
 #[derive(Debug, thiserror::Error)]
@@ -77,31 +79,6 @@ pub struct Named {
     pub shape: Vec<usize>,
     /// Row-major values.
     pub values: Vec<f32>,
-}
-
-/// Keeps the path of fields during a walk; the variants of an enum are no part of it.
-#[derive(Debug, Default)]
-pub struct Path(Vec<String>);
-
-impl Path {
-    /// Call it from `enter_module`.
-    pub fn enter(&mut self, name: &str, container: &str) {
-        if !container.starts_with("Enum:") {
-            self.0.push(name.to_owned());
-        }
-    }
-
-    /// Call it from `exit_module`.
-    pub fn exit(&mut self, container: &str) {
-        if !container.starts_with("Enum:") {
-            self.0.pop();
-        }
-    }
-
-    /// The name of the parameter that is visited now.
-    pub fn name(&self) -> String {
-        self.0.join(".")
-    }
 }
 
 /// The layer that a parameter of this name belongs to, from 0; `None` for those of no layer.
@@ -171,19 +148,13 @@ pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, String> + 'a
 /// The module with every parameter replaced by the values that `values` gives for its name and shape, and what `values`
 /// said where it could not.
 pub fn load_with<M: Module>(module: M, values: &mut Values<'_>) -> (M, Vec<String>) {
-    struct Put<'a, 'b>(Path, &'a mut Values<'b>, Vec<String>);
-    impl ModuleMapper for Put<'_, '_> {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+    struct Put<'a, 'b>(&'a mut Values<'b>, Vec<String>);
+    impl ParameterMapper for Put<'_, '_> {
+        fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             let shape = param.dims().to_vec();
-            match (self.1)(&self.0.name(), &shape) {
+            match (self.0)(&name, &shape) {
                 Err(problem) => {
-                    self.2.push(problem);
+                    self.1.push(problem);
                     param
                 }
                 Ok(values) => param.map(|old| {
@@ -193,7 +164,6 @@ pub fn load_with<M: Module>(module: M, values: &mut Values<'_>) -> (M, Vec<Strin
             }
         }
     }
-    let mut put = Put(Path::default(), values, Vec::new());
-    let module = module.map(&mut put);
-    (module, put.2)
+    let (module, Put(_, problems)) = map_parameters(module, Put(values, Vec::new()));
+    (module, problems)
 }

@@ -23,7 +23,7 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
-    /// Take trained weights that hold NaN or infinite numbers, which are an error otherwise.
+    /// Take trained weights that contain NaN or infinite numbers, which are an error otherwise.
     #[arg(long, global = true)]
     pub allow_nonfinite: bool,
     /// Train though the estimate of the memory that it takes is more than there is.
@@ -115,9 +115,9 @@ pub enum Command {
         #[arg(long, value_parser = device())]
         device: Option<String>,
     },
-    /// Show the tokens that a model would see, and which of them it learns to predict; of images, a sheet.
+    /// Show the tokens that a model reads, and which of them it learns to predict; of images, a sheet.
     ///
-    /// Images and audio are written to --out as one PNG file, as the model would see them, augmented; their classes go to
+    /// Images and audio are written to --out as one PNG file, as the model gets them, augmented; their classes go to
     /// standard output, row by row.
     ///
     /// On a terminal the text is shown in colour: green is what the model learns to predict, dim what it only reads.
@@ -175,11 +175,11 @@ Examples:
     Results,
     /// Validate a trained model on its held-out data, or ask it questions about long texts (--task).
     ///
-    /// With --task, problems are generated: what is asked for stands somewhere in filler, at 1, 2, 4 and 8 times the length
+    /// With --task, problems are generated: what is asked for is somewhere in filler, at 1, 2, 4 and 8 times the length
     /// that the model was trained with. An answer counts if every token of it is the model's first choice. A table goes to
     /// standard error, the numbers as JSON to standard output.
     ///
-    /// --task eigenscore tells how far apart the answers to each prompt of a file are inside the model (EigenScore, EES).
+    /// --task eigenscore measures how far apart the answers to each prompt of a file are inside the model (EigenScore, EES).
     /// --task facts asks a model that learned [data.facts] everything: what it was taught, what it was taught in other words,
     /// and what it cannot know.
     #[command(after_help = "\
@@ -229,7 +229,7 @@ Examples:
     Convert(crate::commands::convert::ConvertArgs),
     /// Make a trained model larger without changing what it computes.
     ///
-    /// Signal heads, channels and layers are repeated so that the logits stay, which is checked and told; noise that sums to
+    /// Signal heads, channels and layers are repeated so that the logits stay, which is checked and reported; noise that sums to
     /// zero separates the replicas as soon as they are trained. The state of the optimiser is not kept.
     #[command(after_help = "\
 Examples:

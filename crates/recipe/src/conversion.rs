@@ -60,7 +60,7 @@ pub struct Conversion {
     #[arg(long)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
-    /// mixture_of_head: who chooses them.
+    /// mixture_of_head: what selects them.
     #[arg(long, default_value = "query_norm")]
     #[serde(default)]
     pub router: RouterName,
@@ -79,7 +79,7 @@ pub enum Target {
     /// Fewer key/value heads, each shared by the same number of query heads.
     GroupedQuery,
     /// Numbers of their own of key heads and value heads in each layer; of a model being fused: its groups become heads; of a
-    /// key-driven one: heads that nobody reads are dropped.
+    /// key-driven one: heads without readers are dropped.
     DecoupledHead,
     /// Fewer key/value heads, each shared by as many query heads as its keys call for, measured once on text.
     KeyDriven,
@@ -125,14 +125,14 @@ pub enum Search {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AllocationName {
-    /// KDGQA: by how far they are above the smallest one, whose head nobody reads.
+    /// KDGQA: by how far they are above the smallest one, whose head is read by no query head.
     #[default]
     Range,
     /// DGQA: in proportion.
     Proportion,
 }
 
-/// Who chooses the heads of a position.
+/// What selects the heads of a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize, JsonSchema)]
 #[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]

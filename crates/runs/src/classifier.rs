@@ -18,10 +18,9 @@ use crate::data::{Source, TrainingData, options, record};
 use crate::device;
 use crate::error::Failure;
 use crate::kind::Kind;
-use crate::pretrained::{find_checkpoint, recipe_of, tokenizer_of};
+use crate::pretrained::{find_checkpoint, find_own, recipe_of, tokenizer_of};
 use crate::resolve::Resolved;
 use crate::result::ClassTable;
-use polyhead_models::hf;
 use polyhead_training::run_folder::files::DATA;
 
 impl TrainingData<Examples> for Labelled {
@@ -221,11 +220,7 @@ pub fn open_classifier(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedClassifier>, Failure> {
-    if hf::files::is_folder(path) {
-        return Ok(None);
-    }
-    let path = find_checkpoint(path, caller)?;
-    let recipe = recipe_of(&path)?;
+    let Some((path, recipe)) = find_own(path, caller)? else { return Ok(None) };
     let ModelConfig::Classifier { config, .. } = &recipe.model else { return Ok(None) };
     let (input, classes) = described(&path)?;
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;

@@ -15,9 +15,8 @@ use crate::data::{Source, TrainingData, options, record};
 use crate::device;
 use crate::error::Failure;
 use crate::kind::Kind;
-use crate::pretrained::{find_checkpoint, recipe_of};
+use crate::pretrained::find_own;
 use crate::resolve::Resolved;
-use polyhead_models::hf;
 use polyhead_training::run_folder::files::DATA;
 
 impl TrainingData<Pairs> for Paired {
@@ -110,11 +109,7 @@ pub fn open_embedder(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedEmbedder>, Failure> {
-    if hf::files::is_folder(path) {
-        return Ok(None);
-    }
-    let path = find_checkpoint(path, caller)?;
-    let recipe = recipe_of(&path)?;
+    let Some((path, recipe)) = find_own(path, caller)? else { return Ok(None) };
     let ModelConfig::Embedder(config) = &recipe.model else { return Ok(None) };
     let input: [usize; 2] = serde_json::from_value(record(&path)?["input"].clone())
         .map_err(|_| Failure::Run(format!("{}/{DATA}: input is missing or damaged", path.display())))?;

@@ -44,11 +44,7 @@ impl Pretrained {
     /// # Errors
     /// If there is none, or it is damaged, or does not fit together.
     pub fn open(path: &Path, caller: Caller) -> Result<Self, Failure> {
-        if hf::files::is_folder(path) {
-            return Self::open_foreign(path, caller);
-        }
-        let path = find_checkpoint(path, caller)?;
-        let recipe = recipe_of(&path)?;
+        let Some((path, recipe)) = find_own(path, caller)? else { return Self::open_foreign(path, caller) };
         let decoder = match &recipe.model {
             ModelConfig::Decoder { config: Some(decoder), .. } => decoder.clone(),
             ModelConfig::Decoder { config: None, .. } => {
@@ -205,6 +201,19 @@ fn meant(path: &Path) -> String {
         Some(near) => format!("did you mean {}?", near.display()),
         None => "`ls checkpoints` shows yours".into(),
     }
+}
+
+/// The checkpoint that a person means by a path, with its recipe; `None` for a folder in Hugging Face's format.
+///
+/// # Errors
+/// If there is none, or it is damaged.
+pub fn find_own(path: &Path, caller: Caller) -> Result<Option<(PathBuf, Recipe)>, Failure> {
+    if hf::files::is_folder(path) {
+        return Ok(None);
+    }
+    let path = find_checkpoint(path, caller)?;
+    let recipe = recipe_of(&path)?;
+    Ok(Some((path, recipe)))
 }
 
 /// The recipe of a checkpoint.

@@ -7,11 +7,11 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AdamwStep, adamw};
-use polyhead_models::weights::{Held, Named, Path, WeightsError, layer_of};
+use polyhead_models::weights::{Held, Named, ParameterMapper, WeightsError, layer_of, map_parameters};
 
 use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 
@@ -63,7 +63,7 @@ impl Optimizer {
     /// The model after one update with `grads`.
     pub fn step<M: Module>(&mut self, model: M, grads: &mut GradientsParams, update: Update) -> M {
         self.steps += 1;
-        model.map(&mut Step { optimizer: self, grads, update, path: Path::default() })
+        map_parameters(model, Step { optimizer: self, grads, update }).0
     }
 
     /// The state's tensors by name: `first.<parameter>` and `second.<parameter>`.
@@ -166,12 +166,10 @@ struct Step<'a> {
     optimizer: &'a mut Optimizer,
     grads: &'a mut GradientsParams,
     update: Update,
-    path: Path,
 }
 
 impl Step<'_> {
-    fn updated<const D: usize>(&mut self, value: Tensor<D>, grad: Tensor<D>) -> Tensor<D> {
-        let path = self.path.name();
+    fn updated<const D: usize>(&mut self, path: String, value: Tensor<D>, grad: Tensor<D>) -> Tensor<D> {
         let rate = self.optimizer.rates.iter().find(|(end, _)| path.ends_with(end)).map_or(1.0, |(_, rate)| *rate);
         let update = Update { lr: self.update.lr * rate, ..self.update };
         match self.optimizer.config.clone() {
@@ -191,20 +189,12 @@ impl Step<'_> {
     }
 }
 
-impl ModuleMapper for Step<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, container: &str) {
-        self.path.exit(container);
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+impl ParameterMapper for Step<'_> {
+    fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
         param.map(|value| {
             // On the inner device: an update is no part of any tape.
-            let new = self.updated(value.inner(), grad);
+            let new = self.updated(name, value.inner(), grad);
             Tensor::from_inner(new).require_grad()
         })
     }

@@ -277,7 +277,7 @@ mod tests {
 
     use super::*;
     use crate::adapters::LoraConfig;
-    use crate::weights::Path;
+    use crate::weights::{ParameterVisitor, visit_parameters};
     use crate::{
         Batch, Classifier, ClassifierConfig, ContextMask, Decoder, DecoderConfig, Examples, InputShape, Inputs, Pass,
         Sizes, Trainable, train_only,
@@ -286,24 +286,16 @@ mod tests {
     type Grads = BTreeMap<String, Vec<f32>>;
 
     fn gradients<M: Module>(model: &M, objective: Tensor<1>) -> Grads {
-        struct Collect(Path, GradientsParams, Grads);
-        impl ModuleVisitor for Collect {
-            fn enter_module(&mut self, name: &str, container: &str) {
-                self.0.enter(name, container);
-            }
-            fn exit_module(&mut self, _name: &str, container: &str) {
-                self.0.exit(container);
-            }
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                if let Some(grad) = self.1.remove::<D>(param.id) {
-                    self.2.insert(self.0.name(), grad.into_data().iter::<f32>().collect());
+        struct Collect(GradientsParams, Grads);
+        impl ParameterVisitor for Collect {
+            fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
+                if let Some(grad) = self.0.remove::<D>(param.id) {
+                    self.1.insert(name, grad.into_data().iter::<f32>().collect());
                 }
             }
         }
         let grads = GradientsParams::from_grads(objective.backward(), model);
-        let mut collect = Collect(Path::default(), grads, Grads::new());
-        model.visit(&mut collect);
-        collect.2
+        visit_parameters(model, Collect(grads, Grads::new())).1
     }
 
     fn decoder(settings: &str, attention: &str) -> Decoder {

@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::{Named, Path};
+use super::{Named, ParameterVisitor, visit_parameters};
 
 /// Numbers that are on the host at a time (4 MiB; chosen by us).
 const PIECE: usize = 1 << 20;
@@ -57,21 +57,13 @@ impl Held {
 
 /// All parameters of a module, in the order of its fields, as [`named`](super::named) has them, without their values.
 pub fn held<M: Module>(module: &M) -> Vec<Held> {
-    struct Collect(Path, Vec<Held>);
-    impl ModuleVisitor for Collect {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.0.exit(container);
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.push(Held::new(self.0.name(), param.val()));
+    struct Collect(Vec<Held>);
+    impl ParameterVisitor for Collect {
+        fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
+            self.0.push(Held::new(name, param.val()));
         }
     }
-    let mut collect = Collect(Path::default(), Vec::new());
-    module.visit(&mut collect);
-    collect.1
+    visit_parameters(module, Collect(Vec::new())).0
 }
 
 /// Writes the bytes that [`to_safetensors`](super::to_safetensors) gives, piece by piece. Gives the tensors that hold a NaN or

@@ -39,10 +39,7 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     }
     let trained = open_trained(checkpoint, device, caller())?;
     let opened = trained.data()?;
-    talk!("data: {}", opened.description);
-    if let Some(problem) = changed_text(&trained.path, opened.text_hash.as_deref())? {
-        talk!("warning: {problem}: some of what is held out now may have been learned");
-    }
+    tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let all = opened.validation.batches_per_epoch().max(1);
     let count = if batches == 0 { all } else { batches.min(all) };
     let mut sums = Evaluated::default();
@@ -61,13 +58,19 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     put!("{result:#}")
 }
 
+/// Says what a model is evaluated on; warns where that is no longer what it was trained on.
+fn tell_data(checkpoint: &Path, description: &str, text_hash: Option<&str>) -> Result<(), Failure> {
+    talk!("data: {description}");
+    if let Some(problem) = changed_text(checkpoint, text_hash)? {
+        talk!("warning: {problem}: some of what is held out now may have been learned");
+    }
+    Ok(())
+}
+
 /// The same for an embedder: how well queries find their documents.
 fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure> {
     let paired = paired(&trained.recipe)?;
-    talk!("data: {}", paired.description);
-    if let Some(problem) = changed_text(&trained.path, Some(&paired.text_hash))? {
-        talk!("warning: {problem}: some of what is held out now may have been learned");
-    }
+    tell_data(&trained.path, &paired.description, Some(&paired.text_hash))?;
     let sums = evaluate(&trained.model, &Source(&paired.validation), batches)?;
     let mut result = serde_json::json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
     for (name, value) in sums.retrieval().numbers() {
@@ -79,10 +82,7 @@ fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure>
 /// The same for a classifier, with how well each class is told.
 fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Failure> {
     let labelled = trained.data()?;
-    talk!("data: {}", labelled.description);
-    if let Some(problem) = changed_text(&trained.path, labelled.text_hash.as_deref())? {
-        talk!("warning: {problem}: some of what is held out now may have been learned");
-    }
+    tell_data(&trained.path, &labelled.description, labelled.text_hash.as_deref())?;
     let sums = evaluate(&trained.model, &Source(&labelled.validation), batches)?;
     let table = ClassTable::of(&sums, &labelled.classes, &labelled.groups);
     let line = |name: &str, cells: [String; 4]| {

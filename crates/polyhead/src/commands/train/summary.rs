@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use burn::module::Module;
 use polyhead_data::{Modality, Tokenizer, Yields};
-use polyhead_models::{Decoder, EvalTotals, Trainable, parameters};
+use polyhead_models::{Decoder, EvalTotals, Parameter, Trainable, parameters};
 use polyhead_training::checkpoint::list;
 use polyhead_training::run::Outcome;
 use polyhead_training::{peak_memory_bytes, state};
@@ -24,7 +24,7 @@ impl Task<'_> {
         let mut layers = model.layers();
         let (all, n_layers) = (model.num_params(), layers.len());
         layers.dedup();
-        let learning: usize = parameters(model).iter().filter(|one| one.trainable).map(|one| one.numbers).sum();
+        let learning: usize = parameters(model).iter().filter(|one| one.trainable).map(Parameter::elements).sum();
         let frozen = match all - learning {
             0 => String::new(),
             frozen => format!(" ({} of them frozen)", thousands(frozen as u64)),
