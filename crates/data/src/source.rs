@@ -190,9 +190,7 @@ impl DataConfig {
         if options.batch_size == 0 {
             return Err(unusable!("training.batch_size (0) must be at least 1"));
         }
-        self.source()
-            .validate(options.seq_len)
-            .map_err(|error| unusable!("data.{}.{error}", self.name()))?;
+        self.source().validate(options.seq_len).map_err(|error| unusable!("data.{}.{error}", self.name()))?;
         self.source().open(Opening { name: self.name(), tokenizer, options, progress })
     }
 

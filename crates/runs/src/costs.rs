@@ -132,12 +132,12 @@ impl Costs {
         let trained = || parameters.iter().filter(|one| one.trainable);
         // Muon keeps one moment of the layers' matrices, and the vectors beside them are small.
         let moments = |one: &Parameter| match recipe.optimizer {
-            OptimizerConfig::Muon(_) if layer_of(&one.name).is_some() => bytes(one.numbers),
-            _ => 2 * bytes(one.numbers),
+            OptimizerConfig::Muon(_) if layer_of(&one.name).is_some() => bytes(one.elements()),
+            _ => 2 * bytes(one.elements()),
         };
         Memory {
-            weights: parameters.iter().map(|one| bytes(one.numbers)).sum(),
-            gradients: trained().map(|one| bytes(one.numbers)).sum(),
+            weights: parameters.iter().map(|one| bytes(one.elements())).sum(),
+            gradients: trained().map(|one| bytes(one.elements())).sum(),
             moments: trained().map(moments).sum(),
             activations: self.activation_bytes,
         }
