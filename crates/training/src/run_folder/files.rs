@@ -1,4 +1,4 @@
-//! The files of run folders and checkpoints, by name: the one place that spells them. `checkpoints/README.md` describes them.
+//! The files of run folders and checkpoints, by name: the one place that spells them. `docs/src/internals/checkpoint-format.md` describes them.
 
 use std::path::Path;
 
