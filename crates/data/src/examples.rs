@@ -15,8 +15,8 @@ mod labelled_text;
 mod layer_features;
 
 pub use audio::{ChirpsConfig, WavFolderConfig};
-pub use feature_pairs::{FeaturePairsConfig, read_features};
-pub use features::{FeaturesConfig, NewFeatures, NewPairs};
+pub use feature_pairs::{FeaturePairsConfig, open_features};
+pub use features::{FeatureArray, FeaturesConfig, NewFeatures, NewPairs};
 pub use images::{CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, ShapesConfig};
 pub use labelled_text::LabelledTextConfig;
 pub use layer_features::LayerFeaturesConfig;

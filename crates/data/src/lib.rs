@@ -36,8 +36,9 @@ pub use documents::{
 };
 pub use error::DataError;
 pub use examples::{
-    ChirpsConfig, CifarConfig, CsvImagesConfig, FeaturePairsConfig, FeaturesConfig, IdxConfig, ImageFolderConfig,
-    LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig, read_features,
+    ChirpsConfig, CifarConfig, CsvImagesConfig, FeatureArray, FeaturePairsConfig, FeaturesConfig, IdxConfig,
+    ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig,
+    open_features,
 };
 pub use options::{OpenOptions, Packing, Tracking};
 pub use problem::Problem;

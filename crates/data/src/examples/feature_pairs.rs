@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::divide;
-use super::features::{Array, tensors};
+use super::features::{FeatureArray, tensors};
 use crate::batches::{LoaderOptions, Order, PairLoader, Paired, Samples};
 use crate::problem::{Problem, shown, some_path};
 use crate::source::Source;
@@ -88,7 +88,7 @@ impl Source for FeaturePairsConfig {
 
 /// The features of one file.
 struct File {
-    features: Array,
+    features: FeatureArray,
     /// `[parts, layers, dim]`
     shape: [usize; 3],
 }
@@ -135,13 +135,12 @@ impl Samples<Vec<f32>> for Part {
     }
 }
 
-/// The features `[n, layers, dim]` of a file that `polyhead features` wrote, with or without pairs: of pairs the parts follow
-/// each other.
+/// The features `[n, layers, dim]` of a file that `polyhead features` wrote, or of pairs `[n, parts, layers, dim]`; read when they
+/// are asked for.
 ///
 /// # Errors
 /// If the file cannot be read or holds none.
-pub fn read_features(path: &Path) -> Result<(Vec<f32>, Vec<usize>), DataError> {
+pub fn open_features(path: &Path) -> Result<FeatureArray, DataError> {
     let ([features], _) = tensors(path, ["features"])?;
-    let count = features.shape().iter().product();
-    Ok((features.floats(0..count)?, features.shape().to_vec()))
+    Ok(features)
 }

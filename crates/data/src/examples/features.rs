@@ -26,7 +26,8 @@ use crate::problem::{Problem, require, shown, some_path};
 use crate::source::Source;
 use crate::{Data, DataError, Opening};
 
-pub(super) use array::{Array, tensors};
+pub use array::FeatureArray;
+pub(super) use array::tensors;
 
 /// `[data.features]`: features of all layers of a frozen encoder, with labels.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -177,7 +178,7 @@ fn serialized(tensors: Vec<NewTensor>, metadata: Option<HashMap<String, String>>
 
 /// One file.
 struct File {
-    features: Array,
+    features: FeatureArray,
     labels: Vec<u32>,
     n_layers: usize,
     dim: usize,
@@ -235,7 +236,7 @@ impl File {
         paths.iter().map(&mut open).collect()
     }
 
-    fn new(features: Array, labels: &Array, classes: Option<Vec<String>>) -> Result<Self, DataError> {
+    fn new(features: FeatureArray, labels: &FeatureArray, classes: Option<Vec<String>>) -> Result<Self, DataError> {
         let problem = |problem: String| Err(DataError::Unusable(problem));
         let (rows, n_layers, dim) = match features.shape()[..] {
             [rows, n_layers, dim] => (rows, n_layers, dim),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::{Tensor, TensorData};
 use clap::Args;
-use polyhead_data::read_features;
+use polyhead_data::{DataError, open_features};
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_models::{Retrieval, Trainable};
 use polyhead_training::run_folder::atomic_write;
@@ -46,12 +46,12 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
         let problem = format!("{}: a run of model.embedder is needed", args.checkpoint.display());
         return Err(Problems::plain(problem).into());
     };
-    let (values, shape) = read_features(&args.features)?;
-    let (n, parts, layers, dim) = match shape[..] {
+    let features = open_features(&args.features)?;
+    let (n, parts, layers, dim) = match features.shape()[..] {
         [n, layers, dim] => (n, 1, layers, dim),
         [n, parts, layers, dim] => (n, parts, layers, dim),
-        _ => {
-            let problem = format!("{}: {shape:?} are no features of texts", args.features.display());
+        ref shape => {
+            let problem = format!("{}: {shape:?} are not features of texts", args.features.display());
             return Err(Problems::plain(problem).into());
         }
     };
@@ -66,19 +66,24 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
         return Err(Problems::plain(problem).into());
     }
     let device = trained.model.device();
-    let mut embeddings = Vec::with_capacity(n * parts * dim);
-    for chunk in values.chunks(args.batch_size * layers * dim) {
-        let data = TensorData::new(chunk.to_vec(), [chunk.len() / (layers * dim), layers, dim]);
+    let (texts, size) = (n * parts, layers * dim);
+    let mut embeddings = Vec::with_capacity(texts * dim);
+    for start in (0..texts).step_by(args.batch_size) {
+        let end = texts.min(start + args.batch_size);
+        let data = TensorData::new(features.floats(start * size..end * size)?, [end - start, layers, dim]);
         embeddings.extend(trained.model.embed(Tensor::from_data(data, &device)).into_data().iter::<f32>());
     }
     if parts > 1 {
         let measured = |embeddings: &[f32]| retrieval(embeddings, parts, dim);
-        let plain: Vec<Value> = (0..layers)
-            .map(|layer| {
-                let rows = values.chunks(layers * dim).map(|row| &row[layer * dim..(layer + 1) * dim]);
-                measured(&rows.flat_map(unit).collect::<Vec<f32>>())
-            })
-            .collect();
+        let of_layer = |layer: usize| -> Result<Value, DataError> {
+            let mut rows = Vec::with_capacity(texts * dim);
+            for text in 0..texts {
+                let start = text * size + layer * dim;
+                rows.extend(unit(&features.floats(start..start + dim)?));
+            }
+            Ok(measured(&rows))
+        };
+        let plain = (0..layers).map(of_layer).collect::<Result<Vec<_>, _>>()?;
         let result = json!({
             "checkpoint": trained.path, "pairs": n, "embedder": measured(&embeddings), "layers": plain,
         });
@@ -89,7 +94,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     let named = Named { name: "embeddings".into(), shape, values: embeddings };
     sweep(out.parent().unwrap_or(std::path::Path::new("")))?;
     atomic_write(out, &to_safetensors(&[named], &[])?)?;
-    talk!("wrote {} embeddings of {dim} numbers to {}", n * parts, out.display());
+    talk!("wrote {texts} embeddings of {dim} numbers to {}", out.display());
     Ok(())
 }
 

@@ -14,15 +14,15 @@ use crate::files::not_text;
 
 /// An array whose values are read when they are asked for.
 #[derive(Debug, Clone)]
-pub(crate) struct Array {
+pub struct FeatureArray {
     tensor: MappedTensor,
     /// What it is called in messages: the file, and the tensor where there are several.
     pub(crate) name: String,
 }
 
-impl Array {
+impl FeatureArray {
     /// Sizes of the axes; row-major.
-    pub(crate) fn shape(&self) -> &[usize] {
+    pub fn shape(&self) -> &[usize] {
         self.tensor.shape()
     }
 
@@ -30,7 +30,7 @@ impl Array {
     ///
     /// # Errors
     /// If they are whole numbers, or the file is shorter by now.
-    pub(crate) fn floats(&self, range: Range<usize>) -> Result<Vec<f32>, DataError> {
+    pub fn floats(&self, range: Range<usize>) -> Result<Vec<f32>, DataError> {
         let (name, dtype) = (&self.name, self.tensor.dtype());
         let floats = self.tensor.floats(range).map_err(unreadable)?;
         floats.ok_or_else(|| unusable!("{name} holds {dtype:?}: features are F32, F16, BF16 or F64"))
@@ -90,7 +90,7 @@ const MOST_CLASSES: u32 = 1 << 16;
 pub(crate) fn tensors<const N: usize>(
     path: &Path,
     names: [&str; N],
-) -> Result<([Array; N], Option<Vec<String>>), DataError> {
+) -> Result<([FeatureArray; N], Option<Vec<String>>), DataError> {
     let broken = |cause: String| DataError::in_file(path, cause);
     let files = TensorFiles::open(&[path.to_owned()]).map_err(|error| match error {
         WeightsError::Broken { cause, .. } => match other_kind(path, "safetensors") {
@@ -99,19 +99,19 @@ pub(crate) fn tensors<const N: usize>(
         },
         other => unreadable(other),
     })?;
-    let find = |name: &str| -> Result<Array, DataError> {
+    let find = |name: &str| -> Result<FeatureArray, DataError> {
         let tensor = files.tensor(name).ok_or_else(|| {
             let there: Vec<String> = files.names().map(|name| format!("\"{name}\"")).collect();
             let there = there.join(", ");
             broken(format!("no tensor \"{name}\" ({there} there); what is read is \"features\" and \"labels\""))
         })?;
-        Ok(Array { tensor: tensor.clone(), name: format!("{}, \"{name}\"", path.display()) })
+        Ok(FeatureArray { tensor: tensor.clone(), name: format!("{}, \"{name}\"", path.display()) })
     };
     let classes = files.metadata("classes").map(|text| {
         serde_json::from_str(text)
             .map_err(|cause| broken(format!("the metadata \"classes\" is not a list of names: {cause}")))
     });
-    let found = names.into_iter().map(find).collect::<Result<Vec<Array>, DataError>>()?;
+    let found = names.into_iter().map(find).collect::<Result<Vec<FeatureArray>, DataError>>()?;
     let found = found.try_into().unwrap_or_else(|_| unreachable!("one array per name"));
     Ok((found, classes.transpose()?))
 }
@@ -129,7 +129,7 @@ fn other_kind(path: &Path, taken_for: &str) -> Option<String> {
 ///
 /// # Errors
 /// If the file cannot be read or is none, or holds what is neither floats nor whole numbers in rows.
-pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
+pub(crate) fn npy(path: &Path) -> Result<FeatureArray, DataError> {
     let mapped = Arc::new(MappedFile::open(path).at(path)?);
     let map = mapped.all().at(path)?;
     let unusable = |problem: String| DataError::in_file(path, problem);
@@ -174,7 +174,7 @@ pub(crate) fn npy(path: &Path) -> Result<Array, DataError> {
     let bytes = dtype.bitsize() / 8;
     let unfit = unusable(format!("its length is not that of {shape:?} numbers of {bytes} bytes"));
     let tensor = MappedTensor::new((mapped.clone(), path), dtype, shape, start..map.len()).ok_or(unfit)?;
-    Ok(Array { tensor, name: path.display().to_string() })
+    Ok(FeatureArray { tensor, name: path.display().to_string() })
 }
 
 /// The type that NumPy calls so; it has no name for bf16.
