@@ -155,7 +155,7 @@ fn what_runs_log_is_explained() {
     let facts = project().join("recipes/hallucination/facts_neuron_dropout.toml");
     let short = [
         "training.steps=4",
-        "procedure.neuron_dropout.interval=2",
+        "procedure.neuron_dropout.interval=1",
         "lr_scheduler.warmup_steps=1",
         "metrics.log_freq=1",
     ];
