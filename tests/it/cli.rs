@@ -167,10 +167,10 @@ fn mistakes_are_told_with_a_way_out() {
     std::fs::create_dir(world.dir.path().join("folder")).unwrap();
     std::fs::create_dir_all(world.dir.path().join("recipes/more")).unwrap();
     write("recipes/more/mine.toml", b"# A recipe of\n# two lines. And more.\n[model]\n");
-    assert_eq!(
-        world.succeeds(&["ls"]).0.trim_end(),
-        format!("{:<44} A recipe of two lines.", "recipes/more/mine.toml")
-    );
+    write("other.toml", b"[package]\n");
+    let listed = format!("{:<45}\n{:<44} A recipe of two lines.\n", "recipe.toml", "recipes/more/mine.toml");
+    assert_eq!(world.succeeds(&["ls"]).0, listed);
+    assert!(world.succeeds(&["ls", "recipes"]).0.starts_with("recipes/more/mine.toml"));
     for (code, arguments, words) in [
         (2, "cp nowhere.toml x.toml", "`polyhead ls` lists"),
         (1, "cp recipe.toml recipe.toml", "exists already"),

@@ -84,7 +84,7 @@ pub enum Command {
     /// A recipe with [[stage]] tables is run stage after stage, each from the weights of the one before, into 1-<name>,
     /// 2-<name>, ... there.
     Train(TrainArgs),
-    /// List recipes: those in the folder `recipes` here, or else those that come with Polyhead.
+    /// List recipes: those here and in the folder `recipes`, or else those that come with Polyhead.
     Ls {
         /// Another folder.
         folder: Option<PathBuf>,
