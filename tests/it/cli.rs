@@ -127,6 +127,14 @@ fn text_is_learned_looked_at_and_generated() {
 }
 
 #[test]
+fn frozen_weights_have_no_histograms() {
+    let world = World::new(&format!("{SMALL}[freeze]\nlayers = 1\n"));
+    world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    let has = |start: &str| world.events("run").iter().any(|event| event.tag.starts_with(start));
+    assert!(has("weights/layers.1.") && !has("weights/layers.0."));
+}
+
+#[test]
 fn the_doctor_tells_what_there_is() {
     let (out, _) = World::new(SMALL).succeeds(&["doctor"]);
     for part in ["devices    flex", "threads", "instruction set", "text ", "checkpoints can be written"] {
@@ -199,6 +207,11 @@ fn mistakes_are_told_with_a_way_out() {
         (1, "train recipe.toml --out book.txt", "book.txt"),
         (2, "train recipe.toml --out run --resume nowhere", "no such checkpoint or run folder"),
         (2, "train recipe.toml --device gpu", "possible values: flex"),
+        (2, "plan recipe.toml --device gpu", "possible values: flex"),
+        (2, "export nowhere --out x --device cpu", "no such checkpoint or run folder"),
+        (2, "convert nowhere --to grouped_query --kv-heads 1 --out x --device cpu", "no such checkpoint or run folder"),
+        (2, "grow nowhere --out x --device cpu", "no such checkpoint or run folder"),
+        (2, "logits nowhere --tokens 1 --out x --device cpu", "no such checkpoint or run folder"),
         (2, "eval recipe.toml", "this looks like a recipe"),
         (2, "generate nowhere", "no such checkpoint or run folder"),
         (2, "generate nowhere --temperature -1", "--temperature (-1) must be 0 or more"),

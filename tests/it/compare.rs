@@ -92,7 +92,7 @@ fn a_comparison_runs_once_and_reports_every_number() {
     // Another recipe is another run.
     std::fs::write(world.dir.path().join("zoo.toml"), TINY.replace("accumulation_steps = 1", "accumulation_steps = 2"))
         .unwrap();
-    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe", "--device", "cpu"]);
     assert!(out.contains("finished   0 of 4"), "{out}");
 }
 
