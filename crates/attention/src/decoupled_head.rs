@@ -73,7 +73,7 @@ head_settings! {
         /// the groups of the maps. Default: false.
         #[serde(default)]
         pub fusing: bool,
-        @n_kv_heads "Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry \
+        @n_kv_heads "Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry\n\
             in the maps. Default: n_heads.",
     }
 }
