@@ -1,4 +1,8 @@
 //! What can be wrong with data.
+//!
+//! Of a setting, while nothing is opened yet, a [`Problem`](crate::Problem) says the field and the rule. Everything else is a
+//! [`DataError`], which names the file, the line where there are lines, the value, the rule and the way out; what finds the
+//! problem inside of a file says it in words (`Result<_, String>`), and who knows the place adds that.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};

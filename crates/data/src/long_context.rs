@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use polyhead_models::Role;
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use crate::synthetic::Side;
 use crate::texts::{Documents, FromFiles, TextDocument};
 use crate::{Data, DataError, Loader, Opened, Opening, Source, Tokenizer};
 
+pub use crate::random::generator;
 use tasks::Facts;
 pub use tasks::{EIGHT, LongTask};
 
@@ -208,13 +209,6 @@ fn place(facts: &Facts, count: usize, depth: f64, rng: &mut ChaCha8Rng) -> Strin
     placed.extend(facts.asked.iter().enumerate().map(|(index, text)| (first + apart * index as f64, text.clone())));
     placed.sort_by(|a, b| a.0.total_cmp(&b.0));
     placed.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(" ")
-}
-
-/// A generator of problem number `stream` for `seed`.
-pub fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(stream);
-    rng
 }
 
 /// Rows of one problem each, without end.

@@ -1,7 +1,8 @@
-//! Randomness that never changes between versions: a keyed permutation, by which a position alone says which sample comes, and
-//! normal numbers.
+//! Randomness that never changes between versions: generators, draws, and a keyed permutation, by which a position alone says
+//! which sample comes.
 
-use rand::RngExt;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// A value-stable mix of two numbers (the finaliser of SplitMix64, Steele et al. 2014).
@@ -30,6 +31,21 @@ pub(crate) fn permute(n: u64, key: u64, index: u64) -> u64 {
             return at;
         }
     }
+}
+
+/// The generator of sample number `stream` for `seed`.
+pub fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}
+
+/// `count` of these, in random order.
+pub(crate) fn some<T: Copy>(all: &[T], count: usize, rng: &mut ChaCha8Rng) -> Vec<T> {
+    let mut all = all.to_vec();
+    all.shuffle(rng);
+    all.truncate(count);
+    all
 }
 
 /// A number from N(0, 1), by the method of Box and Muller (1958).

@@ -13,12 +13,12 @@ mod needles;
 use std::sync::Arc;
 
 use polyhead_models::IGNORE;
-use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
 use crate::problem::{Problem, require};
+use crate::random::{generator, some};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
 pub use associative_recall::AssociativeRecallConfig;
@@ -78,9 +78,7 @@ impl Side {
 
     /// What sample `index` draws from.
     pub(crate) fn rng(self, seed: u64, index: u64) -> ChaCha8Rng {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(self.stream(index));
-        rng
+        generator(seed, self.stream(index))
     }
 
     /// Samples of an epoch.
@@ -146,10 +144,7 @@ fn answers_only(tokens: Vec<u32>, answers: &[(usize, u32)]) -> Sample {
 
 /// `count` different numbers below `n`, in random order.
 fn distinct(rng: &mut ChaCha8Rng, n: usize, count: usize) -> Vec<u32> {
-    let mut all: Vec<u32> = (0..n as u32).collect();
-    all.shuffle(rng);
-    all.truncate(count);
-    all
+    some(&(0..n as u32).collect::<Vec<_>>(), count, rng)
 }
 
 fn below(rng: &mut ChaCha8Rng, n: usize) -> u32 {

@@ -20,6 +20,11 @@ fn plain(json: &str) -> Labelled {
     open(json, &AugmentConfig::default(), 4).unwrap()
 }
 
+/// What is wrong with it.
+fn refused(json: &str) -> String {
+    open(json, &AugmentConfig::default(), 4).err().unwrap().to_string()
+}
+
 fn numbers(batch: &Examples) -> &[f32] {
     match &batch.inputs {
         Inputs::Images { pixels, .. } => pixels,
@@ -138,7 +143,7 @@ fn idx_files_are_divided_and_nothing_is_on_both_sides() {
     // Cut off, or of another type.
     for (bytes, words) in [(&[0u8, 0, 8, 1, 0, 0, 0, 9, 1][..], "do not fit"), (&[0, 0, 13, 1, 0, 0, 0, 9], "0x0d")] {
         std::fs::write(dir.path().join("labels"), bytes).unwrap();
-        let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
+        let error = refused(&idx_json(dir.path()));
         assert!(error.contains(words) && error.contains("labels"), "{error}");
     }
 }
@@ -153,7 +158,7 @@ fn cifar_and_tables_are_read() {
     let batch = opened.train.batch(0).unwrap();
     assert_eq!(opened.classes.len(), 100);
     assert!((0..4).all(|i| numbers(&batch)[i * 3072] == batch.labels[i] as f32 / 127.5 - 1.0));
-    let error = open(&json("cifar10"), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&json("cifar10"));
     assert!(error.contains("data.cifar.labels"), "{error}");
 
     let path = dir.path().join("digits.csv");
@@ -162,7 +167,7 @@ fn cifar_and_tables_are_read() {
     let opened = plain(&json);
     assert_eq!((opened.classes.len(), opened.counts.iter().sum::<u64>()), (3, 2));
     std::fs::write(&path, "0,16,1\n8,4\n").unwrap();
-    let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&json);
     assert!(error.contains("digits.csv:2") && error.contains("2 cells"), "{error}");
 }
 
@@ -198,11 +203,11 @@ fn folders_of_images_and_audio_are_read() {
     let opened = plain(&json(8000));
     assert_eq!(opened.train.shape(), InputShape::Images { channels: 1, height: 32, width: 32 });
     assert_eq!(opened.counts.iter().sum::<u64>() + opened.validation.per_epoch(), 6);
-    let error = open(&json(16000), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&json(16000));
     assert!(error.contains("8000 samples per second, not 16000"), "{error}");
     std::fs::write(dir.path().join("white/0.png"), b"no image").unwrap();
     let json = format!(r#"{{"image_folder":{{"path": "{path}", "size": [2, 2]}}}}"#);
-    let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&json);
     assert!(error.contains("white/0.png"), "{error}");
     // Skipped, it is counted and named, as is what else lies about.
     std::fs::write(dir.path().join("white/0.wav"), b"RIFF").unwrap();
@@ -220,7 +225,7 @@ fn folders_of_images_and_audio_are_read() {
         assert!(opened.notes[0].contains(part), "no {part} in {:?}", opened.notes);
     }
     let wavs = format!(r#"{{"wav_folder":{{"path": "{path}", "sample_rate": 8000}}}}"#);
-    let error = open(&wavs, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&wavs);
     assert!(error.contains("white/0.wav: not a WAV file") && error.contains("on_bad_file"), "{error}");
     assert!(skipping(&wavs).notes[0].contains("white/0.wav"));
 }
@@ -228,7 +233,7 @@ fn folders_of_images_and_audio_are_read() {
 #[test]
 fn a_set_of_one_class_is_refused_with_that_class() {
     let dir = tempfile::tempdir().unwrap();
-    let open = |json: String| open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let open = |json: String| refused(&json);
     let write = |name: &str, bytes: &[u8]| {
         std::fs::write(dir.path().join(name), bytes).unwrap();
         dir.path().join(name).display().to_string()
@@ -257,11 +262,11 @@ fn a_packed_file_is_read_as_far_as_its_header_promises() {
     let mut endless = vec![0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 2, 0, 0, 0, 3];
     endless.resize(16 << 20, 0);
     std::fs::write(dir.path().join("images.gz"), gzip(endless)).unwrap();
-    let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&idx_json(dir.path()));
     assert!(error.contains("images.gz: more than 60 bytes behind the header"), "{error}");
     let header = [0, 0, 8, 3, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 1];
     std::fs::write(dir.path().join("images.gz"), header).unwrap();
-    let error = open(&idx_json(dir.path()), &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&idx_json(dir.path()));
     assert!(error.contains("images.gz: its header promises"), "{error}");
 }
 
@@ -316,9 +321,9 @@ fn labelled_texts_are_padded_to_the_longest_of_a_batch() {
         (["9".to_owned(), "10".to_owned()].as_slice(), &batch.labels)
     );
     let grouped = grouped.replace("\"group_field\": \"label\"", "\"group_field\": \"who\"");
-    let error = open(&grouped, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&grouped);
     assert!(error.contains("texts.jsonl:1: no group in field \"who\"") && error.contains("group_field"), "{error}");
     std::fs::write(&path, "{\"text\": \"a\", \"label\": 0.5}\n").unwrap();
-    let error = open(&json, &AugmentConfig::default(), 4).err().unwrap().to_string();
+    let error = refused(&json);
     assert!(error.contains("texts.jsonl:1") && error.contains("label_field"), "{error}");
 }

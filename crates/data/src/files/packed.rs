@@ -104,10 +104,7 @@ impl Packed {
 pub(crate) fn ending(path: &Path) -> Option<String> {
     let of = |path: &Path| Some(path.extension()?.to_string_lossy().to_lowercase());
     let last = of(path)?;
-    match ENDINGS.contains(&last.as_str()) {
-        true => of(Path::new(path.file_stem()?)).or(Some(last)),
-        false => Some(last),
-    }
+    if ENDINGS.contains(&last.as_str()) { of(Path::new(path.file_stem()?)).or(Some(last)) } else { Some(last) }
 }
 
 /// What Zstandard packed, frame after frame; the decoder knows single ones.

@@ -2,12 +2,12 @@
 //! known is scattered in sentences that say nothing.
 
 use rand::RngExt;
-use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::words::{CODES, LETTERS, PEOPLE, PLACES, THINGS, filler};
+use crate::random::some;
 
 /// The fewest and the most keys of a text, where nobody asks for fewer: always eight.
 pub const EIGHT: [usize; 2] = [8, 8];
@@ -115,13 +115,6 @@ impl Filler {
 
 /// Every which word of a list is a common one.
 const COMMON_EVERY: usize = 6;
-
-fn some<'a>(all: &[&'a str], count: usize, rng: &mut ChaCha8Rng) -> Vec<&'a str> {
-    let mut all = all.to_vec();
-    all.shuffle(rng);
-    all.truncate(count);
-    all
-}
 
 fn ask(question: String, answer: &str) -> [String; 2] {
     [question, answer.to_owned()]

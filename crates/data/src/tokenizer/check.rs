@@ -84,10 +84,7 @@ fn check_repetitions(pattern: &str) -> Result<(), String> {
         let largest = counts.split(',').map(str::trim).filter_map(|count| count.parse::<u64>().ok()).max();
         all = all.saturating_mul(largest.unwrap_or(1).max(1));
     }
-    match all > REPETITIONS {
-        true => Err(format!("repeats {all} times in all; {REPETITIONS} are allowed")),
-        false => Ok(()),
-    }
+    if all > REPETITIONS { Err(format!("repeats {all} times in all; {REPETITIONS} are allowed")) } else { Ok(()) }
 }
 
 /// Refuses a table of characters whose first four bytes give a length that is not there.
