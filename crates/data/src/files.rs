@@ -35,13 +35,6 @@ pub enum OnBadFile {
     Skip,
 }
 
-impl OnBadFile {
-    /// Whether nothing was set; for files that say only what differs.
-    pub fn is_default(&self) -> bool {
-        *self == Self::Error
-    }
-}
-
 /// Files that were found and are not read, by why.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct LeftOut(BTreeMap<String, (usize, Vec<String>)>);

@@ -18,6 +18,11 @@ pub(crate) fn some_path<T>(paths: &[T]) -> Result<(), Problem> {
     require(!paths.is_empty(), "paths", || "paths is empty: name at least one file, folder or pattern".into())
 }
 
+/// Whether a setting is as it is without being set: recipes that are written say only what differs.
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// Paths as text.
 pub(crate) fn shown<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Vec<String> {
     paths.into_iter().map(|path| path.display().to_string()).collect()

@@ -25,7 +25,7 @@ pub struct TextConfig {
     pub paths: Vec<String>,
     /// What is text: "prose" (default) refuses files that are JSON rows, JSON files or tables by their content, and leaves
     /// them out where they are found in a folder; "any" takes all that is UTF-8, such as a corpus of source code.
-    #[serde(default, skip_serializing_if = "Syntax::is_default")]
+    #[serde(default, skip_serializing_if = "crate::problem::is_default")]
     pub syntax: Syntax,
 }
 
@@ -38,12 +38,6 @@ pub enum Syntax {
     Prose,
     /// All that is UTF-8.
     Any,
-}
-
-impl Syntax {
-    fn is_default(&self) -> bool {
-        *self == Self::Prose
-    }
 }
 
 impl Source for TextConfig {

@@ -237,26 +237,25 @@ impl File {
     }
 
     fn new(features: FeatureArray, labels: &FeatureArray, classes: Option<Vec<String>>) -> Result<Self, DataError> {
-        let problem = |problem: String| Err(DataError::Unusable(problem));
         let (rows, n_layers, dim) = match features.shape()[..] {
             [rows, n_layers, dim] => (rows, n_layers, dim),
             [rows, dim] => (rows, 1, dim),
             ref other => {
-                return problem(format!(
+                return Err(unusable!(
                     "{} is {other:?}: features are [rows, layers, numbers], or [rows, numbers] of one layer",
                     features.name
                 ));
             }
         };
         if labels.shape() != [rows] {
-            return problem(format!(
+            return Err(unusable!(
                 "{} is {:?} for {rows} rows of features: labels are [{rows}], one a row",
                 labels.name,
                 labels.shape()
             ));
         }
         if rows == 0 || n_layers == 0 || dim == 0 {
-            return problem(format!("{} is {:?}: it holds nothing", features.name, features.shape()));
+            return Err(unusable!("{} is {:?}: it holds nothing", features.name, features.shape()));
         }
         Ok(Self { labels: labels.labels()?, features, n_layers, dim, classes })
     }

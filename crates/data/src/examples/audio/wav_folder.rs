@@ -33,7 +33,7 @@ pub struct WavFolderConfig {
     pub log_mel: LogMelConfig,
     /// What is done with a file that is damaged, cut off, of another kind or of another sample rate: "error" (default), or
     /// "skip", which counts and names what it leaves out.
-    #[serde(default, skip_serializing_if = "OnBadFile::is_default")]
+    #[serde(default, skip_serializing_if = "crate::problem::is_default")]
     pub on_bad_file: OnBadFile,
 }
 

@@ -36,7 +36,7 @@ pub struct ImageFolderConfig {
     pub channels: usize,
     /// What is done with an image that is damaged, cut off or of an unknown kind: "error" (default), or "skip", which counts
     /// and names what it leaves out.
-    #[serde(default, skip_serializing_if = "OnBadFile::is_default")]
+    #[serde(default, skip_serializing_if = "crate::problem::is_default")]
     pub on_bad_file: OnBadFile,
 }
 
