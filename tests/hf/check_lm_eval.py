@@ -74,6 +74,7 @@ def check(binary, name, manager):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the models are tiny
     binary, *names = sys.argv[1:]
     with tempfile.TemporaryDirectory() as temporary:
         manager = tasks(Path(temporary))

@@ -18,8 +18,8 @@ const LOGITS: f32 = 1e-5;
 const STATES: f32 = 1e-5;
 
 /// Every folder of a model; files beside them tell how they were made.
-fn folders() -> Vec<PathBuf> {
-    let root = golden::folder("hf");
+fn folders(kind: &str) -> Vec<PathBuf> {
+    let root = golden::folder(kind);
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
     found.sort();
@@ -45,7 +45,7 @@ fn expected(folder: &Path) -> ([usize; 2], Vec<i64>, Vec<f32>) {
 
 #[test]
 fn golden_hf() {
-    for folder in folders() {
+    for folder in folders("hf") {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let opened = Folder::open(&folder).unwrap_or_else(|error| panic!("{error}"));
         let model = opened.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));
@@ -73,6 +73,60 @@ fn golden_hf() {
         assert_eq!(again.decoder(), opened.decoder(), "{name}");
         let again = again.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(named(&again), named(&model), "{name}");
+    }
+}
+
+#[test]
+fn golden_peft() {
+    for folder in folders("peft") {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let opened = Folder::open(&folder).unwrap_or_else(|error| panic!("{error}"));
+        assert!(opened.notes().iter().any(|note| note.contains("an adapter of rank")), "{:?}", opened.notes());
+        let ([batch, seq], tokens, want) = expected(&folder);
+        let model = opened.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));
+        // What is added makes logits larger than those of the models alone: relative to the largest.
+        compare(&name, "logits", &want, &values(logits(&model, &tokens, [batch, seq], None)), LOGITS, true);
+    }
+}
+
+#[test]
+fn adapters_that_are_not_folded_exactly_are_refused_by_the_key() {
+    let source = golden::folder("peft").join("llama_patterns");
+    let base = golden::folder("hf").join("llama_v5").canonicalize().unwrap();
+    let told = |key: &str, value: serde_json::Value| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(source.join("adapter_model.safetensors"), dir.path().join("adapter_model.safetensors")).unwrap();
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(source.join("adapter_config.json")).unwrap()).unwrap();
+        config["base_model_name_or_path"] = base.to_str().unwrap().into();
+        config[key] = value;
+        std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        Folder::open(dir.path()).and_then(|folder| folder.load(&Device::flex())).map(drop).map_err(|e| e.to_string())
+    };
+    assert_eq!(told("lora_dropout", 0.3.into()), Ok(()));
+    for (key, value, words) in [
+        ("peft_type", "IA3".into(), "peft_type is \"IA3\""),
+        ("use_dora", true.into(), "use_dora (true)"),
+        ("bias", "all".into(), "bias (\"all\")"),
+        ("fan_in_fan_out", true.into(), "fan_in_fan_out (true)"),
+        ("modules_to_save", serde_json::json!(["lm_head"]), "modules_to_save"),
+        ("init_lora_weights", "pissa".into(), "init_lora_weights (\"pissa\") changes the base model"),
+        ("r", 3.into(), "expected [3, 32]"),
+        ("rank_pattern", serde_json::json!({ "(q|v)_proj": 2 }), "is a regular expression"),
+        ("alpha_pattern", serde_json::json!({ "q_proj": 2.0, "self_attn.q_proj": 3.0 }), "two names are the end of"),
+        (
+            "base_model_name_or_path",
+            "meta-llama/Llama-2-7b".into(),
+            "base_model_name_or_path (\"meta-llama/Llama-2-7b\")",
+        ),
+        (
+            "base_model_name_or_path",
+            golden::folder("hf").join("gpt_neox_v5").to_str().unwrap().into(),
+            "belongs to no parameter",
+        ),
+    ] {
+        let error = told(key, value).unwrap_err();
+        assert!(error.contains(words), "{key}: {error}");
     }
 }
 
@@ -201,7 +255,7 @@ fn golden_features() {
                 "last" => TokenPooling::Last,
                 other => panic!("{key}: pooling {other}"),
             };
-            let folder = folders().into_iter().find(|folder| folder.ends_with(name));
+            let folder = folders("hf").into_iter().find(|folder| folder.ends_with(name));
             let folder = folder.unwrap_or_else(|| panic!("{key}: there is no such model"));
             let model = Folder::open(&folder).unwrap().load(&Device::flex()).unwrap();
             let ([_, seq], tokens, _) = expected(&folder);

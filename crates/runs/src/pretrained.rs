@@ -74,12 +74,10 @@ impl Pretrained {
     fn open_foreign(path: &Path, caller: Caller) -> Result<Self, Failure> {
         let folder = hf::Folder::open(path)?;
         folder.notes().iter().for_each(|note| (caller.tell)(&format!("note: {}: {note}", path.display())));
-        let tokenizer = match path.join(TOKENIZER) {
-            file if file.exists() => {
-                Some(Tokenizer::open(&TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: file }))?)
-            }
-            _ => None,
-        };
+        // An adapter may have one of its own.
+        let file = [path, folder.base()].map(|folder| folder.join(TOKENIZER)).into_iter().find(|file| file.exists());
+        let open = |path| Tokenizer::open(&TokenizerConfig::Huggingface(HuggingfaceTokenizer { path }));
+        let tokenizer = file.map(open).transpose()?;
         for note in tokenizer.iter().flat_map(Tokenizer::notes) {
             (caller.tell)(&format!("note: {}: tokenizer: {note}", path.display()));
         }
@@ -124,7 +122,9 @@ impl Pretrained {
     pub fn tokenizer_config(&self) -> TokenizerConfig {
         match &self.tokenizer {
             Some(tokenizer) if tokenizer.fingerprint() != Tokenizer::bytes().fingerprint() => {
-                TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: self.path.join(TOKENIZER) })
+                let base = self.foreign.as_ref().map(hf::Folder::base);
+                let folder = base.filter(|_| !self.path.join(TOKENIZER).exists()).unwrap_or(&self.path);
+                TokenizerConfig::Huggingface(HuggingfaceTokenizer { path: folder.join(TOKENIZER) })
             }
             _ => TokenizerConfig::default(),
         }

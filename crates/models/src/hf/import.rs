@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::config::{self, Described, entries};
 use super::files;
 use super::names::{Layout, is_left_over, place};
+use super::peft::Adapter;
 use crate::weights::{NonFinite, TensorFiles, WeightsError, check_finite, load_with};
 use crate::{Decoder, DecoderConfig};
 
@@ -56,14 +57,31 @@ pub struct Folder {
     path: PathBuf,
     described: Described,
     files: TensorFiles,
+    /// What is added to the weights, where the folder is an adapter's and `path` its base model's.
+    adapter: Option<Adapter>,
 }
 
 impl Folder {
-    /// Opens a folder with config.json and safetensors files, one or several.
+    /// Opens a folder with config.json and safetensors files, one or several; or one with an adapter of PEFT, which is folded
+    /// into the base model that it names.
     ///
     /// # Errors
     /// If it describes a model that is not supported, or has no weights that can be read.
     pub fn open(path: &Path) -> Result<Self, ImportError> {
+        // transformers too takes the adapter where a folder has both.
+        let config = path.join(files::ADAPTER_CONFIG);
+        if !config.is_file() {
+            return Self::open_plain(path);
+        }
+        let (adapter, base) = Adapter::open(path).map_err(|problem| ImportError::Config { path: config, problem })?;
+        let mut folder = Self::open_plain(&base)?;
+        folder.described.notes.push(adapter.note(&base));
+        folder.adapter = Some(adapter);
+        Ok(folder)
+    }
+
+    /// Opens a folder without its adapter.
+    fn open_plain(path: &Path) -> Result<Self, ImportError> {
         let config = path.join(files::CONFIG);
         let text =
             std::fs::read_to_string(&config).map_err(|cause| ImportError::File { path: config.clone(), cause })?;
@@ -71,7 +89,7 @@ impl Folder {
         check_generation_config(path, described.vocab_size)?;
         let unfit = |cause| ImportError::Weights { path: path.to_owned(), cause };
         let files = TensorFiles::open(&shards(path)?).map_err(unfit)?;
-        let mut folder = Self { path: path.to_owned(), described, files };
+        let mut folder = Self { path: path.to_owned(), described, files, adapter: None };
         folder.untie().map_err(unfit)?;
         Ok(folder)
     }
@@ -93,6 +111,11 @@ impl Folder {
             ));
         }
         Ok(())
+    }
+
+    /// The folder of the weights: of an adapter, the base model's.
+    pub fn base(&self) -> &Path {
+        &self.path
     }
 
     /// What a person should know about how the folder is read, as sentences.
@@ -142,6 +165,7 @@ impl Folder {
             return Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(vec![problem]) });
         }
         let (mut used, mut bad) = (BTreeSet::new(), BTreeSet::new());
+        let mut added = BTreeSet::new();
         let model = config.init(self.vocab_size(), device);
         let (model, mut problems) = load_with(model, &mut |ours, shape| {
             let place = place(self.family(), ours);
@@ -159,10 +183,13 @@ impl Folder {
                 }
                 Some(_) => {}
             }
-            let values = self.files.values(&place.name).map_err(|error| match error {
+            let mut values = self.files.values(&place.name).map_err(|error| match error {
                 WeightsError::Unfit(problems) => problems.join("; "),
                 other => other.to_string(),
             })?;
+            if let Some(adapter) = &self.adapter {
+                added.extend(adapter.add(&place.name, &their_shape, &mut values)?);
+            }
             if let (NonFinite::Refuse, Err(problem)) = (nonfinite, check_finite(&place.name, &their_shape, &values)) {
                 let file = self.files.file(&place.name).and_then(Path::file_name).unwrap_or_default();
                 bad.insert(format!("{}: {problem}", file.display()));
@@ -181,6 +208,7 @@ impl Folder {
         let mut told = BTreeSet::new();
         problems.retain(|problem| told.insert(problem.clone()));
         let unknown = self.files.names().filter(|name| !used.contains(*name) && !is_left_over(name, config));
+        let unknown = unknown.chain(self.adapter.iter().flat_map(|adapter| adapter.unused(&added)));
         problems.extend(unknown.map(|name| format!("{name} belongs to no parameter")));
         let unfit = |cause| Err(ImportError::Weights { path: self.path.clone(), cause });
         match (problems.is_empty(), bad.is_empty()) {

@@ -2,7 +2,9 @@
 //!
 //! `config.rs` reads config.json, `names.rs` has the name of each of our parameters in each family's files, `import.rs`
 //! and `export.rs` go through it in either direction. Which families have a mechanism, and what their config.json says of it,
-//! the mechanism states. What no family has is written under Polyhead's own class (`own.rs`), and read back to the bit.
+//! the mechanism states. `peft.rs` folds adapters into what is read.
+//!
+//! What no family has is written under Polyhead's own class (`own.rs`), and read back to the bit.
 
 mod config;
 mod export;
@@ -10,6 +12,7 @@ pub mod files;
 mod import;
 mod names;
 mod own;
+mod peft;
 #[cfg(test)]
 mod tests;
 
