@@ -238,7 +238,7 @@ fn weights_that_are_not_finite_are_refused_unless_they_are_asked_for() {
     let folder = Folder::open(dir.path()).unwrap();
     let told = folder.load(&Device::flex()).unwrap_err().to_string();
     assert!(told.contains(words), "{told}");
-    assert!(folder.load_with(&Device::flex(), NonFinite::Allow).is_ok());
+    assert!(folder.load_with(&Device::flex(), NonFinite::Allow, &mut |_, _| {}).is_ok());
 
     let world = World::new(SMALL);
     let folder = dir.path().to_str().unwrap();

@@ -66,9 +66,11 @@ fn golden_hf() {
         let dir = tempfile::tempdir().unwrap();
         let options =
             ExportOptions { max_positions: opened.max_positions(), end_of_text: Some(2), ..Default::default() };
-        for (file, bytes) in export(&model, options).unwrap_or_else(|error| panic!("{name}: {error}")) {
+        let exported = export(&model, options).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (file, bytes) in &exported.files {
             std::fs::write(dir.path().join(file), bytes).unwrap();
         }
+        exported.write_weights(&mut std::fs::File::create(dir.path().join("model.safetensors")).unwrap()).unwrap();
         let again = Folder::open(dir.path()).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(again.decoder(), opened.decoder(), "{name}");
         let again = again.load(&Device::flex()).unwrap_or_else(|error| panic!("{error}"));

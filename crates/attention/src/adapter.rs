@@ -9,6 +9,7 @@ use std::sync::Arc;
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
+use polyhead_kernels::{adapted_linear, in_type, linear};
 
 /// One addition to one projection.
 #[derive(Debug, Clone)]
@@ -35,12 +36,21 @@ impl Adapters<'_> {
 
     /// `x` through the projection `layer`, which is called `name`: `[batch, seq, d_input]` to `[batch, seq, d_output]`.
     pub fn project(&self, name: &str, layer: &Linear, x: Tensor<3>) -> Tensor<3> {
-        let own = polyhead_kernels::linear(x.clone(), layer.weight.val(), layer.bias.as_ref().map(Param::val));
-        let add = |y: Tensor<3>, adapter: &Adapter| {
-            let low = polyhead_kernels::linear(x.clone(), adapter.a.clone(), None);
-            y + polyhead_kernels::linear(low * adapter.scale, adapter.b.clone(), None)
+        let (weight, bias) = (layer.weight.val(), layer.bias.as_ref().map(Param::val));
+        let mut adapters = self.0.iter().filter(|adapter| &*adapter.projection == name);
+        let Some(first) = adapters.next() else { return linear(x, weight, bias) };
+        let own = adapted_linear(x.clone(), weight, [first.a.clone(), first.b.clone()], first.scale);
+        let own = match bias {
+            Some(bias) => {
+                let bias = in_type(bias, own.dtype());
+                own + bias.unsqueeze()
+            }
+            None => own,
         };
-        self.0.iter().filter(|adapter| &*adapter.projection == name).fold(own, add)
+        adapters.fold(own, |y, adapter| {
+            let low = linear(x.clone(), adapter.a.clone(), None) * adapter.scale;
+            y + linear(low, adapter.b.clone(), None)
+        })
     }
 
     /// `[d_input, d_output]`: the projection's weight with the additions folded in.

@@ -148,6 +148,8 @@ pub struct Cost {
     pub kv_cache_elements_per_token: u64,
     /// Elements kept while decoding however many tokens there are: the state of a recurrent mechanism.
     pub state_elements: u64,
+    /// Elements kept of each token for the backward pass, besides what projections read and write.
+    pub kept_elements_per_token: u64,
     /// Keys that a query of a decoder sees at most, and tokens that are kept at most; `None` without a window.
     pub window: Option<u64>,
 }
@@ -190,6 +192,7 @@ impl std::ops::Add for Cost {
                 .kv_cache_elements_per_token
                 .saturating_add(other.kv_cache_elements_per_token),
             state_elements: self.state_elements.saturating_add(other.state_elements),
+            kept_elements_per_token: self.kept_elements_per_token.saturating_add(other.kept_elements_per_token),
             window: self.window,
         }
     }

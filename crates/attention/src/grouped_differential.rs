@@ -266,6 +266,8 @@ impl MechanismConfig for GroupedDifferentialConfig {
             // Scores have width d, values width 2d.
             flops_per_pair: 2 * heads * width + 4 * heads * width,
             kv_cache_elements_per_token: 2 * kv_heads * width,
+            // What each head attended to, before noise is subtracted.
+            kept_elements_per_token: 2 * width * heads,
             window: window_of(self.window.as_ref(), dims.layer).map(|window| window as u64),
             ..Cost::default()
         }

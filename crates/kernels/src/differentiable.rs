@@ -70,9 +70,10 @@ where
 }
 
 /// Makes an operation of some tensors, and perhaps of something else, for the CPU backend and its tape: `$run` takes the inputs in
-/// order and gives the output with what the backward needs, `$backward` is a [`BackwardOf`] that.
+/// order and gives the output with what the backward needs, `$backward` is a [`BackwardOf`] that, or of what `$keep` makes of it for the gradients that
+/// are wanted.
 macro_rules! fused {
-    ($Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr) => {
+    ($Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr $(, $keep:expr)?) => {
         #[burn::backend::backend_extension(Flex, Autodiff)]
         trait $Trait: burn::backend::Backend {
             fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self>;
@@ -90,8 +91,9 @@ macro_rules! fused {
         {
             fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self> {
                 const N: usize = [$(stringify!($input)),+].len();
-                let run = |inputs: [FlexTensor; N], _: [bool; N]| {
+                let run = |inputs: [FlexTensor; N], _wanted: [bool; N]| {
                     let (output, kept) = $run(inputs $(, $more)?);
+                    $(let kept = ($keep)(kept, _wanted);)?
                     (output, kept, ())
                 };
                 $crate::differentiable::differentiable::<Flex, C, _, _, N>([$($input),+], run, $backward).0

@@ -39,12 +39,16 @@ fn plain(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tenso
     linear(swiglu::swiglu(linear(x.clone(), gate), linear(x, up)), down)
 }
 
-fused!(GatedMlp: gated_mlp(x, gate, up, down), forward, backward);
+fused!(GatedMlp: gated_mlp(x, gate, up, down), forward, backward, |kept: Kept, [_, of_gate, of_up, _]: Wanted<4>| {
+    let x = kept.x.filter(|_| of_gate || of_up);
+    Kept { x, ..kept }
+});
 
 /// The values kept for the backward.
 #[derive(Debug, Clone)]
 struct Kept {
-    x: FlexTensor,
+    /// Where a gradient that is wanted needs it.
+    x: Option<FlexTensor>,
     /// Gate, up, down.
     weights: [FlexTensor; 3],
     /// `x · gate`
@@ -58,7 +62,7 @@ fn forward([x, gate, up, down]: [FlexTensor; 4]) -> (FlexTensor, Kept) {
     let [gate, up, down] = [gate, up, down].map(cpu::not_backwards);
     let (gated, upped) = (linear::forward(&x, &gate), linear::forward(&x, &up));
     let y = linear::forward(&swiglu::forward(&gated, &upped), &down);
-    (y, Kept { x, weights: [gate, up, down], gated, upped })
+    (y, Kept { x: Some(x), weights: [gate, up, down], gated, upped })
 }
 
 /// Gradients of x, gate, up and down.
@@ -79,8 +83,9 @@ fn backward(kept: Kept, y_grad: FlexTensor, wanted: Wanted<4>) -> InputGrads<Fle
         }
         _ => None,
     };
-    let weight_grad =
-        |wanted: bool, grad: Option<FlexTensor>| grad.filter(|_| wanted).map(|grad| back_to_weight(&x, &grad));
+    let weight_grad = |wanted: bool, grad: Option<FlexTensor>| {
+        x.as_ref().zip(grad).filter(|_| wanted).map(|(x, grad)| back_to_weight(x, &grad))
+    };
     [x_grad, weight_grad(of_gate, gated_grad), weight_grad(of_up, upped_grad), down_grad]
 }
 

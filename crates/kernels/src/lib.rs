@@ -10,6 +10,7 @@
 //! (`scratch.rs`). A backward computes the gradients that somebody wants, and no others (`differentiable.rs`).
 
 mod adamw;
+mod adapted_linear;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
 mod backends;
@@ -21,6 +22,7 @@ mod delta_rule;
 mod difference;
 mod differentiable;
 mod divergence;
+mod embedding;
 mod gated_mlp;
 mod layer_norm;
 mod linear;
@@ -40,6 +42,7 @@ mod swiglu;
 mod testing;
 
 pub use adamw::{AdamwStep, adamw};
+pub use adapted_linear::adapted_linear;
 pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
 pub use checkpointed::{Leaf, PartGrads, Rerun, checkpointed};
 pub use cpu::threads;
@@ -47,6 +50,7 @@ pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};
 pub use delta_rule::{DeltaRule, delta_rule};
 pub use difference::{Combination, difference, subtract_noise};
 pub use divergence::{Divergence, divergence};
+pub use embedding::embedding;
 pub use gated_mlp::gated_mlp;
 pub use layer_norm::layer_norm;
 pub use linear::linear;

@@ -39,16 +39,24 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
     }
 }
 
-fused!(LinearMap: linear_map(x, weight), run, backward);
+// Each is needed for the gradient of the other.
+fused!(LinearMap: linear_map(x, weight), run, backward, |[x, weight]: [FlexTensor; 2], [of_x, of_weight]: Wanted<2>| {
+    [of_weight.then_some(x), of_x.then_some(weight)]
+});
 
 fn run([x, weight]: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
     let inputs = [x.to_contiguous(), cpu::not_backwards(weight)];
     (forward(&inputs[0], &inputs[1]), inputs)
 }
 
-fn backward([x, weight]: [FlexTensor; 2], y_grad: FlexTensor, [of_x, of_weight]: Wanted<2>) -> InputGrads<Flex, 2> {
+fn backward(
+    [x, weight]: [Option<FlexTensor>; 2],
+    y_grad: FlexTensor,
+    [of_x, of_weight]: Wanted<2>,
+) -> InputGrads<Flex, 2> {
     let y_grad = y_grad.to_contiguous();
-    [of_x.then(|| back_to_input(&y_grad, &weight)), of_weight.then(|| back_to_weight(&x, &y_grad))]
+    let (x, weight) = (x.filter(|_| of_weight), weight.filter(|_| of_x));
+    [weight.map(|weight| back_to_input(&y_grad, &weight)), x.map(|x| back_to_weight(&x, &y_grad))]
 }
 
 /// `x · weight` for a contiguous x, `[.., d_input]`.
@@ -56,6 +64,11 @@ pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
     let weight = Matrix::of(weight);
     let y = product(cpu::matrix(x), weight).parallel().values();
     cpu::tensor(y, with_last(cpu::shape(x), weight.sizes()[1]))
+}
+
+/// `y += x · weight`, for a contiguous x and y
+pub(crate) fn add_forward(y: &mut FlexTensor, x: &FlexTensor, weight: &FlexTensor) {
+    add_product(y, cpu::matrix(x), Matrix::of(weight));
 }
 
 /// `y_grad · weightᵀ`
@@ -67,10 +80,13 @@ pub(crate) fn back_to_input(y_grad: &FlexTensor, weight: &FlexTensor) -> FlexTen
 
 /// `x_grad += y_grad · weightᵀ`
 pub(crate) fn add_back_to_input(x_grad: &mut FlexTensor, y_grad: &FlexTensor, weight: &FlexTensor) {
-    let (y_grad, weight) = (cpu::matrix(y_grad), Matrix::of(weight).transposed());
-    let sizes = [y_grad.sizes()[0], weight.sizes()[1]];
-    let mut sum = MatrixMut::new(x_grad.storage_mut::<f32>(), sizes, sizes[1]);
-    product(y_grad, weight).parallel().add_to(&mut sum);
+    add_product(x_grad, cpu::matrix(y_grad), Matrix::of(weight).transposed());
+}
+
+fn add_product(sum: &mut FlexTensor, left: Matrix<'_>, right: Matrix<'_>) {
+    let sizes = [left.sizes()[0], right.sizes()[1]];
+    let mut sum = MatrixMut::new(sum.storage_mut::<f32>(), sizes, sizes[1]);
+    product(left, right).parallel().add_to(&mut sum);
 }
 
 /// `xᵀ · y_grad`

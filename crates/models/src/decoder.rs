@@ -12,7 +12,7 @@ use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, frequencies, linear,
 };
-use polyhead_kernels::{in_type, random};
+use polyhead_kernels::{embedding, in_type, random};
 
 use crate::adapters::Lora;
 use crate::gate::dropout;
@@ -192,7 +192,7 @@ impl Decoder {
     /// `[batch, seq, d_model]`: what the first layer reads.
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, seq] = tokens.dims();
-        let rows = self.embedding.weight.val().select(0, tokens.reshape([batch * seq]));
+        let rows = embedding(self.embedding.weight.val(), tokens.reshape([batch * seq]));
         dropout(rows.reshape([batch, seq, self.config.d_model]), self.computing.dropout)
     }
 

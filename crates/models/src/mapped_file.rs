@@ -63,6 +63,21 @@ impl MappedFile {
         self.map.get(range.clone()).ok_or_else(beyond)
     }
 
+    /// Says that some bytes are not needed any more, so that they do not count as memory of the process. Whoever asks for them
+    /// again gets them again.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if range.start < range.end && range.end <= self.map.len() {
+            // SAFETY: the map is shared with the file and never written, so that the pages that are dropped come back from the
+            // file as they were.
+            let dropped = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+            // Advice: whether it was taken changes no value.
+            let _ = dropped;
+        }
+    }
+
     /// All of its bytes.
     ///
     /// # Errors

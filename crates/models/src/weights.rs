@@ -1,6 +1,6 @@
 //! Parameters by name, to and from safetensors. The only place that writes the names of a checkpoint's tensors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use burn::module::{Module, Param};
@@ -15,7 +15,7 @@ mod walk;
 
 pub use files::{MappedTensor, TensorFiles};
 pub use finite::{NonFinite, check_finite};
-pub use stream::{Held, held, write_safetensors};
+pub use stream::{Held, ToWrite, held, write_safetensors};
 pub use walk::{ParameterMapper, ParameterVisitor, map_parameters, visit_parameters};
 
 /// Weights that do not fit the model.
@@ -57,6 +57,16 @@ pub enum WeightsError {
     /// Numbers that no model computes with.
     #[error("{}\n  hint: such a model computes nothing but NaN; --allow-nonfinite takes it all the same", listed(.0))]
     NonFinite(Vec<String>),
+}
+
+impl WeightsError {
+    /// What is wrong with a tensor, for a list of problems.
+    pub(crate) fn told(self) -> String {
+        match self {
+            Self::Unfit(problems) => problems.join("; "),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// Problems in one line; of very many the first ones and their number.
@@ -141,6 +151,79 @@ pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Resul
     problems.extend(tensors.into_keys().map(|name| format!("{name} belongs to no parameter")));
     if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
 }
+
+/// The same from files, tensor by tensor: no second copy is ever held. The module's own values are not looked at.
+///
+/// # Errors
+/// Lists every missing, left-over and misshapen tensor; or, unless they are allowed, those with numbers that are not finite.
+pub fn load_files<M: Module>(
+    module: M,
+    files: &TensorFiles,
+    nonfinite: NonFinite,
+    progress: OnProgress<'_>,
+) -> Result<M, WeightsError> {
+    let (mut used, mut bad) = (BTreeSet::new(), Vec::new());
+    let (mut read, all) = (0, files.numbers());
+    let (module, mut problems) = load_with(module, &mut |name, expected| {
+        used.insert(name.to_owned());
+        progress(read, all);
+        read += expected.iter().product::<usize>() as u64;
+        match files.shape(name) {
+            None => return Err(format!("{name} is missing")),
+            Some(shape) if shape != expected => {
+                return Err(format!("{name} has shape {shape:?}, expected {expected:?}"));
+            }
+            Some(_) => {}
+        }
+        let values = files.values(name).map_err(WeightsError::told)?;
+        if nonfinite == NonFinite::Refuse {
+            bad.extend(check_finite(name, expected, &values).err());
+        }
+        Ok(values)
+    });
+    progress(all, all);
+    problems.extend(
+        files.names().filter(|name| !used.contains(*name)).map(|name| format!("{name} belongs to no parameter")),
+    );
+    match (bad.is_empty(), problems.is_empty()) {
+        (true, true) => Ok(module),
+        (false, _) => Err(WeightsError::NonFinite(bad)),
+        (true, false) => Err(WeightsError::Unfit(problems)),
+    }
+}
+
+/// The module with its parameters replaced by tensors of the same names that are on its device already: they are shared, not
+/// copied.
+///
+/// # Errors
+/// Lists every missing, left-over and misshapen tensor.
+pub fn load_held<M: Module>(module: M, tensors: BTreeMap<String, Held>) -> Result<M, WeightsError> {
+    struct Put(BTreeMap<String, Held>, Vec<String>);
+    impl ParameterMapper for Put {
+        fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let expected = param.dims();
+            match self.0.remove(&name) {
+                None => self.1.push(format!("{name} is missing")),
+                Some(held) if held.shape != expected => {
+                    self.1.push(format!("{name} has shape {:?}, expected {expected:?}", held.shape));
+                }
+                Some(held) => {
+                    return param.map(|old| {
+                        let new = held.tensor().detach();
+                        if old.is_require_grad() { new.require_grad() } else { new }
+                    });
+                }
+            }
+            param
+        }
+    }
+    let (module, Put(tensors, mut problems)) = map_parameters(module, Put(tensors, Vec::new()));
+    problems.extend(tensors.into_keys().map(|name| format!("{name} belongs to no parameter")));
+    if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
+}
+
+/// Takes how much of a long work is done, and how much there is.
+pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// Gives the values of the parameter of a name and a shape, or says why it cannot.
 pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, String> + 'a;

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use polyhead_models::weights::NonFinite;
 use polyhead_runs::Caller;
 
-use crate::console::say;
+use crate::console::{progress, say};
 
 /// What is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,5 +31,5 @@ pub fn allowed() -> Allowed {
 
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
-    Caller { nonfinite: allowed().nonfinite, tell: say }
+    Caller { nonfinite: allowed().nonfinite, tell: say, progress }
 }

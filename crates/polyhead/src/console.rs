@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -28,7 +29,12 @@ pub(crate) use put;
 /// out; a log is looked at on a terminal, too. That nobody listens (a closed pipe, a terminal that is gone) must not end a run:
 /// the standard library's macros panic there.
 pub fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", harmless(line));
+    // Locked while a bar is being moved, which writes itself.
+    let shown = SHOWN.try_lock().ok();
+    match shown.as_ref().and_then(|shown| shown.as_ref()).and_then(|shown| shown.bar.as_ref()) {
+        Some(bar) => bar.println(harmless(line)),
+        None => drop(writeln!(std::io::stderr(), "{}", harmless(line))),
+    }
 }
 
 /// Writes data to standard output: as it is, but for control characters on a terminal.
@@ -91,14 +97,30 @@ impl Console {
 /// Between two lines about the same work, where there is no terminal; chosen by us.
 const QUIET: Duration = Duration::from_secs(5);
 
+/// Work that takes no longer than this is not shown while it goes on; chosen by us.
+const SHORT: Duration = Duration::from_secs(2);
+
 /// Work of a known length on standard error: a bar on a terminal, elsewhere a line now and then; a line at its end.
 pub struct Progress {
     what: &'static str,
     all: u64,
     done: u64,
     began: Instant,
-    told: Instant,
+    /// When the last line was written.
+    told: Option<Instant>,
     bar: Option<ProgressBar>,
+}
+
+/// The work whose progress libraries report.
+static SHOWN: Mutex<Option<Progress>> = Mutex::new(None);
+
+/// Shows how far work is that may be long. It ends with `done` = `all`, or where other work begins.
+pub fn progress(what: &'static str, done: u64, all: u64) {
+    let mut shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    shown.take_if(|shown| shown.what != what || done >= all);
+    if done < all {
+        shown.get_or_insert_with(|| Progress::new(what, all)).reach(done);
+    }
 }
 
 impl Progress {
@@ -109,26 +131,38 @@ impl Progress {
             let style = ProgressStyle::with_template("{bar:24} {percent:>3} %  {msg}");
             bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        let now = Instant::now();
-        Self { what, all, done: 0, began: now, told: now, bar }
+        Self { what, all, done: 0, began: Instant::now(), told: None, bar }
+    }
+
+    /// So many pieces are done.
+    fn reach(&mut self, done: u64) {
+        self.done = done;
+        let percent = 100 * done / self.all.max(1);
+        self.show(|| format!("{percent} %"));
     }
 
     /// One more piece is done, which words describe.
     pub fn step(&mut self, piece: impl FnOnce(u64) -> String) {
         self.done += 1;
-        if self.bar.is_none() && self.told.elapsed() < QUIET {
+        let last = self.done - 1;
+        self.show(|| piece(last));
+    }
+
+    fn show(&mut self, piece: impl FnOnce() -> String) {
+        let said = self.told.is_some_and(|told| told.elapsed() < QUIET);
+        if self.began.elapsed() < SHORT || (self.bar.is_none() && said) {
             return;
         }
-        let left = self.all.saturating_sub(self.done) as f64 / self.done as f64;
+        let left = self.all.saturating_sub(self.done) as f64 / self.done.max(1) as f64;
         let eta = clock(self.began.elapsed().mul_f64(left));
-        let line = format!("{}: {}, eta {eta}", self.what, piece(self.done - 1));
+        let line = format!("{}: {}, eta {eta}", self.what, piece());
         match &self.bar {
             Some(bar) => {
                 bar.set_position(self.done);
                 bar.set_message(line);
             }
             None => {
-                self.told = Instant::now();
+                self.told = Some(Instant::now());
                 talk!("{line}");
             }
         }
@@ -220,7 +254,20 @@ impl Drop for Console {
 
 #[cfg(test)]
 mod tests {
-    use super::harmless;
+    use super::{SHOWN, harmless, progress, say};
+
+    #[test]
+    fn progress_lasts_until_all_is_done_or_other_work_begins() {
+        let shown = || SHOWN.lock().expect("no panic before").as_ref().map(|shown| (shown.what, shown.done));
+        progress("loading", 1, 4);
+        say("a line meanwhile");
+        progress("loading", 3, 4);
+        assert_eq!(shown(), Some(("loading", 3)));
+        progress("exporting", 0, 2);
+        assert_eq!(shown(), Some(("exporting", 0)));
+        progress("exporting", 2, 2);
+        assert_eq!(shown(), None);
+    }
 
     #[test]
     fn nothing_steers_a_terminal() {

@@ -143,8 +143,8 @@ fn trained(resolved: &Resolved, path: &Path, fresh: Classifier, data: &Labelled)
         let (before, now) = (serde_json::json!(input), serde_json::json!(data.train.shape()));
         return Err(refuse(format!("{} was trained on inputs {before}, and the data has {now}", folder.display())));
     }
-    let donor = ours.init(Sizes { input, n_classes: classes.len() }, &fresh.device());
-    let donor = state::read_model(&folder, donor, caller.nonfinite)?;
+    let donor = without_drawing(|| ours.init(Sizes { input, n_classes: classes.len() }, &fresh.device()));
+    let donor = state::read_checked_model(&folder, donor, caller.nonfinite, &mut caller.loading())?;
     if classes == data.classes {
         return Ok(donor);
     }
@@ -226,7 +226,8 @@ pub fn open_classifier(
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
     let model = without_drawing(|| config.init(Sizes { input, n_classes: classes.len() }, &device));
-    let model = state::read_model(&path, model, caller.nonfinite)?.with_precision(recipe.training.precision);
+    let model = state::read_checked_model(&path, model, caller.nonfinite, &mut caller.loading())?;
+    let model = model.with_precision(recipe.training.precision);
     let tokenizer = tokenizer_of(&path)?;
     Ok(Some(TrainedClassifier { path, model, recipe, classes, tokenizer }))
 }

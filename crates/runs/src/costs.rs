@@ -2,7 +2,7 @@
 
 use polyhead_attention::Cost;
 use polyhead_models::weights::layer_of;
-use polyhead_models::{ActivationCheckpointing, DecoderConfig, Parameter, Part, Sizes};
+use polyhead_models::{ActivationCheckpointing, Parameter, Part, Sizes};
 use polyhead_training::FreezeConfig;
 use polyhead_training::config::OptimizerConfig;
 
@@ -40,6 +40,8 @@ pub struct Costs {
     pub tokens: u64,
     /// What a forward pass keeps for its backward pass, roughly.
     pub activation_bytes: u64,
+    working_bytes: u64,
+    process_bytes: u64,
 }
 
 /// Costs of a model or a part of it.
@@ -100,7 +102,20 @@ pub struct Memory {
     pub moments: u64,
     /// What a forward pass keeps for its backward pass, roughly.
     pub activations: u64,
+    /// The gradient of the output projection, which comes while all activations are there; 0 where it is not trained.
+    head_gradient: u64,
+    /// Gradients of the forward passes of a step before the last; 0 where there is only one.
+    summed: u64,
+    /// What is left of activations when nearly all gradients are there: those of the layer at work.
+    working: u64,
+    /// What the process takes besides.
+    process: u64,
 }
+
+/// The program and generated data, measured.
+const PROGRAM: u64 = 30 << 20;
+/// A tokenizer and the text that is read, measured with the Rust documentation and with 49 thousand ids.
+const TEXT: u64 = 20 << 20;
 
 impl Memory {
     /// Weights, gradients and moments.
@@ -108,9 +123,13 @@ impl Memory {
         self.weights.saturating_add(self.gradients).saturating_add(self.moments)
     }
 
-    /// At the largest moment. Activations are freed while gradients come to be: there are never all of both.
+    /// At the largest moment, the process included. Activations are freed while gradients come to be: there are never all of
+    /// both.
     pub fn peak(&self) -> u64 {
-        self.weights.saturating_add(self.moments).saturating_add(self.gradients.max(self.activations))
+        let begun = self.activations.saturating_add(self.head_gradient);
+        let nearly_done = self.gradients.saturating_add(self.working);
+        let backward = begun.max(nearly_done);
+        [self.weights, self.moments, self.summed, backward].into_iter().fold(self.process, u64::saturating_add)
     }
 }
 
@@ -122,7 +141,12 @@ impl Costs {
             totals: Totals::of_recipe(recipe, known),
             tokens_per_step,
             tokens: tokens_per_step.saturating_mul(recipe.training.steps),
-            activation_bytes: activation_bytes(recipe, known),
+            activation_bytes: {
+                let checkpointing = recipe.training.activation_checkpointing;
+                activation_bytes(recipe, known, checkpointing == ActivationCheckpointing::Block)
+            },
+            working_bytes: activation_bytes(recipe, known, true),
+            process_bytes: if matches!(recipe.model, ModelConfig::Decoder { .. }) { PROGRAM + TEXT } else { PROGRAM },
         }
     }
 
@@ -135,18 +159,28 @@ impl Costs {
             OptimizerConfig::Muon(_) if layer_of(&one.name).is_some() => bytes(one.elements()),
             _ => 2 * bytes(one.elements()),
         };
+        let gradients = trained().map(|one| bytes(one.elements())).sum();
+        // A tied one is the embedding.
+        let head = ["head.weight", "embedding.weight"].map(|name| parameters.iter().find(|one| one.name == name));
+        let head = head.into_iter().flatten().next().filter(|one| one.trainable);
         Memory {
             weights: parameters.iter().map(|one| bytes(one.elements())).sum(),
-            gradients: trained().map(|one| bytes(one.elements())).sum(),
+            gradients,
             moments: trained().map(moments).sum(),
             activations: self.activation_bytes,
+            head_gradient: head.map_or(0, |one| bytes(one.elements())),
+            summed: if recipe.training.gradient_accumulation_steps > 1 { gradients } else { 0 },
+            working: self.working_bytes,
+            process: self.process_bytes,
         }
     }
 
     /// [`memory`](Self::memory) where all is trained, for a model that is too large to be made.
     pub fn memory_of_all(&self) -> Memory {
         let weights = self.totals.parameters.saturating_mul(4);
-        Memory { weights, gradients: weights, moments: weights.saturating_mul(2), activations: self.activation_bytes }
+        let (moments, activations) = (weights.saturating_mul(2), self.activation_bytes);
+        let (working, process) = (self.working_bytes, self.process_bytes);
+        Memory { weights, gradients: weights, moments, activations, head_gradient: 0, summed: 0, working, process }
     }
 
     /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`) the weights alone.
@@ -170,30 +204,17 @@ pub fn tokens_per_step(recipe: &Recipe) -> u64 {
     row.saturating_mul(training.batch_size).saturating_mul(training.gradient_accumulation_steps) as u64
 }
 
-/// Fitted by us to peaks on the CPU (grouped differential attention, 4 and 8 layers, d_model 128 and 256, seq_len 128 and
-/// 1024), which it meets within a tenth; taken over for classifiers. With activation checkpointing there is what each layer
-/// reads, and all of the layer that is run again.
-fn activation_bytes(recipe: &Recipe, known: Known) -> u64 {
+/// What a forward pass keeps of a batch, with the gradients of the layer that is at work.
+fn activation_bytes(recipe: &Recipe, known: Known, checkpointed: bool) -> u64 {
     let training = &recipe.training;
-    let checkpointed = training.activation_checkpointing == ActivationCheckpointing::Block;
     let numbers_per_row = match (&recipe.model, known) {
         (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => {
             classifier.kept_numbers(sizes, checkpointed)
         }
         (ModelConfig::Decoder { config: Some(decoder), .. }, _) => {
-            let (layer, layers) = (activations_per_token(decoder), decoder.n_layers);
-            let per_token = match checkpointed {
-                true => layer.saturating_add(layers.saturating_mul(decoder.d_model)),
-                false => layer.saturating_mul(layers),
-            };
-            training.seq_len.saturating_mul(per_token)
+            training.seq_len.saturating_mul(decoder.kept_elements(checkpointed))
         }
         _ => 0,
     };
     training.batch_size.saturating_mul(4).saturating_mul(numbers_per_row) as u64
-}
-
-/// Numbers that a layer keeps of each token.
-fn activations_per_token(decoder: &DecoderConfig) -> usize {
-    decoder.d_model.saturating_mul(10).saturating_add(decoder.feed_forward().saturating_mul(4))
 }

@@ -11,6 +11,7 @@ use polyhead_training::TrainError;
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::evaluate::Batches;
 
+use crate::Caller;
 use crate::costs::Known;
 use crate::error::Failure;
 use polyhead_training::run_folder::files::DATA;
@@ -30,6 +31,38 @@ macro_rules! source {
     })+ };
 }
 source!(Loader => Batch, ExampleLoader => Examples, PairLoader => Pairs);
+
+/// The first batches of some, of which a caller is told how many have been taken.
+pub struct Watched<'a, B> {
+    batches: &'a dyn Batches<B>,
+    count: u64,
+    caller: Caller,
+}
+
+impl<'a, B> Watched<'a, B> {
+    /// The first `limit` batches (0: one epoch).
+    pub fn first(batches: &'a dyn Batches<B>, limit: u64, caller: Caller) -> Self {
+        let all = batches.per_epoch().max(1);
+        Self { batches, count: if limit == 0 { all } else { limit.min(all) }, caller }
+    }
+}
+
+impl<B> Drop for Watched<'_, B> {
+    fn drop(&mut self) {
+        (self.caller.progress)("evaluating", self.count, self.count);
+    }
+}
+
+impl<B> Batches<B> for Watched<'_, B> {
+    fn batch(&self, position: u64) -> Result<B, TrainError> {
+        (self.caller.progress)("evaluating", position, self.count);
+        self.batches.batch(position)
+    }
+
+    fn per_epoch(&self) -> u64 {
+        self.count
+    }
+}
 
 /// The data of a recipe, opened: what a model of some kind is trained and validated on, in batches `B`.
 pub trait TrainingData<B> {

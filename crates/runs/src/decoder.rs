@@ -86,7 +86,7 @@ impl Kind for Decoder {
     fn first(resolved: &Resolved, data: &Opened, device: &Device) -> Result<Self, Failure> {
         let recipe = &resolved.recipe;
         let model = match &resolved.pretrained {
-            Some(found) => found.model(device, resolved.caller.nonfinite)?,
+            Some(found) => found.model(device, resolved.caller)?,
             None => {
                 let decoder = recipe.model.decoder();
                 let decoder = decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?;

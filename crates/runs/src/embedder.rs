@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::Paired;
+use polyhead_kernels::without_drawing;
 use polyhead_models::{Embedder, EmbedderConfig, Pairs};
 use polyhead_recipe::{ModelConfig, Problems, Recipe};
 use polyhead_training::evaluate::Batches;
@@ -116,6 +117,7 @@ pub fn open_embedder(
     let [layers, dim] = input;
     config.validate(Some(dim)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
     let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
-    let model = state::read_model(&path, config.init(layers, dim, &device), caller.nonfinite)?;
+    let model = without_drawing(|| config.init(layers, dim, &device));
+    let model = state::read_checked_model(&path, model, caller.nonfinite, &mut caller.loading())?;
     Ok(Some(TrainedEmbedder { path, model, recipe, input }))
 }

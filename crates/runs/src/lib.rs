@@ -32,4 +32,13 @@ pub struct Caller {
     pub nonfinite: NonFinite,
     /// Takes notes and warnings, a line each.
     pub tell: fn(&str),
+    /// Takes what is being done that may be long, how much of it is done, and how much there is.
+    pub progress: fn(&'static str, u64, u64),
+}
+
+impl Caller {
+    /// Tells how far the reading of a model is.
+    fn loading(self) -> impl FnMut(u64, u64) {
+        move |done, all| (self.progress)("loading", done, all)
+    }
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
+use polyhead_kernels::without_drawing;
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::weights::{self, NonFinite};
+use polyhead_models::weights;
 use polyhead_models::{Decoder, DecoderConfig, hf};
 use polyhead_recipe::nearest::{is_recipe, nearest_path, recipes_below};
 use polyhead_recipe::{ModelConfig, Problems, Recipe};
-use polyhead_training::checkpoint::{Hold, hold, is_named_as_checkpoint, newest_good, read_file, verify};
+use polyhead_training::checkpoint::{Hold, hold, is_named_as_checkpoint, newest_usable, read_file, verify_usable};
 use polyhead_training::run_folder::files::{RECIPE, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, is_checkpoint};
 use polyhead_training::state;
 
@@ -106,16 +107,18 @@ impl Pretrained {
     ///
     /// # Errors
     /// If they are damaged or do not fit.
-    pub fn model(&self, device: &Device, nonfinite: NonFinite) -> Result<Decoder, Failure> {
+    pub fn model(&self, device: &Device, caller: Caller) -> Result<Decoder, Failure> {
         if let Some(folder) = &self.foreign {
-            return Ok(folder.load_with(device, nonfinite)?);
+            return Ok(folder.load_with(device, caller.nonfinite, &mut caller.loading())?);
         }
-        let model = self.decoder.init(self.vocab_size, device);
+        let model = without_drawing(|| self.decoder.init(self.vocab_size, device));
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
             Some(lora) => add_lora(model, lora, 0)?,
             None => model,
         };
-        Ok(state::read_model(&self.path, model, nonfinite)?.merged())
+        // `open` has verified it.
+        let model = state::read_checked_model(&self.path, model, caller.nonfinite, &mut caller.loading())?;
+        Ok(model.merged())
     }
 
     /// Its tokenizer as a recipe would name it.
@@ -161,7 +164,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
     // What is named as a checkpoint is none without its manifest: the message tells that, instead of what a run lacks.
     if is_named_as_checkpoint(path) || is_checkpoint(path) {
         let held = hold(path);
-        verify(path)?;
+        verify_usable(path)?;
         return Ok((path.to_owned(), held));
     }
     if !path.is_dir() {
@@ -170,7 +173,7 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
         return Err(Problems::plain(problem).into());
     }
     loop {
-        let (found, skipped) = newest_good(path)?;
+        let (found, skipped) = newest_usable(path)?;
         let Some((found, _)) = found else {
             skipped.iter().for_each(|problem| (caller.tell)(&format!("warning: {problem}")));
             return Err(Failure::Run(format!("{}: contains no complete checkpoint", path.display())));

@@ -36,7 +36,7 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
     let found = Pretrained::open(path, caller)?;
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
     let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
-    let model = found.model(&device, caller.nonfinite)?;
+    let model = found.model(&device, caller)?;
     let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
     let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
     if let Some(recipe) = recipe.as_ref().filter(|_| path.join(STATE).exists()) {

@@ -24,8 +24,8 @@ mod verify;
 pub(crate) use best::info;
 pub use best::{Best, read_best, recover_best, write_best};
 pub use draft::{Draft, now_utc};
-pub use retention::{Hold, Whole, clean_leftovers, discard_after, hold, list, newest_good, prune};
-pub use verify::{read_file, verify};
+pub use retention::{Hold, Whole, clean_leftovers, discard_after, hold, list, newest_good, newest_usable, prune};
+pub use verify::{check_file, read_file, verify, verify_usable};
 
 /// The version of the layout that this code writes; it reads no other.
 pub const FORMAT_VERSION: u32 = 1;

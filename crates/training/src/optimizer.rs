@@ -11,7 +11,7 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AdamwStep, adamw};
-use polyhead_models::weights::{Held, Named, ParameterMapper, WeightsError, layer_of, map_parameters};
+use polyhead_models::weights::{Held, ParameterMapper, TensorFiles, WeightsError, layer_of, map_parameters};
 
 use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
 
@@ -83,20 +83,26 @@ impl Optimizer {
     pub fn restore(
         config: OptimizerConfig,
         steps: u64,
-        mut tensors: BTreeMap<String, Named>,
+        files: &TensorFiles,
         device: &Device,
     ) -> Result<Self, WeightsError> {
-        let on_device = |named: Named| Tensor::from_data(TensorData::new(named.values, named.shape), device);
-        let paths: Vec<String> = tensors.keys().filter_map(|key| key.strip_prefix("first.")).map(Into::into).collect();
-        let mut moments = BTreeMap::new();
-        for path in paths {
-            if let Some(first) = tensors.remove(&format!("first.{path}")) {
-                let second = tensors.remove(&format!("second.{path}")).map(on_device);
-                moments.insert(path, Moments { first: on_device(first), second });
+        let read = |name: &str| -> Result<Tensor<1>, WeightsError> {
+            let values = files.values(name)?;
+            let numbers = values.len();
+            Ok(Tensor::from_data(TensorData::new(values, [numbers]), device))
+        };
+        let (mut moments, mut unknown) = (BTreeMap::new(), Vec::new());
+        for name in files.names() {
+            if let Some(path) = name.strip_prefix("first.") {
+                let second = format!("second.{path}");
+                let second = files.shape(&second).map(|_| read(&second)).transpose()?;
+                moments.insert(path.to_owned(), Moments { first: read(name)?, second });
+            } else if name.strip_prefix("second.").is_none_or(|path| files.shape(&format!("first.{path}")).is_none()) {
+                unknown.push(format!("{name} is no state"));
             }
         }
-        if !tensors.is_empty() {
-            return Err(WeightsError::Unfit(tensors.into_keys().map(|key| format!("{key} is no state")).collect()));
+        if !unknown.is_empty() {
+            return Err(WeightsError::Unfit(unknown));
         }
         Ok(Self { config, steps, moments, rates: Vec::new() })
     }

@@ -337,7 +337,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         let run_dir = &self.job.run_dir;
         let keep: Vec<PathBuf> =
             self.best.iter().map(|best| run_dir.join(checkpoint::folder_name(best.step))).collect();
-        let pruned = checkpoint::prune(run_dir, self.job.checkpoint.keep_latest_k, &keep);
+        let pruned = checkpoint::prune(run_dir, self.job.checkpoint.keep_latest_k, &keep, self.saved.as_deref());
         self.record.heed(pruned.map(drop).map_err(Into::into));
     }
 

@@ -126,10 +126,10 @@ pub fn atomic_write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 }
 
 /// [`atomic_write`] for contents that are produced piece by piece.
-pub(crate) fn atomic_write_with(
-    path: &Path,
-    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<(), FileError> {
+///
+/// # Errors
+/// As [`atomic_write`], and what `fill` says.
+pub fn atomic_write_with(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), FileError> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let folder = folder_of(path);
     // The name of the target is left out on purpose: TensorBoard reads every file whose name

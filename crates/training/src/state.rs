@@ -5,13 +5,11 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Trainable;
-use polyhead_models::weights::{
-    Named, NonFinite, WeightsError, check_finite, from_safetensors, held, load, write_safetensors,
-};
+use polyhead_models::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, held, load_files, write_safetensors};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::checkpoint::{Best, Draft, info, read_file};
+use crate::checkpoint::{Best, Draft, check_file, info, read_file};
 use crate::config::OptimizerConfig;
 use crate::optimizer::Optimizer;
 use crate::procedure::Procedure;
@@ -133,20 +131,26 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
     })
 }
 
-/// `model` with the weights of a checkpoint.
+/// `model` with the weights of a checkpoint. They are read tensor by tensor, so that no second copy is ever held.
 ///
 /// # Errors
 /// If the file is missing or altered, or does not fit the model, or holds numbers that are not finite.
 pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) -> Result<M, TrainError> {
-    let bytes = read_file(checkpoint, files::WEIGHTS)?;
-    let check = |tensor: &Named| check_finite(&tensor.name, &tensor.shape, &tensor.values).err();
-    let read = from_safetensors(&bytes).and_then(|tensors| {
-        let bad: Vec<String> = tensors.values().filter_map(check).collect();
-        match nonfinite {
-            NonFinite::Refuse if !bad.is_empty() => Err(WeightsError::NonFinite(bad)),
-            _ => load(model, tensors),
-        }
-    });
+    check_file(checkpoint, files::WEIGHTS)?;
+    read_checked_model(checkpoint, model, nonfinite, &mut |_, _| {})
+}
+
+/// [`read_model`] of a checkpoint that [`verify`](crate::checkpoint::verify) has seen just now; `progress` is told how far it is.
+///
+/// # Errors
+/// As [`read_model`], but for what has been altered.
+pub fn read_checked_model<M: Module>(
+    checkpoint: &Path,
+    model: M,
+    nonfinite: NonFinite,
+    progress: OnProgress<'_>,
+) -> Result<M, TrainError> {
+    let read = open(checkpoint, files::WEIGHTS).and_then(|tensors| load_files(model, &tensors, nonfinite, progress));
     read.map_err(|cause| unfit(checkpoint, files::WEIGHTS, &cause))
 }
 
@@ -160,9 +164,14 @@ pub fn read_optimizer(
     updates: u64,
     device: &Device,
 ) -> Result<Optimizer, TrainError> {
-    let bytes = read_file(checkpoint, files::OPTIMIZER)?;
-    let restored = from_safetensors(&bytes).and_then(|tensors| Optimizer::restore(config, updates, tensors, device));
+    check_file(checkpoint, files::OPTIMIZER)?;
+    let restored =
+        open(checkpoint, files::OPTIMIZER).and_then(|tensors| Optimizer::restore(config, updates, &tensors, device));
     restored.map_err(|cause| unfit(checkpoint, files::OPTIMIZER, &cause))
+}
+
+fn open(checkpoint: &Path, name: &str) -> Result<TensorFiles, WeightsError> {
+    TensorFiles::open(&[checkpoint.join(name)])
 }
 
 /// A file that is what was saved, but not what is needed.

@@ -12,7 +12,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{Attended, Call, INIT_STD, Mask, Observe, linear};
-use polyhead_kernels::random;
+use polyhead_kernels::{embedding, random};
 
 use super::Scored;
 use super::config::{EncoderConfig, Source};
@@ -100,12 +100,7 @@ impl EncoderConfig {
 
     /// Numbers that a forward pass keeps of an example for its backward pass, roughly.
     pub(super) fn kept_numbers(&self, checkpointed: bool) -> usize {
-        let (transformer, positions) = (&self.transformer, self.source.positions());
-        let of_layer = 10 * transformer.d_model + 4 * transformer.d_ff;
-        match checkpointed {
-            true => positions * (of_layer + transformer.n_layers * transformer.d_model),
-            false => positions * transformer.n_layers * of_layer,
-        }
+        self.source.positions().saturating_mul(self.transformer.kept_elements(checkpointed))
     }
 }
 
@@ -203,7 +198,7 @@ impl Encoder {
                 let count = ids.len();
                 let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), &device);
                 let rows =
-                    table.val().select(0, ids).reshape([lengths.len(), *seq_len, self.config.transformer.d_model]);
+                    embedding(table.val(), ids).reshape([lengths.len(), *seq_len, self.config.transformer.d_model]);
                 let lengths: Vec<usize> = lengths.iter().map(|&length| length as usize + front).collect();
                 (rows, Some(lengths))
             }

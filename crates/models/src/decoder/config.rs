@@ -180,6 +180,12 @@ impl DecoderConfig {
         self.parts(vocab_size).into_iter().fold(ModelCosts::default(), add)
     }
 
+    /// Elements of each token that are there at once for a backward pass, at most; of layers that are run again
+    /// (`checkpointed`), what they read.
+    pub fn kept_elements(&self, checkpointed: bool) -> usize {
+        self.transformer().kept_elements(checkpointed)
+    }
+
     /// The names of all parameters, read off a decoder of the same names with hardly any numbers; `None` where even that is
     /// large.
     pub fn parameter_names(&self) -> Option<Vec<String>> {

@@ -5,6 +5,8 @@
 //! mechanism shared them. What no family has is written under a class of our own, whose code (`python/`) goes into the folder.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::io::{self, Write};
 
 use polyhead_attention::{AttentionConfig, Family, Form, GroupedDifferentialConfig, Published, RopeLayout};
 use serde_json::{Value, json};
@@ -14,7 +16,7 @@ use super::import::transpose;
 use super::names::{Layout, POLYHEAD, place};
 use super::own;
 use crate::surgery::{SurgeryError, standard_grouped};
-use crate::weights::{Named, WeightsError, named, to_safetensors};
+use crate::weights::{Held, Named, ToWrite, held, write_safetensors};
 use crate::{Decoder, DecoderConfig, MlpKind, NormKind, RopeScaling};
 
 /// What the format needs to know besides the model.
@@ -44,9 +46,6 @@ pub enum ExportError {
     /// Query heads could not be put in groups.
     #[error(transparent)]
     Surgery(#[from] SurgeryError),
-    /// The weights could not be written.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
     /// No class of transformers computes this.
     #[error("--native: {0}; without --native, code for transformers is written beside the weights")]
     NotNative(String),
@@ -58,12 +57,35 @@ const REMOTE_CODE: [(&str, &str); 2] = [
     ("modeling_polyhead.py", include_str!("python/modeling_polyhead.py")),
 ];
 
-/// The files of an exported model, by name: config.json, generation_config.json, model.safetensors, and the code of the model
-/// in PyTorch where transformers has none.
+/// A model in the format.
+#[derive(Debug)]
+pub struct Exported {
+    /// All files but model.safetensors, by name: config.json, generation_config.json, and the code of the model in PyTorch where
+    /// transformers has none.
+    pub files: Vec<(String, Vec<u8>)>,
+    tensors: Vec<Placed>,
+}
+
+impl Exported {
+    /// Bytes of model.safetensors, but for its header.
+    pub fn bytes(&self) -> u64 {
+        4 * self.tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum::<u64>()
+    }
+
+    /// Writes model.safetensors tensor by tensor: the weights are never held twice.
+    ///
+    /// # Errors
+    /// If `out` cannot be written.
+    pub fn write_weights(&self, out: &mut dyn Write) -> io::Result<()> {
+        write_safetensors(&self.tensors, &[("format", "pt".into())], out).map(drop)
+    }
+}
+
+/// A decoder in the format.
 ///
 /// # Errors
-/// If the files cannot be made.
-pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Vec<u8>)>, ExportError> {
+/// If it cannot be said as asked for.
+pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, ExportError> {
     let grouped = standard_grouped(model)?;
     let grouped = grouped.as_ref().and_then(|grouped| Some((grouped, published(grouped.config()).ok()?)));
     let (model, published) = match grouped {
@@ -73,7 +95,7 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     let rearranged = options.native && published.as_ref().is_none_or(|published| published.family.remote_code);
     let (published, tensors) = match rearranged {
         true => (Some(diff_llama(model.config()).map_err(ExportError::NotNative)?), unstriped(model)),
-        false => (published, named(model)),
+        false => (published, held(model)),
     };
     let family = published.as_ref().map_or(&POLYHEAD, |published| published.family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
@@ -90,15 +112,11 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Vec<(String, Ve
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
     let tensors = placed(tensors, model.config(), family);
-    let mut made = vec![
-        (files::CONFIG.into(), text(&config)),
-        (files::GENERATION_CONFIG.into(), text(&generation)),
-        (files::WEIGHTS.into(), to_safetensors(&tensors, &[("format", "pt".into())])?),
-    ];
+    let mut made = vec![(files::CONFIG.into(), text(&config)), (files::GENERATION_CONFIG.into(), text(&generation))];
     if family.remote_code {
         made.extend(REMOTE_CODE.map(|(name, code)| (name.into(), code.as_bytes().to_vec())));
     }
-    Ok(made)
+    Ok(Exported { files: made, tensors })
 }
 
 /// The published family that has such a decoder, and what its config.json says of attention.
@@ -145,28 +163,30 @@ fn form(config: &DecoderConfig) -> Result<Form, String> {
 
 /// The tensors of a Differential Transformer as DiffLlama has them: all signal heads before all noise heads, the weights of
 /// subln in the output projection.
-fn unstriped(model: &Decoder) -> Vec<Named> {
-    let head_dim = model.config().head_dim(0);
-    let tensors = named(model);
-    let (norms, mut tensors): (Vec<Named>, Vec<Named>) =
-        tensors.into_iter().partition(|tensor| tensor.name.ends_with(".subln.weight"));
-    for tensor in &mut tensors {
+fn unstriped(model: &Decoder) -> Vec<Held> {
+    let (head_dim, device) = (model.config().head_dim(0), model.device());
+    let (norms, tensors): (Vec<Held>, Vec<Held>) =
+        held(model).into_iter().partition(|tensor| tensor.name.ends_with(".subln.weight"));
+    let rearranged = |tensor: Held| {
         let columns = tensor.shape.last().copied().unwrap_or_default();
         let layer = tensor.name.strip_suffix(".o_proj.weight");
         let norm = layer.and_then(|layer| norms.iter().find(|norm| norm.name == format!("{layer}.subln.weight")));
-        if let Some(norm) = norm {
-            let of_row = |row: usize| norm.values[row % norm.values.len()];
-            tensor.values.iter_mut().enumerate().for_each(|(at, value)| *value *= of_row(at / columns));
+        let values: Vec<f32> = if let Some(norm) = norm {
+            let norm = norm.values();
+            let scaled = |(at, value): (usize, f32)| value * norm[at / columns % norm.len()];
+            tensor.values().into_iter().enumerate().map(scaled).collect()
         } else if [".q_proj.", ".k_proj.", ".v_proj."].iter().any(|part| tensor.name.contains(part)) {
             // Ours alternate: a signal, its noise, the next signal; of values, both halves of a pair.
             let heads = |row: &[f32], first: usize| -> Vec<f32> {
                 row.chunks(head_dim).skip(first).step_by(2).flatten().copied().collect()
             };
-            let rows = tensor.values.chunks(columns).flat_map(|row| [heads(row, 0), heads(row, 1)].concat());
-            tensor.values = rows.collect();
-        }
-    }
-    tensors
+            tensor.values().chunks(columns).flat_map(|row| [heads(row, 0), heads(row, 1)].concat()).collect()
+        } else {
+            return tensor;
+        };
+        Held::on_device(Named { name: tensor.name, shape: tensor.shape, values }, &device)
+    };
+    tensors.into_iter().map(rearranged).collect()
 }
 
 /// What a person has to know about the export of a decoder, as sentences.
@@ -263,32 +283,77 @@ fn with(mut base: Value, more: Value) -> Value {
     base
 }
 
+/// A tensor of the file: one of ours, or queries, keys and values in one.
+#[derive(Debug)]
+struct Placed {
+    name: String,
+    /// In the file.
+    shape: Vec<usize>,
+    parts: Vec<Held>,
+    transposed: bool,
+    /// Channels of a head, and how many of them rotate, where rotated pairs become halves.
+    halves: Option<[usize; 2]>,
+    head_dim: usize,
+}
+
+impl Placed {
+    fn values(&self, part: &Held) -> Named {
+        let tensor = if self.transposed { transposed(part.named()) } else { part.named() };
+        match self.halves {
+            Some([head_dim, rotated]) => halves_from_pairs(tensor, head_dim, rotated),
+            None => tensor,
+        }
+    }
+}
+
+impl ToWrite for Placed {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()> {
+        match &self.parts[..] {
+            [part] if !self.transposed && self.halves.is_none() => part.pieces(take),
+            [part] => take(&self.values(part).values),
+            parts => take(&joined(parts.iter().map(|part| self.values(part)).collect(), self.head_dim).values),
+        }
+    }
+}
+
 /// The tensors under the family's names, `[out, in]` where they are projections; in the rotate-half layout, but for our own
 /// class, whose config.json names the layout.
-fn placed(tensors: Vec<Named>, config: &DecoderConfig, family: &Family) -> Vec<Named> {
+fn placed(tensors: Vec<Held>, config: &DecoderConfig, family: &Family) -> Vec<Placed> {
+    let head_dim = config.head_dim(0);
+    let pairs = config.rope_layout == RopeLayout::Interleaved && *family != POLYHEAD;
+    let mut thirds: BTreeMap<String, Placed> = BTreeMap::new();
     let mut out = Vec::new();
-    let mut thirds: BTreeMap<String, Vec<Named>> = BTreeMap::new();
     for tensor in tensors {
         let rotated = [".q_proj.", ".k_proj.", ".q_norm.", ".k_norm."].iter().any(|part| tensor.name.contains(part));
         let place = place(family, &tensor.name);
-        let tensor = match (place.layout, &tensor.shape[..]) {
-            (Layout::Same, _) | (Layout::Third(_), [_]) => tensor,
-            _ => transposed(tensor),
-        };
-        let tensor = match config.rope_layout {
-            RopeLayout::Interleaved if rotated && *family != POLYHEAD => {
-                halves_from_pairs(tensor, config.head_dim(0), config.rotated(0))
-            }
-            _ => tensor,
-        };
-        let tensor = Named { name: place.name.clone(), ..tensor };
-        match place.layout {
+        let mut shape = tensor.shape.clone();
+        let transposed = place.layout != Layout::Same && shape.len() == 2;
+        if transposed {
+            shape.reverse();
+        }
+        let halves = (pairs && rotated).then(|| [head_dim, config.rotated(0)]);
+        let name = place.name.clone();
+        let mut one = Placed { name: place.name, shape, parts: vec![tensor], transposed, halves, head_dim };
+        if !matches!(place.layout, Layout::Third(_)) {
+            out.push(one);
+            continue;
+        }
+        one.shape[0] *= 3;
+        match thirds.entry(name) {
             // Queries, keys and values come in this order, as fields of the layer.
-            Layout::Third(_) => thirds.entry(place.name).or_default().push(tensor),
-            _ => out.push(tensor),
+            Entry::Occupied(mut others) => others.get_mut().parts.extend(one.parts),
+            Entry::Vacant(first) => drop(first.insert(one)),
         }
     }
-    out.extend(thirds.into_values().map(|parts| joined(parts, config.head_dim(0))));
+    out.extend(thirds.into_values());
     out
 }
 
@@ -335,7 +400,7 @@ fn halves_from_pairs(tensor: Named, head_dim: usize, rotated: usize) -> Named {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::weights::{from_safetensors, load};
+    use crate::weights::{load, named};
     use burn::tensor::{Device, Int, Tensor};
     use polyhead_attention::{Mask, Observe};
     use polyhead_kernels::comparison::{Tolerance, assert_tensors_close};
@@ -348,22 +413,25 @@ mod tests {
         .unwrap()
     }
 
-    fn files(model: &Decoder) -> Vec<(String, Vec<u8>)> {
+    fn exported(model: &Decoder) -> Exported {
         export(model, ExportOptions { max_positions: 32, end_of_text: Some(1), ..Default::default() }).unwrap()
     }
 
     #[test]
     fn names_and_shapes_are_the_formats() {
         for tied in [true, false] {
-            let files = files(&config(RopeLayout::RotateHalf, tied).init(10, &Device::flex()));
-            let tensors = from_safetensors(&files[2].1).unwrap();
-            assert_eq!(tensors["model.layers.1.self_attn.k_proj.weight"].shape, [8, 16]);
-            assert_eq!(tensors["model.layers.0.self_attn.q_proj.bias"].shape, [16]);
-            assert_eq!(tensors["model.layers.0.mlp.down_proj.weight"].shape, [16, 24]);
-            assert_eq!(tensors["model.embed_tokens.weight"].shape, [10, 16]);
-            assert_eq!(tensors.contains_key("lm_head.weight"), !tied);
+            let model = exported(&config(RopeLayout::RotateHalf, tied).init(10, &Device::flex()));
+            let mut bytes = Vec::new();
+            model.write_weights(&mut bytes).unwrap();
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let shape = |name: &str| tensors.tensor(name).unwrap().shape().to_vec();
+            assert_eq!(shape("model.layers.1.self_attn.k_proj.weight"), [8, 16]);
+            assert_eq!(shape("model.layers.0.self_attn.q_proj.bias"), [16]);
+            assert_eq!(shape("model.layers.0.mlp.down_proj.weight"), [16, 24]);
+            assert_eq!(shape("model.embed_tokens.weight"), [10, 16]);
+            assert_eq!(tensors.tensor("lm_head.weight").is_ok(), !tied);
             assert_eq!(tensors.len(), 2 + 2 * 12 + usize::from(!tied));
-            let json: Value = serde_json::from_slice(&files[0].1).unwrap();
+            let json: Value = serde_json::from_slice(&model.files[0].1).unwrap();
             assert_eq!(json["architectures"][0], "Qwen2ForCausalLM");
             let model = config(RopeLayout::RotateHalf, tied).init(10, &Device::flex());
             let told = |pad| notes(&model, ExportOptions { pad, ..Default::default() });

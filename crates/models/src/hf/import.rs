@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_attention::Family;
+use polyhead_kernels::without_drawing;
 use serde_json::Value;
 
 use super::config::{self, Described, entries};
 use super::files;
 use super::names::{Layout, is_left_over, place};
 use super::peft::Adapter;
-use crate::weights::{NonFinite, TensorFiles, WeightsError, check_finite, load_with};
+use crate::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, check_finite, load_with};
 use crate::{Decoder, DecoderConfig};
 
 /// Why a folder cannot be read.
@@ -101,9 +102,7 @@ impl Folder {
         if !self.described.decoder.tie_embeddings || self.files.shape(&head).is_none() {
             return Ok(());
         }
-        let same = self.files.shape(&head) == self.files.shape(&embedding)
-            && self.files.values(&head)? == self.files.values(&embedding)?;
-        if !same {
+        if !self.files.equal([&head, &embedding])? {
             self.described.decoder.tie_embeddings = false;
             self.described.notes.push(format!(
                 "tie_word_embeddings is true in config.json, but {head} differs from {embedding}: the model is taken with \
@@ -148,28 +147,35 @@ impl Folder {
     /// # Errors
     /// Lists every missing, left-over and misshapen tensor, and every one that holds a number that is not finite.
     pub fn load(&self, device: &Device) -> Result<Decoder, ImportError> {
-        self.load_with(device, NonFinite::Refuse)
+        self.load_with(device, NonFinite::Refuse, &mut |_, _| {})
     }
 
-    /// The same, with what to do about numbers that are not finite.
+    /// The same, with what to do about numbers that are not finite, and what is told how far it is.
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub fn load_with(&self, device: &Device, nonfinite: NonFinite) -> Result<Decoder, ImportError> {
+    pub fn load_with(
+        &self,
+        device: &Device,
+        nonfinite: NonFinite,
+        progress: OnProgress<'_>,
+    ) -> Result<Decoder, ImportError> {
         let config = self.decoder();
         // Told before anything of that size is made.
-        let held: u64 = self.files.names().filter_map(|name| self.files.shape(name)).map(numbers).sum();
+        let held = self.files.numbers();
         let described = config.costs(self.vocab_size()).parameters;
         if described > 2 * held.max(1) {
             let problem = format!("config.json describes {described} numbers, and the files hold {held}");
             return Err(ImportError::Weights { path: self.path.clone(), cause: WeightsError::Unfit(vec![problem]) });
         }
-        let (mut used, mut bad) = (BTreeSet::new(), BTreeSet::new());
+        let (mut used, mut bad, mut read) = (BTreeSet::new(), BTreeSet::new(), 0);
         let mut added = BTreeSet::new();
-        let model = config.init(self.vocab_size(), device);
+        let model = without_drawing(|| config.init(self.vocab_size(), device));
         let (model, mut problems) = load_with(model, &mut |ours, shape| {
             let place = place(self.family(), ours);
             used.insert(place.name.clone());
+            progress(read, described);
+            read += shape.iter().product::<usize>() as u64;
             let their_shape = match (place.layout, shape) {
                 (Layout::Transposed, &[rows, columns]) => vec![columns, rows],
                 (Layout::Third(_), &[rows, columns]) => vec![3 * columns, rows],
@@ -183,10 +189,7 @@ impl Folder {
                 }
                 Some(_) => {}
             }
-            let mut values = self.files.values(&place.name).map_err(|error| match error {
-                WeightsError::Unfit(problems) => problems.join("; "),
-                other => other.to_string(),
-            })?;
+            let mut values = self.files.values(&place.name).map_err(WeightsError::told)?;
             if let Some(adapter) = &self.adapter {
                 added.extend(adapter.add(&place.name, &their_shape, &mut values)?);
             }
@@ -204,6 +207,7 @@ impl Folder {
                 }
             })
         });
+        progress(described, described);
         // Three of our parameters may be in one of theirs.
         let mut told = BTreeSet::new();
         problems.retain(|problem| told.insert(problem.clone()));
@@ -228,11 +232,6 @@ fn check_generation_config(folder: &Path, vocab_size: usize) -> Result<(), Impor
     let text = std::fs::read_to_string(&path).map_err(|cause| ImportError::File { path: path.clone(), cause })?;
     let checked = entries::read(&text).and_then(|keys| config::special_ids(&keys, vocab_size as u64));
     checked.map_err(|problem| ImportError::Config { path, problem })
-}
-
-/// Numbers of a tensor.
-fn numbers(shape: &[usize]) -> u64 {
-    shape.iter().map(|&size| size as u64).product()
 }
 
 /// The safetensors files of a folder.

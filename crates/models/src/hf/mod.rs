@@ -16,6 +16,6 @@ mod peft;
 #[cfg(test)]
 mod tests;
 
-pub use export::{ExportError, ExportOptions, export, notes};
+pub use export::{ExportError, ExportOptions, Exported, export, notes};
 pub use import::{Folder, ImportError};
 pub use polyhead_attention::Family;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use polyhead_attention::{AttentionConfig, DecoupledHeadConfig, SharedHeads, SoftmaxConfig};
+use polyhead_kernels::without_drawing;
 use rayon::prelude::*;
 
 use super::heads::{Cell, Heads, Pool, labels_after};
@@ -63,7 +64,7 @@ pub(super) fn finished(parent: &Decoder, config: DecoderConfig, weights: Weights
         layers[layer].insert(name, tensor);
     }
     let device = parent.device();
-    let attention = |(layer, weights)| load(config.attention(layer, &device), weights);
+    let attention = |(layer, weights)| load(without_drawing(|| config.attention(layer, &device)), weights);
     let attention = layers.into_iter().enumerate().map(attention).collect::<Result<_, _>>()?;
     Ok(parent.clone().with_attention(config, attention))
 }

@@ -18,12 +18,13 @@
 use std::collections::BTreeMap;
 
 use polyhead_attention::{AttentionConfig, Dims, HeadChannels};
+use polyhead_kernels::without_drawing;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::SurgeryError;
 use super::convert::refused;
-use crate::weights::{Named, layer_of, load, named};
+use crate::weights::{Held, Named, held, layer_of, load_held};
 use crate::{Decoder, DecoderConfig, PerLayer};
 
 /// What grows.
@@ -59,18 +60,20 @@ impl Default for Growth {
 pub fn grow(parent: &Decoder, growth: &Growth) -> Result<Decoder, SurgeryError> {
     let config = grown_config(parent.config(), growth)?;
     let sources = sources(parent.config().n_layers, config.n_layers);
-    let mut by_layer: BTreeMap<Option<usize>, Vec<Named>> = BTreeMap::new();
-    for tensor in named(parent) {
+    let device = parent.device();
+    let mut by_layer: BTreeMap<Option<usize>, Vec<Held>> = BTreeMap::new();
+    for tensor in held(parent) {
         by_layer.entry(layer_of(&tensor.name)).or_default().push(tensor);
     }
     let mut rng = ChaCha8Rng::seed_from_u64(growth.seed);
     let mut grown = BTreeMap::new();
     let mut put = |name: String, tensor: &Named, rng: &mut ChaCha8Rng| {
         let plan = Plan::of(&tensor.name, parent.config(), growth);
-        grown.insert(name.clone(), Named { name, ..plan.apply(tensor, growth.noise, rng) });
+        let tensor = Named { name: name.clone(), ..plan.apply(tensor, growth.noise, rng) };
+        grown.insert(name, Held::on_device(tensor, &device));
     };
     for tensor in by_layer.get(&None).into_iter().flatten() {
-        put(tensor.name.clone(), tensor, &mut rng);
+        put(tensor.name.clone(), &tensor.named(), &mut rng);
     }
     for (layer, source) in sources.iter().enumerate() {
         let old = format!("layers.{}.", source.layer());
@@ -79,14 +82,15 @@ pub fn grow(parent: &Decoder, growth: &Growth) -> Result<Decoder, SurgeryError> 
             let adds = tensor.name.contains(".o_proj.") || tensor.name.contains(".down_proj.");
             match source {
                 Source::Copy(_) if adds => {
-                    let nothing = Named { values: vec![0.0; tensor.values.len()], ..tensor.clone() };
+                    let mut nothing = tensor.named();
+                    nothing.values.fill(0.0);
                     put(name, &nothing, &mut rng);
                 }
-                _ => put(name, tensor, &mut rng),
+                _ => put(name, &tensor.named(), &mut rng),
             }
         }
     }
-    Ok(load(config.init(parent.vocab_size(), &parent.device()), grown)?)
+    Ok(load_held(without_drawing(|| config.init(parent.vocab_size(), &device)), grown)?)
 }
 
 /// Where a layer of the grown model comes from.

@@ -354,13 +354,34 @@ mod tests {
 
     #[test]
     fn frozen_parameters_of_a_layer_leave_the_gradients_of_the_others() {
-        let model = decoder("", r#"{"softmax":{"n_heads":4,"n_kv_heads":2}}"#);
-        let all = gradients(&model, objective(&model));
-        let of_layer: Vec<&String> = all.keys().filter(|name| name.starts_with("layers.1.")).collect();
-        assert_eq!(of_layer.len(), 9);
-        for frozen in 0..1 << of_layer.len() {
+        let plain = decoder("", r#"{"softmax":{"n_heads":4,"n_kv_heads":2}}"#);
+        every_subset(&plain, 9, |name| name.starts_with("layers.1."));
+        // Pairs beside their projections, and what is below them. B away from zero, or A had no gradient.
+        let targets = vec!["q_proj".into(), "down_proj".into()];
+        let adapted = plain.with_lora(&LoraConfig { rank: 2, targets, ..LoraConfig::default() }, 5).unwrap();
+        let adapted = adapted.map(&mut Move);
+        every_subset(&adapted, 7, |name| {
+            name.starts_with("lora.layers.1.")
+                || ["layers.1.attention.q_proj.weight", "layers.1.mlp.down_proj.weight", "embedding.weight"]
+                    .contains(&name)
+        });
+    }
+
+    struct Move;
+    impl ModuleMapper for Move {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|x| (x + 0.02).detach().require_grad())
+        }
+    }
+
+    /// Whichever of these `count` parameters are frozen, the gradients of all others keep their bits.
+    fn every_subset(model: &Decoder, count: usize, among: impl Fn(&str) -> bool) {
+        let all = gradients(model, objective(model));
+        let chosen: Vec<&String> = all.keys().filter(|name| among(name)).collect();
+        assert_eq!(chosen.len(), count);
+        for frozen in 0..1 << count {
             let learned =
-                |name: &str| of_layer.iter().position(|one| *one == name).is_none_or(|at| frozen >> at & 1 == 0);
+                |name: &str| chosen.iter().position(|one| *one == name).is_none_or(|at| frozen >> at & 1 == 0);
             for checkpointing in [ActivationCheckpointing::None, ActivationCheckpointing::Block] {
                 let model = train_only(model.clone(), learned).with_checkpointing(checkpointing);
                 let got = gradients(&model, objective(&model));

@@ -11,6 +11,9 @@ use safetensors::tensor::Dtype;
 use super::{WeightsError, header};
 use crate::MappedFile;
 
+/// Numbers that are read at a time: of more, those that are held already would be in memory twice (chosen by us).
+const PIECE: usize = 1 << 20;
+
 /// An array of numbers in a mapped file, row-major.
 #[derive(Debug, Clone)]
 pub struct MappedTensor {
@@ -56,14 +59,24 @@ impl MappedTensor {
         self.shape.iter().product()
     }
 
+    fn place_of(&self, numbers: Range<usize>) -> Range<usize> {
+        let width = self.dtype.bitsize() / 8;
+        self.place.start + numbers.start * width..self.place.start + numbers.end * width
+    }
+
+    /// Some of its numbers are held elsewhere now: they need not be in memory twice.
+    fn release(&self, numbers: Range<usize>) {
+        self.file.release(self.place_of(numbers));
+    }
+
     /// The bytes of some of its numbers.
     ///
     /// # Errors
     /// If the file is shorter by now.
     pub fn bytes(&self, numbers: Range<usize>) -> Result<&[u8], WeightsError> {
-        let width = self.dtype.bitsize() / 8;
-        let place = self.place.start + numbers.start * width..self.place.start + numbers.end * width;
-        self.file.bytes(place).map_err(|cause| WeightsError::File { path: self.path.to_path_buf(), cause })
+        self.file
+            .bytes(self.place_of(numbers))
+            .map_err(|cause| WeightsError::File { path: self.path.to_path_buf(), cause })
     }
 
     /// Some of its numbers in f32; `None` if they are not floating-point numbers of 16 to 64 bits.
@@ -140,6 +153,11 @@ impl TensorFiles {
         self.tensor(name).map(MappedTensor::shape)
     }
 
+    /// Numbers of all tensors.
+    pub fn numbers(&self) -> u64 {
+        self.tensors.values().map(|tensor| tensor.numbers() as u64).sum()
+    }
+
     /// The file that a tensor is in, if there is one of that name.
     pub fn file(&self, name: &str) -> Option<&Path> {
         self.tensor(name).map(MappedTensor::path)
@@ -150,9 +168,39 @@ impl TensorFiles {
     /// # Errors
     /// If there is no such tensor, its type is none of f32, f16, bf16, or its file is shorter by now.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        let mut values = self.part(name, 0..0)?; // which says what cannot be read
+        let numbers = self.tensor(name).map_or(0, MappedTensor::numbers);
+        values.reserve_exact(numbers);
+        for start in (0..numbers).step_by(PIECE) {
+            values.extend(self.part(name, start..(start + PIECE).min(numbers))?);
+        }
+        Ok(values)
+    }
+
+    fn part(&self, name: &str, numbers: Range<usize>) -> Result<Vec<f32>, WeightsError> {
         let unfit = |problem: String| WeightsError::Unfit(vec![problem]);
         let tensor = self.tensor(name).ok_or_else(|| unfit(format!("{name} is missing")))?;
-        let values = if tensor.dtype == Dtype::F64 { None } else { tensor.floats(0..tensor.numbers())? };
+        let values = if tensor.dtype == Dtype::F64 { None } else { tensor.floats(numbers.clone())? };
+        tensor.release(numbers);
         values.ok_or_else(|| unfit(format!("{name} is {:?}; F32, F16 and BF16 can be read", tensor.dtype)))
+    }
+
+    /// Whether two tensors have the same shape and the same values; compared piece by piece.
+    ///
+    /// # Errors
+    /// As [`values`](Self::values).
+    pub fn equal(&self, names: [&str; 2]) -> Result<bool, WeightsError> {
+        let [one, other] = names.map(|name| self.shape(name));
+        if one != other {
+            return Ok(false);
+        }
+        let numbers = one.into_iter().flatten().product::<usize>();
+        for start in (0..numbers).step_by(PIECE) {
+            let [one, other] = names.map(|name| self.part(name, start..(start + PIECE).min(numbers)));
+            if one? != other? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }

@@ -3,13 +3,28 @@
 use std::io::{self, Write};
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::{Named, ParameterVisitor, visit_parameters};
 
 /// Numbers that are on the host at a time (4 MiB; chosen by us).
 const PIECE: usize = 1 << 20;
+
+/// What can be written as a tensor of a file.
+pub trait ToWrite {
+    /// Its name in the file.
+    fn name(&self) -> &str;
+
+    /// Sizes of the dimensions.
+    fn shape(&self) -> &[usize];
+
+    /// Hands its values in f32 to `take`, row-major, piece by piece.
+    ///
+    /// # Errors
+    /// The first that `take` gives.
+    fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()>;
+}
 
 /// A named tensor whose values stay where they are until they are asked for, piece by piece.
 #[derive(Debug, Clone)]
@@ -29,11 +44,45 @@ impl Held {
         Self { name, shape, flat: tensor.reshape([numbers]) }
     }
 
-    /// Hands its values in f32 to `take`, row-major, in pieces of up to 2²⁰.
+    /// Values from the host, on `device`.
+    pub fn on_device(tensor: Named, device: &Device) -> Self {
+        let numbers = tensor.values.len();
+        let flat = Tensor::from_data(TensorData::new(tensor.values, [numbers]), device);
+        Self { name: tensor.name, shape: tensor.shape, flat }
+    }
+
+    /// The tensor, which shares its values.
     ///
-    /// # Errors
-    /// The first that `take` gives.
-    pub fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()> {
+    /// # Panics
+    /// If it has other than `D` dimensions.
+    pub(crate) fn tensor<const D: usize>(self) -> Tensor<D> {
+        let shape: [usize; D] = self.shape.try_into().expect("as many dimensions as are asked for");
+        self.flat.reshape(shape)
+    }
+
+    /// All of its values in f32, row-major.
+    pub fn values(&self) -> Vec<f32> {
+        let data = self.flat.to_data().convert_dtype(DType::F32);
+        data.try_into_vec().unwrap_or_else(|error| unreachable!("converted to f32: {error:?}"))
+    }
+
+    /// The same with its values.
+    pub fn named(&self) -> Named {
+        Named { name: self.name.clone(), shape: self.shape.clone(), values: self.values() }
+    }
+}
+
+impl ToWrite for Held {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// In pieces of up to 2²⁰.
+    fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()> {
         let [numbers] = self.flat.dims();
         for start in (0..numbers).step_by(PIECE) {
             let end = (start + PIECE).min(numbers);
@@ -42,16 +91,6 @@ impl Held {
             take(values)?;
         }
         Ok(())
-    }
-
-    /// All of its values in f32, row-major.
-    pub fn values(&self) -> Vec<f32> {
-        self.flat.to_data().convert_dtype(DType::F32).iter::<f32>().collect()
-    }
-
-    /// The same with its values.
-    pub fn named(&self) -> Named {
-        Named { name: self.name.clone(), shape: self.shape.clone(), values: self.values() }
     }
 }
 
@@ -72,17 +111,18 @@ pub fn held<M: Module>(module: &M) -> Vec<Held> {
 /// # Errors
 /// If `out` cannot be written.
 pub fn write_safetensors(
-    tensors: &[Held],
+    tensors: &[impl ToWrite],
     metadata: &[(&str, String)],
     out: &mut dyn Write,
 ) -> io::Result<Vec<(String, usize)>> {
-    let mut order: Vec<&Held> = tensors.iter().collect();
-    order.sort_by(|a, b| a.name.cmp(&b.name)); // as the crate sorts tensors of one type
+    let mut order: Vec<_> = tensors.iter().collect();
+    order.sort_by(|a, b| a.name().cmp(b.name())); // as the crate sorts tensors of one type
     let mut at = 0;
     let entries = order.iter().map(|tensor| {
         let start = at;
-        at += tensor.shape.iter().product::<usize>() * size_of::<f32>();
-        (tensor.name.clone(), TensorInfo { dtype: Dtype::F32, shape: tensor.shape.clone(), data_offsets: (start, at) })
+        at += tensor.shape().iter().product::<usize>() * size_of::<f32>();
+        let info = TensorInfo { dtype: Dtype::F32, shape: tensor.shape().to_vec(), data_offsets: (start, at) };
+        (tensor.name().to_owned(), info)
     });
     let entries = entries.collect();
     let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
@@ -101,7 +141,7 @@ pub fn write_safetensors(
             out.write_all(&bytes)
         })?;
         if count > 0 {
-            bad.push((tensor.name.clone(), count));
+            bad.push((tensor.name().to_owned(), count));
         }
     }
     Ok(bad)

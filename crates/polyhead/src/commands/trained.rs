@@ -1,6 +1,7 @@
 //! Commands on a trained model: `eval`, `generate`, `export`, `logits`.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
@@ -12,18 +13,18 @@ use polyhead_data::{StreamDecoder, Tokenizer};
 use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_models::{ClassScore, Decoder, EvalTotals, Evaluated, Sampling};
-use polyhead_training::evaluate::evaluate;
-use polyhead_training::run_folder::{atomic_write, files::TOKENIZER};
+use polyhead_models::{ClassScore, Decoder, EvalTotals, Sampling};
+use polyhead_training::evaluate::{Batches, evaluate};
+use polyhead_training::run_folder::{atomic_write, atomic_write_with, files::TOKENIZER, files::WEIGHTS};
 
 use super::must_not_exist;
 use super::new_folder::NewFolder;
 use crate::allowed::caller;
 use crate::cli::GenerateArgs;
-use crate::console::{harmless, print, put, talk};
+use crate::console::{harmless, print, progress, put, talk};
 use polyhead_runs::Failure;
 use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
-use polyhead_runs::data::{Source, changed_text};
+use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
 use polyhead_runs::open_trained;
 use polyhead_runs::pretrained::tokenizer_files;
@@ -40,19 +41,16 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
     let trained = open_trained(checkpoint, device, caller())?;
     let opened = trained.data()?;
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
-    let all = opened.validation.batches_per_epoch().max(1);
-    let count = if batches == 0 { all } else { batches.min(all) };
-    let mut sums = Evaluated::default();
-    for position in 0..count {
-        sums.add(trained.model.evaluate(&opened.validation.batch(position)?));
-    }
+    let validation = Source(&opened.validation);
+    let watched = Watched::first(&validation, batches, caller());
+    let sums = evaluate(&trained.model, &watched, 0)?;
     if sums.targets == 0 {
         let problem =
             format!("{}: none of the held-out tokens is a target: there is nothing to measure", opened.description);
         return Err(Failure::Run(problem));
     }
     let result = serde_json::json!({
-        "checkpoint": trained.path, "batches": count, "targets": sums.targets, "loss": sums.mean_loss(),
+        "checkpoint": trained.path, "batches": watched.per_epoch(), "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
     put!("{result:#}")
@@ -71,7 +69,7 @@ fn tell_data(checkpoint: &Path, description: &str, text_hash: Option<&str>) -> R
 fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure> {
     let paired = paired(&trained.recipe)?;
     tell_data(&trained.path, &paired.description, Some(&paired.text_hash))?;
-    let sums = evaluate(&trained.model, &Source(&paired.validation), batches)?;
+    let sums = evaluate(&trained.model, &Watched::first(&Source(&paired.validation), batches, caller()), 0)?;
     let mut result = serde_json::json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
     for (name, value) in sums.retrieval().numbers() {
         result[name] = serde_json::json!(value);
@@ -83,7 +81,7 @@ fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure>
 fn eval_classifier(trained: &TrainedClassifier, batches: u64) -> Result<(), Failure> {
     let labelled = trained.data()?;
     tell_data(&trained.path, &labelled.description, labelled.text_hash.as_deref())?;
-    let sums = evaluate(&trained.model, &Source(&labelled.validation), batches)?;
+    let sums = evaluate(&trained.model, &Watched::first(&Source(&labelled.validation), batches, caller()), 0)?;
     let table = ClassTable::of(&sums, &labelled.classes, &labelled.groups);
     let line = |name: &str, cells: [String; 4]| {
         let [examples, precision, recall, f1] = cells;
@@ -254,7 +252,8 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
         pad: tokenizer.map(Tokenizer::pad),
         native: how.native,
     };
-    let mut files = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
+    let exported = hf::export(&trained.model, options).map_err(|error| Failure::Run(error.to_string()))?;
+    let mut files = exported.files.clone();
     if let Some(tokenizer) = &trained.tokenizer {
         let stops = stops(tokenizer)?;
         if stops.len() > 1
@@ -268,7 +267,7 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
         files.extend(tokenizer_files(tokenizer));
     }
     let same = |(name, bytes): &(String, Vec<u8>)| std::fs::read(to.join(name)).is_ok_and(|there| there == *bytes);
-    if to.exists() && files.iter().all(same) {
+    if to.exists() && files.iter().all(same) && holds(&to.join(WEIGHTS), &exported) {
         talk!("{} holds this export already, whole", to.display());
         return Ok(());
     }
@@ -276,11 +275,52 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
     for (name, bytes) in &files {
         atomic_write(&folder.path().join(name), bytes)?;
     }
+    atomic_write_with(&folder.path().join(WEIGHTS), |out| {
+        exported.write_weights(&mut Counted { out, written: 0, all: exported.bytes() })
+    })?;
     folder.finish()?;
-    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).chain([WEIGHTS]).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
     hf::notes(&trained.model, options).iter().for_each(|note| talk!("note: {note}"));
     Ok(())
+}
+
+/// Tells how much of so many bytes has been written.
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    written: u64,
+    all: u64,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.written += written as u64;
+        progress("exporting", self.written, self.all);
+        Ok(written)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// Whether a file holds the weights of an export, and nothing else.
+fn holds(path: &Path, exported: &hf::Exported) -> bool {
+    /// Compares what is written with a file, piece by piece.
+    struct Compared(BufReader<File>, Vec<u8>);
+    impl Write for Compared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.1.resize(bytes.len(), 0);
+            self.0.read_exact(&mut self.1)?;
+            if self.1 == bytes { Ok(bytes.len()) } else { Err(ErrorKind::InvalidData.into()) }
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let Ok(file) = File::open(path) else { return false };
+    let mut compared = Compared(BufReader::new(file), Vec::new());
+    exported.write_weights(&mut compared).is_ok() && compared.0.fill_buf().is_ok_and(<[u8]>::is_empty)
 }
 
 /// Writes the logits of tokens, or of a text.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::best::called_best;
-use super::{CheckpointError, Manifest, folder_name, step_of, verify};
+use super::{CheckpointError, Manifest, folder_name, step_of, verify, verify_usable};
 use crate::run_folder::files::MANIFEST;
 use crate::run_folder::{At, FileError, TEMPORARY, sync_folder};
 
@@ -38,6 +38,21 @@ pub type Whole = (PathBuf, Manifest);
 /// # Errors
 /// If the run folder cannot be read.
 pub fn newest_good(run_dir: &Path) -> Result<(Option<Whole>, Vec<CheckpointError>), CheckpointError> {
+    newest(run_dir, verify)
+}
+
+/// The newest checkpoint whose model can be used, as [`verify_usable`] sees it, and what is wrong with those newer than it.
+///
+/// # Errors
+/// If the run folder cannot be read.
+pub fn newest_usable(run_dir: &Path) -> Result<(Option<Whole>, Vec<CheckpointError>), CheckpointError> {
+    newest(run_dir, verify_usable)
+}
+
+fn newest(
+    run_dir: &Path,
+    verify: fn(&Path) -> Result<Manifest, CheckpointError>,
+) -> Result<(Option<Whole>, Vec<CheckpointError>), CheckpointError> {
     let mut skipped = Vec::new();
     for (_, path) in list(run_dir)?.into_iter().rev() {
         match verify(&path) {
@@ -68,11 +83,17 @@ fn is_held(path: &Path) -> bool {
 }
 
 /// Removes all checkpoints but the newest `keep_latest_k`, those in `keep`, the best one, the newest good one, and those that
-/// somebody holds; returns what was removed. `keep_latest_k = 0` keeps all, as torchtitan has it.
+/// somebody holds; returns what was removed. `keep_latest_k = 0` keeps all, as torchtitan has it. `good`: the newest good one,
+/// where the caller knows it (has written or verified it); else it is looked for, which reads whole checkpoints.
 ///
 /// # Errors
 /// If something cannot be read or removed.
-pub fn prune(run_dir: &Path, keep_latest_k: usize, keep: &[PathBuf]) -> Result<Vec<PathBuf>, CheckpointError> {
+pub fn prune(
+    run_dir: &Path,
+    keep_latest_k: usize,
+    keep: &[PathBuf],
+    good: Option<&Path>,
+) -> Result<Vec<PathBuf>, CheckpointError> {
     let all = list(run_dir)?;
     if keep_latest_k == 0 || all.len() <= keep_latest_k {
         return Ok(Vec::new());
@@ -85,11 +106,13 @@ pub fn prune(run_dir: &Path, keep_latest_k: usize, keep: &[PathBuf]) -> Result<V
         .filter(|(step, path)| !best.contains(step) && !keep.contains(&real(path)) && !is_held(path))
         .map(|(_, path)| path)
         .collect();
-    // Only now, because it reads whole checkpoints.
-    if !unwanted.is_empty()
-        && let (Some((last_good, _)), _) = newest_good(run_dir)?
-    {
-        unwanted.retain(|path| **path != last_good);
+    let good = match good {
+        Some(good) => Some(good.to_owned()),
+        None if unwanted.is_empty() => None,
+        None => newest_good(run_dir)?.0.map(|(path, _)| path),
+    };
+    if let Some(good) = good {
+        unwanted.retain(|path| real(path) != real(&good));
     }
     remove_all(unwanted)
 }

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use super::draft::{Stage, utc};
 use super::*;
+use crate::run_folder::files::OPTIMIZER;
 use serde_json::json;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -242,7 +243,7 @@ fn save_as_child(run: PathBuf) {
         // Steps are saved twice, so that kills hit replacements as well.
         draft(&run, edition / 2, edition).commit(json!({})).unwrap();
         println!("saved {edition}");
-        prune(&run, 2, &[]).unwrap();
+        prune(&run, 2, &[], None).unwrap();
     }
 }
 
@@ -298,20 +299,20 @@ fn pruning_keeps_the_latest_the_best_the_named_and_the_last_good() {
     for step in 1..=8 {
         save(run, step);
     }
-    assert!(prune(run, 0, &[]).unwrap().is_empty());
-    assert!(prune(run, 8, &[]).unwrap().is_empty());
+    assert!(prune(run, 0, &[], None).unwrap().is_empty());
+    assert!(prune(run, 8, &[], None).unwrap().is_empty());
     let best = Best { step: 2, validation_loss: 1.5 };
     write_best(run, &best).unwrap();
     let named = run.join(".").join("step-00000004");
-    let removed = prune(run, 3, &[named]).unwrap();
+    let removed = prune(run, 3, &[named], None).unwrap();
     assert_eq!(removed, [1, 3, 5].map(|step| run.join(folder_name(step))));
     assert_eq!(steps(), [2, 4, 6, 7, 8]);
     for step in [7, 8] {
         fs::write(run.join(folder_name(step)).join("state.json"), "").unwrap();
     }
-    prune(run, 2, &[]).unwrap();
+    prune(run, 2, &[], None).unwrap();
     assert_eq!(steps(), [2, 6, 7, 8]);
-    prune(run, 1, &[]).unwrap();
+    prune(run, 1, &[], None).unwrap();
     assert_eq!(steps(), [2, 6, 8]);
     assert_eq!(newest(run), Some((6, 0)));
     assert_eq!(discard_after(run, 6).unwrap(), [run.join(folder_name(8))]);
@@ -328,11 +329,11 @@ fn what_somebody_reads_is_pruned_once_they_have_read_it() {
     }
     let held = [1, 2].map(|step| hold(&run.join(folder_name(step))).unwrap());
     let twice = hold(&run.join(folder_name(1))).unwrap();
-    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(3))]);
+    assert_eq!(prune(run, 1, &[], None).unwrap(), [run.join(folder_name(3))]);
     drop(held);
-    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(2))]);
+    assert_eq!(prune(run, 1, &[], None).unwrap(), [run.join(folder_name(2))]);
     drop(twice);
-    assert_eq!(prune(run, 1, &[]).unwrap(), [run.join(folder_name(1))]);
+    assert_eq!(prune(run, 1, &[], None).unwrap(), [run.join(folder_name(1))]);
     assert!(hold(&run.join(folder_name(1))).is_none());
 }
 
@@ -358,7 +359,7 @@ fn every_checkpoint_says_which_step_is_the_best() {
     assert_eq!(recovered(3), (score(2, third), 0));
     // Pruning goes by what the newest checkpoint says, whatever the marker says.
     fs::remove_file(run.join("best.json")).unwrap();
-    prune(run, 1, &[]).unwrap();
+    prune(run, 1, &[], None).unwrap();
     assert_eq!(list(run).unwrap().into_iter().map(|(step, _)| step).collect::<Vec<_>>(), [2, 3]);
     fs::remove_dir_all(run.join(folder_name(2))).unwrap();
     assert_eq!(recovered(3), (score(3, 2.0), 1));
@@ -431,4 +432,39 @@ fn moments_are_written_as_rfc_3339() {
     ] {
         assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
     }
+}
+
+#[test]
+fn what_was_hashed_is_hashed_again_only_when_it_has_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = save(dir.path(), 1);
+    verify(&folder).unwrap();
+    // Once its time of change tells changes.
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    (0..2).for_each(|_| drop(verify(&folder).unwrap()));
+    let file = folder.join("state.json");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    assert!(verify(&folder).unwrap_err().to_string().contains("its hash differs"));
+    bytes[0] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    verify(&folder).unwrap();
+}
+
+#[test]
+fn a_model_is_usable_whatever_the_optimizers_state_holds_but_not_without_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut draft = Draft::begin(dir.path(), 1).unwrap();
+    for name in ["model.safetensors", OPTIMIZER] {
+        draft.file(name, name.as_bytes()).unwrap();
+    }
+    let folder = draft.commit(serde_json::Value::Null).unwrap();
+    fs::write(folder.join(OPTIMIZER), OPTIMIZER.to_uppercase()).unwrap();
+    assert!(verify(&folder).is_err() && newest_good(dir.path()).unwrap().0.is_none());
+    assert_eq!(verify_usable(&folder).unwrap(), newest_usable(dir.path()).unwrap().0.unwrap().1);
+    fs::write(folder.join(OPTIMIZER), "short").unwrap();
+    assert!(verify_usable(&folder).is_err());
+    fs::remove_file(folder.join(OPTIMIZER)).unwrap();
+    assert!(verify_usable(&folder).is_err());
 }

@@ -1,14 +1,17 @@
 //! Whether a checkpoint is what was saved.
 
-use std::fs::{self, File};
+use std::collections::HashSet;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointError, FORMAT_VERSION, FileEntry, Manifest, is_plain, step_of};
 use crate::run_folder::At;
-use crate::run_folder::files::MANIFEST;
+use crate::run_folder::files::{MANIFEST, OPTIMIZER};
 
 /// The manifest as it is in the file: it ends with a hash of its own text, in which the digits
 /// of that hash are zeros.
@@ -41,11 +44,22 @@ pub(super) fn seal(manifest: &Manifest) -> String {
 /// What is wrong first, and with which file: missing, truncated, altered.
 pub fn verify(path: &Path) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(path)?;
-    for entry in &manifest.files {
-        let file = open(path, entry)?;
-        let hashed = hash(&file).at("read", &path.join(&entry.name))?;
-        compare(path, entry, hashed)?;
-    }
+    manifest.files.iter().try_for_each(|entry| check(path, entry))?;
+    Ok(manifest)
+}
+
+/// [`verify`] for whoever uses the model and does not train on: of the optimizer's state, which is twice as large as the model,
+/// the length is checked alone.
+///
+/// # Errors
+/// As for [`verify`].
+pub fn verify_usable(path: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest = read_manifest(path)?;
+    let check = |entry: &FileEntry| match entry.name == OPTIMIZER {
+        true => open(path, entry).map(drop),
+        false => check(path, entry),
+    };
+    manifest.files.iter().try_for_each(check)?;
     Ok(manifest)
 }
 
@@ -54,20 +68,82 @@ pub fn verify(path: &Path) -> Result<Manifest, CheckpointError> {
 /// # Errors
 /// As for [`verify`], but only about the manifest and this file; also if there is no such file.
 pub fn read_file(path: &Path, name: &str) -> Result<Vec<u8>, CheckpointError> {
-    let manifest = read_manifest(path)?;
-    let Some(entry) = manifest.files.iter().find(|entry| entry.name == name) else {
-        let names: Vec<_> = manifest.files.iter().map(|e| e.name.as_str()).collect();
-        return Err(CheckpointError::NoSuchFile {
-            path: path.to_path_buf(),
-            name: name.to_string(),
-            holds: names.join(", "),
-        });
-    };
+    let entry = entry_of(path, name)?;
     let mut bytes = Vec::new();
-    open(path, entry)?.read_to_end(&mut bytes).at("read", &path.join(name))?;
+    open(path, &entry)?.read_to_end(&mut bytes).at("read", &path.join(name))?;
     let hashed = (bytes.len() as u64, blake3::hash(&bytes).to_string());
-    compare(path, entry, hashed)?;
+    compare(path, &entry, hashed)?;
     Ok(bytes)
+}
+
+/// [`read_file`] without keeping the bytes: for files that are read piece by piece afterwards.
+///
+/// # Errors
+/// As for [`read_file`].
+pub fn check_file(path: &Path, name: &str) -> Result<(), CheckpointError> {
+    check(path, &entry_of(path, name)?)
+}
+
+fn check(path: &Path, entry: &FileEntry) -> Result<(), CheckpointError> {
+    let (file, at) = (open(path, entry)?, path.join(&entry.name));
+    let seen = file.metadata().ok().and_then(|file| Seen::of(at.clone(), &entry.blake3, &file));
+    if seen.as_ref().is_some_and(Seen::before) {
+        return Ok(());
+    }
+    compare(path, entry, hash(&file).at("read", &at)?)?;
+    seen.into_iter().for_each(Seen::remember);
+    Ok(())
+}
+
+/// A file whose hash was compared: a command that asks several times about a checkpoint hashes it once.
+#[derive(PartialEq, Eq, Hash)]
+struct Seen {
+    path: PathBuf,
+    blake3: String,
+    bytes: u64,
+    changed: SystemTime,
+}
+
+static SEEN: Mutex<Option<HashSet<Seen>>> = Mutex::new(None);
+
+impl Seen {
+    /// `None` where it changed so recently that its time of change need not tell the next change: file systems count in
+    /// steps, which are at most so long.
+    fn of(path: PathBuf, blake3: &str, file: &Metadata) -> Option<Self> {
+        const STEP: Duration = Duration::from_secs(2);
+        let changed = changed(file)?;
+        let settled = SystemTime::now().duration_since(changed).is_ok_and(|age| age > STEP);
+        settled.then(|| Self { path, blake3: blake3.to_owned(), bytes: file.len(), changed })
+    }
+
+    fn before(&self) -> bool {
+        SEEN.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|seen| seen.contains(self))
+    }
+
+    fn remember(self) {
+        SEEN.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().insert(self);
+    }
+}
+
+/// When a file was last changed, which nobody can set back.
+#[cfg(unix)]
+fn changed(file: &Metadata) -> Option<SystemTime> {
+    use std::os::unix::fs::MetadataExt;
+    let since = Duration::new(u64::try_from(file.ctime()).ok()?, u32::try_from(file.ctime_nsec()).ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(since)
+}
+
+#[cfg(not(unix))]
+fn changed(_: &Metadata) -> Option<SystemTime> {
+    None
+}
+
+/// What the manifest says about a file.
+fn entry_of(path: &Path, name: &str) -> Result<FileEntry, CheckpointError> {
+    let manifest = read_manifest(path)?;
+    let names = || manifest.files.iter().map(|entry| entry.name.as_str()).collect::<Vec<_>>().join(", ");
+    let no_such = || CheckpointError::NoSuchFile { path: path.to_path_buf(), name: name.to_string(), holds: names() };
+    manifest.files.iter().find(|entry| entry.name == name).cloned().ok_or_else(no_such)
 }
 
 /// The manifest of the checkpoint at `path`, known to be as it was written.

@@ -8,6 +8,7 @@ use polyhead_kernels::comparison::difference;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::weights::{load, named};
 
 /// As the command promises.
 const UNCHANGED: f64 = 1e-4;
