@@ -1,5 +1,8 @@
 //! Conversations: pretrain, fine-tune in three ways, ask, export.
 
+use std::io::Write;
+use std::process::Stdio;
+
 use serde_json::Value;
 
 use crate::world::{SMALL, World};
@@ -84,6 +87,13 @@ fn a_model_is_pretrained_fine_tuned_asked_and_exported() {
     assert!(err.contains("resume: from"), "{err}");
     let ask = ["generate", "lora", "--chat", "--prompt", "3 + 3", "--max-new-tokens", "5", "--seed", "1"];
     assert_eq!(world.succeeds(&ask).0, world.succeeds(&ask).0);
+    // Whoever talks with it gets the same answers: to the first message, and to a first one again.
+    let talk = ["chat", "lora", "--max-new-tokens", "5", "--seed", "1"];
+    let mut child = world.command(&talk).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"3 + 3\n/new\n\n3 + 3\nand 4 + 4\n").unwrap();
+    let said = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
+    let first = world.succeeds(&ask).0;
+    assert!(said.starts_with(&first.repeat(2)) && said.len() > 2 * first.len(), "{said:?} {first:?}");
     let err = world.fails(2, &["generate", "base", "--chat", "--prompt", "x"]);
     assert!(err.contains("has no chat template"), "{err}");
 }

@@ -46,4 +46,5 @@ mod resume;
 mod signals;
 mod sizes;
 mod stages;
+mod use_models;
 mod world;

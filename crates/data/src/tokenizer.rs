@@ -400,10 +400,7 @@ impl Tokenizer {
 
     /// The same, where they add up to the bytes of texts, of which parts are tried; otherwise a sentence that says why bits per
     /// byte cannot be known.
-    pub(crate) fn token_bytes_of<'a>(
-        &self,
-        texts: impl Iterator<Item = &'a str>,
-    ) -> (Option<Vec<u32>>, Option<String>) {
+    pub fn token_bytes_of<'a>(&self, texts: impl Iterator<Item = &'a str>) -> (Option<Vec<u32>>, Option<String>) {
         let encoded = |piece: &'a str| Ok::<_, String>((piece, self.encode(piece).map_err(|error| error.to_string())?));
         let bytes = match self.inner {
             None => Ok(self.token_bytes()),
@@ -416,7 +413,7 @@ impl Tokenizer {
     }
 
     /// The same, where they add up to a sample of text.
-    pub(crate) fn token_bytes_of_sample(&self) -> (Option<Vec<u32>>, Option<String>) {
+    pub fn token_bytes_of_sample(&self) -> (Option<Vec<u32>>, Option<String>) {
         self.token_bytes_of(std::iter::once(SAMPLE))
     }
 

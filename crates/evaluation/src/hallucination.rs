@@ -63,10 +63,10 @@ pub struct Judged {
 pub fn ask(model: &Decoder, questions: &[Question], asking: &Asking, go_on: &dyn Fn() -> bool) -> Option<Vec<Judged>> {
     let prompts: Vec<Vec<u32>> = questions.iter().map(|question| question.prompt.clone()).collect();
     let greedy = Sampling { temperature: 0.0, ..asking.sampling.clone() };
-    let likeliest = continuations(model, &prompts, &greedy, Some(asking.end), go_on)?;
+    let likeliest = continuations(model, &prompts, &greedy, &[asking.end], go_on)?;
     let many: Vec<Vec<u32>> =
         prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), asking.samples.max(1))).collect();
-    let drawn = continuations(model, &many, &asking.sampling, Some(asking.end), go_on)?;
+    let drawn = continuations(model, &many, &asking.sampling, &[asking.end], go_on)?;
     let whole = many.iter().zip(&drawn).map(|(prompt, answer)| [&prompt[..], &answer.tokens].concat());
     let rows = Texts::plain(whole).embeddings(model, asking.layer, Embedding::Last);
     let samples = asking.samples.max(1);

@@ -71,16 +71,16 @@ pub fn answer_embeddings(
     prompt: &[u32],
     count: usize,
     sampling: &Sampling,
-    stop: Option<u32>,
+    stops: &[u32],
     layer: usize,
 ) -> Rows {
-    let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stop, &|| true).unwrap_or_default();
+    let answers = continuations(model, &vec![prompt.to_vec(); count], sampling, stops, &|| true).unwrap_or_default();
     let whole = answers.into_iter().map(|answer| [prompt, &answer.tokens].concat());
     Texts::plain(whole).embeddings(model, layer, Embedding::Last)
 }
 
 /// Rows filled up to the longest. Where any has documents, what fills up is a document of its own.
-fn padded(rows: &[Batch]) -> Batch {
+pub(crate) fn padded(rows: &[Batch]) -> Batch {
     const PADDING: u32 = u32::MAX;
     let seq = rows.iter().map(|row| row.seq).max().unwrap_or(1);
     let mut batch = Batch { batch: rows.len(), seq, ..Batch::default() };

@@ -53,7 +53,7 @@ pub struct Continuation {
     pub log_probability: f64,
 }
 
-/// Continues prompts of equal length (not 0), many at a time, each until `stop` or `max_new_tokens`. The numbers that a
+/// Continues prompts of equal length (not 0), many at a time, each until one of `stops` or `max_new_tokens`. The numbers that a
 /// row draws depend on the seed and the row's place only. Asks `go_on` before every token; `None` once it says no. Call it on
 /// `model.valid()`.
 ///
@@ -63,7 +63,7 @@ pub fn continuations(
     model: &Decoder,
     prompts: &[Vec<u32>],
     sampling: &Sampling,
-    stop: Option<u32>,
+    stops: &[u32],
     go_on: &dyn Fn() -> bool,
 ) -> Option<Vec<Continuation>> {
     let length = prompts.first().map_or(0, Vec::len);
@@ -85,7 +85,7 @@ pub fn continuations(
             next.clear();
             for ((row, rng), logits) in rows.iter_mut().zip(&mut rngs).zip(logits.chunks(model.vocab_size())) {
                 // A row that has ended goes on with the others, but nothing is kept of it.
-                next.push(if row.open(sampling) { row.extend(logits, sampling, rng, stop) } else { 0 });
+                next.push(if row.open(sampling) { row.extend(logits, sampling, rng, stops) } else { 0 });
             }
         }
         Some(rows)
@@ -103,7 +103,7 @@ impl Continuation {
     }
 
     /// Chooses one more token, or ends.
-    fn extend(&mut self, logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng, stop: Option<u32>) -> u32 {
+    fn extend(&mut self, logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng, stops: &[u32]) -> u32 {
         let token = choose(logits, sampling, rng);
         let best = logits.iter().fold(f32::NEG_INFINITY, |best, &logit| best.max(logit));
         let shifted = || logits.iter().map(|&logit| f64::from(logit - best));
@@ -113,7 +113,7 @@ impl Continuation {
         let seen = self.tokens.len() as f64;
         self.entropy = (self.entropy * seen + entropy) / (seen + 1.0);
         self.log_probability += f64::from(logits[token as usize] - best) - all.ln();
-        self.ended = Some(token) == stop;
+        self.ended = stops.contains(&token);
         if !self.ended {
             self.tokens.push(token);
         }
@@ -121,34 +121,56 @@ impl Continuation {
     }
 }
 
-/// Continues `prompt` (not empty), handing each new token to `on_token` as it comes; stops at `stop`, at
-/// `max_new_tokens`, or when `on_token` says so. Call it on `model.valid()`.
-///
-/// Returns the new tokens, without the stop token.
-pub fn generate(
-    model: &Decoder,
-    prompt: &[u32],
-    sampling: &Sampling,
-    stop: Option<u32>,
-    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
-) -> Vec<u32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-    let mut cache = Cache::new(model.layers.len());
-    let mut new = Vec::new();
-    let mut next: Vec<u32> = prompt.to_vec();
-    while new.len() < sampling.max_new_tokens {
-        let logits = next_logits(model, &next, 1, &mut cache);
-        let token = choose(&logits, sampling, &mut rng);
-        if Some(token) == stop {
-            break;
-        }
-        new.push(token);
-        if on_token(token).is_break() {
-            break;
-        }
-        next = vec![token];
+/// What a model has read and written so far, with its cache. A prompt that goes on from there costs its new tokens only.
+#[derive(Debug)]
+pub struct Past {
+    cache: Cache,
+    tokens: Vec<u32>,
+}
+
+impl Past {
+    /// Nothing yet.
+    pub fn new(model: &Decoder) -> Self {
+        Self { cache: Cache::new(model.layers.len()), tokens: Vec::new() }
     }
-    new
+
+    /// Reads `tokens` (not empty), which follow what was read; gives the logits after the last of them.
+    fn read(&mut self, model: &Decoder, tokens: &[u32]) -> Vec<f32> {
+        self.tokens.extend(tokens);
+        next_logits(model, tokens, 1, &mut self.cache)
+    }
+
+    /// Continues `prompt` (not empty), a text from its very beginning, handing each new token to `on_token` as it comes; stops
+    /// at one of `stops`, at `max_new_tokens`, or when `on_token` says so. Call it on `model.valid()`.
+    ///
+    /// Returns the new tokens, without the stop token, and whether that came.
+    pub fn generate(
+        &mut self,
+        model: &Decoder,
+        prompt: &[u32],
+        sampling: &Sampling,
+        stops: &[u32],
+        mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> (Vec<u32>, bool) {
+        if !(prompt.starts_with(&self.tokens) && prompt.len() > self.tokens.len()) {
+            *self = Self::new(model);
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
+        let mut new = Vec::new();
+        let mut next: Vec<u32> = prompt[self.tokens.len()..].to_vec();
+        while new.len() < sampling.max_new_tokens {
+            let token = choose(&self.read(model, &next), sampling, &mut rng);
+            if stops.contains(&token) {
+                return (new, true);
+            }
+            new.push(token);
+            if on_token(token).is_break() {
+                break;
+            }
+            next = vec![token];
+        }
+        (new, false)
+    }
 }
 
 /// `[rows, vocab]`: the logits after `tokens`, `[rows, new]`, which continue what is cached.
@@ -210,8 +232,10 @@ mod tests {
     fn many_rows_are_each_continued_as_one_alone() {
         let (model, prompts) = (model(), [vec![1, 2, 3], vec![4, 0, 8], vec![7, 7, 2]]);
         let greedy = Sampling { max_new_tokens: 12, temperature: 0.0, ..Sampling::default() };
-        let alone = |prompt: &Vec<u32>| generate(&model, prompt, &greedy, Some(5), |_| ControlFlow::Continue(()));
-        let together = continuations(&model, &prompts, &greedy, Some(5), &|| true).unwrap();
+        let alone = |prompt: &Vec<u32>| {
+            Past::new(&model).generate(&model, prompt, &greedy, &[5, 6], |_| ControlFlow::Continue(())).0
+        };
+        let together = continuations(&model, &prompts, &greedy, &[5, 6], &|| true).unwrap();
         for (prompt, row) in prompts.iter().zip(&together) {
             assert_eq!(row.tokens, alone(prompt));
             assert_eq!(row.ended, row.tokens.len() < 12);
@@ -219,13 +243,33 @@ mod tests {
     }
 
     #[test]
+    fn a_conversation_that_goes_on_reads_as_one_text() {
+        let (model, greedy) = (model(), Sampling { max_new_tokens: 4, temperature: 0.0, ..Sampling::default() });
+        let mut past = Past::new(&model);
+        let go_on = |_| ControlFlow::Continue(());
+        let mut text = vec![1, 2, 3];
+        for turn in [vec![4, 4], vec![8], vec![0, 2, 7]] {
+            let (answer, _) = past.generate(&model, &text, &greedy, &[], go_on);
+            assert_eq!(answer, Past::new(&model).generate(&model, &text, &greedy, &[], go_on).0);
+            // Its last token has been chosen, not read.
+            assert_eq!(past.tokens.len(), text.len() + 3);
+            text.extend([answer, turn].concat());
+        }
+        // Another text, and the same again: nothing is left of the one before.
+        for text in [[5, 5, 5], [5, 5, 5]] {
+            let fresh = Past::new(&model).generate(&model, &text, &greedy, &[], go_on).0;
+            assert_eq!(past.generate(&model, &text, &greedy, &[], go_on).0, fresh);
+        }
+    }
+
+    #[test]
     fn what_is_drawn_depends_on_seed_and_place_only() {
         let (model, prompts) = (model(), vec![vec![1, 2]; ROWS + 3]);
         let sampling = Sampling { max_new_tokens: 6, temperature: 1.0, ..Sampling::default() };
-        let all = continuations(&model, &prompts, &sampling, None, &|| true).unwrap();
-        assert_eq!(continuations(&model, &prompts, &sampling, None, &|| false), None);
+        let all = continuations(&model, &prompts, &sampling, &[], &|| true).unwrap();
+        assert_eq!(continuations(&model, &prompts, &sampling, &[], &|| false), None);
         let tokens = |rows: &[Continuation]| rows.iter().map(|row| row.tokens.clone()).collect::<Vec<_>>();
-        let first = continuations(&model, &prompts[..3], &sampling, None, &|| true).unwrap();
+        let first = continuations(&model, &prompts[..3], &sampling, &[], &|| true).unwrap();
         assert_eq!(tokens(&first), tokens(&all[..3]));
         assert!(all.iter().any(|row| row.tokens != all[0].tokens));
         // Small fresh weights: all 9 ids are about equally likely.

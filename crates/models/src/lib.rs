@@ -2,7 +2,7 @@
 //!
 //! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Trainable`] the interface
 //! of both to the training loop; [`Batch`] and [`Examples`] are their inputs, [`loss`](Decoder::loss) the decoder's loss,
-//! [`generate`] writes text with it, [`weights`] are parameters by name, [`hf`] reads and writes Hugging Face's format.
+//! [`Past::generate`] writes text with it, [`weights`] are parameters by name, [`hf`] reads and writes Hugging Face's format.
 
 pub mod adapters;
 mod batch;
@@ -47,7 +47,7 @@ pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
 };
-pub use generate::{Continuation, Sampling, continuations, generate};
+pub use generate::{Continuation, Past, Sampling, continuations};
 pub use layer_features::TokenPooling;
 pub use loss::{Evaluated, Loss};
 pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};

@@ -31,5 +31,5 @@ pub fn allowed() -> Allowed {
 
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
-    Caller { nonfinite: allowed().nonfinite, tell: say, progress }
+    Caller { nonfinite: allowed().nonfinite, tell: say, progress, hub: crate::hub::locate }
 }

@@ -173,7 +173,11 @@ Examples:
     Inspect(InspectArgs),
     /// Print the replications: what papers claim and what we measured, from recipes/results.
     Results,
-    /// Validate a trained model on its held-out data, or ask it questions about long texts (--task).
+    /// Measure a trained model: on its held-out data, on a text (--text), or with questions about long texts (--task).
+    ///
+    /// With --text, loss (nats per token), perplexity and bits per byte of the files, for any checkpoint or folder in Hugging
+    /// Face's format. They are read in windows that overlap; every token is predicted once, with at least window - stride tokens
+    /// before it.
     ///
     /// With --task, problems are generated: what is asked for is somewhere in filler, at 1, 2, 4 and 8 times the length
     /// that the model was trained with. An answer counts if every token of it is the model's first choice. A table goes to
@@ -185,13 +189,27 @@ Examples:
     #[command(after_help = "\
 Examples:
   polyhead eval checkpoints/quickstart
+  polyhead eval llama-folder --text book.txt --window 2048 --stride 512
   polyhead eval checkpoints/sft --task all --heatmap sft.svg
   polyhead eval checkpoints/sft --task needles_multi,multi_hop --lengths 1,2,4 --samples 50
   polyhead eval checkpoints/quickstart --task eigenscore --prompts questions.txt
   polyhead eval checkpoints/facts --task facts")]
     Eval(EvalArgs),
     /// Generate text from a trained model.
+    ///
+    /// The text goes to standard output as it is written. With --prompts, every prompt of a file is continued, and each gives a
+    /// line of JSON: prompt, text, number of tokens, and whether it ended by itself (stop) or at --max-new-tokens (length).
+    #[command(after_help = "\
+Examples:
+  polyhead generate checkpoints/quickstart --prompt \"Ownership is\" --temperature 0
+  polyhead generate checkpoints/sft --chat --system \"Answer in one word.\" --prompt \"What is a crate?\"
+  polyhead generate checkpoints/quickstart --prompts prompts.txt --stop \"\\n\" > answers.jsonl
+  git diff | polyhead generate llama-folder --prompt -")]
     Generate(GenerateArgs),
+    /// Talk with a model that was fine-tuned on conversations.
+    ///
+    /// Each line of standard input is a message; the model answers in its own chat template and remembers what was said.
+    Chat(ChatArgs),
     /// Write a model in Hugging Face's format.
     Export {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.
@@ -339,6 +357,16 @@ pub struct EvalArgs {
     /// Batches of held-out data at most; 0 takes all.
     #[arg(long, default_value_t = 0, conflicts_with = "task")]
     pub batches: u64,
+    /// Text files, folders or patterns to measure the loss on, instead of the data of the model's recipe.
+    #[arg(long, num_args = 1.., value_name = "PATH", conflicts_with_all = ["task", "batches"])]
+    pub text: Vec<String>,
+    /// Tokens that are read at a time. Default: as many as the model was made for, 1024 at most.
+    #[arg(long, requires = "text", value_parser = at_least_one)]
+    pub window: Option<usize>,
+    /// Tokens from one window to the next. Default: half a window. A smaller one gives every prediction more context, and takes
+    /// longer.
+    #[arg(long, requires = "text", value_parser = at_least_one)]
+    pub stride: Option<usize>,
     /// What is asked, instead of validating.
     #[arg(long, value_delimiter = ',', value_parser = TASKS)]
     pub task: Vec<String>,
@@ -448,13 +476,40 @@ pub struct CompareArgs {
 pub struct GenerateArgs {
     /// A checkpoint, a run folder, or a folder in Hugging Face's format.
     pub checkpoint: PathBuf,
-    /// What the text starts with.
-    #[arg(long, default_value = "")]
+    /// What the text starts with; - reads it from standard input.
+    #[arg(long, default_value = "", conflicts_with = "prompts")]
     pub prompt: String,
+    /// A file of prompts, one a line; of a .jsonl file, the "prompt" of each row.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
     /// Take the prompt as what a user says, and let the model answer: the chat template that it was fine-tuned with is
     /// written around it.
     #[arg(long)]
     pub chat: bool,
+    /// Instructions that come before, with --chat.
+    #[arg(long, requires = "chat")]
+    pub system: Option<String>,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// How to talk.
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// A checkpoint, a run folder, or a folder in Hugging Face's format.
+    pub checkpoint: PathBuf,
+    /// Instructions that come before.
+    #[arg(long)]
+    pub system: Option<String>,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
     /// Tokens at most.
     #[arg(long, default_value_t = 200)]
     pub max_new_tokens: usize,
@@ -470,6 +525,9 @@ pub struct GenerateArgs {
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// End before this string; may be given several times.
+    #[arg(long, value_name = "STRING")]
+    pub stop: Vec<String>,
     /// Default: the recipe's.
     #[arg(long, value_parser = device())]
     pub device: Option<String>,

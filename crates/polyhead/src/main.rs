@@ -8,6 +8,7 @@ mod console;
 mod cut_files;
 #[cfg(feature = "tui")]
 mod dashboard;
+mod hub;
 mod inspect;
 mod signals;
 

@@ -220,6 +220,7 @@ pub fn open_classifier(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedClassifier>, Failure> {
+    let path = &caller.locate(path)?;
     let Some((path, recipe)) = find_own(path, caller)? else { return Ok(None) };
     let ModelConfig::Classifier { config, .. } = &recipe.model else { return Ok(None) };
     let (input, classes) = described(&path)?;

@@ -110,6 +110,7 @@ pub fn open_embedder(
     device_name: Option<&str>,
     caller: Caller,
 ) -> Result<Option<TrainedEmbedder>, Failure> {
+    let path = &caller.locate(path)?;
     let Some((path, recipe)) = find_own(path, caller)? else { return Ok(None) };
     let ModelConfig::Embedder(config) = &recipe.model else { return Ok(None) };
     let input: [usize; 2] = serde_json::from_value(record(&path)?["input"].clone())

@@ -1,6 +1,7 @@
 //! Runs: from a recipe to its parts (data, model, device) and from a run folder back to a trained model; what a run costs, and
 //! what its folder contains.
 
+pub mod answer;
 pub mod classifier;
 mod convert;
 pub mod costs;
@@ -9,6 +10,7 @@ pub mod decoder;
 pub mod device;
 pub mod embedder;
 mod error;
+pub mod hub;
 pub mod kind;
 pub mod pretrained;
 pub mod probe;
@@ -17,6 +19,8 @@ pub mod result;
 pub mod stages;
 pub mod text;
 pub mod trained;
+
+use std::path::{Path, PathBuf};
 
 use polyhead_models::weights::NonFinite;
 
@@ -34,11 +38,22 @@ pub struct Caller {
     pub tell: fn(&str),
     /// Takes what is being done that may be long, how much of it is done, and how much there is.
     pub progress: fn(&'static str, u64, u64),
+    /// The folder of a model that is not named by a path, such as `org/name` of a hub; `None` where the name can only be one.
+    pub hub: fn(&Path) -> Result<Option<PathBuf>, Failure>,
 }
 
 impl Caller {
     /// Tells how far the reading of a model is.
     fn loading(self) -> impl FnMut(u64, u64) {
         move |done, all| (self.progress)("loading", done, all)
+    }
+
+    /// Where a model is that a person names: what is there by that path, else by the hub.
+    ///
+    /// # Errors
+    /// If the hub knows such names, but not this model.
+    pub fn locate(&self, name: &Path) -> Result<PathBuf, Failure> {
+        let found = if name.exists() { None } else { (self.hub)(name)? };
+        Ok(found.unwrap_or_else(|| name.to_owned()))
     }
 }

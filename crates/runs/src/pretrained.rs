@@ -17,6 +17,7 @@ use polyhead_training::state;
 
 use crate::Caller;
 use crate::data::recipes_folder;
+use crate::hub::Reference;
 
 use crate::error::Failure;
 use crate::stages;
@@ -33,6 +34,8 @@ pub struct Pretrained {
     pub max_positions: usize,
     /// How it reads text; `None` where it learned generated data, or the folder has none.
     pub tokenizer: Option<Tokenizer>,
+    /// Tokens after which it has said what it has to say, where its folder names any besides its tokenizer.
+    pub ends: Vec<u32>,
     /// The recipe that trained it, if it is one of ours.
     pub recipe: Option<Recipe>,
     /// `None` for a checkpoint of ours.
@@ -45,6 +48,7 @@ impl Pretrained {
     /// # Errors
     /// If there is none, or it is damaged, or does not fit together.
     pub fn open(path: &Path, caller: Caller) -> Result<Self, Failure> {
+        let path = &caller.locate(path)?;
         let Some((path, recipe)) = find_own(path, caller)? else { return Self::open_foreign(path, caller) };
         let decoder = match &recipe.model {
             ModelConfig::Decoder { config: Some(decoder), .. } => decoder.clone(),
@@ -65,6 +69,7 @@ impl Pretrained {
             vocab_size: vocab_of(&path)?,
             max_positions: recipe.training.seq_len,
             tokenizer: tokenizer_of(&path)?,
+            ends: Vec::new(),
             recipe: Some(recipe),
             foreign: None,
             decoder,
@@ -98,6 +103,7 @@ impl Pretrained {
             vocab_size: folder.vocab_size(),
             max_positions: folder.max_positions(),
             tokenizer,
+            ends: folder.ends().to_vec(),
             recipe: None,
             foreign: Some(folder),
         })
@@ -169,7 +175,11 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
     }
     if !path.is_dir() {
         let hint = meant(path);
-        let problem = format!("{}: no such checkpoint or run folder\n  hint: {hint}", path.display());
+        let hub = match path.to_str().and_then(Reference::parse) {
+            Some(_) => ", and no model of that name in the cache of the Hugging Face hub (HF_HOME)",
+            None => "",
+        };
+        let problem = format!("{}: no such checkpoint or run folder{hub}\n  hint: {hint}", path.display());
         return Err(Problems::plain(problem).into());
     }
     loop {

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use polyhead_data::{Opened, Tokenizer};
 use polyhead_models::Decoder;
 use polyhead_recipe::Recipe;
+use polyhead_training::run_folder::files::TOKENIZER;
 use polyhead_training::state::read_progress;
 
 use crate::Caller;
+use crate::answer::Prompt;
 use crate::data::open_tokens;
 use crate::device;
 use crate::error::Failure;
@@ -26,6 +28,8 @@ pub struct Trained {
     pub tokenizer: Option<Tokenizer>,
     /// The longest sequence that it was made for.
     pub max_positions: usize,
+    /// Tokens after which it has said what it has to say, where its folder names any besides its tokenizer.
+    pub ends: Vec<u32>,
 }
 
 /// Loads a trained model to use, not to train.
@@ -37,17 +41,32 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
     let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
     let model = found.model(&device, caller)?;
-    let Pretrained { path, recipe, tokenizer, max_positions, .. } = found;
+    let Pretrained { path, recipe, tokenizer, max_positions, ends, .. } = found;
     let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
     if let Some(recipe) = recipe.as_ref().filter(|_| path.join(STATE).exists()) {
         let state = read_progress(&path)?.procedure;
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;
         model = model.gated(gate);
     }
-    Ok(Trained { path, model, recipe, tokenizer, max_positions })
+    Ok(Trained { path, model, recipe, tokenizer, max_positions, ends })
 }
 
 impl Trained {
+    /// Its tokenizer, for what needs one.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn text_tokenizer(&self) -> Result<&Tokenizer, Failure> {
+        let path = self.path.display();
+        let problem = || format!("{path} has no tokenizer: it learned generated data, or its {TOKENIZER} is missing");
+        self.tokenizer.as_ref().ok_or_else(|| Failure::Run(problem()))
+    }
+
+    /// A prompt that also ends where the model's own folder says that texts end.
+    pub fn ending(&self, prompt: Prompt) -> Prompt {
+        prompt.ending_at(&self.ends)
+    }
+
     /// The model without the mask that it is evaluated with, where it has one: what is made of it starts without, which is
     /// told.
     pub fn unmasked(mut self, caller: Caller) -> Self {

@@ -66,6 +66,8 @@ pub(super) struct Described {
     pub decoder: DecoderConfig,
     pub vocab_size: usize,
     pub max_positions: usize,
+    /// Tokens that end a text.
+    pub ends: Vec<u32>,
     /// What was taken for keys that are missing, as a sentence.
     pub notes: Vec<String>,
 }
@@ -80,7 +82,7 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
     let own = *family == POLYHEAD;
     let notes = if own { Vec::new() } else { fill_in(&mut keys, family) };
     let vocab = keys.get("vocab_size").and_then(Value::as_u64);
-    special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
+    let ends = special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
     check_sizes(&keys)?;
     let Sizes { vocab_size, max_position_embeddings } = entries::typed(&keys)?;
     let decoder = if own {
@@ -90,7 +92,7 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         refuse_unsupported(&config, family)?;
         published(&config, family, &keys)?
     };
-    Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, notes })
+    Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, ends, notes })
 }
 
 /// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers.

@@ -86,8 +86,10 @@ impl Folder {
         let config = path.join(files::CONFIG);
         let text =
             std::fs::read_to_string(&config).map_err(|cause| ImportError::File { path: config.clone(), cause })?;
-        let described = config::read(&text).map_err(|problem| ImportError::Config { path: config, problem })?;
-        check_generation_config(path, described.vocab_size)?;
+        let mut described = config::read(&text).map_err(|problem| ImportError::Config { path: config, problem })?;
+        if let Some(ends) = ends_of_generation(path, described.vocab_size)? {
+            described.ends = ends;
+        }
         let unfit = |cause| ImportError::Weights { path: path.to_owned(), cause };
         let files = TensorFiles::open(&shards(path)?).map_err(unfit)?;
         let mut folder = Self { path: path.to_owned(), described, files, adapter: None };
@@ -135,6 +137,11 @@ impl Folder {
     /// Ids that the model knows.
     pub fn vocab_size(&self) -> usize {
         self.described.vocab_size
+    }
+
+    /// Tokens after which the model has said what it has to say: those of generation_config.json, else of config.json.
+    pub fn ends(&self) -> &[u32] {
+        &self.described.ends
     }
 
     /// The longest sequence that the model is made for.
@@ -223,15 +230,36 @@ impl Folder {
     }
 }
 
-/// Refuses a generation_config.json with ids of special tokens that the model does not know.
-fn check_generation_config(folder: &Path, vocab_size: usize) -> Result<(), ImportError> {
+/// The tokens that end a text by generation_config.json, if it names any.
+///
+/// # Errors
+/// If it names special tokens that the model does not know.
+fn ends_of_generation(folder: &Path, vocab_size: usize) -> Result<Option<Vec<u32>>, ImportError> {
     let path = folder.join(files::GENERATION_CONFIG);
     if !path.is_file() {
-        return Ok(());
+        return Ok(None);
     }
     let text = std::fs::read_to_string(&path).map_err(|cause| ImportError::File { path: path.clone(), cause })?;
     let checked = entries::read(&text).and_then(|keys| config::special_ids(&keys, vocab_size as u64));
-    checked.map_err(|problem| ImportError::Config { path, problem })
+    let ends = checked.map_err(|problem| ImportError::Config { path, problem })?;
+    Ok((!ends.is_empty()).then_some(ends))
+}
+
+/// The files that a model.safetensors.index.json names, sorted, each once; all lie beside it.
+///
+/// # Errors
+/// What is wrong with it, as a sentence.
+pub fn files_of_index(text: &str) -> Result<Vec<String>, String> {
+    let table: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let map = table["weight_map"].as_object().filter(|map| !map.is_empty());
+    let map = map.ok_or("weight_map must give a file of this folder for every tensor")?;
+    let mut names = BTreeSet::new();
+    for (tensor, file) in map {
+        let name = file.as_str().filter(|name| !name.contains(['/', '\\']) && !["", ".", ".."].contains(name));
+        let rule = || format!("weight_map.{tensor} ({file}) must be the name of a file of this folder, without a path");
+        names.insert(name.ok_or_else(rule)?.to_owned());
+    }
+    Ok(names.into_iter().collect())
 }
 
 /// The safetensors files of a folder.
@@ -243,20 +271,8 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, ImportError> {
     }
     if index.is_file() {
         let text = std::fs::read_to_string(&index).map_err(|cause| ImportError::File { path: index.clone(), cause })?;
-        let table: Value = serde_json::from_str(&text)
-            .map_err(|error| ImportError::Config { path: index.clone(), problem: error.to_string() })?;
-        let refused = |problem: String| ImportError::Config { path: index.clone(), problem };
-        let map = table["weight_map"].as_object().filter(|map| !map.is_empty());
-        let map = map.ok_or_else(|| refused("weight_map must give a file of this folder for every tensor".into()))?;
-        let mut names = BTreeSet::new();
-        for (tensor, file) in map {
-            let name = file.as_str().filter(|name| !name.contains(['/', '\\']) && !["", ".", ".."].contains(name));
-            names.insert(name.ok_or_else(|| {
-                refused(format!(
-                    "weight_map.{tensor} ({file}) must be the name of a file of this folder, without a path"
-                ))
-            })?);
-        }
+        let refused = |problem| ImportError::Config { path: index.clone(), problem };
+        let names = files_of_index(&text).map_err(refused)?;
         return Ok(names.into_iter().map(|name| folder.join(name)).collect());
     }
     let entries = std::fs::read_dir(folder).map_err(|cause| ImportError::File { path: folder.to_owned(), cause })?;

@@ -13,7 +13,6 @@ use polyhead_training::run_folder::atomic_write;
 
 use super::must_not_exist;
 use super::new_folder::sweep;
-use super::trained::text_tokenizer;
 use crate::allowed::caller;
 use crate::console::{bytes, talk};
 use polyhead_recipe::Problems;
@@ -133,7 +132,7 @@ struct Made {
 /// Runs texts, each with where it comes from, through the model.
 fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
-    let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
+    let tokenizer = trained.text_tokenizer()?;
     let most = args.max_tokens.map_or(trained.max_positions, |most| most as usize);
     let end = tokenizer.end_of_text().filter(|_| args.pool == Pool::Last);
     let (tokens, cut) = encode(&texts, tokenizer, (most, end))?;

@@ -12,7 +12,6 @@ use polyhead_models::{Decoder, Sampling};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::trained::text_tokenizer;
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{harmless, put, talk};
@@ -65,7 +64,9 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     })?;
     let ees = ees_of(args)?;
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
-    let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
+    let tokenizer = trained.text_tokenizer()?;
+    let end = tokenizer.end_of_text();
+    let stops = end.as_slice();
     let layer = layer_of(args, &trained.model)?;
     let sampling = Sampling { max_new_tokens: args.max_new_tokens, seed: args.seed, ..Sampling::eigenscore() };
     let mut prompts = Vec::new();
@@ -73,7 +74,7 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.max_new_tokens);
     for prompt in lines(file)? {
         let ids = tokenizer.encode_prompt(&prompt)?;
-        let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, tokenizer.end_of_text(), layer);
+        let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, stops, layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);
         let mut entry = json!({ "prompt": prompt });

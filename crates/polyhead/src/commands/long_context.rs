@@ -6,7 +6,6 @@ use polyhead_evaluation::answers::{DEPTHS, Row, heatmap, is_right, line};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::json;
 
-use super::trained::text_tokenizer;
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{put, talk};
@@ -20,7 +19,7 @@ const LENGTHS: [usize; 4] = [1, 2, 4, 8];
 /// likeliest token each time, would write it from the first token to the last.
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
-    let tokenizer = text_tokenizer(trained.tokenizer.as_ref(), &trained.path)?;
+    let tokenizer = trained.text_tokenizer()?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template("chat template", name, tokenizer)?;
     // A chat template writes it itself.

@@ -5,7 +5,9 @@ pub mod convert;
 mod diff;
 mod doctor;
 pub mod embed;
+mod eval;
 pub mod features;
+mod generate;
 pub mod grow;
 mod hallucination;
 mod long_context;
@@ -69,7 +71,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Compare(args) => compare::compare(&args),
         Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-            [] => trained::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+            [] if !args.text.is_empty() => eval::texts(&args),
+            [] => eval::eval(&args.checkpoint, args.batches, args.device.as_deref()),
             ["eigenscore"] => hallucination::eigenscore(&args),
             ["facts"] => hallucination::facts(&args),
             ref tasks if tasks.contains(&"eigenscore") || tasks.contains(&"facts") => {
@@ -77,7 +80,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
             }
             _ => long_context::eval(&args),
         },
-        Command::Generate(args) => trained::generate(&args),
+        Command::Generate(args) => generate::generate(&args),
+        Command::Chat(args) => generate::chat(&args),
         Command::Export { checkpoint, out, expanded, without_mask, native, device } => {
             let how = trained::Export { expanded, without_mask, native };
             trained::export((&checkpoint, device.as_deref()), &out, how)

@@ -19,7 +19,7 @@ pub(super) fn sampled_ees(
 ) -> f64 {
     let sampling = Sampling { max_new_tokens: config.ees_new_tokens, seed, ..Sampling::eigenscore() };
     let of = |row: &Batch| {
-        let rows = answer_embeddings(model, beginning(row), config.ees_samples, &sampling, None, layer);
+        let rows = answer_embeddings(model, beginning(row), config.ees_samples, &sampling, &[], layer);
         config.ees.of(&matrix(&rows).transpose(), seed)
     };
     let rows = &texts.rows()[..prompts.min(texts.len())];

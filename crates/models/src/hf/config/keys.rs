@@ -56,17 +56,18 @@ pub(super) fn fill_in(keys: &mut Map<String, Value>, family: &Family) -> Vec<Str
     }
 }
 
-/// Refuses ids of special tokens that the model does not know.
+/// The ids of the tokens that end a text (`eos_token_id`), after a check of all special ids.
 ///
 /// # Errors
-/// The key, the id and the rule.
-pub(in crate::hf) fn special_ids(keys: &Map<String, Value>, vocab_size: u64) -> Result<(), String> {
+/// The key, the id that the model does not know, and the rule.
+pub(in crate::hf) fn special_ids(keys: &Map<String, Value>, vocab_size: u64) -> Result<Vec<u32>, String> {
+    let mut ends = Vec::new();
     for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
         let value = keys.get(key).unwrap_or(&Value::Null);
         let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
         for id in ids.iter().filter(|id| !id.is_null()) {
             match id.as_u64() {
-                Some(id) if id < vocab_size => {}
+                Some(id) if id < vocab_size => ends.extend(u32::try_from(id).ok().filter(|_| key == "eos_token_id")),
                 _ if !id.is_number() => return Err(format!("{key} must be a number or a list of numbers, found {id}")),
                 _ => {
                     return Err(format!(
@@ -76,5 +77,5 @@ pub(in crate::hf) fn special_ids(keys: &Map<String, Value>, vocab_size: u64) -> 
             }
         }
     }
-    Ok(())
+    Ok(ends)
 }

@@ -9,11 +9,12 @@ use polyhead_training::checkpoint::list;
 use polyhead_training::run::Outcome;
 use polyhead_training::{peak_memory_bytes, state};
 
-use super::super::trained::{plain_prompt, write_text};
+use super::super::generate::write_text;
 use super::{Task, TrainSession};
 use crate::console::{bytes, clock, talk, thousands};
 use polyhead_recipe::Recipe;
 use polyhead_runs::Failure;
+use polyhead_runs::answer::Prompt;
 use polyhead_runs::kind::Kind;
 use polyhead_runs::text::quoted;
 use polyhead_training::run_folder::files::CURVE;
@@ -107,6 +108,8 @@ pub fn program() -> String {
 /// A sample of what the model writes, on standard output; gives it.
 pub(super) fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<String, Failure> {
     talk!("\nsample:");
-    let prompt = plain_prompt(tokenizer, &recipe.generation.prompt)?;
-    Ok(write_text(&model.valid(), tokenizer, &prompt, &recipe.generation.sampling)?.1)
+    let text = &recipe.generation.prompt;
+    let prompt = Prompt::plain(tokenizer, text)?;
+    let answer = write_text((&model.valid(), tokenizer), (text, &prompt), (&recipe.generation.sampling, &[]))?;
+    Ok(format!("{text}{}", answer.text))
 }

@@ -1,0 +1,195 @@
+//! `polyhead generate` and `polyhead chat`: text from a trained model.
+
+use std::io::{BufRead, IsTerminal, Read};
+use std::path::Path;
+use std::time::Instant;
+
+use polyhead_data::Tokenizer;
+use polyhead_models::{Decoder, Past, Sampling, continuations};
+use polyhead_recipe::Problems;
+use polyhead_runs::answer::{Answer, Finish, Prompt, Until, answer};
+use polyhead_runs::{Failure, Trained, open_trained};
+use serde_json::{Value, json};
+
+use crate::allowed::caller;
+use crate::cli::{ChatArgs, GenerateArgs, SamplingArgs};
+use crate::console::{harmless, print, progress, put, talk};
+
+impl SamplingArgs {
+    /// How tokens are chosen, after a check.
+    fn sampling(&self) -> Result<Sampling, Failure> {
+        let Self { temperature, top_p, .. } = *self;
+        if !(temperature >= 0.0 && top_p > 0.0 && top_p <= 1.0) {
+            let problem =
+                format!("--temperature ({temperature}) must be 0 or more, --top-p ({top_p}) above 0 and up to 1");
+            return Err(Problems::plain(problem).into());
+        }
+        let max_new_tokens = self.max_new_tokens;
+        Ok(Sampling { max_new_tokens, temperature, top_k: self.top_k, top_p, seed: self.seed })
+    }
+}
+
+/// Continues a prompt on standard output, or many prompts as JSON lines.
+pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
+    let sampling = args.sampling.sampling()?;
+    let trained = open_trained(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    if let Some(file) = &args.prompts {
+        return generate_all(&trained, file, (args, &sampling));
+    }
+    let mut piped = String::new();
+    let text = match args.prompt.as_str() {
+        "-" => {
+            let bytes = std::io::stdin().read_to_string(&mut piped);
+            bytes.map_err(|error| Failure::Run(format!("cannot read the prompt from standard input: {error}")))?;
+            piped.strip_suffix('\n').unwrap_or(&piped)
+        }
+        text => text,
+    };
+    let started = Instant::now();
+    let prompt = prompt(&trained, args, text)?;
+    let shown = if args.chat { "" } else { text };
+    let model = (&trained.model, trained.text_tokenizer()?);
+    let answer = write_text(model, (shown, &prompt), (&sampling, &args.sampling.stop))?;
+    let count = answer.tokens.len();
+    let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
+    talk!("{count} tokens, {rate:.1} tokens/s");
+    Ok(())
+}
+
+/// The tokens of a text: as what is continued, or with --chat as what is answered.
+fn prompt(trained: &Trained, args: &GenerateArgs, text: &str) -> Result<Prompt, Failure> {
+    let tokenizer = trained.text_tokenizer()?;
+    let prompt = match args.chat {
+        true => Prompt::chat(tokenizer, &[system(args.system.as_deref()), vec![message("user", text)]].concat())?,
+        false => Prompt::plain(tokenizer, text)?,
+    };
+    Ok(trained.ending(prompt))
+}
+
+fn system(text: Option<&str>) -> Vec<Value> {
+    text.iter().map(|text| message("system", text)).collect()
+}
+
+fn message(role: &str, content: &str) -> Value {
+    json!({ "role": role, "content": content })
+}
+
+/// Writes a prompt and what the model makes of it to standard output, as it comes; gives the latter.
+pub fn write_text(
+    model: (&Decoder, &Tokenizer),
+    (shown, prompt): (&str, &Prompt),
+    how: (&Sampling, &[String]),
+) -> Result<Answer, Failure> {
+    show(shown)?;
+    let answer = answer(model, &mut Past::new(model.0), prompt, how, &mut show)?;
+    put!("")?;
+    Ok(answer)
+}
+
+/// Text on standard output, in which nothing steers a terminal.
+fn show(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().is_terminal() {
+        true => print(format_args!("{}", harmless(text))),
+        false => print(format_args!("{text}")),
+    }
+}
+
+/// Continues every prompt of a file, and prints a JSON line for each, in their order.
+fn generate_all(trained: &Trained, file: &Path, (args, sampling): (&GenerateArgs, &Sampling)) -> Result<(), Failure> {
+    let tokenizer = trained.text_tokenizer()?;
+    let texts = prompts(file)?;
+    let prompts = texts.iter().map(|text| prompt(trained, args, text)).collect::<Result<Vec<_>, _>>()?;
+    // Prompts of one length are read together: there is no padding, so that each gets what it would get alone.
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    order.sort_by_key(|&index| prompts[index].ids.len());
+    let mut answers = vec![Value::Null; prompts.len()];
+    let mut done = 0;
+    for group in order.chunk_by(|&a, &b| prompts[a].ids.len() == prompts[b].ids.len()) {
+        let ids: Vec<Vec<u32>> = group.iter().map(|&index| prompts[index].ids.clone()).collect();
+        let stops = &prompts[group[0]].stops;
+        let written = continuations(&trained.model, &ids, sampling, stops, &|| true).unwrap_or_default();
+        for (&index, written) in group.iter().zip(written) {
+            let mut until = Until::new(&args.sampling.stop);
+            let mut text = until.push(&tokenizer.decode(&written.tokens));
+            let stopped = written.ended || until.reached();
+            text.push_str(&until.rest());
+            let finish = if stopped { Finish::Stop } else { Finish::Length };
+            answers[index] = json!({ "prompt": texts[index], "text": text, "tokens": written.tokens.len(),
+                "finish": finish.name() });
+        }
+        done += group.len() as u64;
+        progress("generating", done, prompts.len() as u64);
+    }
+    answers.iter().try_for_each(|answer| put!("{answer}"))
+}
+
+/// The prompts of a file: a line each, or of JSON lines (`.jsonl`) their `prompt`.
+fn prompts(file: &Path) -> Result<Vec<String>, Failure> {
+    let text = std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?;
+    let rows = file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("jsonl"));
+    let of_line = |(at, line): (usize, &str)| match rows {
+        false => Ok(line.to_owned()),
+        true => {
+            let place = format!("{}:{}", file.display(), at + 1);
+            let row: Value =
+                serde_json::from_str(line).map_err(|error| Failure::Run(format!("{place}: invalid JSON: {error}")))?;
+            let prompt = row.get("prompt").and_then(Value::as_str).map(str::to_owned);
+            prompt.ok_or_else(|| {
+                Failure::Run(format!("{place}: needs \"prompt\" with a text, as in {{\"prompt\": \"Ownership is\"}}"))
+            })
+        }
+    };
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let prompts = lines.map(of_line).collect::<Result<Vec<_>, _>>()?;
+    match prompts.is_empty() {
+        true => Err(Failure::Run(format!("{}: contains no prompt; write one a line", file.display()))),
+        false => Ok(prompts),
+    }
+}
+
+/// Talks with a model: what is typed is a user's message, what the model writes its answer.
+pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
+    let sampling = args.sampling.sampling()?;
+    let trained = open_trained(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let tokenizer = trained.text_tokenizer()?;
+    let opening = system(args.system.as_deref());
+    // Refused here, not behind the first message.
+    Prompt::chat(tokenizer, &[opening.clone(), vec![message("user", "?")]].concat())?;
+    let on_terminal = std::io::stdin().is_terminal();
+    if on_terminal {
+        talk!("/new starts a new conversation, Ctrl-D ends");
+    }
+    let (mut messages, mut past) = (opening.clone(), Past::new(&trained.model));
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if on_terminal {
+            print(format_args!("> "))?;
+        }
+        let Some(line) = lines.next() else { break };
+        let line = line.map_err(|error| Failure::Run(format!("cannot read from standard input: {error}")))?;
+        match line.trim() {
+            "" => continue,
+            "/new" => {
+                messages.clone_from(&opening);
+                continue;
+            }
+            text => messages.push(message("user", text)),
+        }
+        let prompt = trained.ending(Prompt::chat(tokenizer, &messages)?);
+        let whole = prompt.ids.len().saturating_add(sampling.max_new_tokens);
+        if whole > trained.max_positions {
+            let most = trained.max_positions;
+            talk!(
+                "warning: with an answer the conversation has up to {whole} tokens, more than the {most} that the model was made for; /new starts a new one"
+            );
+        }
+        let model = (&trained.model, tokenizer);
+        let written = answer(model, &mut past, &prompt, (&sampling, &args.sampling.stop), &mut show)?;
+        put!("")?;
+        if written.finish == Finish::Length {
+            talk!("(cut at --max-new-tokens {})", sampling.max_new_tokens);
+        }
+        messages.push(message("assistant", &written.text));
+    }
+    Ok(())
+}

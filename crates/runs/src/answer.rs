@@ -1,0 +1,207 @@
+//! What a model writes: prompts as tokens, where an answer ends, and its text as it arrives.
+
+use std::ops::ControlFlow;
+
+use polyhead_data::chat::{chat_template, end_of_answer};
+use polyhead_data::{StreamDecoder, Tokenizer};
+use polyhead_models::{Decoder, Past, Sampling};
+use polyhead_recipe::Problems;
+use serde_json::Value;
+
+use crate::error::Failure;
+
+/// What a model goes on from.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// Its tokens, at least one.
+    pub ids: Vec<u32>,
+    /// Tokens that end what the model writes.
+    pub stops: Vec<u32>,
+}
+
+impl Prompt {
+    /// A text that the model continues, behind the token that begins texts, where the tokenizer puts one. Where there is no
+    /// text, the model starts one.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    pub fn plain(tokenizer: &Tokenizer, text: &str) -> Result<Self, Failure> {
+        let mut ids = tokenizer.encode_prompt(text)?;
+        if ids.is_empty() {
+            ids.push(tokenizer.end_of_text().unwrap_or(0));
+        }
+        Ok(Self { ids, stops: tokenizer.end_of_text().into_iter().collect() })
+    }
+
+    /// Messages (objects with `role` and `content`) that the model answers, in the tokenizer's chat template.
+    ///
+    /// # Errors
+    /// If there is no template, or it refuses the messages.
+    pub fn chat(tokenizer: &Tokenizer, messages: &[Value]) -> Result<Self, Failure> {
+        if tokenizer.chat_template().is_none() {
+            let problem = "the model has no chat template: it has not been fine-tuned on conversations\n  hint: \
+                           `polyhead generate --prompt` continues plain text";
+            return Err(Problems::plain(problem.into()).into());
+        }
+        let template = chat_template("chat template", "tokenizer", tokenizer)?;
+        let refused = |problem: String| Failure::Run(format!("the chat template refuses the messages: {problem}"));
+        let rendered = template.prompt(messages).map_err(refused)?;
+        let ids = tokenizer.encode_template(&rendered)?.into_iter().map(|(id, _)| id).collect();
+        Ok(Self { ids, stops: stops(tokenizer)? })
+    }
+
+    /// The same, which these tokens end too.
+    pub fn ending_at(mut self, ends: &[u32]) -> Self {
+        self.stops.extend(ends);
+        self
+    }
+}
+
+/// The tokens after which a model has said what it has to say: the end of a text, and that of an answer in its chat template,
+/// where it is a token of its own.
+///
+/// # Errors
+/// If the template cannot be read.
+pub fn stops(tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
+    let mut stops: Vec<u32> = tokenizer.end_of_text().into_iter().collect();
+    if tokenizer.chat_template().is_some() {
+        let end = end_of_answer(&chat_template("chat template", "tokenizer", tokenizer)?, tokenizer)?;
+        stops.extend(end.filter(|id| !stops.contains(id)));
+    }
+    Ok(stops)
+}
+
+/// Text up to the first of some strings, as it arrives: what may be the beginning of one is held back.
+#[derive(Debug, Default)]
+pub struct Until<'a> {
+    strings: &'a [String],
+    held: String,
+    reached: bool,
+}
+
+impl<'a> Until<'a> {
+    /// Up to the first of these; empty ones are never found.
+    pub fn new(strings: &'a [String]) -> Self {
+        Self { strings, ..Self::default() }
+    }
+
+    fn strings(&self) -> impl Iterator<Item = &'a str> {
+        self.strings.iter().map(String::as_str).filter(|string| !string.is_empty())
+    }
+
+    /// What can be shown now that `text` has arrived.
+    pub fn push(&mut self, text: &str) -> String {
+        if self.reached {
+            return String::new();
+        }
+        self.held.push_str(text);
+        if let Some(at) = self.strings().filter_map(|string| self.held.find(string)).min() {
+            self.reached = true;
+            self.held.truncate(at);
+            return std::mem::take(&mut self.held);
+        }
+        let begins_one =
+            |at: &usize| self.strings().any(|string| string.as_bytes().starts_with(&self.held.as_bytes()[*at..]));
+        let from = (0..self.held.len()).find(begins_one).unwrap_or(self.held.len());
+        // A character of the text is never cut: a string begins where one of its characters does.
+        let rest = self.held.split_off(from);
+        std::mem::replace(&mut self.held, rest)
+    }
+
+    /// Whether one of the strings has come.
+    pub fn reached(&self) -> bool {
+        self.reached
+    }
+
+    /// What is still held back, at the end.
+    pub fn rest(self) -> String {
+        if self.reached { String::new() } else { self.held }
+    }
+}
+
+/// Why a model stopped writing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token or a stop string came.
+    Stop,
+    /// As many tokens as were allowed.
+    Length,
+}
+
+impl Finish {
+    /// As it is called elsewhere, too.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What a model wrote.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The text, without what ended it.
+    pub text: String,
+    /// Its tokens, without the stop token.
+    pub tokens: Vec<u32>,
+    /// Why there is no more.
+    pub finish: Finish,
+}
+
+/// What a model writes after a prompt, up to a stop token or one of the strings `until`. Text is handed to `show` as it comes.
+/// `past` is kept, so that a prompt that goes on from this answer costs its new tokens only.
+///
+/// # Errors
+/// The first one of `show`, which ends it.
+pub fn answer(
+    (model, tokenizer): (&Decoder, &Tokenizer),
+    past: &mut Past,
+    prompt: &Prompt,
+    (sampling, until): (&Sampling, &[String]),
+    show: &mut dyn FnMut(&str) -> Result<(), Failure>,
+) -> Result<Answer, Failure> {
+    let (mut stream, mut until) = (StreamDecoder::new(tokenizer), Until::new(until));
+    let (mut text, mut shown) = (String::new(), Ok(()));
+    let (tokens, stopped) = past.generate(model, &prompt.ids, sampling, &prompt.stops, |token| {
+        let new = stream.push(token).map(|new| until.push(&new)).unwrap_or_default();
+        if !new.is_empty() {
+            text.push_str(&new);
+            shown = show(&new);
+        }
+        if shown.is_err() || until.reached() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    shown?;
+    let finish = if stopped || until.reached() { Finish::Stop } else { Finish::Length };
+    let rest = until.rest();
+    if !rest.is_empty() {
+        text.push_str(&rest);
+        show(&rest)?;
+    }
+    Ok(Answer { text, tokens, finish })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is shown of pieces, and whether the end came.
+    fn shown(strings: &[&str], pieces: &[&str]) -> (Vec<String>, String, bool) {
+        let strings: Vec<String> = strings.iter().map(|&string| string.into()).collect();
+        let mut until = Until::new(&strings);
+        let parts = pieces.iter().map(|piece| until.push(piece)).collect();
+        let reached = until.reached();
+        (parts, until.rest(), reached)
+    }
+
+    #[test]
+    fn text_ends_before_the_first_stop_string() {
+        let parts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+        assert_eq!(shown(&["\n\n"], &["a\n", "b\n", "\nc"]), (parts(&["a", "\nb", ""]), String::new(), true));
+        assert_eq!(shown(&["END", "E"], &["xEN", "D"]), (parts(&["x", ""]), String::new(), true));
+        // What only looked like a beginning is shown, in the end too.
+        assert_eq!(shown(&["ENDE"], &["EN", "EN"]), (parts(&["", "EN"]), "EN".into(), false));
+        assert_eq!(shown(&[""], &["a"]), (parts(&["a"]), String::new(), false));
+        assert_eq!(shown(&["é!"], &["caf", "é", "?"]), (parts(&["caf", "", "é?"]), String::new(), false));
+    }
+}
