@@ -23,7 +23,7 @@ case "\$1" in
 train)
     [[ "\$*" == *neuron_dropout* ]] && set -- "\$@" procedure.neuron_dropout.interval=1
     exec "$binary" "\$@" $short generation.sampling.max_new_tokens=8 ;;
-eval | convert) [[ " \$* " == *" --task "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
+eval | convert) [[ " \$* " == *" --task "* || " \$* " == *" --text "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
 plan) [[ " \$* " == *" --no-probe"* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --no-probe ;;
 *) exec "$binary" "\$@" ;;
 esac

@@ -15,7 +15,8 @@ pub fn nearest<T: AsRef<str>>(typed: &str, names: impl IntoIterator<Item = T>) -
 pub fn nearest_path(typed: &Path, valid: impl Fn(&Path) -> bool) -> Option<PathBuf> {
     let folder = typed.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     let beside = folder.read_dir().ok()?.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| valid(path));
-    let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+    // Endings, which are the same in most of them, say nothing.
+    let name = |path: &Path| Some(path.file_stem()?.to_str()?.to_owned());
     let paths: Vec<(String, PathBuf)> = beside.filter_map(|path| Some((name(&path)?, path))).collect();
     let found = nearest(&name(typed)?, paths.iter().map(|(name, _)| name))?;
     let path = paths.iter().find(|(name, _)| name == found).map(|(_, path)| path)?;
