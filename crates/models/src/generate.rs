@@ -252,13 +252,14 @@ mod tests {
             let (answer, _) = past.generate(&model, &text, &greedy, &[], go_on);
             assert_eq!(answer, Past::new(&model).generate(&model, &text, &greedy, &[], go_on).0);
             // Its last token has been chosen, not read.
-            assert_eq!(past.tokens.len(), text.len() + 3);
+            assert_eq!(past.tokens, [&text[..], &answer[..3]].concat());
             text.extend([answer, turn].concat());
         }
         // Another text, and the same again: nothing is left of the one before.
-        for text in [[5, 5, 5], [5, 5, 5]] {
+        for text in [vec![5; 40], vec![5; 3], vec![5; 3]] {
             let fresh = Past::new(&model).generate(&model, &text, &greedy, &[], go_on).0;
             assert_eq!(past.generate(&model, &text, &greedy, &[], go_on).0, fresh);
+            assert_eq!(past.tokens, [&text[..], &fresh[..3]].concat());
         }
     }
 
