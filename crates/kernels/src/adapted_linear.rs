@@ -1,13 +1,12 @@
 //! A linear map with a low-rank addition (LoRA: Hu et al. 2021, arXiv 2106.09685) as one operation: the addition is added up
 //! inside the products, forwards and backwards, and what only a gradient that nobody wants needs is not kept.
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, Dispatch, Flex};
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::linear::{add_back_to_input, add_forward, back_to_input, back_to_weight, forward, linear};
 use crate::shapes::assert_shapes;
 use crate::{cpu, in_type, simd};
@@ -44,49 +43,19 @@ fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<2>, [a, b]: [Tensor<2>; 2]
     linear(x, weight, None) + linear(low, b, None)
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait AdaptedLinear: Backend {
-    fn adapted_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        scale: f32,
-    ) -> FloatTensor<Self>;
-}
-
-impl AdaptedLinear for Flex {
-    fn adapted_linear(x: FlexTensor, weight: FlexTensor, a: FlexTensor, b: FlexTensor, scale: f32) -> FlexTensor {
-        let [weight, a, b] = [weight, a, b].map(cpu::not_backwards);
-        run(&x.to_contiguous(), [&weight, &a, &b], scale).0
+fused!(
+    AdaptedLinear: adapted_linear(x, weight, a, b; scale: f32),
+    run,
+    backward,
+    |kept: Kept, [of_x, of_weight, of_a, of_b]: Wanted<4>| Kept {
+        x: kept.x.filter(|_| of_weight || of_a),
+        weight: kept.weight.filter(|_| of_x),
+        a: kept.a.filter(|_| of_x),
+        b: kept.b.filter(|_| of_x || of_a),
+        low: kept.low.filter(|_| of_b),
+        ..kept
     }
-}
-
-impl<C: CheckpointStrategy> AdaptedLinear for Autodiff<Flex, C> {
-    fn adapted_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        scale: f32,
-    ) -> FloatTensor<Self> {
-        let run = |[x, weight, a, b]: [FlexTensor; 4], [of_x, of_weight, of_a, of_b]: Wanted<4>| {
-            let x = x.to_contiguous();
-            let [weight, a, b] = [weight, a, b].map(cpu::not_backwards);
-            let (y, low) = run(&x, [&weight, &a, &b], scale);
-            let kept = Kept {
-                x: (of_weight || of_a).then_some(x),
-                weight: of_x.then_some(weight),
-                a: of_x.then_some(a),
-                b: (of_x || of_a).then_some(b),
-                low: of_b.then_some(low),
-                scale,
-            };
-            (y, kept, ())
-        };
-        differentiable::<Flex, C, _, _, 4>([x, weight, a, b], run, backward).0
-    }
-}
+);
 
 /// The values kept for the backward, each where a gradient that is wanted needs it.
 #[derive(Debug, Clone)]
@@ -100,12 +69,13 @@ struct Kept {
     scale: f32,
 }
 
-/// The output, and `scale x · a`.
-fn run(x: &FlexTensor, [weight, a, b]: [&FlexTensor; 3], scale: f32) -> (FlexTensor, FlexTensor) {
-    let (mut y, mut low) = (forward(x, weight), forward(x, a));
+fn run([x, weight, a, b]: [FlexTensor; 4], scale: f32) -> (FlexTensor, Kept) {
+    let x = x.to_contiguous();
+    let [weight, a, b] = [weight, a, b].map(cpu::not_backwards);
+    let (mut y, mut low) = (forward(&x, &weight), forward(&x, &a));
     simd::scale(low.storage_mut::<f32>(), scale);
-    add_forward(&mut y, &low, b);
-    (y, low)
+    add_forward(&mut y, &low, &b);
+    (y, Kept { x: Some(x), weight: Some(weight), a: Some(a), b: Some(b), low: Some(low), scale })
 }
 
 /// Gradients of x, the weight, a and b.

@@ -249,7 +249,7 @@ fn ends_of_generation(folder: &Path, vocab_size: usize) -> Result<Option<Vec<u32
 ///
 /// # Errors
 /// What is wrong with it, as a sentence.
-pub fn files_of_index(text: &str) -> Result<Vec<String>, String> {
+fn files_of_index(text: &str) -> Result<Vec<String>, String> {
     let table: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let map = table["weight_map"].as_object().filter(|map| !map.is_empty());
     let map = map.ok_or("weight_map must give a file of this folder for every tensor")?;

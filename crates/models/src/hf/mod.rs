@@ -17,5 +17,5 @@ mod peft;
 mod tests;
 
 pub use export::{ExportError, ExportOptions, Exported, export, notes};
-pub use import::{Folder, ImportError, files_of_index};
+pub use import::{Folder, ImportError};
 pub use polyhead_attention::Family;

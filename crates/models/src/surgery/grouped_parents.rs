@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{Attention, AttentionConfig, Call, Mask, Rope, RopeLayout};
-use polyhead_kernels::comparison::{Tolerance, assert_close};
+use polyhead_kernels::comparison::{Tolerance, assert_close, difference};
 
 use super::convert::tests::{logits, same, wave};
 use super::{Grouping, Pool, begin_fusion, collapse, decouple, group_queries, scatter, standard_grouped, unfused};
@@ -181,10 +181,10 @@ fn close(what: &str, got: &[f64], want: &[f64]) {
     assert_close(what, &float(got), &float(want), Tolerance::absolute(PLAIN));
 }
 
-/// Fails unless numbers are visibly others.
+/// Fails unless numbers are visibly others; where there is a NaN, too.
 fn differs(what: &str, a: &[f64], b: &[f64]) {
-    let most = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(most > 100.0 * PLAIN, "{what} must be visible: {most}");
+    let worst = difference(a, b).unwrap_or_else(|problem| panic!("{what}: {problem}")).worst;
+    assert!(worst > 100.0 * PLAIN, "{what} must be visible: {worst}");
 }
 
 /// For each count of the parent's heads, groups of the keys and values of both layers, by their sizes.
