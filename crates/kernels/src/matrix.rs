@@ -173,6 +173,12 @@ impl<'a> MatrixMut<'a, MaybeUninit<f32>> {
     }
 }
 
+/// Rows or columns that a thread takes at least, and steps between the parts of two threads; measured, see benches/RESULTS.md.
+const FEWEST: usize = 128;
+const STEP: usize = 32;
+/// Rows and columns below which `gemm` has other ways, which depend on the size.
+const NARROW: usize = 8;
+
 /// `factor · left right`, before it is known where to.
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
@@ -265,8 +271,42 @@ impl Product<'_> {
     /// From `start` on there is a matrix of this product's size with rows at a distance of `stride`, which nobody else
     /// reads or writes meanwhile; if the product is to be added to it, it is full of values.
     unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
-        let Self { left, right, factor, parallel } = self;
-        let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+        let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
+        let [rows, columns] = self.sizes();
+        let (longer, shorter) = (rows.max(columns), rows.min(columns));
+        // Products of a few rows or columns add up in another order in parts.
+        if threads == 1 || longer < FEWEST * threads || shorter < NARROW {
+            let parallelism = if self.parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+            // SAFETY: as the caller has promised.
+            return unsafe { self.multiply(start, stride, add, parallelism) };
+        }
+        // A part of the longer side for each thread, which packs what it needs of the operands by itself: `gemm`, told to use
+        // several threads, packs one operand before they begin, and parts of the other twice.
+        let cut = |index: usize| if index == threads { longer } else { longer * index / threads / STEP * STEP };
+        rayon::in_place_scope(|scope| {
+            for index in 0..threads {
+                let (from, to) = (cut(index), cut(index + 1));
+                let (product, offset) = match rows > columns {
+                    true => (Self { left: self.left.rows(from..to), ..self }, from * stride),
+                    false => (Self { right: self.right.columns(from..to), ..self }, from),
+                };
+                let [rows, columns] = product.sizes();
+                // SAFETY: inside of the matrix that the caller has promised, and no two parts overlap.
+                let start = unsafe { start.add(offset) };
+                let out = MatrixMut { start, rows, columns, stride, memory: PhantomData };
+                scope.spawn(move |_| {
+                    let out: MatrixMut<'_, f32> = out;
+                    // SAFETY: it is this product's part.
+                    unsafe { product.multiply(out.start, stride, add, gemm::Parallelism::None) };
+                });
+            }
+        });
+    }
+
+    /// # Safety
+    /// That of [`Self::run`].
+    unsafe fn multiply(self, start: *mut f32, stride: usize, add: bool, parallelism: gemm::Parallelism) {
+        let Self { left, right, factor, .. } = self;
         // SAFETY: operands: a view has checked that its rows and columns at its strides are inside the slice that it borrows,
         // and `product` that the inner sizes agree. Output: the caller's promise; nothing is read from it unless `add`.
         unsafe {
@@ -312,6 +352,37 @@ mod tests {
         let mut column = MatrixMut::new(&mut out[1..], [2, 1], 3);
         product(left, left.rows(0..1).transposed()).scaled(2.0).add_to(&mut column);
         assert_eq!(out, [1.0, 29.0, 1.0, 1.0, 65.0, 1.0]);
+    }
+
+    #[test]
+    fn however_many_threads_cut_it_a_product_has_the_same_bits() {
+        let numbers = |count: usize| (0..count).map(|i| (i % 97) as f32 / 31.0 - 1.5).collect::<Vec<_>>();
+        for [rows, inner, columns] in
+            [[520, 33, 70], [70, 33, 520], [500, 600, 500], [1000, 3, 1], [9, 40, 1000], [1000, 2, 8]]
+        {
+            let (left, right) = (numbers(rows * inner), numbers(inner * columns));
+            let left = Matrix::by_rows(&left, [rows, inner]);
+            for right in
+                [Matrix::by_rows(&right, [inner, columns]), Matrix::by_rows(&right, [columns, inner]).transposed()]
+            {
+                let on = |threads: usize| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    pool.install(|| {
+                        let mut sum = vec![0.5; rows * (columns + 3)];
+                        product(left, right).parallel().add_to(&mut MatrixMut::new(
+                            &mut sum,
+                            [rows, columns],
+                            columns + 3,
+                        ));
+                        sum
+                    })
+                };
+                let alone = on(1);
+                assert!([2, 3, 4, 7].into_iter().all(|threads| on(threads) == alone), "{rows} {inner} {columns}");
+                let untouched = alone.chunks(columns + 3).all(|row| row[columns..] == [0.5; 3]);
+                assert!(untouched, "what lies between the rows is not the product's");
+            }
+        }
     }
 
     #[test]
