@@ -1,6 +1,6 @@
 """The benchmark's other side for a pretrained model: transformers, eager, with the same weights and tokens.
 
-Called by benches/pretrained.rs: MODEL WORK.json, which holds the task, the tokens and targets of a batch, steps and threads.
+Called by benches/pretrained.rs: MODEL WORK.json [--compile]; the file holds the task, the tokens and targets of a batch, steps and threads.
 Prints one JSON line: the seconds of every step (or of the task), the first loss, and the peak memory. LoRA is peft's where
 it is installed, and else written out below in peft's arithmetic.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 began = time.perf_counter()
 folder, work = sys.argv[1], json.load(open(sys.argv[2]))
 torch.set_num_threads(work["threads"])
-from transformers import AutoModelForCausalLM  # noqa: E402  (its import is no part of loading)
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402  (its import is no part of loading)
 
 
 class Lora(nn.Module):
@@ -54,6 +54,8 @@ def train(model):
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=0.0)
     tokens, targets = (torch.tensor(work[key]).view(work["batch"], work["seq"]) for key in ("tokens", "targets"))
+    if "--compile" in sys.argv:
+        model = torch.compile(model)
     seconds, first = [], None
     for _ in range(work["steps"]):
         start = time.perf_counter()
@@ -68,15 +70,23 @@ def train(model):
     return seconds, first
 
 
+def evaluate(model):
+    """The mean loss of a text in windows that do not overlap."""
+    tokens = AutoTokenizer.from_pretrained(folder)(open(work["text"]).read(), return_tensors="pt").input_ids[0]
+    total = 0.0
+    for window in tokens.split(work["seq"]):
+        logits = model(input_ids=window[None], use_cache=False).logits[0]
+        total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
+    return total / (len(tokens) - math.ceil(len(tokens) / work["seq"]))
+
+
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 loss, task = None, work["task"]
-if task in ("lora", "long"):
+if task in ("lora", "full", "pretrain"):
     model.train()
-    seconds, loss = train(adapted(model, work["rank"], work["alpha"], work["targets_of_lora"]))
-elif task == "full":
-    model.train()
-    seconds, loss = train(model)
+    learned = adapted(model, work["rank"], work["alpha"], work["targets_of_lora"]) if work["adapters"] else model
+    seconds, loss = train(learned)
 else:
     prompt = torch.tensor([work["tokens"]])
     with torch.inference_mode():
@@ -88,6 +98,8 @@ else:
         elif task == "prefill":
             start = time.perf_counter()
             model(input_ids=prompt, use_cache=True)
+        elif task == "evaluate":
+            loss = evaluate(model)
         else:  # load: to the first token
             model(input_ids=prompt).logits[0, -1].argmax().item()
     seconds = [time.perf_counter() - start]

@@ -8,71 +8,125 @@ use serde_json::{Value, json};
 
 use super::{Measured, Outcome, median, polyhead, text, watched};
 
-/// What is measured.
-const TASKS: [&str; 6] = ["lora", "full", "long", "load", "generate", "prefill"];
+/// What is measured: its name, what is done, rows and tokens of each.
+const TASKS: [(&str, Kind, [usize; 2]); 7] = [
+    ("lora", Kind::Train { adapters: true }, [4, 128]),
+    ("full", Kind::Train { adapters: false }, [4, 128]),
+    ("pretrain", Kind::Train { adapters: false }, [1, 1024]),
+    ("load", Kind::Load, [1, 16]),
+    ("generate", Kind::Generate, [1, 16]),
+    ("prefill", Kind::Prefill, [1, 2048]),
+    ("evaluate", Kind::Evaluate, [1, 512]),
+];
 /// New tokens of a generation.
 const NEW: usize = 64;
-/// Tokens of a long prompt.
-const PROMPT: usize = 2048;
 /// Of LoRA.
 const RANK: usize = 8;
 const ALPHA: usize = 16;
+const SENTENCE: &str = "What is written here does not matter, only that it is text. ";
+
+/// What a process does.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Train {
+        adapters: bool,
+    },
+    /// To the first token.
+    Load,
+    Generate,
+    /// Reads a prompt.
+    Prefill,
+    /// The loss of a text, in windows.
+    Evaluate,
+}
+
+/// Which program is measured.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Polyhead,
+    Transformers,
+    Compiled,
+}
+
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Polyhead => "Polyhead",
+            Self::Transformers => "transformers",
+            Self::Compiled => "torch.compile",
+        }
+    }
+}
 
 struct Bench<'a> {
     model: &'a Path,
+    python: Option<&'a Path>,
     folder: &'a Path,
     steps: usize,
     threads: usize,
 }
 
 /// A table of all tasks whose names contain `only`, with 1 and with 2 threads.
-pub fn compare(
-    model: &Path,
-    python: Option<&Path>,
-    folder: &Path,
-    (only, rounds, steps): (&str, usize, usize),
-) -> Outcome<String> {
-    std::fs::write(
-        folder.join("text.txt"),
-        "What is written here does not matter, only that it is text. ".repeat(2000),
-    )?;
+pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super::Args) -> Outcome<String> {
+    std::fs::write(folder.join("text.txt"), SENTENCE.repeat(2000))?;
+    std::fs::write(folder.join("short.txt"), SENTENCE.repeat(400))?;
+    let super::Args { rounds, steps, .. } = *args;
     let mut table = format!(
-        "\n{}: LoRA of rank {RANK} on q, k, v and o (lora: 4 rows of 128 tokens, long: 1 row of 1024), all weights (full: 2 rows \
-         of 192), loading to the first token, {NEW} new tokens, a prompt of {PROMPT} tokens. Medians of {rounds} alternating \
-         runs of {steps} steps.\n\n| task | threads | Polyhead ms | transformers ms | against it | Polyhead MiB | transformers \
-         MiB | first losses |\n|---|---|---|---|---|---|---|---|\n",
+        "\n{}: LoRA of rank {RANK} on q, k, v and o (lora: 4 rows of 128 tokens), all weights (full: 4 rows of 128; pretrain: \
+         1 row of 1024), loading to the first token, {NEW} new tokens, a prompt of 2048 tokens, the loss of a text in windows of \
+         512. Medians of {rounds} alternating runs of {steps} steps.\n\n| task | threads | side | ms | against eager | peak MiB \
+         | against eager | first loss |\n|---|---|---|---|---|---|---|---|\n",
         model.display()
     );
-    for task in TASKS.into_iter().filter(|task| task.contains(only)) {
+    for (task, kind, shape) in TASKS.into_iter().filter(|(task, ..)| task.contains(&args.only)) {
         for threads in [1, 2] {
-            let bench = Bench { model, folder, steps, threads };
-            let spec = bench.specify(task)?;
-            let mut sides = [Measured::default(), Measured::default()];
+            let bench = Bench { model, python, folder, steps, threads };
+            let spec = bench.specify(task, kind, shape)?;
+            let compiled = !args.no_compile && matches!(kind, Kind::Train { .. });
+            let mut sides = vec![(Side::Polyhead, Measured::default())];
+            if python.is_some() {
+                sides.push((Side::Transformers, Measured::default()));
+                sides.extend(compiled.then(|| (Side::Compiled, Measured::default())));
+            }
             for round in 1..=rounds {
-                eprintln!("{task}, {threads} threads: round {round} ...");
-                bench.ours(task, &spec, &mut sides[0])?;
-                if let Some(python) = python {
-                    bench.theirs(python, &mut sides[1])?;
+                for (side, measured) in &mut sides {
+                    eprintln!("{task}, {threads} threads: round {round}, {} ...", side.name());
+                    match side {
+                        Side::Polyhead => bench.ours(kind, &spec, measured)?,
+                        _ => bench.theirs(*side == Side::Compiled, measured)?,
+                    }
                 }
             }
-            let [ours, theirs] = sides.each_ref().map(|side| 1e3 * median(side.seconds.clone()));
-            let [our_peak, their_peak] = sides.each_ref().map(|side| side.peak_bytes / 1048576.0);
-            let losses = [sides[0].first_loss, sides[1].first_loss];
-            table += &format!(
-                "| {task} | {threads} | {ours:.0} | {theirs:.0} | {:.2}x | {our_peak:.0} | {their_peak:.0} | {:.4} {:.4} |\n",
-                theirs / ours,
-                losses[0],
-                losses[1]
-            );
+            let rows = rows(task, threads, &sides);
+            eprint!("{rows}");
+            table += &rows;
         }
     }
     Ok(table)
 }
 
+fn rows(task: &str, threads: usize, sides: &[(Side, Measured)]) -> String {
+    let seconds = |measured: &Measured| median(measured.seconds.clone());
+    let eager = sides.iter().find(|(side, _)| *side == Side::Transformers).map(|(_, m)| (seconds(m), m.peak_bytes));
+    let against = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
+    let row = |(side, measured): &(Side, Measured)| {
+        format!(
+            "| {task} | {threads} | {} | {:.0} | {} | {:.0} | {} | {:.4} |\n",
+            side.name(),
+            1e3 * seconds(measured),
+            against(eager.map(|(time, _)| time / seconds(measured))),
+            measured.peak_bytes / 1048576.0,
+            against(eager.map(|(_, bytes)| measured.peak_bytes / bytes)),
+            measured.first_loss
+        )
+    };
+    sides.iter().map(row).collect()
+}
+
 impl Bench<'_> {
-    fn recipe(&self, task: &str, spec: &Value) -> String {
-        let lora = match task {
-            "full" => String::new(),
+    fn recipe(&self, kind: Kind, spec: &Value) -> String {
+        let lora = match kind {
+            Kind::Train { adapters: false } => String::new(),
             _ => format!(
                 "[lora]\nrank = {RANK}\nalpha = {ALPHA}\ntargets = [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\"]\n"
             ),
@@ -90,20 +144,15 @@ impl Bench<'_> {
     }
 
     /// Describes a task to both sides: `work.json`, and for training `recipe.toml`.
-    fn specify(&self, task: &str) -> Outcome<Value> {
-        let [batch, seq] = match task {
-            "lora" => [4, 128],
-            "full" => [2, 192],
-            "prefill" => [1, PROMPT],
-            "long" => [1, 1024],
-            _ => [1, 16],
-        };
+    fn specify(&self, task: &str, kind: Kind, [batch, seq]: [usize; 2]) -> Outcome<Value> {
+        let adapters = kind == Kind::Train { adapters: true };
         let mut spec = json!({
-            "task": task, "batch": batch, "seq": seq, "steps": self.steps, "threads": self.threads, "new": NEW, "rank": RANK,
-            "alpha": ALPHA, "targets_of_lora": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "task": task, "adapters": adapters, "batch": batch, "seq": seq, "steps": self.steps, "threads": self.threads,
+            "new": NEW, "rank": RANK, "alpha": ALPHA, "targets_of_lora": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "text": text(&self.folder.join("short.txt")),
         });
         let recipe = self.folder.join("recipe.toml");
-        std::fs::write(&recipe, self.recipe(task, &spec))?;
+        std::fs::write(&recipe, self.recipe(kind, &spec))?;
         let shown = polyhead(&["preview", text(&recipe), "--rows", &batch.to_string()])?;
         let (mut tokens, mut targets) = (Vec::new(), Vec::new());
         // position, document, token, its text -> target, its text
@@ -128,7 +177,7 @@ impl Bench<'_> {
         command
     }
 
-    fn ours(&self, task: &str, spec: &Value, measured: &mut Measured) -> Outcome<()> {
+    fn ours(&self, kind: Kind, spec: &Value, measured: &mut Measured) -> Outcome<()> {
         let run = self.folder.join("run");
         let _ = std::fs::remove_dir_all(&run);
         let (recipe, logits, new) = (self.folder.join("recipe.toml"), self.folder.join("logits"), NEW.to_string());
@@ -136,11 +185,15 @@ impl Bench<'_> {
         let ids = ids.join(",");
         let greedy =
             ["generate", text(self.model), "--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens"];
-        let args = match task {
-            "lora" | "full" | "long" => vec!["train", text(&recipe), "--out", text(&run)],
-            "prefill" => vec!["logits", text(self.model), "--tokens", &ids, "--out", text(&logits)],
-            "load" => [&greedy[..], &["1"]].concat(),
-            _ => [&greedy[..], &[new.as_str()]].concat(),
+        let (short, window) = (self.folder.join("short.txt"), spec["seq"].to_string());
+        let args = match kind {
+            Kind::Train { .. } => vec!["train", text(&recipe), "--out", text(&run)],
+            Kind::Prefill => vec!["logits", text(self.model), "--tokens", &ids, "--out", text(&logits)],
+            Kind::Load => [&greedy[..], &["1"]].concat(),
+            Kind::Generate => [&greedy[..], &[new.as_str()]].concat(),
+            Kind::Evaluate => {
+                vec!["eval", text(self.model), "--text", text(&short), "--window", &window, "--stride", &window]
+            }
         };
         let start = Instant::now();
         let (output, _) = watched(self.command(&args), false)?;
@@ -152,8 +205,8 @@ impl Bench<'_> {
         let peak =
             told.lines().rev().find_map(|line| line.strip_prefix("peak ")?.parse::<f64>().ok()).unwrap_or(f64::NAN);
         let peak = 1024.0 * peak;
-        match task {
-            "lora" | "full" | "long" => {
+        match kind {
+            Kind::Train { .. } => {
                 let log = std::fs::read_to_string(run.join("metrics.jsonl"))?;
                 let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
                 let steps: Vec<&Value> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
@@ -164,21 +217,27 @@ impl Bench<'_> {
                     .collect();
                 measured.add(&seconds, steps.first().map_or(f64::NAN, |line| number(line, "loss")), peak);
             }
-            "generate" => {
+            Kind::Generate => {
                 let rate =
                     told.lines().find_map(|line| line.strip_prefix(&format!("{NEW} tokens, "))?.split(' ').next());
                 let rate: f64 = rate.ok_or_else(|| told.clone())?.parse()?;
                 measured.add(&[NEW as f64 / rate], f64::NAN, peak);
             }
-            _ => measured.add(&[wall], f64::NAN, peak),
+            Kind::Evaluate => {
+                let told: Value = serde_json::from_slice(&output.stdout)?;
+                measured.add(&[wall], told["loss"].as_f64().unwrap_or(f64::NAN), peak);
+            }
+            Kind::Load | Kind::Prefill => measured.add(&[wall], f64::NAN, peak),
         }
         Ok(())
     }
 
-    fn theirs(&self, python: &Path, measured: &mut Measured) -> Outcome<()> {
+    fn theirs(&self, compiled: bool, measured: &mut Measured) -> Outcome<()> {
+        let python = self.python.ok_or("no Python")?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/pretrained.py");
         let mut command = Command::new(python);
         command.arg(script).arg(self.model).arg(self.folder.join("work.json"));
+        command.args(compiled.then_some("--compile"));
         command.env("OMP_NUM_THREADS", self.threads.to_string());
         let output = command.output()?;
         let last = String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned();

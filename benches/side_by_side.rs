@@ -141,7 +141,7 @@ fn main() -> Outcome<()> {
     let mut rows = Vec::new();
     if let Some(model) = &args.model {
         let python = args.python.as_deref().filter(|_| torch.is_some());
-        report += &pretrained::compare(model, python, folder.path(), (&args.only, args.rounds, args.steps))?;
+        report += &pretrained::compare(model, python, folder.path(), &args)?;
         return write(&report, args.out.as_deref());
     }
     let works = if on_gpu { vec![GPU, GPU_GDA] } else { WORKS.to_vec() };
