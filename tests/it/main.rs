@@ -42,6 +42,7 @@ mod neuron_dropout;
 mod pages;
 mod precision;
 mod pretrained;
+mod project;
 mod resume;
 mod signals;
 mod sizes;

@@ -84,6 +84,14 @@ pub enum Command {
     /// A recipe with [[stage]] tables is run stage after stage, each from the weights of the one before, into 1-<name>,
     /// 2-<name>, ... there.
     Train(TrainArgs),
+    /// Make a project: a folder with a recipe, a comparison and a text to replace with your own.
+    #[command(after_help = "\
+Example:
+  polyhead new mine && cd mine && polyhead train pretrain.toml --out run")]
+    New {
+        /// The folder, which must not exist.
+        folder: PathBuf,
+    },
     /// List recipes: those here and in the folder `recipes`, or else those that come with Polyhead.
     Ls {
         /// Another folder.
@@ -297,6 +305,12 @@ Examples:
     /// Train a tokenizer.
     #[command(subcommand)]
     Tokenizer(TokenizerCommand),
+    /// Write the manual pages, one a command: polyhead.1, polyhead-train.1, ...
+    Man {
+        /// The folder to write, which is made if it does not exist.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Print completions for a shell.
     Completions {
         /// Which shell.

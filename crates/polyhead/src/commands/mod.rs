@@ -11,6 +11,7 @@ mod generate;
 pub mod grow;
 mod hallucination;
 mod long_context;
+mod new;
 mod new_folder;
 mod plan;
 mod preview;
@@ -42,6 +43,7 @@ use polyhead_runs::Failure;
 pub fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Train(args) => train::train(args),
+        Command::New { folder } => new::new(&folder),
         Command::Ls { folder } => recipes::ls(folder.as_deref()),
         Command::Cp { recipe, to } => recipes::cp(&recipe, &to),
         Command::Cat(args) => match staged(&args)? {
@@ -96,6 +98,11 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Doctor => doctor::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
             tokenizer::train(&load(&recipe)?, vocab_size as usize, &out)
+        }
+        Command::Man { out } => {
+            std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
+            let command = <crate::cli::Cli as clap::CommandFactory>::command();
+            clap_mangen::generate_to(command, &out).map_err(|error| Failure::file("write", &out, error))
         }
         Command::Completions { shell } => {
             let mut command = <crate::cli::Cli as clap::CommandFactory>::command();
