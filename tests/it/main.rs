@@ -35,6 +35,8 @@ mod golden_sliding_window;
 mod golden_spoilt;
 mod growth;
 mod hallucination;
+#[cfg(feature = "download")]
+mod hub;
 mod layering;
 mod matrix;
 mod media;
@@ -44,6 +46,7 @@ mod precision;
 mod pretrained;
 mod project;
 mod resume;
+mod serve;
 mod signals;
 mod sizes;
 mod stages;

@@ -75,7 +75,7 @@ pub fn ask(model: &Decoder, questions: &[Question], asking: &Asking, go_on: &dyn
         let rows = matrix(&rows[own.clone()]);
         Judged {
             known: question.known,
-            right: answer.ended && answer.tokens == question.answer,
+            right: answer.stop.is_some() && answer.tokens == question.answer,
             probability: answer.log_probability.exp(),
             entropy: answer.entropy,
             consistency: consistency(&drawn[own]),

@@ -6,6 +6,7 @@ pub mod ees;
 pub mod eigenscore;
 pub mod hallucination;
 pub mod heads;
+pub mod likelihood;
 pub mod perplexity;
 pub mod sensitivity;
 pub mod texts;

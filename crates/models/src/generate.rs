@@ -45,12 +45,25 @@ impl Sampling {
 pub struct Continuation {
     /// Its tokens, without the stop token.
     pub tokens: Vec<u32>,
-    /// Whether the stop token came.
-    pub ended: bool,
+    /// The stop token, if one came.
+    pub stop: Option<u32>,
     /// Mean entropy in nats of the distributions that it was chosen from, before temperature and limits.
     pub entropy: f64,
     /// Logarithm of its probability (the stop token included), before temperature and limits.
     pub log_probability: f64,
+}
+
+/// A prompt to continue, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// Its tokens, at least one.
+    pub prompt: &'a [u32],
+    /// How tokens are chosen, and how many.
+    pub sampling: &'a Sampling,
+    /// Tokens that end it.
+    pub stops: &'a [u32],
+    /// Which of the streams of random numbers of its seed it draws from.
+    pub stream: u64,
 }
 
 /// Continues prompts of equal length (not 0), many at a time, each until one of `stops` or `max_new_tokens`. The numbers that a
@@ -66,42 +79,72 @@ pub fn continuations(
     stops: &[u32],
     go_on: &dyn Fn() -> bool,
 ) -> Option<Vec<Continuation>> {
-    let length = prompts.first().map_or(0, Vec::len);
-    assert!(prompts.iter().all(|prompt| prompt.len() == length), "prompts of one call are equally long");
-    let of_chunk = |(chunk, prompts): (usize, &[Vec<u32>])| {
-        let rng = |row: usize| {
-            let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-            rng.set_stream((chunk * ROWS + row) as u64);
-            rng
-        };
-        let mut rngs: Vec<ChaCha8Rng> = (0..prompts.len()).map(rng).collect();
-        let mut rows = vec![Continuation::default(); prompts.len()];
-        let (mut cache, mut next) = (Cache::new(model.layers.len()), prompts.concat());
-        while rows.iter().any(|row| row.open(sampling)) {
+    let places = (0u64..).zip(prompts);
+    let requests: Vec<Request> = places.map(|(stream, prompt)| Request { prompt, sampling, stops, stream }).collect();
+    continue_all(model, &requests, &mut |_, _| ControlFlow::Continue(()), go_on)
+}
+
+/// The same for requests of their own kinds, whose prompts are equally long. `on_token` gets each row whenever it is one token
+/// longer or has ended, and may end it.
+///
+/// # Panics
+/// If the prompts differ in length.
+pub fn continue_all(
+    model: &Decoder,
+    requests: &[Request],
+    on_token: &mut dyn FnMut(usize, &Continuation) -> ControlFlow<()>,
+    go_on: &dyn Fn() -> bool,
+) -> Option<Vec<Continuation>> {
+    let length = requests.first().map_or(0, |request| request.prompt.len());
+    assert!(requests.iter().all(|request| request.prompt.len() == length), "prompts of one call are equally long");
+    let mut rows = Vec::with_capacity(requests.len());
+    for requests in requests.chunks(ROWS) {
+        let first = rows.len();
+        rows.extend(requests.iter().map(Row::new));
+        let mut cache = Cache::new(model.layers.len());
+        let mut next: Vec<u32> = requests.iter().flat_map(|request| request.prompt).copied().collect();
+        while rows[first..].iter().any(|row| row.open) {
             if !go_on() {
                 return None;
             }
-            let logits = next_logits(model, &next, prompts.len(), &mut cache);
+            let logits = next_logits(model, &next, requests.len(), &mut cache);
             next.clear();
-            for ((row, rng), logits) in rows.iter_mut().zip(&mut rngs).zip(logits.chunks(model.vocab_size())) {
+            for ((at, row), logits) in rows[first..].iter_mut().enumerate().zip(logits.chunks(model.vocab_size())) {
                 // A row that has ended goes on with the others, but nothing is kept of it.
-                next.push(if row.open(sampling) { row.extend(logits, sampling, rng, stops) } else { 0 });
+                if !row.open {
+                    next.push(0);
+                    continue;
+                }
+                let request = &requests[at];
+                next.push(row.written.extend(logits, request.sampling, &mut row.rng, request.stops));
+                let goes_on = on_token(first + at, &row.written).is_continue();
+                row.open =
+                    goes_on && row.written.stop.is_none() && row.written.tokens.len() < request.sampling.max_new_tokens;
             }
         }
-        Some(rows)
-    };
-    let chunks = prompts.chunks(ROWS).enumerate().map(of_chunk);
-    Some(chunks.collect::<Option<Vec<_>>>()?.concat())
+    }
+    Some(rows.into_iter().map(|row| row.written).collect())
+}
+
+/// A request on its way.
+struct Row {
+    written: Continuation,
+    rng: ChaCha8Rng,
+    open: bool,
+}
+
+impl Row {
+    fn new(request: &Request) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(request.sampling.seed);
+        rng.set_stream(request.stream);
+        Self { written: Continuation::default(), rng, open: request.sampling.max_new_tokens > 0 }
+    }
 }
 
 /// Rows that are continued at a time; chosen by us.
 const ROWS: usize = 64;
 
 impl Continuation {
-    fn open(&self, sampling: &Sampling) -> bool {
-        !self.ended && self.tokens.len() < sampling.max_new_tokens
-    }
-
     /// Chooses one more token, or ends.
     fn extend(&mut self, logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng, stops: &[u32]) -> u32 {
         let token = choose(logits, sampling, rng);
@@ -113,8 +156,8 @@ impl Continuation {
         let seen = self.tokens.len() as f64;
         self.entropy = (self.entropy * seen + entropy) / (seen + 1.0);
         self.log_probability += f64::from(logits[token as usize] - best) - all.ln();
-        self.ended = stops.contains(&token);
-        if !self.ended {
+        self.stop = stops.contains(&token).then_some(token);
+        if self.stop.is_none() {
             self.tokens.push(token);
         }
         token
@@ -143,7 +186,7 @@ impl Past {
     /// Continues `prompt` (not empty), a text from its very beginning, handing each new token to `on_token` as it comes; stops
     /// at one of `stops`, at `max_new_tokens`, or when `on_token` says so. Call it on `model.valid()`.
     ///
-    /// Returns the new tokens, without the stop token, and whether that came.
+    /// Returns the new tokens, without the stop token, and that, if it came.
     pub fn generate(
         &mut self,
         model: &Decoder,
@@ -151,7 +194,7 @@ impl Past {
         sampling: &Sampling,
         stops: &[u32],
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
-    ) -> (Vec<u32>, bool) {
+    ) -> (Vec<u32>, Option<u32>) {
         if !(prompt.starts_with(&self.tokens) && prompt.len() > self.tokens.len()) {
             *self = Self::new(model);
         }
@@ -161,7 +204,7 @@ impl Past {
         while new.len() < sampling.max_new_tokens {
             let token = choose(&self.read(model, &next), sampling, &mut rng);
             if stops.contains(&token) {
-                return (new, true);
+                return (new, Some(token));
             }
             new.push(token);
             if on_token(token).is_break() {
@@ -169,7 +212,7 @@ impl Past {
             }
             next = vec![token];
         }
-        (new, false)
+        (new, None)
     }
 }
 
@@ -238,7 +281,7 @@ mod tests {
         let together = continuations(&model, &prompts, &greedy, &[5, 6], &|| true).unwrap();
         for (prompt, row) in prompts.iter().zip(&together) {
             assert_eq!(row.tokens, alone(prompt));
-            assert_eq!(row.ended, row.tokens.len() < 12);
+            assert_eq!(row.stop.is_some(), row.tokens.len() < 12);
         }
     }
 

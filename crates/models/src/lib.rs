@@ -47,7 +47,7 @@ pub use gaussian_adaptive_transformer::{
     Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
 };
-pub use generate::{Continuation, Past, Sampling, continuations};
+pub use generate::{Continuation, Past, Request, Sampling, continuations, continue_all};
 pub use layer_features::TokenPooling;
 pub use loss::{Evaluated, Loss};
 pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};

@@ -14,6 +14,8 @@ pub struct Allowed {
     pub nonfinite: NonFinite,
     /// Training that needs more memory than there is, by estimate.
     pub too_little_memory: bool,
+    /// Fetching models of the Hugging Face hub that are not in its cache.
+    pub download: bool,
 }
 
 static ALLOWED: OnceLock<Allowed> = OnceLock::new();

@@ -26,6 +26,9 @@ pub struct Cli {
     /// Take trained weights that contain NaN or infinite numbers, which are an error otherwise.
     #[arg(long, global = true)]
     pub allow_nonfinite: bool,
+    /// Fetch models that are named as on the Hugging Face hub (org/name) and are not in its cache yet.
+    #[arg(long, global = true)]
+    pub download: bool,
     /// Train though the estimate of the memory that it takes is more than there is.
     #[arg(long, global = true)]
     pub ignore_memory: bool,
@@ -218,6 +221,17 @@ Examples:
     ///
     /// Each line of standard input is a message; the model answers in its own chat template and remembers what was said.
     Chat(ChatArgs),
+    /// Serve a model over HTTP, as OpenAI's clients and lm-eval ask for one.
+    ///
+    /// POST /v1/completions (with echo and logprobs) and /v1/chat/completions, both also streamed; GET /v1/models. Requests that
+    /// wait are answered together. What a request has that is not known is refused.
+    #[command(after_help = "\
+Examples:
+  polyhead serve checkpoints/sft
+  curl http://127.0.0.1:8080/v1/completions -d '{\"prompt\": \"Ownership is\", \"max_tokens\": 20}'
+  lm_eval --model local-completions --tasks lambada_openai \\
+    --model_args model=DIR,tokenizer=DIR,base_url=http://127.0.0.1:8080/v1/completions,tokenizer_backend=huggingface")]
+    Serve(crate::serve::ServeArgs),
     /// Write a model in Hugging Face's format.
     Export {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.

@@ -10,6 +10,7 @@ mod cut_files;
 mod dashboard;
 mod hub;
 mod inspect;
+mod serve;
 mod signals;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     allowed::decide(Allowed {
         nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
         too_little_memory: cli.ignore_memory,
+        download: cli.download,
     });
     let arguments: Vec<String> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
     cli::renamed_flags(&arguments).iter().for_each(|warning| console::say(warning));

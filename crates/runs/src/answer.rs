@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use polyhead_data::chat::{chat_template, end_of_answer};
 use polyhead_data::{StreamDecoder, Tokenizer};
-use polyhead_models::{Decoder, Past, Sampling};
+use polyhead_models::{Continuation, Decoder, Past, Request, Sampling, continue_all};
 use polyhead_recipe::Problems;
 use serde_json::Value;
 
@@ -145,8 +145,38 @@ pub struct Answer {
     pub text: String,
     /// Its tokens, without the stop token.
     pub tokens: Vec<u32>,
+    /// The stop token, if one came.
+    pub stop: Option<u32>,
     /// Why there is no more.
     pub finish: Finish,
+}
+
+/// An answer that is being written.
+struct Writing<'a> {
+    stream: StreamDecoder<'a>,
+    until: Until<'a>,
+    text: String,
+}
+
+impl<'a> Writing<'a> {
+    fn new(tokenizer: &'a Tokenizer, until: &'a [String]) -> Self {
+        Self { stream: StreamDecoder::new(tokenizer), until: Until::new(until), text: String::new() }
+    }
+
+    /// The text that can be shown now that a token has come.
+    fn push(&mut self, token: u32) -> String {
+        let new = self.stream.push(token).map(|new| self.until.push(&new)).unwrap_or_default();
+        self.text.push_str(&new);
+        new
+    }
+
+    /// The text that was held back, and the whole answer.
+    fn end(mut self, tokens: Vec<u32>, stop: Option<u32>) -> (String, Answer) {
+        let finish = if stop.is_some() || self.until.reached() { Finish::Stop } else { Finish::Length };
+        let rest = self.until.rest();
+        self.text.push_str(&rest);
+        (rest, Answer { text: self.text, tokens, stop, finish })
+    }
 }
 
 /// What a model writes after a prompt, up to a stop token or one of the strings `until`. Text is handed to `show` as it comes.
@@ -161,24 +191,79 @@ pub fn answer(
     (sampling, until): (&Sampling, &[String]),
     show: &mut dyn FnMut(&str) -> Result<(), Failure>,
 ) -> Result<Answer, Failure> {
-    let (mut stream, mut until) = (StreamDecoder::new(tokenizer), Until::new(until));
-    let (mut text, mut shown) = (String::new(), Ok(()));
-    let (tokens, stopped) = past.generate(model, &prompt.ids, sampling, &prompt.stops, |token| {
-        let new = stream.push(token).map(|new| until.push(&new)).unwrap_or_default();
+    let (mut writing, mut shown) = (Writing::new(tokenizer, until), Ok(()));
+    let (tokens, stop) = past.generate(model, &prompt.ids, sampling, &prompt.stops, |token| {
+        let new = writing.push(token);
         if !new.is_empty() {
-            text.push_str(&new);
             shown = show(&new);
         }
-        if shown.is_err() || until.reached() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if shown.is_err() || writing.until.reached() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     shown?;
-    let finish = if stopped || until.reached() { Finish::Stop } else { Finish::Length };
-    let rest = until.rest();
+    let (rest, answer) = writing.end(tokens, stop);
     if !rest.is_empty() {
-        text.push_str(&rest);
         show(&rest)?;
     }
-    Ok(Answer { text, tokens, finish })
+    Ok(answer)
+}
+
+/// A prompt, and how it is answered.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// What the model goes on from.
+    pub prompt: &'a Prompt,
+    /// How tokens are chosen, and how many.
+    pub sampling: &'a Sampling,
+    /// Strings before which the answer ends.
+    pub until: &'a [String],
+    /// Which of the streams of random numbers of its seed it draws from.
+    pub stream: u64,
+}
+
+/// Gets the place of a question, its new text after every token (which may be none), and in the end the whole answer; may break
+/// the answer off.
+pub type Hear<'a> = &'a mut dyn FnMut(usize, &str, Option<Answer>) -> ControlFlow<()>;
+
+/// What a model writes after many prompts. Those of one length are read together: there is no padding, so that each gets what it
+/// would get alone. Asks `go_on` before every token; `None` once it says no.
+pub fn answers(
+    (model, tokenizer): (&Decoder, &Tokenizer),
+    questions: &[Question],
+    hear: Hear<'_>,
+    go_on: &dyn Fn() -> bool,
+) -> Option<()> {
+    let length = |at: usize| questions[at].prompt.ids.len();
+    let (nothing, mut order): (Vec<usize>, Vec<usize>) =
+        (0..questions.len()).partition(|&at| questions[at].sampling.max_new_tokens == 0);
+    for at in nothing {
+        let _ = hear(at, "", Some(Writing::new(tokenizer, &[]).end(Vec::new(), None).1));
+    }
+    order.sort_by_key(|&at| length(at));
+    for group in order.chunk_by(|&a, &b| length(a) == length(b)) {
+        let of = |&at: &usize| {
+            let Question { prompt, sampling, stream, .. } = questions[at];
+            Request { prompt: &prompt.ids, sampling, stops: &prompt.stops, stream }
+        };
+        let requests: Vec<Request> = group.iter().map(of).collect();
+        let mut writing: Vec<Option<Writing>> =
+            group.iter().map(|&at| Some(Writing::new(tokenizer, questions[at].until))).collect();
+        let mut on_token = |row: usize, written: &Continuation| {
+            let Some(mut now) = writing[row].take() else { return ControlFlow::Break(()) };
+            let token = written.tokens.last().filter(|_| written.stop.is_none());
+            let mut new = token.map(|&token| now.push(token)).unwrap_or_default();
+            let full = written.tokens.len() >= requests[row].sampling.max_new_tokens;
+            if !(written.stop.is_some() || full || now.until.reached()) {
+                writing[row] = Some(now);
+                return hear(group[row], &new, None);
+            }
+            let (rest, answer) = now.end(written.tokens.clone(), written.stop);
+            new.push_str(&rest);
+            let _ = hear(group[row], &new, Some(answer));
+            ControlFlow::Break(())
+        };
+        continue_all(model, &requests, &mut on_token, go_on)?;
+    }
+    Some(())
 }
 
 #[cfg(test)]

@@ -57,9 +57,9 @@ impl Reference {
             Err(_) if of_commit.is_dir() => of_commit,
             Err(_) => return Ok(None),
         };
+        let missing = |name: &str| Failure::Run(format!("{}: {name} is missing: {}", snapshot.display(), self.again()));
         if !hf::files::is_folder(&snapshot) {
-            let problem = format!("{}: {} is missing: {}", snapshot.display(), hf::files::CONFIG, self.again());
-            return Err(Failure::Run(problem));
+            return Err(missing(hf::files::CONFIG));
         }
         for entry in std::fs::read_dir(&snapshot)?.flatten() {
             if !entry.path().exists() {
@@ -67,12 +67,18 @@ impl Reference {
                 return Err(Failure::Run(format!("{} {problem}: {}", entry.path().display(), self.again())));
             }
         }
-        Ok(Some(snapshot))
+        match hf::missing_weights(&snapshot).map_err(Failure::Run)? {
+            Some(name) => Err(missing(&name)),
+            None => Ok(Some(snapshot)),
+        }
     }
 
     /// What completes it.
     fn again(&self) -> String {
-        format!("the model is not whole in the cache; `hf download {}` fetches what is missing", self.name)
+        format!(
+            "the model is not whole in the cache; --download, or `hf download {}`, fetches what is missing",
+            self.name
+        )
     }
 }
 
@@ -126,6 +132,12 @@ mod tests {
         );
         std::fs::write(home.join("blobs/b"), "{}").unwrap();
         std::os::unix::fs::symlink("../../blobs/b", snapshot.join("config.json")).unwrap();
+        assert!(find("org/name").unwrap_err().to_string().contains("model.safetensors is missing"));
+        let index = r#"{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}"#;
+        std::fs::write(snapshot.join("model.safetensors.index.json"), index).unwrap();
+        std::fs::write(snapshot.join("one.safetensors"), "").unwrap();
+        assert!(find("org/name").unwrap_err().to_string().contains("two.safetensors is missing"));
+        std::fs::write(snapshot.join("two.safetensors"), "").unwrap();
         for text in ["org/name", "org/name@refs/pr/3", &format!("org/name@{commit}")] {
             assert_eq!(find(text).unwrap().as_ref(), Some(&snapshot), "{text}");
         }

@@ -78,7 +78,8 @@ impl Pretrained {
     }
 
     fn open_foreign(path: &Path, caller: Caller) -> Result<Self, Failure> {
-        let folder = hf::Folder::open(path)?;
+        let find = |name: &Path| (caller.hub)(name).map_err(|error| error.to_string());
+        let folder = hf::Folder::open_with(path, &find)?;
         folder.notes().iter().for_each(|note| (caller.tell)(&format!("note: {}: {note}", path.display())));
         // An adapter may have one of its own.
         let file = [path, folder.base()].map(|folder| folder.join(TOKENIZER)).into_iter().find(|file| file.exists());
@@ -176,7 +177,9 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
     if !path.is_dir() {
         let hint = meant(path);
         let hub = match path.to_str().and_then(Reference::parse) {
-            Some(_) => ", and no model of that name in the cache of the Hugging Face hub (HF_HOME)",
+            Some(_) => {
+                ", and no model of that name in the cache of the Hugging Face hub (HF_HOME); --download fetches one"
+            }
             None => "",
         };
         let problem = format!("{}: no such checkpoint or run folder{hub}\n  hint: {hint}", path.display());

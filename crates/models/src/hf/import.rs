@@ -62,19 +62,31 @@ pub struct Folder {
     adapter: Option<Adapter>,
 }
 
+/// Finds the folder of a model by its name, or says what hinders it.
+pub type FindBase<'a> = &'a dyn Fn(&Path) -> Result<Option<PathBuf>, String>;
+
 impl Folder {
     /// Opens a folder with config.json and safetensors files, one or several; or one with an adapter of PEFT, which is folded
-    /// into the base model that it names.
+    /// into the base model that it names by a path.
     ///
     /// # Errors
     /// If it describes a model that is not supported, or has no weights that can be read.
     pub fn open(path: &Path) -> Result<Self, ImportError> {
+        Self::open_with(path, &|_| Ok(None))
+    }
+
+    /// The same, with what finds the folder of a base model that is named otherwise, such as `org/name` of a hub.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and where `find` fails.
+    pub fn open_with(path: &Path, find: FindBase<'_>) -> Result<Self, ImportError> {
         // transformers too takes the adapter where a folder has both.
         let config = path.join(files::ADAPTER_CONFIG);
         if !config.is_file() {
             return Self::open_plain(path);
         }
-        let (adapter, base) = Adapter::open(path).map_err(|problem| ImportError::Config { path: config, problem })?;
+        let (adapter, base) =
+            Adapter::open(path, find).map_err(|problem| ImportError::Config { path: config, problem })?;
         let mut folder = Self::open_plain(&base)?;
         folder.described.notes.push(adapter.note(&base));
         folder.adapter = Some(adapter);
@@ -245,11 +257,29 @@ fn ends_of_generation(folder: &Path, vocab_size: usize) -> Result<Option<Vec<u32
     Ok((!ends.is_empty()).then_some(ends))
 }
 
+/// The file of weights that a folder lacks, where it lacks one.
+///
+/// # Errors
+/// If its index cannot be read, as a sentence.
+pub fn missing_weights(folder: &Path) -> Result<Option<String>, String> {
+    let is_there = |name: &str| folder.join(name).is_file();
+    let needed = match is_there(files::ADAPTER_CONFIG) {
+        true => vec![files::ADAPTER_WEIGHTS.to_owned()],
+        false if is_there(files::WEIGHTS) || !is_there(files::WEIGHTS_INDEX) => vec![files::WEIGHTS.to_owned()],
+        false => {
+            let index = folder.join(files::WEIGHTS_INDEX);
+            let text = std::fs::read_to_string(&index).map_err(|error| error.to_string());
+            text.and_then(|text| files_of_index(&text)).map_err(|problem| format!("{}: {problem}", index.display()))?
+        }
+    };
+    Ok(needed.into_iter().find(|name| !is_there(name)))
+}
+
 /// The files that a model.safetensors.index.json names, sorted, each once; all lie beside it.
 ///
 /// # Errors
 /// What is wrong with it, as a sentence.
-fn files_of_index(text: &str) -> Result<Vec<String>, String> {
+pub fn files_of_index(text: &str) -> Result<Vec<String>, String> {
     let table: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let map = table["weight_map"].as_object().filter(|map| !map.is_empty());
     let map = map.ok_or("weight_map must give a file of this folder for every tensor")?;

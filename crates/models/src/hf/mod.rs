@@ -17,5 +17,5 @@ mod peft;
 mod tests;
 
 pub use export::{ExportError, ExportOptions, Exported, export, notes};
-pub use import::{Folder, ImportError};
+pub use import::{FindBase, Folder, ImportError, files_of_index, missing_weights};
 pub use polyhead_attention::Family;

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::config::entries;
 use super::files;
+use super::import::FindBase;
 use crate::weights::TensorFiles;
 
 /// What the names of tensors begin with, before the base model's.
@@ -70,17 +71,22 @@ impl Adapter {
     ///
     /// # Errors
     /// What cannot be read or is not supported, as a sentence.
-    pub fn open(folder: &Path) -> Result<(Self, PathBuf), String> {
+    pub fn open(folder: &Path, find: FindBase<'_>) -> Result<(Self, PathBuf), String> {
         let text = std::fs::read_to_string(folder.join(files::ADAPTER_CONFIG)).map_err(|error| error.to_string())?;
         let keys = entries::read(&text)?;
         let config = read(&keys)?;
         let name = config.base_model_name_or_path.clone().unwrap_or_default();
         let places = [PathBuf::from(&name), folder.join(&name)];
-        let base = places.into_iter().find(|place| !name.is_empty() && place.join(files::CONFIG).is_file());
+        let base = match places.into_iter().find(|place| !name.is_empty() && place.join(files::CONFIG).is_file()) {
+            Some(base) => Some(base),
+            None => {
+                find(Path::new(&name)).map_err(|problem| format!("base_model_name_or_path ({name:?}): {problem}"))?
+            }
+        };
         let base = base.ok_or_else(|| {
             format!(
-                "base_model_name_or_path ({name:?}) is no folder with a config.json: put the base model's folder there, its \
-                 whole path or the one from here"
+                "base_model_name_or_path ({name:?}) is neither a folder with a config.json nor a model in the cache of the \
+                 Hugging Face hub: put the base model's folder there, its whole path or the one from here"
             )
         })?;
         let pairs = TensorFiles::open(&[folder.join(files::ADAPTER_WEIGHTS)]).map_err(|error| error.to_string())?;

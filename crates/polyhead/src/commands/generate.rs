@@ -1,13 +1,14 @@
 //! `polyhead generate` and `polyhead chat`: text from a trained model.
 
 use std::io::{BufRead, IsTerminal, Read};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
 use polyhead_data::Tokenizer;
-use polyhead_models::{Decoder, Past, Sampling, continuations};
+use polyhead_models::{Decoder, Past, Sampling};
 use polyhead_recipe::Problems;
-use polyhead_runs::answer::{Answer, Finish, Prompt, Until, answer};
+use polyhead_runs::answer::{Answer, Finish, Prompt, Question, answer, answers};
 use polyhead_runs::{Failure, Trained, open_trained};
 use serde_json::{Value, json};
 
@@ -99,28 +100,21 @@ fn generate_all(trained: &Trained, file: &Path, (args, sampling): (&GenerateArgs
     let tokenizer = trained.text_tokenizer()?;
     let texts = prompts(file)?;
     let prompts = texts.iter().map(|text| prompt(trained, args, text)).collect::<Result<Vec<_>, _>>()?;
-    // Prompts of one length are read together: there is no padding, so that each gets what it would get alone.
-    let mut order: Vec<usize> = (0..prompts.len()).collect();
-    order.sort_by_key(|&index| prompts[index].ids.len());
-    let mut answers = vec![Value::Null; prompts.len()];
-    let mut done = 0;
-    for group in order.chunk_by(|&a, &b| prompts[a].ids.len() == prompts[b].ids.len()) {
-        let ids: Vec<Vec<u32>> = group.iter().map(|&index| prompts[index].ids.clone()).collect();
-        let stops = &prompts[group[0]].stops;
-        let written = continuations(&trained.model, &ids, sampling, stops, &|| true).unwrap_or_default();
-        for (&index, written) in group.iter().zip(written) {
-            let mut until = Until::new(&args.sampling.stop);
-            let mut text = until.push(&tokenizer.decode(&written.tokens));
-            let stopped = written.ended || until.reached();
-            text.push_str(&until.rest());
-            let finish = if stopped { Finish::Stop } else { Finish::Length };
-            answers[index] = json!({ "prompt": texts[index], "text": text, "tokens": written.tokens.len(),
-                "finish": finish.name() });
+    let questions: Vec<Question> = (0..)
+        .zip(&prompts)
+        .map(|(stream, prompt)| Question { prompt, sampling, until: &args.sampling.stop, stream })
+        .collect();
+    let (mut written, mut done) = (vec![Value::Null; prompts.len()], 0);
+    let mut hear = |at: usize, _: &str, answer: Option<Answer>| {
+        if let Some(Answer { text, tokens, finish, .. }) = answer {
+            written[at] = json!({ "prompt": texts[at], "text": text, "tokens": tokens.len(), "finish": finish.name() });
+            done += 1;
+            progress("generating", done, prompts.len() as u64);
         }
-        done += group.len() as u64;
-        progress("generating", done, prompts.len() as u64);
-    }
-    answers.iter().try_for_each(|answer| put!("{answer}"))
+        ControlFlow::Continue(())
+    };
+    answers((&trained.model, tokenizer), &questions, &mut hear, &|| true);
+    written.iter().try_for_each(|answer| put!("{answer}"))
 }
 
 /// The prompts of a file: a line each, or of JSON lines (`.jsonl`) their `prompt`.

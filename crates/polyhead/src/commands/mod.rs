@@ -84,6 +84,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         },
         Command::Generate(args) => generate::generate(&args),
         Command::Chat(args) => generate::chat(&args),
+        Command::Serve(args) => crate::serve::serve(&args),
         Command::Export { checkpoint, out, expanded, without_mask, native, device } => {
             let how = trained::Export { expanded, without_mask, native };
             trained::export((&checkpoint, device.as_deref()), &out, how)
