@@ -90,6 +90,7 @@ fn variants(device: &Device) -> Vec<(String, Layer)> {
         head_dim: None,
         qkv_bias: false,
         o_bias: false,
+        qk_norm: false,
         shared_heads: PerLayerCount::Same(shared),
         top_k: PerLayerCount::Same(top_k),
         router: RouterConfig::default(),

@@ -106,6 +106,21 @@ MODELS = {
         {},
         OWN,
     ),
+    "decoupled_head_window_qk_norm": (
+        {
+            "decoupled_head": {
+                **heads, "key_map": [0, 1, 0, 2], "value_map": [0, 0, 1, 0], "qk_norm": True, "window": [0, 4, 0, 4],
+            }
+        },
+        {},
+        OWN,
+    ),
+    "decoupled_head_fusing_gqa": (
+        {"decoupled_head": {**grouped, "key_map": [0, 0, 1, 1], "value_map": [0, 0, 0, 0], "fusing": True, "qk_norm": True}},
+        {},
+        OWN,
+    ),
+    "mixture_of_head_qk_norm": ({"mixture_of_head": {**moh, "qk_norm": True, "window": 4}}, {}, OWN),
     "key_driven_fixed": (
         {"key_driven": {"n_heads": 6, "head_dim": 4, "n_kv_heads": 3, "allocation": {"fixed": {"query_heads": [1, 0, 5]}}}},
         {"rope_scaling": {"linear": {"factor": 3.0}}},

@@ -44,6 +44,7 @@ fn config(golden: &Golden) -> MixtureOfHeadConfig {
         head_dim: Some(size(config, "head_dim")),
         qkv_bias,
         o_bias: golden.tensors.contains_key("w.proj.bias"),
+        qk_norm: false,
         shared_heads: PerLayerCount::Same(shared),
         top_k: PerLayerCount::Same(size(config, "routed_topk")),
         router: if by_norm {

@@ -17,7 +17,8 @@
 //! count what its groups share, and query heads go on sharing it (ours; the equations stay as they are).
 //!
 //! Mixing by one number per head and turning by position commute, as all heads turn alike, so that heads are mixed before
-//! they are rotated and a fused head is exact. The authors published no code and the text of their fusion loss could not
+//! they are rotated and a fused head is exact. Norms of queries and keys (Qwen3's) come between mixing and turning, which keeps
+//! that: a fused head is normalised as the mixed ones were. The authors published no code and the text of their fusion loss could not
 //! be read: the scatter below is a reconstruction, `a` ("anneal") is ours.
 
 use burn::module::{Module, Param};
@@ -27,13 +28,14 @@ use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{KvCache, extended};
+use crate::cache::KvCache;
 use crate::config::require;
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::settings::head_settings;
-use crate::softmax::{check_heads, own_width};
+use crate::softmax::{HeadNorm, check_heads, normed, own_width};
+use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
     Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
     Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig,
@@ -69,19 +71,26 @@ head_settings! {
         pub value_map: Vec<usize>,
         @flag qkv_bias "Biases on the query, key and value projections. Default: false.",
         @flag o_bias "A bias on the output projection. Default: false.",
+        @flag qk_norm "Normalise every query and key head before it is rotated, as in Qwen3. Default: false.",
+        @window,
         /// Whether the heads of a group are still to be fused: the layer has `n_kv_heads` key and value heads then, mixed within
         /// the groups of the maps. Default: false.
         #[serde(default)]
         pub fusing: bool,
         @n_kv_heads "Key and value heads before fusion, with `fusing`: a divisor of n_heads; query heads that share one have the same entry\n\
             in the maps. Default: n_heads.",
-    }
+    } => fn unshared
 }
 
 impl DecoupledHeadConfig {
     /// Key heads and value heads that the maps lead to.
     pub fn fused_heads(&self) -> [usize; 2] {
         [&self.key_map, &self.value_map].map(|map| map.iter().max().map_or(0, |last| last + 1))
+    }
+
+    /// Softmax attention with the heads before fusion.
+    pub fn before_fusion(&self) -> SoftmaxConfig {
+        self.unshared()
     }
 
     /// Key heads, and as many value heads, before fusion.
@@ -143,6 +152,7 @@ impl MechanismConfig for DecoupledHeadConfig {
                 )
             })?;
         }
+        check_window(self.window.as_ref(), dims)?;
         self.check_heads_to_fuse()
     }
 
@@ -154,7 +164,11 @@ impl MechanismConfig for DecoupledHeadConfig {
             k_proj: project(keys * width),
             v_proj: project(values * width),
             o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
+            q_norm: HeadNorm::where_set(self.qk_norm, width, device),
+            k_norm: HeadNorm::where_set(self.qk_norm, width, device),
             fusion: None,
+            norm_eps: dims.norm_eps,
+            window: window_of(self.window.as_ref(), dims.layer),
             maps: [self.key_map.clone(), self.value_map.clone()],
             groups: self.groups(),
         };
@@ -177,10 +191,14 @@ impl MechanismConfig for DecoupledHeadConfig {
         let mixed = self.heads_to_fuse() as u64;
         let biases = counted(self.qkv_bias, width * (heads + keys + values)) + counted(self.o_bias, d_model);
         Cost {
-            parameters: weights + biases + counted(self.fusing, 2 * mixed * mixed + 3),
+            parameters: weights
+                + biases
+                + counted(self.qk_norm, 2 * width)
+                + counted(self.fusing, 2 * mixed * mixed + 3),
             flops_per_token: 2 * weights + counted(self.fusing, 4 * mixed * mixed * width),
             flops_per_pair: 4 * heads * width,
             kv_cache_elements_per_token: (keys + values) * width,
+            window: window_of(self.window.as_ref(), dims.layer).map(|window| window as u64),
             ..Cost::default()
         }
     }
@@ -199,9 +217,10 @@ impl MechanismConfig for DecoupledHeadConfig {
         let alike = |layer: &&Self| {
             Self { key_map: first.key_map.clone(), value_map: first.value_map.clone(), ..(*layer).clone() } == *first
         };
-        if form != Form::Llama || first.fusing || !layers.iter().all(alike) {
-            return Err("such heads are written for others in LLaMA's form only, fused, and with as many query heads and the same \
-                        biases in all layers; --expanded writes them as heads of the parent's form"
+        let beyond = first.qk_norm || first.window.is_some();
+        if form != Form::Llama || first.fusing || beyond || !layers.iter().all(alike) {
+            return Err("such heads are written for others in LLaMA's form only, fused, without window and qk_norm, and with as many \
+                        query heads and the same biases in all layers; --expanded writes them as heads of the parent's form"
                 .into());
         }
         let maps = |of: fn(&Self) -> &Vec<usize>| Setting::Maps(layers.iter().map(|layer| of(layer).clone()).collect());
@@ -258,8 +277,7 @@ impl MechanismConfig for DecoupledHeadConfig {
         if self.fusing {
             return Err("its heads are still being fused: collapse them with convert --to decoupled_head");
         }
-        let Self { n_heads, head_dim, qkv_bias, o_bias, .. } = *self;
-        let softmax = SoftmaxConfig { n_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() };
+        let softmax = SoftmaxConfig { n_kv_heads: None, ..self.unshared() };
         Ok(SharedHeads { softmax, maps: [self.key_map.clone(), self.value_map.clone()] })
     }
 
@@ -273,6 +291,10 @@ impl MechanismConfig for DecoupledHeadConfig {
             o_bias: true,
             ..Self::default()
         }
+    }
+
+    fn moved(self, sources: &[usize]) -> Self {
+        Self { window: moved_window(self.window, sources), ..self }
     }
 }
 
@@ -298,8 +320,14 @@ pub struct DecoupledHead {
     pub v_proj: Linear,
     /// `[n_heads * head_dim, d_model]`
     pub o_proj: Linear,
+    /// `None` where switched off
+    pub q_norm: Option<HeadNorm>,
+    /// `None` where switched off
+    pub k_norm: Option<HeadNorm>,
     /// Only while heads are fused.
     pub fusion: Option<Fusion>,
+    norm_eps: f64,
+    window: Option<usize>,
     /// For each query head, its key head and its value head
     #[module(skip)]
     maps: [Vec<usize>; 2],
@@ -441,12 +469,12 @@ impl Mechanism for DecoupledHead {
             Some([keys, values]) => (mix(k, keys), mix(v, values)),
             None => (k, v),
         };
-        let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
-        let query_offset = call.past();
-        let (k, v) = extended(call.cache, k, v);
+        let q = rotate(call.rope, normed(q, self.q_norm.as_ref(), self.norm_eps));
+        let k = rotate(call.rope, normed(k, self.k_norm.as_ref(), self.norm_eps));
+        let Within { keys: k, values: v, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let map = |map: &[usize]| if self.fusion.is_some() { HeadMap::Even } else { HeadMap::Each(map.to_vec()) };
         let options = AttentionOptions {
-            mask: Some(call.mask),
+            mask: Some(&mask),
             query_offset,
             bias: call.bias.cloned(),
             keys: map(key_map),
@@ -471,7 +499,7 @@ impl Mechanism for DecoupledHead {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::AttentionConfig;
+    use crate::{AttentionConfig, PerLayerCount};
 
     /// Six query heads that share three key and value heads, which are being fused.
     fn fusing() -> DecoupledHeadConfig {
@@ -490,6 +518,18 @@ mod tests {
     fn fusing_heads_of_grouped_queries_obeys_the_laws() {
         let fixed = "anneal is set and energy is measured, neither is learned";
         crate::laws::hold(&AttentionConfig::DecoupledHead(fusing()), &[("gradients", fixed)]);
+    }
+
+    #[test]
+    fn windows_and_norms_obey_the_laws() {
+        let more = |config: DecoupledHeadConfig| DecoupledHeadConfig {
+            qk_norm: true,
+            window: Some(PerLayerCount::Each(vec![0, 5, 0, 5])),
+            ..config
+        };
+        crate::laws::hold(&AttentionConfig::DecoupledHead(more(DecoupledHeadConfig::example())), &[]);
+        let fixed = "anneal is set and energy is measured, neither is learned";
+        crate::laws::hold(&AttentionConfig::DecoupledHead(more(fusing())), &[("gradients", fixed)]);
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::rope::rotate;
 use crate::settings::head_settings;
+use crate::softmax::{HeadNorm, normed};
 use crate::window::{Within, window_of, within};
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mechanism, MechanismConfig, Observation,
@@ -51,6 +52,8 @@ head_settings! {
         @head_dim,
         @flag qkv_bias "Biases on the query, key and value projections. Default: false.",
         @flag o_bias "A bias on the output projection, as in the authors' vision models. Default: false.",
+        @flag qk_norm "Normalise every query and key head before it is rotated, as in Qwen3; not with router.query_norm, which such\n\
+            queries leave nothing to choose by. Default: false.",
         /// Heads that take part at every position: the first ones. A number, or a list with one per layer. The authors advise
         /// more than 40 % of those that take part.
         pub shared_heads: PerLayerCount,
@@ -127,6 +130,9 @@ impl MechanismConfig for MixtureOfHeadConfig {
             format!("top_k (0) would never use {routed} of n_heads ({n_heads}); 0 goes with shared_heads = {n_heads}")
         })?;
         if let RouterConfig::QueryNorm(_) = self.router {
+            require(!self.qk_norm, "qk_norm", || {
+                "qk_norm makes all queries equally long, and router.query_norm chooses by their lengths: use the learned router".into()
+            })?;
             require(routed != 1, "router.query_norm", || {
                 format!(
                     "router.query_norm compares routed heads, and n_heads ({n_heads}) - shared_heads ({shared}) leaves one"
@@ -145,11 +151,14 @@ impl MechanismConfig for MixtureOfHeadConfig {
             k_proj: project(kv_heads * width),
             v_proj: project(kv_heads * width),
             o_proj: linear(self.n_heads * width, d_model, self.o_bias, residual_std(dims.n_layers), device),
+            q_norm: HeadNorm::where_set(self.qk_norm, width, device),
+            k_norm: HeadNorm::where_set(self.qk_norm, width, device),
             router: match &self.router {
                 RouterConfig::Learned(config) => Some(LearnedRouter::new(d_model, split, *config, device)),
                 RouterConfig::QueryNorm(_) => None,
             },
             n_kv_heads: kv_heads,
+            norm_eps: dims.norm_eps,
             split,
             window: window_of(self.window.as_ref(), dims.layer),
             config: self.clone(),
@@ -198,6 +207,7 @@ impl MechanismConfig for MixtureOfHeadConfig {
             head_dim: Some(4),
             qkv_bias: true,
             o_bias: false,
+            qk_norm: false,
             shared_heads: PerLayerCount::Same(2),
             top_k: PerLayerCount::Each(vec![2, 2, 1, 1]),
             router: RouterConfig::default(),
@@ -218,9 +228,14 @@ pub struct MixtureOfHead {
     pub v_proj: Linear,
     /// `[n_heads * head_dim, d_model]`
     pub o_proj: Linear,
+    /// `None` where switched off
+    pub q_norm: Option<HeadNorm>,
+    /// `None` where switched off
+    pub k_norm: Option<HeadNorm>,
     /// `None` where the norms of the queries choose
     pub router: Option<LearnedRouter>,
     n_kv_heads: usize,
+    norm_eps: f64,
     window: Option<usize>,
     #[module(skip)]
     split: HeadSplit,
@@ -262,8 +277,9 @@ impl Mechanism for MixtureOfHead {
         let (q, routing) = self.route(hidden.clone(), real.as_deref(), adapters);
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
-        let q = rotate(call.rope, split_heads(q, self.split.heads()));
-        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
+        let q = normed(split_heads(q, self.split.heads()), self.q_norm.as_ref(), self.norm_eps);
+        let k = normed(split_heads(k, self.n_kv_heads), self.k_norm.as_ref(), self.norm_eps);
+        let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
         let v = split_heads(v, self.n_kv_heads);
         let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {

@@ -77,7 +77,7 @@ impl MechanismConfig for SoftmaxConfig {
     fn init(&self, dims: &Dims, device: &Device) -> Softmax {
         let (d_model, width, kv_heads) = (dims.d_model, self.head_dim(dims), self.kv_heads());
         let project = |d_output| linear(d_model, d_output, self.qkv_bias, INIT_STD, device);
-        let norm = || self.qk_norm.then(|| HeadNorm { weight: Param::from_tensor(Tensor::ones([width], device)) });
+        let norm = || HeadNorm::where_set(self.qk_norm, width, device);
         Softmax {
             q_proj: project(self.n_heads * width),
             k_proj: project(kv_heads * width),
@@ -398,6 +398,21 @@ pub struct HeadNorm {
     pub weight: Param<Tensor<1>>,
 }
 
+impl HeadNorm {
+    /// A fresh one, where the setting is on.
+    pub(crate) fn where_set(qk_norm: bool, head_dim: usize, device: &Device) -> Option<Self> {
+        qk_norm.then(|| Self { weight: Param::from_tensor(Tensor::ones([head_dim], device)) })
+    }
+}
+
+/// `[.., head_dim]` heads, normalised where there is a norm.
+pub(crate) fn normed(heads: Tensor<4>, norm: Option<&HeadNorm>, eps: f64) -> Tensor<4> {
+    match norm {
+        Some(norm) => rms_norm(heads, norm.weight.val(), eps),
+        None => heads,
+    }
+}
+
 /// A layer of softmax attention.
 #[derive(Module, Debug)]
 pub struct Softmax {
@@ -426,11 +441,7 @@ impl Softmax {
     fn heads(&self, x: Tensor<3>, n_heads: usize, norm: Option<&HeadNorm>) -> Tensor<4> {
         let [batch, seq, channels] = x.dims();
         let heads = x.reshape([batch, seq, n_heads, channels / n_heads]);
-        let heads = match norm {
-            Some(norm) => rms_norm(heads, norm.weight.val(), self.norm_eps),
-            None => heads,
-        };
-        heads.swap_dims(1, 2)
+        normed(heads, norm, self.norm_eps).swap_dims(1, 2)
     }
 
     /// From queries, keys and values as they are projected, `[batch, seq, channels]`, to what goes into the output projection;

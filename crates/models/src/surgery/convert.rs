@@ -96,12 +96,12 @@ pub fn heads_of_layers(model: &Decoder, cell: Cell) -> Result<Vec<Heads>, Surger
     Ok(kv_heads.into_iter().enumerate().map(|(layer, n)| take(&weights, layer, cell.projection(), n)).collect())
 }
 
-/// A layer's softmax attention, without settings that other mechanisms do not have.
+/// A layer's softmax attention, without settings that no other mechanism has; windows and norms of queries and keys some have.
 pub(super) fn softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, SurgeryError> {
     let softmax = any_softmax_of(model, layer)?;
-    match softmax.beyond_plain() {
+    match [("softcap", softmax.softcap), ("scale", softmax.scale)].into_iter().find(|(_, set)| set.is_some()) {
         None => Ok(softmax),
-        Some(setting) => refused(format!(
+        Some((setting, _)) => refused(format!(
             "layer {layer} has softmax attention with {setting}, which can be converted to: grouped_query, by neighbours; \
              without {setting}, to others"
         )),
@@ -169,12 +169,6 @@ pub(super) fn groups(parent: &Decoder, grouping: &Grouping) -> Result<Vec<[Vec<u
     let mut cells = Vec::new();
     for layer in 0..config.n_layers {
         let softmax = softmax_of(parent, layer)?;
-        if softmax.qk_norm {
-            return refused(format!(
-                "layer {layer} normalises its keys (qk_norm): fused heads would not be what they were; --to grouped_query \
-                 pools them by neighbours"
-            ));
-        }
         cells.extend(
             [Cell::Keys, Cell::Values].map(|cell| take(&weights, layer, cell.projection(), softmax.kv_heads())),
         );
@@ -224,11 +218,11 @@ pub fn heads_of_budget(share: f64, cells: usize, all: usize) -> Result<usize, Su
 
 /// Decoupled heads of a layer whose key and value heads belong to these groups.
 pub(super) fn decoupled_config(softmax: &SoftmaxConfig, groups: &[Vec<usize>; 2], fusing: bool) -> DecoupledHeadConfig {
-    let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *softmax;
-    let share = n_heads / softmax.kv_heads();
+    let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, .. } = *softmax;
+    let (share, window) = (n_heads / softmax.kv_heads(), softmax.window.clone());
     let [key_map, value_map] = groups.each_ref().map(|groups| (0..n_heads).map(|head| groups[head / share]).collect());
     let n_kv_heads = n_kv_heads.filter(|&kv_heads| fusing && kv_heads != n_heads);
-    DecoupledHeadConfig { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, fusing, n_kv_heads }
+    DecoupledHeadConfig { n_heads, head_dim, key_map, value_map, qkv_bias, o_bias, qk_norm, window, fusing, n_kv_heads }
 }
 
 /// Decoupled heads of softmax attention, each pooled from a group. Budgets are shares of the parent's key and value heads.
@@ -294,11 +288,6 @@ pub(super) fn renumbered(map: &[usize]) -> (Vec<usize>, Vec<usize>) {
     let read: Vec<usize> = BTreeSet::from_iter(map.iter().copied()).into_iter().collect();
     let place = |head: &usize| read.partition_point(|other| other < head);
     (read.clone(), map.iter().map(place).collect())
-}
-
-pub(super) fn softmax_config(decoupled: &DecoupledHeadConfig) -> SoftmaxConfig {
-    let DecoupledHeadConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *decoupled;
-    SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, ..SoftmaxConfig::default() }
 }
 
 /// The same function as standard GQA, its query heads reordered, where every layer shares its keys and its values by the same

@@ -4,9 +4,7 @@
 use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{DecoupledHead, DecoupledHeadConfig, Fusion, Softmax, energy};
 
-use super::convert::{
-    decoupled_config, finished, groups, per_layer, put, refused, softmax_config, softmax_of, take, weights_of,
-};
+use super::convert::{decoupled_config, finished, groups, per_layer, put, refused, softmax_of, take, weights_of};
 use super::{Cell, Grouping, SurgeryError};
 use crate::weights::{Named, named};
 use crate::{Block, Decoder, DecoderConfig};
@@ -77,7 +75,7 @@ pub fn unfused(model: &Decoder) -> Result<Decoder, SurgeryError> {
             return refused(format!("the heads of layer {layer} have begun to fuse: their weights have moved"));
         }
         weights.retain(|name, _| !name.starts_with(&format!("layers.{layer}.attention.fusion.")));
-        layers.push(softmax_config(old).into());
+        layers.push(old.before_fusion().into());
     }
     config.attention = per_layer(layers);
     finished(model, config, weights)

@@ -9,7 +9,9 @@ use polyhead_attention::{Attention, AttentionConfig, Call, Mask, Rope, RopeLayou
 use polyhead_kernels::comparison::{Tolerance, assert_close, difference};
 
 use super::convert::tests::{logits, same, wave};
-use super::{Grouping, Pool, begin_fusion, collapse, decouple, group_queries, scatter, standard_grouped, unfused};
+use super::{
+    Grouping, Pool, begin_fusion, collapse, decouple, expanded, group_queries, scatter, standard_grouped, unfused,
+};
 use crate::weights::{Named, load, named};
 use crate::{Decoder, DecoderConfig};
 
@@ -408,5 +410,41 @@ fn windows_stay_where_grouped_queries_are_pooled() {
     same(&more, &parent);
     same(&group_queries(&more, 2, Pool::Mean).unwrap(), &parent);
     let problem = decouple(&parent, &Grouping::Ward(1), Pool::Mean).unwrap_err().to_string();
-    assert!(problem.contains("window") && problem.contains("grouped_query"), "{problem}");
+    assert!(problem.contains("softcap") && problem.contains("grouped_query"), "{problem}");
+}
+
+#[test]
+fn windows_and_norms_of_heads_stay_where_heads_are_decoupled() {
+    let parent = |more: serde_json::Value| {
+        let mut softmax = serde_json::json!({ "n_heads": 4, "n_kv_heads": 2, "qkv_bias": true });
+        softmax.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": { "softmax": softmax } });
+        wave(&serde_json::from_value::<DecoderConfig>(config).unwrap())
+    };
+    for more in [
+        serde_json::json!({ "window": [3, 0] }),
+        serde_json::json!({ "qk_norm": true }),
+        serde_json::json!({ "window": 2, "qk_norm": true }),
+    ] {
+        let parent = parent(more);
+        // The whole budget is the parent, whatever route leads there, and back.
+        let whole = decouple(&parent, &Grouping::Budget(1.0), Pool::Mean).unwrap();
+        same(&whole, &parent);
+        same(&standard_grouped(&whole).unwrap().unwrap(), &parent);
+        same(&expanded(&whole).unwrap(), &parent);
+        // One key and one value head: pooled is what fusing all the way gives, with the norm behind it.
+        let grouping = Grouping::Ward(1);
+        let mut fusing = begin_fusion(&parent, &grouping).unwrap();
+        logits(&fusing).into_data().assert_eq(&logits(&parent).into_data(), true);
+        assert_eq!(named(&unfused(&fusing).unwrap()), named(&parent));
+        fusing.layers.iter_mut().for_each(|layer| layer.attention.set_anneal(1.0));
+        let collapsed = collapse(&fusing).unwrap();
+        same(&collapsed, &fusing);
+        same(&collapsed, &decouple(&parent, &grouping, Pool::Mean).unwrap());
+        assert!(difference_of(&collapsed, &parent) > 1e-3, "fusing must be visible");
+    }
+}
+
+fn difference_of(a: &Decoder, b: &Decoder) -> f64 {
+    polyhead_kernels::comparison::largest_difference(logits(a), logits(b))
 }

@@ -40,6 +40,10 @@ pub fn measure_keys(
     sums.resize(config.n_layers, Vec::new());
     for (index, sums) in sums.iter_mut().enumerate() {
         let softmax = softmax_of(model, index)?;
+        if softmax.window.is_some() {
+            let problem = "has windows, and key-driven groups have none; decoupled_head and mixture_of_head have";
+            return refused(format!("layer {index} {problem}"));
+        }
         let (Some(attention), false) = (model.layers[index].attention.get::<Softmax>(), softmax.qk_norm) else {
             return refused(format!("layer {index} normalises its keys (qk_norm): their norms say nothing"));
         };

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use polyhead_attention::{GateNorm, MixtureOfHeadConfig, PerLayerCount, RouterConfig, SoftmaxConfig};
 
 use super::SurgeryError;
-use super::convert::{finished, per_layer, refused, softmax_of, weights_of};
+use super::convert::{finished, per_layer, softmax_of, weights_of};
 use crate::Decoder;
 use crate::weights::{Named, load, named};
 
@@ -32,13 +32,8 @@ pub struct Routed {
 pub fn route_heads(parent: &Decoder, routed: &Routed) -> Result<Decoder, SurgeryError> {
     let mut config = parent.config().clone();
     let layers = (0..config.n_layers)
-        .map(|layer| match softmax_of(parent, layer)? {
-            softmax if softmax.qk_norm => refused(format!(
-                "layer {layer} normalises its queries (qk_norm): all of them are equally long, and mixture_of_head has no such norm"
-            )),
-            softmax => Ok(routed.config(softmax).into()),
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|layer| Ok(routed.config(softmax_of(parent, layer)?).into()))
+        .collect::<Result<Vec<_>, SurgeryError>>()?;
     config.attention = per_layer(layers);
     if let RouterConfig::QueryNorm(_) = routed.router {
         return finished(parent, config, weights_of(parent));
@@ -54,18 +49,19 @@ pub fn route_heads(parent: &Decoder, routed: &Routed) -> Result<Decoder, Surgery
 
 impl Routed {
     fn config(&self, softmax: &SoftmaxConfig) -> MixtureOfHeadConfig {
-        let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, .. } = *softmax;
+        let SoftmaxConfig { n_heads, n_kv_heads, head_dim, qkv_bias, o_bias, qk_norm, .. } = *softmax;
         MixtureOfHeadConfig {
             n_heads,
             n_kv_heads,
             head_dim,
             qkv_bias,
             o_bias,
+            qk_norm,
             shared_heads: PerLayerCount::Same(self.shared_heads),
             top_k: PerLayerCount::Same(self.top_k),
             router: self.router,
             penalty_norm: GateNorm::Code,
-            window: None,
+            window: softmax.window.clone(),
         }
     }
 }
@@ -113,6 +109,37 @@ mod tests {
         let fewer = route_heads(&parent, &by_norm(2, 1)).unwrap();
         let difference = largest_difference(logits(&fewer), logits(&parent));
         assert!(difference > 1e-3, "a head is inactive at every position: {difference}");
+    }
+
+    #[test]
+    fn windows_and_norms_of_the_parent_are_kept() {
+        let window = json!([3, 0]);
+        let parent_of = |more: serde_json::Value| {
+            let mut softmax = json!({ "n_heads": 4, "n_kv_heads": 2, "window": window });
+            softmax.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            parent(softmax)
+        };
+        let windows = parent_of(json!({}));
+        let same = route_heads(&windows, &by_norm(2, 2)).unwrap();
+        assert_tensors_close("logits", logits(&same), logits(&windows), Tolerance::absolute(1e-5));
+        let normed = parent_of(json!({ "qk_norm": true }));
+        assert!(largest_difference(logits(&normed), logits(&windows)) > 1e-3, "norms must be visible");
+        // All heads shared, each with the same share of the whole: what is left is the parent.
+        let mut routed =
+            Routed { shared_heads: 4, top_k: 0, router: RouterConfig::Learned(LearnedRouterConfig::default()) };
+        let mut shared = route_heads(&normed, &routed).unwrap();
+        shared = load(shared.clone(), named(&shared).into_iter().map(even).collect()).unwrap();
+        assert_tensors_close("logits", logits(&shared), logits(&normed), Tolerance::absolute(1e-5));
+        routed.router = by_norm(0, 0).router;
+        let problem = route_heads(&normed, &routed).unwrap_err().to_string();
+        assert!(problem.contains("qk_norm makes all queries equally long"), "{problem}");
+    }
+
+    /// A router that finds all heads alike; other weights as they are.
+    fn even(tensor: Named) -> (String, Named) {
+        let router = tensor.name.contains(".router.");
+        let values = tensor.values.iter().map(|value| if router { 0.0 } else { *value }).collect();
+        (tensor.name.clone(), Named { values, ..tensor })
     }
 
     #[test]

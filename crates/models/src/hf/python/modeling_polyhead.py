@@ -353,7 +353,7 @@ class MixtureOfHead(nn.Module):
 
     def __init__(
         self, config, layer, n_heads, shared_heads, top_k, n_kv_heads=None, head_dim=None, qkv_bias=False, o_bias=False,
-        router=None, penalty_norm="code", window=None,
+        qk_norm=False, router=None, penalty_norm="code", window=None,
     ):  # fmt: skip
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads = layer, n_heads, n_kv_heads or n_heads
@@ -364,6 +364,8 @@ class MixtureOfHead(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.n_kv_heads * width, qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, self.n_kv_heads * width, qkv_bias)
         self.o_proj = nn.Linear(n_heads * width, config.hidden_size, o_bias)
+        self.q_norm = RmsNorm(width, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RmsNorm(width, config.rms_norm_eps) if qk_norm else nn.Identity()
         [(kind, settings)] = (router or {"learned": {}}).items()
         split_of_heads = (self.shared, n_heads - self.shared, self.top_k)
         if kind == "learned":
@@ -374,9 +376,9 @@ class MixtureOfHead(nn.Module):
     def forward(self, x, call):
         q = split(self.q_proj(x), self.n_heads)
         gates = self.router(x, q).to(x.dtype)  # [batch, seq, n_heads]: 0 for heads that are not selected
-        k = call.rotate(split(self.k_proj(x), self.n_kv_heads))
+        k = call.rotate(self.k_norm(split(self.k_proj(x), self.n_kv_heads)))
         k, v, mask = call.extend(self.layer, k, split(self.v_proj(x), self.n_kv_heads), self.window)
-        heads = attend(call.rotate(q), k, v, mask)
+        heads = attend(call.rotate(self.q_norm(q)), k, v, mask)
         return self.o_proj(join(heads * gates.transpose(1, 2)[..., None]))
 
 
@@ -435,26 +437,31 @@ class DecoupledHead(nn.Module):
     """Decoupled-Head Attention (arXiv 2406.06567): query heads share key heads and value heads by two maps of their own."""
 
     def __init__(
-        self, config, layer, n_heads, key_map, value_map, head_dim=None, qkv_bias=False, o_bias=False, fusing=False
-    ):
+        self, config, layer, n_heads, key_map, value_map, head_dim=None, qkv_bias=False, o_bias=False, qk_norm=False,
+        window=None, fusing=False, n_kv_heads=None,
+    ):  # fmt: skip
         super().__init__()
         self.layer, self.n_heads, self.fusing = layer, n_heads, fusing
-        self.key_map, self.value_map = key_map, value_map
-        self.n_keys, self.n_values = (n_heads, n_heads) if fusing else (max(key_map) + 1, max(value_map) + 1)
+        self.window, self.key_map, self.value_map = window_of(window, layer), key_map, value_map
+        shared = n_kv_heads or n_heads  # the heads before fusion
+        self.n_keys, self.n_values = (shared, shared) if fusing else (max(key_map) + 1, max(value_map) + 1)
         width = head_dim or config.hidden_size // n_heads
         self.q_proj = nn.Linear(config.hidden_size, n_heads * width, qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, self.n_keys * width, qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, self.n_values * width, qkv_bias)
         self.o_proj = nn.Linear(n_heads * width, config.hidden_size, o_bias)
+        self.q_norm = RmsNorm(width, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RmsNorm(width, config.rms_norm_eps) if qk_norm else nn.Identity()
         if fusing:
-            self.fusion = Fusion(key_map, value_map)
+            self.fusion = Fusion(key_map[:: n_heads // shared], value_map[:: n_heads // shared])
 
     def forward(self, x, call):
-        q = call.rotate(split(self.q_proj(x), self.n_heads))
+        q = call.rotate(self.q_norm(split(self.q_proj(x), self.n_heads)))
         k, v = split(self.k_proj(x), self.n_keys), split(self.v_proj(x), self.n_values)
-        if self.fusing:  # every query head still has heads of its own, mixed with those of its group
+        if self.fusing:  # the heads of the parent are all there still, each mixed with those of its group
             k, v = self.fusion(k, v)
-        k, v, mask = call.extend(self.layer, call.rotate(k), v)  # the cache keeps the heads that there are
+        k = call.rotate(self.k_norm(k))
+        k, v, mask = call.extend(self.layer, k, v, self.window)  # the cache keeps the heads that there are
         if not self.fusing:
             k, v = k[:, self.key_map], v[:, self.value_map]
         return self.o_proj(join(attend(q, k, v, mask)))
