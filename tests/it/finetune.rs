@@ -60,7 +60,11 @@ fn a_model_is_pretrained_fine_tuned_asked_and_exported() {
     assert!(coloured.contains(", 1 document(s)"), "{coloured}");
 
     // SFT, low-rank pairs only, FocuSFT on what SFT gave.
-    world.succeeds(&["train", "chat.toml", "--out", "sft"]);
+    let (sample, err) = world.succeeds(&["train", "chat.toml", "--out", "sft"]);
+    assert!(sample.starts_with("user: Hello!\nassistant: ") && !err.contains("model's own template"), "{sample}{err}");
+    let other = ["train", "chat.toml", "model.pretrained=sft", "data.chat.template=chatml", "training.seq_len=80"];
+    let (_, err) = world.succeeds(&[&other[..], &["--out", "other"]].concat());
+    assert!(err.contains("data.chat.template = \"chatml\" is not the model's own template"), "{err}");
     assert!(last(&world, "sft", "plain/sink_mass").as_f64().unwrap() > 0.0);
     let (_, err) = world.succeeds(&["train", "chat.toml", "lora.rank=2", "--out", "lora"]);
     assert!(err.contains(" of them frozen)"), "{err}");

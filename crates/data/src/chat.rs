@@ -44,7 +44,7 @@ use crate::{Data, DataError, Opening, Tokenizer};
 pub use crate::tokenizer::Special;
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
 pub use markers::end_of_answer;
-pub(crate) use markers::note;
+pub(crate) use markers::{note, other_than_own};
 pub(crate) use rows::row;
 pub use template::{BUILT_IN, ChatTemplate};
 pub(crate) use tokenize::tokenize;

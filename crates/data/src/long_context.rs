@@ -78,6 +78,7 @@ impl Source for LongContextConfig {
         let (train, held_out) = (rows(Side::Train)?, rows(Side::Validation(options.validation_samples.max(1)))?);
         let template = &train.template;
         let markers = chat::note(template, tokenizer, "data.long_context.template", &self.template)?;
+        let other = chat::other_than_own(template, tokenizer, "data.long_context.template", &self.template);
         let with_template = tokenizer.clone().with_chat_template(template.source().to_owned());
         let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
         let (bytes, note) = tokenizer.token_bytes_of_sample();
@@ -94,7 +95,7 @@ impl Source for LongContextConfig {
                 options.seq_len,
                 tasks.join(", ")
             ),
-            notes: markers.into_iter().chain(note).collect(),
+            notes: other.into_iter().chain(markers).chain(note).collect(),
             text_hash: None,
             floor: None,
         })))

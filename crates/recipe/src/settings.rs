@@ -194,7 +194,7 @@ pub struct LoaderConfig {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct GenerationConfig {
-    /// What the sample starts with. Default: the end-of-text token.
+    /// What the sample starts with; of a model that learns conversations, what a user says. Default: the end-of-text token; "Hello!".
     pub prompt: String,
     /// How tokens are chosen.
     pub sampling: Sampling,

@@ -24,6 +24,16 @@ fn is_whole(id: u32, text: &str, last: usize, tokenizer: &Tokenizer) -> bool {
     (tokenizer.is_added(id) || all) && text.get(..=last).is_some_and(|part| part == shown)
 }
 
+/// Says, where it is so, that a recipe names another template than the one that the model brings. `key` is the setting.
+pub(crate) fn other_than_own(template: &ChatTemplate, tokenizer: &Tokenizer, key: &str, name: &str) -> Option<String> {
+    tokenizer.chat_template().filter(|own| *own != template.source()).map(|_| {
+        format!(
+            "{key} = {name:?} is not the model's own template, which {key} = \"tokenizer\" takes: the model learns this one, and \
+             is asked in it from now on"
+        )
+    })
+}
+
 /// What there is to know about a template with a tokenizer, in words. `key` is the setting that named it.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::read::{Counts, notes, read_chats};
 use super::rows::ChatRows;
 use super::split::ChatSplit;
-use super::{ChatConfig, ChatTokens, note};
+use super::{ChatConfig, ChatTokens, note, other_than_own};
 use crate::batches::{LoaderOptions, Order, Samples, first_rows};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
@@ -52,8 +52,9 @@ pub(super) fn open(config: &ChatConfig, opening: Opening<'_>) -> Result<Data, Da
         )
     });
     let markers = note(&template, tokenizer, "data.chat.template", &config.template)?;
+    let other = other_than_own(&template, tokenizer, "data.chat.template", &config.template);
     let (bytes, unknown) = tokenizer.token_bytes_of_sample();
-    let notes = several.into_iter().chain(markers).chain(unknown).chain(notes(config, &counts, &template));
+    let notes = several.into_iter().chain(other).chain(markers).chain(unknown).chain(notes(config, &counts, &template));
     let loader = |rows, order| Loader::new(Arc::new(rows), bytes.clone(), LoaderOptions::of(options, order));
     let most = options.tracking.map_or(0, |tracking| tracking.texts as u64);
     Ok(Data::Tokens(Box::new(Opened {

@@ -18,6 +18,7 @@ use polyhead_runs::answer::Prompt;
 use polyhead_runs::kind::Kind;
 use polyhead_runs::text::quoted;
 use polyhead_training::run_folder::files::CURVE;
+use serde_json::json;
 
 impl Task<'_> {
     /// What is trained, and from what.
@@ -105,11 +106,21 @@ pub fn program() -> String {
     std::env::args().next().map_or_else(|| "polyhead".into(), |name| quoted(&name))
 }
 
-/// A sample of what the model writes, on standard output; gives it.
+/// What a model that learned conversations is asked where the recipe says nothing.
+const HELLO: &str = "Hello!";
+
+/// A sample of what the model writes, on standard output; gives it. A model that learned conversations answers.
 pub(super) fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) -> Result<String, Failure> {
     talk!("\nsample:");
     let text = &recipe.generation.prompt;
-    let prompt = Prompt::plain(tokenizer, text)?;
-    let answer = write_text((&model.valid(), tokenizer), (text, &prompt), (&recipe.generation.sampling, &[]))?;
+    let said = if text.is_empty() { HELLO } else { text };
+    let is_chat = recipe.data.modality() == Modality::Chat;
+    // A template may want more than one message.
+    let chat = is_chat.then(|| Prompt::chat(tokenizer, &[json!({ "role": "user", "content": said })]).ok()).flatten();
+    let (text, prompt) = match chat {
+        Some(prompt) => (format!("user: {said}\nassistant: "), prompt),
+        None => (text.clone(), Prompt::plain(tokenizer, text)?),
+    };
+    let answer = write_text((&model.valid(), tokenizer), (&text, &prompt), (&recipe.generation.sampling, &[]))?;
     Ok(format!("{text}{}", answer.text))
 }
