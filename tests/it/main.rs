@@ -38,6 +38,7 @@ mod hallucination;
 #[cfg(feature = "download")]
 mod hub;
 mod layering;
+mod lora;
 mod matrix;
 mod media;
 mod neuron_dropout;

@@ -120,6 +120,11 @@ pub fn draw(
     Ok(layers)
 }
 
+/// Whether a parameter of a decoder is a half of a low-rank pair.
+pub fn is_pair(parameter: &str) -> bool {
+    parameter.starts_with("lora.")
+}
+
 /// The pairs of a decoder, as parameters.
 #[derive(Module, Debug)]
 pub struct Lora {
@@ -156,6 +161,18 @@ impl LoraLayer {
             scale: pair.scale,
         })
     }
+}
+
+/// The pairs of a decoder, each with the name of the weight that it is beside.
+pub fn pairs_by_weight(model: &Decoder) -> Vec<(String, Adapter)> {
+    let mut pairs: Vec<_> =
+        model.lora.iter().flat_map(|lora| &lora.layers).map(|layer| layer.adapters().peekable()).collect();
+    let of = |parameter: Parameter| {
+        let (layer, name) = projection_of(&parameter.name)?;
+        let pair = pairs.get_mut(layer)?.next_if(|pair| *pair.projection == *name)?;
+        Some((parameter.name, pair))
+    };
+    parameters(model).into_iter().filter_map(of).collect()
 }
 
 impl Decoder {
@@ -195,7 +212,7 @@ impl Decoder {
                     param.map(|weight| {
                         let learned = weight.is_require_grad();
                         let shape = weight.dims();
-                        (weight.detach() + product.reshape(shape)).set_require_grad(learned)
+                        (weight.detach() + product.reshape(shape)).detach().set_require_grad(learned)
                     })
                 })
             }

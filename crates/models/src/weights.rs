@@ -144,7 +144,7 @@ pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Resul
     let (module, mut problems) = load_with(module, &mut |name, expected| {
         let Some(tensor) = tensors.remove(name) else { return Err(format!("{name} is missing")) };
         match tensor.shape == expected {
-            true => Ok(tensor.values),
+            true => Ok(Some(tensor.values)),
             false => Err(format!("{name} has shape {:?}, expected {expected:?}", tensor.shape)),
         }
     });
@@ -152,19 +152,24 @@ pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Resul
     if problems.is_empty() { Ok(module) } else { Err(WeightsError::Unfit(problems)) }
 }
 
-/// The same from files, tensor by tensor: no second copy is ever held. The module's own values are not looked at.
+/// The same from files, tensor by tensor: no second copy is ever held. The parameters that are not `part` of what the files
+/// have stay as they are; values of the others are not looked at.
 ///
 /// # Errors
 /// Lists every missing, left-over and misshapen tensor; or, unless they are allowed, those with numbers that are not finite.
 pub fn load_files<M: Module>(
     module: M,
     files: &TensorFiles,
+    part: fn(&str) -> bool,
     nonfinite: NonFinite,
     progress: OnProgress<'_>,
 ) -> Result<M, WeightsError> {
     let (mut used, mut bad) = (BTreeSet::new(), Vec::new());
     let (mut read, all) = (0, files.numbers());
     let (module, mut problems) = load_with(module, &mut |name, expected| {
+        if !part(name) {
+            return Ok(None);
+        }
         used.insert(name.to_owned());
         progress(read, all);
         read += expected.iter().product::<usize>() as u64;
@@ -179,7 +184,7 @@ pub fn load_files<M: Module>(
         if nonfinite == NonFinite::Refuse {
             bad.extend(check_finite(name, expected, &values).err());
         }
-        Ok(values)
+        Ok(Some(values))
     });
     progress(all, all);
     problems.extend(
@@ -225,8 +230,8 @@ pub fn load_held<M: Module>(module: M, tensors: BTreeMap<String, Held>) -> Resul
 /// Takes how much of a long work is done, and how much there is.
 pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// Gives the values of the parameter of a name and a shape, or says why it cannot.
-pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, String> + 'a;
+/// Gives the values of the parameter of a name and a shape, `None` where it stays as it is, or says why it cannot.
+pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Option<Vec<f32>>, String> + 'a;
 
 /// The module with every parameter replaced by the values that `values` gives for its name and shape, and what `values`
 /// said where it could not.
@@ -240,7 +245,8 @@ pub fn load_with<M: Module>(module: M, values: &mut Values<'_>) -> (M, Vec<Strin
                     self.1.push(problem);
                     param
                 }
-                Ok(values) => param.map(|old| {
+                Ok(None) => param,
+                Ok(Some(values)) => param.map(|old| {
                     let new = Tensor::from_data(TensorData::new(values, shape), &old.device());
                     if old.is_require_grad() { new.require_grad() } else { new }
                 }),

@@ -1,5 +1,6 @@
 //! What this process does all the same, though it is refused otherwise: said once on the command line, for every command.
 
+use std::path::Path;
 use std::sync::OnceLock;
 
 use polyhead_models::weights::NonFinite;
@@ -16,6 +17,8 @@ pub struct Allowed {
     pub too_little_memory: bool,
     /// Fetching models of the Hugging Face hub that are not in its cache.
     pub download: bool,
+    /// Where the base model is of a checkpoint that has only what LoRA learned.
+    pub base: Option<&'static Path>,
 }
 
 static ALLOWED: OnceLock<Allowed> = OnceLock::new();
@@ -33,5 +36,6 @@ pub fn allowed() -> Allowed {
 
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
-    Caller { nonfinite: allowed().nonfinite, tell: say, progress, hub: crate::hub::locate }
+    let Allowed { nonfinite, base, .. } = allowed();
+    Caller { nonfinite, tell: say, progress, base, hub: crate::hub::locate }
 }

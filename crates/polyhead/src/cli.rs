@@ -29,6 +29,9 @@ pub struct Cli {
     /// Fetch models that are named as on the Hugging Face hub (org/name) and are not in its cache yet.
     #[arg(long, global = true)]
     pub download: bool,
+    /// The folder of the base model of a run with LoRA, where it is not where it was when the run was trained.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Train though the estimate of the memory that it takes is more than there is.
     #[arg(long, global = true)]
     pub ignore_memory: bool,
@@ -246,6 +249,10 @@ Examples:
         /// DiffLlama, which needs no code beside the weights.
         #[arg(long)]
         native: bool,
+        /// Write what LoRA learned alone, as an adapter of PEFT (adapter_config.json, adapter_model.safetensors) that names the base
+        /// model, which is in Hugging Face's format.
+        #[arg(long, conflicts_with_all = ["expanded", "native"])]
+        adapter: bool,
         /// Leave out a mask that the model is evaluated with (procedure.neuron_dropout.mask_at_eval), which the format has no
         /// place for: what is written computes something else then.
         #[arg(long)]

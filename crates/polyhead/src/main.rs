@@ -38,6 +38,8 @@ fn main() -> ExitCode {
         nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
         too_little_memory: cli.ignore_memory,
         download: cli.download,
+        // Once, for as long as the process lives.
+        base: cli.base.map(|base| &*Box::leak(base.into_boxed_path())),
     });
     let arguments: Vec<String> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
     cli::renamed_flags(&arguments).iter().for_each(|warning| console::say(warning));

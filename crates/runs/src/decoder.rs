@@ -3,6 +3,7 @@
 use burn::tensor::Device;
 use polyhead_data::{Loader, Opened, Tokenizer};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
+use polyhead_models::adapters::is_pair;
 use polyhead_models::{Batch, Decoder, train_only};
 use polyhead_recipe::{Problems, Recipe};
 use polyhead_training::evaluate::Batches;
@@ -97,7 +98,7 @@ impl Kind for Decoder {
         let model = model.with_precision(training.precision).with_dropout(training.dropout);
         let model = model.with_checkpointing(training.activation_checkpointing);
         Ok(match &recipe.lora {
-            Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, |name| name.starts_with("lora.")),
+            Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, is_pair),
             None => model,
         })
     }

@@ -19,7 +19,7 @@ pub struct Reference {
 }
 
 /// The branch that is meant where no revision is given.
-const MAIN: &str = "main";
+pub const MAIN: &str = "main";
 
 /// The longest name that the hub allows.
 const LONGEST: usize = 96;

@@ -140,7 +140,7 @@ mod tests {
                               [data.shapes]\nsize = 16\nn_classes = 3\n[training]\nsteps = 2\nbatch_size = 4\n";
 
     fn caller() -> Caller {
-        Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, hub: |_| Ok(None) }
+        Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, base: None, hub: |_| Ok(None) }
     }
 
     fn resolved(recipe: &str) -> Resolved {

@@ -2,6 +2,7 @@
 //! what its folder contains.
 
 pub mod answer;
+pub mod base;
 pub mod classifier;
 mod convert;
 pub mod costs;
@@ -12,6 +13,7 @@ pub mod embedder;
 mod error;
 pub mod hub;
 pub mod kind;
+pub mod peft;
 pub mod pretrained;
 pub mod probe;
 pub mod resolve;
@@ -38,6 +40,8 @@ pub struct Caller {
     pub tell: fn(&str),
     /// Takes what is being done that may be long, how much of it is done, and how much there is.
     pub progress: fn(&'static str, u64, u64),
+    /// Where the base model is of a checkpoint that has only what LoRA learned, if it is not where it was.
+    pub base: Option<&'static Path>,
     /// The folder of a model that is not named by a path, such as `org/name` of a hub; `None` where the name can only be one.
     pub hub: fn(&Path) -> Result<Option<PathBuf>, Failure>,
 }

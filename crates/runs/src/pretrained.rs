@@ -1,6 +1,8 @@
 //! A trained model as a person names it, by a folder: a run, a checkpoint, or a folder in Hugging Face's format. Opening reads
 //! its settings and its tokenizer; the weights are read when they are asked for.
 
+use std::cell::OnceCell;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
@@ -10,12 +12,15 @@ use polyhead_models::adapters::LoraConfig;
 use polyhead_models::weights;
 use polyhead_models::{Decoder, DecoderConfig, hf};
 use polyhead_recipe::nearest::{is_recipe, nearest_path, recipes_below};
-use polyhead_recipe::{ModelConfig, Problems, Recipe};
+use polyhead_recipe::{ModelConfig, Problems, Recipe, differences_of};
 use polyhead_training::checkpoint::{Hold, hold, is_named_as_checkpoint, newest_usable, read_file, verify_usable};
-use polyhead_training::run_folder::files::{RECIPE, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, is_checkpoint};
+use polyhead_training::run_folder::files::{
+    ADAPTER, BASE, RECIPE, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, is_checkpoint,
+};
 use polyhead_training::state;
 
 use crate::Caller;
+use crate::base::Base;
 use crate::data::recipes_folder;
 use crate::hub::Reference;
 
@@ -39,7 +44,10 @@ pub struct Pretrained {
     /// The recipe that trained it, if it is one of ours.
     pub recipe: Option<Recipe>,
     /// `None` for a checkpoint of ours.
-    foreign: Option<hf::Folder>,
+    pub(crate) foreign: Option<hf::Folder>,
+    /// The model that all weights are of but the low-rank pairs, where a checkpoint of ours has those alone.
+    pub(crate) base: Option<Box<Pretrained>>,
+    hash: OnceCell<String>,
 }
 
 impl Pretrained {
@@ -65,16 +73,54 @@ impl Pretrained {
                 return Err(Problems::plain(problem).into());
             }
         };
+        let base = Self::base_of(&path, caller)?.map(Box::new);
+        if let Some(base) = base.as_ref().filter(|base| base.decoder != decoder) {
+            let changed = differences_of(&base.decoder, &decoder).join("\n  ");
+            let problem = format!("the base model {} has changed:\n  {changed}", base.path.display());
+            return Err(Failure::Run(format!("{}: {problem}", path.display())));
+        }
         Ok(Self {
-            vocab_size: vocab_of(&path)?,
+            vocab_size: base.as_ref().map_or_else(|| vocab_of(&path), |base| Ok(base.vocab_size))?,
             max_positions: recipe.training.seq_len,
             tokenizer: tokenizer_of(&path)?,
             ends: Vec::new(),
             recipe: Some(recipe),
             foreign: None,
+            hash: OnceCell::new(),
+            base,
             decoder,
             path,
         })
+    }
+
+    /// The base model of a checkpoint that has only what LoRA learned; `None` where all weights are in it. Which of the places where
+    /// it may be has it, the weights tell.
+    ///
+    /// # Errors
+    /// If it is nowhere.
+    pub fn base_of(checkpoint: &Path, caller: Caller) -> Result<Option<Self>, Failure> {
+        let Some(base) = Base::read(checkpoint)? else { return Ok(None) };
+        let places = base.places(checkpoint, caller);
+        let mut others = Vec::new();
+        for place in &places {
+            let place = caller.locate(place)?;
+            if !place.exists() {
+                continue;
+            }
+            match Self::open(&place, caller) {
+                Ok(found) if base.has(found.weights_hash()?) => return Ok(Some(found)),
+                Ok(other) => others.push(format!("{} has other weights", other.path.display())),
+                Err(error) => others.push(error.to_string().trim_start_matches("error: ").to_owned()),
+            }
+        }
+        let looked = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
+        let told = if others.is_empty() { format!("not found ({looked})") } else { others.join("; ") };
+        Err(Failure::Run(format!(
+            "{} has what LoRA learned; its base model {} is needed besides: {told}\n  hint: put the model back that it was \
+             trained from, or name its folder with --base",
+            checkpoint.display(),
+            base.named().display()
+        )))
     }
 
     fn open_foreign(path: &Path, caller: Caller) -> Result<Self, Failure> {
@@ -107,6 +153,8 @@ impl Pretrained {
             ends: folder.ends().to_vec(),
             recipe: None,
             foreign: Some(folder),
+            base: None,
+            hash: OnceCell::new(),
         })
     }
 
@@ -118,14 +166,55 @@ impl Pretrained {
         if let Some(folder) = &self.foreign {
             return Ok(folder.load_with(device, caller.nonfinite, &mut caller.loading())?);
         }
-        let model = without_drawing(|| self.decoder.init(self.vocab_size, device));
+        Ok(self.with_pairs(device, caller)?.merged())
+    }
+
+    /// The model with its weights and, beside them, the low-rank pairs that were trained.
+    ///
+    /// # Errors
+    /// If they are damaged or do not fit.
+    pub fn with_pairs(&self, device: &Device, caller: Caller) -> Result<Decoder, Failure> {
+        if self.foreign.is_some() {
+            return self.model(device, caller);
+        }
+        let model = match &self.base {
+            Some(base) => base.model(device, caller)?,
+            None => without_drawing(|| self.decoder.init(self.vocab_size, device)),
+        };
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
             Some(lora) => add_lora(model, lora, 0)?,
             None => model,
         };
         // `open` has verified it.
-        let model = state::read_checked_model(&self.path, model, caller.nonfinite, &mut caller.loading())?;
-        Ok(model.merged())
+        Ok(state::read_checked_model(&self.path, model, caller.nonfinite, &mut caller.loading())?)
+    }
+
+    /// The BLAKE3 hash of the files of its weights, by which a run knows its base model again.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn weights_hash(&self) -> Result<&str, Failure> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash);
+        }
+        let of_file = |path: PathBuf| -> Result<(String, String), Failure> {
+            let mut hash = blake3::Hasher::new();
+            let read = File::open(&path).and_then(|file| hash.update_reader(file).map(drop));
+            read.map_err(|error| Failure::file("read", &path, error))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            Ok((name, hash.finalize().to_string()))
+        };
+        let mut files: Vec<(String, String)> = match &self.foreign {
+            Some(folder) => folder.weight_files().into_iter().map(of_file).collect::<Result<_, _>>()?,
+            None => {
+                // The manifest has them, and `open` has compared the files with it.
+                let entries = verify_usable(&self.path)?.files.into_iter().map(|entry| (entry.name, entry.blake3));
+                entries.filter(|(name, _)| [WEIGHTS, ADAPTER, BASE].contains(&name.as_str())).collect()
+            }
+        };
+        files.sort();
+        let text: String = files.iter().map(|(name, hash)| format!("{name} {hash}\n")).collect();
+        Ok(self.hash.get_or_init(|| blake3::hash(text.as_bytes()).to_string()))
     }
 
     /// Its tokenizer as a recipe would name it.

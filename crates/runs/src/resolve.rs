@@ -12,6 +12,7 @@ use polyhead_training::state::{self, Companions, Progress, Saving};
 use polyhead_training::{Parts, ProcedureConfig, TrainableModel};
 
 use crate::Caller;
+use crate::base::Base;
 use crate::device;
 use crate::error::Failure;
 use crate::pretrained::{Pretrained, find_checkpoint, recipe_of, tokenizer_of, vocab_of};
@@ -27,6 +28,29 @@ pub struct Resolved {
     pub(crate) vocab_size: Option<usize>,
     /// What the caller allows.
     pub(crate) caller: Caller,
+}
+
+impl Resolved {
+    /// The base model of a run that saves low-rank pairs alone; `None` where all weights are saved, because others are trained
+    /// too, or there is no model to come back to.
+    ///
+    /// # Errors
+    /// If its weights cannot be read.
+    pub fn base(&self, run_dir: &Path) -> Result<Option<Base>, Failure> {
+        match (&self.pretrained, self.recipe.model.pretrained()) {
+            (Some(found), Some(named)) if self.saves_pairs_only() => {
+                Base::of(&found.path, found.weights_hash()?, named, run_dir).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether low-rank pairs are saved alone.
+    pub fn saves_pairs_only(&self) -> bool {
+        let Recipe { lora, procedure, .. } = &self.recipe;
+        // Fusing changes weights beside what it trains.
+        self.pretrained.is_some() && lora.is_some() && !matches!(procedure, ProcedureConfig::Fusion(_))
+    }
 }
 
 /// The recipe of a new run.
@@ -81,10 +105,10 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
 }
 
 /// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
-/// started from is not asked again.
+/// started from is asked again only where the checkpoint has low-rank pairs alone.
 ///
 /// # Errors
-/// If the recipe describes another run, or the checkpoint is damaged.
+/// If the recipe describes another run, the checkpoint is damaged, or its base model is not there.
 pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Resolved, Failure> {
     let (before, mut recipe) = (recipe_of(checkpoint)?, loaded.recipe.clone());
     if let ModelConfig::Decoder { pretrained: Some(now), config } = &mut recipe.model {
@@ -108,9 +132,13 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
         return Err(Problems::plain(problem).into());
     }
     let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
+    let pretrained = Pretrained::base_of(checkpoint, caller)?;
     let is_decoder = matches!(recipe.model, ModelConfig::Decoder { .. });
-    let vocab_size = is_decoder.then(|| vocab_of(checkpoint)).transpose()?;
-    Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size, caller })
+    let vocab_size = match &pretrained {
+        Some(base) => Some(base.vocab_size),
+        None => is_decoder.then(|| vocab_of(checkpoint)).transpose()?,
+    };
+    Ok(Resolved { recipe, tokenizer, pretrained, vocab_size, caller })
 }
 
 /// Whether both paths mean the same model: by another spelling, or as the stage before this one in a folder that has moved.
@@ -180,6 +208,7 @@ pub fn begin_run(
         companions: &companions,
         validation_loss: None,
         best: None,
+        adapter_only: false,
         nonfinite: caller.nonfinite,
     };
     let checkpoint = state::save(run_dir, &saving)?;

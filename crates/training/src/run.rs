@@ -320,6 +320,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             companions: &self.job.companions,
             validation_loss: self.loss_here,
             best: self.best,
+            adapter_only: self.job.adapter_only,
             nonfinite: self.job.nonfinite,
         };
         let path = state::save(&run_dir, &saving)?;

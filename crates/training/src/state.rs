@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Trainable;
+use polyhead_models::adapters::is_pair;
 use polyhead_models::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, held, load_files, write_safetensors};
 use serde::{Deserialize, Serialize};
 
@@ -82,6 +83,8 @@ pub struct Saving<'a, M: Trainable> {
     pub validation_loss: Option<f64>,
     /// The best step so far, this one included.
     pub best: Option<Best>,
+    /// Whether only low-rank pairs are saved: the other weights are those of a base model.
+    pub adapter_only: bool,
     /// What is done where a weight is not finite.
     pub nonfinite: NonFinite,
 }
@@ -94,7 +97,13 @@ pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<Path
     let Saving { model, procedure, progress, companions, .. } = *saving;
     let mut draft = Draft::begin(run_dir, progress.step)?;
     let metadata = [("format", "polyhead".to_owned())];
-    let bad = draft.file_with(files::WEIGHTS, |out| write_safetensors(&held(model), &metadata, out))?;
+    let mut tensors = held(model);
+    let name = match saving.adapter_only {
+        true => files::ADAPTER,
+        false => files::WEIGHTS,
+    };
+    tensors.retain(|tensor| !saving.adapter_only || is_pair(&tensor.name));
+    let bad = draft.file_with(name, |out| write_safetensors(&tensors, &metadata, out))?;
     if !bad.is_empty() && saving.nonfinite == NonFinite::Refuse {
         return Err(TrainError::NonfiniteWeights { step: progress.step, found: told(&bad) });
     }
@@ -131,12 +140,21 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
     })
 }
 
-/// `model` with the weights of a checkpoint. They are read tensor by tensor, so that no second copy is ever held.
+/// The file of a checkpoint's weights, and which parameters it has: all, or low-rank pairs.
+fn weights_of(checkpoint: &Path) -> (&'static str, fn(&str) -> bool) {
+    match checkpoint.join(files::ADAPTER).exists() {
+        true => (files::ADAPTER, is_pair),
+        false => (files::WEIGHTS, |_| true),
+    }
+}
+
+/// `model` with the weights of a checkpoint; where that has low-rank pairs alone, `model` has those of the base model already.
+/// They are read tensor by tensor, so that no second copy is ever held.
 ///
 /// # Errors
 /// If the file is missing or altered, or does not fit the model, or holds numbers that are not finite.
 pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) -> Result<M, TrainError> {
-    check_file(checkpoint, files::WEIGHTS)?;
+    check_file(checkpoint, weights_of(checkpoint).0)?;
     read_checked_model(checkpoint, model, nonfinite, &mut |_, _| {})
 }
 
@@ -150,8 +168,9 @@ pub fn read_checked_model<M: Module>(
     nonfinite: NonFinite,
     progress: OnProgress<'_>,
 ) -> Result<M, TrainError> {
-    let read = open(checkpoint, files::WEIGHTS).and_then(|tensors| load_files(model, &tensors, nonfinite, progress));
-    read.map_err(|cause| unfit(checkpoint, files::WEIGHTS, &cause))
+    let (name, part) = weights_of(checkpoint);
+    let read = open(checkpoint, name).and_then(|tensors| load_files(model, &tensors, part, nonfinite, progress));
+    read.map_err(|cause| unfit(checkpoint, name, &cause))
 }
 
 /// The optimiser of a checkpoint.

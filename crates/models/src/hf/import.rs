@@ -131,6 +131,17 @@ impl Folder {
         &self.path
     }
 
+    /// The files that its weights are in: those of an adapter last.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        let files: BTreeSet<&Path> = self.files.names().filter_map(|name| self.files.file(name)).collect();
+        files.into_iter().map(Path::to_owned).chain(self.adapter.iter().map(Adapter::file)).collect()
+    }
+
+    /// Whether an adapter is folded into its weights.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// What a person should know about how the folder is read, as sentences.
     pub fn notes(&self) -> &[String] {
         &self.described.notes
@@ -217,14 +228,14 @@ impl Folder {
                 bad.insert(format!("{}: {problem}", file.display()));
             }
             let rows = their_shape[0];
-            Ok(match place.layout {
+            Ok(Some(match place.layout {
                 Layout::Same => values,
                 Layout::Transposed => transpose(&values, rows),
                 Layout::Third(part) => {
                     let third = third(&values, rows / (3 * config.head_dim(0)), part);
                     if shape.len() == 2 { transpose(&third, rows / 3) } else { third }
                 }
-            })
+            }))
         });
         progress(described, described);
         // Three of our parameters may be in one of theirs.

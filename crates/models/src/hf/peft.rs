@@ -16,7 +16,7 @@ use super::import::FindBase;
 use crate::weights::TensorFiles;
 
 /// What the names of tensors begin with, before the base model's.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Keys that have any value: they are read below, or say nothing of what is computed. All others must be null, false, empty or
 /// "none".
@@ -62,6 +62,7 @@ struct Config {
 /// The pairs of an adapter, mapped and not read.
 #[derive(Debug)]
 pub(super) struct Adapter {
+    path: PathBuf,
     config: Config,
     files: TensorFiles,
 }
@@ -90,7 +91,7 @@ impl Adapter {
             )
         })?;
         let pairs = TensorFiles::open(&[folder.join(files::ADAPTER_WEIGHTS)]).map_err(|error| error.to_string())?;
-        Ok((Self { config, files: pairs }, base))
+        Ok((Self { path: folder.to_owned(), config, files: pairs }, base))
     }
 
     /// Adds the pair of a tensor of the base model, `[out, in]`, to its values; gives the names of the pair.
@@ -126,6 +127,11 @@ impl Adapter {
             }
         }
         Ok(vec![a_name, b_name])
+    }
+
+    /// The file of its pairs.
+    pub fn file(&self) -> PathBuf {
+        self.path.join(files::ADAPTER_WEIGHTS)
     }
 
     /// The tensors that are not among `used`.

@@ -85,8 +85,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Generate(args) => generate::generate(&args),
         Command::Chat(args) => generate::chat(&args),
         Command::Serve(args) => crate::serve::serve(&args),
-        Command::Export { checkpoint, out, expanded, without_mask, native, device } => {
-            let how = trained::Export { expanded, without_mask, native };
+        Command::Export { checkpoint, out, expanded, without_mask, native, adapter, device } => {
+            let how = trained::Export { expanded, without_mask, native, adapter };
             trained::export((&checkpoint, device.as_deref()), &out, how)
         }
         Command::Convert(args) => convert::convert(&args),

@@ -43,7 +43,7 @@ impl ForAnyKind for Plan<'_> {
             }
             false => costs.memory_of_all(),
         };
-        sizes(recipe, &data, &costs, &memory)?;
+        sizes(resolved, &data, &costs, &memory)?;
         if !self.probe {
             return Ok(());
         }
@@ -55,7 +55,8 @@ impl ForAnyKind for Plan<'_> {
     }
 }
 
-fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs, memory: &Memory) -> Result<(), Failure> {
+fn sizes<B>(resolved: &Resolved, data: &impl TrainingData<B>, all: &Costs, memory: &Memory) -> Result<(), Failure> {
+    let recipe = &resolved.recipe;
     let (training, seq_len) = (&recipe.training, recipe.training.seq_len as u64);
     let unit = data.known().unit();
     let line = |name: &str, [a, b, c]: [&str; 3]| put!("{name:<34} {a:>14} {b:>18} {c:>16}");
@@ -89,9 +90,11 @@ fn sizes<B>(recipe: &Recipe, data: &impl TrainingData<B>, all: &Costs, memory: &
     put!("memory     {state} for weights, gradients and optimiser; roughly {activations} for activations")?;
     put!("           at most {} at once: activations go while gradients come", bytes(memory.peak()))?;
     let kept = checkpoints(recipe);
+    // Beside a base model, what is trained is saved alone: as much as its gradients.
+    let weights = if resolved.saves_pairs_only() { memory.gradients } else { memory.weights };
     put!(
         "disk       {} for {} checkpoints",
-        bytes(memory.weights.saturating_add(memory.moments).saturating_mul(kept)),
+        bytes(weights.saturating_add(memory.moments).saturating_mul(kept)),
         thousands(kept)
     )
 }

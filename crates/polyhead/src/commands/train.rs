@@ -20,6 +20,7 @@ use crate::signals::{self, Signals};
 use polyhead_recipe::{self as recipe, Loaded};
 use polyhead_runs::Failure;
 use polyhead_runs::Resolved;
+use polyhead_runs::base::Base;
 use polyhead_runs::costs::{Costs, Known, tokens_per_step};
 use polyhead_runs::data::{TrainingData, changed_text, record_text};
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
@@ -184,6 +185,8 @@ impl Task<'_> {
         if let Some(tokenizer) = data.tokenizer() {
             companions.extend(tokenizer_files(tokenizer));
         }
+        let base = self.resolved.base(run_dir)?;
+        companions.extend(base.iter().map(Base::file));
         let job = Job {
             run_dir: run_dir.to_path_buf(),
             lock,
@@ -202,6 +205,7 @@ impl Task<'_> {
             validate_first: recipe.model.pretrained().is_some(),
             tracking: data.tracking(),
             companions,
+            adapter_only: base.is_some(),
             nonfinite: allowed().nonfinite,
             recipe: text,
             requests: &signals.requests,

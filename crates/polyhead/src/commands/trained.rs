@@ -11,8 +11,9 @@ use polyhead_models::hf::{self, ExportOptions};
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_runs::answer::stops;
-use polyhead_runs::pretrained::tokenizer_files;
-use polyhead_runs::{Failure, open_trained};
+use polyhead_runs::peft::adapter_files;
+use polyhead_runs::pretrained::{Pretrained, tokenizer_files};
+use polyhead_runs::{Failure, Trained, open_trained};
 use polyhead_training::run_folder::{atomic_write, atomic_write_with, files::WEIGHTS};
 
 use super::must_not_exist;
@@ -28,6 +29,8 @@ pub struct Export {
     pub without_mask: bool,
     /// Whether the class has to be one of transformers' own.
     pub native: bool,
+    /// Whether low-rank pairs are written alone.
+    pub adapter: bool,
 }
 
 /// Writes the model in Hugging Face's format: the whole folder, or nothing.
@@ -45,6 +48,9 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
             gate.after_layer
         );
         return Err(polyhead_recipe::Problems::plain(problem).into());
+    }
+    if how.adapter {
+        return export_adapter(&trained, to);
     }
     if how.expanded {
         trained.model = surgery::expanded(&trained.model)?;
@@ -87,6 +93,21 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).chain([WEIGHTS]).collect();
     talk!("wrote {} to {}", names.join(", "), to.display());
     hf::notes(&trained.model, options).iter().for_each(|note| talk!("note: {note}"));
+    Ok(())
+}
+
+/// Writes the low-rank pairs of a run for PEFT, with its tokenizer: the whole folder, or nothing.
+fn export_adapter(trained: &Trained, to: &Path) -> Result<(), Failure> {
+    let mut files = adapter_files(&Pretrained::open(&trained.path, caller())?, caller())?;
+    files.extend(trained.tokenizer.iter().flat_map(tokenizer_files));
+    must_not_exist(to)?;
+    let folder = NewFolder::begin(to)?;
+    for (name, bytes) in &files {
+        atomic_write(&folder.path().join(name), bytes)?;
+    }
+    folder.finish()?;
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    talk!("wrote {} to {}", names.join(", "), to.display());
     Ok(())
 }
 

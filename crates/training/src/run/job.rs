@@ -49,6 +49,8 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub tracking: &'a [M::Batch],
     /// Files that go into every checkpoint as they are: recipe, tokenizer.
     pub companions: Companions,
+    /// Whether only low-rank pairs are saved: the other weights are those of a base model, which the companions name.
+    pub adapter_only: bool,
     /// The recipe as text, for TensorBoard.
     pub recipe: String,
     /// What is done where weights are not finite: those that the run goes on from, those that it saves.

@@ -29,6 +29,10 @@ pub const LOG: &str = "log.txt";
 pub const MANIFEST: &str = "manifest.json";
 /// The weights.
 pub const WEIGHTS: &str = hf::WEIGHTS;
+/// What LoRA has learned, where the other weights are those of a base model.
+pub const ADAPTER: &str = "adapter.safetensors";
+/// Which base model that is.
+pub const BASE: &str = "base.json";
 /// The state of the optimiser.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 /// The counters and the state of the procedure.
