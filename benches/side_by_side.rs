@@ -7,7 +7,7 @@
 //!
 //! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
 //! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured. `--device cuda` measures
-//! a decoder with 350 million parameters in bf16 on a GPU (benches/cuda/run.sh builds for it).
+//! a decoder with 350 million parameters in bf16 on a GPU (benches/gpu/stage.sh builds for it).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -328,8 +328,19 @@ fn recipe_of(work: &Work, steps: usize) -> String {
     )
 }
 
+/// The program that is measured: POLYHEAD says where it is on a machine that did not build it.
+fn program() -> PathBuf {
+    std::env::var_os("POLYHEAD").map_or_else(|| env!("CARGO_BIN_EXE_polyhead").into(), PathBuf::from)
+}
+
+/// The folder of the other side's scripts: POLYHEAD_BENCHES likewise.
+fn scripts() -> PathBuf {
+    let own = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches");
+    std::env::var_os("POLYHEAD_BENCHES").map_or_else(own, PathBuf::from)
+}
+
 fn polyhead(args: &[&str]) -> Outcome<String> {
-    let output = Command::new(env!("CARGO_BIN_EXE_polyhead")).args(args).output()?;
+    let output = Command::new(program()).args(args).output()?;
     if !output.status.success() {
         return Err(format!("polyhead {args:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
@@ -344,7 +355,7 @@ fn text(path: &Path) -> &str {
 fn train(work: &Work, recipe: &Path, folder: &Path, measured: &mut Measured) -> Outcome<()> {
     let run = folder.join("run");
     let _ = std::fs::remove_dir_all(&run);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_polyhead"));
+    let mut command = Command::new(program());
     command.args(["train", text(recipe), "--out", text(&run)]);
     let (output, on_gpu) = watched(command, work.device == "cuda")?;
     if !output.status.success() {
@@ -387,7 +398,7 @@ fn specify(work: &Work, steps: usize, recipe: &Path, folder: &Path) -> Outcome<P
 }
 
 fn pytorch(python: &Path, spec: &Path, compiled: bool, on_gpu: bool, measured: &mut Measured) -> Outcome<()> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/pytorch.py");
+    let script = scripts().join("pytorch.py");
     let mut command = Command::new(python);
     command.arg(script).arg(spec).args(compiled.then_some("--compile"));
     let (output, on_gpu) = watched(command, on_gpu)?;
@@ -446,13 +457,12 @@ fn generation(python: Option<&Path>, rounds: usize, folder: &Path) -> Outcome<St
     for round in 1..=rounds {
         eprintln!("generation: round {round} ...");
         let args = ["generate", text(&run), "--prompt", "Once upon a time", "--temperature", "0"];
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_polyhead")).args(args).args(["--max-new-tokens", NEW_TOKENS]).output()?;
+        let output = Command::new(program()).args(args).args(["--max-new-tokens", NEW_TOKENS]).output()?;
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         let rate = told.lines().last().and_then(|line| line.strip_prefix(&format!("{NEW_TOKENS} tokens, ")));
         ours.push(rate.and_then(|rate| rate.split(' ').next()?.parse().ok()).ok_or(told.clone())?);
         if let Some(python) = python {
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/transformers_generate.py");
+            let script = scripts().join("transformers_generate.py");
             let output =
                 Command::new(python).arg(script).arg(&exported).args([NEW_TOKENS, &threads().to_string()]).output()?;
             let told = String::from_utf8_lossy(&output.stdout).trim().to_owned();

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod accumulation;
-#[cfg(any(feature = "ndarray", feature = "cuda"))]
 mod backends;
 mod classify;
 mod cli;

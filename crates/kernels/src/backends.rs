@@ -1,14 +1,20 @@
-//! Every operation on other backends, through the portable forms, against the fused ones of the CPU: outputs and all
-//! gradients. Only with `--features ndarray` or `--features cuda` (the latter needs a GPU).
+//! Every operation on other backends against the fused ones of the CPU: outputs and all gradients, in f32 and, where the device
+//! computes in it, with bf16 states. Only with `--features ndarray`, `--features cuda` (which needs a GPU) or `--features wgpu` (which needs a
+//! Vulkan driver: a GPU's, or Mesa's for the processor, as `benches/gpu/check.sh` installs it).
 
-use burn::tensor::{Device, Tensor};
+use std::sync::Arc;
+use std::time::Instant;
 
-use crate::comparison::{Tolerance, assert_close, numbers};
+use burn::tensor::{Bool, DType, Device, Int, Tensor};
+
+use crate::comparison::{Tolerance, close, numbers};
 use crate::testing::normal;
 use crate::*;
 
-/// Allowed difference, relative to the largest entry; GPUs add in another order.
-const TOLERANCE: Tolerance = Tolerance::relative(1e-4).of_at_least(1e-3);
+/// Allowed difference in f32, relative to the largest entry; GPUs add in another order.
+const F32: Tolerance = Tolerance::relative(1e-4).of_at_least(1e-3);
+/// The same where states are bf16, whose numbers have 8 bits.
+const BF16: Tolerance = Tolerance::relative(2e-2).of_at_least(1e-1);
 
 #[cfg(feature = "ndarray")]
 #[test]
@@ -20,102 +26,253 @@ fn ndarray_agrees() {
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda_agrees() {
-    let found = Device::enumerate(burn::tensor::DeviceType::Cuda);
-    assert!(!found.is_empty(), "no CUDA device: this test needs one");
-    all_operations_agree(&Device::cuda(0));
+    all_operations_agree(&first(burn::tensor::DeviceType::Cuda));
 }
 
-type Operation = Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>;
+#[cfg(feature = "wgpu")]
+#[test]
+fn wgpu_agrees() {
+    all_operations_agree(&first(burn::tensor::DeviceType::Wgpu));
+}
 
+#[cfg(feature = "gpu")]
+fn first(kind: burn::tensor::DeviceType) -> Device {
+    let found = Device::enumerate(kind).into_vec().into_iter().next();
+    found.unwrap_or_else(|| panic!("no such device: this test needs one"))
+}
+
+/// An operation of flat inputs.
+struct Operation {
+    name: String,
+    /// How long the inputs are.
+    sizes: Vec<usize>,
+    /// How many of the inputs are states, which a model has in bf16 where it trains in it.
+    states: usize,
+    run: Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>,
+}
+
+fn operation(
+    name: impl Into<String>,
+    sizes: &[usize],
+    states: usize,
+    run: impl Fn(&[Tensor<1>]) -> Tensor<1> + 'static,
+) -> Operation {
+    Operation { name: name.into(), sizes: sizes.to_vec(), states, run: Box::new(run) }
+}
+
+/// Compares them all and tells of each; fails with those that do not agree.
 fn all_operations_agree(other: &Device) {
-    for (name, sizes, operation) in operations() {
-        let values: Vec<Vec<f32>> = sizes.iter().map(|&n| numbers(normal([n], &Device::flex()))).collect();
-        let run = |device: &Device| {
-            let device = device.clone().autodiff();
-            let leaves: Vec<_> = values.iter().map(|v| Tensor::from_floats(&v[..], &device).require_grad()).collect();
-            let out = operation(&leaves);
-            let grads = out.clone().sin().sum().backward();
-            let grads = leaves.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
-            std::iter::once(numbers(out)).chain(grads).collect::<Vec<_>>()
-        };
-        for (index, (got, want)) in run(other).iter().zip(&run(&Device::flex())).enumerate() {
-            assert_close(&format!("{name}, result {index}"), got, want, TOLERANCE);
+    let mut problems = Vec::new();
+    let mut types = vec![(DType::F32, F32)];
+    if other.supports_dtype(DType::BF16) && !cfg!(feature = "ndarray") {
+        types.push((DType::BF16, BF16));
+    }
+    for operation in products().into_iter().chain(others()).chain(attentions()) {
+        for &(dtype, tolerance) in &types {
+            let start = Instant::now();
+            let name = format!("{} {dtype:?}", operation.name);
+            let found = disagreements(&operation, other, dtype, tolerance);
+            let verdict = if found.is_empty() { "agrees".to_owned() } else { found.join("; ") };
+            println!("{name}: {verdict} ({:.1} s)", start.elapsed().as_secs_f64());
+            problems.extend(found.into_iter().map(|problem| format!("{name}, {problem}")));
         }
     }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
-/// Name, sizes of the inputs, and what is made of them.
-fn operations() -> Vec<(String, Vec<usize>, Operation)> {
-    let mut all: Vec<(String, Vec<usize>, Operation)> = vec![
-        (
-            "linear".into(),
-            vec![2 * 7 * 5, 5 * 6, 6],
-            Box::new(|x| {
-                linear(x[0].clone().reshape([2, 7, 5]), x[1].clone().reshape([5, 6]), Some(x[2].clone())).reshape([-1])
-            }),
-        ),
-        (
-            "rms_norm".into(),
-            vec![3 * 7 * 16, 16],
-            Box::new(|x| rms_norm(x[0].clone().reshape([3, 7, 16]), x[1].clone(), 1e-5).reshape([-1])),
-        ),
-        (
-            "gated_mlp".into(),
-            vec![2 * 7 * 8, 8 * 12, 8 * 12, 12 * 8],
-            Box::new(|x| {
-                let matrix = |i: usize, rows| x[i].clone().reshape([rows as i32, -1]);
-                gated_mlp(x[0].clone().reshape([2, 7, 8]), matrix(1, 8), matrix(2, 8), matrix(3, 12)).reshape([-1])
-            }),
-        ),
-        (
-            "subtract_noise".into(),
-            vec![2 * 8 * 5 * 6, 1, 6],
-            Box::new(|x| {
-                let how = Combination { ratio: 3, eps: 1e-5, factor: 0.8 };
-                subtract_noise(x[0].clone().reshape([2, 8, 5, 6]), x[1].clone(), x[2].clone(), how).reshape([-1])
-            }),
-        ),
-        (
-            "cross_entropy".into(),
-            vec![9 * 6, 6 * 20],
-            Box::new(|x| {
-                let targets = Targets::new(&[3, 0, -100, 19, 5, 5, -100, 7, 1]);
-                cross_entropy(x[0].clone().reshape([9, 6]), x[1].clone().reshape([6, 20]), &targets).sum
-            }),
-        ),
+/// What differs between the device, with states of that type, and the CPU in f32: results are the output, then the gradients.
+fn disagreements(operation: &Operation, other: &Device, dtype: DType, tolerance: Tolerance) -> Vec<String> {
+    let cpu = Device::flex();
+    // Numbers that the narrower type has too.
+    let rounded = |n: &usize| numbers(in_type(in_type(normal::<1>([*n], &cpu), dtype), DType::F32));
+    let values: Vec<Vec<f32>> = operation.sizes.iter().map(rounded).collect();
+    let run = |device: &Device, dtype: DType, cotangent: Option<Vec<f32>>| {
+        let device = device.clone().autodiff();
+        let leaves: Vec<_> = values.iter().map(|v| Tensor::from_floats(&v[..], &device).require_grad()).collect();
+        let typed = leaves.iter().enumerate().map(|(at, leaf)| match at < operation.states {
+            true => in_type(leaf.clone(), dtype),
+            false => leaf.clone(),
+        });
+        let out = in_type((operation.run)(&typed.collect::<Vec<_>>()), DType::F32);
+        let cotangent = cotangent.unwrap_or_else(|| numbers(normal(out.dims(), &cpu)));
+        let grads = (out.clone() * Tensor::from_floats(&cotangent[..], &device)).sum().backward();
+        let grads = leaves.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+        (std::iter::once(numbers(out)).chain(grads).collect::<Vec<_>>(), cotangent)
+    };
+    let (want, cotangent) = run(&cpu, DType::F32, None);
+    let (got, _) = run(other, dtype, Some(cotangent));
+    let compared = got.iter().zip(&want).enumerate();
+    compared
+        .filter_map(|(at, (got, want))| Some(format!("result {at}: {}", close(got, want, tolerance).err()?)))
+        .collect()
+}
+
+fn matrix(x: &Tensor<1>, shape: [usize; 2]) -> Tensor<2> {
+    x.clone().reshape(shape)
+}
+
+fn rows(x: &Tensor<1>, shape: [usize; 3]) -> Tensor<3> {
+    x.clone().reshape(shape)
+}
+
+fn heads(x: &Tensor<1>, shape: [usize; 4]) -> Tensor<4> {
+    x.clone().reshape(shape)
+}
+
+/// Operations that are products for the most part.
+fn products() -> Vec<Operation> {
+    let selected = Arc::new(SelectedRows::new(&(0..2 * 7 * 3).map(|i| i % 5 < 3).collect::<Vec<_>>(), [2, 7, 3]));
+    let same = selected.clone();
+    vec![
+        operation("linear", &[2 * 7 * 5, 5 * 6, 6], 1, |x| {
+            linear(rows(&x[0], [2, 7, 5]), matrix(&x[1], [5, 6]), Some(x[2].clone())).reshape([-1])
+        }),
+        operation("adapted_linear", &[2 * 7 * 5, 5 * 6, 5 * 2, 2 * 6], 1, |x| {
+            let adapter = [matrix(&x[2], [5, 2]), matrix(&x[3], [2, 6])];
+            adapted_linear(rows(&x[0], [2, 7, 5]), matrix(&x[1], [5, 6]), adapter, 0.7).reshape([-1])
+        }),
+        operation("linear_into_heads", &[2 * 7 * 5, 5 * 12], 1, move |x| {
+            linear_into_heads(rows(&x[0], [2, 7, 5]), matrix(&x[1], [5, 12]), &selected).reshape([-1])
+        }),
+        operation("linear_out_of_heads", &[2 * 7 * 12, 2 * 7 * 3, 12 * 5], 1, move |x| {
+            let (heads, gates) = (rows(&x[0], [2, 7, 12]), rows(&x[1], [2, 7, 3]));
+            linear_out_of_heads(heads, gates, matrix(&x[2], [12, 5]), &same).reshape([-1])
+        }),
+        operation("gated_mlp", &[2 * 7 * 8, 8 * 12, 8 * 12, 12 * 8], 1, |x| {
+            let [gate, up, down] = [(1, [8, 12]), (2, [8, 12]), (3, [12, 8])].map(|(i, shape)| matrix(&x[i], shape));
+            gated_mlp(rows(&x[0], [2, 7, 8]), gate, up, down).reshape([-1])
+        }),
+        operation("cross_entropy", &[9 * 6, 6 * 20], 1, |x| {
+            let targets = Targets::new(&[3, 0, -100, 19, 5, 5, -100, 7, 1]);
+            cross_entropy(matrix(&x[0], [9, 6]), matrix(&x[1], [6, 20]), &targets).sum
+        }),
+        operation("delta_rule", &[2 * 9 * 2 * 4, 2 * 9 * 2 * 4, 2 * 9 * 2 * 3, 2 * 9 * 2, 2 * 9 * 2], 0, |x| {
+            let share = |i: usize| burn::tensor::activation::sigmoid(rows(&x[i], [2, 9, 2]));
+            let short = |i: usize, width| heads(&x[i], [2, 9, 2, width]) * 0.5;
+            let rule = DeltaRule { q: short(0, 4), k: short(1, 4), v: short(2, 3), beta: share(3), decay: share(4) };
+            let state = Tensor::zeros([2, 2, 4, 3], &x[0].device());
+            delta_rule(rule, state).0.reshape([-1])
+        }),
+    ]
+}
+
+/// Norms, gates, positions, tables, the optimiser.
+fn others() -> Vec<Operation> {
+    let mut all = vec![
+        operation("rms_norm", &[3 * 7 * 16, 16], 1, |x| {
+            rms_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), 1e-5).reshape([-1])
+        }),
+        operation("layer_norm", &[3 * 7 * 16, 16, 16], 1, |x| {
+            layer_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), x[2].clone(), 1e-5).reshape([-1])
+        }),
+        operation("swiglu", &[3 * 7 * 16, 3 * 7 * 16], 2, |x| {
+            swiglu(rows(&x[0], [3, 7, 16]), rows(&x[1], [3, 7, 16])).reshape([-1])
+        }),
+        operation("embedding", &[6 * 5], 0, |x| {
+            let ids = Tensor::<1, Int>::from_ints([4, 0, 4, 1, 5], &x[0].device());
+            embedding(matrix(&x[0], [6, 5]), ids).reshape([-1])
+        }),
+        operation("difference", &[2 * 8 * 5 * 6, 1], 1, |x| {
+            difference(heads(&x[0], [2, 8, 5, 6]), x[1].clone(), 3).reshape([-1])
+        }),
+        operation("subtract_noise", &[2 * 8 * 5 * 6, 1, 6], 1, |x| {
+            let how = Combination { ratio: 3, eps: 1e-5, factor: 0.8 };
+            subtract_noise(heads(&x[0], [2, 8, 5, 6]), x[1].clone(), x[2].clone(), how).reshape([-1])
+        }),
+        // It has no gradient: the last term gives it some.
+        operation("adamw", &[40, 40, 40, 40], 0, |x| {
+            let step = AdamwStep {
+                grad_scale: 0.3,
+                rate: 0.02,
+                keep: 0.99,
+                beta1: 0.9,
+                beta2: 0.95,
+                correction: 0.4,
+                eps: 1e-8,
+            };
+            let [value, grad, first, second] = [0, 1, 2, 3].map(|i| x[i].clone().inner());
+            let (value, [first, second]) = adamw(value, grad, [first, second.square()], step);
+            let made = Tensor::from_inner(Tensor::cat(vec![value, first, second], 0));
+            made + Tensor::cat(vec![x[0].clone() + x[1].clone(), x[2].clone(), x[3].clone()], 0)
+        }),
     ];
     for layout in [RopeLayout::RotateHalf, RopeLayout::Interleaved] {
         let angles = normal::<2>([7, 4], &Device::flex()).into_data(); // the same on both
-        all.push((
-            format!("rope {layout:?}"),
-            vec![2 * 3 * 7 * 8],
-            Box::new(move |x| {
-                let angles = Tensor::<2>::from_data(angles.clone(), &x[0].device());
-                let turned = rope(x[0].clone().reshape([2, 3, 7, 8]), angles.clone().cos(), angles.sin(), layout);
-                turned.reshape([-1])
-            }),
-        ));
-    }
-    let (batch, seq) = (2, 40);
-    let documents: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 9 % 3) as u32).collect();
-    let turns: Vec<bool> = (0..batch * seq).map(|i| i / 7 % 2 == 0).collect();
-    for (name, mask) in [
-        ("none", Mask::none()),
-        ("causal", Mask::causal()),
-        ("lengths", Mask::none().with_lengths(&[0, 31])),
-        ("documents", Mask::causal().with_documents(&documents)),
-        ("turns", Mask::turns(&turns, seq)),
-    ] {
-        let sizes = vec![batch * 6 * seq * 8, batch * 3 * seq * 8, batch * 2 * seq * 12];
-        all.push((
-            format!("attention, mask {name}"),
-            sizes,
-            Box::new(move |x| {
-                let heads = |i: usize, n, width| x[i].clone().reshape([batch, n, seq, width]);
-                let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
-                attention(heads(0, 6, 8), heads(1, 3, 8), heads(2, 2, 12), &options).hidden.reshape([-1])
-            }),
-        ));
+        all.push(operation(format!("rope {layout:?}"), &[2 * 3 * 7 * 8], 1, move |x| {
+            let angles = Tensor::<2>::from_data(angles.clone(), &x[0].device());
+            rope(heads(&x[0], [2, 3, 7, 8]), angles.clone().cos(), angles.sin(), layout).reshape([-1])
+        }));
     }
     all
+}
+
+const BATCH: usize = 2;
+const SEQ: usize = 40;
+
+/// Attention with 6 query heads of 8 channels, 3 key heads and 2 value heads of 12 channels: every mask and every option.
+fn attentions() -> Vec<Operation> {
+    let documents: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 9 % 3) as u32).collect();
+    let turns: Vec<bool> = (0..BATCH * SEQ).map(|i| i / 7 % 2 == 0).collect();
+    let masks = [
+        ("no mask", Mask::none()),
+        ("causal", Mask::causal()),
+        ("lengths", Mask::none().with_lengths(&[0, 31])),
+        ("window", Mask::causal().with_window(5)),
+        ("documents", Mask::causal().with_documents(&documents)),
+        ("turns", Mask::turns(&turns, SEQ)),
+    ];
+    let mut all: Vec<Operation> =
+        masks.into_iter().map(|(name, mask)| attention_of(name, mask, &[], |_, _| ())).collect();
+    all.push(attention_of("dense mask", Mask::none(), &[], |_, options| {
+        let hidden: Vec<bool> = (0..SEQ * SEQ).map(|i| i % SEQ != i / SEQ && i % 3 == 0).collect();
+        let hidden = Tensor::<1, Bool>::from_data(&hidden[..], &options.device).reshape([1, 1, SEQ, SEQ]);
+        options.mask = Mask::none().with_dense(hidden);
+    }));
+    all.push(attention_of("softcap", Mask::causal(), &[], |_, options| options.softcap = Some(1.5)));
+    all.push(attention_of("sinks", Mask::causal(), &[6], |x, options| options.sinks = Some(x[3].clone())));
+    all.push(attention_of("bias", Mask::causal(), &[6 * SEQ * SEQ], |x, options| {
+        options.bias = Some(heads(&x[3], [1, 6, SEQ, SEQ]));
+    }));
+    all.push(attention_of("maps of heads", Mask::causal(), &[], |_, options| {
+        (options.keys, options.values) = (HeadMap::Each(vec![0, 0, 1, 1, 1, 2]), HeadMap::Each(vec![1, 0, 1, 0, 0, 0]));
+    }));
+    all.push(attention_of("selected rows", Mask::causal(), &[], |_, options| {
+        let chosen: Vec<bool> = (0..BATCH * SEQ * 6).map(|i| i % 7 < 3).collect();
+        options.selected = Some(Arc::new(SelectedRows::new(&chosen, [BATCH, SEQ, 6])));
+    }));
+    all
+}
+
+/// What a case of attention changes.
+struct Options {
+    device: Device,
+    mask: Mask,
+    softcap: Option<f64>,
+    sinks: Option<Tensor<1>>,
+    bias: Option<Tensor<4>>,
+    keys: HeadMap,
+    values: HeadMap,
+    selected: Option<Arc<SelectedRows>>,
+}
+
+fn attention_of(name: &str, mask: Mask, more: &[usize], set: fn(&[Tensor<1>], &mut Options)) -> Operation {
+    let sizes = [&[BATCH * 6 * SEQ * 8, BATCH * 3 * SEQ * 8, BATCH * 2 * SEQ * 12], more].concat();
+    operation(format!("attention, {name}"), &sizes, 3, move |x| {
+        let (device, mask) = (x[0].device().inner(), mask.clone());
+        let (keys, values) = (HeadMap::Even, HeadMap::Even);
+        let mut own = Options { device, mask, softcap: None, sinks: None, bias: None, keys, values, selected: None };
+        set(x, &mut own);
+        let options = AttentionOptions {
+            mask: Some(&own.mask),
+            softcap: own.softcap,
+            sinks: own.sinks,
+            bias: own.bias,
+            keys: own.keys,
+            values: own.values,
+            selected: own.selected,
+            ..Default::default()
+        };
+        let [q, k, v] = [(0, 6, 8), (1, 3, 8), (2, 2, 12)].map(|(i, n, width)| heads(&x[i], [BATCH, n, SEQ, width]));
+        attention(q, k, v, &options).hidden.reshape([-1])
+    })
 }

@@ -33,7 +33,7 @@ impl Leaf {
             DispatchTensorKind::Flex(tensor) => Some(Self(tensor.as_autodiff().id())),
             #[cfg(feature = "ndarray")]
             DispatchTensorKind::NdArray(tensor) => Some(Self(tensor.as_autodiff().id())),
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "gpu")]
             DispatchTensorKind::Cube(tensor) => Some(Self(tensor.as_autodiff().id())),
             DispatchTensorKind::Autodiff(_) => None,
         }
@@ -82,7 +82,7 @@ pub fn checkpointed<const D: usize>(input: Tensor<D>, output: Tensor<1>, rerun: 
     Tensor::from_dispatch(Dispatch::checkpointed(input.into_dispatch(), output.into_dispatch(), rerun))
 }
 
-#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cuda"), Autodiff)]
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "gpu"), Autodiff)]
 trait Checkpointed: Backend {
     fn checkpointed(input: FloatTensor<Self>, output: FloatTensor<Self>, rerun: Rerun) -> FloatTensor<Self> {
         let _ = (input, rerun); // there is no backward
@@ -95,8 +95,8 @@ impl Checkpointed for Flex {}
 #[cfg(feature = "ndarray")]
 impl Checkpointed for burn::backend::NdArray {}
 
-#[cfg(feature = "cuda")]
-impl Checkpointed for burn::backend::Cuda {}
+#[cfg(feature = "gpu")]
+impl Checkpointed for burn::backend::Cube {}
 
 impl<B, C> Checkpointed for Autodiff<B, C>
 where

@@ -12,7 +12,7 @@
 mod adamw;
 mod adapted_linear;
 mod attention;
-#[cfg(all(test, any(feature = "ndarray", feature = "cuda")))]
+#[cfg(all(test, any(feature = "ndarray", feature = "gpu")))]
 mod backends;
 mod checkpointed;
 pub mod comparison;

@@ -55,10 +55,19 @@ pub enum Precision {
 }
 
 impl Precision {
-    pub(crate) fn dtype(self) -> DType {
+    /// The type of the numbers that products read.
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// As a recipe writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
         }
     }
 }

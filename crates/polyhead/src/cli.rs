@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
-use polyhead_recipe::{DEVICES, device_name};
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+use clap::{Arg, Args, Parser, Subcommand};
+use polyhead_recipe::{DEVICES, device_name, parse_device};
 
 /// Train, inspect and export attention mechanisms, from TOML recipes.
 #[derive(Debug, Parser)]
@@ -39,11 +39,33 @@ pub struct Cli {
 
 /// Reads the name of a device.
 pub fn device() -> impl TypedValueParser<Value = String> {
-    let known = DEVICES.map(|name| match name == device_name("cpu") {
-        true => PossibleValue::new(name).alias("cpu"),
-        false => PossibleValue::new(name),
-    });
-    PossibleValuesParser::new(known).map(|name| device_name(&name).to_owned())
+    DeviceParser
+}
+
+/// Completions offer the kinds; any number of a kind is taken.
+#[derive(Clone)]
+struct DeviceParser;
+
+impl TypedValueParser for DeviceParser {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&Arg>,
+        value: &std::ffi::OsStr,
+    ) -> Result<String, clap::Error> {
+        let read = |name: String| {
+            let name = device_name(&name).to_owned();
+            parse_device(&name)?;
+            Ok::<_, String>(name)
+        };
+        StringValueParser::new().try_map(read).parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(DEVICES.into_iter().map(PossibleValue::new)))
+    }
 }
 
 /// Flags that have other names now: of which command, the old name, the new one. The old ones work for one version more.

@@ -8,6 +8,7 @@ mod console;
 mod cut_files;
 #[cfg(feature = "tui")]
 mod dashboard;
+mod gpu_memory;
 mod hub;
 mod inspect;
 mod serve;
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     });
     let arguments: Vec<String> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
     cli::renamed_flags(&arguments).iter().for_each(|warning| console::say(warning));
-    match commands::run(cli.command) {
+    match gpu_memory::caught(|| commands::run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Unread) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -4,6 +4,7 @@
 //! problem is reported with the layer, line and column of the key it is about. Nothing here opens data or a device.
 
 pub mod conversion;
+mod device;
 mod differences;
 pub mod flags;
 mod growth;
@@ -18,20 +19,13 @@ mod settings;
 pub mod stages;
 
 pub use conversion::Conversion;
+pub use device::{DEVICE_NAMES, DEVICES, Which, device_name, has_own_memory, parse_device};
 pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of};
 pub use growth::Growth;
 pub use layers::Layer;
 pub use load::{Loaded, from_layers, load, override_layers, read_file, read_layer, read_layers, resolved, with_base};
 pub use problem::{Problem, Problems, in_words};
 pub use settings::{GenerationConfig, LoaderConfig, ModelConfig, Recipe};
-
-/// What `training.device` may be.
-pub const DEVICES: [&str; 3] = ["flex", "ndarray", "cuda"];
-
-/// The device that a name means: "cpu" is Burn's backend for it.
-pub fn device_name(name: &str) -> &str {
-    if name == "cpu" { "flex" } else { name }
-}
 
 /// A name as part of a folder's name: lower-case letters, digits and single hyphens.
 pub fn folder_name(name: &str) -> String {

@@ -10,8 +10,8 @@ use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{FreezeConfig, ProcedureConfig};
 
-use crate::DEVICES;
 use crate::settings::{ModelConfig, Recipe};
+use crate::{DEVICE_NAMES, parse_device};
 
 /// Tokens of a batch at most: their places still are numbers that a tensor can hold. Chosen by us.
 const MOST_TOKENS: usize = 1 << 30;
@@ -132,9 +132,9 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         ),
     );
     rule(
-        DEVICES.contains(&training.device.as_str()),
+        parse_device(&training.device).is_ok(),
         "training.device",
-        format!("training.device (\"{}\") must be one of {}", training.device, DEVICES.join(", ")),
+        format!("training.device (\"{}\") must be one of {DEVICE_NAMES}", training.device),
     );
     let data = recipe.data.source().validate(training.seq_len).map_err(|error| error.within(recipe.data.name()));
     problems.extend(within("data", data));

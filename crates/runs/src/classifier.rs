@@ -225,7 +225,8 @@ pub fn open_classifier(
     let ModelConfig::Classifier { config, .. } = &recipe.model else { return Ok(None) };
     let (input, classes) = described(&path)?;
     config.validate(Some(input)).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))?;
-    let device = device::open(device_name.unwrap_or(&recipe.training.device)).map_err(Failure::Run)?;
+    let device = device::open_for(device_name.unwrap_or(&recipe.training.device), recipe.training.precision)
+        .map_err(Failure::Run)?;
     let model = without_drawing(|| config.init(Sizes { input, n_classes: classes.len() }, &device));
     let model = state::read_checked_model(&path, model, caller.nonfinite, &mut caller.loading())?;
     let model = model.with_precision(recipe.training.precision);

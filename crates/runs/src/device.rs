@@ -1,34 +1,84 @@
-//! The one place that names a kind of device.
+//! The one place that opens a device.
 
 use burn::tensor::Device;
-use polyhead_recipe::DEVICES;
+use polyhead_models::Precision;
+use polyhead_recipe::{DEVICES, device_name, has_own_memory, parse_device};
+use polyhead_training::available_memory_bytes;
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod gpu;
 
 /// The device of that name, without autodiff. Never Burn's default device, which prefers a GPU that may not be there.
 ///
 /// # Errors
-/// If the backend is not compiled in, or has no device.
+/// If there is no such name, the backend is not compiled in, or it has no such device that works.
 pub fn open(name: &str) -> Result<Device, String> {
-    match name {
-        "flex" => Ok(Device::flex()),
+    let name = device_name(name);
+    match parse_device(name)? {
+        ("flex", _) => Ok(Device::flex()),
         #[cfg(feature = "ndarray")]
         #[allow(deprecated)] // kept for comparing numbers
-        "ndarray" => Ok(Device::ndarray()),
-        #[cfg(feature = "cuda")]
-        "cuda" => {
-            // Without a driver the first operation would panic on the device's thread; asking for the list does not.
-            if Device::enumerate(burn::tensor::DeviceType::Cuda).is_empty() {
-                return Err("device cuda: no CUDA device found (is a driver installed?); training.device = \"flex\" uses the CPU".into());
-            }
-            Ok(Device::cuda(0))
-        }
-        known if DEVICES.contains(&known) => Err(format!(
-            "device {known}: this binary was built without it; build with `cargo build --release --features {known}`, or use flex"
+        ("ndarray", _) => Ok(Device::ndarray()),
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        (kind, which) if gpu::is_compiled_in(kind) => gpu::open(kind, which, name),
+        (kind, _) => Err(format!(
+            "device {name}: this binary was built without it; build with `cargo build --release --features {kind}`, or use flex"
         )),
-        other => Err(format!("device {other}: must be one of {}", DEVICES.join(", "))),
     }
 }
 
-/// Names of the devices that this binary can use here.
-pub fn usable() -> Vec<&'static str> {
-    DEVICES.into_iter().filter(|name| open(name).is_ok()).collect()
+/// The device of that name for a model whose products run in `precision`.
+///
+/// # Errors
+/// As [`open`], and if the device does not compute in that type.
+pub fn open_for(name: &str, precision: Precision) -> Result<Device, String> {
+    let device = open(name)?;
+    match device.supports_dtype(precision.dtype()) {
+        true => Ok(device),
+        false => Err(format!(
+            "training.precision = \"{}\": device {name}{} does not compute in it; \"f32\" works everywhere",
+            precision.name(),
+            product(&device).map_or(String::new(), |product| format!(" ({product})")),
+        )),
+    }
+}
+
+/// What the device calls itself, where it is a GPU: "NVIDIA H100".
+#[allow(unused_variables)] // without a GPU backend there is nothing to ask
+pub fn product(device: &Device) -> Option<String> {
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    return gpu::product(device);
+    #[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+    None
+}
+
+/// Memory that a run on the device of that name can have, in bytes: what the machine has left or, of a GPU, all of its own;
+/// `None` where nothing tells.
+pub fn memory_bytes(name: &str) -> Option<u64> {
+    if !has_own_memory(name) {
+        return available_memory_bytes();
+    }
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    return open(name).ok().as_ref().and_then(gpu::memory_bytes);
+    #[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+    None
+}
+
+/// A device that was asked for: its name, and what it calls itself or why it cannot be used.
+pub type Found = (String, Result<Option<String>, String>);
+
+/// Every kind of device, and every GPU of a kind that has some, with what it calls itself or why it cannot be used.
+pub fn all() -> Vec<Found> {
+    let of_kind = |kind: &&str| {
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if gpu::is_compiled_in(kind) {
+            return gpu::names(kind);
+        }
+        vec![kind.to_string()]
+    };
+    let found = |name: String| {
+        let device = open(&name).map(|device| product(&device));
+        (name, device)
+    };
+    DEVICES.iter().flat_map(of_kind).map(found).collect()
 }

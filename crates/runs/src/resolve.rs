@@ -167,9 +167,10 @@ fn open_tokenizer(recipe: &Recipe, caller: Caller) -> Result<Tokenizer, Failure>
 /// The device of a recipe, for training.
 ///
 /// # Errors
-/// If it is not compiled in or not there.
+/// If it is not compiled in or not there, or does not compute in the recipe's precision.
 pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
-    Ok(device::open(&recipe.training.device).map_err(Failure::Run)?.autodiff())
+    let training = &recipe.training;
+    Ok(device::open_for(&training.device, training.precision).map_err(Failure::Run)?.autodiff())
 }
 
 /// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives

@@ -39,10 +39,11 @@ pub struct Trained {
 pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> Result<Trained, Failure> {
     let found = Pretrained::open(path, caller)?;
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
-    let device = device::open(device_name.unwrap_or(own)).map_err(Failure::Run)?;
+    let precision = found.recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default();
+    let device = device::open_for(device_name.unwrap_or(own), precision).map_err(Failure::Run)?;
     let model = found.model(&device, caller)?;
     let Pretrained { path, recipe, tokenizer, max_positions, ends, .. } = found;
-    let mut model = model.with_precision(recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default());
+    let mut model = model.with_precision(precision);
     if let Some(recipe) = recipe.as_ref().filter(|_| path.join(STATE).exists()) {
         let state = read_progress(&path)?.procedure;
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;

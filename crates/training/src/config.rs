@@ -29,7 +29,8 @@ pub struct TrainingConfig {
     /// left out the weights do not move, so that what follows such a row is more of it. Default: 10.
     #[serde(default = "max_skipped_steps", skip_serializing_if = "is_usual")]
     pub max_skipped_steps: u64,
-    /// "flex" (CPU), "ndarray" or "cuda"; the latter two where compiled in. Default: "flex".
+    /// "flex" (CPU, default); or, where compiled in, "cuda" (NVIDIA), "wgpu" (GPUs of all makers), "vulkan", "metal", each with ":N"
+    /// for the GPU of that number; "wgpu:cpu", a software driver for tests; "ndarray", another CPU backend.
     #[serde(default = "device")]
     pub device: String,
     /// What products run in: "f32" (default) or "bf16". Weights and optimiser stay f32.

@@ -184,7 +184,7 @@ struct Block {
 /// One block as an operation of Burn's dispatching backend.
 // Burn passes the tensors of an operation on one by one.
 #[allow(clippy::too_many_arguments)]
-#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cuda"), Autodiff)]
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "gpu"), Autodiff)]
 trait BlockAttention: Backend {
     /// `softmax(scale q kᵀ + bias) v`
     ///
@@ -212,8 +212,8 @@ impl BlockAttention for Flex {}
 #[cfg(feature = "ndarray")]
 impl BlockAttention for burn::backend::NdArray {}
 
-#[cfg(feature = "cuda")]
-impl BlockAttention for burn::backend::Cuda {}
+#[cfg(feature = "gpu")]
+impl BlockAttention for burn::backend::Cube {}
 
 impl<B: BlockAttention, C: CheckpointStrategy> BlockAttention for Autodiff<B, C> {
     fn block_attention(

@@ -36,7 +36,7 @@ fn in_chunks(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets, logits: usiz
 }
 
 /// The loss as an operation of Burn's dispatching backend.
-#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cuda"), Autodiff)]
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "gpu"), Autodiff)]
 trait ChunkedCrossEntropy: Backend {
     /// The sum `[1]`; losses and hits, `[tokens, 1]` each.
     ///
@@ -59,8 +59,8 @@ impl ChunkedCrossEntropy for Flex {}
 #[cfg(feature = "ndarray")]
 impl ChunkedCrossEntropy for burn::backend::NdArray {}
 
-#[cfg(feature = "cuda")]
-impl ChunkedCrossEntropy for burn::backend::Cuda {}
+#[cfg(feature = "gpu")]
+impl ChunkedCrossEntropy for burn::backend::Cube {}
 
 impl<B: ChunkedCrossEntropy, C: CheckpointStrategy> ChunkedCrossEntropy for Autodiff<B, C> {
     fn chunked_cross_entropy(

@@ -13,8 +13,14 @@ use crate::console::{bytes, put};
 pub fn doctor() -> Result<(), Failure> {
     let slow = if cfg!(debug_assertions) { " (a debug build, which is slow: use cargo build --release)" } else { "" };
     put!("polyhead   {}{slow}", env!("CARGO_PKG_VERSION"))?;
-    put!("devices    {}", device::usable().join(", "))?;
-    for problem in polyhead_recipe::DEVICES.iter().filter_map(|name| device::open(name).err()) {
+    let devices = device::all();
+    let usable = devices.iter().filter_map(|(name, found)| Some((name, found.as_ref().ok()?)));
+    let usable = usable.map(|(name, product)| match product {
+        Some(product) => format!("{name} ({product})"),
+        None => name.clone(),
+    });
+    put!("devices    {}", usable.collect::<Vec<_>>().join(", "))?;
+    for problem in devices.iter().filter_map(|(_, found)| found.as_ref().err()) {
         put!("           {problem}")?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

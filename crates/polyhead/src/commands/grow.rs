@@ -62,7 +62,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     let growth = Growth { signal_heads, width, depth, noise, seed };
     let size = surgery::grown_config(parent.model.config(), &growth)?.costs(parent.model.vocab_size()).parameters;
     // The model as it is made, what is put into it, and what is written.
-    check_memory(size.saturating_mul(12), "the grown model", "smaller factors take less")?;
+    check_memory("flex", size.saturating_mul(12), "the grown model", "smaller factors take less")?;
     let grown = surgery::grow(&parent.model, &growth)?;
     for (name, model) in [("parent", &parent.model), ("grown", &grown)] {
         let (config, parameters) = (model.config(), thousands(model.num_params() as u64));

@@ -24,8 +24,6 @@ mod trained;
 
 use std::path::Path;
 
-use polyhead_training::available_memory_bytes;
-
 use crate::allowed::allowed;
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
 use crate::console::{bytes, print, put};
@@ -33,8 +31,9 @@ use crate::inspect;
 use polyhead_experiments::{comparison, record};
 use polyhead_recipe::Problems;
 use polyhead_recipe::stages::Staged;
-use polyhead_recipe::{self as recipe, Loaded};
+use polyhead_recipe::{self as recipe, Loaded, has_own_memory};
 use polyhead_runs::Failure;
+use polyhead_runs::device::memory_bytes;
 
 /// Does what was asked.
 ///
@@ -126,13 +125,15 @@ fn staged(args: &RecipeArgs) -> Result<Option<Staged>, Failure> {
     Ok(polyhead_recipe::stages::read(&args.recipe, &args.overrides)?)
 }
 
-/// Refuses what does not fit the memory of this machine, before it is tried: the system would end the process without a word.
-fn check_memory(needed: u64, what: &str, hint: &str) -> Result<(), Failure> {
-    let available = available_memory_bytes().unwrap_or(u64::MAX);
+/// Refuses what does not fit the memory of this machine or of its GPU, before it is tried: the system would end the process without a
+/// word.
+fn check_memory(device: &str, needed: u64, what: &str, hint: &str) -> Result<(), Failure> {
+    let available = memory_bytes(device).unwrap_or(u64::MAX);
+    let place = if has_own_memory(device) { format!(" on {device}") } else { String::new() };
     match needed <= available || allowed().too_little_memory {
         true => Ok(()),
         false => Err(Failure::Run(format!(
-            "{what} takes about {} of memory, and {} are available\n  hint: {hint}; --ignore-memory tries all the same",
+            "{what} takes about {} of memory, and {} are available{place}\n  hint: {hint}; --ignore-memory tries all the same",
             bytes(needed),
             bytes(available)
         ))),

@@ -3,15 +3,16 @@
 use burn::tensor::Device;
 use polyhead_kernels::without_drawing;
 use polyhead_models::parameters;
-use polyhead_training::{available_memory_bytes, peak_memory_bytes};
+use polyhead_training::peak_memory_bytes;
 
 use crate::allowed::caller;
 use crate::console::{bytes, clock, put, talk, thousands};
-use polyhead_recipe::{Loaded, Recipe};
+use polyhead_recipe::{Loaded, Recipe, has_own_memory};
 use polyhead_runs::Failure;
 use polyhead_runs::Resolved;
 use polyhead_runs::costs::{self, Costs, Memory, Totals};
 use polyhead_runs::data::TrainingData;
+use polyhead_runs::device::memory_bytes;
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
 use polyhead_runs::probe::{probe, times};
 use polyhead_runs::resolve::resolve;
@@ -34,7 +35,7 @@ impl ForAnyKind for Plan<'_> {
         let (resolved, recipe) = (self.resolved, &self.resolved.recipe);
         let data = K::open(resolved, &mut |_, _| {})?;
         let costs = Costs::of(recipe, data.known());
-        let available = available_memory_bytes().filter(|_| recipe.training.device != "cuda");
+        let available = memory_bytes(&recipe.training.device);
         let memory = match costs.totals.parameters.saturating_mul(4) < available.unwrap_or(u64::MAX) {
             // Weights that nobody draws take no memory, and the model knows best what of it is trained.
             true => {
@@ -109,7 +110,7 @@ fn time<K: Kind>(resolved: &Resolved, data: &K::Data, costs: &Costs) -> Result<(
     let (seconds, in_all) = (measured.step.as_secs_f64().max(1e-9), times(measured.step, training.steps));
     let speed = thousands((costs.tokens_per_step as f64 / seconds) as u64);
     let gigaflops = 3.0 * costs.totals.flops_per_token as f64 * costs.tokens_per_step as f64 / seconds / 1e9;
-    if let Some(peak) = peak_memory_bytes().filter(|_| training.device != "cuda") {
+    if let Some(peak) = peak_memory_bytes().filter(|_| !has_own_memory(&training.device)) {
         put!("           {} at most in the probe, everything included", bytes(peak))?;
     }
     put!("speed      {speed} {unit}s per second, {gigaflops:.1} GFLOP per second")?;

@@ -151,15 +151,11 @@ impl Task<'_> {
         Ok(data)
     }
 
-    /// Refuses what does not fit the memory of this machine.
+    /// Refuses what does not fit the memory of the device.
     fn check_memory(&self, known: Known) -> Result<(), Failure> {
         let recipe = &self.resolved.recipe;
-        // Nothing tells what a GPU has left.
-        if recipe.training.device == "cuda" {
-            return Ok(());
-        }
         let hint = "`polyhead plan` tells what takes how much; a smaller model, training.batch_size or training.seq_len takes less";
-        super::check_memory(Costs::of(recipe, known).least_bytes(recipe), "training", hint)
+        super::check_memory(&recipe.training.device, Costs::of(recipe, known).least_bytes(recipe), "training", hint)
     }
 
     /// Trains to the end and writes what was reached.
