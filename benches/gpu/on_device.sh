@@ -77,7 +77,7 @@ case "$slice" in
     step decoder 300 ./side_by_side --device cuda --python "$python" --only 350M --rounds 1 --steps 16 --peak-tflops 989
     ;;
 3)
-    step mechanisms 300 ./measure mechanisms --device "$device" --polyhead ./polyhead
+    step mechanisms 270 ./measure mechanisms --device "$device" --polyhead ./polyhead
     step profile 60 ./measure profile --device "$device" --polyhead ./polyhead
     step memory 70 ./measure memory --device "$device"
     step losses-bf16 120 env CUBECL_AUTOTUNE_LEVEL=minimal ./it "backends::${device%%:*}_and_flex_train_alike_in_bf16" --exact --nocapture --test-threads=1
