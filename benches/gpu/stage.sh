@@ -20,18 +20,19 @@ cp Cargo.lock "$lock"
 trap 'cp "$lock" Cargo.lock; rm -f "$lock"' EXIT
 options=(--profile "$profile" --package polyhead --package polyhead-kernels --features "polyhead/$features")
 [ "$features" = cuda-nvrtc ] && options+=(--config 'patch.crates-io.cubecl-llvm.path="benches/gpu/cubecl-llvm"')
-# One build of all, so that what they share is compiled once; its messages name the executables.
-messages=$(cargo test --no-run "${options[@]}" --lib --bin polyhead --test it --bench gpu --bench side_by_side \
+# One build of all, so that what they share is compiled once; the program comes with the tests that run it. Messages name the executables.
+messages=$(cargo test --no-run "${options[@]}" --lib --test it --bench gpu --bench side_by_side \
     --message-format=json-render-diagnostics)
-# The executable of a target ("name kind"), a test harness or the program itself.
+# The executable of a target: name, kind, and whether it is a test harness (yes, no, or any).
 executable() {
     python3 -c '
 import json, sys
-name, kind, test = sys.argv[1], sys.argv[2], sys.argv[3] == "test"
+name, kind, harness = sys.argv[1:]
+wanted = {"yes": [True], "no": [False], "any": [True, False]}[harness]
 for line in sys.stdin:
     made = json.loads(line)
     target = made.get("target", {})
-    if made.get("executable") and target["name"] == name and kind in target["kind"] and made["profile"]["test"] == test:
+    if made.get("executable") and target["name"] == name and kind in target["kind"] and made["profile"]["test"] in wanted:
         print(made["executable"])
 ' "$@" <<< "$messages" | tail -n 1
 }
@@ -42,11 +43,11 @@ take() {
     [ -n "$2" ] && [ -f "$2" ] || { echo "cargo built no $1" >&2; exit 1; }
     strip --strip-all -o "$work/polyhead-gpu/$1" "$2"
 }
-take polyhead "$(executable polyhead bin program)"
-take kernels "$(executable polyhead_kernels lib test)"
-take it "$(executable it test test)"
-take measure "$(executable gpu bench program)"
-take side_by_side "$(executable side_by_side bench program)"
+take polyhead "$(executable polyhead bin no)"
+take kernels "$(executable polyhead_kernels lib yes)"
+take it "$(executable it test yes)"
+take measure "$(executable gpu bench any)"
+take side_by_side "$(executable side_by_side bench any)"
 cp benches/pytorch.py benches/gpu/attention.py "$work/polyhead-gpu/benches/"
 {
     echo "commit $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ' and changes')"
