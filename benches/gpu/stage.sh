@@ -57,7 +57,7 @@ cp benches/pytorch.py benches/gpu/attention.py "$work/polyhead-gpu/benches/"
 
 rm -rf "$staged"
 mkdir -p "$staged"
-tar -C "$work" -cf - polyhead-gpu | xz -T0 -6 > "$staged/polyhead-gpu.tar.xz"
+tar -C "$work" -cf - polyhead-gpu | xz -9 > "$staged/polyhead-gpu.tar.xz"
 cp benches/gpu/on_device.sh "$staged/"
 rm -rf "$work"
 size=$(du -sb "$staged" | cut -f1)
