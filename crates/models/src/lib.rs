@@ -18,6 +18,7 @@ pub mod hf;
 mod layer_features;
 mod loss;
 mod mapped_file;
+pub mod mup;
 mod per_layer;
 mod pooling;
 mod question;

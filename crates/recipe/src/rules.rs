@@ -144,6 +144,11 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         problems.extend(validate_neuron_dropout(recipe, config));
     }
     problems.extend(within("freeze", recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX))));
+    if let Some(mup) = model.mup() {
+        problems.extend(within("model", mup.validate()));
+        let message = "lora has pairs of its own, of which model.parametrization = \"mup\" knows no learning rate: leave one of them out";
+        problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
+    }
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
+use polyhead_models::mup::{Mup, Parametrization};
 use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, Sampling};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
@@ -77,6 +78,8 @@ pub enum ModelConfig {
         pretrained: Option<PathBuf>,
         /// What it is; `None` until the folder of the weights has been read.
         config: Option<DecoderConfig>,
+        /// How initial weights and learning rates depend on the width; `None` where they do not.
+        mup: Option<Mup>,
     },
     /// A classifier.
     Classifier {
@@ -99,6 +102,17 @@ struct ModelTables {
     /// others, the head is newly initialized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pretrained: Option<PathBuf>,
+    /// How initial weights and learning rates of a decoder depend on its width: "standard" (default): they do not; "mup": by the
+    /// maximal update parametrization, in which the best learning rate is the same at every width.
+    #[serde(default, skip_serializing_if = "is_standard")]
+    parametrization: Parametrization,
+    /// With parametrization = "mup": the d_model at which it is the plain model, where learning rates are sought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base_width: Option<usize>,
+    /// With parametrization = "mup": the channels of a head at base_width, where wider models have wider heads. Default: those of
+    /// this model, as where wider models have more heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base_head_dim: Option<usize>,
     /// A decoder language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     decoder: Option<DecoderConfig>,
@@ -110,22 +124,48 @@ struct ModelTables {
     embedder: Option<EmbedderConfig>,
 }
 
+fn is_standard(parametrization: &Parametrization) -> bool {
+    *parametrization == Parametrization::Standard
+}
+
+impl ModelTables {
+    /// What the model is scaled from, where it is.
+    fn mup(&self) -> Result<Option<Mup>, &'static str> {
+        let Self { parametrization, base_width, base_head_dim, classifier, embedder, .. } = self;
+        match (parametrization, *base_width) {
+            (Parametrization::Mup, _) if classifier.is_some() || embedder.is_some() => {
+                Err("model.parametrization = \"mup\" is for model.decoder: leave it out")
+            }
+            (Parametrization::Mup, None) => {
+                Err("model.parametrization = \"mup\" takes model.base_width, the d_model at which the \
+                                                 learning rate was found")
+            }
+            (Parametrization::Mup, Some(base_width)) => Ok(Some(Mup { base_width, base_head_dim: *base_head_dim })),
+            (Parametrization::Standard, None) if base_head_dim.is_none() => Ok(None),
+            (Parametrization::Standard, _) => Err(
+                "model.base_width and model.base_head_dim are for model.parametrization = \"mup\": leave them out, or set it",
+            ),
+        }
+    }
+}
+
 impl TryFrom<ModelTables> for ModelConfig {
     type Error = &'static str;
 
     fn try_from(tables: ModelTables) -> Result<Self, Self::Error> {
+        let mup = tables.mup()?;
         match tables {
-            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: None } => Err(
+            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: None, .. } => Err(
                 "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with \
                  trained weights in model.pretrained",
             ),
-            ModelTables { pretrained, decoder, classifier: None, embedder: None } => {
-                Ok(Self::Decoder { pretrained, config: decoder })
+            ModelTables { pretrained, decoder, classifier: None, embedder: None, .. } => {
+                Ok(Self::Decoder { pretrained, config: decoder, mup })
             }
-            ModelTables { pretrained, decoder: None, classifier: Some(config), embedder: None } => {
+            ModelTables { pretrained, decoder: None, classifier: Some(config), embedder: None, .. } => {
                 Ok(Self::Classifier { pretrained, config })
             }
-            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: Some(config) } => {
+            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: Some(config), .. } => {
                 Ok(Self::Embedder(config))
             }
             ModelTables { classifier: Some(_), .. } => {
@@ -141,7 +181,14 @@ impl TryFrom<ModelTables> for ModelConfig {
 impl From<ModelConfig> for ModelTables {
     fn from(model: ModelConfig) -> Self {
         match model {
-            ModelConfig::Decoder { pretrained, config } => Self { pretrained, decoder: config, ..Self::default() },
+            ModelConfig::Decoder { pretrained, config, mup } => Self {
+                pretrained,
+                decoder: config,
+                parametrization: if mup.is_some() { Parametrization::Mup } else { Parametrization::Standard },
+                base_width: mup.map(|mup| mup.base_width),
+                base_head_dim: mup.and_then(|mup| mup.base_head_dim),
+                ..Self::default()
+            },
             ModelConfig::Classifier { pretrained, config } => {
                 Self { pretrained, classifier: Some(config), ..Self::default() }
             }
@@ -153,13 +200,21 @@ impl From<ModelConfig> for ModelTables {
 impl ModelConfig {
     /// A decoder whose weights are at hand.
     pub fn decoder_of(config: DecoderConfig) -> Self {
-        Self::Decoder { pretrained: None, config: Some(config) }
+        Self::Decoder { pretrained: None, config: Some(config), mup: None }
     }
 
     /// The settings of a decoder, where they are known.
     pub fn decoder(&self) -> Option<&DecoderConfig> {
         match self {
             Self::Decoder { config, .. } => config.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// How initial weights and learning rates depend on the width, where they do.
+    pub fn mup(&self) -> Option<Mup> {
+        match self {
+            Self::Decoder { mup, .. } => *mup,
             _ => None,
         }
     }

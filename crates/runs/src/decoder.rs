@@ -14,7 +14,7 @@ use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
 use crate::kind::Kind;
 use crate::pretrained::{Pretrained, add_lora};
-use crate::resolve::Resolved;
+use crate::resolve::{Resolved, scalings};
 
 impl TrainingData<Batch> for Opened {
     fn description(&self) -> &str {
@@ -91,7 +91,8 @@ impl Kind for Decoder {
             None => {
                 let decoder = recipe.model.decoder();
                 let decoder = decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?;
-                decoder.init(resolved.vocab_size.unwrap_or(data.vocab_size), device)
+                let fresh = decoder.init(resolved.vocab_size.unwrap_or(data.vocab_size), device);
+                scalings(recipe, &fresh).apply(fresh)
             }
         };
         let training = &recipe.training;

@@ -3,6 +3,7 @@
 
 use burn::tensor::Device;
 use polyhead_kernels::seed_random;
+use polyhead_models::mup::Scalings;
 use polyhead_models::{Classifier, Decoder, Embedder, Trainable};
 use polyhead_recipe::{ModelConfig, Recipe};
 use polyhead_training::TrainableModel;
@@ -11,7 +12,7 @@ use polyhead_training::run::Probe;
 use crate::costs::Known;
 use crate::data::TrainingData;
 use crate::error::Failure;
-use crate::resolve::Resolved;
+use crate::resolve::{Resolved, scalings};
 use crate::result::ClassTable;
 
 /// A kind of model: from a recipe to what is trained, and on what.
@@ -45,6 +46,11 @@ pub trait Kind: TrainableModel {
     /// The model, if it is a decoder, which can generate text.
     fn as_decoder(&self) -> Option<&Decoder> {
         None
+    }
+
+    /// What the recipe multiplies the learning rates of its parameters by.
+    fn scalings(&self, recipe: &Recipe) -> Scalings {
+        self.as_decoder().map_or_else(Scalings::default, |decoder| scalings(recipe, decoder))
     }
 
     /// What is measured about the model beside its loss, where the recipe's data asks for something.

@@ -44,7 +44,7 @@ pub fn probe<K: Kind>(resolved: &Resolved, data: &K::Data) -> Result<Probed, Fai
     let mut model: K = resolved.first(data, &training_device(recipe)?)?;
     let (train, held_out) = (data.train(), data.held_out());
     let parts = Parts {
-        optimizer: Optimizer::new(recipe.optimizer.clone()),
+        optimizer: Optimizer::new(recipe.optimizer.clone()).with_scalings(model.scalings(recipe)),
         training,
         model: &model,
         tracking: data.tracking(),

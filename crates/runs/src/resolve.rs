@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::Decoder;
+use polyhead_models::mup::Scalings;
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
@@ -67,7 +68,7 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
         };
         recipe.tokenizer = Some(its_own);
     }
-    let ModelConfig::Decoder { pretrained: Some(path), config } = &mut recipe.model else {
+    let ModelConfig::Decoder { pretrained: Some(path), config, .. } = &mut recipe.model else {
         let tokenizer = open_tokenizer(&recipe, caller)?;
         return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None, caller });
     };
@@ -111,7 +112,7 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
 /// If the recipe describes another run, the checkpoint is damaged, or its base model is not there.
 pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Resolved, Failure> {
     let (before, mut recipe) = (recipe_of(checkpoint)?, loaded.recipe.clone());
-    if let ModelConfig::Decoder { pretrained: Some(now), config } = &mut recipe.model {
+    if let ModelConfig::Decoder { pretrained: Some(now), config, .. } = &mut recipe.model {
         if let Some(before) = before.model.pretrained().filter(|before| same_place(before, now, checkpoint)) {
             *now = before.to_owned();
         }
@@ -171,6 +172,11 @@ fn open_tokenizer(recipe: &Recipe, caller: Caller) -> Result<Tokenizer, Failure>
 pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
     let training = &recipe.training;
     Ok(device::open_for(&training.device, training.precision).map_err(Failure::Run)?.autodiff())
+}
+
+/// What a recipe multiplies the initial weights and the learning rates of its model by.
+pub fn scalings(recipe: &Recipe, model: &Decoder) -> Scalings {
+    recipe.model.mup().map_or_else(Scalings::default, |mup| Scalings::of(model, mup))
 }
 
 /// Writes a model that was made of another one as step 0 of a run of `recipe`: plain training with a fresh optimiser. Gives

@@ -11,6 +11,7 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_kernels::{AdamwStep, adamw};
+use polyhead_models::mup::Scalings;
 use polyhead_models::weights::{Held, ParameterMapper, TensorFiles, WeightsError, layer_of, map_parameters};
 
 use crate::config::{AdamwConfig, MuonConfig, OptimizerConfig};
@@ -35,6 +36,8 @@ pub struct Optimizer {
     moments: BTreeMap<String, Moments>,
     /// Ends of parameters' names, and what their learning rate is multiplied by.
     rates: Vec<(String, f64)>,
+    /// What muP multiplies the learning rates of parameters by.
+    scalings: Scalings,
 }
 
 /// Running means of a parameter's gradient, flattened.
@@ -47,12 +50,17 @@ struct Moments {
 impl Optimizer {
     /// A fresh optimiser.
     pub fn new(config: OptimizerConfig) -> Self {
-        Self { config, steps: 0, moments: BTreeMap::new(), rates: Vec::new() }
+        Self { config, steps: 0, moments: BTreeMap::new(), rates: Vec::new(), scalings: Scalings::default() }
     }
 
     /// With other learning rates for parameters whose names end so: the step's, multiplied.
     pub fn with_rates(self, rates: Vec<(String, f64)>) -> Self {
         Self { rates, ..self }
+    }
+
+    /// With learning rates that depend on the width, beside those of [`with_rates`](Self::with_rates).
+    pub fn with_scalings(self, scalings: Scalings) -> Self {
+        Self { scalings, ..self }
     }
 
     /// How many updates have been made.
@@ -104,7 +112,7 @@ impl Optimizer {
         if !unknown.is_empty() {
             return Err(WeightsError::Unfit(unknown));
         }
-        Ok(Self { config, steps, moments, rates: Vec::new() })
+        Ok(Self { steps, moments, ..Self::new(config) })
     }
 
     /// Decoupled decay (none for vectors), then the step along the moments.
@@ -125,7 +133,8 @@ impl Optimizer {
         let (steps, lr) = (self.steps as f64, update.lr);
         let step = AdamwStep {
             grad_scale: update.scale,
-            rate: lr / (1.0 - config.beta1.powf(steps)),
+            rate: lr * self.scalings.get(&path).adamw / (1.0 - config.beta1.powf(steps)),
+            // The decay does not depend on the width: what it balances, the size of weights, is scaled as rates are.
             keep: if D == 1 { 1.0 } else { 1.0 - lr * config.weight_decay },
             beta1: config.beta1,
             beta2: config.beta2,
@@ -146,8 +155,9 @@ impl Optimizer {
             None => flat,
         };
         let nesterov = grad + first.clone().reshape([rows, columns]) * config.momentum;
+        let rate = lr * self.scalings.get(&path).muon;
         self.moments.insert(path, Moments { first, second: None });
-        let step = orthogonalize(nesterov) * (lr * 0.2 * (rows.max(columns) as f64).sqrt());
+        let step = orthogonalize(nesterov) * (rate * 0.2 * (rows.max(columns) as f64).sqrt());
         value * (1.0 - lr * config.weight_decay) - step
     }
 }
@@ -205,3 +215,6 @@ impl ParameterMapper for Step<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod coordinates;

@@ -107,7 +107,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             }
         };
         let parts = Parts {
-            optimizer,
+            optimizer: optimizer.with_scalings(job.scalings.clone()),
             training: &job.training,
             model: &model,
             tracking: job.tracking,

@@ -190,6 +190,7 @@ impl Task<'_> {
             training: recipe.training.clone(),
             procedure: recipe.procedure.clone(),
             optimizer: recipe.optimizer.clone(),
+            scalings: model.scalings(recipe),
             lr_scheduler: recipe.lr_scheduler.clone(),
             validation: recipe.validation.clone(),
             checkpoint: recipe.checkpoint.clone(),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use polyhead_models::mup::Scalings;
 use polyhead_models::weights::NonFinite;
 use polyhead_models::{Decoder, Evaluated, Trainable};
 
@@ -27,6 +28,8 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub procedure: ProcedureConfig,
     /// Optimizer settings.
     pub optimizer: OptimizerConfig,
+    /// What the learning rates of parameters are multiplied by.
+    pub scalings: Scalings,
     /// How fast.
     pub lr_scheduler: crate::config::LrSchedulerConfig,
     /// When the model is validated.
