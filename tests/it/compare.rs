@@ -347,3 +347,312 @@ fn heads_are_told_and_two_runs_lie_side_by_side() {
     assert!(world.fails(2, &["inspect", "a", "--layers", "2"]).contains("--layers: 2 is not below 2"));
     assert!(world.fails(2, &["inspect", "a", "--text", "t"]).contains("1 tokens long"));
 }
+
+/// Every arm tries the same settings; a rate of 1e3 breaks the loss.
+const TUNED: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+[tune]
+trials = 4
+search = "grid"
+[tune.ranges]
+optimizer.adamw.lr = [1e-5, 1e-3, 3e-3, 1e3]
+[recipe]
+metrics.tensorboard = false
+[[arm]]
+name = "GQA"
+recipe.model.decoder.attention.softmax = { n_heads = 4, n_kv_heads = 2 }
+[[arm]]
+name = "DIFF"
+"#;
+
+#[test]
+fn arms_are_tuned_alike_before_they_are_compared() {
+    let world = world(TUNED);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    for words in [
+        "trials     4 for each arm, 2 seeds:",
+        "optimizer.adamw.lr = 0.003",
+        "runs       20: 16 trials first; 2 arms, 2 seeds",
+    ] {
+        assert!(out.contains(words), "no {words} in {out}");
+    }
+    let (_, err) = world.succeeds(&COMPARE);
+    assert_eq!(err.matches("chosen   ").count(), 2, "{err}");
+    let report = json(&world, "checkpoints/compare/zoo/report.json");
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let mut runs = results(&world);
+    for arm in report["arms"].as_array().unwrap() {
+        let tuning = &arm["tuning"];
+        let considered = tuning["considered"].as_array().unwrap();
+        assert_eq!(considered.len(), 4);
+        // The best mean over the seeds of the trials, which are not those of the report.
+        let mean = |it: &serde_json::Value| it["selection"]["mean"].as_f64().unwrap_or(f64::INFINITY);
+        let best = considered.iter().min_by(|a, b| mean(a).total_cmp(&mean(b))).unwrap();
+        let rate = best["setting"]["optimizer.adamw.lr"].as_f64().unwrap();
+        assert_eq!(tuning["chosen"], format!("optimizer.adamw.lr = {rate}"));
+        let name = arm["name"].as_str().unwrap();
+        assert!(err.contains(&format!("chosen   {name}: optimizer.adamw.lr = {rate}")), "{err}");
+        let of = |seed: u64| {
+            move |(folder, _): &(String, serde_json::Value)| {
+                folder.starts_with(&format!("{}-seed-{seed}-", name.to_lowercase()))
+            }
+        };
+        for (seed, count) in [(3, 1), (4, 1)] {
+            let own: Vec<_> = runs.iter().filter(|run| of(seed)(run)).collect();
+            assert_eq!(own.len(), count, "only the chosen setting is trained for the report");
+            let loss = own[0].1["reporting"]["loss"].as_f64().unwrap();
+            let told = arm["values"]["validation_loss"].as_array().unwrap();
+            assert!(told.iter().any(|it| it["seed"] == seed && it["value"].as_f64() == Some(loss)), "{told:?}");
+        }
+        let trials = runs.iter().filter(|run| of(5)(run) || of(6)(run)).count();
+        assert!((6..=8).contains(&trials), "trials of two seeds, of which a rate of 1000 may fail: {trials}");
+        // Of all trials, the expected best is what the chosen one reached.
+        let curve = tuning["expected_best"].as_array().unwrap();
+        assert_eq!(curve.len(), 4);
+        let last = curve[3]["mean"].as_f64().unwrap();
+        assert!((last - best["reporting"]["mean"].as_f64().unwrap()).abs() < 1e-12, "{curve:?}");
+    }
+    assert!(
+        markdown.contains("Every arm tried the same 4 settings")
+            && markdown.contains("Expected best of so many trials")
+    );
+    crate::pages::assert_whole(&world.dir.path().join("checkpoints/compare/zoo/report.html"));
+
+    // Nothing that finished is trained again, and what is chosen stays; a wider range is more trials, not other ones.
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(!err.contains("finished  "), "{err}");
+    runs.retain(|(name, _)| results(&world).iter().any(|(other, _)| other == name));
+    assert_eq!(runs, results(&world));
+    let narrow = TUNED.replace("trials = 4", "trials = 2").replace("[1e-5, 1e-3, 3e-3, 1e3]", "[1e-5, 1e-4]");
+    std::fs::write(world.dir.path().join("zoo.toml"), narrow).unwrap();
+    let (_, err) = world.succeeds(&COMPARE);
+    let beware = "warning: DIFF: optimizer.adamw.lr = 0.0001 is the largest of what was tried";
+    assert!(err.contains(beware) && err.contains("runs, 4 of them have finished before"), "{err}");
+
+    for (change, with, words) in [
+        ("trials = 4", "trials = 3", "tune: trials (3) does not fit a grid of 1 keys: 4 would"),
+        ("trials = 4", "trials = 4\nsweep.optimizer.adamw.lr = [1e-3]", "unknown key `sweep`"),
+        (
+            "[1e-5, 1e-3, 3e-3, 1e3]",
+            "{ low = 1.0, high = 0.1 }",
+            "optimizer.adamw.lr: low (1) must be below high (0.1)",
+        ),
+        ("optimizer.adamw.lr", "optimizer.adamw.rate", "arm `GQA`: unknown key `rate`"),
+        ("trials = 4", "trails = 4", "did you mean `trials`?"),
+        ("seeds = [3, 4]", "seeds = [3, 4]\nsweep.optimizer.adamw.lr = [1e-3]", "sweep: tune tries settings already"),
+        (
+            "tensorboard = false",
+            "tensorboard = false\nvalidation.batches = 1",
+            "validation.batches (1) must be 2 or more",
+        ),
+    ] {
+        std::fs::write(world.dir.path().join("zoo.toml"), TUNED.replace(change, with)).unwrap();
+        let err = world.fails(2, &["validate", "zoo.toml"]);
+        assert!(err.contains(words), "{with}: {err}");
+    }
+}
+
+#[test]
+fn what_is_allowed_is_allowed_for_every_run() {
+    let world = world(
+        "extends = \"recipe.toml\"\nseeds = [0]\n[recipe]\nmodel.pretrained = \"run\"\n[[arm]]\nname = \"a\"\n\
+                       [[arm]]\nname = \"b\"\nrecipe.optimizer.adamw.lr = 1e-5\n",
+    );
+    world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    crate::faults::spoil(&world.dir.path().join("run/step-00000012"));
+    let told = "--allow-nonfinite takes it";
+    assert!(world.fails(1, &COMPARE).contains(told));
+    // Allowed, the runs read the weights, and stop where the loss is none.
+    let err = world.fails(1, &[&COMPARE[..], &["--allow-nonfinite"]].concat());
+    assert!(!err.contains(told) && err.contains("FAILED    a, seed 0"), "{err}");
+}
+
+/// Every arm trains as long as the first, by the clock.
+const TIMED: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+match = "time"
+tolerance = 0.9
+[recipe]
+metrics.tensorboard = false
+training.steps = 200
+validation.interval = 0
+checkpoint.interval = 0
+[[arm]]
+name = "GQA"
+recipe.model.decoder.attention.softmax = { n_heads = 4, n_kv_heads = 2 }
+[[arm]]
+name = "deep"
+recipe.model.decoder.n_layers = 6
+"#;
+
+#[test]
+fn arms_of_equal_time_take_as_many_steps_as_fit() {
+    let world = world(TIMED);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    assert!(out.contains("steps      of the arms are set once they have been timed"), "{out}");
+    assert!(!world.dir.path().join("checkpoints").exists(), "a plan writes nothing");
+    let (_, err) = world.succeeds(&COMPARE);
+    let paces = json(&world, "checkpoints/compare/zoo/calibration.json");
+    let pace = paces["paces"].as_object().unwrap().values().next().unwrap();
+    let ratio = pace["ratio"].as_f64().unwrap();
+    assert!(ratio > 1.2 && pace["rounds"].as_array().unwrap().len() >= 3, "{paces}");
+    let all = results(&world);
+    assert_eq!(all.len(), 4);
+    for (name, result) in &all {
+        let steps = result["steps"].as_u64().unwrap();
+        let expected = if name.starts_with("gqa-") { 200 } else { (200.0 / ratio).round() as u64 };
+        assert_eq!(steps, expected, "{name}, {ratio}");
+    }
+    assert!(
+        err.contains("calibration: deep: a step takes") && err.contains("match    deep: training.steps ="),
+        "{err}"
+    );
+    let report = json(&world, "checkpoints/compare/zoo/report.json");
+    let seconds = |arm: &str| {
+        let own = all.iter().filter(|(name, _)| name.starts_with(arm)).map(|(_, run)| run["seconds"].as_f64().unwrap());
+        own.sum::<f64>()
+    };
+    let off = report["time_off"]["deep"].as_f64().unwrap();
+    assert!((off - (seconds("deep") / seconds("gqa") - 1.0)).abs() < 1e-9, "{off}");
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    assert!(markdown.contains(&format!("deep: {:+.2} %", 100.0 * off)), "{markdown}");
+
+    // What was timed decides what a run is: it is not timed again.
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(!err.contains("calibration") && err.contains("4 runs, 4 of them have finished before"), "{err}");
+    for (change, with, words) in [
+        (
+            "tolerance = 0.9",
+            "solve = \"model.decoder.d_ff\"",
+            "match = \"time\" seeks training.steps, and no other key",
+        ),
+        ("n_layers = 6", "n_layers = 6\nrecipe.training.steps = 9", "arm `deep`: training.steps is what match seeks"),
+    ] {
+        std::fs::write(world.dir.path().join("zoo.toml"), TIMED.replace(change, with)).unwrap();
+        assert!(world.fails(2, &["validate", "zoo.toml"]).contains(words), "{with}");
+    }
+    // So few steps that one more or less is too much.
+    std::fs::write(world.dir.path().join("zoo.toml"), TIMED.replace("= 0.9", "= 0.0001")).unwrap();
+    assert!(world.fails(2, &COMPARE).contains("train for more steps"));
+}
+
+/// Two arms on a ladder of three sizes.
+const LADDER: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+[recipe]
+metrics.tensorboard = false
+training.gradient_accumulation_steps = 1
+validation.interval = 0
+checkpoint.interval = 0
+[ladder]
+tokens_per_parameter = 0.5
+[[ladder.size]]
+name = "8"
+recipe.model.decoder.d_model = 8
+[[ladder.size]]
+name = "16"
+[[ladder.size]]
+name = "32"
+recipe.model.decoder.d_model = 32
+[[arm]]
+name = "GQA"
+recipe.model.decoder.attention.softmax = { n_heads = 4, n_kv_heads = 2 }
+[[arm]]
+name = "DIFF"
+"#;
+
+#[test]
+fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
+    let world = world(LADDER);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    assert!(out.contains("runs       12: 6 arms, 2 seeds") && out.contains("DIFF; 32"), "{out}");
+    world.succeeds(&COMPARE);
+    let all = results(&world);
+    assert_eq!(all.len(), 12);
+    // Tokens follow the base arm's parameters, for both arms of a size.
+    for size in ["8", "16", "32"] {
+        let of = |arm: &str| &all.iter().find(|(name, _)| name.starts_with(&format!("{arm}-{size}-"))).unwrap().1;
+        let parameters = of("gqa")["parameters"].as_f64().unwrap();
+        let steps = (0.5 * parameters / 64.0).round() as u64;
+        assert_eq!([of("gqa"), of("diff")].map(|run| run["steps"].as_u64().unwrap()), [steps; 2], "{size}");
+    }
+    let report = json(&world, "checkpoints/compare/zoo/report.json");
+    let laws = report["laws"].as_array().unwrap();
+    assert_eq!(laws.len(), 2);
+    for law in laws {
+        assert_eq!(law["rungs"].as_array().unwrap().len(), 3);
+        let [low, high] = [0, 1].map(|end| law["law"]["interval"][end].as_f64().unwrap());
+        let exponent = law["law"]["exponent"].as_f64().unwrap();
+        assert!(low <= exponent && exponent <= high && law["law"]["n"] == 6, "{law}");
+    }
+    let first = &laws[0]["rungs"][0];
+    let run = &all.iter().find(|(name, _)| name.starts_with("gqa-8-")).unwrap().1;
+    let flops = 3.0 * run["flops_per_token"].as_f64().unwrap() * run["tokens"].as_f64().unwrap();
+    assert!((first["flops"].as_f64().unwrap() - flops).abs() < 1e-6 * flops, "{first}");
+    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    assert!(markdown.contains("## Power laws over training FLOPs"), "{markdown}");
+    crate::pages::assert_whole(&world.dir.path().join("checkpoints/compare/zoo/report.html"));
+
+    for (change, with, words) in [
+        ("tokens_per_parameter = 0.5", "flops = [1e6, 1e7]", "a law takes 3 points or more; flops gives 2"),
+        ("tokens_per_parameter = 0.5", "tokens_per_parameter = 1e-3", "less than a step of 64"),
+        ("tokens_per_parameter = 0.5", "irreducible = \"fitt\"", "a number, or \"fit\""),
+        (
+            "name = \"DIFF\"",
+            "name = \"DIFF\"\nrecipe.training.steps = 3",
+            "training.steps is what the ladder's budgets decide",
+        ),
+        ("name = \"16\"", "name = \"16\"\nrecipe.model.decoder.d_modl = 16", "did you mean `d_model`?"),
+        (
+            "[[arm]]\nname = \"GQA\"",
+            "[[setting]]\nname = \"x\"\n[[arm]]\nname = \"GQA\"",
+            "ladder makes settings of its sizes",
+        ),
+    ] {
+        std::fs::write(world.dir.path().join("zoo.toml"), LADDER.replace(change, with)).unwrap();
+        let err = world.fails(2, &["validate", "zoo.toml"]);
+        assert!(err.contains(words), "{with}: {err}");
+    }
+    // Sizes times budgets, each with the tokens that the budget buys.
+    std::fs::write(
+        world.dir.path().join("zoo.toml"),
+        LADDER.replace("tokens_per_parameter = 0.5", "flops = [1e8, 2e8, 4e8]"),
+    )
+    .unwrap();
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
+    assert!(out.contains("runs       36: 18 arms, 2 seeds") && out.contains("GQA; 8, 1e8 FLOPs"), "{out}");
+}
+
+#[test]
+fn with_mup_a_wider_model_starts_smaller_and_the_base_is_plain() {
+    let world = World::new(SMALL);
+    let train = |out: &str, changes: &[&str]| {
+        world.succeeds(&[&["train", "recipe.toml", "--out", out], changes].concat());
+        json(&world, &format!("{out}/result.json"))["validation"]["loss"].as_f64().unwrap()
+    };
+    let mup = ["model.parametrization=mup", "model.base_width=16"];
+    let plain = train("plain", &[]);
+    assert_eq!(train("base", &mup), plain, "at the base width nothing changes");
+    let muon = ["optimizer.muon.lr=1e-3"];
+    assert_eq!(train("base-muon", &[&mup[..], &muon].concat()), train("plain-muon", &muon));
+    let narrower = ["model.parametrization=mup", "model.base_width=8"];
+    assert_ne!(train("wide", &narrower), plain);
+    // Cut off and continued it is the same run.
+    train("half", &[&narrower[..], &["training.steps=6"]].concat());
+    world.succeeds(&[&["train", "recipe.toml", "--out", "half"], &narrower[..]].concat());
+    for (changes, words) in [
+        (&["model.parametrization=mup"][..], "takes model.base_width"),
+        (&["model.parametrization=mupp", "model.base_width=8"], "mupp"),
+        (&["model.base_width=8"], "are for model.parametrization = \"mup\""),
+        (&["model.parametrization=mup", "model.base_width=0"], "base_width (0) must be at least 1"),
+        (&["model.parametrization=mup", "model.base_width=8", "lora.rank=2"], "lora has pairs of its own"),
+    ] {
+        let err = world.fails(2, &[&["validate", "recipe.toml"], changes].concat());
+        assert!(err.contains(words), "{changes:?}: {err}");
+    }
+    let resumed = world.fails(2, &["train", "recipe.toml", "--out", "wide"]);
+    assert!(resumed.contains("model.parametrization"), "{resumed}");
+}

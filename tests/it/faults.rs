@@ -188,7 +188,7 @@ fn a_damaged_line_of_the_log_is_told_with_its_number() {
 }
 
 /// The same checkpoint with a NaN and an infinity among its weights.
-fn spoil(checkpoint: &Path) {
+pub fn spoil(checkpoint: &Path) {
     let run = checkpoint.parent().unwrap();
     let manifest = verify(checkpoint).unwrap();
     let mut draft = Draft::begin(run, manifest.step).unwrap();

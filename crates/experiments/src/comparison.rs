@@ -1,5 +1,6 @@
 //! The file that describes a comparison: a base recipe, what its arms change, and what is held equal.
 
+pub mod ladder;
 mod settings;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +15,12 @@ use polyhead_recipe::schema;
 use polyhead_recipe::{self as recipe, Conversion, Growth, folder_name};
 use polyhead_recipe::{Problem, Problems, in_words};
 
+use super::tune::{Tune, Values, leaves};
+use ladder::Ladder;
 use settings::{Place, multiplied};
+
+/// What arms that take equally long differ in.
+pub const STEPS: &str = "training.steps";
 
 /// A comparison. Its `extends` names the base recipe, as in a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -31,12 +37,13 @@ pub struct Comparison {
     /// What is made equal to the base arm's. Default: "none".
     #[serde(default, rename = "match")]
     pub matched: Matched,
-    /// The key whose value is sought to make it equal. Default: "model.decoder.d_ff".
-    #[serde(default = "d_ff")]
-    pub solve: String,
-    /// By which share a matched arm may miss the target. Default: 0.01, chosen by us.
-    #[serde(default = "tolerance")]
-    pub tolerance: f64,
+    /// The key whose value is sought to make it equal. Default: "model.decoder.d_ff"; of match = "time" it is "training.steps" and
+    /// nothing else.
+    #[serde(default)]
+    pub solve: Option<String>,
+    /// By which share a matched arm may miss the target. Default: 0.01, of match = "time" 0.02; chosen by us.
+    #[serde(default)]
+    pub tolerance: Option<f64>,
     /// What the findings are about. Default: "validation_loss".
     #[serde(default)]
     pub metric: Quality,
@@ -48,6 +55,9 @@ pub struct Comparison {
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub sweep: toml::Table,
+    /// Every arm tries the same settings with the same budget before its best one is trained and reported.
+    #[serde(default)]
+    pub tune: Option<Tune>,
     /// What is made once for every seed before the arms run: models that arms start from with
     /// `model.pretrained = "{name}"`.
     #[serde(default)]
@@ -60,6 +70,9 @@ pub struct Comparison {
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub recipe: toml::Table,
+    /// Sizes and compute budgets that every arm is trained at, and the power law that follows.
+    #[serde(default)]
+    pub ladder: Option<Ladder>,
     /// A dial that every arm is trained at: each is compared with the base arm at the same setting.
     #[serde(default)]
     pub setting: Vec<Setting>,
@@ -68,14 +81,6 @@ pub struct Comparison {
     /// What others found, and which arms show it; each is a row of the replication table.
     #[serde(default)]
     pub claim: Vec<Claim>,
-}
-
-fn d_ff() -> String {
-    "model.decoder.d_ff".into()
-}
-
-fn tolerance() -> f64 {
-    0.01
 }
 
 fn yes() -> bool {
@@ -149,6 +154,8 @@ pub enum Matched {
     Flops,
     /// Bytes kept per token while decoding.
     KvCache,
+    /// Seconds spent in training steps, by the speed of a calibration run on this machine: every arm takes as many steps as fit.
+    Time,
 }
 
 /// What findings are about.
@@ -197,6 +204,7 @@ pub enum Looked {
 }
 
 /// A comparison with where its keys stand.
+#[derive(Clone)]
 pub struct Read {
     /// What it says, every arm at every setting.
     pub comparison: Comparison,
@@ -275,7 +283,8 @@ fn flags_in_strings(layer: &Layer) -> Vec<String> {
 
 /// Rules about the comparison itself, each with the key it is about.
 fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
-    let Comparison { seeds, arm, tolerance, .. } = comparison;
+    let Comparison { seeds, arm, .. } = comparison;
+    let tolerance = comparison.tolerance();
     let names: Vec<&str> = arm.iter().map(|arm| arm.name.as_str()).collect();
     let known = |name: &str| names.contains(&name);
     let listed = || names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
@@ -293,6 +302,11 @@ fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
         rule(!names[..at].contains(name), key.clone(), format!("arm `{name}`: two arms have this name"));
         rule(!folder_name(name).is_empty(), key, format!("arm `{name}`: its name must hold a letter or a digit"));
     }
+    if let Some(ladder) = &comparison.ladder {
+        let message = "setting: ladder makes settings of its sizes already, each of which can change more";
+        rule(comparison.setting.is_empty(), "setting".into(), message.into());
+        ladder.problems().into_iter().for_each(|error| rule(false, error.field, error.problem));
+    }
     let settings: Vec<String> = comparison.setting.iter().map(|setting| folder_name(&setting.name)).collect();
     for (at, name) in settings.iter().enumerate() {
         rule(
@@ -308,10 +322,19 @@ fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
         rule(known(base), "base".into(), format!("base: no arm is called \"{base}\"; there are {}", listed()));
     }
     rule(
-        (0.0..=1.0).contains(tolerance),
+        (0.0..=1.0).contains(&tolerance),
         "tolerance".into(),
         format!("tolerance ({tolerance}) must be 0 to 1, a share of the target"),
     );
+    let sought = arm.iter().enumerate().map(|(at, arm)| (format!("arm.{at}.solve"), &arm.solve));
+    for (key, solve) in [("solve".to_owned(), &comparison.solve)].into_iter().chain(sought) {
+        let steps = solve.as_deref().is_none_or(|solve| solve == STEPS);
+        rule(
+            steps || comparison.matched != Matched::Time,
+            key,
+            format!("solve: match = \"time\" seeks {STEPS}, and no other key: leave it out"),
+        );
+    }
     for flags in &comparison.evaluate {
         let problem = check_task(flags).err();
         rule(problem.is_none(), "evaluate".into(), format!("evaluate: {}", problem.unwrap_or_default()));
@@ -345,9 +368,18 @@ fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
             format!("arm `{}`: no preparation is called \"{}\"", arm.name, named.unwrap_or_default()),
         );
     }
-    for (key, value) in leaves(&comparison.sweep) {
+    for (key, value) in leaves(&comparison.sweep, &|_| false) {
         let some = value.as_array().is_some_and(|values| !values.is_empty());
         rule(some, format!("sweep.{key}"), format!("sweep: {key} must be a list of values to choose from"));
+    }
+    if let Some(tune) = &comparison.tune {
+        rule(
+            comparison.sweep.is_empty(),
+            "sweep".into(),
+            "sweep: tune tries settings already; lists can be among its ranges".into(),
+        );
+        let ConfigError { field, problem } = tune.trials().err().unwrap_or_else(|| ConfigError::new("", ""));
+        rule(problem.is_empty(), field, problem);
     }
     for (at, claim) in comparison.claim.iter().enumerate() {
         let key = format!("claim.{at}.arms");
@@ -368,36 +400,57 @@ fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<ConfigError> {
 impl Arm {
     /// What its setting changes of the base recipe, and what it changes itself.
     pub fn layers(&self, layer: &Layer) -> Vec<Layer> {
-        let setting = self.place.setting.map(|at| layer.part(&["setting", &at.to_string(), "recipe"]));
+        let part = |of: &[&str], at: usize| layer.part(&[of, &[at.to_string().as_str(), "recipe"]].concat());
+        let setting = match self.place.size {
+            Some(size) => Some(part(&["ladder", "size"], size)),
+            None => self.place.setting.map(|at| part(&["setting"], at)),
+        };
         setting.into_iter().chain([layer.part(&["arm", &self.place.arm.to_string(), "recipe"])]).collect()
     }
 }
 
 impl Comparison {
-    /// All combinations of the values to choose from, each as `key = value` lines; one without lines where there is no
-    /// sweep.
-    pub fn choices(&self) -> Vec<Vec<String>> {
-        leaves(&self.sweep).into_iter().fold(vec![Vec::new()], |choices, (key, values)| {
+    /// The key whose value is sought for an arm.
+    pub fn solve<'a>(&'a self, arm: &'a Arm) -> &'a str {
+        let default = if self.matched == Matched::Time { STEPS } else { "model.decoder.d_ff" };
+        arm.solve.as_deref().or(self.solve.as_deref()).unwrap_or(default)
+    }
+
+    /// By which share a matched arm may miss the target.
+    pub fn tolerance(&self) -> f64 {
+        self.tolerance.unwrap_or(if self.matched == Matched::Time { 0.02 } else { 0.01 })
+    }
+
+    /// The settings that every arm is trained with: trials, or all combinations of a sweep; one without keys where nothing is
+    /// chosen.
+    pub fn choices(&self) -> Vec<Values> {
+        if let Some(tune) = &self.tune {
+            return tune.trials().unwrap_or_default(); // what is wrong was told when the file was read
+        }
+        leaves(&self.sweep, &|_| false).into_iter().fold(vec![Values::new()], |choices, (key, values)| {
             let values = values.as_array().map(Vec::as_slice).unwrap_or_default();
-            let longer = |choice: &Vec<String>, value: &toml::Value| {
-                choice.iter().cloned().chain([format!("{key} = {value}")]).collect()
+            let longer = |choice: &Values, value: &toml::Value| {
+                choice.iter().cloned().chain([(key.clone(), value.clone())]).collect()
             };
             choices.iter().flat_map(|choice| values.iter().map(move |value| longer(choice, value))).collect()
         })
     }
-}
 
-/// The values in nested tables, with their dotted keys.
-fn leaves(table: &toml::Table) -> Vec<(String, &toml::Value)> {
-    table
-        .iter()
-        .flat_map(|(key, value)| match value {
-            toml::Value::Table(inner) => {
-                leaves(inner).into_iter().map(|(rest, value)| (format!("{key}.{rest}"), value)).collect()
-            }
-            value => vec![(key.clone(), value)],
-        })
-        .collect()
+    /// Whether settings are chosen, so that what is reported comes from the other half of the held-out batches.
+    pub fn chooses(&self) -> bool {
+        !self.sweep.is_empty() || self.tune.is_some()
+    }
+
+    /// Seeds of trials that choose the settings; none where those of the report do.
+    pub fn trial_seeds(&self) -> Vec<u64> {
+        self.tune.as_ref().map_or(Vec::new(), |tune| tune.seeds(&self.seeds))
+    }
+
+    /// Every seed that something is trained with, those of the report first.
+    pub fn all_seeds(&self) -> Vec<u64> {
+        let more = self.trial_seeds().into_iter().filter(|seed| !self.seeds.contains(seed));
+        self.seeds.iter().copied().chain(more).collect()
+    }
 }
 
 /// The name in `{name}`.

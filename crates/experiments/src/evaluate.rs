@@ -4,16 +4,16 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
-use std::process::Child;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::process::{Child, ExitStatus};
 
+use polyhead_training::run::Requests;
 use serde_json::Value;
 
 use polyhead_runs::Failure;
 use polyhead_runs::result;
 
 use super::outcome::Outcome;
-use super::processes::{LOOK, Share, children, end_of_log, spawn};
+use super::processes::{Jobs, Share, end_of_log, run_jobs, spawn};
 
 /// One task for one run.
 struct Question {
@@ -27,9 +27,9 @@ struct Question {
 ///
 /// # Errors
 /// If a task fails, or a signal came.
-pub fn evaluate(outcome: &mut Outcome, share: Share, stop: &AtomicUsize, tell: fn(&str)) -> Result<(), Failure> {
+pub fn evaluate(outcome: &mut Outcome, share: &Share, requests: &Requests, tell: fn(&str)) -> Result<(), Failure> {
     let questions = questions(outcome);
-    let mut waiting: VecDeque<&Question> = questions.iter().filter(|question| !question.answer.exists()).collect();
+    let waiting: VecDeque<&Question> = questions.iter().filter(|question| !question.answer.exists()).collect();
     if !waiting.is_empty() {
         tell(&format!(
             "{} evaluations, {} of them have finished before",
@@ -37,47 +37,10 @@ pub fn evaluate(outcome: &mut Outcome, share: Share, stop: &AtomicUsize, tell: f
             questions.len() - waiting.len()
         ));
     }
-    let mut running: Vec<(&Question, Child)> = Vec::new();
-    let (mut told, mut failed) = (0, None);
-    loop {
-        let signal = stop.load(Ordering::SeqCst);
-        if signal != told {
-            told = signal;
-            running.iter().for_each(|(_, child)| children::send(child, signal));
-        }
-        while signal == 0 && failed.is_none() && running.len() < share.jobs {
-            let Some(question) = waiting.pop_front() else { break };
-            running.push((question, question.ask(share.threads)?));
-        }
-        if running.is_empty() {
-            break;
-        }
-        std::thread::sleep(LOOK);
-        for (question, mut child) in std::mem::take(&mut running) {
-            match child.try_wait()? {
-                None => running.push((question, child)),
-                Some(status) => {
-                    let run = &outcome.arms[question.arm].runs[question.run];
-                    let name = format!("{}, seed {}", outcome.arms[question.arm].name, run.seed);
-                    match status.success() {
-                        true => {
-                            std::fs::rename(question.answer.with_extension("part"), &question.answer)?;
-                            tell(&format!("evaluated {name}: {}", question.flags));
-                        }
-                        false if stop.load(Ordering::SeqCst) != 0 => {} // left
-                        false => {
-                            let log = end_of_log(&question.answer.with_extension("log"));
-                            failed = Some(format!("{name}: eval {}: {status}\n{log}", question.flags));
-                        }
-                    }
-                }
-            }
-        }
-    }
-    match (stop.load(Ordering::SeqCst), failed) {
-        (0, None) => {}
-        (0, Some(problem)) => return Err(Failure::Run(problem)),
-        (signal, _) => return Err(Failure::Interrupted(signal)),
+    let mut asking = Asking { waiting, failed: None, outcome, tell };
+    run_jobs(&mut asking, share, requests)?;
+    if let Some(problem) = asking.failed {
+        return Err(Failure::Run(problem));
     }
     for Question { arm, run, answer, .. } in questions {
         let text = std::fs::read_to_string(&answer).map_err(|error| Failure::file("read", &answer, error))?;
@@ -86,6 +49,43 @@ pub fn evaluate(outcome: &mut Outcome, share: Share, stop: &AtomicUsize, tell: f
         outcome.arms[arm].runs[run].evaluated.extend(numbers(&value));
     }
     Ok(())
+}
+
+/// Questions that have no answer yet; after one that failed none is asked.
+struct Asking<'a> {
+    waiting: VecDeque<&'a Question>,
+    failed: Option<String>,
+    outcome: &'a Outcome,
+    tell: fn(&str),
+}
+
+impl<'a> Jobs for Asking<'a> {
+    type Job = &'a Question;
+
+    fn next(&mut self) -> Option<&'a Question> {
+        if self.failed.is_some() { None } else { self.waiting.pop_front() }
+    }
+
+    fn start(&mut self, question: &&'a Question, share: &Share) -> Result<Child, Failure> {
+        question.ask(share)
+    }
+
+    fn ended(&mut self, question: &'a Question, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
+        let arm = &self.outcome.arms[question.arm];
+        let name = format!("{}, seed {}", arm.name, arm.runs[question.run].seed);
+        match status.success() {
+            true => {
+                std::fs::rename(question.answer.with_extension("part"), &question.answer)?;
+                (self.tell)(&format!("evaluated {name}: {}", question.flags));
+            }
+            false if stopped => {} // left
+            false => {
+                let log = end_of_log(&question.answer.with_extension("log"));
+                self.failed = Some(format!("{name}: eval {}: {status}\n{log}", question.flags));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn questions(outcome: &Outcome) -> Vec<Question> {
@@ -103,13 +103,13 @@ fn questions(outcome: &Outcome) -> Vec<Question> {
 }
 
 impl Question {
-    fn ask(&self, threads: usize) -> Result<Child, Failure> {
+    fn ask(&self, share: &Share) -> Result<Child, Failure> {
         let part = self.answer.with_extension("part");
         let output = File::create(&part).map_err(|error| Failure::file("create", &part, error))?;
         let folder = self.answer.parent().map_or(String::new(), |folder| folder.display().to_string());
         let words = self.flags.split_whitespace().map(Into::into);
         let arguments: Vec<String> = ["eval".to_owned(), folder].into_iter().chain(words).collect();
-        spawn(&arguments, &self.answer.with_extension("log"), Some(output), threads)
+        spawn(&arguments, &self.answer.with_extension("log"), Some(output), share)
     }
 }
 

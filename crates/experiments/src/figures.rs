@@ -21,15 +21,24 @@ fn colour(arm: usize) -> RGBColor {
     RGBColor(7, 8, (arm % COLOURS) as u8)
 }
 
-/// One point of a curve: mean over seeds, and how far they spread.
+/// One point of a curve: a mean, and what is around it.
 #[derive(Debug, Clone, Copy)]
 pub struct At {
     /// Where it stands.
     pub x: f64,
     /// The mean.
     pub y: f64,
-    /// Standard deviation over seeds; 0 for one seed.
-    pub spread: f64,
+    /// The lower end of the band.
+    pub low: f64,
+    /// The upper end of the band.
+    pub high: f64,
+}
+
+impl At {
+    /// A mean over seeds with a standard deviation to both sides; 0 for one seed.
+    pub fn around(x: f64, y: f64, deviation: f64) -> Self {
+        Self { x, y, low: y - deviation, high: y + deviation }
+    }
 }
 
 /// A curve of an arm.
@@ -38,6 +47,27 @@ pub struct Curve {
     pub arm: usize,
     /// Its points, from left to right.
     pub points: Vec<At>,
+    /// How they are drawn.
+    pub drawn: Drawn,
+}
+
+/// How the points of a curve are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Drawn {
+    /// Marks with lines between them.
+    #[default]
+    Joined,
+    /// Marks alone.
+    Marks,
+    /// Lines alone.
+    Line,
+}
+
+impl Curve {
+    /// Marks with lines between them.
+    pub fn joined(arm: usize, points: Vec<At>) -> Self {
+        Self { arm, points, drawn: Drawn::Joined }
+    }
 }
 
 /// Curves with bands.
@@ -52,6 +82,8 @@ pub struct Curves<'a> {
     pub curves: Vec<Curve>,
     /// Whether the steep beginning (the first tenth) may be cut off.
     pub cut: bool,
+    /// Whether points are given by their decimal logarithms: the axes tell the numbers.
+    pub logarithms: bool,
     /// What stands at 0, 1, 2 and so on along the horizontal axis, instead of numbers.
     pub names: &'a [&'a str],
     /// Width and height in pixels.
@@ -82,15 +114,18 @@ pub struct Dot {
     pub at: At,
 }
 
-/// Draws curves with bands of one standard deviation. `None` where there is nothing to draw.
+/// Draws curves with bands. `None` where there is nothing to draw.
 ///
 /// # Errors
 /// If drawing fails.
 pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
     let points = || figure.curves.iter().flat_map(|curve| &curve.points);
-    let right = points().map(|at| at.x).fold(0.0, f64::max);
+    let (left, right) = match (figure.logarithms, padded(points().map(|at| at.x))) {
+        (true, Some(ends)) => ends,
+        _ => (0.0, points().map(|at| at.x).fold(1e-9, f64::max)),
+    };
     let counted = points().filter(|at| !figure.cut || at.x >= 0.1 * right);
-    let Some(range) = padded(counted.flat_map(|at| [at.y - at.spread, at.y + at.spread])) else { return Ok(None) };
+    let Some(range) = padded(counted.flat_map(|at| [at.low, at.high])) else { return Ok(None) };
     let drawn = draw(figure.title, figure.size, |area| {
         let format = decimals(range.1 - range.0);
         let mut chart = ChartBuilder::on(area)
@@ -99,32 +134,34 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
             .margin_right(if figure.names.is_empty() { 18 } else { 64 })
             .x_label_area_size(42)
             .y_label_area_size(if figure.y.is_empty() { 48 } else { 64 })
-            .build_cartesian_2d(0.0..right.max(1e-9), range.0..range.1)
+            .build_cartesian_2d(left..right, range.0..range.1)
             .map_err(said)?;
         let name = |x: &f64| match figure.names.get(x.round() as usize) {
             Some(name) if (x - x.round()).abs() < 1e-6 => (*name).to_owned(),
             Some(_) => String::new(),
+            None if figure.logarithms => significant(10f64.powf(*x)),
             None => short(*x, right),
         };
-        mesh(&mut chart, figure.x, figure.y, &name, &|y| label(*y, format))?;
+        let value = |y: &f64| if figure.logarithms { significant(10f64.powf(*y)) } else { label(*y, format) };
+        mesh(&mut chart, figure.x, figure.y, &name, &value)?;
         let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
         for curve in &figure.curves {
             let colour = colour(curve.arm);
-            let above = curve.points.iter().map(|at| pixel(at.x, at.y + at.spread));
-            let below = curve.points.iter().rev().map(|at| pixel(at.x, at.y - at.spread));
-            if curve.points.len() > 1 && curve.points.iter().any(|at| at.spread > 0.0) {
+            let above = curve.points.iter().map(|at| pixel(at.x, at.high));
+            let below = curve.points.iter().rev().map(|at| pixel(at.x, at.low));
+            if curve.points.len() > 1 && curve.points.iter().any(|at| at.high > at.low) {
                 area.draw(&Polygon::new(above.chain(below).collect::<Vec<_>>(), colour.mix(0.16))).map_err(said)?;
             }
         }
         for curve in &figure.curves {
             let style = colour(curve.arm).stroke_width(2);
-            for pair in curve.points.windows(2) {
+            for pair in curve.points.windows(2).filter(|_| curve.drawn != Drawn::Marks) {
                 if let Some((from, to)) = inside(pair[0], pair[1], range.1) {
                     let line = vec![pixel(from.0, from.1), pixel(to.0, to.1)];
                     area.draw(&PathElement::new(line, style)).map_err(said)?;
                 }
             }
-            for at in curve.points.iter().filter(|at| at.y <= range.1) {
+            for at in curve.points.iter().filter(|at| at.y <= range.1 && curve.drawn != Drawn::Line) {
                 mark(area, pixel(at.x, at.y), curve.arm)?;
             }
         }
@@ -201,7 +238,7 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
 /// # Errors
 /// If drawing fails.
 pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<String>, String> {
-    let ys = dots.iter().flat_map(|dot| [dot.at.y - dot.at.spread, dot.at.y + dot.at.spread]);
+    let ys = dots.iter().flat_map(|dot| [dot.at.low, dot.at.high]);
     let (Some(ys), Some(xs)) = (padded(ys), padded(dots.iter().map(|dot| dot.at.x))) else { return Ok(None) };
     // Names stand to the right of their points.
     let names = dots.iter().map(|dot| dot.name.chars().count()).max().unwrap_or(0) as f64;
@@ -218,8 +255,7 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
         mesh(&mut chart, x, y, &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
         let mut labels = Vec::new();
         for dot in dots {
-            let ends =
-                [dot.at.y - dot.at.spread, dot.at.y + dot.at.spread].map(|y| chart.backend_coord(&(dot.at.x, y)));
+            let ends = [dot.at.low, dot.at.high].map(|y| chart.backend_coord(&(dot.at.x, y)));
             area.draw(&PathElement::new(ends.to_vec(), colour(dot.arm).stroke_width(2))).map_err(said)?;
             let place = chart.backend_coord(&(dot.at.x, dot.at.y));
             mark(area, place, dot.arm)?;
@@ -363,6 +399,17 @@ fn label(value: f64, decimals: usize) -> String {
     if text.trim_start_matches(['-', '0', '.']).is_empty() { text.replace('-', "") } else { text }
 }
 
+/// Three digits: `2.5e13`, `3.21`.
+fn significant(value: f64) -> String {
+    let scientific = format!("{value:.2e}");
+    let (digits, power) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let digits = digits.trim_end_matches('0').trim_end_matches('.');
+    match power.parse::<i32>() {
+        Ok(power) if (-3..4).contains(&power) => format!("{value:.*}", (2 - power).max(0) as usize),
+        _ => format!("{digits}e{power}"),
+    }
+}
+
 /// `1.5M`, in labels of a range of this width.
 fn short(value: f64, range: f64) -> String {
     match range {
@@ -380,18 +427,19 @@ mod tests {
 
     #[test]
     fn figures_hold_no_colour_of_their_own() {
-        let points = vec![At { x: 0.0, y: 3.0, spread: 0.1 }, At { x: 10.0, y: 1.0, spread: 0.2 }];
+        let points = vec![At::around(0.0, 3.0, 0.1), At::around(10.0, 1.0, 0.2)];
         let figure = Curves {
             title: "loss <over> tokens",
             x: "tokens",
             y: "loss",
-            curves: vec![Curve { arm: 0, points: points.clone() }, Curve { arm: 9, points }],
+            curves: vec![Curve::joined(0, points.clone()), Curve { drawn: Drawn::Line, ..Curve::joined(9, points) }],
             cut: true,
+            logarithms: false,
             names: &[],
             size: (560, 340),
         };
         let row = |name: &str| Row { arm: 1, name: name.into(), values: vec![1.0, 2.0], mean: 1.5, margin: Some(6.0) };
-        let dot = |arm| Dot { arm, name: "an arm".into(), at: At { x: 5.0, y: 1.0, spread: 0.0 } };
+        let dot = |arm| Dot { arm, name: "an arm".into(), at: At::around(5.0, 1.0, 0.0) };
         for svg in [
             curves(&figure).unwrap().unwrap(),
             dot_plot("dots", "loss", &[row("a"), row("b & c")], true).unwrap().unwrap(),
@@ -411,5 +459,6 @@ mod tests {
             (short(2e6, 3e6), short(12_345.0, 2e4), short(0.25, 0.3)),
             ("2.0M".into(), "12k".into(), "0.25".into())
         );
+        assert_eq!([2.5e13, 1e12, 3.214, 0.0124, 321.4].map(significant), ["2.5e13", "1e12", "3.21", "0.0124", "321"]);
     }
 }

@@ -9,12 +9,18 @@ use serde_json::Value;
 use crate::page::{escape, figure, page, table};
 use polyhead_runs::Failure;
 
+use super::best_of::BestOf;
 use super::extra_metrics;
-use super::figures::{At, Curve, Curves, Dot, Row, curves, dot_plot, legend_mark, scatter};
-use super::markdown::{difference_rows, environment, failures, notes, run_head, run_rows, shown_metrics};
+use super::figures::{At, Curve, Curves, Dot, Drawn, Row, curves, dot_plot, legend_mark, scatter};
+use super::ladder::ArmLadder;
+use super::markdown::{
+    DIFFERENCE_HEAD, LADDER_HEAD, best_of_head, best_of_rows, difference_rows, environment, failures, ladder_rows,
+    notes, run_head, run_rows, shown_metrics, trial_head, trial_rows,
+};
 use super::metric::Metric;
 use super::outcome::{Outcome, Point, curve};
 use super::statistics::Summary;
+use super::tune::Values;
 
 /// The report.
 ///
@@ -28,6 +34,9 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
     for problem in failures(outcome) {
         let _ = writeln!(body, "<p class=\"failed\">{}</p>", escape(&problem));
     }
+    for warning in outcome.warnings() {
+        let _ = writeln!(body, "<p class=\"warning\">{}</p>", escape(&warning));
+    }
     body.push_str(&figures(outcome).map_err(|error| Failure::Run(format!("a figure cannot be drawn: {error}")))?);
     let metrics = shown_metrics(outcome);
     let head = ["arm", "n"].map(String::from).into_iter().chain(metrics.iter().map(|metric| metric.label()));
@@ -38,10 +47,20 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
     });
     let _ = write!(body, "<h2>All numbers</h2>\n{}", table(&head.collect::<Vec<_>>(), rows.collect()));
     let metric = outcome.comparison.metric.metric();
-    let head = ["arm", "mean difference", "95 % interval", "n", "seed by seed"].map(String::from);
-    let rows = difference_rows(outcome, metric).into_iter().map(|row| row.to_vec()).collect();
+    let head = DIFFERENCE_HEAD.map(String::from);
+    let rows = difference_rows(outcome).into_iter().map(|row| row.to_vec()).collect();
     let base = outcome.comparison.base_in_words();
     let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(&base), metric.label(), table(&head, rows));
+    if outcome.comparison.chooses() {
+        let rows = table(&best_of_head(outcome), best_of_rows(outcome));
+        let tried = table(&trial_head(outcome), trial_rows(outcome));
+        let _ = writeln!(
+            body,
+            "<h2>Expected best of so many trials, {}</h2>\n{rows}<details><summary>Every setting that was tried, on the half that \
+             chooses</summary>{tried}</details>",
+            metric.label()
+        );
+    }
     let more = table(&extra_metrics::head(outcome), extra_metrics::rows(outcome));
     let _ =
         write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
@@ -70,6 +89,7 @@ fn figures(outcome: &Outcome) -> Result<String, String> {
         let _ = writeln!(out, "<li>{}{}</li>", legend_mark(arm)?, escape(outcome.comparison.plain_name(arm)));
     }
     out.push_str("</ul>\n");
+    out.push_str(&ladder(outcome)?);
     out.push_str(&over_settings(outcome)?);
     for (setting, group) in groups {
         if let Some(setting) = setting {
@@ -92,14 +112,15 @@ fn over_settings(outcome: &Outcome) -> Result<String, String> {
         let at = |(at, (_, group)): (usize, &(Option<&str>, Range<usize>))| {
             let summary = outcome.summary(group.start + arm, metric)?;
             let spread = summary.deviation.unwrap_or(0.0) * metric.factor;
-            Some(At { x: at as f64, y: summary.mean * metric.factor, spread })
+            Some(At::around(at as f64, summary.mean * metric.factor, spread))
         };
-        Curve { arm, points: groups.iter().enumerate().filter_map(at).collect() }
+        Curve::joined(arm, groups.iter().enumerate().filter_map(at).collect())
     };
     let title = format!("{} at every setting", capital(&metric.title));
     let found = (0..groups[0].1.len()).map(curve).collect();
     let (y, size) = (metric.label(), (860, 400));
-    let plot = Curves { title: &title, x: "", y: &y, curves: found, cut: false, names: &names, size };
+    let plot =
+        Curves { title: &title, x: "", y: &y, curves: found, cut: false, logarithms: false, names: &names, size };
     let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &svg));
     Ok(format!("<div class=\"figures\">{}</div>\n", svg.unwrap_or_default()))
 }
@@ -141,9 +162,44 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
             let found = curves_of(outcome, group.clone(), over, |line| line[key].as_f64());
             let title = format!("{} over {x}", capital(y.split(',').next().unwrap_or(y)));
             let cut = key == "validation_loss";
-            let figure = Curves { title: &title, x, y, curves: found, cut, names: &[], size: (560, 340) };
+            let figure =
+                Curves { title: &title, x, y, curves: found, cut, logarithms: false, names: &[], size: (560, 340) };
             add(&title, "mean over seeds; band: one standard deviation", curves(&figure)?);
         }
+    }
+
+    if let Some((key, found)) = over_choices(outcome, group.clone()) {
+        let title = format!("{} over {key}", capital(&metric.title));
+        let y = metric.label();
+        let plot = Curves {
+            title: &title,
+            x: &key,
+            y: &y,
+            curves: found,
+            cut: false,
+            logarithms: true,
+            names: &[],
+            size: (560, 340),
+        };
+        add(&title, "on the half that chooses; both axes are logarithmic", curves(&plot)?);
+    }
+
+    if outcome.comparison.chooses() {
+        let title = format!("Expected best of so many trials: {}", metric.label());
+        let small = "on the reporting half; band: 95 % interval of the bootstrap over trials";
+        let found = group.clone().map(|arm| best_of(outcome, arm)).collect();
+        let y = metric.label();
+        let plot = Curves {
+            title: &title,
+            x: "trials",
+            y: &y,
+            curves: found,
+            cut: false,
+            logarithms: false,
+            names: &[],
+            size: (560, 340),
+        };
+        add(&title, small, curves(&plot)?);
     }
 
     for x in ["kv_bytes_per_token", "tokens_per_second"] {
@@ -151,7 +207,7 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
         let dots = group.clone().filter_map(|arm| {
             let (x, y) = (outcome.summary(arm, &other)?, outcome.summary(arm, metric)?);
             let spread = y.deviation.unwrap_or(0.0) * metric.factor;
-            let at = At { x: x.mean * other.factor, y: y.mean * metric.factor, spread };
+            let at = At::around(x.mean * other.factor, y.mean * metric.factor, spread);
             Some(Dot { arm: colour_of(outcome, arm), name: outcome.comparison.plain_name(arm).to_owned(), at })
         });
         let title = format!("{} against {}", capital(&metric.title), other.title);
@@ -168,6 +224,72 @@ fn colour_of(outcome: &Outcome, arm: usize) -> usize {
     outcome.comparison.arm[arm].place.arm
 }
 
+/// What arms reached with each value of the one key that was tried, where that is a positive number.
+fn over_choices(outcome: &Outcome, group: Range<usize>) -> Option<(String, Vec<Curve>)> {
+    let number = |values: &Values| match values.as_slice() {
+        [(_, value)] => value.as_float().or(value.as_integer().map(|value| value as f64)).filter(|value| *value > 0.0),
+        _ => None,
+    };
+    let factor = outcome.comparison.metric.metric().factor;
+    let mut key = None;
+    let mut found = Vec::new();
+    for arm in group {
+        let mut points = Vec::new();
+        for tried in &outcome.arms[arm].considered {
+            key = key.or_else(|| Some(tried.values.first()?.0.clone()));
+            let x = number(&tried.values)?;
+            points.extend(tried.selection.map(|reached| (x, factor * reached.mean)).filter(|(_, y)| *y > 0.0));
+        }
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let at = |(x, y): (f64, f64)| At::around(x.log10(), y.log10(), 0.0);
+        found.push(Curve::joined(colour_of(outcome, arm), points.into_iter().map(at).collect()));
+    }
+    Some((key?, found)).filter(|(_, found)| found.iter().any(|curve| curve.points.len() > 1))
+}
+
+/// What an arm would have reached with fewer trials.
+fn best_of(outcome: &Outcome, arm: usize) -> Curve {
+    let (quality, factor) = (outcome.comparison.metric, outcome.comparison.metric.metric().factor);
+    let at = |BestOf { trials, mean, low, high }| At {
+        x: trials as f64,
+        y: mean * factor,
+        low: low * factor,
+        high: high * factor,
+    };
+    let points = outcome.arms[arm].expected_best(quality).into_iter().map(at).collect();
+    Curve::joined(colour_of(outcome, arm), points)
+}
+
+/// The laws of a ladder over what the arms reached, and their numbers.
+fn ladder(outcome: &Outcome) -> Result<String, String> {
+    let (found, metric) = (outcome.ladders(), outcome.comparison.metric.metric());
+    if found.is_empty() {
+        return Ok(String::new());
+    }
+    let named = if outcome.comparison.metric.grows() { "share of errors".to_owned() } else { metric.label() };
+    let mut drawn = Vec::new();
+    for ArmLadder { arm, rungs, law } in &found {
+        let (arm, point) = (colour_of(outcome, *arm), |x: f64, y: f64| At::around(x.log10(), y.log10(), 0.0));
+        let mean = |values: &[f64]| Summary::of(values).map(|summary| summary.mean);
+        let points = rungs.iter().filter_map(|(flops, values)| Some(point(*flops, mean(values)?))).collect();
+        drawn.push(Curve { drawn: Drawn::Marks, ..Curve::joined(arm, points) });
+        let ends = || rungs.iter().map(|(flops, _)| flops.ln());
+        let (low, high) = (ends().fold(f64::INFINITY, f64::min), ends().fold(f64::NEG_INFINITY, f64::max));
+        if let Ok(law) = law {
+            let at = |step: u32| (low + (high - low) * f64::from(step) / 40.0).exp();
+            let line = (0..=40).map(at).map(|flops| point(flops, law.at(flops))).collect();
+            drawn.push(Curve { drawn: Drawn::Line, ..Curve::joined(arm, line) });
+        }
+    }
+    let title = format!("{} over training FLOPs", capital(&named));
+    let (x, y, size) = ("training FLOPs", named.as_str(), (860, 400));
+    let plot = Curves { title: &title, x, y, curves: drawn, cut: false, logarithms: true, names: &[], size };
+    let small = "marks: mean over seeds of each budget; lines: power laws; both axes are logarithmic";
+    let svg = curves(&plot)?.map(|svg| figure(&title, small, &svg)).unwrap_or_default();
+    let rows = table(&LADDER_HEAD.map(String::from), ladder_rows(outcome));
+    Ok(format!("<h2>Power laws</h2>\n<div class=\"figures\">{svg}</div>\n{rows}"))
+}
+
 /// A curve of the means over seeds for every arm that logged something.
 fn curves_of(
     outcome: &Outcome,
@@ -178,10 +300,7 @@ fn curves_of(
     let of_arm = |arm: usize| {
         let runs = &outcome.arms[arm];
         let of_run = |history: &[Value]| curve(history, runs.tokens_per_step, value);
-        Curve {
-            arm: colour_of(outcome, arm),
-            points: mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), over),
-        }
+        Curve::joined(colour_of(outcome, arm), mean_curve(runs.runs.iter().map(|run| of_run(&run.history)), over))
     };
     group.map(of_arm).filter(|curve| !curve.points.is_empty()).collect()
 }
@@ -213,7 +332,7 @@ fn mean_curve(runs: impl Iterator<Item = Vec<Point>>, x: fn(&Point) -> f64) -> V
     let mean = |points: Vec<(f64, f64)>| {
         let (xs, ys): (Vec<f64>, Vec<f64>) = points.into_iter().unzip();
         let (x, y) = (Summary::of(&xs)?, Summary::of(&ys)?);
-        Some(At { x: x.mean, y: y.mean, spread: y.deviation.unwrap_or(0.0) })
+        Some(At::around(x.mean, y.mean, y.deviation.unwrap_or(0.0)))
     };
     by_tokens.into_values().filter_map(mean).collect()
 }
@@ -239,7 +358,16 @@ fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String
         for name in names {
             let found = curves_of(outcome, group.clone(), tokens, |line| extra_metrics::value(line, &name));
             let title = capital(&name.trim_start_matches(extra_metrics::MECHANISM).replace('_', " "));
-            let plot = Curves { title: &title, x: "", y: "", curves: found, cut: false, names: &[], size: (340, 220) };
+            let plot = Curves {
+                title: &title,
+                x: "",
+                y: "",
+                curves: found,
+                cut: false,
+                logarithms: false,
+                names: &[],
+                size: (340, 220),
+            };
             if let Some(svg) = curves(&plot)? {
                 out.push_str(&figure(&title, "", &svg));
             }

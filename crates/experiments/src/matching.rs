@@ -38,13 +38,14 @@ impl Matched {
             Self::Parameters => "parameters",
             Self::Flops => "FLOPs per token",
             Self::KvCache => "KV bytes per token",
+            Self::Time => "ms of training",
         }
     }
 
-    /// The cost that is made equal.
+    /// The cost that is made equal; 0 where it is none that can be computed.
     pub fn of(self, totals: &Totals) -> u64 {
         match self {
-            Self::None => 0,
+            Self::None | Self::Time => 0,
             Self::Parameters => totals.parameters,
             Self::Flops => totals.flops_per_token,
             Self::KvCache => totals.cached_bytes_per_token,

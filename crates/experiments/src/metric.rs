@@ -25,7 +25,7 @@ pub struct Metric {
 }
 
 /// All of them, as tables list them.
-pub const METRICS: [Metric; 9] = [
+pub const METRICS: [Metric; 10] = [
     Metric {
         key: Cow::Borrowed("validation_loss"),
         title: Cow::Borrowed("validation loss"),
@@ -98,7 +98,18 @@ pub const METRICS: [Metric; 9] = [
         factor: 1.0,
         of: |r, _| Some(r.flops_per_token as f64),
     },
+    Metric {
+        key: Cow::Borrowed("seconds"),
+        title: Cow::Borrowed("time in steps"),
+        unit: "s",
+        decimals: 1,
+        factor: 1.0,
+        of: |r, _| Some(r.seconds),
+    },
 ];
+
+/// The time that a run's steps took, of [`METRICS`].
+pub const SECONDS: usize = 9;
 
 fn score(result: &RunResult, swept: bool) -> Option<&Score> {
     if swept { result.reporting.as_ref() } else { Some(&result.validation) }

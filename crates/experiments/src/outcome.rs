@@ -10,14 +10,16 @@ use serde_json::Value;
 use polyhead_recipe as recipe;
 use polyhead_runs::Failure;
 use polyhead_runs::costs::tokens_per_step;
-use polyhead_runs::result::{self, Environment, RunResult};
+use polyhead_runs::result::{self, Environment, RunResult, Score};
 
+use super::best_of::{BestOf, Trial, expected_best};
 use super::comparison::{Comparison, Quality};
 use super::matching::Match;
 use super::metric::{METRICS, Metric};
-use super::plan::{ArmPlan, Plan};
+use super::plan::{Choice, Plan};
 use super::runs::End;
 use super::statistics::Summary;
+use super::tune::{Values, best, edges};
 use polyhead_training::run_folder::files::CONVERSION;
 
 /// What a comparison found.
@@ -42,10 +44,12 @@ pub struct Outcome {
 pub struct ArmOutcome {
     /// Its name.
     pub name: String,
-    /// The value of the sweep that was chosen; empty where there is no sweep.
+    /// The setting that was chosen; empty where nothing is chosen.
     pub choice: String,
-    /// The values of the sweep with what they reached on the selection half, over seeds.
-    pub considered: Vec<(String, Option<Summary>)>,
+    /// The settings that it was chosen from.
+    pub considered: Vec<Considered>,
+    /// What to say where the chosen setting is at the edge of what was tried.
+    pub edges: Vec<String>,
     /// What was sought to make it as costly as the base arm.
     pub matched: Option<Match>,
     /// Its recipe, resolved, with the first seed.
@@ -54,8 +58,28 @@ pub struct ArmOutcome {
     pub tokens_per_step: u64,
     /// Its runs, one a seed.
     pub runs: Vec<RunOutcome>,
-    /// Failed runs of other values of the sweep: which, and why.
+    /// Failed runs of other values of a sweep, and failed trials: which, and why.
     pub failed_elsewhere: Vec<(String, String)>,
+}
+
+/// A setting that was tried.
+pub struct Considered {
+    /// Its keys, as `key = value`.
+    pub words: String,
+    /// Its keys with their values.
+    pub values: Values,
+    /// What it reached on the half of the held-out batches that chooses, over seeds; `None` where a run failed.
+    pub selection: Option<Summary>,
+    /// What it reached on the other half.
+    pub reporting: Option<Summary>,
+}
+
+impl ArmOutcome {
+    /// What would have been reached with fewer trials.
+    pub fn expected_best(&self, quality: Quality) -> Vec<BestOf> {
+        let trial = |it: &Considered| Some(Trial { selection: it.selection?.mean, reporting: it.reporting?.mean });
+        expected_best(&self.considered.iter().map(trial).collect::<Vec<_>>(), quality.grows())
+    }
 }
 
 /// How one run ended.
@@ -73,34 +97,18 @@ pub struct RunOutcome {
 }
 
 impl Outcome {
-    /// Puts together how a plan's runs ended.
+    /// Puts together how a plan's runs ended, once each arm has the setting that was `chosen`; `ends` by their places.
     ///
     /// # Errors
     /// If a log cannot be read.
     pub fn gather(
         plan: &Plan,
-        ends: Vec<End>,
+        chosen: &[usize],
+        ends: &BTreeMap<usize, End>,
         (prepared, command): (Vec<String>, &str),
         tell: fn(&str),
     ) -> Result<Self, Failure> {
-        let mut by_arm: Vec<Vec<Vec<RunOutcome>>> =
-            plan.arms.iter().map(|arm| arm.choices.iter().map(|_| Vec::new()).collect()).collect();
-        for (run, end) in plan.runs.iter().zip(ends) {
-            let history = result::history(&run.folder, tell)?;
-            let end = match end {
-                End::Finished(result) => Ok(*result),
-                End::Failed(problem) => Err(problem),
-            };
-            by_arm[run.arm][run.choice].push(RunOutcome {
-                seed: run.seed,
-                folder: run.folder.clone(),
-                end,
-                history,
-                evaluated: conversion(&run.text),
-            });
-        }
-        let quality = plan.comparison.metric;
-        let arms = plan.arms.iter().zip(by_arm).map(|(arm, runs)| arm_outcome(arm, runs, quality));
+        let arms = (0..plan.arms.len()).map(|arm| arm_outcome(plan, (arm, chosen[arm]), ends, tell));
         Ok(Self {
             title: plan.title(),
             name: plan.name(),
@@ -112,22 +120,21 @@ impl Outcome {
         })
     }
 
-    /// Whether a sweep chose among settings.
-    pub fn swept(&self) -> bool {
-        !self.comparison.sweep.is_empty()
-    }
-
-    /// How many runs failed.
+    /// How many runs failed; a trial that did counts as the worst one, which is an answer.
     pub fn failed(&self) -> usize {
-        let failed =
-            |arm: &ArmOutcome| arm.runs.iter().filter(|run| run.end.is_err()).count() + arm.failed_elsewhere.len();
+        let tuned = self.comparison.tune.is_some();
+        let failed = |arm: &ArmOutcome| {
+            let elsewhere = if tuned { 0 } else { arm.failed_elsewhere.len() };
+            arm.runs.iter().filter(|run| run.end.is_err()).count() + elsewhere
+        };
         self.arms.iter().map(failed).sum()
     }
 
     /// A number of every finished run of an arm, with its seed.
     pub fn values(&self, arm: usize, metric: &Metric) -> Vec<(u64, f64)> {
         let runs = self.arms[arm].runs.iter();
-        runs.filter_map(|run| Some((run.seed, (metric.of)(run.end.as_ref().ok()?, self.swept())?))).collect()
+        runs.filter_map(|run| Some((run.seed, (metric.of)(run.end.as_ref().ok()?, self.comparison.chooses())?)))
+            .collect()
     }
 
     /// Mean and spread over seeds.
@@ -201,37 +208,91 @@ fn conversion(recipe: &str) -> BTreeMap<String, f64> {
     numbers.into_iter().filter_map(|(name, value)| Some((format!("conversion/{name}"), value?))).collect()
 }
 
-/// The runs of an arm, of the value of the sweep that did best on the selection half where all seeds finished.
-fn arm_outcome(arm: &ArmPlan, runs: Vec<Vec<RunOutcome>>, quality: Quality) -> Result<ArmOutcome, Failure> {
-    let selection = |runs: &[RunOutcome]| -> Option<Summary> {
-        let scores = runs.iter().map(|run| quality.of_score(run.end.as_ref().ok()?.selection.as_ref()?));
-        Summary::of(&scores.collect::<Option<Vec<f64>>>()?)
-    };
-    let considered: Vec<(String, Option<Summary>)> =
-        arm.choices.iter().zip(&runs).map(|(choice, runs)| (choice.words.clone(), selection(runs))).collect();
-    let worth = |mean: f64| if quality.grows() { -mean } else { mean };
-    let known =
-        considered.iter().enumerate().filter_map(|(at, (_, summary))| Some((at, worth(summary.as_ref()?.mean))));
-    let chosen = known.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(at, _)| at);
-    let (mut kept, mut failed_elsewhere) = (Vec::new(), Vec::new());
-    for (at, runs) in runs.into_iter().enumerate() {
-        if at == chosen {
-            kept = runs;
-            continue;
-        }
-        let words = &arm.choices[at].words;
-        let failed = runs.into_iter().filter_map(|run| Some((format!("{words}, seed {}", run.seed), run.end.err()?)));
-        failed_elsewhere.extend(failed);
+/// The setting of each arm that did best on the selection half, of those that all seeds finished with; the first where none
+/// did.
+///
+/// # Errors
+/// If runs have finished with so little held-out data that no half of it is left to choose on.
+pub fn choose(plan: &Plan, ends: &BTreeMap<usize, End>) -> Result<Vec<usize>, Failure> {
+    let quality = plan.comparison.metric;
+    let whole = |at: &&usize| matches!(ends.get(at), Some(End::Finished(result)) if result.selection.is_none());
+    if let Some(&at) = plan.choosing().iter().find(whole) {
+        return Err(Failure::Run(format!(
+            "{}: the held-out data is a single batch, and one half of it has to choose the setting, the other one to report it: \
+             raise validation.fraction, or lower training.batch_size",
+            plan.runs[at].folder.display()
+        )));
     }
-    let choice = &arm.choices[chosen];
+    let of_arm = |arm: usize| {
+        let selection: Vec<Option<f64>> =
+            considered(plan, arm, ends).iter().map(|it| Some(it.selection?.mean)).collect();
+        best(&selection, quality.grows()).unwrap_or(0)
+    };
+    Ok((0..plan.arms.len()).map(of_arm).collect())
+}
+
+/// What each setting of an arm reached, in the runs that choose; none where nothing is chosen.
+fn considered(plan: &Plan, arm: usize, ends: &BTreeMap<usize, End>) -> Vec<Considered> {
+    let (choosing, quality) = (plan.choosing(), plan.comparison.metric);
+    if choosing.is_empty() {
+        return Vec::new();
+    }
+    let of_choice = |(choice, planned): (usize, &Choice)| {
+        let own = || {
+            let of = choosing.iter().filter(|&&at| plan.runs[at].arm == arm && plan.runs[at].choice == choice);
+            of.map(|at| match ends.get(at) {
+                Some(End::Finished(result)) => Some(&**result),
+                _ => None,
+            })
+        };
+        let over = |half: fn(&RunResult) -> Option<&Score>| {
+            let scores = own().map(|result| quality.of_score(half(result?)?));
+            Summary::of(&scores.collect::<Option<Vec<f64>>>()?)
+        };
+        Considered {
+            words: planned.words.clone(),
+            values: planned.values.clone(),
+            selection: over(|result| result.selection.as_ref()),
+            reporting: over(|result| result.reporting.as_ref()),
+        }
+    };
+    plan.arms[arm].choices.iter().enumerate().map(of_choice).collect()
+}
+
+/// The runs of an arm with the setting that was chosen.
+fn arm_outcome(
+    plan: &Plan,
+    (arm, chosen): (usize, usize),
+    ends: &BTreeMap<usize, End>,
+    tell: fn(&str),
+) -> Result<ArmOutcome, Failure> {
+    let (planned, comparison) = (&plan.arms[arm], &plan.comparison);
+    let (mut runs, mut failed_elsewhere) = (Vec::new(), Vec::new());
+    for (run, end) in ends.iter().map(|(&at, end)| (&plan.runs[at], end)).filter(|(run, _)| run.arm == arm) {
+        let end = match end {
+            End::Finished(result) => Ok((**result).clone()),
+            End::Failed(problem) => Err(problem.clone()),
+        };
+        if !run.trial && run.choice == chosen {
+            let history = result::history(&run.folder, tell)?;
+            let (folder, evaluated) = (run.folder.clone(), conversion(&run.text));
+            runs.push(RunOutcome { seed: run.seed, folder, end, history, evaluated });
+        } else if let Err(problem) = end {
+            let words = &planned.choices[run.choice].words;
+            failed_elsewhere.push((format!("{words}, seed {}", run.seed), problem));
+        }
+    }
+    let choice = &planned.choices[chosen];
+    let tried: Vec<Values> = planned.choices.iter().map(|choice| choice.values.clone()).collect();
     Ok(ArmOutcome {
-        name: arm.name.clone(),
+        name: planned.name.clone(),
         choice: choice.words.clone(),
-        considered: if arm.choices.len() > 1 { considered } else { Vec::new() },
+        considered: considered(plan, arm, ends),
+        edges: edges(comparison.tune.as_ref(), &tried, chosen),
         matched: choice.matched.clone(),
         recipe: recipe::resolved(&choice.run.recipe)?,
         tokens_per_step: tokens_per_step(&choice.run.recipe),
-        runs: kept,
+        runs,
         failed_elsewhere,
     })
 }

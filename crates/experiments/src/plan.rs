@@ -1,5 +1,6 @@
 //! What a comparison will run: every arm with every seed (and every value of a sweep), as complete recipes.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use polyhead_data::Yields;
@@ -7,13 +8,15 @@ use polyhead_recipe::Problems;
 use polyhead_recipe::layers::{self, Layer, merge, parse_layer};
 use polyhead_recipe::{self as recipe, ModelConfig, Recipe, folder_name};
 use polyhead_runs::Failure;
-use polyhead_runs::costs::{Known, Totals};
+use polyhead_runs::costs::{Known, Totals, tokens_per_step};
 use polyhead_runs::result;
 use polyhead_runs::{Caller, Resolved, resolve};
 
-use super::comparison::{Comparison, Matched, Read};
+use super::calibration::Timing;
+use super::comparison::{Comparison, Matched, Read, STEPS};
 use super::matching::{Match, other_data, solve};
 use super::prepare::Prepared;
+use super::tune::{Values, words};
 
 /// What a comparison will run.
 pub struct Plan {
@@ -25,21 +28,26 @@ pub struct Plan {
     pub out: PathBuf,
     /// The arms, in their order.
     pub arms: Vec<ArmPlan>,
-    /// Every run, those of the first seed first, so that arms can be compared early.
+    /// Every run that there may be, those of the first seed first, so that arms can be compared early. Of an arm that is tuned,
+    /// the chosen setting alone is trained for the report.
     pub runs: Vec<Run>,
+    /// Arms whose steps have still to be timed before it is known how many of them there are.
+    pub timings: Vec<Timing>,
 }
 
 /// An arm, ready to run.
 pub struct ArmPlan {
     /// Its name.
     pub name: String,
-    /// Its settings to choose from; one where there is no sweep.
+    /// Its settings to choose from; one where nothing is chosen.
     pub choices: Vec<Choice>,
 }
 
-/// An arm with one of the values of a sweep.
+/// An arm with one of the settings to choose from.
 pub struct Choice {
-    /// The swept keys, as `key = value`; empty where there is no sweep.
+    /// The keys with their values; empty where nothing is chosen.
+    pub values: Values,
+    /// The same, as `key = value`.
     pub words: String,
     /// The whole run, with the first seed.
     pub run: Resolved,
@@ -58,6 +66,8 @@ pub struct Run {
     pub choice: usize,
     /// Which seed.
     pub seed: u64,
+    /// Whether it is a trial of `[tune]`, which chooses and is not reported.
+    pub trial: bool,
     /// Its identity: see [`result::id`].
     pub id: String,
     /// Its folder.
@@ -110,16 +120,23 @@ pub fn plan(
     let arms = load(&comparison, &layer, &below, &context)?;
 
     let totals = |run: &Resolved| Ok::<_, Failure>(Totals::of_recipe(&run.recipe, run.known()?));
-    let (mut planned, mut problems) = (Vec::new(), Vec::new());
+    let (mut planned, mut problems, mut timings) = (Vec::new(), Vec::new(), Vec::new());
     for (at, choices) in arms.iter().enumerate() {
         let (arm, base) = (&comparison.arm[at], &arms[comparison.base_of(at)]);
         let mut refuse = |key: &str, message: String| {
             let message = format!("arm `{}`: {message}", arm.name);
             problems.push(layers::at(std::slice::from_ref(&layer), &format!("arm.{}.{key}", arm.place.arm), message));
         };
-        let words = comparison.choices();
+        let tried = comparison.choices();
+        let rung = comparison.ladder.as_ref().zip(arm.place.setting);
+        let steps = |to: &Resolved| match rung {
+            None => Ok(Ok(to.recipe.training.steps)),
+            Some((ladder, rung)) => {
+                Ok::<_, Failure>(ladder.steps(&ladder.rungs()[rung], &totals(to)?, tokens_per_step(&to.recipe)))
+            }
+        };
         let mut ready = Vec::new();
-        for ((layers, own), (words, (_, to))) in choices.iter().zip(words.iter().zip(base)) {
+        for ((layers, own), (values, (_, to))) in choices.iter().zip(tried.into_iter().zip(base)) {
             let target = comparison.matched.of(&totals(to)?);
             if let Some(key) = other_data(&base[0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
                 refuse(
@@ -130,10 +147,28 @@ pub fn plan(
                 );
                 break;
             }
-            let (key, known) = (arm.solve.as_ref().unwrap_or(&comparison.solve), own.known()?);
+            let (key, known) = (comparison.solve(arm), own.known()?);
             // What costs the same already is left as it is.
             let seek = comparison.matched != Matched::None && comparison.matched.of(&totals(own)?) != target;
-            let matched = match seek.then(|| equal(&comparison, key, target, layers, known)) {
+            let steps = match steps(to)? {
+                Ok(steps) => steps,
+                Err(message) => {
+                    refuse("name", format!("ladder: {message}"));
+                    break;
+                }
+            };
+            let sought = match comparison.matched {
+                Matched::Time if at != comparison.base_of(at) => {
+                    let timed = timing(&arm.name, (choices, base), (ready.len(), &values), steps)?;
+                    let known = prepared.paces.get(&timed.key).map(|pace| pace.equal(steps, comparison.tolerance()));
+                    if known.is_none() && !timings.contains(&timed) {
+                        timings.push(timed);
+                    }
+                    known
+                }
+                _ => seek.then(|| equal(&comparison, key, target, layers, known)),
+            };
+            let matched = match sought {
                 None => None,
                 Some(Ok(found)) => Some(found),
                 Some(Err(message)) => {
@@ -142,12 +177,16 @@ pub fn plan(
                 }
             };
             let mut layers = layers.clone();
+            if rung.is_some() {
+                layers.push(line("ladder", &format!("{STEPS} = {steps}"))?);
+            }
             if let Some(found) = &matched {
                 layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
             }
-            let run = context.with_seed(&layers, comparison.seeds[0])?;
+            // As many steps as are sought may be fewer than the warm-up, say.
+            let run = context.with_seed(&layers, comparison.seeds[0]).map_err(|failure| about(failure, &arm.name))?;
             let totals = totals(&run)?;
-            ready.push(Choice { words: words.join(", "), run, totals, matched, layers });
+            ready.push(Choice { words: words(&values), values, run, totals, matched, layers });
         }
         planned.push(ArmPlan { name: arm.name.clone(), choices: ready });
     }
@@ -155,7 +194,7 @@ pub fn plan(
         return Err(Problems(problems).into());
     }
     let runs = runs(&comparison, &planned, (&context, out), text_hash)?;
-    Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, runs })
+    Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, runs, timings })
 }
 
 /// Every arm's layers with every choice of the sweep, each checked as a recipe.
@@ -168,10 +207,15 @@ fn load(
     let (mut arms, mut problems) = (Vec::new(), Vec::new());
     for arm in &comparison.arm {
         let own = arm.layers(layer);
-        let key = arm.solve.as_ref().unwrap_or(&comparison.solve);
-        let parts: Vec<&str> = key.split('.').collect();
-        let sets = |layer: &Layer| layer.find(&parts).is_some_and(|(_, depth)| depth == parts.len());
-        if comparison.matched != Matched::None && own.iter().any(sets) {
+        let key = comparison.solve(arm);
+        let sets = |layer: &Layer| sets_key(layer, key);
+        if comparison.ladder.is_some() && own.iter().any(|layer| sets_key(layer, STEPS)) {
+            let message = format!("arm `{}`: {STEPS} is what the ladder's budgets decide: leave it out", arm.name);
+            problems.push(layers::at(&own, STEPS, message));
+        }
+        // A setting may say how long its base arm trains.
+        let timed = comparison.matched == Matched::Time;
+        if comparison.matched != Matched::None && own.iter().skip(if timed { own.len() - 1 } else { 0 }).any(sets) {
             let message = format!("arm `{}`: {key} is what match seeks: leave it out here, or match nothing", arm.name);
             problems.push(layers::at(&own, key, message));
         }
@@ -179,22 +223,44 @@ fn load(
         for choice in comparison.choices() {
             let mut layers = below.to_vec();
             layers.extend(own.clone());
-            for words in &choice {
-                layers.push(line("sweep", words)?);
+            for (key, value) in &choice {
+                layers
+                    .push(line(if comparison.tune.is_some() { "tune" } else { "sweep" }, &format!("{key} = {value}"))?);
             }
             match context.with_seed(&layers, comparison.seeds[0]) {
-                Ok(run) => choices.push((layers, run)),
                 Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
+                Ok(run) if comparison.chooses() && run.recipe.validation.batches == 1 => {
+                    let problem = "validation.batches (1) must be 2 or more, or 0 for all: one half of them chooses the setting, the \
+                                   other one reports it";
+                    problems.push(layers::at(&layers, "validation.batches", format!("arm `{}`: {problem}", arm.name)));
+                    break;
+                }
                 Err(Failure::Usage(found)) => {
                     problems.extend(found.0.into_iter().map(|problem| problem.about(&format!("arm `{}`", arm.name))));
                     break; // the other choices would say the same again
                 }
+                Ok(run) => choices.push((layers, run)),
                 Err(other) => return Err(other),
             }
         }
         arms.push(choices);
     }
     if problems.is_empty() { Ok(arms) } else { Err(Problems(problems).into()) }
+}
+
+/// What is wrong, with the arm that it is about.
+fn about(failure: Failure, arm: &str) -> Failure {
+    let arm = format!("arm `{arm}`");
+    match failure {
+        Failure::Usage(found) => Problems(found.0.into_iter().map(|problem| problem.about(&arm)).collect()).into(),
+        Failure::Run(problem) => Failure::Run(format!("{arm}: {problem}")),
+        other => other,
+    }
+}
+
+fn sets_key(layer: &Layer, key: &str) -> bool {
+    let parts: Vec<&str> = key.split('.').collect();
+    layer.find(&parts).is_some_and(|(_, depth)| depth == parts.len())
 }
 
 fn line(name: &str, text: &str) -> Result<Layer, Problems> {
@@ -234,7 +300,23 @@ fn equal(comparison: &Comparison, key: &str, target: u64, layers: &[Layer], know
         }
         Some(comparison.matched.of(&Totals::of_recipe(&recipe, known)))
     };
-    solve(key, target, comparison.tolerance, &cost)
+    solve(key, target, comparison.tolerance(), &cost)
+}
+
+/// Keys that change what a step does to the weights, and not how long it takes.
+const TIMELESS: [&str; 3] = ["optimizer.adamw.", "optimizer.muon.", "lr_scheduler."];
+
+/// The steps of an arm beside those of its base; those of its first setting, where settings take equally long.
+fn timing(
+    arm: &str,
+    (choices, base): (&[Layered], &[Layered]),
+    (choice, values): (usize, &Values),
+    steps: u64,
+) -> Result<Timing, Failure> {
+    let timeless = values.iter().all(|(key, _)| TIMELESS.iter().any(|start| key.starts_with(start)));
+    let at = if timeless { 0 } else { choice };
+    let text = |of: &[Layered]| recipe::resolved(&of[at].1.recipe);
+    Ok(Timing::new(arm, text(choices)?, text(base)?, steps))
 }
 
 fn runs(
@@ -244,7 +326,8 @@ fn runs(
     text_hash: &mut TextHash<'_>,
 ) -> Result<Vec<Run>, Failure> {
     let mut runs = Vec::new();
-    for &seed in &comparison.seeds {
+    let trials = comparison.trial_seeds().into_iter().map(|seed| (seed, true));
+    for (seed, trial) in trials.chain(comparison.seeds.iter().map(|&seed| (seed, false))) {
         for (arm, planned) in arms.iter().enumerate() {
             for (choice, chosen) in planned.choices.iter().enumerate() {
                 let resolved = context.with_seed(&chosen.layers, seed)?;
@@ -252,7 +335,7 @@ fn runs(
                 let id = result::id(&text, text_hash(&resolved)?.as_deref());
                 let folder = format!("{}-seed-{seed}-{}", folder_name(&planned.name), &id[..8]);
                 let folder = out.join("runs").join(folder);
-                runs.push(Run { arm, choice, seed, id, folder, text, steps: resolved.recipe.training.steps });
+                runs.push(Run { arm, choice, seed, trial, id, folder, text, steps: resolved.recipe.training.steps });
             }
         }
     }
@@ -260,6 +343,30 @@ fn runs(
 }
 
 impl Plan {
+    /// The runs that choose settings, by their places: trials, or all of a sweep. None where nothing is chosen.
+    pub fn choosing(&self) -> Vec<usize> {
+        let tuned = self.comparison.tune.is_some();
+        let chooses = |run: &Run| self.comparison.chooses() && run.trial == tuned;
+        (0..self.runs.len()).filter(|&at| chooses(&self.runs[at])).collect()
+    }
+
+    /// The runs that are reported, by their places, once every arm has a setting.
+    pub fn reported(&self, chosen: &[usize]) -> Vec<usize> {
+        let reported = |run: &Run| !run.trial && run.choice == chosen[run.arm];
+        (0..self.runs.len()).filter(|&at| reported(&self.runs[at])).collect()
+    }
+
+    /// The runs that there are in the end, by their places, trials among them; for the report of arms whose setting is not chosen
+    /// yet, those with the first.
+    pub fn all(&self) -> BTreeSet<usize> {
+        self.choosing().into_iter().chain(self.reported(&vec![0; self.arms.len()])).collect()
+    }
+
+    /// How many runs there are in the end.
+    pub fn count(&self) -> usize {
+        self.all().len()
+    }
+
     /// What the report is called.
     pub fn title(&self) -> String {
         self.comparison.title.clone().unwrap_or_else(|| self.name())

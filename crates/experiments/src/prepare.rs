@@ -5,8 +5,7 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::process::Child;
-use std::sync::atomic::Ordering;
+use std::process::{Child, ExitStatus};
 use std::time::Instant;
 
 use polyhead_training::run::Requests;
@@ -23,12 +22,15 @@ use polyhead_runs::text::quoted;
 
 use polyhead_recipe::folder_name;
 
+use super::calibration::Paces;
 use super::comparison::{Preparation, Read, in_braces};
-use super::processes::{LOOK, Share, children, end_of_log, spawn};
+use super::processes::{Jobs, Share, end_of_log, run_jobs, spawn};
 
-/// What is made, a chain for each seed.
+/// What is made, a chain for each seed, and what is measured.
 pub struct Prepared {
     chains: Vec<Vec<Step>>,
+    /// How long the steps of arms take, as far as it was measured.
+    pub paces: Paces,
 }
 
 /// One command.
@@ -72,8 +74,8 @@ impl Prepared {
             }
             Ok(chain)
         };
-        let chains = read.comparison.seeds.iter().map(chain).collect::<Result<_, Failure>>()?;
-        Ok(Self { chains })
+        let chains = read.comparison.all_seeds().iter().map(chain).collect::<Result<_, Failure>>()?;
+        Ok(Self { chains, paces: Paces::default() })
     }
 
     /// How many commands there are, and how many of them have still to run.
@@ -108,69 +110,66 @@ impl Prepared {
     ///
     /// # Errors
     /// If a command fails, or a signal came (trainings have saved).
-    pub fn make(&self, share: Share, requests: &Requests, tell: fn(&str)) -> Result<(), Failure> {
-        let stop = &requests.stop;
+    pub fn make(&self, share: &Share, requests: &Requests, tell: fn(&str)) -> Result<(), Failure> {
         let (all, waiting) = self.counts();
         if waiting == 0 {
             return Ok(());
         }
         tell(&format!("{all} preparations, {} of them have finished before", all - waiting));
-        let todo = |chain: &Vec<Step>| chain.iter().filter(|step| !step.complete()).count();
-        let mut chains: VecDeque<std::slice::Iter<'_, Step>> =
-            self.chains.iter().filter(|chain| todo(chain) > 0).map(|chain| chain.iter()).collect();
-        let mut running: Vec<Running<'_>> = Vec::new();
-        let (mut told, mut failed) = (0, None);
-        loop {
-            let signal = stop.load(Ordering::SeqCst);
-            if signal != told {
-                told = signal;
-                running.iter().for_each(|running| children::send(&running.child, signal));
-            }
-            while signal == 0 && failed.is_none() && running.len() < share.jobs {
-                let Some(mut chain) = chains.pop_front() else { break };
-                if let Some(step) = chain.find(|step| !step.complete()) {
-                    tell(&format!("started   {}, seed {}", step.name, step.seed));
-                    running.push(Running { step, child: step.start(share.threads)?, since: Instant::now(), chain });
-                }
-            }
-            if running.is_empty() {
-                break;
-            }
-            std::thread::sleep(LOOK);
-            for mut was in std::mem::take(&mut running) {
-                match was.child.try_wait()? {
-                    None => running.push(was),
-                    Some(status) if status.success() => {
-                        was.step.mark()?;
-                        tell(&format!(
-                            "finished  {}, seed {}, {}",
-                            was.step.name,
-                            was.step.seed,
-                            clock(was.since.elapsed())
-                        ));
-                        chains.push_front(was.chain);
-                    }
-                    Some(_) if stop.load(Ordering::SeqCst) != 0 => {} // saved and left
-                    Some(status) => {
-                        let Step { name, seed, .. } = was.step;
-                        let log = end_of_log(&was.step.log());
-                        failed = Some(format!("prepare `{name}`, seed {seed}: {status}\n{log}"));
-                    }
-                }
+        let chains = self.chains.iter().map(|chain| chain.iter()).collect();
+        let mut making = Making { chains, failed: None, tell };
+        run_jobs(&mut making, share, requests)?;
+        making.failed.map_or(Ok(()), |problem| Err(Failure::Run(problem)))
+    }
+}
+
+/// Chains of which none of the steps runs at the moment; after one that failed none is started.
+struct Making<'a> {
+    chains: VecDeque<std::slice::Iter<'a, Step>>,
+    failed: Option<String>,
+    tell: fn(&str),
+}
+
+impl<'a> Jobs for Making<'a> {
+    type Job = Running<'a>;
+
+    fn next(&mut self) -> Option<Running<'a>> {
+        while self.failed.is_none() {
+            let mut chain = self.chains.pop_front()?;
+            if let Some(step) = chain.find(|step| !step.complete()) {
+                return Some(Running { step, since: Instant::now(), chain });
             }
         }
-        match (stop.load(Ordering::SeqCst), failed) {
-            (0, None) => Ok(()),
-            (0, Some(problem)) => Err(Failure::Run(problem)),
-            (signal, _) => Err(Failure::Interrupted(signal)),
+        None
+    }
+
+    fn start(&mut self, running: &Running<'a>, share: &Share) -> Result<Child, Failure> {
+        let Step { name, seed, .. } = running.step;
+        (self.tell)(&format!("started   {name}, seed {seed}"));
+        running.step.start(share)
+    }
+
+    fn ended(&mut self, was: Running<'a>, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
+        let Step { name, seed, .. } = was.step;
+        match status.success() {
+            true => {
+                was.step.mark()?;
+                (self.tell)(&format!("finished  {name}, seed {seed}, {}", clock(was.since.elapsed())));
+                self.chains.push_front(was.chain);
+            }
+            false if stopped => {} // saved and left
+            false => {
+                let log = end_of_log(&was.step.log());
+                self.failed = Some(format!("prepare `{name}`, seed {seed}: {status}\n{log}"));
+            }
         }
+        Ok(())
     }
 }
 
 /// A command that runs, and what comes after it.
 struct Running<'a> {
     step: &'a Step,
-    child: Child,
     since: Instant,
     chain: std::slice::Iter<'a, Step>,
 }
@@ -197,7 +196,7 @@ impl Step {
         ["polyhead".to_owned()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
     }
 
-    fn start(&self, threads: usize) -> Result<Child, Failure> {
+    fn start(&self, share: &Share) -> Result<Child, Failure> {
         let create = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| Failure::file("create", folder, e));
         match &self.recipe {
             // A training that was cut off goes on.
@@ -210,7 +209,7 @@ impl Step {
                 std::fs::remove_dir_all(&self.folder)?;
             }
         }
-        spawn(&self.arguments, &self.log(), None, threads)
+        spawn(&self.arguments, &self.log(), None, share)
     }
 
     fn mark(&self) -> Result<(), Failure> {

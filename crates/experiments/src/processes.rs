@@ -2,40 +2,112 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use polyhead_runs::Failure;
+use polyhead_training::run::Requests;
 
 /// Between two looks at the children; chosen by us.
 pub const LOOK: Duration = Duration::from_millis(100);
 /// Last lines of a failed run's log that are told.
 const LAST_LINES: usize = 6;
 
-/// How many runs at a time, and how many threads each has.
-#[derive(Debug, Clone, Copy)]
+/// What child processes share: how many there are at a time, how many threads each has, and what this one was allowed.
+#[derive(Debug, Clone)]
 pub struct Share {
     /// Runs at a time.
     pub jobs: usize,
     /// Threads of each.
     pub threads: usize,
+    /// Flags that every child is given: those of this command line that say what is allowed.
+    pub flags: Vec<String>,
 }
 
 impl Share {
     /// All cores, divided among `jobs` runs.
-    pub fn of(jobs: usize) -> Self {
+    pub fn of(jobs: usize, flags: Vec<String>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { jobs, threads: (cores / jobs).max(1) }
+        Self { jobs, threads: (cores / jobs).max(1), flags }
     }
 }
 
-/// Starts this program with other arguments and so many threads; what it says goes to a log, what it puts out to `output` or
-/// there too.
-pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, threads: usize) -> Result<Child, Failure> {
+/// Commands that are run as child processes, some at a time.
+pub trait Jobs {
+    /// One of them.
+    type Job;
+
+    /// The next one to start, if one can start now.
+    fn next(&mut self) -> Option<Self::Job>;
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// If the system refuses files or processes.
+    fn start(&mut self, job: &Self::Job, share: &Share) -> Result<Child, Failure>;
+
+    /// One has ended; `stopped` where a signal had asked for it.
+    ///
+    /// # Errors
+    /// If what it wrote cannot be read.
+    fn ended(&mut self, job: Self::Job, status: ExitStatus, stopped: bool) -> Result<(), Failure>;
+
+    /// Whether it saves and goes on when it is asked to; others would end.
+    fn saves(&self) -> bool {
+        false
+    }
+
+    /// Time has passed.
+    fn poll(&mut self) {}
+}
+
+/// Runs jobs until none is left; signals are passed on, and after one none is started.
+///
+/// # Errors
+/// If a signal came, or a job cannot be started or read.
+pub fn run_jobs(jobs: &mut impl Jobs, share: &Share, requests: &Requests) -> Result<(), Failure> {
+    let stop = &requests.stop;
+    let (mut running, mut told) = (Vec::new(), 0);
+    loop {
+        let signal = stop.load(Ordering::SeqCst);
+        if signal != told {
+            told = signal;
+            running.iter().for_each(|(_, child)| children::send(child, signal));
+        }
+        if jobs.saves() {
+            children::save_if_asked(requests, running.iter().map(|(_, child)| child));
+        }
+        while signal == 0 && running.len() < share.jobs {
+            let Some(job) = jobs.next() else { break };
+            let child = jobs.start(&job, share)?;
+            running.push((job, child));
+        }
+        if running.is_empty() {
+            break;
+        }
+        std::thread::sleep(LOOK);
+        for (job, mut child) in std::mem::take(&mut running) {
+            match child.try_wait()? {
+                None => running.push((job, child)),
+                Some(status) => jobs.ended(job, status, stop.load(Ordering::SeqCst) != 0)?,
+            }
+        }
+        jobs.poll();
+    }
+    match stop.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        signal => Err(Failure::Interrupted(signal)),
+    }
+}
+
+/// Starts this program with other arguments and a share of the threads; what it says goes to a log, what it puts out to
+/// `output` or there too.
+pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, share: &Share) -> Result<Child, Failure> {
     let file = File::options().create(true).append(true).open(log);
     let file = file.map_err(|error| Failure::file("open", log, error))?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(arguments).env("RAYON_NUM_THREADS", threads.to_string());
+    command.args(arguments).args(&share.flags).env("RAYON_NUM_THREADS", share.threads.to_string());
     command.stdin(Stdio::null()).stdout(output.map_or_else(|| file.try_clone(), Ok)?).stderr(file);
     children::bind(&mut command);
     Ok(command.spawn()?)

@@ -5,8 +5,7 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::process::Child;
-use std::sync::atomic::Ordering;
+use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 use polyhead_training::run::Requests;
@@ -16,12 +15,13 @@ use polyhead_runs::Failure;
 use polyhead_runs::result::{self, RunResult};
 
 use super::plan::{Plan, Run};
-use super::processes::{LOOK, Share, children, end_of_log, spawn};
+use super::processes::{Jobs, LOOK, Share, end_of_log, run_jobs, spawn};
 
 /// How long runs of an earlier call may take to save and leave; chosen by us.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a run ended.
+#[derive(Clone)]
 pub enum End {
     /// With a result.
     Finished(Box<RunResult>),
@@ -29,7 +29,7 @@ pub enum End {
     Failed(String),
 }
 
-/// Receives the progress of runs, each named by its place in the plan.
+/// Receives the progress of runs, each named by its place among those that were picked.
 pub trait Watch {
     /// Before the first run starts; `done` says which need not run.
     fn begin(&mut self, done: &dyn Fn(usize) -> bool);
@@ -43,62 +43,73 @@ pub trait Watch {
     fn poll(&mut self);
 }
 
-/// Runs everything that has not finished yet; gives the end of each run, in the plan's order.
+/// Runs what has not finished yet of `picked` runs of the plan; gives the end of each, in that order.
 ///
 /// # Errors
 /// If a signal came (the runs have saved), or the system refuses files or processes. A run that fails is no error here.
-pub fn run_all(plan: &Plan, share: Share, requests: &Requests, progress: &mut dyn Watch) -> Result<Vec<End>, Failure> {
-    let stop = &requests.stop;
+pub fn run_all(
+    plan: &Plan,
+    picked: &[usize],
+    (share, requests): (&Share, &Requests),
+    progress: &mut dyn Watch,
+) -> Result<Vec<End>, Failure> {
     let mut ends = Vec::new();
-    for run in &plan.runs {
+    for &at in picked {
+        let run = &plan.runs[at];
         wait_until_free(run)?;
         ends.push(finished(run)?.map(|result| End::Finished(Box::new(result))));
     }
-    let mut waiting: VecDeque<usize> = (0..ends.len()).filter(|&at| ends[at].is_none()).collect();
+    let waiting: VecDeque<usize> = (0..ends.len()).filter(|&at| ends[at].is_none()).collect();
     progress.begin(&|at| ends[at].is_some());
-    let mut running: Vec<(usize, Child)> = Vec::new();
-    let mut told = 0;
-    loop {
-        let signal = stop.load(Ordering::SeqCst);
-        if signal != told {
-            told = signal;
-            running.iter().for_each(|(_, child)| children::send(child, signal));
-        }
-        children::save_if_asked(requests, running.iter().map(|(_, child)| child));
-        while signal == 0 && running.len() < share.jobs {
-            let Some(at) = waiting.pop_front() else { break };
-            running.push((at, start(&plan.runs[at], share.threads)?));
-            progress.started(at);
-        }
-        if running.is_empty() {
-            break;
-        }
-        std::thread::sleep(LOOK);
-        let mut still = Vec::new();
-        for (at, mut child) in running {
-            let run = &plan.runs[at];
-            match child.try_wait()? {
-                None => still.push((at, child)),
-                Some(status) => match finished(run)? {
-                    Some(result) => {
-                        progress.finished(at, &result);
-                        ends[at] = Some(End::Finished(Box::new(result)));
-                    }
-                    None if stop.load(Ordering::SeqCst) != 0 => {} // saved and left
-                    None => {
-                        let problem = format!("{status}\n{}", end_of_log(&log_of(run)));
-                        progress.failed(at, &problem);
-                        ends[at] = Some(End::Failed(problem));
-                    }
-                },
+    let runs = picked.iter().map(|&at| &plan.runs[at]).collect();
+    let mut training = Training { runs, waiting, ends, progress };
+    run_jobs(&mut training, share, requests)?;
+    Ok(training.ends.into_iter().flatten().collect())
+}
+
+/// Runs that wait or run, by their place among those that were picked.
+struct Training<'a> {
+    runs: Vec<&'a Run>,
+    waiting: VecDeque<usize>,
+    ends: Vec<Option<End>>,
+    progress: &'a mut dyn Watch,
+}
+
+impl Jobs for Training<'_> {
+    type Job = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        self.waiting.pop_front()
+    }
+
+    fn start(&mut self, &at: &usize, share: &Share) -> Result<Child, Failure> {
+        let child = start(self.runs[at], share)?;
+        self.progress.started(at);
+        Ok(child)
+    }
+
+    fn ended(&mut self, at: usize, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
+        match finished(self.runs[at])? {
+            Some(result) => {
+                self.progress.finished(at, &result);
+                self.ends[at] = Some(End::Finished(Box::new(result)));
+            }
+            None if stopped => {} // saved and left
+            None => {
+                let problem = format!("{status}\n{}", end_of_log(&log_of(self.runs[at])));
+                self.progress.failed(at, &problem);
+                self.ends[at] = Some(End::Failed(problem));
             }
         }
-        running = still;
-        progress.poll();
+        Ok(())
     }
-    match stop.load(Ordering::SeqCst) {
-        0 => Ok(ends.into_iter().flatten().collect()),
-        signal => Err(Failure::Interrupted(signal)),
+
+    fn saves(&self) -> bool {
+        true
+    }
+
+    fn poll(&mut self) {
+        self.progress.poll();
     }
 }
 
@@ -123,11 +134,11 @@ fn wait_until_free(run: &Run) -> Result<(), Failure> {
 }
 
 /// `polyhead train` on the run's recipe; what it says goes to `log.txt`.
-fn start(run: &Run, threads: usize) -> Result<Child, Failure> {
+fn start(run: &Run, share: &Share) -> Result<Child, Failure> {
     let recipe = run.folder.join(files::RECIPE);
     atomic_write(&recipe, run.text.as_bytes())?;
     let [recipe, folder] = [&recipe, &run.folder].map(|path| path.display().to_string());
-    spawn(&["train".into(), recipe, "--out".into(), folder], &log_of(run), None, threads)
+    spawn(&["train".into(), recipe, "--out".into(), folder], &log_of(run), None, share)
 }
 
 fn log_of(run: &Run) -> PathBuf {

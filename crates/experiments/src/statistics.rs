@@ -1,10 +1,14 @@
-//! Means, spreads and intervals over seeds.
+//! Means, spreads and intervals over seeds; tests that are corrected for their number, and how many seeds a test needs.
 
 use serde::{Deserialize, Serialize};
-use statrs::distribution::{ContinuousCDF, StudentsT};
+use statrs::distribution::{ChiSquared, Continuous, ContinuousCDF, Normal, StudentsT};
 
 /// How sure an interval is to cover the mean, where its assumptions hold.
 pub const CONFIDENCE: f64 = 0.95;
+/// How likely a test should find a difference that is there; the usual choice (Cohen 1988).
+pub const POWER: f64 = 0.8;
+/// More seeds than anybody trains; chosen by us.
+pub const MOST_SEEDS: usize = 10_000;
 
 /// Facts about a few values.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -47,6 +51,90 @@ impl Summary {
     pub fn beyond_chance(&self) -> Option<bool> {
         self.interval().map(|(low, high)| low > 0.0 || high < 0.0)
     }
+
+    /// How likely a mean as far from 0 would be if the true one were 0: the two-sided p of Student's t test. `None` for one
+    /// value.
+    pub fn p_value(&self) -> Option<f64> {
+        let deviation = self.deviation?;
+        if self.mean == 0.0 {
+            return Some(1.0);
+        }
+        let t = self.mean.abs() / (deviation / (self.n as f64).sqrt());
+        if t.is_infinite() {
+            return Some(0.0);
+        }
+        Some(2.0 * StudentsT::new(0.0, 1.0, (self.n - 1) as f64).ok()?.sf(t))
+    }
+
+    /// How many values would show a mean of this size, at this deviation, with a chance of [`POWER`]; [`MOST_SEEDS`] for that
+    /// many and more. `None` for one value, or a mean of 0.
+    pub fn values_needed(&self) -> Option<usize> {
+        let effect = self.mean.abs() / self.deviation?;
+        if effect.is_nan() || effect == 0.0 {
+            return None;
+        }
+        let enough = |n: usize| power(effect, n) >= POWER;
+        let (mut low, mut high) = (1, MOST_SEEDS);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if enough(middle) { high = middle } else { low = middle }
+        }
+        Some(high)
+    }
+}
+
+/// How likely a two-sided t test of `n` values finds a mean of `effect` standard deviations: the tails of the noncentral t
+/// distribution, integrated over the deviation that the test would see.
+fn power(effect: f64, n: usize) -> f64 {
+    let freedom = (n - 1) as f64;
+    let (Ok(t), Ok(squares), Ok(normal)) =
+        (StudentsT::new(0.0, 1.0, freedom), ChiSquared::new(freedom), Normal::new(0.0, 1.0))
+    else {
+        return 0.0;
+    };
+    let (critical, shift) = (t.inverse_cdf(0.5 + CONFIDENCE / 2.0), effect * (n as f64).sqrt());
+    if !shift.is_finite() {
+        return 1.0;
+    }
+    let found = |seen: f64| normal.cdf(shift - critical * seen) + normal.cdf(-shift - critical * seen);
+    // The seen deviation, as a share of the true one, is the root of a chi-squared number over its degrees of freedom.
+    let density = |seen: f64| 2.0 * freedom * seen * squares.pdf(freedom * seen * seen);
+    let reach = 8.0 / (2.0 * freedom).sqrt();
+    let (low, high) = ((1.0 - reach).max(1e-9), 1.0 + reach);
+    integral(low, high, |seen| found(seen) * density(seen))
+}
+
+/// Simpson's rule over 512 intervals.
+fn integral(low: f64, high: f64, value: impl Fn(f64) -> f64) -> f64 {
+    const INTERVALS: usize = 512;
+    let step = (high - low) / INTERVALS as f64;
+    let weight = |at: usize| match at {
+        0 | INTERVALS => 1.0,
+        at if at % 2 == 1 => 4.0,
+        _ => 2.0,
+    };
+    (0..=INTERVALS).map(|at| weight(at) * value(low + step * at as f64)).sum::<f64>() * step / 3.0
+}
+
+/// The middle 95 % of resampled values; they are sorted. `None` where there are none.
+pub fn percentile_interval(values: &mut [f64]) -> Option<[f64; 2]> {
+    values.sort_by(f64::total_cmp);
+    let last = values.len().checked_sub(1)? as f64;
+    let tail = (1.0 - CONFIDENCE) / 2.0;
+    Some([tail, 1.0 - tail].map(|share| values[(share * last).round() as usize]))
+}
+
+/// The p of several tests, corrected by Holm's method (1979): calling those below 5 % different is wrong about any of them in
+/// at most 5 % of the cases, however many there are. In the order given.
+pub fn holm(p_values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p_values.len()).collect();
+    order.sort_by(|&a, &b| p_values[a].total_cmp(&p_values[b]));
+    let (mut corrected, mut largest) = (vec![0.0; p_values.len()], 0.0f64);
+    for (rank, &at) in order.iter().enumerate() {
+        largest = largest.max(((p_values.len() - rank) as f64 * p_values[at]).min(1.0));
+        corrected[at] = largest;
+    }
+    corrected
 }
 
 #[cfg(test)]
@@ -72,5 +160,40 @@ mod tests {
         assert_eq!((one.deviation, one.margin, one.beyond_chance()), (None, None, None));
         assert!(Summary::of(&[]).is_none());
         assert_eq!(Summary::of(&[-1.0, 1.0]).unwrap().beyond_chance(), Some(false));
+    }
+
+    #[test]
+    fn p_is_that_of_the_tables() {
+        // The closed forms of 2 and 4 degrees of freedom.
+        for (values, p) in
+            [(vec![1.0, 2.0, 3.0], 0.0741799002), (vec![0.1, 0.3, 0.2, 0.4, 0.5], 0.0132355996), (vec![-1.0, 1.0], 1.0)]
+        {
+            let found = Summary::of(&values).unwrap().p_value().unwrap();
+            assert!((found - p).abs() < 1e-9, "{values:?}: {found}, not {p}");
+        }
+        assert_eq!(Summary::of(&[2.0, 2.0]).unwrap().p_value(), Some(0.0));
+        assert_eq!(Summary::of(&[2.0]).unwrap().p_value(), None);
+    }
+
+    #[test]
+    fn holm_multiplies_the_least_most_and_keeps_the_order() {
+        // R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+        let corrected = holm(&[0.01, 0.04, 0.03, 0.005]);
+        for (found, expected) in corrected.iter().zip([0.03, 0.06, 0.06, 0.02]) {
+            assert!((found - expected).abs() < 1e-12, "{corrected:?}");
+        }
+        assert_eq!((holm(&[0.7, 0.9]), holm(&[])), (vec![1.0, 1.0], vec![]));
+    }
+
+    #[test]
+    fn as_many_seeds_are_needed_as_power_tables_say() {
+        // The tables of Cohen's d for paired samples, two-sided, 5 %, power 0.8: 199, 34, 15 for 0.2, 0.5, 0.8.
+        for (effect, n) in [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10), (2.0, 5), (5.0, 3), (20.0, 2)] {
+            let summary = Summary { n: 3, mean: -effect, deviation: Some(1.0), margin: None };
+            assert_eq!(summary.values_needed(), Some(n), "{effect}");
+        }
+        let still = |mean, deviation| Summary { n: 3, mean, deviation, margin: None }.values_needed();
+        assert_eq!((still(0.0, Some(1.0)), still(1.0, None)), (None, None));
+        assert_eq!((still(1e-6, Some(1.0)), still(1.0, Some(0.0))), (Some(MOST_SEEDS), Some(2)));
     }
 }

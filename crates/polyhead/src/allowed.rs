@@ -34,6 +34,13 @@ pub fn allowed() -> Allowed {
     ALLOWED.get().copied().unwrap_or_default()
 }
 
+/// The flags that say it, for processes that do a part of this one's work.
+pub fn flags() -> Vec<String> {
+    let Allowed { nonfinite, too_little_memory } = allowed();
+    let given = [("--allow-nonfinite", nonfinite == NonFinite::Allow), ("--ignore-memory", too_little_memory)];
+    given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned()).collect()
+}
+
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
     let Allowed { nonfinite, base, .. } = allowed();

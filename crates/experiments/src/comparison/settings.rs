@@ -1,10 +1,12 @@
-//! `[[setting]]`: a dial that every arm is trained at, as a rate of noise or a length of text.
+//! `[[setting]]`: a dial that every arm is trained at, as a rate of noise or a length of text; the rungs of a ladder are settings
+//! too.
 //!
 //! Arms are multiplied when the file is read, so that all that follows knows plain arms: those of the first setting come
 //! first, each named `ARM; SETTING`. Differences are taken within a setting.
 
 use std::ops::Range;
 
+use super::ladder::{self, Ladder};
 use super::{Arm, Claim, Comparison};
 
 /// The place of an arm in the file.
@@ -12,24 +14,30 @@ use super::{Arm, Claim, Comparison};
 pub struct Place {
     /// The number of its `[[arm]]`.
     pub arm: usize,
-    /// The number of its `[[setting]]`, where there are some.
+    /// The number of its setting, where there are some: of a `[[setting]]`, or of a rung of the ladder.
     pub setting: Option<usize>,
+    /// The number of its `[[ladder.size]]`, where there are some.
+    pub size: Option<usize>,
 }
 
 /// Every arm at every setting, every claim at those that it is about.
 pub fn multiplied(mut comparison: Comparison) -> Comparison {
     for (at, arm) in comparison.arm.iter_mut().enumerate() {
-        arm.place = Place { arm: at, setting: None };
+        arm.place = Place { arm: at, ..Place::default() };
     }
+    comparison.setting = ladder::settings(&comparison);
+    let rungs = comparison.ladder.as_ref().map_or(Vec::new(), Ladder::rungs);
     let names: Vec<String> = comparison.setting.iter().map(|setting| setting.name.clone()).collect();
     let Some(first) = names.first() else { return comparison };
     let settings = || names.iter().enumerate();
+    let sizes: Vec<usize> = rungs.iter().map(|rung| rung.size).collect();
+    let sizes = &sizes;
     comparison.base = comparison.base.map(|base| at_setting(&base, first));
     comparison.arm = settings()
         .flat_map(|(at, setting)| {
             comparison.arm.iter().map(move |arm| Arm {
                 name: at_setting(&arm.name, setting),
-                place: Place { setting: Some(at), ..arm.place },
+                place: Place { setting: Some(at), size: sizes.get(at).copied(), ..arm.place },
                 ..arm.clone()
             })
         })

@@ -9,20 +9,21 @@ use std::time::Duration;
 use polyhead_training::run_folder::{RunLock, atomic_write};
 
 use clap::Parser;
-use polyhead_experiments::comparison;
-use polyhead_experiments::outcome::Outcome;
-use polyhead_experiments::plan::{self, Plan};
+use polyhead_experiments::calibration::Paces;
+use polyhead_experiments::comparison::{self, Read};
+use polyhead_experiments::outcome::{self, Outcome};
+use polyhead_experiments::plan::{self, Plan, Run};
 use polyhead_experiments::prepare::Prepared;
 use polyhead_experiments::processes::Share;
 use polyhead_experiments::runs;
-use polyhead_experiments::{evaluate, html, markdown, record};
+use polyhead_experiments::{evaluate, html, json, markdown, record};
 use polyhead_runs::Resolved;
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
 use polyhead_runs::probe::probe;
 use polyhead_runs::text::quoted;
 
 use super::train::summary::program;
-use crate::allowed::caller;
+use crate::allowed::{caller, flags};
 use crate::cli::{Cli, CompareArgs};
 use crate::console::{clock, put, say, talk, thousands};
 use crate::signals;
@@ -42,21 +43,24 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     read.base.extend(polyhead_recipe::override_layers(&device)?);
     read.warnings.iter().for_each(|warning| talk!("warning: {warning}"));
     let places = (args.comparison.as_path(), out.as_path());
-    let prepared = Prepared::plan(&read, places)?;
-    let share = Share::of(args.jobs as usize);
-    let mut plan = |read| plan::plan(read, &prepared, places, &mut |recipe| text_hash(recipe, &mut known), caller());
+    let mut prepared = Prepared::plan(&read, places)?;
+    let share = Share::of(args.jobs as usize, flags());
+    prepared.paces = Paces::read(&out, &share)?;
+    let mut plan = |read: &Read, prepared: &Prepared| {
+        plan::plan(read.clone(), prepared, places, &mut |recipe| text_hash(recipe, &mut known), caller())
+    };
     // What is wrong is told before anything is written, as far as it can be known then.
     let planned = match prepared.counts() {
-        (_, 0) => Ok(plan(read)?),
-        _ => Err(read),
+        (_, 0) => Some(plan(&read, &prepared)?),
+        _ => None,
     };
     if args.dry_run {
         return match &planned {
-            Ok(plan) => show(plan, share, !args.no_probe),
-            Err(_) => show_preparations(&prepared),
+            Some(plan) => show(plan, &share, !args.no_probe),
+            None => show_preparations(&prepared),
         };
     }
-    let again = again(places, share, args.device.as_deref());
+    let again = again(places, &share, args.device.as_deref());
     let interrupted = |failure: &Failure| {
         if matches!(failure, Failure::Interrupted(_)) {
             talk!("\nstopped; every run has saved. This goes on from there:\n  {again}");
@@ -66,18 +70,40 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let signals = signals::listen(false)?;
     let _busy = signals.busy();
     let requests = &*signals.requests;
-    prepared.make(share, requests, say).inspect_err(interrupted)?;
-    let plan = planned.or_else(plan)?;
+    prepared.make(&share, requests, say).inspect_err(interrupted)?;
+    let mut planned = planned.map_or_else(|| plan(&read, &prepared), Ok)?;
+    if !planned.timings.is_empty() {
+        let (timings, tolerance) = (&planned.timings[..], planned.comparison.tolerance());
+        let paces = prepared.paces.measure((timings, tolerance), &out, (&share, requests), say);
+        prepared.paces = paces.inspect_err(interrupted)?;
+        planned = plan(&read, &prepared)?;
+    }
+    let plan = planned;
     told_matches(&plan);
-    let mut progress = progress::Progress::new(&plan);
-    let ended = runs::run_all(&plan, share, requests, &mut progress);
-    drop(progress);
-    let mut outcome = Outcome::gather(&plan, ended.inspect_err(interrupted)?, (prepared.commands(), &again), say)?;
-    evaluate::evaluate(&mut outcome, share, &requests.stop, say).inspect_err(interrupted)?;
+    let run = |picked: &[usize]| {
+        let mut progress = progress::Progress::new(&plan, picked);
+        runs::run_all(&plan, picked, (&share, requests), &mut progress).inspect_err(interrupted)
+    };
+    let choosing = plan.choosing();
+    let mut ends = BTreeMap::new();
+    if !choosing.is_empty() {
+        ends.extend(choosing.iter().copied().zip(run(&choosing)?));
+    }
+    let chosen = outcome::choose(&plan, &ends)?;
+    let mut reported = plan.reported(&chosen);
+    reported.retain(|at| !ends.contains_key(at));
+    if !reported.is_empty() {
+        tell_choices(&plan, &chosen);
+        ends.extend(reported.iter().copied().zip(run(&reported)?));
+    }
+    let mut outcome = Outcome::gather(&plan, &chosen, &ends, (prepared.commands(), &again), say)?;
+    evaluate::evaluate(&mut outcome, &share, requests, say).inspect_err(interrupted)?;
     atomic_write(&out.join("report.md"), markdown::report(&outcome).as_bytes())?;
     atomic_write(&out.join("report.html"), html::report(&outcome)?.as_bytes())?;
+    atomic_write(&out.join("report.json"), format!("{:#}\n", json::report(&outcome)).as_bytes())?;
     talk!("\n{}", outcome.finding());
-    talk!("\nreport   {0}/report.html and {0}/report.md", out.display());
+    outcome.warnings().iter().for_each(|warning| talk!("warning: {warning}"));
+    talk!("\nreport   {0}/report.html, {0}/report.md and {0}/report.json", out.display());
     if args.record {
         talk!("recorded {}", record::write(&outcome, say)?.display());
     }
@@ -85,7 +111,7 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
         0 => Ok(()),
         failed => Err(Failure::Run(format!(
             "{failed} of {} runs failed, and the report tells which; the same command tries them again",
-            plan.runs.len()
+            plan.count()
         ))),
     }
 }
@@ -147,14 +173,22 @@ fn default_folder(comparison: &Path) -> PathBuf {
 }
 
 /// The command that runs a comparison again.
-fn again((file, out): (&Path, &Path), share: Share, device: Option<&str>) -> String {
+fn again((file, out): (&Path, &Path), share: &Share, device: Option<&str>) -> String {
     let mut words = vec![program(), "compare".into(), quoted(&file.display().to_string())];
     words.push(format!("--jobs {}", share.jobs));
     if out != default_folder(file) {
         words.push(format!("--out {}", quoted(&out.display().to_string())));
     }
     words.extend(device.map(|device| format!("--device {device}")));
+    words.extend(share.flags.iter().cloned());
     words.join(" ")
+}
+
+/// Says which setting each arm is reported with.
+fn tell_choices(plan: &Plan, chosen: &[usize]) {
+    for (arm, &at) in plan.arms.iter().zip(chosen).filter(|_| plan.comparison.tune.is_some()) {
+        talk!("chosen   {}: {}", arm.name, arm.choices[at].words);
+    }
 }
 
 fn told_matches(plan: &Plan) {
@@ -188,13 +222,16 @@ fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
 }
 
 /// Prints what would run.
-fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
-    let named = |arm: &plan::ArmPlan, choice: &plan::Choice| match choice.words.is_empty() {
+fn show(plan: &Plan, share: &Share, measure: bool) -> Result<(), Failure> {
+    // Trials change how a model is trained, as a rule not what it costs: one of them stands for all.
+    let tuned = plan.comparison.tune.as_ref();
+    let shown = |arm: &'_ plan::ArmPlan| if tuned.is_some() { 1 } else { arm.choices.len() };
+    let named = |arm: &plan::ArmPlan, choice: &plan::Choice| match choice.words.is_empty() || tuned.is_some() {
         true => arm.name.clone(),
         false => format!("{}, {}", arm.name, choice.words),
     };
-    let names = plan.arms.iter().flat_map(|arm| arm.choices.iter().map(|choice| named(arm, choice).chars().count()));
-    let width = names.max().unwrap_or(0).max(28);
+    let rows = || plan.arms.iter().flat_map(|arm| arm.choices[..shown(arm)].iter().map(move |choice| (arm, choice)));
+    let width = rows().map(|(arm, choice)| named(arm, choice).chars().count()).max().unwrap_or(0).max(28);
     let line = |name: &str, cells: [&str; 5]| {
         let [a, b, c, d, e] = cells;
         put!("{name:<width$} {a:>12} {b:>10} {c:>14} {d:>14} {e:>12}")
@@ -202,34 +239,49 @@ fn show(plan: &Plan, share: Share, measure: bool) -> Result<(), Failure> {
     let first = &plan.arms[plan.comparison.base_of(0)].choices[0].run;
     let unit = first.known()?.unit();
     line("arm", ["parameters", "off", &format!("FLOPs/{unit}"), &format!("KV B/{unit}"), "one run"])?;
+    let runs_of_row = plan.count() as u32 / rows().count().max(1) as u32;
     let mut whole = Duration::ZERO;
-    for arm in &plan.arms {
-        for choice in &arm.choices {
-            let deviation = choice.matched.as_ref().map(|found| format!("{:+.2} %", 100.0 * found.deviation()));
-            let time = match measure {
-                true => Some(time_of(&choice.run)?),
-                false => None,
-            };
-            whole += time.unwrap_or_default() * plan.comparison.seeds.len() as u32;
-            line(
-                &named(arm, choice),
-                [
-                    &thousands(choice.totals.parameters),
-                    &deviation.unwrap_or_default(),
-                    &thousands(choice.totals.flops_per_token),
-                    &thousands(choice.totals.cached_bytes_per_token),
-                    &time.map(clock).unwrap_or_default(),
-                ],
-            )?;
-        }
+    for (arm, choice) in rows() {
+        let deviation = choice.matched.as_ref().map(|found| format!("{:+.2} %", 100.0 * found.deviation()));
+        let time = if measure { Some(time_of(&choice.run)?) } else { None };
+        whole += time.unwrap_or_default() * runs_of_row;
+        line(
+            &named(arm, choice),
+            [
+                &thousands(choice.totals.parameters),
+                &deviation.unwrap_or_default(),
+                &thousands(choice.totals.flops_per_token),
+                &thousands(choice.totals.cached_bytes_per_token),
+                &time.map(clock).unwrap_or_default(),
+            ],
+        )?;
     }
     put!("")?;
     told_matches(plan);
-    let tokens = tokens_per_step(&first.recipe).saturating_mul(first.recipe.training.steps);
-    let Share { jobs, threads } = share;
-    let (runs, seeds) = (plan.runs.len(), plan.comparison.seeds.len());
-    put!("runs       {runs}: {} arms, {seeds} seeds; {jobs} at a time, {threads} threads each", plan.arms.len())?;
-    put!("{:<10} {} a run, {} in all", format!("{unit}s"), thousands(tokens), thousands(tokens * runs as u64))?;
+    if !plan.timings.is_empty() {
+        put!(
+            "steps      of the arms are set once they have been timed, so that all take equally long; here they are the base arm's"
+        )?;
+    }
+    let Share { jobs, threads, .. } = share;
+    let (runs, seeds, arms) = (plan.count(), plan.comparison.seeds.len(), plan.arms.len());
+    if let Some(tune) = tuned {
+        let seeds = plan.comparison.trial_seeds().len();
+        put!("trials     {} for each arm, {seeds} {}:", tune.trials, if seeds == 1 { "seed" } else { "seeds" })?;
+        for choice in &plan.arms[0].choices {
+            put!("           {}", choice.words)?;
+        }
+    }
+    let trials = tuned.map(|_| format!("{} trials first; ", plan.choosing().len())).unwrap_or_default();
+    put!("runs       {runs}: {trials}{arms} arms, {seeds} seeds; {jobs} at a time, {threads} threads each")?;
+    let tokens = |run: &Run| {
+        let per_step = tokens_per_step(&plan.arms[run.arm].choices[run.choice].run.recipe);
+        per_step.saturating_mul(run.steps)
+    };
+    let of_runs: Vec<u64> = plan.all().into_iter().map(|at| tokens(&plan.runs[at])).collect();
+    let [least, most] = [of_runs.iter().min(), of_runs.iter().max()].map(|tokens| thousands(*tokens.unwrap_or(&0)));
+    let each = if least == most { least } else { format!("{least} to {most}") };
+    put!("{:<10} {each} a run, {} in all", format!("{unit}s"), thousands(of_runs.iter().sum()))?;
     put!("folder     {}", plan.out.display())?;
     let mut finished = 0;
     for run in &plan.runs {

@@ -21,7 +21,7 @@ const TAIL: u64 = 1 << 16;
 
 /// A view of all runs on standard error.
 pub struct Progress<'a> {
-    runs: &'a [Run],
+    runs: Vec<&'a Run>,
     names: Vec<String>,
     bar: Option<ProgressBar>,
     began: Instant,
@@ -34,30 +34,32 @@ pub struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    /// A view of a plan's runs.
-    pub fn new(plan: &'a Plan) -> Self {
+    /// A view of some of a plan's runs.
+    pub fn new(plan: &'a Plan, picked: &[usize]) -> Self {
+        let runs: Vec<&Run> = picked.iter().map(|&at| &plan.runs[at]).collect();
         let name = |run: &Run| {
             let arm = &plan.arms[run.arm];
             let words = &arm.choices[run.choice].words;
             let choice = if words.is_empty() { String::new() } else { format!(", {words}") };
             format!("{}{choice}, seed {}", arm.name, run.seed)
         };
+        let names = runs.iter().map(|run| name(run)).collect();
         Self {
-            runs: &plan.runs,
-            names: plan.runs.iter().map(name).collect(),
             bar: None,
             began: Instant::now(),
             told: Instant::now(),
-            steps: vec![0; plan.runs.len()],
+            steps: vec![0; runs.len()],
             before: 0,
             running: Vec::new(),
+            runs,
+            names,
         }
     }
 
     /// Everything together, in words.
     fn whole(&self) -> String {
         let (done, all): (u64, u64) = (self.steps.iter().sum(), self.runs.iter().map(|run| run.steps).sum());
-        let finished = self.steps.iter().zip(self.runs).filter(|(steps, run)| **steps >= run.steps).count();
+        let finished = self.steps.iter().zip(&self.runs).filter(|(steps, run)| **steps >= run.steps).count();
         let new = done.saturating_sub(self.before);
         let eta = match new {
             0 => "?".into(),
