@@ -36,9 +36,15 @@ pub fn allowed() -> Allowed {
 
 /// The flags that say it, for processes that do a part of this one's work.
 pub fn flags() -> Vec<String> {
-    let Allowed { nonfinite, too_little_memory } = allowed();
-    let given = [("--allow-nonfinite", nonfinite == NonFinite::Allow), ("--ignore-memory", too_little_memory)];
-    given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned()).collect()
+    let Allowed { nonfinite, too_little_memory, download, base } = allowed();
+    let given = [
+        ("--allow-nonfinite", nonfinite == NonFinite::Allow),
+        ("--ignore-memory", too_little_memory),
+        ("--download", download),
+    ];
+    let given = given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned());
+    let base = base.into_iter().flat_map(|base| ["--base".to_owned(), base.display().to_string()]);
+    given.chain(base).collect()
 }
 
 /// This process, as libraries know it.

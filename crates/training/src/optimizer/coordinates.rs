@@ -38,7 +38,7 @@ fn activations(model: &Decoder) -> [Vec<f32>; 2] {
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(ids, ROWS), &model.device());
     let stream = model.hidden_after(model.config().n_layers - 1, tokens.clone(), &Mask::causal());
     let logits = model.logits(model.forward(tokens, &Mask::causal(), None, Observe::Nothing).hidden);
-    [stream, logits].map(|of| of.into_data().to_vec().unwrap())
+    [stream, logits].map(|of| of.into_data().try_to_vec().unwrap())
 }
 
 fn size(values: impl Iterator<Item = f32>) -> f64 {
