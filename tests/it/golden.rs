@@ -207,7 +207,7 @@ fn numbers(name: &str, dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
         Dtype::F64 => bytes.as_chunks::<8>().0.iter().map(|&eight| f64::from_le_bytes(eight)).collect(),
         Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|&four| f64::from(i32::from_le_bytes(four))).collect(),
         Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|&eight| i64::from_le_bytes(eight) as f64).collect(),
-        Dtype::U8 => bytes.iter().map(|&byte| f64::from(byte)).collect(),
+        Dtype::U8 | Dtype::BOOL => bytes.iter().map(|&byte| f64::from(byte)).collect(),
         other => panic!("{name} has type {other:?}"),
     }
 }

@@ -24,7 +24,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type};
+use polyhead_kernels::{AttentionOptions, HeadMap, in_type};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
@@ -32,12 +32,11 @@ use crate::cache::KvCache;
 use crate::config::require;
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
-use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::softmax::{HeadNorm, check_heads, normed, own_width};
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
-    Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
+    Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, KvSite, Mechanism, MechanismConfig,
     Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig,
 };
 
@@ -457,7 +456,7 @@ impl Mechanism for DecoupledHead {
     }
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
-        let (adapters, [key_map, value_map]) = (call.adapters, &self.maps);
+        let (adapters, sites, [key_map, value_map]) = (call.adapters, call.sites, &self.maps);
         let counts = match &self.fusion {
             Some(_) => self.groups.each_ref().map(Vec::len),
             None => self.maps.each_ref().map(|map| map.iter().max().map_or(0, |last| last + 1)),
@@ -469,8 +468,9 @@ impl Mechanism for DecoupledHead {
             Some([keys, values]) => (mix(k, keys), mix(v, values)),
             None => (k, v),
         };
-        let q = rotate(call.rope, normed(q, self.q_norm.as_ref(), self.norm_eps));
-        let k = rotate(call.rope, normed(k, self.k_norm.as_ref(), self.norm_eps));
+        let q = sites.query(call.rope, normed(q, self.q_norm.as_ref(), self.norm_eps));
+        let k = sites.key(call.rope, normed(k, self.k_norm.as_ref(), self.norm_eps));
+        let v = sites.at(KvSite::V, v);
         let Within { keys: k, values: v, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let map = |map: &[usize]| if self.fusion.is_some() { HeadMap::Even } else { HeadMap::Each(map.to_vec()) };
         let options = AttentionOptions {
@@ -482,7 +482,7 @@ impl Mechanism for DecoupledHead {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
+        let attended = sites.attend(q, k, v, options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
             for (row, value) in SCATTER.into_iter().zip(self.scatter().into_iter().flatten()) {
@@ -490,7 +490,7 @@ impl Mechanism for DecoupledHead {
             }
             seen
         });
-        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
+        let hidden = sites.out(adapters, &self.o_proj, join_heads(attended.hidden), key_map.len());
         let penalty = self.scatter().map(|[keys, values]| (keys + values) / 2.0);
         Attended { hidden, penalty, seen }
     }

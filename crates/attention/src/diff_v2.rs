@@ -16,17 +16,16 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, Statistics, attention};
+use polyhead_kernels::{AttentionOptions, Statistics};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
 use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, linear, residual_std, split_heads};
-use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::softmax::check_width;
 use crate::window::{Within, window_of, within};
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Observation, Observed};
+use crate::{Attended, Call, ConfigError, Cost, Dims, KvSite, Mechanism, MechanismConfig, Observation, Observed};
 
 const LAMBDA: Observed =
     Observed::new("lambda", "λ, by which the second head of a pair is multiplied, mean over tokens", "");
@@ -143,15 +142,15 @@ impl Mechanism for DiffV2 {
     type Cache = KvCache;
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
-        let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
+        let ([batch, seq, _], adapters, sites) = (hidden.dims(), call.adapters, call.sites);
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden.clone());
         let lambda = sigmoid(adapters.project("lambda_proj", &self.lambda_proj, hidden));
         let lambda = lambda.reshape([batch, seq, self.n_heads, 1]);
-        let q = rotate(call.rope, split_heads(q, 2 * self.n_heads));
-        let k = rotate(call.rope, split_heads(k, self.n_kv_heads));
-        let v = split_heads(v, self.n_kv_heads);
+        let q = sites.query(call.rope, split_heads(q, 2 * self.n_heads));
+        let k = sites.key(call.rope, split_heads(k, self.n_kv_heads));
+        let v = sites.at(KvSite::V, split_heads(v, self.n_kv_heads));
         let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
             mask: Some(&mask),
@@ -160,11 +159,12 @@ impl Mechanism for DiffV2 {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, keys, values, &options); // [batch, 2 n_heads, seq, head_dim]
+        let attended = sites.attend(q, keys, values, options); // [batch, 2 n_heads, seq, head_dim]
         let seen = attended.statistics.map(|seen| self.observe(seen, &lambda));
         let heads = subtract(attended.hidden.swap_dims(1, 2), lambda);
         let channels = heads.dims()[2] * heads.dims()[3];
-        let hidden = adapters.project("o_proj", &self.o_proj, heads.reshape([batch, seq, channels]));
+        let heads = heads.reshape([batch, seq, channels]);
+        let hidden = sites.out(adapters, &self.o_proj, heads, self.n_heads);
         Attended { hidden, penalty: None, seen }
     }
 }

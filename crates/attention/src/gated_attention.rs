@@ -167,7 +167,7 @@ impl Mechanism for GatedAttention {
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let ([batch, seq, _], adapters, softmax) = (hidden.dims(), call.adapters, &self.softmax);
-        let [n_gates, width] = self.gates;
+        let ([n_gates, width], sites) = (self.gates, call.sites);
         let gate = sigmoid(adapters.project("g_proj", &self.g_proj, hidden.clone()));
         let gate = gate.reshape([batch, seq, n_gates, width]);
         // Heads of `[batch, seq, heads * head_dim]`, gated where this is the place.
@@ -188,7 +188,8 @@ impl Mechanism for GatedAttention {
             seen.number(SIGMOID_GATE, mean.reshape([n_gates]));
         }
         let heads = gated(GatedPlace::Heads, heads);
-        let hidden = gated(GatedPlace::Output, adapters.project("o_proj", &softmax.o_proj, heads));
+        let on_output = (self.gated == GatedPlace::Output).then(|| gate.clone().reshape([batch, seq, n_gates * width]));
+        let hidden = sites.gated_out(adapters, &softmax.o_proj, heads, softmax.query_heads(), on_output);
         Attended { hidden, penalty: None, seen }
     }
 }

@@ -24,7 +24,8 @@ use crate::config::require;
 use crate::projection::{INIT_STD, linear, residual_std};
 use crate::softmax::check_width;
 use crate::{
-    Attended, Call, ConfigError, Cost, Dims, Mask, Mechanism, MechanismCache, MechanismConfig, Observation, Observed,
+    Attended, Call, ConfigError, Cost, Dims, KvSite, Mask, Mechanism, MechanismCache, MechanismConfig, Observation,
+    Observed, QuerySite, Site,
 };
 
 /// Inside the square root of the norms of queries and keys; from the authors' code.
@@ -162,6 +163,14 @@ impl MechanismConfig for GatedDeltaNetConfig {
         &[DECAY]
     }
 
+    fn absent(site: Site) -> Option<&'static str> {
+        let rotated = [Site::from(QuerySite::RotQ), KvSite::RotK.into()].contains(&site);
+        match site.is_map() {
+            true => Some("a state is no map: what a query reads of a single earlier token is written nowhere"),
+            false => rotated.then_some("it has no positions that rotate: use q and k"),
+        }
+    }
+
     fn exemptions() -> &'static [(&'static str, &'static str)] {
         &[("maps", "a state is no map: what a query reads of a single earlier token is written nowhere")]
     }
@@ -241,7 +250,7 @@ impl Mechanism for GatedDeltaNet {
     type Cache = DeltaState;
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, DeltaState>) -> Attended {
-        let (adapters, dtype) = (call.adapters, hidden.dtype());
+        let (adapters, sites, dtype) = (call.adapters, call.sites, hidden.dtype());
         let [batch, seq, _] = hidden.dims();
         let Sizes { key_heads, share, k_dim, v_dim, kernel } = self.sizes;
         let (heads, channels) = (self.sizes.heads(), self.sizes.mixed());
@@ -279,12 +288,13 @@ impl Mechanism for GatedDeltaNet {
             mixed.clone().narrow(2, from, count * width).reshape([batch, seq, count, width])
         };
         let shared = |x: Tensor<4>| {
-            let x = unit(x).reshape([batch, seq, key_heads, 1, k_dim]);
+            let x = x.reshape([batch, seq, key_heads, 1, k_dim]);
             x.expand([batch, seq, key_heads, share, k_dim]).reshape([batch, seq, heads, k_dim])
         };
-        let q = shared(head(0, key_heads, k_dim)) / (k_dim as f64).sqrt();
-        let k = shared(head(key_heads * k_dim, key_heads, k_dim));
-        let v = head(2 * key_heads * k_dim, heads, v_dim);
+        let q = shared(unit(head(0, key_heads, k_dim))) / (k_dim as f64).sqrt();
+        let q = sites.at_tokens(QuerySite::Q, q);
+        let k = shared(sites.at_tokens(KvSite::K, unit(head(key_heads * k_dim, key_heads, k_dim))));
+        let v = sites.at_tokens(KvSite::V, head(2 * key_heads * k_dim, heads, v_dim));
         let decay = match &starts {
             Some(starts) => decay.clone() * (1.0 - starts.first(&device)),
             None => decay,
@@ -295,6 +305,7 @@ impl Mechanism for GatedDeltaNet {
             let inputs = inputs.narrow(1, seq, kernel - 1);
             *cache = DeltaState { tokens: cache.tokens + seq, kept: Some(Kept { state, inputs }) };
         }
+        let read = sites.at_tokens(QuerySite::Attended, read);
         let gated = rms_norm(read, self.norm.weight.val(), self.norm_eps) * silu(z);
         let gated = in_type(gated.reshape([batch, seq, heads * v_dim]), dtype);
         let seen = call.observe.wanted().then(|| {
@@ -302,7 +313,7 @@ impl Mechanism for GatedDeltaNet {
             seen.number(DECAY, mean_decay);
             seen
         });
-        Attended { hidden: adapters.project("o_proj", &self.o_proj, gated), penalty: None, seen }
+        Attended { hidden: sites.out(adapters, &self.o_proj, gated, heads), penalty: None, seen }
     }
 }
 

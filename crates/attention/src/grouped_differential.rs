@@ -22,9 +22,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
-use polyhead_kernels::{
-    AttentionOptions, Combination, HeadMap, Statistics, attention, difference, random, subtract_noise,
-};
+use polyhead_kernels::{AttentionOptions, Combination, HeadMap, Statistics, difference, random, subtract_noise};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
@@ -33,13 +31,12 @@ use crate::config::{PerLayerCount, require};
 use crate::observe::{NOISE, SCORES};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::published::uniform;
-use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::softmax::{check_heads, own_width};
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
-    Attended, Call, ConfigError, Cost, Dims, Family, Form, HeadChannels, Mechanism, MechanismConfig, Observation,
-    Observed, Published, Setting,
+    Attended, Call, ConfigError, Cost, Dims, Family, Form, HeadChannels, KvSite, Mechanism, MechanismConfig,
+    Observation, Observed, Published, Setting,
 };
 
 /// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
@@ -453,13 +450,13 @@ impl Mechanism for GroupedDifferential {
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
         let ratio = self.n_heads / self.n_noise - 1;
-        let adapters = call.adapters;
+        let (adapters, sites) = (call.adapters, call.sites);
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
-        let q = rotate(call.rope, split_heads(q, self.n_heads));
-        let k = rotate(call.rope, split_heads(k, 2 * self.n_pairs));
-        let v = split_heads(v, self.n_pairs); // [batch, n_pairs, seq, 2 * head_dim]
+        let q = sites.query(call.rope, split_heads(q, self.n_heads));
+        let k = sites.key(call.rope, split_heads(k, 2 * self.n_pairs));
+        let v = sites.at(KvSite::V, split_heads(v, self.n_pairs)); // [batch, n_pairs, seq, 2 * head_dim]
         let keys = self.key_heads();
         let values = keys.iter().map(|key_head| key_head / 2).collect();
         let Within { keys: k, values: v, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
@@ -472,7 +469,7 @@ impl Mechanism for GroupedDifferential {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, 2 * head_dim], striped
+        let attended = sites.attend(q, k, v, options); // [batch, n_heads, seq, 2 * head_dim], striped
         let (heads, lambda) = (attended.hidden, self.lambda());
         let seen = attended.statistics.map(|seen| self.observe(seen, heads.clone(), lambda.clone()));
         let combined = match &self.subln {
@@ -482,7 +479,7 @@ impl Mechanism for GroupedDifferential {
             }
             None => difference(heads, lambda, ratio),
         };
-        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(combined));
+        let hidden = sites.out(adapters, &self.o_proj, join_heads(combined), self.n_heads - self.n_noise);
         Attended { hidden, penalty: None, seen }
     }
 }

@@ -25,6 +25,7 @@ use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, split_heads};
 use crate::{
     Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, NoCache, Observation, Observed,
+    QuerySite, Site, Sites,
 };
 
 /// Settings of HiLo attention.
@@ -161,11 +162,20 @@ impl MechanismConfig for HiloConfig {
         Self { n_heads: 4, window: 2, alpha: 0.5, qkv_bias: true, compat_padding: false }
     }
 
+    fn absent(site: Site) -> Option<&'static str> {
+        (site != QuerySite::Z.into()).then_some(
+            "its heads attend inside windows and to the means of windows, each kind with an output projection of its own: \
+             only z is of heads and positions",
+        )
+    }
+
     fn exemptions() -> &'static [(&'static str, &'static str)] {
         const BOTH_WAYS: &str = "every position reads its whole window and the means of all others";
         &[
             ("no_look_ahead", BOTH_WAYS),
             ("cached_decoding", BOTH_WAYS),
+            ("sites_no_look_ahead", BOTH_WAYS),
+            ("sites_cached_decoding", BOTH_WAYS),
             ("documents", "images are not packed"),
             ("maps", "its windows and their means have no map over all positions"),
             ("adapters", "adapters are for decoders"),
@@ -228,7 +238,7 @@ impl Mechanism for Hilo {
             let padding: Vec<i32> = real.into_iter().map(|real| i32::from(!real)).collect();
             Tensor::<2, Int>::from_data(TensorData::new(padding, [batch, tokens]), &hidden.device()).equal_elem(1)
         });
-        let hidden = self.mix(hidden, grid, padding.as_ref());
+        let hidden = self.mix(hidden, grid, padding.as_ref(), call.sites);
         // There are no maps to show, but layers are counted.
         let seen = call.observe.wanted().then(Observation::default);
         Attended { hidden, penalty: None, seen }
@@ -240,15 +250,40 @@ impl Hilo {
     /// - x: `[batch, rows * columns, d_model]`, row by row; grid: `[rows, columns]`
     /// - padding: `[batch, rows * columns]`, true where a token is padding, which no other attends to
     /// - output: `[batch, rows * columns, d_model]`, high frequencies first
-    fn mix(&self, x: Tensor<3>, grid: [usize; 2], padding: Option<&Tensor<2, Bool>>) -> Tensor<3> {
+    fn mix(&self, x: Tensor<3>, grid: [usize; 2], padding: Option<&Tensor<2, Bool>>, sites: Sites<'_>) -> Tensor<3> {
         let dims = x.dims();
         let x = match padding {
             Some(padding) => x.mask_fill(padding.clone().unsqueeze_dim::<3>(2).expand(dims), 0.0),
             None => x,
         };
         let windows = self.windows(&x, grid, padding);
-        let high = self.hifi.as_ref().map(|part| join(part.forward(&windows), grid, self.window));
-        let low = self.lofi.as_ref().map(|part| part.forward(x, &windows));
+        let high = self.hifi.as_ref().map(|part| part.heads(&windows));
+        let low = self.lofi.as_ref().map(|part| part.heads(x, &windows));
+        let adapters = Adapters::default();
+        let (of_high, of_low) = (self.hifi.as_ref().zip(high), self.lofi.as_ref().zip(low));
+        let z = [QuerySite::Z.into()];
+        if sites.touch(&z) {
+            let high = of_high.iter().map(|(_, heads)| join(heads.clone(), grid, self.window));
+            let all: Vec<Tensor<3>> = high.chain(of_low.iter().map(|(_, heads)| heads.clone())).collect();
+            let n_heads = [self.hifi.as_ref().map(|part| part.n_heads), self.lofi.as_ref().map(|part| part.n_heads)];
+            let all = sites.z(Tensor::cat(all, 2), n_heads.into_iter().flatten().sum());
+            if sites.edit(&z) {
+                let width = of_high.as_ref().map_or(0, |(_, heads)| heads.dims()[3]);
+                let low = all.dims()[2] - width;
+                let high = self.hifi.iter().map(|part| (&part.o_proj, all.clone().narrow(2, 0, width)));
+                let parts = high.chain(self.lofi.iter().map(|part| (&part.o_proj, all.clone().narrow(2, width, low))));
+                return Tensor::cat(
+                    parts.map(|(o_proj, heads)| adapters.project("o_proj", o_proj, heads)).collect(),
+                    2,
+                );
+            }
+        }
+        let high = of_high.map(|(part, heads)| {
+            let [batch, count, area, width] = heads.dims();
+            let written = adapters.project("o_proj", &part.o_proj, heads.reshape([batch * count, area, width]));
+            join(written.reshape([batch, count, area, width]), grid, self.window)
+        });
+        let low = of_low.map(|(part, heads)| adapters.project("o_proj", &part.o_proj, heads));
         Tensor::cat(high.into_iter().chain(low).collect(), 2)
     }
 
@@ -269,8 +304,8 @@ impl Hilo {
 }
 
 impl HiFi {
-    /// `[batch, windows, window², heads * head_dim]`
-    fn forward(&self, windows: &Windows) -> Tensor<4> {
+    /// `[batch, windows, window², heads * head_dim]`: what the heads attend to.
+    fn heads(&self, windows: &Windows) -> Tensor<4> {
         let [batch, count, area, d_model] = windows.tokens.dims();
         let adapters = Adapters::default();
         let tokens = windows.tokens.clone().reshape([batch * count, area, d_model]);
@@ -282,14 +317,13 @@ impl HiFi {
             Mask::none().with_dense(hidden.expand([batch * count, 1, area, area]))
         });
         let options = AttentionOptions { mask: mask.as_ref(), ..Default::default() };
-        let attended = join_heads(attention(q, k, v, &options).hidden);
-        adapters.project("o_proj", &self.o_proj, attended).reshape([batch, count, area, width])
+        join_heads(attention(q, k, v, &options).hidden).reshape([batch, count, area, width])
     }
 }
 
 impl LoFi {
-    /// `[batch, rows * columns, heads * head_dim]`
-    fn forward(&self, x: Tensor<3>, windows: &Windows) -> Tensor<3> {
+    /// `[batch, rows * columns, heads * head_dim]`: what the heads attend to.
+    fn heads(&self, x: Tensor<3>, windows: &Windows) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
         let [_, count, area, d_model] = windows.tokens.dims();
         let adapters = Adapters::default();
@@ -308,7 +342,7 @@ impl LoFi {
         let width = kv.dims()[2] / 2;
         let [k, v] = [0, 1].map(|part| split_heads(kv.clone().narrow(2, part * width, width), self.n_heads));
         let options = AttentionOptions { mask: mask.as_ref(), ..Default::default() };
-        adapters.project("o_proj", &self.o_proj, join_heads(attention(q, k, v, &options).hidden))
+        join_heads(attention(q, k, v, &options).hidden)
     }
 }
 

@@ -30,7 +30,7 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, HeadMap, attention, in_type, random};
+use polyhead_kernels::{AttentionOptions, HeadMap, in_type, random};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{KvCache, extended};
@@ -40,8 +40,8 @@ use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads}
 use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::{
-    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mask, Mechanism, MechanismConfig,
-    Observation, Observed, SharedHeads, SoftmaxConfig,
+    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, KvSite, Mask, Mechanism,
+    MechanismConfig, Observation, Observed, SharedHeads, SoftmaxConfig,
 };
 
 pub mod allocation;
@@ -298,14 +298,14 @@ impl Mechanism for KeyDriven {
     }
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
-        let (adapters, device) = (call.adapters, hidden.device());
+        let (adapters, sites, device) = (call.adapters, call.sites, hidden.device());
         let KeyDrivenConfig { n_heads, n_kv_heads, .. } = self.config;
         let query_offset = call.past();
         let q = split_heads(adapters.project("q_proj", &self.q_proj, hidden.clone()), n_heads);
-        let k = self.keys(hidden.clone(), adapters);
-        let v = split_heads(adapters.project("v_proj", &self.v_proj, hidden), n_kv_heads);
+        let k = sites.at(KvSite::K, self.keys(hidden.clone(), adapters));
+        let v = sites.at(KvSite::V, split_heads(adapters.project("v_proj", &self.v_proj, hidden), n_kv_heads));
         let query_heads = self.query_heads(&k, call.mask, query_offset);
-        let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
+        let (q, k) = (sites.query(call.rope, q), sites.at(KvSite::RotK, rotate(call.rope, k)));
         let (k, v) = extended(call.cache, k, v);
         let map = HeadMap::Each(allocation::head_map(&query_heads));
         let options = AttentionOptions {
@@ -317,7 +317,7 @@ impl Mechanism for KeyDriven {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, k, v, &options); // [batch, n_heads, seq, head_dim]
+        let attended = sites.attend(q, k, v, options); // [batch, n_heads, seq, head_dim]
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
             let counts: Vec<f32> = query_heads.iter().map(|&count| count as f32).collect();
@@ -331,7 +331,7 @@ impl Mechanism for KeyDriven {
             let uniform = random([n_heads, seq * width], uniform, &device);
             heads = perturbed(heads, &query_heads, uniform);
         }
-        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(heads));
+        let hidden = sites.out(adapters, &self.o_proj, join_heads(heads), n_heads);
         Attended { hidden, penalty: None, seen }
     }
 }

@@ -6,8 +6,11 @@ use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_diff
 use polyhead_kernels::random;
 
 use crate::{
-    Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, Mask, Observe, Rope, RopeLayout,
+    Adapter, Adapters, Attended, Attention, AttentionConfig, Call, Dims, LayerCache, LayerSites, Mask, Observe, Rope,
+    RopeLayout, Sites,
 };
+
+mod sites;
 
 /// Tolerance for rounding when the same numbers are computed in another order.
 const ROUNDING: Tolerance = Tolerance::absolute(2e-5);
@@ -33,18 +36,22 @@ const LAWS: &[Law] = &[
     ("sizes", sizes_beyond_any_model_are_refused_or_counted),
 ];
 
+fn all_laws() -> impl Iterator<Item = &'static Law> {
+    LAWS.iter().chain(sites::LAWS)
+}
+
 /// Runs every law but those that the mechanism is exempt from. Whoever is exempt must break the law: an exemption that is no
 /// longer needed is a mistake too.
 pub(crate) fn hold(config: &AttentionConfig, exemptions: &[(&str, &str)]) {
     config.validate(&Dims::example()).expect("an example is valid");
     for (name, reason) in exemptions {
-        let (_, law) = LAWS.iter().find(|(law, _)| law == name).unwrap_or_else(|| panic!("there is no law {name}"));
+        let (_, law) = all_laws().find(|(law, _)| law == name).unwrap_or_else(|| panic!("there is no law {name}"));
         println!("{} is exempt from {name}: {reason}", config.name());
         let broken = std::panic::catch_unwind(|| law(&World::new(config))).is_err();
         assert!(broken, "{} keeps the law {name}, which it is exempt from", config.name());
     }
     let world = World::new(config);
-    for (_, law) in LAWS.iter().filter(|(law, _)| exemptions.iter().all(|(name, _)| name != law)) {
+    for (_, law) in all_laws().filter(|(law, _)| exemptions.iter().all(|(name, _)| name != law)) {
         law(&world);
     }
 }
@@ -68,11 +75,30 @@ impl World {
     }
 
     fn run(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut LayerCache>, observe: Observe) -> Attended {
+        self.call(x, cache, Call { observe, ..Call::new(mask) })
+    }
+
+    fn run_with_sites(
+        &self,
+        x: Tensor<3>,
+        mask: &Mask,
+        cache: Option<&mut LayerCache>,
+        sites: &LayerSites,
+    ) -> Attended {
+        self.call(x, cache, Call { sites: Sites(Some(sites)), ..Call::new(mask) })
+    }
+
+    fn call(&self, x: Tensor<3>, cache: Option<&mut LayerCache>, call: Call<'_>) -> Attended {
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let seq = x.dims()[1];
         let rope = self.rope(start..start + seq);
-        let grid = Some([1, seq]);
-        self.layer.forward(x, Call { rope: Some(&rope), grid, cache, observe, ..Call::new(mask) })
+        self.layer.forward(x, Call { rope: Some(&rope), grid: Some([1, seq]), cache, ..call })
+    }
+
+    /// The same layer whose output projections have no biases.
+    fn without_output_bias(&self) -> Self {
+        let layer = self.layer.clone().map(&mut Unbias(Vec::new()));
+        Self { layer, device: self.device.clone(), config: self.config.clone() }
     }
 
     fn rope(&self, positions: std::ops::Range<usize>) -> Rope {
@@ -307,6 +333,26 @@ impl ModuleMapper for Replace<'_> {
                 let new = self.1.clone();
                 param.map(|old| new.reshape(old.dims()))
             }
+            _ => param,
+        }
+    }
+}
+
+/// Biases of output projections become zero.
+struct Unbias(Vec<String>);
+
+impl ModuleMapper for Unbias {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.0.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.0.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match &self.0[..] {
+            [.., projection, bias] if projection == "o_proj" && bias == "bias" => param.map(|bias| bias * 0.0),
             _ => param,
         }
     }

@@ -29,6 +29,7 @@ mod published;
 mod rope;
 mod settings;
 mod sink;
+mod sites;
 mod softmax;
 mod window;
 
@@ -66,6 +67,10 @@ pub use published::{
 };
 pub use rope::{Rope, frequencies};
 pub use sink::{Sink, SinkConfig};
+pub use sites::{
+    Amount, At, Change, Edit, Function, KvHead, KvSite, LayerSites, Place, Positions, QueryHead, QuerySite, Site,
+    Sites, StreamSite,
+};
 pub use softmax::{Softmax, SoftmaxConfig};
 
 /// One way of mixing positions. Owns its projections; keeps no state between calls except in the cache it is handed.
@@ -204,6 +209,11 @@ pub trait MechanismConfig: Sized {
         &observe::SCORES
     }
 
+    /// Why the mechanism has no such site, where it has none. Sites of the residual stream are the model's.
+    fn absent(_site: Site) -> Option<&'static str> {
+        None
+    }
+
     /// A small valid description for a model of [`Dims::example`], for the laws.
     fn example() -> Self;
 
@@ -230,6 +240,8 @@ pub struct Call<'a, C = LayerCache> {
     pub observe: Observe,
     /// Additions to the layer's projections: hand each of them to [`Adapters::project`].
     pub adapters: Adapters<'a>,
+    /// What is read and changed on the way: see `sites.rs` for what goes through them.
+    pub sites: Sites<'a>,
 }
 
 impl<'a, C> Call<'a, C> {
@@ -243,6 +255,7 @@ impl<'a, C> Call<'a, C> {
             cache: None,
             observe: Observe::Nothing,
             adapters: Adapters::default(),
+            sites: Sites::default(),
         }
     }
 
@@ -256,8 +269,8 @@ impl<'a, C> Call<'a, C> {
 
     /// The same call with the cache seen as one mechanism's own.
     fn with_cache<D>(self, own: impl FnOnce(&'a mut C) -> &'a mut D) -> Call<'a, D> {
-        let Self { rope, mask, bias, grid, cache, observe, adapters } = self;
-        Call { rope, mask, bias, grid, cache: cache.map(own), observe, adapters }
+        let Self { rope, mask, bias, grid, cache, observe, adapters, sites } = self;
+        Call { rope, mask, bias, grid, cache: cache.map(own), observe, adapters, sites }
     }
 }
 
@@ -340,6 +353,11 @@ macro_rules! mechanisms {
             /// See [`MechanismConfig::observes`]; of every mechanism, by its name.
             pub fn observed() -> Vec<(&'static str, &'static [Observed])> {
                 vec![$((stringify!($key), $Config::observes())),+]
+            }
+
+            /// See [`MechanismConfig::absent`].
+            pub fn absent(&self, site: Site) -> Option<&'static str> {
+                match self { $(Self::$Layer(_) => $Config::absent(site),)+ }
             }
 
             /// See [`MechanismConfig::example`]; of every mechanism.

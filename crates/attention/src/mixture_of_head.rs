@@ -20,20 +20,19 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, attention, in_type, linear_into_heads, linear_out_of_heads};
+use polyhead_kernels::{AttentionOptions, in_type, linear_into_heads, linear_out_of_heads};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
 use crate::observe::SCORES;
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
-use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::softmax::{HeadNorm, normed};
 use crate::window::{Within, window_of, within};
 use crate::{
-    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, Mechanism, MechanismConfig, Observation,
-    Observed,
+    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, KvSite, Mechanism, MechanismConfig,
+    Observation, Observed, QuerySite, Site,
 };
 use router::{GATE, LOAD};
 
@@ -272,15 +271,16 @@ impl Mechanism for MixtureOfHead {
     type Cache = KvCache;
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, KvCache>) -> Attended {
-        let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
+        let ([batch, seq, _], adapters, sites) = (hidden.dims(), call.adapters, call.sites);
         let real = call.mask.real_queries(batch, call.past(), seq);
         let (q, routing) = self.route(hidden.clone(), real.as_deref(), adapters);
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
-        let q = normed(split_heads(q, self.split.heads()), self.q_norm.as_ref(), self.norm_eps);
+        let n_heads = self.split.heads();
+        let q = normed(split_heads(q, n_heads), self.q_norm.as_ref(), self.norm_eps);
         let k = normed(split_heads(k, self.n_kv_heads), self.k_norm.as_ref(), self.norm_eps);
-        let (q, k) = (rotate(call.rope, q), rotate(call.rope, k));
-        let v = split_heads(v, self.n_kv_heads);
+        let (q, k) = (sites.query(call.rope, q), sites.key(call.rope, k));
+        let v = sites.at(KvSite::V, split_heads(v, self.n_kv_heads));
         let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
             mask: Some(&mask),
@@ -290,15 +290,25 @@ impl Mechanism for MixtureOfHead {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, keys, values, &options); // [batch, n_heads, seq, head_dim], zero where unselected
+        let attended = sites.attend(q, keys, values, options); // [batch, n_heads, seq, head_dim], zero where unselected
         let seen = attended.statistics.map(|statistics| {
             let mut seen = Observation::of(statistics);
             routing.observe(self.split, &mut seen);
             seen
         });
-        let heads = join_heads(attended.hidden);
-        let weight = adapters.weight("o_proj", &self.o_proj);
-        let hidden = with_bias(linear_out_of_heads(heads, routing.gates, weight, &routing.selected), &self.o_proj);
+        let outputs = [QuerySite::Z, QuerySite::Result].map(Site::from);
+        let written = sites.touch(&outputs).then(|| {
+            let gates = in_type(routing.gates.clone(), attended.hidden.dtype()).swap_dims(1, 2).unsqueeze_dim::<4>(3);
+            sites.out(adapters, &self.o_proj, join_heads(attended.hidden.clone() * gates), n_heads)
+        });
+        let hidden = match written.filter(|_| sites.edit(&outputs)) {
+            // Where outputs are changed, those of heads that were not selected may count.
+            Some(written) => written,
+            None => {
+                let (heads, weight) = (join_heads(attended.hidden), adapters.weight("o_proj", &self.o_proj));
+                with_bias(linear_out_of_heads(heads, routing.gates, weight, &routing.selected), &self.o_proj)
+            }
+        };
         let penalty = routing.balance.map(|balance| balance.penalty(self.split, self.config.penalty_norm));
         Attended { hidden, penalty, seen }
     }

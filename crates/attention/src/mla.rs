@@ -18,7 +18,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{Attention, AttentionOptions, attention, in_type, rms_norm};
+use polyhead_kernels::{Attention, AttentionOptions, in_type, rms_norm};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::put;
@@ -27,7 +27,8 @@ use crate::projection::{INIT_STD, join_heads, linear, residual_std};
 use crate::rope::rotate;
 use crate::softmax::{HeadNorm, check_width};
 use crate::{
-    Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismCache, MechanismConfig, Observation,
+    Adapters, Attended, Call, ConfigError, Cost, Dims, KvSite, Mechanism, MechanismCache, MechanismConfig, Observation,
+    QuerySite, Site, Sites,
 };
 
 /// Inside the square root of the latents' norms, whatever the model's other norms have; from the authors' code.
@@ -143,6 +144,11 @@ impl MechanismConfig for MlaConfig {
         }
     }
 
+    fn absent(site: Site) -> Option<&'static str> {
+        let rotated = "a key is partly one of all heads until it has been rotated: use rot_k";
+        (site == KvSite::K.into()).then_some(rotated)
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -216,7 +222,7 @@ impl Mechanism for Mla {
     type Cache = LatentCache;
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, LatentCache>) -> Attended {
-        let ([batch, seq, _], adapters) = (hidden.dims(), call.adapters);
+        let ([batch, seq, _], adapters, sites) = (hidden.dims(), call.adapters, call.sites);
         let Sizes { heads, latent, nope, rope, .. } = self.sizes;
         let query_input = match (&self.q_a_proj, &self.q_a_norm) {
             (Some(q_a_proj), Some(norm)) => {
@@ -225,9 +231,14 @@ impl Mechanism for Mla {
             _ => hidden.clone(),
         };
         let q = adapters.project("q_proj", &self.q_proj, query_input);
-        let q = q.reshape([batch, seq, heads, nope + rope]).swap_dims(1, 2);
-        let q_n = q.clone().narrow(3, 0, nope);
-        let q_p = rotate(call.rope, q.narrow(3, nope, rope));
+        let q = sites.at(QuerySite::Q, q.reshape([batch, seq, heads, nope + rope]).swap_dims(1, 2));
+        let halves = |q: Tensor<4>| [q.clone().narrow(3, 0, nope), q.narrow(3, nope, rope)];
+        let [q_n, q_p] = halves(q);
+        let q_p = rotate(call.rope, q_p);
+        let q = match sites.touch(&[QuerySite::RotQ.into()]) {
+            true => halves(sites.at(QuerySite::RotQ, Tensor::cat(vec![q_n, q_p], 3))),
+            false => [q_n, q_p],
+        };
         let kept = adapters.project("kv_a_proj", &self.kv_a_proj, hidden).reshape([batch, 1, seq, latent + rope]);
         let c = rms_norm(kept.clone().narrow(3, 0, latent), self.kv_a_norm.weight.val(), LATENT_EPS);
         let k_p = rotate(call.rope, kept.narrow(3, latent, rope));
@@ -245,10 +256,12 @@ impl Mechanism for Mla {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let form = if query_offset == 0 { Self::expanded } else { Self::absorbed };
-        let attended = form(self, [q_n, q_p], latents, adapters, &options); // [batch, n_heads, seq, v_head_dim]
+        // The keys and values of heads exist in one of the forms.
+        let whole = query_offset == 0 || sites.touch(&[KvSite::RotK, KvSite::V].map(Site::from));
+        let form = if whole { Self::expanded } else { Self::absorbed };
+        let attended = form(self, q, latents, (adapters, sites), options); // [batch, n_heads, seq, v_head_dim]
         let seen = attended.statistics.map(Observation::of);
-        let hidden = adapters.project("o_proj", &self.o_proj, join_heads(attended.hidden));
+        let hidden = sites.out(adapters, &self.o_proj, join_heads(attended.hidden), heads);
         Attended { hidden, penalty: None, seen }
     }
 }
@@ -259,8 +272,8 @@ impl Mla {
         &self,
         [q_n, q_p]: [Tensor<4>; 2],
         latents: Tensor<4>,
-        adapters: Adapters<'_>,
-        options: &AttentionOptions<'_>,
+        (adapters, sites): (Adapters<'_>, Sites<'_>),
+        options: AttentionOptions<'_>,
     ) -> Attention {
         let Sizes { heads, latent, nope, rope, value } = self.sizes;
         let [batch, _, seq, _] = latents.dims();
@@ -268,8 +281,9 @@ impl Mla {
         let kv = adapters.project("kv_b_proj", &self.kv_b_proj, c);
         let kv = kv.reshape([batch, seq, heads, nope + value]).swap_dims(1, 2);
         let k_p = latents.narrow(3, latent, rope).expand([batch, heads, seq, rope]);
-        let k = Tensor::cat(vec![kv.clone().narrow(3, 0, nope), k_p], 3);
-        attention(Tensor::cat(vec![q_n, q_p], 3), k, kv.narrow(3, nope, value), options)
+        let k = sites.at_from(KvSite::RotK, 0, Tensor::cat(vec![kv.clone().narrow(3, 0, nope), k_p], 3));
+        let v = sites.at_from(KvSite::V, 0, kv.narrow(3, nope, value));
+        sites.attend(Tensor::cat(vec![q_n, q_p], 3), k, v, options)
     }
 
     /// Attention of queries that ask the latents themselves.
@@ -277,16 +291,17 @@ impl Mla {
         &self,
         [q_n, q_p]: [Tensor<4>; 2],
         latents: Tensor<4>,
-        adapters: Adapters<'_>,
-        options: &AttentionOptions<'_>,
+        (adapters, sites): (Adapters<'_>, Sites<'_>),
+        options: AttentionOptions<'_>,
     ) -> Attention {
         let Sizes { heads, latent, nope, value, .. } = self.sizes;
         let weight = in_type(adapters.weight("kv_b_proj", &self.kv_b_proj), q_n.dtype());
         let weight = weight.reshape([1, latent, heads, nope + value]).swap_dims(1, 2); // [1, n_heads, latent, ..]
         let to_latent = weight.clone().narrow(3, 0, nope).swap_dims(2, 3);
         let q = Tensor::cat(vec![q_n.matmul(to_latent), q_p], 3);
-        let context = attention(q, latents.clone(), latents.narrow(3, 0, latent), options);
-        Attention { hidden: context.hidden.matmul(weight.narrow(3, nope, value)), ..context }
+        let context = sites.weigh(q, latents.clone(), latents.narrow(3, 0, latent), options);
+        let attended = context.hidden.matmul(weight.narrow(3, nope, value));
+        Attention { hidden: sites.at(QuerySite::Attended, attended), ..context }
     }
 }
 

@@ -6,7 +6,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, attention, rms_norm};
+use polyhead_kernels::{AttentionOptions, rms_norm};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -14,12 +14,11 @@ use crate::cache::KvCache;
 use crate::config::{PerLayerCount, require};
 use crate::projection::{INIT_STD, join_heads, linear, residual_std, split_heads};
 use crate::published::uniform;
-use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
-    Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, Mechanism, MechanismConfig,
-    Observation, Projection, Published, Setting, SharedHeads, Window,
+    Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, KvSite, Mechanism,
+    MechanismConfig, Observation, Projection, Published, Setting, SharedHeads, Window,
 };
 
 head_settings! {
@@ -437,6 +436,21 @@ pub struct Softmax {
 }
 
 impl Softmax {
+    /// Query heads.
+    pub fn query_heads(&self) -> usize {
+        self.n_heads
+    }
+
+    /// `[batch, heads, seq, head_dim]`: queries (0), keys (1) or values (2) of what the layer reads, before rotation.
+    pub fn projected_heads(&self, hidden: Tensor<3>, kind: usize) -> Tensor<4> {
+        let project = |layer: &Linear| Adapters::default().project("", layer, hidden.clone());
+        match kind {
+            0 => self.heads(project(&self.q_proj), self.n_heads, self.q_norm.as_ref()),
+            1 => self.heads(project(&self.k_proj), self.n_kv_heads, self.k_norm.as_ref()),
+            _ => split_heads(project(&self.v_proj), self.n_kv_heads),
+        }
+    }
+
     /// `[batch, seq, n_heads * head_dim]` to `[batch, n_heads, seq, head_dim]`, normalised where the layer has the norm.
     fn heads(&self, x: Tensor<3>, n_heads: usize, norm: Option<&HeadNorm>) -> Tensor<4> {
         let [batch, seq, channels] = x.dims();
@@ -452,9 +466,10 @@ impl Softmax {
         call: Call<'_, KvCache>,
         sinks: Option<Tensor<1>>,
     ) -> (Tensor<3>, Option<Observation>) {
-        let q = rotate(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
-        let k = rotate(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
-        let v = split_heads(v, self.n_kv_heads);
+        let sites = call.sites;
+        let q = sites.query(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
+        let k = sites.key(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
+        let v = sites.at(KvSite::V, split_heads(v, self.n_kv_heads));
         let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {
             mask: Some(&mask),
@@ -466,18 +481,18 @@ impl Softmax {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        let attended = attention(q, keys, values, &options); // [batch, n_heads, seq, head_dim]
+        let attended = sites.attend(q, keys, values, options); // [batch, n_heads, seq, head_dim]
         (join_heads(attended.hidden), attended.statistics.map(Observation::of))
     }
 
     /// See [`Mechanism::forward`]; `sinks` as in [`mix`](Self::mix).
     pub(crate) fn attend(&self, hidden: Tensor<3>, call: Call<'_, KvCache>, sinks: Option<Tensor<1>>) -> Attended {
-        let adapters = call.adapters;
+        let (adapters, sites) = (call.adapters, call.sites);
         let q = adapters.project("q_proj", &self.q_proj, hidden.clone());
         let k = adapters.project("k_proj", &self.k_proj, hidden.clone());
         let v = adapters.project("v_proj", &self.v_proj, hidden);
         let (heads, seen) = self.mix([q, k, v], call, sinks);
-        Attended { hidden: adapters.project("o_proj", &self.o_proj, heads), penalty: None, seen }
+        Attended { hidden: sites.out(adapters, &self.o_proj, heads, self.n_heads), penalty: None, seen }
     }
 }
 

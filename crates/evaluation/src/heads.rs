@@ -9,8 +9,9 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use polyhead_attention::{Mask, Observe, Observed};
+use polyhead_models::intervention::Context;
 use polyhead_models::weights::{ParameterVisitor, visit_parameters};
-use polyhead_models::{Batch, Decoder};
+use polyhead_models::{Batch, Decoder, Pass};
 
 /// A layer as it was seen.
 pub struct Layer {
@@ -43,7 +44,9 @@ pub struct Head {
 pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
     let importance = importance(model, rows);
     let plain = model.valid();
-    let forward = plain.forward(plain.tokens(&rows[0]), &Mask::causal(), None, Observe::Maps);
+    let mask = Mask::causal();
+    let pass = Pass { observe: Observe::Maps, context: Some(Context::of(&rows[0])), ..Pass::new(&mask) };
+    let forward = plain.pass(plain.tokens(&rows[0]), pass);
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
     let mut layers = Vec::new();
     for (at, seen) in forward.seen.into_iter().enumerate() {

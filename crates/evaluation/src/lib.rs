@@ -2,11 +2,20 @@
 //! models, but neither files nor where questions come from.
 
 pub mod answers;
+pub mod context_score;
+pub mod edges;
 pub mod ees;
 pub mod eigenscore;
 pub mod hallucination;
+pub mod head_importance;
+pub mod head_scores;
 pub mod heads;
+pub mod lens;
 pub mod likelihood;
+pub mod next_token;
+pub mod patching;
 pub mod perplexity;
+pub mod saliency;
 pub mod sensitivity;
+pub mod sinks;
 pub mod texts;

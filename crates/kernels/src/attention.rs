@@ -46,7 +46,7 @@ pub struct AttentionOptions<'a> {
     pub mask: Option<&'a Mask>,
     /// Position of the first query among the keys: the number of keys that were cached by earlier calls.
     pub query_offset: usize,
-    /// `[batch or 1, query heads or 1, queries, keys]`, added to the scaled scores.
+    /// `[batch or 1, query heads or 1, queries or 1, keys]`, added to the scaled scores.
     pub bias: Option<Tensor<4>>,
     /// The key head of each query head.
     pub keys: HeadMap,
@@ -57,6 +57,22 @@ pub struct AttentionOptions<'a> {
     pub selected: Option<Arc<SelectedRows>>,
     /// The statistics to measure.
     pub statistics: Measure,
+    /// Access to scores and weights, for which they are made as matrices.
+    pub map: Option<&'a dyn MapAccess>,
+}
+
+/// Access to the scores and the weights of a call: both can be read, and what is given back is used. Hidden keys stay hidden,
+/// whatever is given back for them.
+///
+/// # Shapes
+/// - scores, weights: `[batch, query heads, queries, keys]`
+/// - hidden: `[batch or 1, query heads or 1, queries, keys]`, true where a key is hidden
+pub trait MapAccess: std::fmt::Debug {
+    /// The scores before softmax: scaled, capped and biased.
+    fn scores(&self, scores: Tensor<4>, hidden: Option<&Tensor<4, Bool>>) -> Tensor<4>;
+
+    /// The weights after softmax, which those of a sink are no part of.
+    fn weights(&self, weights: Tensor<4>, hidden: Option<&Tensor<4, Bool>>) -> Tensor<4>;
 }
 
 /// The statistics that a call measures.
@@ -147,7 +163,8 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
     let full = [batch, heads, queries, keys];
     if let Some(bias) = &options.bias {
         assert_shapes!("attention", q, k, bias;
-            "bias must be [batch or 1, query heads or 1, queries, keys]": spreads(bias.dims(), full));
+            "bias must be [batch or 1, query heads or 1, queries or 1, keys]": spreads(bias.dims(), full)
+                || spreads(bias.dims(), [batch, heads, 1, keys]));
     }
     if let Some(mask) = options.mask {
         mask.check(full, options.query_offset);
@@ -198,6 +215,7 @@ fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<
     let everything = Mask::none();
     let visible = options.mask.unwrap_or(&everything).visible(batch, options.query_offset, queries, keys);
     match visible {
+        _ if options.map.is_some() => plain(q, k, v, options),
         Some(visible) if cpu::fuses(&q) && options.bias.is_none() => tiles::attention(q, k, v, visible, options),
         _ => blocks::attention(q, k, v, options),
     }
@@ -225,6 +243,9 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     if let Some(bias) = &options.bias {
         scores = scores + bias.clone();
     }
+    if let Some(map) = options.map {
+        scores = map.scores(scores, hidden.as_ref());
+    }
     let full = [batch, heads, queries, keys];
     if let Some(hidden) = &hidden {
         scores = scores.mask_fill(hidden.clone().expand(full), HIDDEN_SCORE);
@@ -245,8 +266,11 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_
     let columns = activation::softmax(columns, 3);
     let sink = options.sinks.is_some().then(|| columns.clone().narrow(3, keys, 1));
     let mut weights = columns.narrow(3, 0, keys);
+    if let Some(map) = options.map {
+        weights = map.weights(weights, hidden.as_ref());
+    }
     if let Some(hidden) = hidden
-        && options.mask.is_some_and(Mask::may_hide_whole_rows)
+        && (options.map.is_some() || options.mask.is_some_and(Mask::may_hide_whole_rows))
     {
         weights = weights.mask_fill(hidden.expand(full), 0.0);
     }

@@ -43,7 +43,7 @@ mod testing;
 
 pub use adamw::{AdamwStep, adamw};
 pub use adapted_linear::adapted_linear;
-pub use attention::{Attention, AttentionOptions, HeadMap, Measure, Statistics, attention};
+pub use attention::{Attention, AttentionOptions, HeadMap, MapAccess, Measure, Statistics, attention};
 pub use checkpointed::{Leaf, PartGrads, Rerun, checkpointed};
 pub use cpu::threads;
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};

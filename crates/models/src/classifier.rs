@@ -21,7 +21,7 @@ use crate::gaussian_adaptive_transformer::{
 use crate::{ActivationCheckpointing, ContextMask, Examples, InputShape, Inputs, Loss, Part, Precision, Trainable};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
-pub use encoder::{Encoder, InputLayer};
+pub use encoder::{Encoder, EncoderRead, InputLayer};
 pub use objective::{ClassWeights, LossConfig, Objective};
 pub use sums::{Bin, ClassScore, ClassTotals, GroupCount, MOST_CONFUSED};
 

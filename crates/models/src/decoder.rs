@@ -5,17 +5,20 @@
 //! mlp(norm'(x))`, LayerNorm, GELU with biases, heads that rotate in part.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::{
-    Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, frequencies, linear,
+    Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, Sites, frequencies, linear,
 };
 use polyhead_kernels::{embedding, in_type, random};
 
 use crate::adapters::Lora;
 use crate::gate::dropout;
+use crate::intervention::{Context, Intervention};
+use crate::sites::{SitePlan, Tap};
 use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
 use crate::{Batch, Gate};
@@ -50,6 +53,8 @@ pub struct Decoder {
     #[module(skip)]
     gate: Option<Gate>,
     #[module(skip)]
+    intervention: Option<Arc<Intervention>>,
+    #[module(skip)]
     computing: Computing,
 }
 
@@ -64,12 +69,16 @@ pub struct Pass<'a> {
     pub observe: Observe,
     /// For each layer of the model, what is added to its projections; empty where nothing is.
     pub adapters: &'a [Vec<Adapter>],
+    /// What is read and changed on the way, besides the model's intervention.
+    pub sites: SitePlan,
+    /// What an intervention can know of the tokens; by default that none of them is generated.
+    pub context: Option<Context<'a>>,
 }
 
 impl<'a> Pass<'a> {
     /// A pass with a mask and nothing else.
     pub fn new(mask: &'a Mask) -> Self {
-        Self { mask, cache: None, observe: Observe::Nothing, adapters: &[] }
+        Self { mask, cache: None, observe: Observe::Nothing, adapters: &[], sites: SitePlan::default(), context: None }
     }
 }
 
@@ -82,6 +91,8 @@ pub struct Forward {
     pub penalties: Vec<Tensor<1>>,
     /// One per layer, if asked for.
     pub seen: Vec<Observation>,
+    /// What was read, in the order of layers and sites.
+    pub taps: Vec<Tap>,
 }
 
 impl DecoderConfig {
@@ -99,6 +110,7 @@ impl DecoderConfig {
             config: self.clone(),
             transformer,
             gate: None,
+            intervention: None,
             computing: Computing::default(),
         }
     }
@@ -126,6 +138,7 @@ impl Decoder {
             config,
             lora: None,
             gate: None,
+            intervention: None,
             computing: Computing::default(),
             ..self
         }
@@ -172,9 +185,19 @@ impl Decoder {
         Self { gate, ..self }
     }
 
+    /// What is changed in every forward, where anything is.
+    pub fn intervention(&self) -> Option<&Intervention> {
+        self.intervention.as_deref()
+    }
+
+    /// The same model with another intervention, or with none.
+    pub fn intervened(self, intervention: Option<Intervention>) -> Self {
+        Self { intervention: intervention.map(Arc::new), ..self }
+    }
+
     /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
     pub fn forward(&self, tokens: Tensor<2, Int>, mask: &Mask, cache: Option<&mut Cache>, observe: Observe) -> Forward {
-        self.pass(tokens, Pass { mask, cache, observe, adapters: &[] })
+        self.pass(tokens, Pass { cache, observe, ..Pass::new(mask) })
     }
 
     /// Runs all layers over `tokens`, `[batch, seq]`.
@@ -201,17 +224,30 @@ impl Decoder {
         in_type(self.norm.forward(hidden, self.config.norm_eps), self.computing.precision.dtype())
     }
 
+    /// `[batch, seq, d_model]`: what the attention of a layer reads, from the residual stream before it.
+    pub fn layer_input(&self, layer: usize, hidden: Tensor<3>) -> Tensor<3> {
+        let normed = self.layers[layer].attention_norm.forward(hidden, self.config.norm_eps);
+        in_type(normed, self.computing.precision.dtype())
+    }
+
     /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
     pub fn run_layers(&self, layers: std::ops::Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
-        let Pass { mask, mut cache, observe, adapters } = pass;
+        let Pass { mask, mut cache, observe, adapters, mut sites, context } = pass;
         let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let ropes = self.ropes(start..start + hidden.dims()[1]);
-        let (mut penalties, mut seen) = (Vec::new(), Vec::new());
+        let [rows, seq, _] = hidden.dims();
+        let ropes = self.ropes(start..start + seq);
+        if let Some(intervention) = &self.intervention {
+            let context = context.unwrap_or(Context { rows, prompt: start + seq, ..Context::default() });
+            sites.edits.extend(intervention.plan(&context).edits);
+        }
+        let (mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
         for index in layers {
             let own = self.lora.iter().flat_map(|lora| lora.layers[index].adapters());
             let all: Vec<Adapter> = own.chain(adapters.get(index).into_iter().flatten().cloned()).collect();
+            let own = sites.of_layer(index, start);
             let call = Call {
+                sites: Sites(own.as_ref()),
                 rope: ropes.get(&self.config.head_dim(index)),
                 cache: cache.as_deref_mut().map(|cache| &mut cache.layers[index]),
                 observe: observe.clone(),
@@ -222,11 +258,12 @@ impl Decoder {
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
+            taps.extend(own.into_iter().flat_map(|own| Tap::of_layer(index, own)));
             if let Some(gate) = self.gate.as_ref().filter(|gate| gate.after_layer == index) {
                 hidden = gate.pass(hidden);
             }
         }
-        Forward { hidden, penalties, seen }
+        Forward { hidden, penalties, seen, taps }
     }
 
     /// `[d_model, vocab]`: the output projection.

@@ -3,13 +3,14 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use polyhead_attention::{Cache, Mask, Observe};
+use polyhead_attention::{Cache, Mask};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Decoder;
+use crate::intervention::Context;
+use crate::{Decoder, Pass, Role};
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -58,6 +59,8 @@ pub struct Continuation {
 pub struct Request<'a> {
     /// Its tokens, at least one.
     pub prompt: &'a [u32],
+    /// Whose each of them is, for the model's intervention; empty where nobody says so, of all requests of a call or of none.
+    pub roles: &'a [Role],
     /// How tokens are chosen, and how many.
     pub sampling: &'a Sampling,
     /// Tokens that end it.
@@ -80,7 +83,7 @@ pub fn continuations(
     go_on: &dyn Fn() -> bool,
 ) -> Option<Vec<Continuation>> {
     let places = (0u64..).zip(prompts);
-    let requests: Vec<Request> = places.map(|(stream, prompt)| Request { prompt, sampling, stops, stream }).collect();
+    let requests: Vec<Request> = places.map(|(stream, prompt)| Request { prompt, roles: &[], sampling, stops, stream }).collect();
     continue_all(model, &requests, &mut |_, _| ControlFlow::Continue(()), go_on)
 }
 
@@ -102,12 +105,15 @@ pub fn continue_all(
         let first = rows.len();
         rows.extend(requests.iter().map(Row::new));
         let mut cache = Cache::new(model.layers.len());
-        let mut next: Vec<u32> = requests.iter().flat_map(|request| request.prompt).copied().collect();
+        let prompts: Vec<u32> = requests.iter().flat_map(|request| request.prompt).copied().collect();
+        let roles: Vec<Role> = requests.iter().flat_map(|request| request.roles).copied().collect();
+        let context = Context { rows: requests.len(), tokens: &prompts, roles: &roles, prompt: length };
+        let mut next = prompts.clone();
         while rows[first..].iter().any(|row| row.open) {
             if !go_on() {
                 return None;
             }
-            let logits = next_logits(model, &next, requests.len(), &mut cache);
+            let logits = next_logits(model, &next, context, &mut cache);
             next.clear();
             for ((at, row), logits) in rows[first..].iter_mut().enumerate().zip(logits.chunks(model.vocab_size())) {
                 // A row that has ended goes on with the others, but nothing is kept of it.
@@ -167,6 +173,8 @@ impl Continuation {
 /// What a model has read and written so far, with its cache. A prompt that goes on from there costs its new tokens only.
 #[derive(Debug)]
 pub struct Past {
+    /// Whose each token of the prompt is, for the model's intervention; empty where nobody says so.
+    pub roles: Vec<Role>,
     cache: Cache,
     tokens: Vec<u32>,
 }
@@ -174,13 +182,14 @@ pub struct Past {
 impl Past {
     /// Nothing yet.
     pub fn new(model: &Decoder) -> Self {
-        Self { cache: Cache::new(model.layers.len()), tokens: Vec::new() }
+        Self { roles: Vec::new(), cache: Cache::new(model.layers.len()), tokens: Vec::new() }
     }
 
     /// Reads `tokens` (not empty), which follow what was read; gives the logits after the last of them.
-    fn read(&mut self, model: &Decoder, tokens: &[u32]) -> Vec<f32> {
+    fn read(&mut self, model: &Decoder, tokens: &[u32], prompt: &[u32]) -> Vec<f32> {
         self.tokens.extend(tokens);
-        next_logits(model, tokens, 1, &mut self.cache)
+        let context = Context { rows: 1, tokens: prompt, roles: &self.roles, prompt: prompt.len() };
+        next_logits(model, tokens, context, &mut self.cache)
     }
 
     /// Continues `prompt` (not empty), a text from its very beginning, handing each new token to `on_token` as it comes; stops
@@ -196,13 +205,13 @@ impl Past {
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> (Vec<u32>, Option<u32>) {
         if !(prompt.starts_with(&self.tokens) && prompt.len() > self.tokens.len()) {
-            *self = Self::new(model);
+            *self = Self { roles: std::mem::take(&mut self.roles), ..Self::new(model) };
         }
         let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
         let mut new = Vec::new();
         let mut next: Vec<u32> = prompt[self.tokens.len()..].to_vec();
         while new.len() < sampling.max_new_tokens {
-            let token = choose(&self.read(model, &next), sampling, &mut rng);
+            let token = choose(&self.read(model, &next, prompt), sampling, &mut rng);
             if stops.contains(&token) {
                 return (new, Some(token));
             }
@@ -217,11 +226,12 @@ impl Past {
 }
 
 /// `[rows, vocab]`: the logits after `tokens`, `[rows, new]`, which continue what is cached.
-fn next_logits(model: &Decoder, tokens: &[u32], rows: usize, cache: &mut Cache) -> Vec<f32> {
+fn next_logits(model: &Decoder, tokens: &[u32], context: Context<'_>, cache: &mut Cache) -> Vec<f32> {
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
+    let (rows, mask) = (context.rows, Mask::causal());
     let new = tokens.len() / rows;
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, new]), &model.device());
-    let hidden = model.forward(ids, &Mask::causal(), Some(cache), Observe::Nothing).hidden;
+    let hidden = model.pass(ids, Pass { cache: Some(cache), context: Some(context), ..Pass::new(&mask) }).hidden;
     let last = hidden.narrow(1, new - 1, 1);
     model.logits(last).into_data().iter::<f32>().collect()
 }

@@ -15,6 +15,7 @@ mod gate;
 mod gaussian_adaptive_transformer;
 mod generate;
 pub mod hf;
+pub mod intervention;
 mod layer_features;
 mod loss;
 mod mapped_file;
@@ -24,6 +25,7 @@ mod pooling;
 mod question;
 mod retrieval;
 mod rope_scaling;
+pub mod sites;
 pub mod surgery;
 #[cfg(test)]
 mod testing;
@@ -36,8 +38,8 @@ pub use polyhead_attention::{ConfigError, broken, require, require_positive, req
 
 pub use batch::{Batch, ContextMask, IGNORE, Role};
 pub use classifier::{
-    Bin, Body, ClassScore, ClassTotals, ClassWeights, Classifier, ClassifierConfig, Encoder, GroupCount, InputLayer,
-    LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
+    Bin, Body, ClassScore, ClassTotals, ClassWeights, Classifier, ClassifierConfig, Encoder, EncoderRead, GroupCount,
+    InputLayer, LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};

@@ -4,6 +4,7 @@ use burn::tensor::{DType, Tensor};
 use polyhead_attention::{Observation, Observe};
 use polyhead_kernels::{CrossEntropy, Divergence, Targets, cross_entropy, divergence, in_type, linear};
 
+use crate::intervention::Context;
 use crate::{Batch, ContextMask, Decoder, Pass};
 
 /// The training loss of one batch, with its named terms.
@@ -64,7 +65,7 @@ impl Decoder {
 
     /// The loss of a batch under another mask, or with something added to the projections.
     pub fn loss_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> Loss {
-        let forward = self.pass(self.tokens(batch), pass);
+        let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
         let out = self.predict(batch, forward.hidden);
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
@@ -78,7 +79,8 @@ impl Decoder {
 
     /// The same under another mask, or with something added to the projections.
     pub fn evaluate_pass(&self, batch: &Batch, pass: Pass<'_>) -> Evaluated {
-        let out = self.predict(batch, self.pass(self.tokens(batch), pass).hidden);
+        let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
+        let out = self.predict(batch, forward.hidden);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
         let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
         Evaluated {
@@ -99,7 +101,8 @@ impl Decoder {
         let hidden = [self, other].map(|model| {
             let mut hidden = model.embed(model.tokens(batch));
             for layer in 0..model.layers.len() {
-                hidden = model.run_layers(layer..layer + 1, hidden, Pass::new(&mask)).hidden;
+                let pass = Pass { context: Some(Context::of(batch)), ..Pass::new(&mask) };
+                hidden = model.run_layers(layer..layer + 1, hidden, pass).hidden;
                 passed();
             }
             model.normed(hidden).reshape([tokens, model.config().d_model])

@@ -9,7 +9,7 @@ use burn::tensor::activation::gelu;
 use burn::tensor::{DType, Device, Tensor};
 use polyhead_attention::{
     Adapters, Attended, Attention, AttentionConfig, Call, ConfigError, Cost, Dims, GaussianAdaptive,
-    GaussianAdaptiveConfig, INIT_STD, linear, require, require_positive,
+    GaussianAdaptiveConfig, INIT_STD, Sites, StreamSite, linear, require, require_positive,
 };
 use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
@@ -265,6 +265,22 @@ impl Norm {
             None => rms_norm(hidden, self.weight.val(), eps),
         }
     }
+
+    /// `[batch, seq, 1]`: what the norm divides by, √(mean x² + ε), of a LayerNorm that of x without its mean.
+    pub(crate) fn scale(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
+        let centred = match self.bias {
+            Some(_) => hidden.clone() - hidden.mean_dim(2),
+            None => hidden,
+        };
+        (centred.square().mean_dim(2) + eps).sqrt()
+    }
+
+    /// Reads the scale of `hidden`, where the site is asked for.
+    fn read_scale(&self, sites: Sites<'_>, site: StreamSite, hidden: &Tensor<3>, eps: f64) {
+        if sites.touch(&[site.into()]) {
+            sites.stream(site, self.scale(hidden.clone(), eps));
+        }
+    }
 }
 
 /// A feed-forward layer: gated SwiGLU, or GELU where there is no gate.
@@ -330,7 +346,9 @@ impl Block {
         config: &TransformerConfig,
         computing: Computing,
     ) -> Attended {
-        let (eps, inner, adapters) = (config.norm_eps, computing.precision.dtype(), call.adapters);
+        let (eps, inner, adapters, sites) = (config.norm_eps, computing.precision.dtype(), call.adapters, call.sites);
+        let hidden = sites.stream(StreamSite::ResidPre, hidden);
+        self.attention_norm.read_scale(sites, StreamSite::AttnScale, &hidden, eps);
         let normed = self.attention_norm.forward(hidden.clone(), eps);
         let attended = self.attention.forward(in_type(normed, inner), call);
         let written = in_type(attended.hidden, DType::F32);
@@ -338,11 +356,15 @@ impl Block {
             Some(gate) => gate.forward(written, None).0,
             None => written,
         };
-        let mixed = hidden.clone() + dropout(written, computing.dropout);
+        let written = sites.stream(StreamSite::AttnOut, written);
+        let mixed = sites.stream(StreamSite::ResidMid, hidden.clone() + dropout(written, computing.dropout));
         let read = if config.parallel_residual { hidden } else { mixed.clone() };
+        let read = sites.stream(StreamSite::MlpIn, read);
+        self.mlp_norm.read_scale(sites, StreamSite::MlpScale, &read, eps);
         let normed = self.mlp_norm.forward(read, eps);
         let written = in_type(self.mlp.forward(in_type(normed, inner), adapters), DType::F32);
-        let hidden = mixed + dropout(written, computing.dropout);
+        let written = sites.stream(StreamSite::MlpOut, written);
+        let hidden = sites.stream(StreamSite::ResidPost, mixed + dropout(written, computing.dropout));
         Attended { hidden, ..attended }
     }
 }

@@ -339,6 +339,9 @@ Examples:
         /// The safetensors file to write: `tokens` [1, n] and `logits` [1, n, vocab].
         #[arg(long)]
         out: PathBuf,
+        /// A file of changes that are made to the model's forward on its way.
+        #[arg(long, value_name = "FILE")]
+        intervention: Option<PathBuf>,
         /// Default: the recipe's.
         #[arg(long, value_parser = device())]
         device: Option<String>,
@@ -461,6 +464,9 @@ pub struct EvalArgs {
     /// Draw accuracy by length and depth into this SVG file.
     #[arg(long, requires = "task")]
     pub heatmap: Option<PathBuf>,
+    /// A file of changes that are made to the model's forward on its way.
+    #[arg(long, value_name = "FILE")]
+    pub intervention: Option<PathBuf>,
     /// Default: the recipe's.
     #[arg(long, value_parser = device())]
     pub device: Option<String>,
@@ -498,6 +504,9 @@ pub struct InspectArgs {
     /// Where maps and page are written. Default: a folder `inspect` beside the checkpoint.
     #[arg(long)]
     pub out: Option<PathBuf>,
+    /// A file of changes that are made to the model's forward on its way.
+    #[arg(long, value_name = "FILE")]
+    pub intervention: Option<PathBuf>,
     /// Default: the recipe's.
     #[arg(long, value_parser = device())]
     pub device: Option<String>,
@@ -546,6 +555,9 @@ pub struct GenerateArgs {
     /// Instructions that come before, with --chat.
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
+    /// A file of changes that are made to the model's forward on its way.
+    #[arg(long, value_name = "FILE")]
+    pub intervention: Option<PathBuf>,
     /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingArgs,

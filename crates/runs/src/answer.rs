@@ -1,10 +1,10 @@
 //! What a model writes: prompts as tokens, where an answer ends, and its text as it arrives.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use polyhead_data::chat::{chat_template, end_of_answer};
 use polyhead_data::{StreamDecoder, Tokenizer};
-use polyhead_models::{Continuation, Decoder, Past, Request, Sampling, continue_all};
+use polyhead_models::{Continuation, Decoder, Past, Request, Role, Sampling, continue_all};
 use polyhead_recipe::Problems;
 use serde_json::Value;
 
@@ -15,6 +15,8 @@ use crate::error::Failure;
 pub struct Prompt {
     /// Its tokens, at least one.
     pub ids: Vec<u32>,
+    /// Whose each of them is; empty where it is no conversation.
+    pub roles: Vec<Role>,
     /// Tokens that end what the model writes.
     pub stops: Vec<u32>,
 }
@@ -30,7 +32,7 @@ impl Prompt {
         if ids.is_empty() {
             ids.push(tokenizer.end_of_text().unwrap_or(0));
         }
-        Ok(Self { ids, stops: tokenizer.end_of_text().into_iter().collect() })
+        Ok(Self { ids, roles: Vec::new(), stops: tokenizer.end_of_text().into_iter().collect() })
     }
 
     /// Messages (objects with `role` and `content`) that the model answers, in the tokenizer's chat template.
@@ -46,8 +48,14 @@ impl Prompt {
         let template = chat_template("chat template", "tokenizer", tokenizer)?;
         let refused = |problem: String| Failure::Run(format!("the chat template refuses the messages: {problem}"));
         let rendered = template.prompt(messages).map_err(refused)?;
-        let ids = tokenizer.encode_template(&rendered)?.into_iter().map(|(id, _)| id).collect();
-        Ok(Self { ids, stops: stops(tokenizer)? })
+        let whose = whose(&rendered, messages);
+        let tokens = tokenizer.encode_template(&rendered)?.into_iter();
+        let role = |place: usize| {
+            let own = whose.iter().find(|(range, _)| range.contains(&place));
+            own.map_or(Role::Template, |(_, role)| *role)
+        };
+        let (ids, roles) = tokens.map(|(id, place)| (id, role(place))).unzip();
+        Ok(Self { ids, roles, stops: stops(tokenizer)? })
     }
 
     /// The same, which these tokens end too.
@@ -55,6 +63,26 @@ impl Prompt {
         self.stops.extend(ends);
         self
     }
+}
+
+/// Where the texts of messages are in a rendered conversation, in their order, and whose they are.
+fn whose(rendered: &str, messages: &[Value]) -> Vec<(Range<usize>, Role)> {
+    let mut from = 0;
+    let mut found = Vec::new();
+    for message in messages {
+        let text = message.get("content").and_then(Value::as_str).map_or("", str::trim);
+        let Some(at) = rendered[from..].find(text).filter(|_| !text.is_empty()) else { continue };
+        let range = from + at..from + at + text.len();
+        from = range.end;
+        let role = match message.get("role").and_then(Value::as_str) {
+            Some("assistant") => Role::Assistant,
+            Some("system" | "developer") => Role::System,
+            Some("user") => Role::User,
+            _ => Role::Tool,
+        };
+        found.push((range, role));
+    }
+    found
 }
 
 /// The tokens after which a model has said what it has to say: the end of a text, and that of an answer in its chat template,
@@ -192,6 +220,7 @@ pub fn answer(
     show: &mut dyn FnMut(&str) -> Result<(), Failure>,
 ) -> Result<Answer, Failure> {
     let (mut writing, mut shown) = (Writing::new(tokenizer, until), Ok(()));
+    past.roles.clone_from(&prompt.roles);
     let (tokens, stop) = past.generate(model, &prompt.ids, sampling, &prompt.stops, |token| {
         let new = writing.push(token);
         if !new.is_empty() {
@@ -232,17 +261,18 @@ pub fn answers(
     hear: Hear<'_>,
     go_on: &dyn Fn() -> bool,
 ) -> Option<()> {
-    let length = |at: usize| questions[at].prompt.ids.len();
+    // Roles are known of all prompts of a call or of none.
+    let alike = |at: usize| (questions[at].prompt.ids.len(), questions[at].prompt.roles.is_empty());
     let (nothing, mut order): (Vec<usize>, Vec<usize>) =
         (0..questions.len()).partition(|&at| questions[at].sampling.max_new_tokens == 0);
     for at in nothing {
         let _ = hear(at, "", Some(Writing::new(tokenizer, &[]).end(Vec::new(), None).1));
     }
-    order.sort_by_key(|&at| length(at));
-    for group in order.chunk_by(|&a, &b| length(a) == length(b)) {
+    order.sort_by_key(|&at| alike(at));
+    for group in order.chunk_by(|&a, &b| alike(a) == alike(b)) {
         let of = |&at: &usize| {
             let Question { prompt, sampling, stream, .. } = questions[at];
-            Request { prompt: &prompt.ids, sampling, stops: &prompt.stops, stream }
+            Request { prompt: &prompt.ids, roles: &prompt.roles, sampling, stops: &prompt.stops, stream }
         };
         let requests: Vec<Request> = group.iter().map(of).collect();
         let mut writing: Vec<Option<Writing>> =

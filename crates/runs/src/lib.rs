@@ -12,6 +12,7 @@ pub mod device;
 pub mod embedder;
 mod error;
 pub mod hub;
+pub mod intervention;
 pub mod kind;
 pub mod peft;
 pub mod pretrained;

@@ -51,14 +51,14 @@ fn windows_of_one_token_are_ordinary_attention() {
     (softmax.k_proj, softmax.v_proj, softmax.o_proj) = (half(0), half(1), o_proj);
     let x = input(2, 15);
     let mask = Mask::none();
-    close(hilo.mix(x.clone(), [3, 5], None), softmax.forward(x, Call::new(&mask)).hidden);
+    close(hilo.mix(x.clone(), [3, 5], None, Sites::default()), softmax.forward(x, Call::new(&mask)).hidden);
 }
 
 #[test]
 fn windows_of_high_frequencies_do_not_see_each_other() {
     let (hilo, x) = (layer(2, 0.0), input(1, 24)); // 4 x 6: windows of the first column are tokens 0, 1, 6, 7, ...
     let changed = x.clone().slice_assign([0..1, 7..8, 0..D_MODEL], input(1, 1));
-    let difference = hilo.mix(x, [4, 6], None) - hilo.mix(changed, [4, 6], None);
+    let difference = hilo.mix(x, [4, 6], None, Sites::default()) - hilo.mix(changed, [4, 6], None, Sites::default());
     for token in 0..24 {
         let own = largest(difference.clone().narrow(1, token, 1));
         assert_eq!(own > 1e-4, [0, 1, 6, 7].contains(&token), "token {token}: {own}");
@@ -71,11 +71,11 @@ fn low_frequencies_of_constant_windows_are_attention_to_the_windows() {
     let (hilo, values) = (layer(2, 1.0), input(2, 6));
     let big = values.clone().reshape([2, 2, 3, D_MODEL]);
     let big = big.reshape([2, 2, 1, 3, 1, D_MODEL]).expand([2, 2, 2, 3, 2, D_MODEL]).reshape([2, 24, D_MODEL]);
-    let out = hilo.mix(big, [4, 6], None).reshape([2, 2, 2, 3, 2, D_MODEL]);
+    let out = hilo.mix(big, [4, 6], None, Sites::default()).reshape([2, 2, 2, 3, 2, D_MODEL]);
     let each = out.narrow(2, 1, 1).narrow(4, 0, 1).reshape([2, 6, D_MODEL]);
     let mut small = hilo;
     small.window = 1;
-    close(each, small.mix(values, [2, 3], None));
+    close(each, small.mix(values, [2, 3], None, Sites::default()));
 }
 
 #[test]
@@ -87,12 +87,12 @@ fn what_fills_the_last_windows_is_hidden_unless_asked_for() {
         let position = Tensor::<1, Int>::arange(0..36, &device()).reshape([1, 36]);
         let column = position.clone().remainder_scalar(6);
         let hidden = position.greater_equal_elem(24).bool_or(column.greater_equal_elem(5)).expand([2, 36]);
-        let whole = hilo.mix(filled, [6, 6], Some(&hidden)).reshape([2, 6, 6, D_MODEL]);
+        let whole = hilo.mix(filled, [6, 6], Some(&hidden), Sites::default()).reshape([2, 6, 6, D_MODEL]);
         let cut = whole.narrow(1, 0, 4).narrow(2, 0, 5).reshape([2, 20, D_MODEL]);
-        let out = hilo.mix(x.clone(), [4, 5], None);
+        let out = hilo.mix(x.clone(), [4, 5], None, Sites::default());
         close(out.clone(), cut);
         hilo.compat_padding = true;
-        assert!(largest(hilo.mix(x, [4, 5], None) - out) > 1e-3, "the zeros are seen, alpha {alpha}");
+        assert!(largest(hilo.mix(x, [4, 5], None, Sites::default()) - out) > 1e-3, "the zeros are seen, alpha {alpha}");
     }
 }
 
@@ -103,19 +103,22 @@ fn hidden_tokens_leave_no_trace_even_where_they_fill_windows() {
     let row = Tensor::<1, Int>::arange(0..24, &device()).reshape([1, 24]);
     let hidden = row.greater_equal_elem(11).expand([2, 24]); // rows 2 and 3, and one token of row 1
     let other = Tensor::cat(vec![x.clone().narrow(1, 0, 11), Tensor::full([2, 13, D_MODEL], f32::NAN, &device())], 1);
-    let [a, b] = [x.clone(), other].map(|x| hilo.mix(x, [4, 6], Some(&hidden)));
+    let [a, b] = [x.clone(), other].map(|x| hilo.mix(x, [4, 6], Some(&hidden), Sites::default()));
     close(a.clone().narrow(1, 0, 11), b.narrow(1, 0, 11));
-    assert!(largest((hilo.mix(x, [4, 6], None) - a).narrow(1, 0, 11)) > 1e-3, "what is hidden would be seen");
+    assert!(
+        largest((hilo.mix(x, [4, 6], None, Sites::default()) - a).narrow(1, 0, 11)) > 1e-3,
+        "what is hidden would be seen"
+    );
 }
 
 #[test]
 fn gradients_reach_every_parameter_and_agree_with_differences() {
     for (alpha, grid) in [(0.5, [2, 4]), (0.5, [3, 3]), (0.0, [2, 2]), (1.0, [3, 2])] {
         let (hilo, tokens) = (layer(2, alpha), grid[0] * grid[1]);
-        let out = hilo.mix(input(2, tokens), grid, None);
+        let out = hilo.mix(input(2, tokens), grid, None, Sites::default());
         let cotangent = draw(out.dims(), [0.0, 1.0], &device());
         assert!(reach_every_parameter(&hilo, &(out * cotangent).sum().backward()) >= 4);
-        agree_with_differences(|| input(1, tokens), |x| hilo.mix(x, grid, None));
+        agree_with_differences(|| input(1, tokens), |x| hilo.mix(x, grid, None, Sites::default()));
     }
 }
 

@@ -1,6 +1,7 @@
 //! What mixture-of-head attention must do besides the laws.
 
 use burn::module::Param;
+use polyhead_kernels::attention;
 use polyhead_kernels::comparison::{Tolerance, assert_tensors_close};
 
 use super::*;

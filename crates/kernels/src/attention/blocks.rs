@@ -78,13 +78,19 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// `[batch or 1, heads or 1, rows or 1, keys]`
+    fn bias(&self) -> Option<Tensor<4>> {
+        let bias = self.options.bias.clone()?;
+        Some(if bias.dims()[2] == 1 { bias } else { bias.narrow(2, self.start, self.rows) })
+    }
+
     /// `[batch, heads, rows, value width]`
     fn attend(&self, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Tensor<4> {
         let (batch, keys, device) = (q.dims()[0], k.dims()[2], q.device());
         let Self { start, rows, options, .. } = *self;
         let span = self.visible.map_or(0..keys, |visible| visible.span(start..start + rows));
         let own = |x: &Tensor<4>| x.clone().narrow(2, span.start, span.len());
-        let bias = options.bias.clone().map(|bias| bias.narrow(2, start, rows).narrow(3, span.start, span.len()));
+        let bias = self.bias().map(|bias| bias.narrow(3, span.start, span.len()));
         let ranges = self.visible.and_then(|visible| visible.within(start..start + rows, &span));
         let hidden = match self.visible {
             Some(_) => None,
@@ -132,7 +138,7 @@ impl Part<'_> {
         let options = AttentionOptions {
             mask: Some(&mask),
             query_offset: options.query_offset + start,
-            bias: options.bias.clone().map(|bias| bias.narrow(2, start, rows).detach()),
+            bias: self.bias().map(Tensor::detach),
             keys: HeadMap::Even,
             values: HeadMap::Even,
             sinks: options.sinks.clone().map(Tensor::detach),
@@ -190,7 +196,7 @@ trait BlockAttention: Backend {
     ///
     /// # Shapes
     /// - q: `[batch, heads, rows, width]`, k: `[batch, key heads, keys, width]`, v: `[batch, value heads, keys, value width]`
-    /// - bias: `[batch or 1, heads or 1, rows, keys]`, sinks: `[1, heads, 1, 1]` in f32
+    /// - bias: `[batch or 1, heads or 1, rows or 1, keys]`, sinks: `[1, heads, 1, 1]` in f32
     /// - ranges: `[batch or 1, 1, rows, 2]`, the first visible key and the one behind the last
     /// - hidden: `[batch or 1, heads or 1, rows, keys]`
     fn block_attention(

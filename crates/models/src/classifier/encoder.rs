@@ -11,12 +11,13 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
-use polyhead_attention::{Attended, Call, INIT_STD, Mask, Observe, linear};
+use polyhead_attention::{Attended, Call, INIT_STD, Mask, Observe, Sites, linear};
 use polyhead_kernels::{embedding, random};
 
 use super::Scored;
 use super::config::{EncoderConfig, Source};
 use crate::gate::dropout;
+use crate::sites::{SitePlan, Tap};
 use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Part, Precision};
 use crate::{Inputs, Pooling};
@@ -104,6 +105,17 @@ impl EncoderConfig {
     }
 }
 
+/// What an encoder made of a batch, with what was read on the way.
+#[derive(Debug)]
+pub struct EncoderRead {
+    /// Scores of the classes.
+    pub scored: Scored,
+    /// `[batch, d_model]`: what the head reads.
+    pub pooled: Tensor<2>,
+    /// What was read, in the order of layers and sites.
+    pub taps: Vec<Tap>,
+}
+
 /// What a batch is, on the device.
 struct Batched {
     /// `[batch, positions, d_model]`: what the first layer reads.
@@ -125,12 +137,23 @@ impl Encoder {
     /// # Panics
     /// If the inputs are of another kind or size than the model was made for.
     pub fn forward(&self, inputs: &Inputs, observe: Observe) -> Scored {
+        self.read(inputs, observe, &SitePlan::default()).scored
+    }
+
+    /// The same with what is read and changed on the way.
+    ///
+    /// # Panics
+    /// If the inputs are of another kind or size than the model was made for.
+    pub fn read(&self, inputs: &Inputs, observe: Observe, sites: &SitePlan) -> EncoderRead {
         let Batched { mut hidden, padding, mask } = self.embed(inputs);
         let eps = self.config.transformer.norm_eps;
-        let (mut outputs, mut penalties, mut seen) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut outputs, mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
-        for layer in &self.layers {
-            let attended = self.through(&pass, layer, hidden, &mask, observe.clone());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let own = sites.of_layer(index, 0);
+            let call = Call { observe: observe.clone(), sites: Sites(own.as_ref()), ..Call::new(&mask) };
+            let attended = self.through(&pass, layer, hidden, call);
+            taps.extend(own.into_iter().flat_map(|own| Tap::of_layer(index, own)));
             hidden = attended.hidden;
             penalties.extend(attended.penalty);
             seen.extend(attended.seen);
@@ -140,8 +163,8 @@ impl Encoder {
         let normed: Vec<Tensor<3>> = outputs.drain(first..).map(|output| self.norm.forward(output, eps)).collect();
         let pooled = self.pooling.forward(&normed, padding.as_ref());
         let bias = self.head.bias.as_ref().map(Param::val);
-        let logits = polyhead_kernels::linear(pooled, self.head.weight.val(), bias);
-        Scored { logits, penalties, seen, factor: None }
+        let logits = polyhead_kernels::linear(pooled.clone(), self.head.weight.val(), bias);
+        EncoderRead { scored: Scored { logits, penalties, seen, factor: None }, pooled, taps }
     }
 
     /// The model with its products in another precision.
@@ -159,9 +182,9 @@ impl Encoder {
         Self { computing: Computing { checkpointing, ..self.computing }, ..self }
     }
 
-    fn through(&self, pass: &LayerPass, layer: &Block, hidden: Tensor<3>, mask: &Mask, observe: Observe) -> Attended {
+    fn through(&self, pass: &LayerPass, layer: &Block, hidden: Tensor<3>, call: Call<'_>) -> Attended {
         let transformer = &self.config.transformer;
-        let call = Call { grid: transformer.grid, observe, ..Call::new(mask) };
+        let call = Call { grid: transformer.grid, ..call };
         pass.forward(layer, hidden, call, transformer, self.computing)
     }
 
@@ -176,7 +199,7 @@ impl Encoder {
                 let read = layer.attention_norm.forward(hidden.clone(), self.config.transformer.norm_eps);
                 layer.attention.before_step(read, &mask, step);
             }
-            hidden = self.through(&pass, &self.layers[index], hidden, &mask, Observe::Nothing).hidden;
+            hidden = self.through(&pass, &self.layers[index], hidden, Call::new(&mask)).hidden;
         }
     }
 

@@ -68,10 +68,11 @@ impl Block {
         pass: &LayerPass,
     ) -> Attended {
         let made = |x: &Tensor<2>| x.is_tracked() && !x.is_require_grad();
-        // What decodes or is looked at is not trained; and adapters that are made of something else are no leaves.
+        // What decodes or is looked at is not trained; what is changed may hang on other leaves; and adapters that are made of something else are no leaves.
         if !hidden.is_autodiff()
             || call.cache.is_some()
             || !matches!(call.observe, Observe::Nothing)
+            || call.sites.0.is_some()
             || call.adapters.0.iter().any(|adapter| made(&adapter.a) || made(&adapter.b))
         {
             return self.forward(hidden, call, config, computing);

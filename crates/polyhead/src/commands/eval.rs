@@ -9,6 +9,7 @@ use polyhead_recipe::Problems;
 use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
+use polyhead_runs::intervention::check_roles;
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
 use polyhead_runs::{Failure, open_trained};
 use polyhead_training::evaluate::{Batches, evaluate};
@@ -24,6 +25,8 @@ const WINDOW: usize = 1024;
 /// Prints the loss of a decoder on texts, as JSON.
 pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = trained.intervened(args.intervention.as_deref())?;
+    check_roles(&trained.model, false)?;
     let tokenizer = trained.text_tokenizer()?;
     let window = args.window.unwrap_or(trained.max_positions.min(WINDOW));
     let stride = args.stride.unwrap_or(window.div_ceil(2));
@@ -62,15 +65,19 @@ pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
 }
 
 /// Prints loss, bits per byte and accuracy on the held-out data, as JSON.
-pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(), Failure> {
+pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
+    let (checkpoint, batches, device) = (args.checkpoint.as_path(), args.batches, args.device.as_deref());
     if let Some(embedder) = open_embedder(checkpoint, device, caller())? {
-        return eval_embedder(&embedder, batches);
+        return no_intervention(args).and_then(|()| eval_embedder(&embedder, batches));
     }
     if let Some(classifier) = open_classifier(checkpoint, device, caller())? {
-        return eval_classifier(&classifier, batches);
+        return no_intervention(args).and_then(|()| eval_classifier(&classifier, batches));
     }
-    let trained = open_trained(checkpoint, device, caller())?;
+    let trained = open_trained(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
     let opened = trained.data()?;
+    if trained.model.intervention().is_some() {
+        check_roles(&trained.model, opened.validation.batch(0)?.roles.is_some())?;
+    }
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let validation = Source(&opened.validation);
     let watched = Watched::first(&validation, batches, caller());
@@ -85,6 +92,19 @@ pub fn eval(checkpoint: &Path, batches: u64, device: Option<&str>) -> Result<(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
     put!("{result:#}")
+}
+
+/// Refuses an intervention where the model is no decoder.
+fn no_intervention(args: &EvalArgs) -> Result<(), Failure> {
+    match &args.intervention {
+        Some(path) => Err(Problems::plain(format!(
+            "--intervention {}: interventions are for decoders, and {} is none",
+            path.display(),
+            args.checkpoint.display()
+        ))
+        .into()),
+        None => Ok(()),
+    }
 }
 
 /// Says what a model is evaluated on; warns where that is no longer what it was trained on.

@@ -6,9 +6,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use polyhead_data::Tokenizer;
+use polyhead_models::intervention::Context;
 use polyhead_models::{Decoder, Past, Sampling};
 use polyhead_recipe::Problems;
 use polyhead_runs::answer::{Answer, Finish, Prompt, Question, answer, answers};
+use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Failure, Trained, open_trained};
 use serde_json::{Value, json};
 
@@ -34,6 +36,7 @@ impl SamplingArgs {
 pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
     let trained = open_trained(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let trained = trained.intervened(args.intervention.as_deref())?;
     if let Some(file) = &args.prompts {
         return generate_all(&trained, file, (args, &sampling));
     }
@@ -64,6 +67,8 @@ fn prompt(trained: &Trained, args: &GenerateArgs, text: &str) -> Result<Prompt, 
         true => Prompt::chat(tokenizer, &[system(args.system.as_deref()), vec![message("user", text)]].concat())?,
         false => Prompt::plain(tokenizer, text)?,
     };
+    let context = Context { rows: 1, tokens: &prompt.ids, roles: &prompt.roles, prompt: prompt.ids.len() };
+    check_spans(&trained.model, &context)?;
     Ok(trained.ending(prompt))
 }
 

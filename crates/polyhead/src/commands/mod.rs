@@ -73,7 +73,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             [] if !args.text.is_empty() => eval::texts(&args),
-            [] => eval::eval(&args.checkpoint, args.batches, args.device.as_deref()),
+            [] => eval::eval(&args),
             ["eigenscore"] => hallucination::eigenscore(&args),
             ["facts"] => hallucination::facts(&args),
             ref tasks if tasks.contains(&"eigenscore") || tasks.contains(&"facts") => {
@@ -92,8 +92,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Grow(args) => grow::grow(&args),
         Command::Features(args) => features::features(&args),
         Command::Embed(args) => embed::embed(&args),
-        Command::Logits { checkpoint, tokens, text, out, device } => {
-            trained::logits((&checkpoint, device.as_deref()), &tokens, text.as_deref(), &out)
+        Command::Logits { checkpoint, tokens, text, out, intervention, device } => {
+            let model = (checkpoint.as_path(), device.as_deref(), intervention.as_deref());
+            trained::logits(model, &tokens, text.as_deref(), &out)
         }
         Command::Doctor => doctor::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {

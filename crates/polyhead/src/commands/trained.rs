@@ -5,12 +5,15 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use polyhead_attention::{Mask, Observe};
+use polyhead_attention::Mask;
 use polyhead_data::Tokenizer;
+use polyhead_models::Pass;
 use polyhead_models::hf::{self, ExportOptions};
+use polyhead_models::intervention::Context;
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_runs::answer::stops;
+use polyhead_runs::intervention::check_spans;
 use polyhead_runs::peft::adapter_files;
 use polyhead_runs::pretrained::{Pretrained, tokenizer_files};
 use polyhead_runs::{Failure, Trained, open_trained};
@@ -151,12 +154,12 @@ fn holds(path: &Path, exported: &hf::Exported) -> bool {
 
 /// Writes the logits of tokens, or of a text.
 pub fn logits(
-    (checkpoint, device): (&Path, Option<&str>),
+    (checkpoint, device, intervention): (&Path, Option<&str>, Option<&Path>),
     tokens: &[u32],
     text: Option<&str>,
     out: &Path,
 ) -> Result<(), Failure> {
-    let trained = open_trained(checkpoint, device, caller())?;
+    let trained = open_trained(checkpoint, device, caller())?.intervened(intervention)?;
     let vocab = trained.model.vocab_size();
     let tokens = match text {
         None => tokens.to_vec(),
@@ -173,7 +176,10 @@ pub fn logits(
     }
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
     let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &trained.model.device());
-    let hidden = trained.model.forward(input, &Mask::causal(), None, Observe::Nothing).hidden;
+    let context = Context { rows: 1, tokens: &tokens, roles: &[], prompt: tokens.len() };
+    check_spans(&trained.model, &context)?;
+    let mask = Mask::causal();
+    let hidden = trained.model.pass(input, Pass { context: Some(context), ..Pass::new(&mask) }).hidden;
     let logits = trained.model.logits(hidden);
     let shape = logits.dims().to_vec();
     let named = [

@@ -22,9 +22,8 @@ use polyhead_runs::data::Source;
 /// # Errors
 /// If the model has no gate.
 pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Failure> {
-    if args.text.is_some() || !args.heads.is_empty() {
-        let problem =
-            "--text and --heads are for decoders; of a classifier the layers that its gate lets through are shown";
+    if args.text.is_some() || !args.heads.is_empty() || args.intervention.is_some() {
+        let problem = "--text, --heads and --intervention are for decoders; of a classifier the layers that its gate lets through are shown";
         return Err(Problems::plain(problem.into()).into());
     }
     let labelled = trained.data()?;

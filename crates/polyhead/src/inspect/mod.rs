@@ -10,6 +10,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use burn::module::Module;
 use polyhead_data::Tokenizer;
+use polyhead_models::intervention::Context;
 use polyhead_models::{Batch, IGNORE};
 use polyhead_training::image::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
@@ -21,6 +22,7 @@ use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::classifier::open_classifier;
+use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Trained, open_trained};
 
 use polyhead_evaluation::heads::{self, Head, Layer};
@@ -44,7 +46,9 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         return importance::inspect(args, &classifier);
     }
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = trained.intervened(args.intervention.as_deref())?;
     let rows = probe(args, &trained)?;
+    check_spans(&trained.model, &Context::of(&rows[0]))?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
     let layers = heads::observe_layers(&model, &rows);

@@ -1,0 +1,28 @@
+//! What a change of a model does to its predictions: loss, accuracy, and the distance from what it said before.
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Int, Tensor};
+
+/// Of the next tokens of some texts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Predictions {
+    /// Nats per token.
+    pub loss: f64,
+    /// The share that was the first choice.
+    pub accuracy: f64,
+    /// Nats per token: KL(clean || changed).
+    pub kl: f64,
+}
+
+/// Compares what was predicted, `[batch, seq, vocab]` logits, with the tokens that follow, `[batch, seq]`, and with the clean logits.
+/// Nothing follows the last position, which is left out.
+pub fn predictions(clean: &Tensor<3>, changed: &Tensor<3>, tokens: &Tensor<2, Int>) -> Predictions {
+    let [batch, seq, _] = changed.dims();
+    let before = |logits: &Tensor<3>| log_softmax(logits.clone().narrow(1, 0, seq - 1), 2);
+    let (clean, changed) = (before(clean), before(changed));
+    let targets = tokens.clone().narrow(1, 1, seq - 1).reshape([batch, seq - 1, 1]);
+    let mean = |x: Tensor<3>| f64::from(x.mean().into_scalar::<f32>());
+    let right = changed.clone().argmax(2).equal(targets.clone()).float();
+    let kl = (clean.clone().exp() * (clean - changed.clone())).sum_dim(2);
+    Predictions { loss: -mean(changed.gather(2, targets)), accuracy: mean(right), kl: mean(kl) }
+}

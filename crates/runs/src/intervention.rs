@@ -1,0 +1,62 @@
+//! Interventions in a trained model, from a file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use polyhead_models::Decoder;
+use polyhead_models::intervention::{Context, Decode, Intervention};
+use polyhead_models::weights::from_safetensors;
+use polyhead_recipe::{InterventionFile, Problems};
+
+use crate::{Failure, Trained};
+
+impl Trained {
+    /// The model under the intervention of a file, where one is named.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or says something that the model does not have; with its place.
+    pub fn intervened(self, path: Option<&Path>) -> Result<Self, Failure> {
+        let Some(path) = path else { return Ok(self) };
+        let file = InterventionFile::read(path)?;
+        let tensors = match &file.config.tensors {
+            Some(tensors) => {
+                let tensors = path.parent().unwrap_or(Path::new("")).join(tensors);
+                let bytes = std::fs::read(&tensors).map_err(|error| Failure::file("read", &tensors, error))?;
+                from_safetensors(&bytes).map_err(|error| Failure::Run(format!("{}: {error}", tensors.display())))?
+            }
+            None => BTreeMap::new(),
+        };
+        let decode = self.tokenizer.clone().map(|own| -> Decode { Arc::new(move |ids: &[u32]| own.decode(ids)) });
+        let intervention = Intervention::new(&file.config, &tensors, &self.model, decode)
+            .map_err(|error| Problems(vec![file.problem(&error.field, error.problem)]))?;
+        Ok(Self { model: self.model.intervened(Some(intervention)), ..self })
+    }
+}
+
+/// Refuses an intervention that depends on whose tokens are whose, where nobody says so.
+///
+/// # Errors
+/// Names the span and the way out.
+pub fn check_roles(model: &Decoder, stated: bool) -> Result<(), Failure> {
+    let named = model.intervention().and_then(Intervention::needs_roles).filter(|_| !stated);
+    let Some(span) = named else { return Ok(()) };
+    let span = serde_json::to_string(&span).unwrap_or_default();
+    let problem = format!(
+        "the intervention names the span {span}, and nobody says whose tokens are whose here\n  hint: conversations do (a model \
+         fine-tuned on them, generate --chat); a range or a text needs no roles"
+    );
+    Err(Problems::plain(problem).into())
+}
+
+/// Refuses tokens in which the model's intervention finds none of what it is to change: a text that is nowhere, or roles that
+/// nobody states.
+///
+/// # Errors
+/// Names the span and the way out.
+pub fn check_spans(model: &Decoder, context: &Context<'_>) -> Result<(), Failure> {
+    check_roles(model, !context.roles.is_empty())?;
+    let Some(intervention) = model.intervention() else { return Ok(()) };
+    let told = intervention.check_tokens(context);
+    told.map_err(|error| Problems::plain(format!("the intervention, {}: {}", error.field, error.problem)).into())
+}
