@@ -13,6 +13,8 @@ use polyhead_models::intervention::Context;
 use polyhead_models::weights::{ParameterVisitor, visit_parameters};
 use polyhead_models::{Batch, Decoder, Pass};
 
+use crate::head_scores::{Pattern, Without, fit};
+
 /// A layer as it was seen.
 pub struct Layer {
     /// Its heads, in the order of its maps.
@@ -38,6 +40,8 @@ pub struct Head {
     pub distance: f32,
     /// `|gate x gradient|`, mean over rows, in nats per target.
     pub importance: Option<f32>,
+    /// The share of its weights that is on each of [`Pattern::ALL`].
+    pub patterns: [f32; 3],
 }
 
 /// Looks at all layers. Maps are of the first row; importance is the mean over all rows.
@@ -47,6 +51,8 @@ pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
     let mask = Mask::causal();
     let pass = Pass { observe: Observe::Maps, context: Some(Context::of(&rows[0])), ..Pass::new(&mask) };
     let forward = plain.pass(plain.tokens(&rows[0]), pass);
+    let patterns = Pattern::ALL.map(|pattern| pattern.of(&rows[0].tokens));
+    let on = |map: &[f32]| patterns.each_ref().map(|pattern| fit(map, pattern, Without::default()).share as f32);
     let values = |x: Tensor<1>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
     let mut layers = Vec::new();
     for (at, seen) in forward.seen.into_iter().enumerate() {
@@ -69,6 +75,7 @@ pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
             first_key: first_key.as_ref().map(|of| of[head]),
             distance: distance(&maps[head], length),
             importance: own.as_ref().and_then(|of| of.get(head).copied()),
+            patterns: on(&maps[head]),
         };
         layers.push(Layer { heads: (0..maps.len()).map(head).collect(), numbers, length, maps, gates });
     }

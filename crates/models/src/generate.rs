@@ -83,7 +83,8 @@ pub fn continuations(
     go_on: &dyn Fn() -> bool,
 ) -> Option<Vec<Continuation>> {
     let places = (0u64..).zip(prompts);
-    let requests: Vec<Request> = places.map(|(stream, prompt)| Request { prompt, roles: &[], sampling, stops, stream }).collect();
+    let requests: Vec<Request> =
+        places.map(|(stream, prompt)| Request { prompt, roles: &[], sampling, stops, stream }).collect();
     continue_all(model, &requests, &mut |_, _| ControlFlow::Continue(()), go_on)
 }
 

@@ -10,6 +10,7 @@ use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{FreezeConfig, ProcedureConfig};
 
+use crate::intervention::nearest_of;
 use crate::settings::{ModelConfig, Recipe};
 use crate::{DEVICE_NAMES, parse_device};
 
@@ -150,6 +151,8 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
     }
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
+    let intervention = recipe.intervention.as_ref().map_or(Ok(()), |own| own.validate(&nearest_of));
+    problems.extend(within("intervention", intervention));
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
         ModelConfig::Classifier { config: classifier, .. } => {
@@ -212,6 +215,7 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<ConfigEr
     let Recipe { procedure, training, .. } = recipe;
     let rules = [
         (recipe.lora.is_none(), "lora", "lora is for decoders"),
+        (recipe.intervention.is_none(), "intervention", "intervention is for decoders"),
         (
             *procedure == ProcedureConfig::default(),
             "procedure",
@@ -242,6 +246,7 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
     };
     let Recipe { procedure, .. } = recipe;
     refuse(recipe.lora.is_none(), "lora", "is for decoders");
+    refuse(recipe.intervention.is_none(), "intervention", "is for decoders");
     let key = format!("procedure.{}", procedure.name());
     match procedure {
         ProcedureConfig::Standard(standard) => {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
+use polyhead_models::intervention::InterventionConfig;
 use polyhead_models::mup::{Mup, Parametrization};
 use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, Sampling};
 use polyhead_training::config::{
@@ -44,6 +45,9 @@ pub struct Recipe {
     /// Train low-rank pairs beside projections, and nothing else. Default: all weights are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
+    /// Changes to the decoder's forward on its way, while it is trained and wherever it is used. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intervention: Option<InterventionConfig>,
     /// Optimizer settings. Default: adamw.
     #[serde(default)]
     pub optimizer: OptimizerConfig,

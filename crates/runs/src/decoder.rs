@@ -12,6 +12,7 @@ use polyhead_training::run::Probe;
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
+use crate::intervention::{check_roles, of_recipe};
 use crate::kind::Kind;
 use crate::pretrained::{Pretrained, add_lora};
 use crate::resolve::{Resolved, scalings};
@@ -98,6 +99,10 @@ impl Kind for Decoder {
         let training = &recipe.training;
         let model = model.with_precision(training.precision).with_dropout(training.dropout);
         let model = model.with_checkpointing(training.activation_checkpointing);
+        let model = of_recipe(recipe, model, data.tokenizer.as_ref())?;
+        if model.intervention().is_some() {
+            check_roles(&model, data.train.batch(0)?.roles.is_some())?;
+        }
         Ok(match &recipe.lora {
             Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, is_pair),
             None => model,

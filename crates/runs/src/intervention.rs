@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use polyhead_data::Tokenizer;
 use polyhead_models::Decoder;
-use polyhead_models::intervention::{Context, Decode, Intervention};
-use polyhead_models::weights::from_safetensors;
-use polyhead_recipe::{InterventionFile, Problems};
+use polyhead_models::intervention::{Context, Decode, Intervention, InterventionConfig};
+use polyhead_models::weights::{Named, from_safetensors};
+use polyhead_recipe::{InterventionFile, Problems, Recipe};
 
 use crate::{Failure, Trained};
 
@@ -19,19 +20,37 @@ impl Trained {
     pub fn intervened(self, path: Option<&Path>) -> Result<Self, Failure> {
         let Some(path) = path else { return Ok(self) };
         let file = InterventionFile::read(path)?;
-        let tensors = match &file.config.tensors {
-            Some(tensors) => {
-                let tensors = path.parent().unwrap_or(Path::new("")).join(tensors);
-                let bytes = std::fs::read(&tensors).map_err(|error| Failure::file("read", &tensors, error))?;
-                from_safetensors(&bytes).map_err(|error| Failure::Run(format!("{}: {error}", tensors.display())))?
-            }
-            None => BTreeMap::new(),
-        };
-        let decode = self.tokenizer.clone().map(|own| -> Decode { Arc::new(move |ids: &[u32]| own.decode(ids)) });
-        let intervention = Intervention::new(&file.config, &tensors, &self.model, decode)
+        let tensors = tensors(&file.config, path.parent().unwrap_or(Path::new("")))?;
+        let intervention = Intervention::new(&file.config, &tensors, &self.model, decode(self.tokenizer.as_ref()))
             .map_err(|error| Problems(vec![file.problem(&error.field, error.problem)]))?;
         Ok(Self { model: self.model.intervened(Some(intervention)), ..self })
     }
+}
+
+/// The model under the intervention of its recipe, where there is one.
+///
+/// # Errors
+/// If its tensors cannot be read, or it says something that the model does not have.
+pub fn of_recipe(recipe: &Recipe, model: Decoder, tokenizer: Option<&Tokenizer>) -> Result<Decoder, Failure> {
+    let Some(config) = &recipe.intervention else { return Ok(model) };
+    let tensors = tensors(config, Path::new(""))?;
+    let intervention = Intervention::new(config, &tensors, &model, decode(tokenizer)).map_err(|error| {
+        let error = error.within("intervention");
+        Problems::plain(format!("{}: {}", error.field, error.problem))
+    })?;
+    Ok(model.intervened(Some(intervention)))
+}
+
+/// The tensors of the file that an intervention names, beside `folder`.
+fn tensors(config: &InterventionConfig, folder: &Path) -> Result<BTreeMap<String, Named>, Failure> {
+    let Some(file) = &config.tensors else { return Ok(BTreeMap::new()) };
+    let file = folder.join(file);
+    let bytes = std::fs::read(&file).map_err(|error| Failure::file("read", &file, error))?;
+    from_safetensors(&bytes).map_err(|error| Failure::Run(format!("{}: {error}", file.display())))
+}
+
+fn decode(tokenizer: Option<&Tokenizer>) -> Option<Decode> {
+    tokenizer.cloned().map(|own| -> Decode { Arc::new(move |ids: &[u32]| own.decode(ids)) })
 }
 
 /// Refuses an intervention that depends on whose tokens are whose, where nobody says so.

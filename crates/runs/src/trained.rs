@@ -13,6 +13,7 @@ use crate::answer::Prompt;
 use crate::data::open_tokens;
 use crate::device;
 use crate::error::Failure;
+use crate::intervention::of_recipe;
 use crate::pretrained::Pretrained;
 use polyhead_training::run_folder::files::STATE;
 
@@ -49,6 +50,9 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;
         model = model.gated(gate);
     }
+    if let Some(recipe) = &recipe {
+        model = of_recipe(recipe, model, tokenizer.as_ref())?;
+    }
     Ok(Trained { path, model, recipe, tokenizer, max_positions, ends })
 }
 
@@ -68,9 +72,14 @@ impl Trained {
         prompt.ending_at(&self.ends)
     }
 
-    /// The model without the mask that it is evaluated with, where it has one: what is made of it starts without, which is
-    /// told.
+    /// The model without the mask that it is evaluated with and without its intervention, where it has one: what is made of it
+    /// starts without, which is told.
     pub fn unmasked(mut self, caller: Caller) -> Self {
+        if self.model.intervention().is_some() {
+            let path = self.path.display();
+            (caller.tell)(&format!("warning: {path} is used with an intervention, which is not taken over"));
+            self.model = self.model.intervened(None);
+        }
         if let Some(gate) = self.model.gate() {
             let (path, layer) = (self.path.display(), gate.after_layer);
             (caller.tell)(&format!(

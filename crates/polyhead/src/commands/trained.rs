@@ -52,6 +52,9 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
         );
         return Err(polyhead_recipe::Problems::plain(problem).into());
     }
+    if trained.model.intervention().is_some() {
+        talk!("warning: {} is used with an intervention, which is not written", trained.path.display());
+    }
     if how.adapter {
         return export_adapter(&trained, to);
     }

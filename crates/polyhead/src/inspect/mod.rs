@@ -25,6 +25,7 @@ use polyhead_runs::classifier::open_classifier;
 use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Trained, open_trained};
 
+use polyhead_evaluation::head_scores::Pattern;
 use polyhead_evaluation::heads::{self, Head, Layer};
 
 /// An image inside a page.
@@ -109,36 +110,63 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let _ = writeln!(
         body,
         "<p class=\"quiet\">Importance: |gate × gradient| of a gate of 1 on the head's output (Michel et al. 2019, arXiv \
-         1905.10650), mean over {} rows, in nats per target. Distance: tokens back, weighted by the size of weights.</p>",
+         1905.10650), mean over {} rows, in nats per target. Distance: tokens back, weighted by the size of weights. Previous, duplicate, induction: the share of the \
+         weights that is on the token before, on earlier occurrences of the same token, on what came behind those.</p>",
         rows.len()
     );
     atomic_write(&out.join("inspect.html"), page(&title, &body).as_bytes())?;
+    let numbers = serde_json::Value::from_iter(chosen.iter().flat_map(|&at| as_json(at, &layers[at])));
+    atomic_write(&out.join("inspect.json"), format!("{numbers:#}\n").as_bytes())?;
 
-    put!(
-        "{:>5}  {:<22} {:>4} {:>9} {:>10} {:>9} {:>11}",
-        HEAD[0],
-        HEAD[1],
-        HEAD[2],
-        HEAD[3],
-        HEAD[4],
-        HEAD[5],
-        HEAD[6]
-    )?;
+    let line = |cells: &[String]| {
+        let widths = [5, 23, 4, 9, 10, 9, 11, 9, 10, 10].into_iter().zip(cells).enumerate();
+        let cells = widths.map(|(at, (width, cell))| match at {
+            1 => format!(" {cell:<0$}", width - 1),
+            _ => format!("{cell:>width$}"),
+        });
+        cells.collect::<Vec<_>>().join(" ")
+    };
+    put!("{}", line(&HEAD.map(String::from)))?;
     for row in table_rows {
-        put!("{:>5}  {:<22} {:>4} {:>9} {:>10} {:>9} {:>11}", row[0], row[1], row[2], row[3], row[4], row[5], row[6])?;
+        put!("{}", line(&row))?;
     }
     talk!("\n{}", summary(&layers));
     talk!("maps and page: {}", out.join("inspect.html").display());
     Ok(())
 }
 
-const HEAD: [&str; 7] = ["layer", "mechanism", "head", "entropy", "first key", "distance", "importance"];
+const HEAD: [&str; 10] = [
+    "layer",
+    "mechanism",
+    "head",
+    "entropy",
+    "first key",
+    "distance",
+    "importance",
+    "previous",
+    "duplicate",
+    "induction",
+];
 
 fn cells(layer: usize, mechanism: &str, at: usize, head: &Head) -> Vec<String> {
     let number = |value: Option<f32>| value.map_or("–".to_owned(), |value| format!("{value:.3}"));
     let importance = head.importance.map_or("–".to_owned(), |value| format!("{value:.2e}"));
     let [entropy, first_key, distance] = [head.entropy, head.first_key, Some(head.distance)].map(number);
-    vec![layer.to_string(), mechanism.to_owned(), at.to_string(), entropy, first_key, distance, importance]
+    let patterns = head.patterns.map(|share| number(Some(share)));
+    let own = [layer.to_string(), mechanism.to_owned(), at.to_string(), entropy, first_key, distance, importance];
+    own.into_iter().chain(patterns).collect()
+}
+
+/// The heads of a layer as JSON.
+fn as_json(layer: usize, seen: &Layer) -> impl Iterator<Item = serde_json::Value> {
+    seen.heads.iter().enumerate().map(move |(head, of)| {
+        let patterns = Pattern::ALL.iter().zip(of.patterns).map(|(pattern, share)| (pattern.name(), share.into()));
+        let own = [("layer", layer.into()), ("head", head.into()), ("distance", of.distance.into())];
+        let told = [("entropy", of.entropy), ("first_key", of.first_key), ("importance", of.importance)];
+        let told = told.map(|(name, value)| (name, value.into()));
+        let all = own.into_iter().chain(told).chain(patterns).map(|(name, value)| (name.to_owned(), value));
+        serde_json::Value::Object(all.collect())
+    })
 }
 
 /// Which heads matter, in words.

@@ -281,7 +281,7 @@ impl Model {
         match ids.iter().find(|&&id| id as usize >= vocab) {
             Some(id) => Err(refuse("prompt", &format!("prompt: token {id} is not below the vocabulary ({vocab})"))),
             None if ids.is_empty() => Err(refuse("prompt", "prompt is an empty list of tokens")),
-            None => Ok(Prompt { ids, stops: self.tokenizer.end_of_text().into_iter().collect() }),
+            None => Ok(Prompt { ids, stops: self.tokenizer.end_of_text().into_iter().collect(), roles: Vec::new() }),
         }
     }
 }
