@@ -47,7 +47,7 @@ fn check_file(golden: &Golden) {
     assert_eq!(flags(&sets.top), file["top"].values, "{name}: top");
     assert_eq!(flags(&sets.bottom), file["bottom"].values, "{name}: bottom");
     same("bottom_threshold", vec![sets.threshold as f32]);
-    let all = boost_sets(&rows("vision.first"), &vec![vec![0.0; sets.top.len()]], number("top_ratio"));
+    let all = boost_sets(&rows("vision.first"), &[vec![0.0; sets.top.len()]], number("top_ratio"));
     let overlap = all.top.iter().zip(&sets.bottom).filter(|(top, bottom)| **top && **bottom).count();
     assert_eq!(overlap, size(config, "overlap"), "{name}: overlap");
 

@@ -131,7 +131,7 @@ impl<'a> Runs<'a> {
     }
 
     /// The mean LD of a clean run from `layer` on, under edits.
-    fn from_layer(&self, layer: usize, edits: Vec<(usize, Edit)>) -> f64 {
+    fn run_from(&self, layer: usize, edits: Vec<(usize, Edit)>) -> f64 {
         let hidden = self.values(&self.clean, layer, StreamSite::ResidPre).squeeze_dim::<3>(1);
         let (layers, mask) = (self.model.layers.len(), Mask::causal());
         let sites = SitePlan { edits, taps: Vec::new() };
@@ -151,7 +151,7 @@ impl<'a> Runs<'a> {
     pub fn patch_head(&self, layer: usize, head: QueryHead, positions: Positions) -> f64 {
         let change = Change::replace(self.z(layer)[1].clone());
         let edit = Edit { positions, ..Edit::new(At::Query(QuerySite::Z, vec![head]), change) };
-        self.from_layer(layer, vec![(layer, edit)])
+        self.run_from(layer, vec![(layer, edit)])
     }
 
     /// The last position.
@@ -204,7 +204,7 @@ impl<'a> Runs<'a> {
             let edit = Edit { positions: self.last(), ..Edit::new(receiver.at(), Change::replace(values)) };
             (receiver.layer(), edit)
         });
-        self.effect(self.from_layer(lowest, received.collect()))
+        self.effect(self.run_from(lowest, received.collect()))
     }
 }
 

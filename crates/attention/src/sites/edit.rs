@@ -112,6 +112,7 @@ impl Positions {
 /// A number for all, or a tensor whose axes are those of the site or 1. Along positions (and, of a map, keys) it begins at the
 /// first position of the text; what is behind its end stays as it is.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "a tensor is what most of them hold, and there are few")]
 pub enum Amount {
     /// One number.
     Number(f64),
@@ -124,6 +125,7 @@ pub type Function = Arc<dyn Fn(Tensor<4>, Place) -> Tensor<4> + Send + Sync>;
 
 /// What becomes of the numbers at a site.
 #[derive(Clone)]
+#[expect(clippy::large_enum_variant, reason = "a tensor is what most of them hold, and there are few")]
 pub enum Change {
     /// `gate · x + value`: scaled, zeroed, shifted, replaced or mixed.
     Affine {
@@ -201,6 +203,7 @@ pub struct Place {
 }
 
 /// What an edit means of the numbers of a call.
+#[expect(clippy::large_enum_variant, reason = "a tensor is what most of them hold, and there are few")]
 enum Chosen {
     Nothing,
     All,

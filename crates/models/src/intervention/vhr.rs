@@ -151,7 +151,7 @@ pub fn reinforce(model: &Decoder, tokens: &[u32], span: Range<usize>, config: &V
             let louder = Edit::new(At::Query(QuerySite::Z, heads), Change::scale(config.alpha));
             with = run(layer, &with, vec![louder.clone()]).hidden;
             without = match config.both {
-                true => run(layer, &without, [&blind[..], &[louder.clone()]].concat()).hidden,
+                true => run(layer, &without, [&blind[..], std::slice::from_ref(&louder)].concat()).hidden,
                 false => other.hidden,
             };
             edits.push((layer, louder));
