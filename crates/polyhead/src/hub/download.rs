@@ -59,7 +59,7 @@ pub fn fetch(reference: &Reference, cache: &Path) -> Result<PathBuf, Failure> {
             (CONFIG, names.map_err(|problem| Failure::Run(format!("{}: {problem}", index.display())))?)
         }
         false => {
-            let problem = "has no model.safetensors, and other formats can run programs when they are read";
+            let problem = format!("has no {WEIGHTS}, and other formats can run programs when they are read");
             return Err(Failure::Run(format!("{reference} {problem}")));
         }
     };
