@@ -146,10 +146,10 @@ impl Scalings {
             fn map<const D: usize>(&mut self, name: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
                 match self.0.get(&name).init {
                     1.0 => param,
-                    factor => param.map(|value| {
-                        let learned = value.is_require_grad();
-                        let scaled = value.detach() * factor;
-                        if learned { scaled.require_grad() } else { scaled }
+                    // On the inner device: what is multiplied is no part of any tape.
+                    factor => param.map(|value| match value.is_require_grad() {
+                        true => Tensor::from_inner(value.inner() * factor).require_grad(),
+                        false => value * factor,
                     }),
                 }
             }
