@@ -5,7 +5,7 @@ use std::path::Path;
 use polyhead_models::intervention::InterventionConfig;
 
 use crate::layers::{Layer, at};
-use crate::nearest::nearest;
+use crate::nearest::nearest_name;
 use crate::problem::{Problem, Problems, in_words};
 use crate::{load, schema};
 
@@ -34,7 +34,9 @@ impl InterventionFile {
             Problems(vec![at(std::slice::from_ref(&layer), &path, in_words(&error.into_inner().to_string()))])
         })?;
         let file = Self { config, layer };
-        file.config.validate(&nearest_of).map_err(|error| Problems(vec![file.problem(&error.field, error.problem)]))?;
+        file.config
+            .validate(&nearest_name)
+            .map_err(|error| Problems(vec![file.problem(&error.field, error.problem)]))?;
         Ok(file)
     }
 
@@ -42,9 +44,4 @@ impl InterventionFile {
     pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
         at(std::slice::from_ref(&self.layer), path, message.into())
     }
-}
-
-/// The name most like one that is typed.
-pub(crate) fn nearest_of(typed: &str, names: &[&str]) -> Option<String> {
-    nearest(typed, names.iter().copied()).map(str::to_owned)
 }

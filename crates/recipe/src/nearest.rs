@@ -11,6 +11,11 @@ pub fn nearest<T: AsRef<str>>(typed: &str, names: impl IntoIterator<Item = T>) -
     alike.filter(|(alike, _)| *alike > ALIKE).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
 }
 
+/// The same of names that are to be kept.
+pub fn nearest_name(typed: &str, names: &[&str]) -> Option<String> {
+    nearest(typed, names.iter().copied()).map(str::to_owned)
+}
+
 /// The path beside `typed`, or in one of the folders there, whose name is most like its own.
 pub fn nearest_path(typed: &Path, valid: impl Fn(&Path) -> bool) -> Option<PathBuf> {
     let folder = typed.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));

@@ -10,7 +10,7 @@ use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{FreezeConfig, ProcedureConfig};
 
-use crate::intervention::nearest_of;
+use crate::nearest::nearest_name;
 use crate::settings::{ModelConfig, Recipe};
 use crate::{DEVICE_NAMES, parse_device};
 
@@ -151,7 +151,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
     }
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
-    let intervention = recipe.intervention.as_ref().map_or(Ok(()), |own| own.validate(&nearest_of));
+    let intervention = recipe.intervention.as_ref().map_or(Ok(()), |own| own.validate(&nearest_name));
     problems.extend(within("intervention", intervention));
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
