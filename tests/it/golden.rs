@@ -20,7 +20,7 @@ pub const OUTPUT: f32 = 2e-5;
 pub const GRADIENT: f32 = 1e-4;
 
 /// Settings that say where numbers come from, and not what was computed.
-const ORIGIN: [&str; 3] = ["seed", "source", "provenance"];
+const ORIGIN: [&str; 4] = ["seed", "source", "provenance", "verified"];
 
 /// A whole number of a file's configuration.
 pub fn size(config: &impl for<'a> std::ops::Index<&'a str, Output = Value>, key: &str) -> usize {

@@ -35,11 +35,11 @@ fn check_scores(golden: &Golden, maps: &[Vec<f32>], tokens: &[u32], (suffix, wit
         let shares: Vec<f32> = fits.iter().map(|fit| fit.share as f32).collect();
         let close: Vec<f32> = fits.iter().map(|fit| fit.closeness as f32).collect();
         let pattern = pattern.name();
-        for (key, got, tolerance) in
-            [("mul", &shares, NUMBERS), ("abs", &close, NUMBERS), ("abs_rounded", &close, ROUNDED)]
+        for (key, got, tolerance, relative) in
+            [("mul", &shares, NUMBERS, true), ("abs", &close, NUMBERS, true), ("abs_rounded", &close, ROUNDED, false)]
         {
             let key = format!("{key}.{pattern}{suffix}");
-            compare(name, &key, &file[key.as_str()].values, got, tolerance, true);
+            compare(name, &key, &file[key.as_str()].values, got, tolerance, relative);
         }
     }
 }

@@ -57,7 +57,7 @@ impl Headers {
 /// The score of each answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ContextScores {
-    /// Of each token of an answer, the largest share that a head gives to the user's tokens; 0 elsewhere.
+    /// Of each token, the largest share that a head gives to the user's tokens.
     pub tokens: Vec<f64>,
     /// Of each answer, the mean over its tokens; `None` where it has none.
     pub turns: Vec<Option<f64>>,
@@ -70,9 +70,8 @@ pub fn context_scores(maps: &[Vec<f32>], turns: &Turns) -> ContextScores {
         let row = map[query * length..(query + 1) * length].iter().zip(&turns.user);
         row.filter(|(_, user)| **user).map(|(&weight, _)| f64::from(weight)).sum()
     };
-    let answered = |at: usize| turns.responses.iter().any(|answer| answer[at]);
     let of_token = |at: usize| maps.iter().map(|map| share(map, at)).fold(0.0, f64::max);
-    let tokens: Vec<f64> = (0..length).map(|at| if answered(at) { of_token(at) } else { 0.0 }).collect();
+    let tokens: Vec<f64> = (0..length).map(of_token).collect();
     let of_turn = |answer: &Vec<bool>| {
         let own: Vec<f64> = tokens.iter().zip(answer).filter(|(_, own)| **own).map(|(&score, _)| score).collect();
         (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64)

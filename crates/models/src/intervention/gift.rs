@@ -72,7 +72,8 @@ pub fn gaze(
             let mut order: Vec<usize> = (0..heads.len()).collect();
             let totals: Vec<f64> = heads.iter().map(total).collect();
             order.sort_by(|&a, &b| totals[b].total_cmp(&totals[a]).then(a.cmp(&b)));
-            let kept = &order[..(heads.len() / 2).max(1)];
+            // Where no word counts, no head does.
+            let kept = &order[..if counted.is_empty() { 0 } else { (heads.len() / 2).max(1) }];
             (0..heads.len()).map(|head| kept.contains(&head)).collect()
         })
         .collect();
