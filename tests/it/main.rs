@@ -50,6 +50,7 @@ mod growth;
 mod hallucination;
 #[cfg(feature = "download")]
 mod hub;
+mod interventions;
 mod layering;
 mod lora;
 mod matrix;

@@ -22,6 +22,9 @@ impl InterventionFile {
     /// # Errors
     /// All problems of the first stage that has any: reading, unknown keys, types, rules.
     pub fn read(path: &Path) -> Result<Self, Problems> {
+        if let Err(error) = std::fs::File::open(path) {
+            return Err(Problems::plain(format!("intervention {}: {error}", path.display())));
+        }
         let layer = load::read_layer(path)?;
         let root = schemars::schema_for!(InterventionConfig).to_value();
         let unknown = schema::unknown_keys_of(&root, std::slice::from_ref(&layer));
