@@ -10,7 +10,17 @@ export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target-wgpu}"
 found() { ls /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json 2> /dev/null | grep -q .; }
 if ! found || ! ldconfig -p | grep -q libvulkan.so.1; then
     as_root=$([ "$(id -u)" = 0 ] || echo sudo)
-    $as_root apt-get update && $as_root apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 \
+    options=() from=()
+    # Debian 12 has Mesa 22; what was tried is the newer one of its backports, which are read without being set up for good.
+    if grep -qs VERSION_CODENAME=bookworm /etc/os-release; then
+        list=$(mktemp --suffix .list)
+        trap 'rm -f "$list"' EXIT
+        chmod 644 "$list"
+        echo "deb http://deb.debian.org/debian bookworm-backports main" > "$list"
+        options=(-o "Dir::Etc::sourcelist=$list") from=(-t bookworm-backports)
+    fi
+    $as_root apt-get "${options[@]}" update \
+        && $as_root apt-get "${options[@]}" install -y --no-install-recommends "${from[@]}" mesa-vulkan-drivers libvulkan1 \
         || { echo "no Vulkan driver, and apt-get installs none: install mesa-vulkan-drivers and libvulkan1" >&2; exit 1; }
 fi
 # The driver wants a folder of its own, and threads are better spent by one process at a time.

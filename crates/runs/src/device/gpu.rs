@@ -4,7 +4,7 @@
 //! of devices is asked first and the first kernel runs under guard, so that what is missing is an error with a way out.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind, set_hook, take_hook};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::{CubeDevice, DispatchDevice};
@@ -142,7 +142,7 @@ fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     let before = take_hook();
     set_hook(Box::new({
         let said = said.clone();
-        move |panic| {
+        move |panic: &PanicHookInfo<'_>| {
             let words =
                 panic.payload_as_str().unwrap_or("no reason given").lines().next().unwrap_or_default().to_owned();
             said.lock().unwrap_or_else(PoisonError::into_inner).push(words);
