@@ -26,6 +26,9 @@ const LOGITS: usize = 1 << 21;
 /// Tokens of a chunk at least: each chunk packs the whole head twice, which of 64 rows took a fifth of the time of a step (a
 /// model of 135 million parameters, vocabulary 49,152).
 const FEWEST_ROWS: usize = 512;
+/// Where at most one of so many tokens is counted, the others are left out of the products. Chosen by us: gathering rows costs
+/// little beside a product over the vocabulary.
+const FEW: usize = 4;
 
 /// The ids to predict, one per token.
 #[derive(Debug, Clone)]
@@ -167,10 +170,14 @@ fn backward(grads: InputGrads<Flex, 2>, sum_grad: FlexTensor, _: Wanted<2>) -> I
 }
 
 /// `of_hidden`, `of_head`: whose gradients to make right with it.
-fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, [of_hidden, of_head]: Wanted<2>) -> Made {
-    let (strides, hidden, head) = (head.layout().strides(), cpu::matrix(hidden), Matrix::of(head));
+fn forward(all: &FlexTensor, whole_head: &FlexTensor, targets: &Targets, [of_hidden, of_head]: Wanted<2>) -> Made {
+    let (strides, hidden, head) = (whole_head.layout().strides(), cpu::matrix(all), Matrix::of(whole_head));
     let ([d_model, vocab], tokens, with_grads) = (head.sizes(), targets.len(), of_hidden || of_head);
     assert_eq!(hidden.sizes(), [tokens, d_model], "one target per token");
+    let counted: Vec<usize> = (0..tokens).filter(|&at| targets.ids[at] >= 0).collect();
+    if FEW * counted.len() <= tokens && tokens > 0 {
+        return of_few(all, whole_head, targets, &counted, [of_hidden, of_head]);
+    }
     let rows = (LOGITS / vocab.max(1)).max(FEWEST_ROWS).min(tokens.max(1));
     let mut logits_buffer = ScratchBuffer::new(rows * vocab);
     let mut per_token = vec![0.0; 2 * tokens];
@@ -219,6 +226,27 @@ fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, [of_hidden
     Made { sum: cpu::tensor(vec![sum], [1]), per_token: cpu::tensor(per_token, [2, tokens]), grads }
 }
 
+/// The same where few tokens are `counted`: of these alone, with zeros for all others.
+fn of_few(hidden: &FlexTensor, head: &FlexTensor, targets: &Targets, counted: &[usize], wanted: Wanted<2>) -> Made {
+    let (tokens, d_model) = (targets.len(), head.layout().shape()[0]);
+    let values = cpu::values(hidden);
+    let rows: Vec<f32> = counted.iter().flat_map(|&at| &values[at * d_model..(at + 1) * d_model]).copied().collect();
+    let ids: Vec<i64> = counted.iter().map(|&at| targets.ids[at]).collect();
+    let made = forward(&cpu::tensor(rows, [counted.len(), d_model]), head, &Targets::new(&ids), wanted);
+    let spread = |few: &[f32], width: usize| {
+        let mut all = vec![0.0; tokens * width];
+        for (row, &at) in few.chunks(width.max(1)).zip(counted) {
+            all[at * width..(at + 1) * width].copy_from_slice(row);
+        }
+        all
+    };
+    let per_token = cpu::values(&made.per_token).chunks(counted.len().max(1)).flat_map(|few| spread(few, 1)).collect();
+    let per_token = if counted.is_empty() { vec![0.0; 2 * tokens] } else { per_token };
+    let [of_hidden, of_head] = made.grads;
+    let of_hidden = of_hidden.map(|few| cpu::tensor(spread(cpu::values(&few), d_model), [tokens, d_model]));
+    Made { sum: made.sum, per_token: cpu::tensor(per_token, [2, tokens]), grads: [of_hidden, of_head] }
+}
+
 fn transposed(matrix: FlexTensor) -> FlexTensor {
     let layout = matrix.layout().transpose(0, 1);
     matrix.with_layout(layout)
@@ -248,10 +276,12 @@ mod tests {
     #[test]
     fn fused_agrees_with_plain() {
         for (tokens, d_model, vocab) in [(1, 1, 2), (7, 5, 3), (129, 16, 70), (150, 8, 30_000)] {
-            let ids: Vec<i64> = (0..tokens).map(|i| if i % 4 == 1 { -100 } else { (i * 7 % vocab) as i64 }).collect();
-            let targets = Targets::new(&ids);
             let (hidden, head) = (leaf([tokens * d_model]) * 2.0, leaf([d_model * vocab]));
-            for tied in [false, true] {
+            // Most tokens counted; one of nine; none.
+            let counts: [fn(usize) -> bool; 3] = [|i| i % 4 != 1, |i| i % 9 == 4, |_| false];
+            for (tied, counts) in counts.into_iter().flat_map(|counts| [(false, counts), (true, counts)]) {
+                let id = |i: usize| if counts(i) { (i * 7 % vocab) as i64 } else { -100 };
+                let targets = Targets::new(&(0..tokens).map(id).collect::<Vec<i64>>());
                 let shaped = |[hidden, head]: [Tensor<1>; 2]| {
                     let head = match tied {
                         false => head.reshape([d_model, vocab]),

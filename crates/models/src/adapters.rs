@@ -284,7 +284,7 @@ mod tests {
         let pair = &only.lora.as_ref().unwrap().layers[1].pairs[0];
         assert!(pair.b.val().grad(&grads).is_some());
         assert!(only.embedding.weight.val().grad(&grads).is_none());
-        assert!(only.layers[1].mlp.up_proj.weight.val().grad(&grads).is_none());
+        assert!(only.layers[1].mlp.as_ref().unwrap().up_proj.weight.val().grad(&grads).is_none());
     }
 
     #[test]

@@ -24,7 +24,9 @@ use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
 use crate::{Batch, Gate};
 
 mod config;
+mod expander;
 pub use config::{DecoderConfig, ModelCosts};
+pub use expander::Expander;
 
 /// The token embedding.
 #[derive(Module, Debug)]
@@ -38,8 +40,12 @@ pub struct Embedding {
 pub struct Decoder {
     /// Token embedding
     pub embedding: Embedding,
+    /// A vector for each position, added to the embedded tokens; `None` without
+    pub positions: Option<Embedding>,
     /// Layers, first to last
     pub layers: Vec<Block>,
+    /// What makes all positions of the last one; `None` but in auto-encoders
+    pub expander: Option<Expander>,
     /// Before the output projection
     pub norm: Norm,
     /// The output projection; `None` where it is the embedding
@@ -100,12 +106,17 @@ impl DecoderConfig {
     /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
         let (d_model, transformer) = (self.d_model, self.transformer());
-        let embedding = random([vocab_size, d_model], Distribution::Normal(0.0, INIT_STD), device);
+        let table = |rows| {
+            let weight = random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device);
+            Embedding { weight: Param::from_tensor(weight) }
+        };
         Decoder {
-            embedding: Embedding { weight: Param::from_tensor(embedding) },
+            embedding: table(vocab_size),
+            positions: self.learned_positions.map(table),
             layers: (0..self.n_layers).map(|index| transformer.init_layer(index, device)).collect(),
+            expander: self.autoencoder.then(|| Expander::init(self.norm, d_model, device)),
             norm: transformer.init_norm(device),
-            head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, false, INIT_STD, device)),
+            head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, self.head_bias, INIT_STD, device)),
             lora: None,
             config: self.clone(),
             transformer,
@@ -152,6 +163,11 @@ impl Decoder {
     /// The model with dropout at this rate while it trains.
     pub fn with_dropout(self, dropout: f64) -> Self {
         Self { computing: Computing { dropout, ..self.computing }, ..self }
+    }
+
+    /// The model with another rate of dropout on its embedded input while it trains.
+    pub fn with_embedding_dropout(self, embedding_dropout: Option<f64>) -> Self {
+        Self { computing: Computing { embedding_dropout, ..self.computing }, ..self }
     }
 
     /// The model that keeps other activations while it is trained.
@@ -202,7 +218,8 @@ impl Decoder {
 
     /// Runs all layers over `tokens`, `[batch, seq]`.
     pub fn pass(&self, tokens: Tensor<2, Int>, pass: Pass<'_>) -> Forward {
-        let forward = self.run_layers(0..self.layers.len(), self.embed(tokens), pass);
+        let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
+        let forward = self.run_layers(0..self.layers.len(), self.embed_from(start, tokens), pass);
         Forward { hidden: self.normed(forward.hidden), ..forward }
     }
 
@@ -214,13 +231,30 @@ impl Decoder {
 
     /// `[batch, seq, d_model]`: what the first layer reads.
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        let [batch, seq] = tokens.dims();
+        self.embed_from(0, tokens)
+    }
+
+    /// The same of tokens whose first one is at position `start`. Positions behind the last learned one take its vector.
+    fn embed_from(&self, start: usize, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let ([batch, seq], d_model) = (tokens.dims(), self.config.d_model);
+        let device = tokens.device();
         let rows = embedding(self.embedding.weight.val(), tokens.reshape([batch * seq]));
-        dropout(rows.reshape([batch, seq, self.config.d_model]), self.computing.dropout)
+        let mut rows = rows.reshape([batch, seq, d_model]);
+        if let Some(positions) = &self.positions {
+            let last = positions.weight.dims()[0] - 1;
+            let ids: Vec<i32> = (start..start + seq).map(|position| position.min(last) as i32).collect();
+            let ids = Tensor::from_data(TensorData::new(ids, [seq]), &device);
+            rows = rows + embedding(positions.weight.val(), ids).reshape([1, seq, d_model]);
+        }
+        dropout(rows, self.computing.embedding_dropout.unwrap_or(self.computing.dropout))
     }
 
     /// `[batch, seq, d_model]`: what the output projection reads, from what the last layer writes.
     pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
+        let hidden = match &self.expander {
+            Some(expander) => expander.forward(hidden, self.config.norm_eps),
+            None => hidden,
+        };
         in_type(self.norm.forward(hidden, self.config.norm_eps), self.computing.precision.dtype())
     }
 
@@ -266,7 +300,16 @@ impl Decoder {
         Forward { hidden, penalties, seen, taps }
     }
 
-    /// `[d_model, vocab]`: the output projection.
+    /// `[tokens, d_model]` and the output projection as two factors of the logits: a bias is a channel more, which is 1 everywhere.
+    pub(crate) fn factors(&self, hidden: Tensor<2>) -> [Tensor<2>; 2] {
+        let projection = in_type(self.output_projection(), hidden.dtype());
+        let Some(bias) = self.head.as_ref().and_then(|head| head.bias.as_ref()) else { return [hidden, projection] };
+        let ones = in_type(Tensor::ones([hidden.dims()[0], 1], &hidden.device()), hidden.dtype());
+        let bias = in_type(bias.val(), hidden.dtype()).unsqueeze::<2>();
+        [Tensor::cat(vec![hidden, ones], 1), Tensor::cat(vec![projection, bias], 0)]
+    }
+
+    /// `[d_model, vocab]`: the output projection, without its bias.
     pub fn output_projection(&self) -> Tensor<2> {
         match &self.head {
             Some(head) => head.weight.val(),
@@ -277,8 +320,8 @@ impl Decoder {
     /// `[batch, seq, vocab]` from `[batch, seq, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         let [batch, seq, d_model] = hidden.dims();
-        let head = in_type(self.output_projection(), hidden.dtype());
-        let logits = hidden.reshape([batch * seq, d_model]).matmul(head).reshape([batch, seq, self.vocab_size()]);
+        let [hidden, head] = self.factors(hidden.reshape([batch * seq, d_model]));
+        let logits = hidden.matmul(head).reshape([batch, seq, self.vocab_size()]);
         in_type(logits, DType::F32)
     }
 

@@ -114,7 +114,7 @@ impl Decoder {
             let count = rows.min(tokens - from);
             let logits = |model: &Self, hidden: &Tensor<2>| {
                 let hidden = hidden.clone().narrow(0, from, count);
-                let head = in_type(model.output_projection(), hidden.dtype());
+                let [hidden, head] = model.factors(hidden);
                 in_type(linear(hidden, head, None), DType::F32)
             };
             sum.add(divergence([logits(self, &hidden[0]), logits(other, &hidden[1])], &ids[from..from + count]));
@@ -125,6 +125,10 @@ impl Decoder {
     /// What `hidden`, `[batch, seq, d_model]` and normalised, predicts of the targets.
     pub fn predict(&self, batch: &Batch, hidden: Tensor<3>) -> CrossEntropy {
         let hidden = hidden.reshape([batch.batch * batch.seq, self.config().d_model]);
+        if self.head.as_ref().is_some_and(|head| head.bias.is_some()) {
+            let [hidden, head] = self.factors(hidden);
+            return cross_entropy(hidden, head, &Targets::new(&batch.targets));
+        }
         cross_entropy(hidden, self.output_projection(), &Targets::new(&batch.targets))
     }
 }

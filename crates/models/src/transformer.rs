@@ -41,6 +41,8 @@ pub enum MlpKind {
     Swiglu,
     /// `down(gelu(up(x)))` with biases.
     Gelu,
+    /// `x`: no feed-forward layer, so that the normalised stream itself is added, as in the models of Zoology (arXiv 2312.04927).
+    Identity,
 }
 
 /// What products run in. Parameters, the residual stream, norms, softmax, λ and the loss are f32 always.
@@ -79,6 +81,8 @@ pub(crate) struct Computing {
     pub precision: Precision,
     /// The rate of dropout on the embedded input and on what attention and feed-forward layers write, while training.
     pub dropout: f64,
+    /// The rate on the embedded input, where it is another one.
+    pub embedding_dropout: Option<f64>,
     /// What is kept for the backward pass.
     pub checkpointing: ActivationCheckpointing,
 }
@@ -195,6 +199,7 @@ impl TransformerConfig {
         let [matrices, biases] = match self.mlp {
             MlpKind::Swiglu => [3 * d_model * d_ff, 0],
             MlpKind::Gelu => [2 * d_model * d_ff, d_model + d_ff],
+            MlpKind::Identity => [0, 0],
         };
         let flops = positions.unwrap_or(1).saturating_mul(2 * layers * matrices);
         parts.push(Part::new("feed-forward", layers * (matrices + biases), flops));
@@ -216,7 +221,8 @@ impl TransformerConfig {
         let of_layer = |layer: usize| {
             let cost = self.mechanism(layer).cost(&self.dims(layer));
             let attention = cost.parameters / (self.d_model as u64).max(1) + cost.kept_elements_per_token;
-            let rest = self.d_model.saturating_mul(4).saturating_add(self.d_ff.saturating_mul(2));
+            let inner = if self.mlp == MlpKind::Identity { 0 } else { self.d_ff };
+            let rest = self.d_model.saturating_mul(4).saturating_add(inner.saturating_mul(2));
             rest.saturating_add(attention as usize)
         };
         let largest = (0..self.n_layers).map(of_layer).max().unwrap_or(0);
@@ -252,7 +258,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    fn init(kind: NormKind, d_model: usize, device: &Device) -> Self {
+    pub(crate) fn init(kind: NormKind, d_model: usize, device: &Device) -> Self {
         Self {
             weight: Param::from_tensor(Tensor::ones([d_model], device)),
             bias: (kind == NormKind::Layer).then(|| Param::from_tensor(Tensor::zeros([d_model], device))),
@@ -295,15 +301,19 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    fn init(kind: MlpKind, [d_model, d_ff]: [usize; 2], n_layers: usize, device: &Device) -> Self {
+    /// `None` where there is no such layer.
+    fn init(kind: MlpKind, [d_model, d_ff]: [usize; 2], n_layers: usize, device: &Device) -> Option<Self> {
+        if kind == MlpKind::Identity {
+            return None;
+        }
         let biases = kind == MlpKind::Gelu;
         // What writes into the residual stream begins smaller, as the output projections of attention do.
         let residual = INIT_STD / (2.0 * n_layers as f64).sqrt();
-        Self {
+        Some(Self {
             gate_proj: (kind == MlpKind::Swiglu).then(|| linear(d_model, d_ff, false, INIT_STD, device)),
             up_proj: linear(d_model, d_ff, biases, INIT_STD, device),
             down_proj: linear(d_ff, d_model, biases, residual, device),
-        }
+        })
     }
 
     fn forward(&self, x: Tensor<3>, adapters: Adapters<'_>) -> Tensor<3> {
@@ -332,8 +342,8 @@ pub struct Block {
     pub attention_gate: Option<GaussianAdaptive>,
     /// Before the feed-forward layer
     pub mlp_norm: Norm,
-    /// The feed-forward layer
-    pub mlp: Mlp,
+    /// The feed-forward layer; `None` where its place is taken by the identity
+    pub mlp: Option<Mlp>,
 }
 
 impl Block {
@@ -362,8 +372,11 @@ impl Block {
         let read = sites.stream(StreamSite::MlpIn, read);
         self.mlp_norm.read_scale(sites, StreamSite::MlpScale, &read, eps);
         let normed = self.mlp_norm.forward(read, eps);
-        let written = in_type(self.mlp.forward(in_type(normed, inner), adapters), DType::F32);
-        let written = sites.stream(StreamSite::MlpOut, written);
+        let written = match &self.mlp {
+            Some(mlp) => mlp.forward(in_type(normed, inner), adapters),
+            None => normed,
+        };
+        let written = sites.stream(StreamSite::MlpOut, in_type(written, DType::F32));
         let hidden = sites.stream(StreamSite::ResidPost, mixed + dropout(written, computing.dropout));
         Attended { hidden, ..attended }
     }

@@ -70,7 +70,7 @@ impl NeuronDropout {
         let (layer, d_model) = (config.layer_of(decoder.n_layers), decoder.d_model);
         if config.mode == Mode::WeightsCompat && config.select != Select::None {
             let mlp = &parts.model.layers[layer].mlp;
-            let mut linears = mlp.gate_proj.iter().chain([&mlp.up_proj, &mlp.down_proj]);
+            let mut linears = mlp.iter().flat_map(|mlp| mlp.gate_proj.iter().chain([&mlp.up_proj, &mlp.down_proj]));
             if !linears.all(|linear| linear.weight.is_require_grad()) {
                 return Err(wrong(ConfigError::new("mode", weights_stay(layer))));
             }
@@ -294,7 +294,7 @@ fn drawn(n: usize, count: usize, seed: u64, times: u64) -> Vec<usize> {
 /// their rows of down, and in models with biases those of up and, with the same indices, of down. Nothing keeps the
 /// optimiser from moving them again.
 fn without_neurons(mut model: Decoder, layer: usize, neurons: &[usize]) -> Decoder {
-    let mlp = &mut model.layers[layer].mlp;
+    let Some(mlp) = &mut model.layers[layer].mlp else { return model };
     let kept = |count: usize| {
         let mut keep = vec![1f32; count];
         neurons.iter().filter(|&&neuron| neuron < count).for_each(|&neuron| keep[neuron] = 0.0);

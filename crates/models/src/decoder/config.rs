@@ -7,6 +7,7 @@ use polyhead_attention::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Expander;
 use crate::rope_scaling::RopeScaling;
 use crate::transformer::{MlpKind, NormKind, Part, TransformerConfig};
 use crate::{PerLayer, parameters};
@@ -37,13 +38,17 @@ pub struct DecoderConfig {
     /// How the frequencies are stretched for contexts longer than those first learned. Default: not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
+    /// A learned vector for each of so many positions, added to the embedded tokens; rows may not be longer. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned_positions: Option<usize>,
     /// The kind of norms: "rms" or "layer". Default: "rms".
     #[serde(default)]
     pub norm: NormKind,
     /// Inside the square root of the norms. Default: 1e-5.
     #[serde(default = "norm_eps")]
     pub norm_eps: f64,
-    /// The kind of feed-forward layers: "swiglu" (gated, without biases) or "gelu" (with biases). Default: "swiglu".
+    /// The kind of feed-forward layers: "swiglu" (gated, without biases), "gelu" (with biases) or "identity" (none: the
+    /// normalised stream is added in its place, as Zoology's code does). Default: "swiglu".
     #[serde(default)]
     pub mlp: MlpKind,
     /// Attention and feed-forward layer read the same input, and both are added to it. Default: false, one after the other.
@@ -52,6 +57,13 @@ pub struct DecoderConfig {
     /// Use the token embedding as output projection too. Default: true.
     #[serde(default = "yes")]
     pub tie_embeddings: bool,
+    /// A bias on the output projection, which must not be the embedding then. Default: false.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub head_bias: bool,
+    /// Predict every position from what the last one holds, for rows that are their own targets (MAD's compression). Default:
+    /// false.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub autoencoder: bool,
     /// The attention mechanism: one table for all layers, or a list with one per layer.
     pub attention: PerLayer<AttentionConfig>,
     /// Gaussian adaptive gates on what attention writes in every layer; along the channels, axis = -1. Default: none.
@@ -74,6 +86,9 @@ fn rope_theta() -> f64 {
 fn norm_eps() -> f64 {
     1e-5
 }
+
+/// Learned positions at most; chosen by us.
+const MOST_POSITIONS: usize = 1 << 20;
 
 /// What a whole model costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -145,6 +160,13 @@ impl DecoderConfig {
             gate.validate_channels(self.d_model, "a causal model must not look ahead")
                 .map_err(|error| error.within("attention_gate"))?;
         }
+        require(self.learned_positions.is_none_or(|n| (1..=MOST_POSITIONS).contains(&n)), "learned_positions", || {
+            let n = self.learned_positions.unwrap_or_default();
+            format!("learned_positions ({n}) must be 1 to {MOST_POSITIONS}: one vector for each position of a row")
+        })?;
+        require(!self.head_bias || !self.tie_embeddings, "head_bias", || {
+            "head_bias takes an output projection of its own: set tie_embeddings = false".into()
+        })?;
         self.transformer().validate(|_, mechanism| mechanism.check_causal())?;
         (0..self.n_layers).try_for_each(|layer| self.check_rotation(layer))
     }
@@ -164,9 +186,17 @@ impl DecoderConfig {
     /// Parameters and costs by part.
     pub fn parts(&self, vocab_size: usize) -> Vec<Part> {
         let embedding = (vocab_size * self.d_model) as u64;
-        let head = if self.tie_embeddings { 0 } else { embedding };
+        let bias = if self.head_bias { vocab_size as u64 } else { 0 };
+        let head = if self.tie_embeddings { 0 } else { embedding + bias };
         let mut parts = vec![Part::new("embedding", embedding, 0)];
+        if let Some(positions) = self.learned_positions {
+            parts.push(Part::new("positions", (positions * self.d_model) as u64, 0));
+        }
         parts.extend(self.transformer().parts(None));
+        if self.autoencoder {
+            let d_model = self.d_model as u64;
+            parts.push(Part::new("expander", Expander::parameters(self.norm, d_model), 4 * d_model * d_model));
+        }
         parts.push(Part::new("head", head, 2 * embedding));
         parts
     }

@@ -46,6 +46,12 @@ pub enum ExportError {
     /// Query heads could not be put in groups.
     #[error(transparent)]
     Surgery(#[from] SurgeryError),
+    /// Neither a class of transformers nor the code that is written beside the weights computes this.
+    #[error(
+        "models with learned_positions, mlp = \"identity\", head_bias or autoencoder have no form in Hugging Face's format: train one \
+         without them to export it"
+    )]
+    NoForm,
     /// No class of transformers computes this.
     #[error("--native: {0}; without --native, code for transformers is written beside the weights")]
     NotNative(String),
@@ -86,6 +92,10 @@ impl Exported {
 /// # Errors
 /// If it cannot be said as asked for.
 pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, ExportError> {
+    let DecoderConfig { learned_positions, mlp, head_bias, autoencoder, .. } = model.config();
+    if learned_positions.is_some() || *mlp == MlpKind::Identity || *head_bias || *autoencoder {
+        return Err(ExportError::NoForm);
+    }
     let grouped = standard_grouped(model)?;
     let grouped = grouped.as_ref().and_then(|grouped| Some((grouped, published(grouped.config()).ok()?)));
     let (model, published) = match grouped {

@@ -25,7 +25,7 @@ use rand_chacha::ChaCha8Rng;
 use super::SurgeryError;
 use super::convert::refused;
 use crate::weights::{Held, Named, held, layer_of, load_held};
-use crate::{Decoder, DecoderConfig, PerLayer};
+use crate::{Decoder, DecoderConfig, MlpKind, PerLayer};
 
 /// What grows.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -148,6 +148,11 @@ pub fn grown_config(parent: &DecoderConfig, growth: &Growth) -> Result<DecoderCo
     if signal_heads == 1 && width == 1 && after == parent.n_layers {
         return refused("nothing grows: give signal heads, width or depth".into());
     }
+    if parent.mlp == MlpKind::Identity || parent.autoencoder {
+        return refused(
+            "a model with mlp = \"identity\", whose layers add their normalised stream, or with autoencoder cannot grow".into(),
+        );
+    }
     if parent.attention_gate.is_some() {
         return refused(
             "a model with attention_gate cannot grow: its gates take statistics over channels that would be there \
@@ -211,7 +216,7 @@ impl Plan {
         let (module, kind) = (last(1), last(0));
         let plan = |rows, columns, reads| Self { rows, columns, factor: 1.0, reads };
         match (module, kind) {
-            ("embedding", _) => plan(None, channels(), false),
+            ("embedding" | "positions", _) => plan(None, channels(), false),
             ("q_proj", "weight") => plan(channels(), heads(HeadChannels::Queries), true),
             ("q_proj", "bias") => plan(None, heads(HeadChannels::Queries), false),
             ("k_proj" | "v_proj" | "head", "weight") => plan(channels(), None, true),

@@ -1,6 +1,6 @@
 //! Settings.
 
-use polyhead_models::{ConfigError, ContextMask, DecoderConfig, broken, require};
+use polyhead_models::{ConfigError, ContextMask, DecoderConfig, MlpKind, broken, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -174,6 +174,11 @@ impl NeuronDropoutConfig {
         let (least, why) = self.least_texts();
         rule(tracking_texts >= least || tracking_texts == 0, "tracking_texts", {
             format!("tracking_texts ({tracking_texts}) must be at least {least}: {why}")
+        });
+        let no_mlp = decoder.is_some_and(|decoder| decoder.mlp == MlpKind::Identity);
+        rule(!no_mlp || self.mode != Mode::WeightsCompat, "mode", {
+            "mode = \"weights_compat\" sets weights of a feed-forward layer to 0, and model.decoder.mlp = \"identity\" has none"
+                .into()
         });
         rule(self.epsilon.is_some() == self.delta.is_some(), "epsilon", {
             "epsilon and delta belong together: give both or neither".into()
