@@ -78,7 +78,7 @@ fn describe(config: &Config) -> OptimizerConfig {
     match config["optimizer"].as_str() {
         Some("adamw") => {
             assert!(config["momentum"].is_null(), "AdamW has no momentum of its own");
-            OptimizerConfig::Adamw(AdamwConfig { lr, beta1, beta2, eps, weight_decay })
+            OptimizerConfig::Adamw(AdamwConfig { lr, beta1, beta2, eps, weight_decay, decay_vectors: false })
         }
         Some("muon") => {
             let momentum = n("momentum");

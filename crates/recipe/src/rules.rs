@@ -1,6 +1,7 @@
 //! The rules about values of a recipe: each table's own, and those between tables.
 
-use polyhead_data::{Modality, Yields};
+use polyhead_data::synthetic::MadTask;
+use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, EmbedderConfig, LossConfig,
@@ -136,6 +137,45 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         parse_device(&training.device).is_ok(),
         "training.device",
         format!("training.device (\"{}\") must be one of {DEVICE_NAMES}", training.device),
+    );
+    let embedding = training.embedding_dropout;
+    rule(
+        embedding.is_none_or(|rate| (0.0..=0.99).contains(&rate) && !(is_classifier || is_embedder)),
+        "training.embedding_dropout",
+        format!(
+            "training.embedding_dropout ({}) must be 0 (off) to 0.99, and is for decoders",
+            embedding.unwrap_or_default()
+        ),
+    );
+    let stop = validation.stop_accuracy;
+    rule(
+        stop.is_none_or(|accuracy| accuracy > 0.0 && accuracy <= 1.0),
+        "validation.stop_accuracy",
+        format!("validation.stop_accuracy ({}) must be above 0, up to 1", stop.unwrap_or_default()),
+    );
+    rule(
+        (1..=1 << 40).contains(&lr_scheduler.hold_steps),
+        "lr_scheduler.hold_steps",
+        format!("lr_scheduler.hold_steps ({}) must be at least 1", lr_scheduler.hold_steps),
+    );
+    let (positions, longest) =
+        (decoder.and_then(|decoder| decoder.learned_positions), recipe.data.source().longest_row(training.seq_len));
+    rule(
+        positions.is_none_or(|positions| longest <= positions),
+        "model.decoder.learned_positions",
+        format!(
+            "model.decoder.learned_positions ({}) must be at least the tokens of the longest row of data.{}, {longest}",
+            positions.unwrap_or_default(),
+            recipe.data.name()
+        ),
+    );
+    let compresses = matches!(&recipe.data, DataConfig::Mad(mad) if mad.task == MadTask::Compression);
+    rule(
+        decoder.is_none_or(|decoder| decoder.autoencoder == compresses),
+        "model.decoder.autoencoder",
+        "model.decoder.autoencoder belongs with data.mad.task = \"compression\", whose rows are their own targets, and with no \
+         other data"
+            .into(),
     );
     let data = recipe.data.source().validate(training.seq_len).map_err(|error| error.within(recipe.data.name()));
     problems.extend(within("data", data));

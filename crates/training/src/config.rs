@@ -39,6 +39,9 @@ pub struct TrainingConfig {
     /// The rate of dropout on the embedded input and on what attention and feed-forward layers write. Default: 0.
     #[serde(default, skip_serializing_if = "is_off")]
     pub dropout: f64,
+    /// The rate of dropout on a decoder's embedded input, where it is another one. Default: training.dropout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding_dropout: Option<f64>,
     /// What the forward pass keeps for the backward pass: "none" (default) keeps all activations; "block" keeps what each layer
     /// reads and runs the layer again, which takes less memory and more time, and gives the same weights to the bit.
     #[serde(default, skip_serializing_if = "keeps_all")]
@@ -112,7 +115,7 @@ impl Default for OptimizerConfig {
     }
 }
 
-/// Settings of AdamW. Parameters of one dimension (norms, biases, λ) are not decayed.
+/// Settings of AdamW.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamwConfig {
@@ -126,11 +129,14 @@ pub struct AdamwConfig {
     pub eps: f64,
     /// Decoupled weight decay, multiplied by the learning rate. Default: 0.01.
     pub weight_decay: f64,
+    /// Decay parameters of one dimension (norms, biases, λ) too. Default: false.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub decay_vectors: bool,
 }
 
 impl Default for AdamwConfig {
     fn default() -> Self {
-        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, decay_vectors: false }
     }
 }
 
@@ -178,6 +184,10 @@ pub struct LrSchedulerConfig {
     pub warmup_steps: u64,
     /// The last rate as a share of the largest. Default: 0.1.
     pub min_lr_ratio: f64,
+    /// Steps over which the rate is held after the warm-up; those of an epoch make the decay one by epochs, whose first goes at the
+    /// full rate, as with PyTorch's schedulers. Default: 1.
+    #[serde(skip_serializing_if = "is_one")]
+    pub hold_steps: u64,
     /// For "wsd": steps of the final linear decay. Default: a fifth of all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_steps: Option<u64>,
@@ -185,8 +195,12 @@ pub struct LrSchedulerConfig {
 
 impl Default for LrSchedulerConfig {
     fn default() -> Self {
-        Self { decay: Decay::Cosine, warmup_steps: 0, min_lr_ratio: 0.1, decay_steps: None }
+        Self { decay: Decay::Cosine, warmup_steps: 0, min_lr_ratio: 0.1, hold_steps: 1, decay_steps: None }
     }
+}
+
+fn is_one(steps: &u64) -> bool {
+    *steps == 1
 }
 
 /// How the learning rate falls after the warm-up.
@@ -213,11 +227,14 @@ pub struct ValidationConfig {
     pub batches: u64,
     /// Share of the text kept for validation. Default: 0.05.
     pub fraction: f64,
+    /// End the run once a validation's accuracy is at least this. Default: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_accuracy: Option<f64>,
 }
 
 impl Default for ValidationConfig {
     fn default() -> Self {
-        Self { interval: 250, batches: 20, fraction: 0.05 }
+        Self { interval: 250, batches: 20, fraction: 0.05, stop_accuracy: None }
     }
 }
 

@@ -115,7 +115,7 @@ impl Optimizer {
         Ok(Self { steps, moments, ..Self::new(config) })
     }
 
-    /// Decoupled decay (none for vectors), then the step along the moments.
+    /// Decoupled decay (of vectors only where asked for), then the step along the moments.
     fn adamw<const D: usize>(
         &mut self,
         path: String,
@@ -135,7 +135,7 @@ impl Optimizer {
             grad_scale: update.scale,
             rate: lr * self.scalings.get(&path).adamw / (1.0 - config.beta1.powf(steps)),
             // The decay does not depend on the width: what it balances, the size of weights, is scaled as rates are.
-            keep: if D == 1 { 1.0 } else { 1.0 - lr * config.weight_decay },
+            keep: if D == 1 && !config.decay_vectors { 1.0 } else { 1.0 - lr * config.weight_decay },
             beta1: config.beta1,
             beta2: config.beta2,
             correction: (1.0 - config.beta2.powf(steps)).sqrt(),
@@ -198,7 +198,7 @@ impl Step<'_> {
             }
             OptimizerConfig::Muon(muon) => {
                 let (beta1, beta2, eps, weight_decay) = (muon.beta1, muon.beta2, muon.eps, muon.weight_decay);
-                let adamw = AdamwConfig { lr: update.lr, beta1, beta2, eps, weight_decay };
+                let adamw = AdamwConfig { lr: update.lr, beta1, beta2, eps, weight_decay, decay_vectors: false };
                 self.optimizer.adamw(path, value, grad, &adamw, update)
             }
         }

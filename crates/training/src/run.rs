@@ -68,7 +68,9 @@ pub fn run<M: TrainableModel>(model: M, job: Job<'_, M>, view: &mut dyn View) ->
     run.tell();
     let Run { progress, procedure, validation, best, .. } = run;
     let interrupted = (signal != 0).then_some(signal);
-    Ok(Outcome { model, progress, validation, best, checkpoint, ended: procedure.ended(), interrupted, missing })
+    let reached = || progress.reached.then(|| "the accuracy that validation.stop_accuracy asks for is reached".into());
+    let ended = procedure.ended().or_else(reached);
+    Ok(Outcome { model, progress, validation, best, checkpoint, ended, interrupted, missing })
 }
 
 /// A run at work.
@@ -145,7 +147,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     }
 
     fn is_last(&self) -> bool {
-        self.progress.step >= self.job.training.steps || self.procedure.ended().is_some()
+        self.progress.step >= self.job.training.steps || self.progress.reached || self.procedure.ended().is_some()
     }
 
     /// Whether what happens every `interval` steps happens after this one.
@@ -295,6 +297,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         }
         self.view.validated(step, &told);
         self.validation = Some(sums);
+        self.progress.reached |= self.job.validation.stop_accuracy.is_some_and(|asked| told.accuracy() >= asked);
         Ok(())
     }
 

@@ -9,7 +9,12 @@ pub fn factor(config: &LrSchedulerConfig, step: u64, steps: u64) -> f64 {
         return (step + 1.0) / warmup;
     }
     let floor = config.min_lr_ratio;
-    let between = |start: f64| ((step - start) / (steps - 1.0 - start).max(1.0)).clamp(0.0, 1.0);
+    // Held rates: the last one would be reached one hold behind the last step.
+    let hold = config.hold_steps as f64;
+    let between = |start: f64| match config.hold_steps {
+        0 | 1 => ((step - start) / (steps - 1.0 - start).max(1.0)).clamp(0.0, 1.0),
+        _ => (((step - start) / hold).floor() * hold / (steps - start).max(1.0)).clamp(0.0, 1.0),
+    };
     match config.decay {
         Decay::Constant => 1.0,
         Decay::Linear => 1.0 - (1.0 - floor) * between(warmup),
@@ -26,7 +31,8 @@ mod tests {
     use super::*;
 
     fn at(decay: Decay, step: u64) -> f64 {
-        let config = LrSchedulerConfig { decay, warmup_steps: 10, min_lr_ratio: 0.1, decay_steps: Some(20) };
+        let config =
+            LrSchedulerConfig { decay, warmup_steps: 10, min_lr_ratio: 0.1, hold_steps: 1, decay_steps: Some(20) };
         factor(&config, step, 110)
     }
 
@@ -40,5 +46,15 @@ mod tests {
         assert_eq!(at(Decay::Constant, 109), 1.0);
         assert_eq!(at(Decay::Wsd, 89), 1.0);
         assert!(at(Decay::Wsd, 92) < 1.0);
+    }
+
+    #[test]
+    fn rates_held_for_an_epoch_are_those_of_pytorch() {
+        // CosineAnnealingLR(T_max = 4, eta_min = 0), stepped once per epoch of 5 steps.
+        let config = LrSchedulerConfig { min_lr_ratio: 0.0, hold_steps: 5, ..LrSchedulerConfig::default() };
+        let of_epoch = [1.0, 0.853_553_390_593_273_8, 0.5, 0.146_446_609_406_726_24];
+        for step in 0..20 {
+            assert!((factor(&config, step, 20) - of_epoch[step as usize / 5]).abs() < 1e-12, "{step}");
+        }
     }
 }

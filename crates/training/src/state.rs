@@ -33,6 +33,9 @@ pub struct Progress {
     /// How many of them the run has left out in a row, up to its last step.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub skipped_in_row: u64,
+    /// Whether a validation's accuracy was what `validation.stop_accuracy` asks for, which ends the run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reached: bool,
     /// Time spent in steps, in microseconds, over all sessions.
     pub microseconds: u64,
     /// What should have followed the last step and was put off.
