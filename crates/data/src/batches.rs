@@ -27,6 +27,12 @@ pub trait Samples<T = Sample>: Send + Sync {
     /// # Errors
     /// If it cannot be read.
     fn sample(&self, epoch: u64, index: u64) -> Result<T, DataError>;
+
+    /// Its parts, one behind the other: a name and how many samples. Batches of [`Order::Parts`] and [`Order::Once`] end where a
+    /// part does.
+    fn parts(&self) -> Vec<(String, u64)> {
+        vec![(String::new(), self.per_epoch())]
+    }
 }
 
 /// How samples become batches.
@@ -47,6 +53,8 @@ pub enum Order {
     Shuffled,
     /// As they come, epoch after epoch without a seam.
     Endless,
+    /// As they come, epoch after epoch; the last batch of each part is as short as what is left of it.
+    Parts,
     /// As they come, always the same; the last batch is as short as what is left, so that none counts twice.
     Once,
 }
@@ -57,14 +65,31 @@ impl LoaderOptions {
         Self { batch_size: options.batch_size, seed: options.seed, order }
     }
 
-    /// The numbers since the start of the rows of batch `position`, of a set of `n`.
-    fn rows(&self, n: u64, position: u64) -> Range<u64> {
+    /// Batches of each part.
+    fn batches(&self, parts: &[(String, u64)]) -> Vec<u64> {
+        parts.iter().map(|(_, samples)| samples.div_ceil(self.batch_size.max(1) as u64)).collect()
+    }
+
+    /// The numbers since the start of the rows of batch `position`, of a set of these parts.
+    fn rows(&self, parts: &[(String, u64)], position: u64) -> Range<u64> {
         let rows = self.batch_size as u64;
-        if self.order != Order::Once {
+        if matches!(self.order, Order::Shuffled | Order::Endless) {
             return position * rows..(position + 1) * rows;
         }
-        let first = position % n.div_ceil(rows).max(1) * rows;
-        first..(first + rows).min(n)
+        let batches = self.batches(parts);
+        let per_epoch = batches.iter().sum::<u64>().max(1);
+        let (epoch, mut at) = (position / per_epoch, position % per_epoch);
+        let mut first = match self.order {
+            Order::Parts => epoch * parts.iter().map(|(_, samples)| samples).sum::<u64>(),
+            _ => 0,
+        };
+        for ((_, samples), batches) in parts.iter().zip(batches) {
+            if at < batches {
+                return first + at * rows..first + ((at + 1) * rows).min(*samples);
+            }
+            (at, first) = (at - batches, first + samples);
+        }
+        first..first
     }
 
     /// Epoch and index of a sample, from its number since the start, of a set of `n`.
@@ -84,7 +109,7 @@ struct Stream<T> {
 impl<T> Stream<T> {
     /// Batches until every sample has come once.
     fn batches_per_epoch(&self) -> u64 {
-        self.samples.per_epoch().div_ceil(self.options.batch_size.max(1) as u64)
+        self.options.batches(&self.samples.parts()).iter().sum()
     }
 
     /// The samples of batch `position` since the start, counted through all epochs, so that none is left out at an epoch's end.
@@ -103,6 +128,6 @@ impl<T> Stream<T> {
             let (epoch, index) = self.options.place(n, number);
             self.samples.sample(epoch, index)
         };
-        self.options.rows(n, position).map(sample).collect()
+        self.options.rows(&self.samples.parts(), position).map(sample).collect()
     }
 }

@@ -24,6 +24,7 @@ mod problem;
 mod random;
 mod source;
 pub mod synthetic;
+pub mod text_suites;
 mod texts;
 mod tokenizer;
 mod would_read;
@@ -48,7 +49,12 @@ pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerCon
 
 use chat::ChatConfig;
 use long_context::LongContextConfig;
-use synthetic::{AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MarkovConfig, NeedlesConfig};
+use synthetic::StateTrackingConfig;
+use synthetic::{
+    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MadConfig, MarkovConfig, MqarConfig,
+    NeedlesConfig,
+};
+use text_suites::{BabilongLikeConfig, RulerConfig};
 
 // From where, what samples are, what they become.
 source::sources! {
@@ -62,10 +68,20 @@ source::sources! {
     chat => Chat(ChatConfig): Files, Chat, Tokens;
     /// Generated questions about long texts, as conversations.
     long_context => LongContext(LongContextConfig): Generated, Chat, Tokens;
+    /// A synthetic task of RULER, in our own words: long texts with a question.
+    ruler => Ruler(RulerConfig): Generated, Text, Tokens;
+    /// Stories in the manner of BABILong: facts scattered in a background, with a question.
+    babilong_like => BabilongLike(BabilongLikeConfig): Generated, Text, Tokens;
     /// A random Markov chain, whose best possible loss is known.
     markov => Markov(MarkovConfig): Generated, Ids, Tokens;
     /// Multi-query associative recall.
     associative_recall => AssociativeRecall(AssociativeRecallConfig): Generated, Ids, Tokens;
+    /// Multi-query associative recall as Zoology's code makes it: finite sets of rows, by length and pairs.
+    mqar => Mqar(MqarConfig): Generated, Ids, Tokens;
+    /// The tasks of mechanistic architecture design (MAD): recall, copying, compression, memorisation.
+    mad => Mad(MadConfig): Generated, Ids, Tokens;
+    /// State tracking: parity, arithmetic, words of groups, bounded brackets.
+    state_tracking => StateTracking(StateTrackingConfig): Generated, Ids, Tokens;
     /// Needles in filler, with look-alikes.
     needles => Needles(NeedlesConfig): Generated, Ids, Tokens;
     /// A random sequence and the same again.

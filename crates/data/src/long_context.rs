@@ -28,6 +28,11 @@ pub use crate::random::generator;
 use tasks::Facts;
 pub use tasks::{EIGHT, LongTask};
 
+/// A sentence that says nothing; `draw` chooses below a number.
+pub(crate) fn filler_sentence(draw: impl FnMut(usize) -> usize) -> String {
+    words::filler(draw)
+}
+
 /// `[data.long_context]`: questions about texts that are as long as a row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

@@ -75,6 +75,11 @@ pub trait Source {
         None
     }
 
+    /// Tokens of its longest row, to train or to test on.
+    fn longest_row(&self, seq_len: usize) -> usize {
+        seq_len
+    }
+
     /// How many ids it has, known without reading it.
     fn vocab_size(&self, tokenizer: &Tokenizer) -> usize {
         tokenizer.vocab_size()

@@ -7,8 +7,12 @@ mod associative_recall;
 mod copy;
 mod facts;
 mod induction;
+mod mad;
 mod markov;
+mod mqar;
 mod needles;
+mod sets;
+mod state_tracking;
 
 use std::sync::Arc;
 
@@ -25,8 +29,14 @@ pub use associative_recall::AssociativeRecallConfig;
 pub use copy::CopyConfig;
 pub use facts::{FactsConfig, World};
 pub use induction::InductionConfig;
+pub use mad::{Compression, FuzzyRecall, MadConfig, MadTask, Memorization, Recall, SelectiveCopying};
 pub use markov::{Markov, MarkovConfig};
+pub use mqar::{Mqar, MqarConfig, MqarKind, MqarSet};
 pub use needles::NeedlesConfig;
+pub use sets::Rules;
+pub use state_tracking::{
+    Brackets, Dyck, DyckConfig, Group, Modular, Parity, StateSet, StateTask, StateTrackingConfig, Words, WordsConfig,
+};
 
 /// Samples of an endless set that count as one epoch.
 pub(crate) const EPOCH: u64 = 1 << 40;

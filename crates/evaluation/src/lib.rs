@@ -18,4 +18,5 @@ pub mod perplexity;
 pub mod saliency;
 pub mod sensitivity;
 pub mod sinks;
+pub mod sets;
 pub mod texts;

@@ -1,5 +1,6 @@
 //! Batches of rows of tokens, for decoders.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use polyhead_models::{Batch, IGNORE, Role};
@@ -58,6 +59,19 @@ impl Loader {
         self.stream.batches_per_epoch()
     }
 
+    /// Its parts by name, each with its batches of the first epoch; empty where samples have none.
+    pub fn parts(&self) -> Vec<(String, Range<u64>)> {
+        let parts = self.stream.samples.parts();
+        let mut first = 0;
+        let range = |batches: u64| {
+            first += batches;
+            first - batches..first
+        };
+        let ranges: Vec<Range<u64>> = self.stream.options.batches(&parts).into_iter().map(range).collect();
+        let named = parts.into_iter().zip(ranges).map(|((name, _), range)| (name, range));
+        named.filter(|(name, _)| !name.is_empty()).collect()
+    }
+
     /// Batch number `position` since the start.
     ///
     /// # Errors
@@ -72,7 +86,7 @@ impl Loader {
             roles: first.roles.as_ref().map(|_| Vec::new()),
             ..Batch::default()
         };
-        let numbers = self.stream.options.rows(self.per_epoch(), position);
+        let numbers = self.stream.options.rows(&self.stream.samples.parts(), position);
         for (number, row) in numbers.zip(rows) {
             fits(&row, &batch, number)?;
             batch.tokens.extend(row.tokens);
@@ -193,6 +207,40 @@ mod tests {
         assert_eq!(once.batch(2).unwrap().batch, 2);
         let endless = loader(10, 4, Order::Endless);
         assert_eq!(endless.batch(2).unwrap().tokens, [8, 9, 0, 1]);
+    }
+
+    #[test]
+    fn batches_end_where_parts_do() {
+        struct InParts(Vec<Sample>);
+        impl Samples for InParts {
+            fn per_epoch(&self) -> u64 {
+                self.0.len() as u64
+            }
+
+            fn sample(&self, epoch: u64, index: u64) -> Result<Sample, DataError> {
+                self.0.sample(epoch, index)
+            }
+
+            fn parts(&self) -> Vec<(String, u64)> {
+                vec![("short".into(), 3), ("long".into(), self.per_epoch() - 3)]
+            }
+        }
+        // Rows of two lengths, which make no batch together.
+        let sample = |i: u32| Sample {
+            tokens: vec![i; 1 + (i as usize / 3)],
+            targets: vec![0; 1 + (i as usize / 3)],
+            ..Sample::default()
+        };
+        let loader = |order| {
+            let options = LoaderOptions { batch_size: 2, seed: 0, order };
+            Loader::new(Arc::new(InParts((0..6).map(sample).collect())), None, options)
+        };
+        let epochs = loader(Order::Parts);
+        let first = |at: u64| epochs.batch(at).unwrap().row(0).tokens[0];
+        assert_eq!(epochs.parts(), [("short".to_owned(), 0..2), ("long".to_owned(), 2..4)]);
+        assert_eq!((epochs.batches_per_epoch(), epochs.batch(1).unwrap().batch), (4, 1));
+        assert_eq!((0..6).map(first).collect::<Vec<_>>(), [0, 2, 3, 5, 0, 2], "and again");
+        assert_eq!(loader(Order::Once).batch(7).unwrap(), epochs.batch(3).unwrap());
     }
 
     #[test]
