@@ -17,6 +17,6 @@ pub mod patching;
 pub mod perplexity;
 pub mod saliency;
 pub mod sensitivity;
-pub mod sinks;
 pub mod sets;
+pub mod sinks;
 pub mod texts;

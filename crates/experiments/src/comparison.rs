@@ -15,6 +15,7 @@ use polyhead_recipe::schema;
 use polyhead_recipe::{self as recipe, Conversion, Growth, folder_name};
 use polyhead_recipe::{Problem, Problems, in_words};
 
+use super::suites::tasks::{Task, expanded};
 use super::tune::{Tune, Values, leaves};
 use ladder::Ladder;
 use settings::{Place, multiplied};
@@ -70,6 +71,10 @@ pub struct Comparison {
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub recipe: toml::Table,
+    /// Published suites whose points every arm is trained at, each compared with the base arm at the same point. They bring their
+    /// own model, data and training, so that `extends` may be left out; [recipe] and arms change them.
+    #[serde(default)]
+    pub task: Vec<Task>,
     /// Sizes and compute budgets that every arm is trained at, and the power law that follows.
     #[serde(default)]
     pub ladder: Option<Ladder>,
@@ -234,7 +239,7 @@ pub fn is_one(path: &Path) -> bool {
 /// # Errors
 /// All problems of the first stage that has any: reading, unknown keys, types, rules.
 pub fn read(path: &Path, check_task: CheckTask) -> Result<Read, Problems> {
-    let mut layer = recipe::read_layer(path)?;
+    let mut layer = expanded(path, recipe::read_layer(path)?)?;
     if !layer.values().contains_key("arm") {
         let problem = format!(
             "{}: no comparison, for it has no [[arm]]\n  hint: `polyhead train` runs a recipe; recipes/compare holds comparisons",
@@ -405,7 +410,9 @@ impl Arm {
             Some(size) => Some(part(&["ladder", "size"], size)),
             None => self.place.setting.map(|at| part(&["setting"], at)),
         };
-        setting.into_iter().chain([layer.part(&["arm", &self.place.arm.to_string(), "recipe"])]).collect()
+        // What a suite's point says, all arms may change.
+        let recipe = layer.values().contains_key("task").then(|| layer.part(&["recipe"]));
+        setting.into_iter().chain(recipe).chain([layer.part(&["arm", &self.place.arm.to_string(), "recipe"])]).collect()
     }
 }
 

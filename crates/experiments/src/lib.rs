@@ -6,6 +6,8 @@
 //! `metric.rs`, `extra_metrics.rs`, `statistics.rs`, `verdict.rs`, `best_of.rs`, `ladder.rs`, `law.rs`) and written for people
 //! (`finding.rs`, `markdown.rs`, `html.rs`, `figures.rs`, `page.rs`), for programs (`json.rs`) and for the replication table
 //! (`record.rs`). `simulation.rs` tries on made-up runs what the statistics promise.
+//!
+//! Tasks that others published, under their settings, are in `suites.rs`.
 
 mod best_of;
 pub mod calibration;
@@ -31,5 +33,6 @@ pub mod runs;
 #[cfg(test)]
 mod simulation;
 pub mod statistics;
+pub mod suites;
 pub mod tune;
 mod verdict;

@@ -275,7 +275,9 @@ fn arm_outcome(
         };
         if !run.trial && run.choice == chosen {
             let history = result::history(&run.folder, tell)?;
-            let (folder, evaluated) = (run.folder.clone(), conversion(&run.text));
+            let mut evaluated = conversion(&run.text);
+            evaluated.extend(end.as_ref().map_or(Vec::new(), RunResult::set_measures));
+            let folder = run.folder.clone();
             runs.push(RunOutcome { seed: run.seed, folder, end, history, evaluated });
         } else if let Err(problem) = end {
             let words = &planned.choices[run.choice].words;

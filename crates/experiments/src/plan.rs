@@ -215,7 +215,9 @@ fn load(
         }
         // A setting may say how long its base arm trains.
         let timed = comparison.matched == Matched::Time;
-        if comparison.matched != Matched::None && own.iter().skip(if timed { own.len() - 1 } else { 0 }).any(sets) {
+        // And a suite's point may say what is sought: it is replaced.
+        let arm_alone = timed || !comparison.task.is_empty();
+        if comparison.matched != Matched::None && own.iter().skip(if arm_alone { own.len() - 1 } else { 0 }).any(sets) {
             let message = format!("arm `{}`: {key} is what match seeks: leave it out here, or match nothing", arm.name);
             problems.push(layers::at(&own, key, message));
         }

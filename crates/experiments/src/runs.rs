@@ -14,7 +14,7 @@ use polyhead_training::run_folder::{RunFolderError, RunLock, atomic_write, files
 use polyhead_runs::Failure;
 use polyhead_runs::result::{self, RunResult};
 
-use super::plan::{Plan, Run};
+use super::plan::Run;
 use super::processes::{Jobs, LOOK, Share, end_of_log, run_jobs, spawn};
 
 /// How long runs of an earlier call may take to save and leave; chosen by us.
@@ -43,25 +43,22 @@ pub trait Watch {
     fn poll(&mut self);
 }
 
-/// Runs what has not finished yet of `picked` runs of the plan; gives the end of each, in that order.
+/// Runs what has not finished yet of some runs; gives the end of each, in their order.
 ///
 /// # Errors
 /// If a signal came (the runs have saved), or the system refuses files or processes. A run that fails is no error here.
 pub fn run_all(
-    plan: &Plan,
-    picked: &[usize],
+    runs: Vec<&Run>,
     (share, requests): (&Share, &Requests),
     progress: &mut dyn Watch,
 ) -> Result<Vec<End>, Failure> {
     let mut ends = Vec::new();
-    for &at in picked {
-        let run = &plan.runs[at];
+    for run in &runs {
         wait_until_free(run)?;
         ends.push(finished(run)?.map(|result| End::Finished(Box::new(result))));
     }
     let waiting: VecDeque<usize> = (0..ends.len()).filter(|&at| ends[at].is_none()).collect();
     progress.begin(&|at| ends[at].is_some());
-    let runs = picked.iter().map(|&at| &plan.runs[at]).collect();
     let mut training = Training { runs, waiting, ends, progress };
     run_jobs(&mut training, share, requests)?;
     Ok(training.ends.into_iter().flatten().collect())

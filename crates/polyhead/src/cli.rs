@@ -189,6 +189,19 @@ Examples:
   polyhead compare recipes/compare/attention-zoo.toml --dry-run
   polyhead compare recipes/compare/attention-zoo.toml --jobs 2")]
     Compare(CompareArgs),
+    /// Run a published suite of tasks under its published settings, and report as its paper does.
+    ///
+    /// A suite is a list of trainings; of those that differ in optimiser settings alone, the best is reported. Every training is a
+    /// process of its own; finished ones are kept, so that the same command goes on where it stopped. The table goes to standard
+    /// output; result.json and result.md are written to --out. Suites that end in -small take minutes, the others hours to days.
+    #[command(after_help = "\
+Examples:
+  polyhead suite --list
+  polyhead suite mqar-zoology-v1-small --dry-run
+  polyhead suite mqar-zoology-v1-small --only \"64 tokens\"
+  polyhead suite mqar-zoology-v1-small 'model.decoder.attention={gated_delta_net={n_heads=1}}' --out checkpoints/suite/gdn
+  polyhead suite --check")]
+    Suite(SuiteArgs),
     /// Show two runs side by side: their recipes, where they ran, what they reached.
     Diff {
         /// The folders of two runs.
@@ -385,6 +398,8 @@ pub enum SchemaKind {
     Recipe,
     /// A comparison.
     Comparison,
+    /// What a suite reached.
+    Suite,
 }
 
 /// How to train.
@@ -533,6 +548,56 @@ pub struct CompareArgs {
     #[arg(long, conflicts_with = "dry_run")]
     pub record: bool,
     /// The same as training.device=... in the base recipe.
+    #[arg(long, value_parser = device())]
+    pub device: Option<String>,
+}
+
+/// Which suite, and how.
+#[derive(Debug, Args)]
+pub struct SuiteArgs {
+    /// Its name, with its version.
+    pub suite: Option<String>,
+    /// Changes to every point, such as model.decoder.attention.softmax.n_heads=2.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// List all suites.
+    #[arg(long, conflicts_with_all = ["suite", "check"])]
+    pub list: bool,
+    /// Run the fastest point of every stored reference (recipes/results/suites) again, or of that of the suite that is named.
+    #[arg(long, conflicts_with_all = ["model", "only", "dry_run", "record", "seed"])]
+    pub check: bool,
+    /// A recipe whose [model] is trained instead of the published one; of a suite that asks trained models, the model: a run
+    /// folder, a checkpoint, or a folder in Hugging Face's format.
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// Of a suite that asks trained models: lengths of the texts, in tokens. Default: the published ones.
+    #[arg(long, value_delimiter = ',', requires = "model", value_parser = at_least_one)]
+    pub lengths: Vec<usize>,
+    /// Of a suite that asks trained models: questions for each task and length. Default: as many as were published.
+    #[arg(long, requires = "model", value_parser = at_least_one)]
+    pub samples: Option<usize>,
+    /// Of a suite that asks trained models: a text file whose sentences are the background. Default: generated sentences.
+    #[arg(long, requires = "model", value_name = "FILE")]
+    pub background: Option<PathBuf>,
+    /// Only points whose names contain this; may be given several times.
+    #[arg(long, value_name = "WORDS")]
+    pub only: Vec<String>,
+    /// Decides weights and rows. Default: 0; of questions to trained models 42, as published.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Trainings at a time; the cores are divided among them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Where runs and results are written. Default: checkpoints/suite/<name>.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Show the points with their parameters and steps. Nothing is written.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Store the result in recipes/results/suites too, for --check.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub record: bool,
+    /// The same as training.device=... in every point.
     #[arg(long, value_parser = device())]
     pub device: Option<String>,
 }

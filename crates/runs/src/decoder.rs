@@ -1,8 +1,12 @@
 //! Decoders: their data, their first weights, and trained ones.
 
+use std::ops::Range;
+
+use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_data::{Loader, Opened, Tokenizer};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
+use polyhead_evaluation::sets::{SetScore, SetTotals};
 use polyhead_models::adapters::is_pair;
 use polyhead_models::{Batch, Decoder, train_only};
 use polyhead_recipe::{Problems, Recipe};
@@ -98,6 +102,7 @@ impl Kind for Decoder {
         };
         let training = &recipe.training;
         let model = model.with_precision(training.precision).with_dropout(training.dropout);
+        let model = model.with_embedding_dropout(training.embedding_dropout);
         let model = model.with_checkpointing(training.activation_checkpointing);
         let model = of_recipe(recipe, model, data.tokenizer.as_ref())?;
         if model.intervention().is_some() {
@@ -118,6 +123,10 @@ impl Kind for Decoder {
         Some(self)
     }
 
+    fn set_scores(&self, data: &Opened) -> Result<Vec<SetScore>, Failure> {
+        set_scores(&self.valid(), &data.validation)
+    }
+
     fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static>>> {
         let world = world(recipe)?;
         let (questions, asking) = (world.questions(), Asking::new(world.end(), self.config().n_layers));
@@ -126,6 +135,21 @@ impl Kind for Decoder {
             Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
         }))
     }
+}
+
+/// The score of a decoder, on a plain device, on each named part of some batches.
+///
+/// # Errors
+/// If the data cannot be read.
+pub fn set_scores(model: &Decoder, batches: &Loader) -> Result<Vec<SetScore>, Failure> {
+    let score = |(name, range): (String, Range<u64>)| {
+        let mut totals = SetTotals::default();
+        for position in range {
+            totals.add(model, &batches.batch(position)?);
+        }
+        Ok(totals.score(name))
+    };
+    batches.parts().into_iter().map(score).collect()
 }
 
 /// Refuses tokens of which none is a target, so that nothing would be learned; gives what else there is to know about them.

@@ -2,6 +2,7 @@
 //! `classifier.rs`, `embedder.rs`.
 
 use burn::tensor::Device;
+use polyhead_evaluation::sets::SetScore;
 use polyhead_kernels::seed_random;
 use polyhead_models::mup::Scalings;
 use polyhead_models::{Classifier, Decoder, Embedder, Trainable};
@@ -57,6 +58,15 @@ pub trait Kind: TrainableModel {
     fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static, Self>>> {
         let _ = recipe;
         None
+    }
+
+    /// The score on each named part of the held-out data, all of it.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    fn set_scores(&self, data: &Self::Data) -> Result<Vec<SetScore>, Failure> {
+        let _ = data;
+        Ok(Vec::new())
     }
 
     /// How well each class is told apart, for models that tell classes.

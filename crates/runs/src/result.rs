@@ -12,6 +12,8 @@ use polyhead_training::run_folder::{atomic_write, files, read_metrics};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use polyhead_evaluation::sets::SetScore;
+
 use crate::costs::Costs;
 use crate::error::Failure;
 
@@ -45,6 +47,9 @@ pub struct RunResult {
     pub selection: Option<Score>,
     /// The same on the other half, for telling how good the chosen one is.
     pub reporting: Option<Score>,
+    /// The score on each test set, where the data has several or names its one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sets: Vec<SetScore>,
     /// For classifiers: how well each class is told, on all held-out batches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classes: Option<ClassTable>,
@@ -189,6 +194,8 @@ pub struct About {
     pub costs: Costs,
     /// Where it runs.
     pub environment: Environment,
+    /// The score of the last weights on each test set.
+    pub sets: Vec<SetScore>,
 }
 
 /// A run's identity: a hash of its resolved recipe and, for text, of what it learns from.
@@ -240,6 +247,7 @@ pub fn write<M: Trainable>(
         validation: Score::of(&validation),
         selection,
         reporting,
+        sets: about.sets,
         classes: classes(&validation),
         seconds,
         tokens_per_second: tokens as f64 / seconds.max(1e-9),
@@ -249,6 +257,16 @@ pub fn write<M: Trainable>(
     };
     let text = serde_json::to_string_pretty(&result).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(atomic_write(&run_dir.join(files::RESULT), text.as_bytes())?)
+}
+
+impl RunResult {
+    /// The measures of each test set by name, `NAME: MEASURE`.
+    pub fn set_measures(&self) -> Vec<(String, f64)> {
+        let of = |set: &SetScore| {
+            set.measures().map(|(measure, value)| (format!("{}: {}", set.name, measure.replace('_', " ")), value))
+        };
+        self.sets.iter().flat_map(of).collect()
+    }
 }
 
 impl Score {

@@ -1,6 +1,6 @@
 //! `polyhead compare`: is one mechanism better than another at the same budget, and by more than chance?
 
-mod progress;
+pub(super) mod progress;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -81,8 +81,9 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let plan = planned;
     told_matches(&plan);
     let run = |picked: &[usize]| {
-        let mut progress = progress::Progress::new(&plan, picked);
-        runs::run_all(&plan, picked, (&share, requests), &mut progress).inspect_err(interrupted)
+        let mut progress = progress::Progress::of_plan(&plan, picked);
+        let picked = picked.iter().map(|&at| &plan.runs[at]).collect();
+        runs::run_all(picked, (&share, requests), &mut progress).inspect_err(interrupted)
     };
     let choosing = plan.choosing();
     let mut ends = BTreeMap::new();

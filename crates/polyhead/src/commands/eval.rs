@@ -8,6 +8,7 @@ use polyhead_models::{ClassScore, EvalTotals};
 use polyhead_recipe::Problems;
 use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, Watched, changed_text};
+use polyhead_runs::decoder::set_scores;
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
 use polyhead_runs::intervention::check_roles;
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
@@ -87,10 +88,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             format!("{}: none of the held-out tokens is a target: there is nothing to measure", opened.description);
         return Err(Failure::Run(problem));
     }
-    let result = json!({
+    let mut result = json!({
         "checkpoint": trained.path, "batches": watched.per_epoch(), "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
+    let sets = set_scores(&trained.model, &opened.validation)?;
+    if !sets.is_empty() {
+        result["sets"] = serde_json::to_value(sets).map_err(|error| Failure::Run(error.to_string()))?;
+    }
     put!("{result:#}")
 }
 

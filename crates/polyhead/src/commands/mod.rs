@@ -18,6 +18,7 @@ mod preview;
 mod recipes;
 mod reference;
 mod stages;
+mod suite;
 mod tokenizer;
 mod train;
 mod trained;
@@ -70,6 +71,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
         Command::Compare(args) => compare::compare(&args),
+        Command::Suite(args) => suite::suite(&args),
         Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             [] if !args.text.is_empty() => eval::texts(&args),

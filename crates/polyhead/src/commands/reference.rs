@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::CommandFactory;
-use polyhead_experiments::{comparison, record};
+use polyhead_experiments::{comparison, record, suites};
 use polyhead_recipe::{reference, schema, stages};
 use polyhead_runs::Failure;
 use polyhead_training::run_folder::atomic_write;
@@ -34,6 +34,10 @@ with histograms per head. [Metrics](metrics.md) explains the rest of the log.";
 const COMMAND_LINE: &str = "\
 The help of every command, as `--help` prints it. Standard output is data, standard error is talk; [exit codes](exit-codes.md)
 tell scripts what happened.";
+
+const SUITES_PAGE: &str = "\
+Every [suite](../suites/index.md), where it differs from what was published, and what softmax attention reached. References are stored
+in `recipes/results/suites` by `polyhead suite NAME --record`; `polyhead suite --check` runs a point of each again.";
 
 const REPLICATIONS: &str = "\
 What papers claim, and what our arms measured at equal budgets. Every number comes from a recorded file in `recipes/results`,
@@ -68,6 +72,7 @@ pub fn schema(kind: SchemaKind) -> Result<String, Failure> {
             comparison["$defs"]["Recipe"] = recipe;
             reference::for_editors(comparison, "A comparison of Polyhead")
         }
+        SchemaKind::Suite => reference::for_editors(suites::result::schema(), "What a suite of Polyhead reached"),
     };
     let text = serde_json::to_string_pretty(&schema).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(text + "\n")
@@ -110,6 +115,28 @@ fn help(command: &mut clap::Command, out: &mut String) {
     }
 }
 
+/// Suites with their stored references, as Markdown.
+fn suites_page() -> Result<String, Failure> {
+    let stored = suites::result::references()?;
+    let mut out = String::new();
+    for suite in &suites::SUITES {
+        out.push_str(&format!("\n## {}\n\n{}. {}.\n", suite.name, capital(suite.about), suite.paper));
+        if !suite.differs.is_empty() {
+            let lines: Vec<String> = suite.differs.iter().map(|words| format!("- {words}")).collect();
+            out.push_str(&format!("\nDiffers from what was published:\n\n{}\n", lines.join("\n")));
+        }
+        if let Some((_, result)) = stored.iter().find(|(_, result)| result.suite == suite.name) {
+            out.push_str(&format!("\nSoftmax attention, seed {}:\n\n{}", result.seed, result.table()));
+        }
+    }
+    Ok(out)
+}
+
+fn capital(words: &str) -> String {
+    let mut signs = words.chars();
+    signs.next().into_iter().flat_map(char::to_uppercase).chain(signs).collect()
+}
+
 /// Writes every generated file of the documentation.
 ///
 /// # Errors
@@ -126,9 +153,11 @@ pub fn write(folder: &Path) -> Result<(), Failure> {
         ("comparison.md", page("Comparison keys", COMPARISON, reference::keys(&comparison::schema()))),
         ("observations.md", page("What attention layers log", OBSERVATIONS, reference::observations())),
         ("command-line.md", page("Command line", COMMAND_LINE, command_line())),
+        ("suites.md", page("Suites and their references", SUITES_PAGE, suites_page()?)),
         ("replications.md", page("Replications", REPLICATIONS, record::replications()?)),
         ("recipe.schema.json", schema(SchemaKind::Recipe)?),
         ("comparison.schema.json", schema(SchemaKind::Comparison)?),
+        ("suite.schema.json", schema(SchemaKind::Suite)?),
     ];
     for (name, text) in pages {
         let path = folder.join(name);

@@ -172,6 +172,7 @@ impl Task<'_> {
             unit: known.unit(),
             costs: Costs::of(recipe, known),
             environment: result::Environment::here(&recipe.training.device),
+            sets: Vec::new(),
         };
         atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
         let mut companions = vec![
@@ -233,6 +234,7 @@ impl Task<'_> {
             talk!("\nended{early} at step {}: {why}", outcome.progress.step);
         }
         let classes = |totals: &_| K::class_table(data, totals);
+        let about = result::About { sets: outcome.model.set_scores(data)?, ..about };
         result::write(run_dir, about, &outcome, (&*held_out, recipe.validation.batches), &classes, say)?;
         match &outcome.missing {
             Some(problem) => Err(Failure::Run(format!(

@@ -35,7 +35,7 @@ pub struct Progress<'a> {
 
 impl<'a> Progress<'a> {
     /// A view of some of a plan's runs.
-    pub fn new(plan: &'a Plan, picked: &[usize]) -> Self {
+    pub fn of_plan(plan: &'a Plan, picked: &[usize]) -> Self {
         let runs: Vec<&Run> = picked.iter().map(|&at| &plan.runs[at]).collect();
         let name = |run: &Run| {
             let arm = &plan.arms[run.arm];
@@ -44,6 +44,11 @@ impl<'a> Progress<'a> {
             format!("{}{choice}, seed {}", arm.name, run.seed)
         };
         let names = runs.iter().map(|run| name(run)).collect();
+        Self::new(runs, names)
+    }
+
+    /// A view of runs with a name each.
+    pub fn new(runs: Vec<&'a Run>, names: Vec<String>) -> Self {
         Self {
             bar: None,
             began: Instant::now(),

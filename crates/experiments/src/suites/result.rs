@@ -1,0 +1,373 @@
+//! What a suite reached: a JSON file (`polyhead schema suite`), its table, and stored references that a later version is checked
+//! against.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use polyhead_data::Opened;
+use polyhead_data::text_suites::TextTask;
+use polyhead_runs::Failure;
+use polyhead_runs::data::{open_tokens, project_root};
+use polyhead_runs::result::{self, Environment, RunResult, SetScore};
+use polyhead_training::run_folder::atomic_write;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Point;
+use super::plan::{Asked, PlannedPoint};
+use crate::runs::End;
+
+/// The form of the file.
+pub const SCHEMA: &str = "polyhead.suite/1";
+
+/// What a suite reached.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuiteResult {
+    /// "polyhead.suite/1".
+    pub schema: String,
+    /// The suite, with its version.
+    pub suite: String,
+    /// Where it was published.
+    pub paper: String,
+    /// Where its settings differ from what was published.
+    pub differs: Vec<String>,
+    /// What was changed of its points, as `key=value`; `model = FILE` for another model.
+    pub changes: Vec<String>,
+    /// Decides weights and rows.
+    pub seed: u64,
+    /// The mean over tasks of the mean over their settings, where every point has finished.
+    pub mean: Option<f64>,
+    /// A row for each task, setting and size of the model.
+    pub rows: Vec<SuiteRow>,
+    /// Where it ran; `None` where nothing has finished.
+    pub environment: Option<RanOn>,
+}
+
+/// The best of the cells of a setting.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuiteRow {
+    /// The task.
+    pub task: String,
+    /// What is varied in it.
+    pub setting: String,
+    /// The size of the model, where it is varied.
+    pub size: String,
+    /// What the score is: the measure of the last test set, or what is above chance of its accuracy.
+    pub measure: String,
+    /// That of the best cell; `None` where none has finished.
+    pub score: Option<f64>,
+    /// The best cell's name.
+    pub best: Option<String>,
+    /// All cells that have finished.
+    pub cells: Vec<SuiteCell>,
+    /// Cells that have not, and why.
+    pub failed: Vec<String>,
+}
+
+/// A training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuiteCell {
+    /// Its optimiser settings.
+    pub cell: String,
+    /// A hash of the suite's recipe of it, without changes.
+    pub recipe: String,
+    /// A hash of its first rows to train and to test on.
+    pub data: String,
+    /// Of the last test set.
+    pub score: f64,
+    /// The score on each test set, with all measures.
+    pub sets: Vec<SetScore>,
+    /// Steps until its end.
+    pub steps: u64,
+    /// Weights.
+    pub parameters: u64,
+    /// Time of the training, in seconds.
+    pub seconds: f64,
+}
+
+/// Where runs ran, as far as it may change numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RanOn {
+    /// Of Polyhead.
+    pub version: String,
+    /// `training.device`.
+    pub device: String,
+    /// Threads of each run.
+    pub threads: usize,
+    /// Of the processor, as the kernels use it.
+    pub instruction_set: String,
+    /// The processor's name.
+    pub processor: Option<String>,
+}
+
+impl From<&Environment> for RanOn {
+    fn from(environment: &Environment) -> Self {
+        let Environment { version, device, threads, instruction_set, processor, .. } = environment.clone();
+        Self { version, device, threads, instruction_set, processor }
+    }
+}
+
+/// Puts together how the points ended.
+///
+/// # Errors
+/// If rows cannot be made.
+pub fn gather(asked: &Asked<'_>, points: &[PlannedPoint], ends: &[End]) -> Result<SuiteResult, Failure> {
+    let suite = asked.suite;
+    let mut rows: Vec<SuiteRow> = Vec::new();
+    let mut environment = None;
+    for (planned, end) in points.iter().zip(ends) {
+        let Point { task, setting, size, cell, score, .. } = &planned.point;
+        let same = |row: &SuiteRow| row.task == *task && row.setting == *setting && row.size == *size;
+        let at = rows.iter().position(same).unwrap_or_else(|| {
+            let (task, setting, size) = (task.clone(), setting.clone(), size.clone());
+            let (measure, cells) = (score.name().to_owned(), Vec::new());
+            rows.push(SuiteRow { task, setting, size, measure, score: None, best: None, cells, failed: Vec::new() });
+            rows.len() - 1
+        });
+        match end {
+            End::Finished(result) => {
+                environment = Some(RanOn::from(&result.environment));
+                rows[at].cells.push(finished(planned, result)?);
+            }
+            End::Failed(problem) => rows[at].failed.push(format!("{cell}: {problem}")),
+        }
+    }
+    for row in &mut rows {
+        let best = row.cells.iter().max_by(|a, b| a.score.total_cmp(&b.score));
+        (row.score, row.best) = (best.map(|best| best.score), best.map(|best| best.cell.clone()));
+    }
+    let model = asked.model.iter().map(|path| format!("model = {}", path.display()));
+    Ok(SuiteResult {
+        schema: SCHEMA.into(),
+        suite: suite.name.into(),
+        paper: suite.paper.into(),
+        differs: suite.differs.iter().map(|&words| words.to_owned()).collect(),
+        changes: model.chain(asked.overrides.iter().cloned()).collect(),
+        seed: asked.seed,
+        mean: mean_of_tasks(&rows),
+        rows,
+        environment,
+    })
+}
+
+/// What a trained model was asked, and its score.
+pub struct Answered<'a> {
+    /// The task.
+    pub task: TextTask,
+    /// Tokens of the texts.
+    pub length: usize,
+    /// Questions.
+    pub rows: u64,
+    /// The first question.
+    pub first: &'a str,
+    /// The mean score.
+    pub score: f64,
+    /// Weights of the model.
+    pub parameters: u64,
+    /// Time of all answers, in seconds.
+    pub seconds: f64,
+}
+
+impl From<Answered<'_>> for SuiteRow {
+    fn from(answered: Answered<'_>) -> Self {
+        let Answered { task, length, rows, first, score, parameters, seconds } = answered;
+        let (recipe, data) = asked_hashes(task, length, rows, first);
+        let cell =
+            SuiteCell { cell: String::new(), recipe, data, score, sets: Vec::new(), steps: 0, parameters, seconds };
+        Self {
+            task: task.name().into(),
+            setting: format!("{length} tokens"),
+            size: String::new(),
+            measure: task.measure().into(),
+            score: Some(score),
+            best: Some(String::new()),
+            cells: vec![cell],
+            failed: Vec::new(),
+        }
+    }
+}
+
+/// Hashes of what is asked, and of the first question.
+pub fn asked_hashes(task: TextTask, length: usize, rows: u64, first: &str) -> (String, String) {
+    (result::id(&format!("{} {length} {rows}", task.name()), None), result::id(first, None))
+}
+
+fn finished(planned: &PlannedPoint, result: &RunResult) -> Result<SuiteCell, Failure> {
+    let last = result.sets.last().ok_or_else(|| Failure::Run(format!("{}: no test set", planned.point.name())))?;
+    Ok(SuiteCell {
+        cell: planned.point.cell.clone(),
+        recipe: result::id(&planned.point.recipe, None),
+        data: data_hash(planned)?,
+        score: planned.point.score.of(last),
+        sets: result.sets.clone(),
+        steps: result.steps,
+        parameters: result.parameters,
+        seconds: result.seconds,
+    })
+}
+
+/// A hash of the first batch to train on and of the first of each test set.
+///
+/// # Errors
+/// If rows cannot be made.
+pub fn data_hash(planned: &PlannedPoint) -> Result<String, Failure> {
+    let Opened { train, validation, .. } = open_tokens(&planned.resolved.recipe, None)?;
+    let firsts = validation.parts().into_iter().map(|(_, range)| (&validation, range.start));
+    let mut text = String::new();
+    for (loader, position) in [(&train, 0)].into_iter().chain(firsts) {
+        let batch = loader.batch(position)?;
+        let _ = write!(text, "{:?} {:?} {};", batch.tokens, batch.targets, batch.seq);
+    }
+    Ok(result::id(&text, None))
+}
+
+fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// The mean over tasks of the mean over settings; `None` where one has no score.
+pub fn mean_of_tasks(rows: &[SuiteRow]) -> Option<f64> {
+    let mut tasks: Vec<&str> = rows.iter().map(|row| row.task.as_str()).collect();
+    tasks.dedup();
+    let of = |task: &&str| {
+        let scores: Option<Vec<f64>> = rows.iter().filter(|row| row.task == **task).map(|row| row.score).collect();
+        mean(&scores?)
+    };
+    mean(&tasks.iter().map(of).collect::<Option<Vec<f64>>>()?)
+}
+
+impl SuiteResult {
+    /// Writes it.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), Failure> {
+        let text = serde_json::to_string_pretty(self).map_err(|error| Failure::Run(error.to_string()))?;
+        Ok(atomic_write(path, format!("{text}\n").as_bytes())?)
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// If it is missing, damaged, or of another form.
+    pub fn read(path: &Path) -> Result<Self, Failure> {
+        let bytes = std::fs::read(path).map_err(|error| Failure::file("read", path, error))?;
+        let broken = |problem: String| Failure::Run(format!("{}: {problem}", path.display()));
+        let result: Self = serde_json::from_slice(&bytes).map_err(|error| broken(error.to_string()))?;
+        match result.schema == SCHEMA {
+            true => Ok(result),
+            false => Err(broken(format!("its schema is \"{}\", and \"{SCHEMA}\" is read here", result.schema))),
+        }
+    }
+
+    /// How many cells have not finished.
+    pub fn failed(&self) -> usize {
+        self.rows.iter().map(|row| row.failed.len()).sum()
+    }
+
+    /// The best cell of each setting, as a table in Markdown.
+    pub fn table(&self) -> String {
+        let mut out =
+            String::from("| task | measure | score, % | best of | accuracy per test set, % |\n|---|---|---|---|---|\n");
+        for row in &self.rows {
+            let name = [&row.task, &row.setting, &row.size].map(String::as_str);
+            let name: Vec<&str> = name.into_iter().filter(|part| !part.is_empty()).collect();
+            let best = row.cells.iter().find(|cell| Some(&cell.cell) == row.best.as_ref());
+            let percent = |share: f64| format!("{:.1}", 100.0 * share);
+            let sets = best.filter(|best| best.sets.len() > 1).map_or(String::new(), |best| {
+                let of = |set: &SetScore| format!("{}: {}", set.name, percent(set.accuracy));
+                best.sets.iter().map(of).collect::<Vec<_>>().join("; ")
+            });
+            let chosen = best.map_or(String::new(), |best| match row.cells.len() {
+                1 => best.cell.clone(),
+                cells => format!("{} (of {cells})", best.cell),
+            });
+            let score = row.score.map_or("–".into(), percent);
+            let measure = row.measure.replace('_', " ");
+            let _ = writeln!(out, "| {} | {measure} | {score} | {chosen} | {sets} |", name.join(", "));
+        }
+        if let Some(mean) = self.mean.filter(|_| self.rows.len() > 1) {
+            let _ = writeln!(out, "| mean over tasks | | {:.1} | | |", 100.0 * mean);
+        }
+        out
+    }
+}
+
+/// Where references are stored.
+pub fn references_folder() -> PathBuf {
+    project_root().join("recipes/results/suites")
+}
+
+/// The stored references, by file; none where the folder is missing.
+///
+/// # Errors
+/// If one cannot be read.
+pub fn references() -> Result<Vec<(PathBuf, SuiteResult)>, Failure> {
+    let folder = references_folder();
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let entries = std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>, std::io::Error>>()?;
+    paths.retain(|path| path.extension().is_some_and(|ending| ending == "json"));
+    paths.sort();
+    paths.into_iter().map(|path| Ok((path.clone(), SuiteResult::read(&path)?))).collect()
+}
+
+/// The schema of the file.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(SuiteResult).to_value()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use polyhead_models::weights::NonFinite;
+    use polyhead_runs::Caller;
+
+    use super::super::Suite;
+    use super::super::plan::plan;
+    use super::*;
+
+    #[test]
+    fn stored_references_are_of_todays_recipes_and_rows() {
+        let caller = Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, hub: |_| Ok(None) };
+        for (path, stored) in references().unwrap() {
+            let suite = Suite::find(&stored.suite).unwrap();
+            let asked = Asked { suite, model: None, overrides: &[], only: &[], seed: stored.seed };
+            let planned = plan(&asked, Path::new("nowhere"), caller).unwrap();
+            let cells: usize = stored.rows.iter().map(|row| row.cells.len()).sum();
+            assert_eq!((cells, stored.failed()), (planned.points.len(), 0), "{}", path.display());
+            for one in &planned.points {
+                let Point { task, setting, size, cell, recipe, .. } = &one.point;
+                let mut rows = stored.rows.iter();
+                let row = rows.find(|row| (&row.task, &row.setting, &row.size) == (task, setting, size)).unwrap();
+                let found = row.cells.iter().find(|found| found.cell == *cell).unwrap();
+                let name = format!("{}, {}", path.display(), one.point.name());
+                assert_eq!(found.recipe, result::id(recipe, None), "{name}: another recipe is another version");
+                assert_eq!(found.data, data_hash(one).unwrap(), "{name}: other rows are another version");
+            }
+        }
+    }
+
+    #[test]
+    fn means_are_over_tasks() {
+        let row = |task: &str, score: Option<f64>| SuiteRow {
+            task: task.into(),
+            setting: String::new(),
+            size: String::new(),
+            measure: "accuracy".into(),
+            score,
+            best: None,
+            cells: Vec::new(),
+            failed: Vec::new(),
+        };
+        let rows = [row("a", Some(0.0)), row("a", Some(1.0)), row("b", Some(1.0))];
+        assert_eq!(mean_of_tasks(&rows), Some(0.75));
+        assert_eq!(mean_of_tasks(&[row("a", Some(0.0)), row("b", None)]), None);
+    }
+}

@@ -1,0 +1,214 @@
+//! `polyhead suite`: published suites of tasks, run under their settings.
+
+mod asked;
+
+use std::path::{Path, PathBuf};
+
+use polyhead_experiments::processes::Share;
+use polyhead_experiments::runs;
+use polyhead_experiments::suites::plan::{Asked, PlannedPoint, SuitePlan, plan};
+use polyhead_experiments::suites::result::{
+    SuiteCell, SuiteResult, SuiteRow, data_hash, gather, references, references_folder,
+};
+use polyhead_experiments::suites::{SUITES, Suite};
+use polyhead_recipe::Problems;
+use polyhead_runs::Failure;
+use polyhead_runs::result;
+use polyhead_training::run_folder::{RunLock, atomic_write};
+
+use super::compare::progress::Progress;
+use crate::allowed::{caller, flags};
+use crate::cli::SuiteArgs;
+use crate::console::{put, talk, thousands};
+use crate::signals;
+
+/// By how much a score may differ from the stored one when it is checked: other processors add up in another order, which early
+/// steps enlarge. Chosen by us.
+const TOLERANCE: f64 = 0.05;
+
+/// Lists suites, runs one, or checks those that are stored.
+///
+/// # Errors
+/// If a suite or a change is wrong, before anything is run; if runs failed, or scores are not the stored ones.
+pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
+    if args.list {
+        return list();
+    }
+    if args.check {
+        return check(args);
+    }
+    let Some(name) = &args.suite else {
+        let problem =
+            "name a suite\n  hint: `polyhead suite --list` lists all; --check runs a point of each stored one";
+        return Err(Problems::plain(problem.into()).into());
+    };
+    let suite = Suite::find(name)?;
+    if let Some(questions) = &suite.questions {
+        return asked::ask(suite, questions, args);
+    }
+    if !args.lengths.is_empty() || args.samples.is_some() || args.background.is_some() {
+        let flags = "--lengths, --samples and --background";
+        return Err(
+            Problems::plain(format!("{flags} are for suites that ask trained models; {name} trains its own")).into()
+        );
+    }
+    let overrides = overrides(args);
+    let (model, seed) = (args.model.as_deref(), args.seed.unwrap_or(0));
+    let asked = Asked { suite, model, overrides: &overrides, only: &args.only, seed };
+    let changed = asked.model.is_some() || !overrides.is_empty() || !args.only.is_empty();
+    if args.record && changed {
+        let problem = "--record stores a suite as it is: leave out --model, --only, --device and changes";
+        return Err(Problems::plain(problem.into()).into());
+    }
+    let out = args.out.clone().unwrap_or_else(|| Path::new("checkpoints/suite").join(name));
+    let planned = plan(&asked, &out, caller())?;
+    if args.dry_run {
+        return show(suite, &planned);
+    }
+    let reached = run(&asked, &planned, &out, args.jobs)?;
+    talk!("\nresult   {}", out.join("result.json").display());
+    put!("{}", reached.table().trim_end())?;
+    if args.record {
+        let path = references_folder().join(format!("{name}.json"));
+        std::fs::create_dir_all(references_folder())?;
+        reached.write(&path)?;
+        talk!("recorded {}", path.display());
+    }
+    match reached.failed() {
+        0 => Ok(()),
+        failed => Err(Failure::Run(format!(
+            "{failed} of {} runs failed, and result.json tells why; the same command tries them again",
+            planned.runs.len()
+        ))),
+    }
+}
+
+fn overrides(args: &SuiteArgs) -> Vec<String> {
+    let device = args.device.iter().map(|device| format!("training.device={device}"));
+    args.overrides.iter().cloned().chain(device).collect()
+}
+
+/// Runs what has not finished yet, and writes what was reached.
+fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: u32) -> Result<SuiteResult, Failure> {
+    let _lock = RunLock::acquire(out)?;
+    let signals = signals::listen(false)?;
+    let _busy = signals.busy();
+    let names = planned.points.iter().map(|planned| planned.point.name()).collect();
+    let mut progress = Progress::new(planned.runs.iter().collect(), names);
+    let share = Share::of(jobs as usize, flags());
+    let ended = runs::run_all(planned.runs.iter().collect(), (&share, &signals.requests), &mut progress);
+    drop(progress);
+    let ends = ended.inspect_err(|failure| {
+        if matches!(failure, Failure::Interrupted(_)) {
+            talk!("\nstopped; every run has saved, and the same command goes on from there");
+        }
+    })?;
+    let reached = gather(asked, &planned.points, &ends)?;
+    reached.write(&out.join("result.json"))?;
+    let about = format!("# {}\n\n{}\n\n{}", reached.suite, reached.paper, reached.table());
+    atomic_write(&out.join("result.md"), about.as_bytes())?;
+    Ok(reached)
+}
+
+/// Prints every suite with what it asks.
+fn list() -> Result<(), Failure> {
+    for suite in &SUITES {
+        let runs = match suite.questions {
+            Some(_) => "asks".to_owned(),
+            None => format!("{} runs", (suite.points)().len()),
+        };
+        put!("{:<28} {runs:>8}  {}", suite.name, suite.about)?;
+    }
+    Ok(())
+}
+
+/// Prints what would run.
+fn show(suite: &Suite, planned: &SuitePlan) -> Result<(), Failure> {
+    put!("{}: {}\n{}", suite.name, suite.about, suite.paper)?;
+    for words in suite.differs {
+        put!("differs: {words}")?;
+    }
+    put!("\n{:<72} {:>12} {:>10} {:>9}", "point", "parameters", "steps", "finished")?;
+    for (PlannedPoint { point, totals, .. }, run) in planned.points.iter().zip(&planned.runs) {
+        let finished = if runs::finished(run)?.is_some() { "yes" } else { "" };
+        put!("{:<72} {:>12} {:>10} {finished:>9}", point.name(), thousands(totals.parameters), thousands(run.steps))?;
+    }
+    put!("\n{} runs", planned.runs.len())
+}
+
+/// Runs the fastest stored point of every reference again.
+fn check(args: &SuiteArgs) -> Result<(), Failure> {
+    let all = references()?;
+    let wanted = |result: &SuiteResult| args.suite.as_ref().is_none_or(|name| *name == result.suite);
+    let all: Vec<(PathBuf, SuiteResult)> = all.into_iter().filter(|(_, result)| wanted(result)).collect();
+    if all.is_empty() {
+        let name = args.suite.as_deref().unwrap_or("any suite");
+        let problem = format!("no reference of {name} is stored in {}", references_folder().display());
+        return Err(Failure::Run(format!("{problem}\n  hint: --record stores one")));
+    }
+    let mut wrong = Vec::new();
+    for (path, stored) in &all {
+        let outcome = check_one(stored, args);
+        match outcome {
+            Ok(words) => put!("{:<28} {words}", stored.suite)?,
+            Err(Failure::Run(problem)) => {
+                put!("{:<28} WRONG: {problem}", stored.suite)?;
+                wrong.push(path.display().to_string());
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    match wrong.is_empty() {
+        true => Ok(()),
+        false => {
+            Err(Failure::Run(format!("{} of {} references do not hold: {}", wrong.len(), all.len(), wrong.join(", "))))
+        }
+    }
+}
+
+/// Runs the fastest point of a reference again; says how it compares.
+fn check_one(stored: &SuiteResult, args: &SuiteArgs) -> Result<String, Failure> {
+    let suite = Suite::find(&stored.suite)?;
+    let cells = stored.rows.iter().flat_map(|row| row.cells.iter().map(move |cell| (row, cell)));
+    let fastest = cells.min_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds));
+    let (row, cell) = fastest.ok_or_else(|| Failure::Run("no point of it has finished".into()))?;
+    let overrides = overrides(args);
+    let asked = Asked { suite, model: None, overrides: &overrides, only: &[], seed: stored.seed };
+    let out = args.out.clone().unwrap_or_else(|| "checkpoints/suite/check".into()).join(suite.name);
+    let planned = plan(&asked, &out, caller())?;
+    let of = |(planned, _): &(PlannedPoint, _)| is_point(planned, row, cell);
+    let pairs: Vec<_> = planned.points.into_iter().zip(planned.runs).collect();
+    let (point, run) = pairs
+        .into_iter()
+        .find(of)
+        .ok_or_else(|| Failure::Run(format!("{}, {} is no point of the suite any more", row.task, cell.cell)))?;
+    let name = point.point.name();
+    let hash = result::id(&point.point.recipe, None);
+    if hash != cell.recipe {
+        return Err(Failure::Run(format!("{name}: its recipe has the hash {hash}, stored is {}", cell.recipe)));
+    }
+    let rows = data_hash(&point)?;
+    if rows != cell.data {
+        return Err(Failure::Run(format!("{name}: its rows have the hash {rows}, stored is {}", cell.data)));
+    }
+    let alone = SuitePlan { points: vec![point], runs: vec![run] };
+    let reached = run_again(&asked, &alone, &out, args.jobs)?;
+    let (now, before) = (reached.score, cell.score);
+    let words = format!("{name}: {:.1} %, stored {:.1} %", 100.0 * now, 100.0 * before);
+    match (now - before).abs() <= TOLERANCE {
+        true => Ok(words),
+        false => Err(Failure::Run(format!("{words}; {:.0} points apart are allowed", 100.0 * TOLERANCE))),
+    }
+}
+
+fn is_point(planned: &PlannedPoint, row: &SuiteRow, cell: &SuiteCell) -> bool {
+    let point = &planned.point;
+    (&point.task, &point.setting, &point.size, &point.cell) == (&row.task, &row.setting, &row.size, &cell.cell)
+}
+
+fn run_again(asked: &Asked<'_>, alone: &SuitePlan, out: &Path, jobs: u32) -> Result<SuiteCell, Failure> {
+    let reached = run(asked, alone, out, jobs)?;
+    let problem = reached.rows.iter().flat_map(|row| &row.failed).next().cloned();
+    let cell = reached.rows.into_iter().flat_map(|row| row.cells).next();
+    cell.ok_or_else(|| Failure::Run(problem.unwrap_or_default()))
+}

@@ -1,0 +1,127 @@
+//! Suites that ask a trained model: it writes what is likeliest, and what it writes is scored.
+
+use std::path::Path;
+use std::time::Instant;
+
+use polyhead_data::text_suites::{TextQuestions, TextTask, sentences};
+use polyhead_experiments::suites::result::{
+    Answered, RanOn, SCHEMA, SuiteResult, SuiteRow, asked_hashes, mean_of_tasks,
+};
+use polyhead_experiments::suites::{Questions, Suite};
+use polyhead_models::{Past, Sampling, parameters};
+use polyhead_recipe::Problems;
+use polyhead_runs::answer::{Prompt, answer};
+use polyhead_runs::result::Environment;
+use polyhead_runs::{Failure, Trained, open_trained};
+use polyhead_training::run_folder::{RunLock, atomic_write};
+
+use crate::allowed::caller;
+use crate::cli::SuiteArgs;
+use crate::console::{progress, put, talk};
+
+/// Asks a model everything that a suite asks, and writes what it reached; what was asked before is kept.
+pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(), Failure> {
+    let refused = |problem: String| Err(Problems::plain(problem).into());
+    if !args.overrides.is_empty() || args.record {
+        return refused(format!(
+            "{} asks a trained model as it is: KEY=VALUE and --record are for suites that train",
+            suite.name
+        ));
+    }
+    let lengths = if args.lengths.is_empty() { questions.lengths } else { &args.lengths };
+    let rows = args.samples.map_or(questions.rows, |rows| rows as u64);
+    let wanted = |task: &TextTask| args.only.iter().all(|words| task.name().contains(words.as_str()));
+    let tasks: Vec<TextTask> = (questions.tasks)().into_iter().filter(wanted).collect();
+    if tasks.is_empty() {
+        let names: Vec<&str> = (questions.tasks)().into_iter().map(TextTask::name).collect();
+        return refused(format!(
+            "no task of {} has \"{}\" in its name: there are {}",
+            suite.name,
+            args.only.join(" "),
+            names.join(", ")
+        ));
+    }
+    if args.dry_run {
+        put!("{}: {}\n{}", suite.name, suite.about, suite.paper)?;
+        suite.differs.iter().try_for_each(|words| put!("differs: {words}"))?;
+        let names: Vec<&str> = tasks.iter().map(|task| task.name()).collect();
+        return put!("\n{rows} questions each of {} at {lengths:?} tokens", names.join(", "));
+    }
+    let Some(path) = &args.model else {
+        return refused(format!(
+            "{} asks a trained model: name it with --model, a run folder or a checkpoint",
+            suite.name
+        ));
+    };
+    let trained = open_trained(path, args.device.as_deref(), caller())?;
+    let sentences = match &args.background {
+        None => Vec::new(),
+        Some(file) => sentences(&std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?),
+    };
+    let seed = args.seed.unwrap_or(questions.seed);
+    let maker = TextQuestions { tokenizer: trained.text_tokenizer()?.clone(), sentences, seed };
+    let out = args.out.clone().unwrap_or_else(|| Path::new("checkpoints/suite").join(suite.name));
+    let _lock = RunLock::acquire(&out)?;
+    let file = out.join("result.json");
+    let before = if file.exists() { SuiteResult::read(&file)?.rows } else { Vec::new() };
+    let background = args.background.iter().map(|file| format!("background = {}", file.display()));
+    let mut reached = SuiteResult {
+        schema: SCHEMA.into(),
+        suite: suite.name.into(),
+        paper: suite.paper.into(),
+        differs: suite.differs.iter().map(|&words| words.to_owned()).collect(),
+        changes: [format!("model = {}", trained.path.display())].into_iter().chain(background).collect(),
+        seed,
+        mean: None,
+        rows: Vec::new(),
+        environment: Some(RanOn::from(&Environment::here(args.device.as_deref().unwrap_or("flex")))),
+    };
+    let same_model = file.exists() && SuiteResult::read(&file)?.changes == reached.changes;
+    for task in tasks {
+        for &length in lengths {
+            let first = maker.make(task, length, 0)?.prompt;
+            let hashes = asked_hashes(task, length, rows, &first);
+            let done =
+                |row: &&SuiteRow| row.cells.iter().any(|cell| (&cell.recipe, &cell.data) == (&hashes.0, &hashes.1));
+            let row = match before.iter().find(done).filter(|_| same_model) {
+                Some(row) => row.clone(),
+                None => {
+                    let started = Instant::now();
+                    let score = score(&trained, &maker, (task, length, rows))?;
+                    let parameters = parameters(&trained.model).iter().map(|one| one.elements() as u64).sum();
+                    let seconds = started.elapsed().as_secs_f64();
+                    SuiteRow::from(Answered { task, length, rows, first: &first, score, parameters, seconds })
+                }
+            };
+            talk!("{:<18} {length:>7} tokens  {:>5.1} %", task.name(), 100.0 * row.score.unwrap_or_default());
+            reached.rows.push(row);
+            reached.mean = mean_of_tasks(&reached.rows);
+            reached.write(&file)?;
+        }
+    }
+    let about = format!("# {}\n\n{}\n\n{}", reached.suite, reached.paper, reached.table());
+    atomic_write(&out.join("result.md"), about.as_bytes())?;
+    talk!("\nresult   {}", file.display());
+    put!("{}", reached.table().trim_end())
+}
+
+/// The mean score of what a model writes to the questions of a task at a length.
+fn score(
+    trained: &Trained,
+    maker: &TextQuestions,
+    (task, length, rows): (TextTask, usize, u64),
+) -> Result<f64, Failure> {
+    let tokenizer = trained.text_tokenizer()?;
+    let mut sum = 0.0;
+    for index in 0..rows {
+        progress("asking", index, rows);
+        let question = maker.make(task, length, index)?;
+        let prompt = trained.ending(Prompt::plain(tokenizer, &question.prompt)?);
+        let sampling = Sampling { max_new_tokens: question.generate, temperature: 0.0, ..Sampling::default() };
+        let mut past = Past::new(&trained.model);
+        let written = answer((&trained.model, tokenizer), &mut past, &prompt, (&sampling, &[]), &mut |_| Ok(()))?;
+        sum += question.score(&written.text);
+    }
+    progress("asking", rows, rows);
+    Ok(sum / rows as f64)
+}
