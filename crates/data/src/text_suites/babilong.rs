@@ -73,6 +73,9 @@ pub(super) struct Story {
     answer: &'static str,
 }
 
+/// Giver, object, receiver, and after how many facts.
+type Give = (usize, usize, usize, usize);
+
 /// The state of a small world, and what was said of it.
 struct World {
     /// Places of actors, where they are known.
@@ -82,7 +85,7 @@ struct World {
     /// Places that each object has been at, the last one last.
     ways: [Vec<usize>; 3],
     /// Gives: who, what, to whom, and after how many facts.
-    gives: Vec<(usize, usize, usize, usize)>,
+    gives: Vec<Give>,
     facts: Vec<String>,
 }
 
@@ -204,9 +207,7 @@ fn ask(task: BabiTask, world: &World, rng: &mut ChaCha8Rng) -> Option<(String, &
         BabiTask::Qa5 => {
             let &(giver, object, receiver, after) = world.gives.last()?;
             // One that no other give contradicts, up to five facts back.
-            let alone = |same: &dyn Fn(&(usize, usize, usize, usize)) -> bool| {
-                world.gives.iter().filter(|give| same(give)).count() == 1
-            };
+            let alone = |same: &dyn Fn(&Give) -> bool| world.gives.iter().filter(|give| same(give)).count() == 1;
             if world.facts.len() - after > 5 {
                 return None;
             }

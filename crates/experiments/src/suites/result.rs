@@ -335,7 +335,13 @@ mod tests {
 
     #[test]
     fn stored_references_are_of_todays_recipes_and_rows() {
-        let caller = Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, hub: |_| Ok(None) };
+        let caller = Caller {
+            nonfinite: NonFinite::Refuse,
+            tell: |_| {},
+            progress: |_, _, _| {},
+            base: None,
+            hub: |_| Ok(None),
+        };
         for (path, stored) in references().unwrap() {
             let suite = Suite::find(&stored.suite).unwrap();
             let asked = Asked { suite, model: None, overrides: &[], only: &[], seed: stored.seed };
