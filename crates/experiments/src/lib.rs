@@ -7,7 +7,7 @@
 //! (`finding.rs`, `markdown.rs`, `html.rs`, `figures.rs`, `page.rs`), for programs (`json.rs`) and for the replication table
 //! (`record.rs`). `simulation.rs` tries on made-up runs what the statistics promise.
 //!
-//! Tasks that others published, under their settings, are in `suites.rs`.
+//! Tasks that others published, under their settings, are in `suites.rs`; how they are run alone, in `suite_runs.rs`.
 
 mod best_of;
 pub mod calibration;
@@ -33,6 +33,7 @@ pub mod runs;
 #[cfg(test)]
 mod simulation;
 pub mod statistics;
+pub mod suite_runs;
 pub mod suites;
 pub mod tune;
 mod verdict;

@@ -6,8 +6,6 @@
 
 mod mad;
 mod mqar;
-pub mod plan;
-pub mod result;
 mod state_tracking;
 pub mod tasks;
 mod text;

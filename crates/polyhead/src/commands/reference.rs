@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::CommandFactory;
-use polyhead_experiments::{comparison, record, suites};
+use polyhead_experiments::{comparison, record, suite_runs, suites};
 use polyhead_recipe::{reference, schema, stages};
 use polyhead_runs::Failure;
 use polyhead_training::run_folder::atomic_write;
@@ -72,7 +72,7 @@ pub fn schema(kind: SchemaKind) -> Result<String, Failure> {
             comparison["$defs"]["Recipe"] = recipe;
             reference::for_editors(comparison, "A comparison of Polyhead")
         }
-        SchemaKind::Suite => reference::for_editors(suites::result::schema(), "What a suite of Polyhead reached"),
+        SchemaKind::Suite => reference::for_editors(suite_runs::result::schema(), "What a suite of Polyhead reached"),
     };
     let text = serde_json::to_string_pretty(&schema).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(text + "\n")
@@ -117,7 +117,7 @@ fn help(command: &mut clap::Command, out: &mut String) {
 
 /// Suites with their stored references, as Markdown.
 fn suites_page() -> Result<String, Failure> {
-    let stored = suites::result::references()?;
+    let stored = suite_runs::result::references()?;
     let mut out = String::new();
     for suite in &suites::SUITES {
         out.push_str(&format!("\n## {}\n\n{}. {}.\n", suite.name, capital(suite.about), suite.paper));

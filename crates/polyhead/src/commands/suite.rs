@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 
 use polyhead_experiments::processes::Share;
 use polyhead_experiments::runs;
-use polyhead_experiments::suites::plan::{Asked, PlannedPoint, SuitePlan, plan};
-use polyhead_experiments::suites::result::{
+use polyhead_experiments::suite_runs::plan::{Asked, PlannedPoint, SuitePlan, plan};
+use polyhead_experiments::suite_runs::result::{
     SuiteCell, SuiteResult, SuiteRow, data_hash, gather, references, references_folder,
 };
 use polyhead_experiments::suites::{SUITES, Suite};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::result;
-use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
 
 use super::compare::progress::Progress;
 use crate::allowed::{caller, flags};
@@ -66,7 +66,7 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
         return show(suite, &planned);
     }
     let reached = run(&asked, &planned, &out, args.jobs)?;
-    talk!("\nresult   {}", out.join("result.json").display());
+    talk!("\nresult   {}", out.join(RESULT).display());
     put!("{}", reached.table().trim_end())?;
     if args.record {
         let path = references_folder().join(format!("{name}.json"));
@@ -77,7 +77,7 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
     match reached.failed() {
         0 => Ok(()),
         failed => Err(Failure::Run(format!(
-            "{failed} of {} runs failed, and result.json tells why; the same command tries them again",
+            "{failed} of {} runs failed, and {RESULT} tells why; the same command tries them again",
             planned.runs.len()
         ))),
     }
@@ -104,7 +104,7 @@ fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: u32) -> Result<
         }
     })?;
     let reached = gather(asked, &planned.points, &ends)?;
-    reached.write(&out.join("result.json"))?;
+    reached.write(&out.join(RESULT))?;
     let about = format!("# {}\n\n{}\n\n{}", reached.suite, reached.paper, reached.table());
     atomic_write(&out.join("result.md"), about.as_bytes())?;
     Ok(reached)

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use polyhead_data::text_suites::{TextQuestions, TextTask, sentences};
-use polyhead_experiments::suites::result::{
+use polyhead_experiments::suite_runs::result::{
     Answered, RanOn, SCHEMA, SuiteResult, SuiteRow, asked_hashes, mean_of_tasks,
 };
 use polyhead_experiments::suites::{Questions, Suite};

@@ -8,8 +8,8 @@ use polyhead_recipe::{self as recipe, Problems, folder_name};
 use polyhead_runs::costs::Totals;
 use polyhead_runs::{Caller, Failure, Resolved, resolve, result};
 
-use super::{Point, Suite};
 use crate::plan::Run;
+use crate::suites::{Point, Suite};
 
 /// What is asked of a suite.
 pub struct Asked<'a> {

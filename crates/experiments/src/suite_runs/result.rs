@@ -13,9 +13,9 @@ use polyhead_training::run_folder::atomic_write;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Point;
 use super::plan::{Asked, PlannedPoint};
 use crate::runs::End;
+use crate::suites::Point;
 
 /// The form of the file.
 pub const SCHEMA: &str = "polyhead.suite/1";
@@ -329,9 +329,9 @@ mod tests {
     use polyhead_models::weights::NonFinite;
     use polyhead_runs::Caller;
 
-    use super::super::Suite;
     use super::super::plan::plan;
     use super::*;
+    use crate::suites::Suite;
 
     #[test]
     fn stored_references_are_of_todays_recipes_and_rows() {
