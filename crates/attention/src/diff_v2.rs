@@ -15,8 +15,8 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::activation::sigmoid;
-use burn::tensor::{Device, Tensor};
-use polyhead_kernels::{AttentionOptions, Statistics};
+use burn::tensor::{DType, Device, Tensor};
+use polyhead_kernels::{AttentionOptions, Statistics, in_type};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::KvCache;
@@ -121,7 +121,8 @@ fn subtract(pairs: Tensor<4>, lambda: Tensor<4>) -> Tensor<4> {
 impl DiffV2 {
     /// Statistics of the heads, those of the subtracted ones under names of their own.
     fn observe(&self, seen: Statistics, lambda: &Tensor<4>) -> Observation {
-        let lambda = lambda.clone().detach();
+        // What is observed is f32, whatever the layer computes in.
+        let lambda = in_type(lambda.clone().detach(), DType::F32);
         let mut observation = Observation::default();
         for (second, rows) in [&SCORES, &NOISE].into_iter().enumerate() {
             let of = |numbers: &Tensor<1>| {
