@@ -49,6 +49,8 @@ fn check_score(golden: &Golden) {
     exact("mask.user", &turns.user);
     exact("mask.response", &turns.responses.concat());
     let maps: Vec<Vec<f32>> = file["A"].values.chunks(seq * seq).map(<[f32]>::to_vec).collect();
+    let sums = maps.iter().flat_map(|map| map.chunks(seq)).map(|row| row.iter().sum::<f32>());
+    assert!(sums.into_iter().all(|sum| (sum - 1.0).abs() < NUMBERS), "{name}: the rows of A are probabilities");
     let scores = context_scores(&maps, &turns);
     let same = |key: &str, got: Vec<f64>| {
         let got: Vec<f32> = got.into_iter().map(|value| value as f32).collect();

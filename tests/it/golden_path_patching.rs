@@ -103,7 +103,7 @@ fn check_file(golden: &Golden) {
         same(&key, &narrow(&effects), EFFECTS);
         // As released, a head's output as receiver is overwritten by what is frozen.
         let released = format!("{key}_official");
-        if file.contains_key(&released) {
+        if spec["component"] == "z" {
             assert!(file[released.as_str()].values.iter().all(|effect| effect.abs() < 1e-6), "{name}: {released}");
         }
     }

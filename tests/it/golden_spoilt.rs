@@ -241,8 +241,11 @@ fn spoilt(path: &Path, spoil: Spoil) -> Vec<u8> {
     content.write()
 }
 
-/// Whether a result is in the tensor of this name.
-fn is_output(name: &str) -> bool {
+/// Whether a result is in the tensor of this name. What a sampler reads beside numbers to draw with is none.
+fn is_output(tensors: &BTreeMap<String, Stored>, name: &str) -> bool {
+    if name == "logits" && tensors.contains_key("uniform") {
+        return false;
+    }
     let last = name.rsplit(['.', '/']).next().unwrap_or_default();
     ["out", "logits", "V_mean_over_samples", "alloc", "mean", "additive_f32"].contains(&last)
         || name.starts_with("after.")
@@ -250,7 +253,7 @@ fn is_output(name: &str) -> bool {
 
 /// The first tensor with a result, or where there is none, the first of all.
 fn expected(tensors: &BTreeMap<String, Stored>) -> String {
-    tensors.keys().find(|name| is_output(name)).or_else(|| tensors.keys().next()).unwrap().clone()
+    tensors.keys().find(|name| is_output(tensors, name)).or_else(|| tensors.keys().next()).unwrap().clone()
 }
 
 /// The gradient with the largest number, so that it is more than rounding; else the result with it.
@@ -267,5 +270,5 @@ fn gradient(tensors: &BTreeMap<String, Stored>) -> String {
         let found = tensors.iter().filter(|(name, _)| is(name));
         found.max_by(|a, b| largest(a.1).total_cmp(&largest(b.1))).map(|(name, _)| name.clone())
     };
-    most(&is_gradient).or_else(|| most(&is_output)).unwrap_or_else(|| expected(tensors))
+    most(&is_gradient).or_else(|| most(&|name| is_output(tensors, name))).unwrap_or_else(|| expected(tensors))
 }
