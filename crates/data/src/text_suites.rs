@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn texts_are_as_long_as_asked_and_answers_score_fully() {
         for task in all() {
-            for length in [2500, 6000] {
+            for length in [2500, 12_000] {
                 for index in 0..4 {
                     let question = questions(3).make(task, length, index).unwrap();
                     let found = question.prompt.len() + question.generate;
