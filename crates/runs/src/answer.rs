@@ -200,8 +200,9 @@ impl<'a> Writing<'a> {
 
     /// The text that was held back, and the whole answer.
     fn end(mut self, tokens: Vec<u32>, stop: Option<u32>) -> (String, Answer) {
+        let unfinished = self.until.push(&self.stream.rest());
         let finish = if stop.is_some() || self.until.reached() { Finish::Stop } else { Finish::Length };
-        let rest = self.until.rest();
+        let rest = unfinished + &self.until.rest();
         self.text.push_str(&rest);
         (rest, Answer { text: self.text, tokens, stop, finish })
     }

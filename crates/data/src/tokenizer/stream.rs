@@ -3,7 +3,7 @@
 use super::Tokenizer;
 
 /// Gives text as ids arrive, holding back bytes that do not yet make a character. What it gives for any ids of the bytes
-/// tokenizer is what [`Tokenizer::decode`] gives for all of them, but for a character that is never finished.
+/// tokenizer is what [`Tokenizer::decode`] gives for all of them, with [`rest`](StreamDecoder::rest) behind it.
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
     // Bytes not shown yet, of the bytes tokenizer.
@@ -29,6 +29,19 @@ impl<'a> StreamDecoder<'a> {
             Some(_) => self.push_token(id),
         };
         (!text.is_empty()).then_some(text)
+    }
+
+    /// What is still held back, at the end: a character that was never finished, as [`Tokenizer::decode`] shows it.
+    pub fn rest(&self) -> String {
+        let before = self.tokenizer.decode(&self.ids[..self.shown]);
+        let tokens = self.tokenizer.decode(&self.ids);
+        match &self.tokenizer.inner {
+            None => String::from_utf8_lossy(&self.bytes).into_owned(),
+            Some(_) if self.ids.len() == self.shown => String::new(),
+            Some(_) => tokens
+                .strip_prefix(&before)
+                .map_or_else(|| self.tokenizer.decode(&self.ids[self.shown..]), str::to_owned),
+        }
     }
 
     fn push_byte(&mut self, id: u32) -> String {
@@ -102,7 +115,14 @@ mod tests {
             ids.push(u32::from(b'.')); // finishes, or breaks off, what is held back
             let mut stream = StreamDecoder::new(&bytes);
             let parts: Vec<String> = ids.iter().filter_map(|&id| stream.push(id)).collect();
-            assert_eq!(parts.concat(), bytes.decode(&ids));
+            assert_eq!((parts.concat(), stream.rest()), (bytes.decode(&ids), String::new()));
         }
+        // What is never finished comes in the end.
+        let mut stream = StreamDecoder::new(&bytes);
+        let parts: Vec<String> = [0x62, 0xE2, 0x82].iter().filter_map(|&id| stream.push(id)).collect();
+        assert_eq!(
+            (parts.concat() + &stream.rest(), stream.rest()),
+            (bytes.decode(&[0x62, 0xE2, 0x82]), "\u{FFFD}".into())
+        );
     }
 }
