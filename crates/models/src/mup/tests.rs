@@ -15,6 +15,7 @@ fn scalings(config: &DecoderConfig, mup: Mup) -> Scalings {
     Scalings::of(&without_drawing(|| config.init(7, &Device::flex())), mup)
 }
 
+const UNTIED: &str = r#","tie_embeddings":false"#;
 const MUP: Mup = Mup { base_width: 32, base_head_dim: None };
 
 /// Which matrices read numbers that grow with the width is told by the shapes of a model that is twice as wide.
@@ -55,7 +56,7 @@ fn what_grows_with_the_width_is_scaled() {
 #[test]
 fn the_numbers_are_those_of_the_table() {
     let softmax = r#"{"softmax":{"n_heads":4,"qk_norm":true}}"#;
-    let found = scalings(&config(128, softmax, ""), MUP);
+    let found = scalings(&config(128, softmax, UNTIED), MUP);
     let hidden = Scaling { init: 0.5, adamw: 0.25, muon: 0.5 };
     for (name, expected) in [
         ("embedding.weight", Scaling::NONE),
@@ -83,7 +84,7 @@ fn the_numbers_are_those_of_the_table() {
 
 #[test]
 fn at_the_base_width_nothing_changes() {
-    let config = config(32, r#"{"softmax":{"n_heads":4}}"#, "");
+    let config = config(32, r#"{"softmax":{"n_heads":4}}"#, UNTIED);
     let fresh = |mup: Option<Mup>| {
         seed_random(3);
         let decoder = config.init(7, &Device::flex().autodiff());
