@@ -32,10 +32,13 @@ const FILLER: &str = "The river is wide. The hill is green. The road goes on. We
 #[serde(rename_all = "snake_case")]
 pub enum RulerTask {
     /// The number of one key, among repeated filler.
+    #[serde(rename = "niah_single_1")]
     NiahSingle1,
     /// The number of one key, among keys with numbers.
+    #[serde(rename = "niah_multikey_2")]
     NiahMultikey2,
     /// The code of one code, among codes with codes.
+    #[serde(rename = "niah_multikey_3")]
     NiahMultikey3,
     /// The four numbers of one key, in a text.
     NiahMultivalue,

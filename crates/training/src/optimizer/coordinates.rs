@@ -16,6 +16,8 @@ use crate::config::OptimizerConfig;
 
 const WIDTHS: [usize; 4] = [64, 128, 256, 512];
 const STEPS: usize = 6;
+/// One draw of first weights alone makes exponents up to 0.16 (measured).
+const SEEDS: [u64; 3] = [11, 12, 13];
 const VOCAB: usize = 31;
 const ROWS: [usize; 2] = [2, 12];
 
@@ -47,7 +49,7 @@ fn size(values: impl Iterator<Item = f32>) -> f64 {
 }
 
 /// Sizes after training: of the residual stream, of its change, of the change of the logits.
-fn sizes(width: usize, heads: Heads, tied: bool, optimizer: &OptimizerConfig, mup: bool) -> [f64; 3] {
+fn sizes(width: usize, heads: Heads, tied: bool, (optimizer, seed): (&OptimizerConfig, u64), mup: bool) -> [f64; 3] {
     let n_heads = match heads {
         Heads::More => width / 16,
         Heads::Wider => 4,
@@ -55,7 +57,7 @@ fn sizes(width: usize, heads: Heads, tied: bool, optimizer: &OptimizerConfig, mu
     let attention = json!({ "softmax": { "n_heads": n_heads } });
     let config = json!({ "d_model": width, "n_layers": 2, "tie_embeddings": tied, "attention": attention });
     let config: DecoderConfig = serde_json::from_value(config).unwrap();
-    seed_random(11);
+    seed_random(seed);
     let model = config.init(VOCAB, &Device::flex().autodiff());
     let base_head_dim = matches!(heads, Heads::Wider).then_some(16);
     let scalings = if mup { Scalings::of(&model, Mup { base_width: 64, base_head_dim }) } else { Scalings::default() };
@@ -85,9 +87,12 @@ fn exponent(sizes: &[f64]) -> f64 {
     products / points.iter().map(|point| (point.0 - x).powi(2)).sum::<f64>()
 }
 
-fn exponents(heads: Heads, tied: bool, optimizer: &OptimizerConfig, mup: bool) -> [f64; 3] {
-    let all = WIDTHS.map(|width| sizes(width, heads, tied, optimizer, mup));
-    [0, 1, 2].map(|at| exponent(&all.map(|sizes| sizes[at])))
+/// The mean over seeds, of each size.
+fn exponents(heads: Heads, tied: bool, (optimizer, seeds): (&OptimizerConfig, &[u64]), mup: bool) -> [f64; 3] {
+    let of_seed = |&seed: &u64| WIDTHS.map(|width| sizes(width, heads, tied, (optimizer, seed), mup));
+    let all: Vec<[[f64; 3]; 4]> = seeds.iter().map(of_seed).collect();
+    let mean = |at: usize| all.iter().map(|widths| exponent(&widths.map(|sizes| sizes[at]))).sum::<f64>();
+    [0, 1, 2].map(|at| mean(at) / seeds.len() as f64)
 }
 
 #[test]
@@ -96,7 +101,8 @@ fn activations_are_as_large_at_every_width() {
     const FLAT: f64 = 0.15;
     let adamw: OptimizerConfig = serde_json::from_value(json!({ "adamw": { "lr": 1e-2 } })).unwrap();
     let muon: OptimizerConfig = serde_json::from_value(json!({ "muon": { "lr": 2e-2 } })).unwrap();
-    for (name, optimizer) in [("adamw", &adamw), ("muon", &muon)] {
+    // Muon, whose steps are slow and whose exponents scatter less, with one.
+    for (name, optimizer) in [("adamw", (&adamw, &SEEDS[..])), ("muon", (&muon, &SEEDS[..1]))] {
         for (heads, tied) in [(Heads::More, false), (Heads::Wider, false), (Heads::More, true)] {
             let found = exponents(heads, tied, optimizer, true);
             assert!(found.iter().all(|exponent| exponent.abs() < FLAT), "{name}, tied {tied}: {found:?}");

@@ -13,7 +13,7 @@ use polyhead_recipe::Problems;
 use polyhead_runs::answer::{Prompt, answer};
 use polyhead_runs::result::Environment;
 use polyhead_runs::{Failure, Trained, open_trained};
-use polyhead_training::run_folder::{RunLock, atomic_write};
+use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
 
 use crate::allowed::caller;
 use crate::cli::SuiteArgs;
@@ -62,7 +62,7 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
     let maker = TextQuestions { tokenizer: trained.text_tokenizer()?.clone(), sentences, seed };
     let out = args.out.clone().unwrap_or_else(|| Path::new("checkpoints/suite").join(suite.name));
     let _lock = RunLock::acquire(&out)?;
-    let file = out.join("result.json");
+    let file = out.join(RESULT);
     let before = if file.exists() { SuiteResult::read(&file)?.rows } else { Vec::new() };
     let background = args.background.iter().map(|file| format!("background = {}", file.display()));
     let mut reached = SuiteResult {
