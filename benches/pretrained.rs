@@ -68,7 +68,7 @@ struct Bench<'a> {
 
 /// A table of all tasks whose names contain `only`, with 1 and with 2 threads.
 pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super::Args) -> Outcome<String> {
-    std::fs::write(folder.join("text.txt"), SENTENCE.repeat(2000))?;
+    std::fs::write(folder.join("text.txt"), SENTENCE.repeat(4000))?;
     std::fs::write(folder.join("short.txt"), SENTENCE.repeat(400))?;
     let super::Args { rounds, steps, .. } = *args;
     let mut table = format!(
