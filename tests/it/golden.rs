@@ -227,6 +227,14 @@ pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 /// What a file calls its parameters, what they are called here, and how they lie.
 pub type Names<'a> = &'a [(&'a str, &'a str, Layout)];
 
+/// The four maps of a layer whose files call them as we do.
+pub const PROJECTIONS: Names<'static> = &[
+    ("q_proj.weight", "q_proj.weight", Layout::Linear),
+    ("k_proj.weight", "k_proj.weight", Layout::Linear),
+    ("v_proj.weight", "v_proj.weight", Layout::Linear),
+    ("o_proj.weight", "o_proj.weight", Layout::Linear),
+];
+
 /// How a file's tensor lies here.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Layout {

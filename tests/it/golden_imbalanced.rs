@@ -8,17 +8,10 @@ use polyhead_attention::{
 use polyhead_models::intervention::span_boost::{Boost, boost_sets, span_boost};
 use polyhead_models::weights::load;
 
-use crate::golden::{Golden, Layout, Names, compare, files, renamed, size, tensor, values};
+use crate::golden::{Golden, PROJECTIONS, compare, files, renamed, size, tensor, values};
 
 /// Relative to the largest number.
 const NUMBERS: f32 = 1e-5;
-
-const NAMES: Names<'static> = &[
-    ("q_proj.weight", "q_proj.weight", Layout::Linear),
-    ("k_proj.weight", "k_proj.weight", Layout::Linear),
-    ("v_proj.weight", "v_proj.weight", Layout::Linear),
-    ("o_proj.weight", "o_proj.weight", Layout::Linear),
-];
 
 #[test]
 fn golden_imbalanced() {
@@ -59,7 +52,7 @@ fn check_file(golden: &Golden) {
         ..SoftmaxConfig::default()
     };
     let dims = Dims { d_model: size(config, "d_model"), n_layers: 1, layer: 0, rope: true, norm_eps: 1e-6, grid: None };
-    let layer = load(described.init(&dims, &device), renamed(file, "w.", NAMES)).unwrap();
+    let layer = load(described.init(&dims, &device), renamed(file, "w.", PROJECTIONS)).unwrap();
     let rope = Rope::new(0..seq, width, number("rope_theta"), RopeLayout::RotateHalf, &device);
     let mask = Mask::causal();
     let run = |edits: Vec<Edit>| {

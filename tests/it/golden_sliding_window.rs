@@ -5,19 +5,13 @@ use polyhead_attention::{AttentionConfig, Cache, LayerCache, Mask, Observe, PerL
 use polyhead_models::{DecoderConfig, weights};
 
 use crate::golden::{
-    Config, GRADIENT, Golden, Layout, Names, OUTPUT, compare, compare_gradients, files, renamed, size, tensor, values,
+    Config, GRADIENT, Golden, Layout, OUTPUT, PROJECTIONS, compare, compare_gradients, files, renamed, size, tensor,
+    values,
 };
 use crate::golden_layer::Case;
 
 /// Of a whole model's logits, absolute.
 const LOGITS: f32 = 5e-5;
-
-const NAMES: Names<'static> = &[
-    ("q_proj.weight", "q_proj.weight", Layout::Linear),
-    ("k_proj.weight", "k_proj.weight", Layout::Linear),
-    ("v_proj.weight", "v_proj.weight", Layout::Linear),
-    ("o_proj.weight", "o_proj.weight", Layout::Linear),
-];
 
 #[test]
 fn golden_sliding_window() {
@@ -47,8 +41,8 @@ fn check_layer(golden: &Golden) {
     let Golden { name, config, tensors: file, .. } = golden;
     config.is("bias", false);
     let described = softmax(config, PerLayerCount::Same(size(config, "window")));
-    let case = Case::new(golden, &described, size(config, "head_dim"), renamed(file, "w.", NAMES));
-    case.check(&renamed(file, "grad.", NAMES));
+    let case = Case::new(golden, &described, size(config, "head_dim"), renamed(file, "w.", PROJECTIONS));
+    case.check(&renamed(file, "grad.", PROJECTIONS));
     case.check_weights();
     let kept = case.decode("decode.out", size(config, "prefill")).kept().unwrap();
     for (key, kept) in ["cache.k", "cache.v"].into_iter().zip(kept) {

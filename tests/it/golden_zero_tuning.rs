@@ -10,20 +10,11 @@ use polyhead_models::intervention::zero_tuning;
 use polyhead_models::sites::SitePlan;
 use polyhead_models::weights::load;
 
-use crate::golden::{
-    GRADIENT, Golden, Layout, Names, compare, compare_gradients, files, renamed, size, tensor, values,
-};
+use crate::golden::{GRADIENT, Golden, PROJECTIONS, compare, compare_gradients, files, renamed, size, tensor, values};
 use crate::golden_decoder::{decoder, ids, run};
 
 /// Of maps, heads, outputs and logits, relative to the largest.
 const NUMBERS: f32 = 1e-5;
-
-const NAMES: Names<'static> = &[
-    ("q_proj.weight", "q_proj.weight", Layout::Linear),
-    ("k_proj.weight", "k_proj.weight", Layout::Linear),
-    ("v_proj.weight", "v_proj.weight", Layout::Linear),
-    ("o_proj.weight", "o_proj.weight", Layout::Linear),
-];
 
 #[test]
 fn golden_zero_tuning() {
@@ -56,7 +47,7 @@ fn check_attention(golden: &Golden) {
         ..SoftmaxConfig::default()
     };
     let dims = Dims { d_model: size(config, "d_model"), n_layers: 1, layer: 0, rope: true, norm_eps: 1e-6, grid: None };
-    let layer = load(described.init(&dims, &device), renamed(file, "w.", NAMES)).unwrap();
+    let layer = load(described.init(&dims, &device), renamed(file, "w.", PROJECTIONS)).unwrap();
     let rope = Rope::new(0..seq, width, config["rope_theta"].as_f64().unwrap(), RopeLayout::RotateHalf, &device);
     let x = tensor::<3>(file, "x", &device).require_grad();
     let log_gamma = tensor::<1>(file, "log_gamma", &device).require_grad();
@@ -88,7 +79,7 @@ fn check_attention(golden: &Golden) {
     let (out, _) = run(tuned(), Vec::new());
     same("out", values(out.clone()));
     let grads = (out * tensor::<3>(file, "cotangent", &device)).sum().backward();
-    compare_gradients(name, &layer, &grads, &renamed(file, "grad.", NAMES), GRADIENT);
+    compare_gradients(name, &layer, &grads, &renamed(file, "grad.", PROJECTIONS), GRADIENT);
     for (key, got) in
         [("grad.x", values(x.grad(&grads).unwrap())), ("grad.log_gamma", values(log_gamma.grad(&grads).unwrap()))]
     {

@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use polyhead_kernels::comparison::largest;
+
 /// The tokens of a template that say who speaks, and ids that are nobody's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Headers {
@@ -70,7 +72,7 @@ pub fn context_scores(maps: &[Vec<f32>], turns: &Turns) -> ContextScores {
         let row = map[query * length..(query + 1) * length].iter().zip(&turns.user);
         row.filter(|(_, user)| **user).map(|(&weight, _)| f64::from(weight)).sum()
     };
-    let of_token = |at: usize| maps.iter().map(|map| share(map, at)).fold(0.0, f64::max);
+    let of_token = |at: usize| largest(0.0, maps.iter().map(|map| share(map, at)));
     let tokens: Vec<f64> = (0..length).map(of_token).collect();
     let of_turn = |answer: &Vec<bool>| {
         let own: Vec<f64> = tokens.iter().zip(answer).filter(|(_, own)| **own).map(|(&score, _)| score).collect();

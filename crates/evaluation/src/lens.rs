@@ -49,7 +49,7 @@ pub struct DirectLogits {
     pub attention: Vec<Vec<f32>>,
     /// `[layers]`: of the feed-forward layer.
     pub mlp: Vec<Vec<f32>>,
-    /// Of what belongs to no part: the last norm's bias.
+    /// Of what belongs to no part: the biases of the last norm and of the output projection.
     pub bias: Vec<f32>,
     /// What the last norm divides by.
     pub scale: Vec<f32>,
@@ -73,15 +73,18 @@ pub fn direct_logits(model: &Decoder, rows: &[Vec<u32>], targets: &[u32], minus:
         let [_, heads, _, width] = values.dims();
         in_type(values.narrow(2, seq - 1, 1), DType::F32).reshape([batch, heads, width])
     };
-    let head = in_type(model.output_projection(), DType::F32).transpose(); // [vocab, d_model]
-    let of_tokens = |tokens: &[u32]| {
-        let tokens: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-        head.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(tokens, [batch]), &head.device()))
+    // Of each token a row, [vocab, width]; [batch, width] of the targets, less that of the others.
+    let of_tokens = |of_all: Tensor<2>| {
+        let select = |tokens: &[u32]| {
+            let tokens: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
+            of_all.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(tokens, [batch]), &of_all.device()))
+        };
+        match minus {
+            Some(minus) => select(targets) - select(minus),
+            None => select(targets),
+        }
     };
-    let direction = match minus {
-        Some(minus) => of_tokens(targets) - of_tokens(minus),
-        None => of_tokens(targets),
-    };
+    let direction = of_tokens(in_type(model.output_projection(), DType::F32).transpose());
     let norm = &model.norm;
     let weighed = direction.clone() * norm.weight.val().unsqueeze::<2>(); // [batch, d_model]
     let stream = taps.iter().rev().find(|tap| tap.site == sites[3]).expect("a decoder has a layer").values.clone();
@@ -98,10 +101,11 @@ pub fn direct_logits(model: &Decoder, rows: &[Vec<u32>], targets: &[u32], minus:
     };
     let each = |site: Site| taps.iter().filter(move |tap| tap.site == site).map(|tap| effect(tap.values.clone()));
     let whole = |site: Site| each(site).map(|mut parts| parts.remove(0)).collect::<Vec<_>>();
-    let bias = match &norm.bias {
-        Some(bias) => numbers((direction * bias.val().unsqueeze::<2>()).sum_dim(1).unsqueeze::<3>()),
-        None => vec![0.0; batch],
-    };
+    let of_norm = norm.bias.as_ref().map(|bias| (direction * bias.val().unsqueeze::<2>()).sum_dim(1));
+    let of_head = model.head.as_ref().and_then(|head| head.bias.as_ref());
+    let of_head = of_head.map(|bias| of_tokens(in_type(bias.val(), DType::F32).unsqueeze_dim::<2>(1)));
+    let biases = of_norm.into_iter().chain(of_head).map(|bias| numbers(bias.unsqueeze::<3>()));
+    let bias = biases.fold(vec![0.0; batch], |sum, bias| sum.iter().zip(bias).map(|(a, b)| a + b).collect());
     DirectLogits {
         embedding: whole(sites[0]).swap_remove(0),
         heads: each(QuerySite::Result.into()).collect(),
@@ -204,8 +208,42 @@ fn eigenvalue_share(matrix: Tensor<2>) -> f64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Device;
+    use polyhead_kernels::comparison::{Tolerance, assert_close};
+    use polyhead_kernels::seed_random;
+    use polyhead_models::DecoderConfig;
+    use polyhead_models::weights::{load, named};
 
     use super::*;
+
+    #[test]
+    fn the_parts_of_a_logit_add_up_to_it_where_the_head_has_a_bias() {
+        let config = r#"{"d_model": 16, "n_layers": 2, "tie_embeddings": false, "head_bias": true,
+            "attention": {"softmax": {"n_heads": 2}}}"#;
+        let config: DecoderConfig = serde_json::from_str(config).unwrap();
+        seed_random(5);
+        let fresh = config.init(7, &Device::flex());
+        // A fresh bias is 0.
+        let other = |(at, value): (usize, &mut f32)| *value += at as f32 * 0.1 + 0.3;
+        let weights = named(&fresh).into_iter().map(|mut tensor| {
+            if tensor.name.contains("bias") {
+                tensor.values.iter_mut().enumerate().for_each(other);
+            }
+            (tensor.name.clone(), tensor)
+        });
+        let weights = weights.collect();
+        let model = load(fresh, weights).unwrap();
+        let rows = [vec![1, 2, 3], vec![4, 0, 6]];
+        let hidden =
+            model.forward(ids(&model, &rows), &Mask::causal(), None, polyhead_attention::Observe::Nothing).hidden;
+        let logits: Vec<f64> = model.logits(hidden.narrow(1, 2, 1)).into_data().iter::<f64>().collect();
+        let want = |row: usize, token: u32| logits[row * 7 + token as usize];
+        let (targets, minus) = ([5, 2], [0, 3]);
+        let close =
+            |what: &str, got: Vec<f64>, want: [f64; 2]| assert_close(what, &got, &want, Tolerance::absolute(1e-5));
+        close("logits", direct_logits(&model, &rows, &targets, None).total(), [want(0, 5), want(1, 2)]);
+        let differences = [want(0, 5) - want(0, 0), want(1, 2) - want(1, 3)];
+        close("differences", direct_logits(&model, &rows, &targets, Some(&minus)).total(), differences);
+    }
 
     #[test]
     fn eigenvalues_tell_copying_from_its_opposite_and_from_a_turn() {

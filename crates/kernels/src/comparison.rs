@@ -185,6 +185,11 @@ pub fn largest_difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f64 {
     }
 }
 
+/// The largest of numbers and `least`; NaN where one of them is, which a fold with `f64::max` would leave out.
+pub fn largest(least: f64, values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().fold(least, |most, value| if value > most || value.is_nan() { value } else { most })
+}
+
 /// A tensor's numbers.
 pub fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
@@ -198,6 +203,14 @@ mod tests {
 
     const NAN: f64 = f64::NAN;
     const INFINITY: f64 = f64::INFINITY;
+
+    #[test]
+    fn the_largest_of_what_is_no_number_is_none() {
+        assert_eq!((largest(0.0, [1.0, 3.0, 2.0]), largest(5.0, [1.0]), largest(0.0, [])), (3.0, 5.0, 0.0));
+        for values in [[f64::NAN, 1.0], [1.0, f64::NAN], [f64::NAN, f64::INFINITY]] {
+            assert!(largest(0.0, values).is_nan(), "{values:?}");
+        }
+    }
 
     #[test]
     fn what_is_no_number_agrees_with_nothing() {

@@ -188,7 +188,7 @@ Examples:
 Examples:
   polyhead compare recipes/compare/attention-zoo.toml --dry-run
   polyhead compare recipes/compare/attention-zoo.toml --jobs 2")]
-    Compare(CompareArgs),
+    Compare(crate::commands::compare::CompareArgs),
     /// Run a published suite of tasks under its published settings, and report as its paper does.
     ///
     /// A suite is a list of trainings; of those that differ in optimiser settings alone, the best is reported. Every training is a
@@ -201,7 +201,7 @@ Examples:
   polyhead suite mqar-zoology-v1-small --only \"64 tokens\"
   polyhead suite mqar-zoology-v1-small 'model.decoder.attention={gated_delta_net={n_heads=1}}' --out checkpoints/suite/gdn
   polyhead suite --check")]
-    Suite(SuiteArgs),
+    Suite(crate::commands::suite::SuiteArgs),
     /// Show two runs side by side: their recipes, where they ran, what they reached.
     Diff {
         /// The folders of two runs.
@@ -219,7 +219,7 @@ Examples:
 Examples:
   polyhead inspect checkpoints/quickstart --text \"Ownership is a set of rules\"
   polyhead inspect checkpoints/quickstart --layers 0,3 --out heads")]
-    Inspect(InspectArgs),
+    Inspect(crate::inspect::InspectArgs),
     /// Print the replications: what papers claim and what we measured, from recipes/results.
     Results,
     /// Measure a trained model: on its held-out data, on a text (--text), or with questions about long texts (--task).
@@ -497,109 +497,6 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(number) => Ok(number),
         Err(error) => Err(format!("{error}")),
     }
-}
-
-/// What to look at.
-#[derive(Debug, Args)]
-pub struct InspectArgs {
-    /// A checkpoint or a run folder.
-    pub checkpoint: PathBuf,
-    /// The text to look at. Default: held-out rows of the data that the model learned from.
-    #[arg(long)]
-    pub text: Option<String>,
-    /// Held-out rows that importance is averaged over.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
-    pub rows: u32,
-    /// Layers, counted from 0. Default: all.
-    #[arg(long, value_delimiter = ',')]
-    pub layers: Vec<usize>,
-    /// Heads of each layer, counted from 0. Default: all.
-    #[arg(long, value_delimiter = ',')]
-    pub heads: Vec<usize>,
-    /// Where maps and page are written. Default: a folder `inspect` beside the checkpoint.
-    #[arg(long)]
-    pub out: Option<PathBuf>,
-    /// A file of changes that are made to the model's forward on its way.
-    #[arg(long, value_name = "FILE")]
-    pub intervention: Option<PathBuf>,
-    /// Default: the recipe's.
-    #[arg(long, value_parser = device())]
-    pub device: Option<String>,
-}
-
-/// How to compare.
-#[derive(Debug, Args)]
-pub struct CompareArgs {
-    /// The comparison, a TOML file with [[arm]] tables.
-    pub comparison: PathBuf,
-    /// Runs at a time; the cores are divided among them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub jobs: u32,
-    /// Where runs and report are written. Default: checkpoints/compare/<name of the comparison>.
-    #[arg(long)]
-    pub out: Option<PathBuf>,
-    /// Show the plan: arms with their costs, and the time by a few steps of each. Nothing is written.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// With --dry-run: only compute, do not train.
-    #[arg(long, requires = "dry_run")]
-    pub no_probe: bool,
-    /// Write the numbers to recipes/results too, for the replication table.
-    #[arg(long, conflicts_with = "dry_run")]
-    pub record: bool,
-    /// The same as training.device=... in the base recipe.
-    #[arg(long, value_parser = device())]
-    pub device: Option<String>,
-}
-
-/// Which suite, and how.
-#[derive(Debug, Args)]
-pub struct SuiteArgs {
-    /// Its name, with its version.
-    pub suite: Option<String>,
-    /// Changes to every point, such as model.decoder.attention.softmax.n_heads=2.
-    #[arg(value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
-    /// List all suites.
-    #[arg(long, conflicts_with_all = ["suite", "check"])]
-    pub list: bool,
-    /// Run the fastest point of every stored reference (recipes/results/suites) again, or of that of the suite that is named.
-    #[arg(long, conflicts_with_all = ["model", "only", "dry_run", "record", "seed"])]
-    pub check: bool,
-    /// A recipe whose [model] is trained instead of the published one; of a suite that asks trained models, the model: a run
-    /// folder, a checkpoint, or a folder in Hugging Face's format.
-    #[arg(long, value_name = "PATH")]
-    pub model: Option<PathBuf>,
-    /// Of a suite that asks trained models: lengths of the texts, in tokens. Default: the published ones.
-    #[arg(long, value_delimiter = ',', requires = "model", value_parser = at_least_one)]
-    pub lengths: Vec<usize>,
-    /// Of a suite that asks trained models: questions for each task and length. Default: as many as were published.
-    #[arg(long, requires = "model", value_parser = at_least_one)]
-    pub samples: Option<usize>,
-    /// Of a suite that asks trained models: a text file whose sentences are the background. Default: generated sentences.
-    #[arg(long, requires = "model", value_name = "FILE")]
-    pub background: Option<PathBuf>,
-    /// Only points whose names contain this; may be given several times.
-    #[arg(long, value_name = "WORDS")]
-    pub only: Vec<String>,
-    /// Decides weights and rows. Default: 0; of questions to trained models 42, as published.
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Trainings at a time; the cores are divided among them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub jobs: u32,
-    /// Where runs and results are written. Default: checkpoints/suite/<name>.
-    #[arg(long)]
-    pub out: Option<PathBuf>,
-    /// Show the points with their parameters and steps. Nothing is written.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Store the result in recipes/results/suites too, for --check.
-    #[arg(long, conflicts_with = "dry_run")]
-    pub record: bool,
-    /// The same as training.device=... in every point.
-    #[arg(long, value_parser = device())]
-    pub device: Option<String>,
 }
 
 /// How to generate.

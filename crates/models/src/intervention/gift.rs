@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use polyhead_kernels::comparison::largest;
+
 /// Deviations from the mean at which jumps are clipped; from the description.
 pub const CLAMP_SIGMAS: f64 = 3.0;
 
@@ -59,7 +61,7 @@ pub fn gaze(
 ) -> Gaze {
     let jump = |map: &Vec<Vec<f32>>, at: usize| -> Vec<f64> {
         let query = question.start + at;
-        let of = |key: usize| (f64::from(map[query][key]) - f64::from(map[query - 1][key])).max(0.0);
+        let of = |key: usize| largest(0.0, [f64::from(map[query][key]) - f64::from(map[query - 1][key])]);
         if at == 0 { vec![0.0; span.len()] } else { span.clone().map(of).collect() }
     };
     let of_head = |map: &Vec<Vec<f32>>| (0..question.len()).map(|at| jump(map, at)).collect::<Vec<_>>();
@@ -85,12 +87,16 @@ pub fn gaze(
     let mean: Vec<f64> = (0..span.len()).map(mean_of).collect();
     let (middle, deviation) = mean_and_deviation(&mean, deviation);
     let bound = CLAMP_SIGMAS * deviation;
-    let clamped: Vec<f64> = mean.iter().map(|value| value.clamp(middle - bound, middle + bound)).collect();
-    let least = clamped.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = clamped.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    // Where a weight is no number, neither is what follows from it.
+    let clamp = |value: &f64| if bound.is_nan() { bound } else { value.clamp(middle - bound, middle + bound) };
+    let clamped: Vec<f64> = mean.iter().map(clamp).collect();
+    let most = largest(f64::NEG_INFINITY, clamped.iter().copied());
+    let least = -largest(f64::NEG_INFINITY, clamped.iter().map(|value| -value));
     let spread = most > least && !counted.is_empty();
-    let saliency: Vec<f64> =
-        clamped.iter().map(|value| if spread { (value - least) / (most - least) } else { 0.0 }).collect();
+    let saliency: Vec<f64> = clamped
+        .iter()
+        .map(|value| if spread || value.is_nan() { (value - least) / (most - least) } else { 0.0 })
+        .collect();
     let multiplier = saliency.iter().map(|value| (alpha * value).exp()).collect();
     Gaze { jumps, kept, mean, clamped, saliency, multiplier }
 }
@@ -110,5 +116,19 @@ impl Gaze {
         let raised: Vec<f64> = (0..row.len()).map(|key| weight(key) * factor(key)).collect();
         let sum: f64 = raised.iter().sum();
         (raised.into_iter().map(|weight| weight / sum.max(f64::MIN_POSITIVE)).collect(), gain)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_that_is_no_number_is_not_taken_for_none() {
+        let maps = |weight: f32| vec![vec![vec![vec![0.5; 4], vec![0.5; 4], vec![weight, 0.2, 0.2, 0.1]]]];
+        let of = |weight: f32| gaze(&maps(weight), (0..2, 1..3), &[true, true], 1.0, Deviation::Population);
+        assert!(of(0.9).saliency.iter().all(|value| value.is_finite()));
+        let broken = of(f32::NAN);
+        assert!(broken.mean[0].is_nan() && broken.saliency[0].is_nan() && broken.multiplier[0].is_nan(), "{broken:?}");
     }
 }

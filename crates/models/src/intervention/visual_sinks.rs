@@ -11,6 +11,8 @@
 
 use std::ops::Range;
 
+use polyhead_kernels::comparison::largest;
+
 /// When and how much is redistributed; the defaults are the authors'.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct VarConfig {
@@ -38,7 +40,7 @@ impl Default for VarConfig {
 pub fn phi(hidden: &[f32], sink_channels: &[usize], eps: f64) -> f64 {
     let squares: f64 = hidden.iter().map(|&value| f64::from(value).powi(2)).sum();
     let scale = (squares / hidden.len() as f64 + eps).sqrt();
-    sink_channels.iter().map(|&channel| f64::from(hidden[channel]).abs() / scale).fold(0.0, f64::max)
+    largest(0.0, sink_channels.iter().map(|&channel| f64::from(hidden[channel]).abs() / scale))
 }
 
 /// What becomes of a row of weights.

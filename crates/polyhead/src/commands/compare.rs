@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use polyhead_training::run_folder::{RunLock, atomic_write};
 
-use clap::Parser;
+use clap::{Args, Parser};
 use polyhead_experiments::calibration::Paces;
 use polyhead_experiments::comparison::{self, Read};
 use polyhead_experiments::outcome::{self, Outcome};
@@ -24,12 +24,37 @@ use polyhead_runs::text::quoted;
 
 use super::train::summary::program;
 use crate::allowed::{caller, flags};
-use crate::cli::{Cli, CompareArgs};
+use crate::cli::Cli;
 use crate::console::{clock, put, say, talk, thousands};
 use crate::signals;
 use polyhead_recipe::Recipe;
 use polyhead_runs::Failure;
 use polyhead_runs::costs::tokens_per_step;
+
+/// How to compare.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// The comparison, a TOML file with [[arm]] tables.
+    pub comparison: PathBuf,
+    /// Runs at a time; the cores are divided among them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Where runs and report are written. Default: checkpoints/compare/<name of the comparison>.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Show the plan: arms with their costs, and the time by a few steps of each. Nothing is written.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With --dry-run: only compute, do not train.
+    #[arg(long, requires = "dry_run")]
+    pub no_probe: bool,
+    /// Write the numbers to recipes/results too, for the replication table.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub record: bool,
+    /// The same as training.device=... in the base recipe.
+    #[arg(long, value_parser = crate::cli::device())]
+    pub device: Option<String>,
+}
 
 /// Runs a comparison and writes its report.
 ///

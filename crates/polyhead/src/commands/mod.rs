@@ -1,6 +1,6 @@
 //! The commands. Standard output is data, standard error is talk.
 
-mod compare;
+pub mod compare;
 pub mod convert;
 mod diff;
 mod doctor;
@@ -18,7 +18,7 @@ mod preview;
 mod recipes;
 mod reference;
 mod stages;
-mod suite;
+pub mod suite;
 mod tokenizer;
 mod train;
 mod trained;

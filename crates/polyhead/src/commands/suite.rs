@@ -4,6 +4,7 @@ mod asked;
 
 use std::path::{Path, PathBuf};
 
+use clap::Args;
 use polyhead_experiments::processes::Share;
 use polyhead_experiments::runs;
 use polyhead_experiments::suite_runs::plan::{Asked, PlannedPoint, SuitePlan, plan};
@@ -18,9 +19,58 @@ use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
 
 use super::compare::progress::Progress;
 use crate::allowed::{caller, flags};
-use crate::cli::SuiteArgs;
 use crate::console::{put, talk, thousands};
 use crate::signals;
+
+/// Which suite, and how.
+#[derive(Debug, Args)]
+pub struct SuiteArgs {
+    /// Its name, with its version.
+    pub suite: Option<String>,
+    /// Changes to every point, such as model.decoder.attention.softmax.n_heads=2.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// List all suites.
+    #[arg(long, conflicts_with_all = ["suite", "check"])]
+    pub list: bool,
+    /// Run the fastest point of every stored reference (recipes/results/suites) again, or of that of the suite that is named.
+    #[arg(long, conflicts_with_all = ["model", "only", "dry_run", "record", "seed"])]
+    pub check: bool,
+    /// A recipe whose [model] is trained instead of the published one; of a suite that asks trained models, the model: a run
+    /// folder, a checkpoint, or a folder in Hugging Face's format.
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// Of a suite that asks trained models: lengths of the texts, in tokens. Default: the published ones.
+    #[arg(long, value_delimiter = ',', requires = "model", value_parser = crate::cli::at_least_one)]
+    pub lengths: Vec<usize>,
+    /// Of a suite that asks trained models: questions for each task and length. Default: as many as were published.
+    #[arg(long, requires = "model", value_parser = crate::cli::at_least_one)]
+    pub samples: Option<usize>,
+    /// Of a suite that asks trained models: a text file whose sentences are the background. Default: generated sentences.
+    #[arg(long, requires = "model", value_name = "FILE")]
+    pub background: Option<PathBuf>,
+    /// Only points whose names contain this; may be given several times.
+    #[arg(long, value_name = "WORDS")]
+    pub only: Vec<String>,
+    /// Decides weights and rows. Default: 0; of questions to trained models 42, as published.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Trainings at a time; the cores are divided among them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Where runs and results are written. Default: checkpoints/suite/<name>.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Show the points with their parameters and steps. Nothing is written.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Store the result in recipes/results/suites too, for --check.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub record: bool,
+    /// The same as training.device=... in every point.
+    #[arg(long, value_parser = crate::cli::device())]
+    pub device: Option<String>,
+}
 
 /// By how much a score may differ from the stored one when it is checked: other processors add up in another order, which early
 /// steps enlarge. Chosen by us.

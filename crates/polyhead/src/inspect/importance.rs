@@ -8,8 +8,8 @@ use polyhead_training::evaluate::evaluate;
 use polyhead_training::image::matrix;
 use polyhead_training::run_folder::atomic_write;
 
+use super::InspectArgs;
 use super::{choose, default_folder, embedded};
-use crate::cli::InspectArgs;
 use crate::console::{put, talk};
 use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::{ModelConfig, Problems};

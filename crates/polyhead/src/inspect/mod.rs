@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use burn::module::Module;
+use clap::Args;
 use polyhead_data::Tokenizer;
 use polyhead_models::intervention::Context;
 use polyhead_models::{Batch, IGNORE};
@@ -16,7 +17,6 @@ use polyhead_training::image::{Png, attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
-use crate::cli::InspectArgs;
 use crate::console::{put, talk};
 use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::Problems;
@@ -27,6 +27,34 @@ use polyhead_runs::{Trained, open_trained};
 
 use polyhead_evaluation::head_scores::Pattern;
 use polyhead_evaluation::heads::{self, Head, Layer};
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint or a run folder.
+    pub checkpoint: PathBuf,
+    /// The text to look at. Default: held-out rows of the data that the model learned from.
+    #[arg(long)]
+    pub text: Option<String>,
+    /// Held-out rows that importance is averaged over.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
+    pub rows: u32,
+    /// Layers, counted from 0. Default: all.
+    #[arg(long, value_delimiter = ',')]
+    pub layers: Vec<usize>,
+    /// Heads of each layer, counted from 0. Default: all.
+    #[arg(long, value_delimiter = ',')]
+    pub heads: Vec<usize>,
+    /// Where maps and page are written. Default: a folder `inspect` beside the checkpoint.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// A file of changes that are made to the model's forward on its way.
+    #[arg(long, value_name = "FILE")]
+    pub intervention: Option<PathBuf>,
+    /// Default: the recipe's.
+    #[arg(long, value_parser = crate::cli::device())]
+    pub device: Option<String>,
+}
 
 /// An image inside a page.
 fn embedded(png: &Png, about: &str) -> String {

@@ -15,8 +15,8 @@ use polyhead_runs::result::Environment;
 use polyhead_runs::{Failure, Trained, open_trained};
 use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
 
+use super::SuiteArgs;
 use crate::allowed::caller;
-use crate::cli::SuiteArgs;
 use crate::console::{progress, put, talk};
 
 /// Asks a model everything that a suite asks, and writes what it reached; what was asked before is kept.
