@@ -3,7 +3,8 @@
 use burn::tensor::Device;
 use polyhead_attention::QuerySite;
 use polyhead_evaluation::head_scores::{Pattern, Without, fit, stripe};
-use polyhead_evaluation::lens::{copying, direct_logits, logit_lens, read};
+use polyhead_evaluation::lens::{Targets, direct_logits, logit_lens, read};
+use polyhead_evaluation::weight_circuits::{Copying, Own, copying, share};
 use polyhead_models::weights::Named;
 
 use crate::golden::{Golden, compare, files, size, values};
@@ -111,7 +112,7 @@ fn check_lens(golden: &Golden) {
     let tokens = |key: &str| -> Vec<u32> { file[key].values.iter().map(|&id| id as u32).collect() };
     let (target, wrong) = (tokens("target"), tokens("wrong"));
     for (prefix, minus) in [("dla", None), ("dla.difference", Some(&wrong[..]))] {
-        let parts = direct_logits(&model, &rows, &target, minus);
+        let parts = direct_logits(&model, Targets { rows: &rows, tokens: &target, minus });
         same(&format!("{prefix}.embed"), &parts.embedding);
         same(&format!("{prefix}.attn"), &parts.attention.concat());
         same(&format!("{prefix}.mlp"), &parts.mlp.concat());
@@ -127,10 +128,8 @@ fn check_lens(golden: &Golden) {
     }
 
     let top = size(config, "ov_top_k");
-    let heads: Vec<_> = (0..model.layers.len()).flat_map(|layer| copying(&model, layer, top).unwrap()).collect();
-    let each = |of: fn(&polyhead_evaluation::lens::Copying) -> f64| {
-        heads.iter().map(|head| of(head) as f32).collect::<Vec<_>>()
-    };
+    let heads: Vec<_> = (0..model.layers.len()).flat_map(|layer| copying(&model, layer).unwrap()).collect();
+    let each = |of: fn(&Copying) -> f64| heads.iter().map(|head| of(head) as f32).collect::<Vec<_>>();
     for (key, got) in [
         ("copy.ov", each(|head| head.ov)),
         ("copy.ov_folded", each(|head| head.ov_folded)),
@@ -139,7 +138,10 @@ fn check_lens(golden: &Golden) {
     ] {
         compare(name, key, &file[key].values, &got, EIGENVALUES, false);
     }
-    same("ov.diagonal", &heads.iter().flat_map(|head| head.diagonal.clone()).collect::<Vec<_>>());
-    assert_eq!(each(|head| head.top_share), file["ov.top_share"].values, "{name}: ov.top_share");
-    assert_eq!(each(|head| head.bottom_share), file["ov.bottom_share"].values, "{name}: ov.bottom_share");
+    let diagonal = heads.iter().flat_map(|head| head.own.iter().map(|own| own.value));
+    same("ov.diagonal", &diagonal.collect::<Vec<_>>());
+    let shares =
+        |holds: &dyn Fn(&Own) -> bool| heads.iter().map(|head| share(&head.own, holds) as f32).collect::<Vec<_>>();
+    assert_eq!(shares(&|own| own.from_above <= top), file["ov.top_share"].values, "{name}: ov.top_share");
+    assert_eq!(shares(&|own| own.from_below <= top), file["ov.bottom_share"].values, "{name}: ov.bottom_share");
 }

@@ -15,6 +15,7 @@ mod foreign_models;
 mod golden;
 mod golden_attention_swap;
 mod golden_context_indicator;
+mod golden_copy_suppression;
 mod golden_decoder;
 mod golden_dha;
 mod golden_diff_v2;

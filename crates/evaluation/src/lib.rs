@@ -3,6 +3,7 @@
 
 pub mod answers;
 pub mod context_score;
+pub mod copy_suppression;
 pub mod edges;
 pub mod ees;
 pub mod eigenscore;
@@ -20,3 +21,4 @@ pub mod sensitivity;
 pub mod sets;
 pub mod sinks;
 pub mod texts;
+pub mod weight_circuits;
