@@ -61,6 +61,7 @@ mod neuron_dropout;
 mod pages;
 mod precision;
 mod pretrained;
+mod profile;
 mod project;
 mod resume;
 mod serve;

@@ -266,6 +266,7 @@ impl Classifier {
     /// # Panics
     /// If the inputs are of another kind or size than the model was made for.
     pub fn forward(&self, inputs: &Inputs, observe: Observe) -> Scored {
+        let _span = tracing::info_span!("forward").entered();
         match &self.body {
             Body::Encoder(encoder) => encoder.forward(inputs, observe),
             Body::GaussianAdaptiveTransformer(body) => {

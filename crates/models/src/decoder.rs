@@ -14,6 +14,7 @@ use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, Sites, frequencies, linear,
 };
 use polyhead_kernels::{embedding, in_type, random};
+use tracing::info_span;
 
 use crate::adapters::Lora;
 use crate::gate::dropout;
@@ -218,6 +219,7 @@ impl Decoder {
 
     /// Runs all layers over `tokens`, `[batch, seq]`.
     pub fn pass(&self, tokens: Tensor<2, Int>, pass: Pass<'_>) -> Forward {
+        let _span = info_span!("forward").entered();
         let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
         let forward = self.run_layers(0..self.layers.len(), self.embed_from(start, tokens), pass);
         Forward { hidden: self.normed(forward.hidden), ..forward }
@@ -277,6 +279,7 @@ impl Decoder {
         let (mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
         for index in layers {
+            let _span = info_span!("layer", index).entered();
             let own = self.lora.iter().flat_map(|lora| lora.layers[index].adapters());
             let all: Vec<Adapter> = own.chain(adapters.get(index).into_iter().flatten().cloned()).collect();
             let own = sites.of_layer(index, start);

@@ -123,6 +123,7 @@ impl Embedder {
 
     /// Embeddings of the parts of a batch, each `[n, dim]`.
     fn parts(&self, batch: &Pairs) -> Vec<Tensor<2>> {
+        let _span = tracing::info_span!("forward").entered();
         let Pairs { values, parts, layers, dim } = batch;
         let all = TensorData::new(values.clone(), [batch.len(), *parts, *layers, *dim]);
         let all = Tensor::<4>::from_data(all, &self.device());

@@ -124,6 +124,7 @@ impl Decoder {
 
     /// What `hidden`, `[batch, seq, d_model]` and normalised, predicts of the targets.
     pub fn predict(&self, batch: &Batch, hidden: Tensor<3>) -> CrossEntropy {
+        let _span = tracing::info_span!("loss").entered();
         let hidden = hidden.reshape([batch.batch * batch.seq, self.config().d_model]);
         if self.head.as_ref().is_some_and(|head| head.bias.is_some()) {
             let [hidden, head] = self.factors(hidden);

@@ -14,6 +14,7 @@ use polyhead_attention::{
 use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tracing::info_span;
 
 use crate::PerLayer;
 use crate::gate::dropout;
@@ -360,7 +361,7 @@ impl Block {
         let hidden = sites.stream(StreamSite::ResidPre, hidden);
         self.attention_norm.read_scale(sites, StreamSite::AttnScale, &hidden, eps);
         let normed = self.attention_norm.forward(hidden.clone(), eps);
-        let attended = self.attention.forward(in_type(normed, inner), call);
+        let attended = info_span!("attention").in_scope(|| self.attention.forward(in_type(normed, inner), call));
         let written = in_type(attended.hidden, DType::F32);
         let written = match &self.attention_gate {
             Some(gate) => gate.forward(written, None).0,
@@ -373,7 +374,7 @@ impl Block {
         self.mlp_norm.read_scale(sites, StreamSite::MlpScale, &read, eps);
         let normed = self.mlp_norm.forward(read, eps);
         let written = match &self.mlp {
-            Some(mlp) => mlp.forward(in_type(normed, inner), adapters),
+            Some(mlp) => info_span!("feed-forward").in_scope(|| mlp.forward(in_type(normed, inner), adapters)),
             None => normed,
         };
         let written = sites.stream(StreamSite::MlpOut, in_type(written, DType::F32));

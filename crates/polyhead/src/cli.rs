@@ -422,6 +422,9 @@ pub struct TrainArgs {
     /// Arrow keys switch curves. q offers ways to stop: all of them save first, as Ctrl-C does.
     #[arg(long)]
     pub tui: bool,
+    /// Write down what the time is spent on, as a trace that ui.perfetto.dev and chrome://tracing open: about 2 KB a step.
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
 }
 
 /// How to evaluate.

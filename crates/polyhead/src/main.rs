@@ -11,6 +11,7 @@ mod dashboard;
 mod gpu_memory;
 mod hub;
 mod inspect;
+mod profile;
 mod serve;
 mod signals;
 

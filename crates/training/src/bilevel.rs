@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::config::TrainingConfig;
 use crate::engagement;
+use crate::gradients::backward;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
 use crate::update::{Step, Updater};
@@ -168,7 +169,7 @@ impl Bilevel {
         let fast = adapted.last().lifted(clip_includes_fast || second_order);
         let mask = batch.mask(context_mask);
         let loss = model.loss_of_pass(batch, Pass { adapters: &fast, ..Pass::new(&mask) });
-        let grads = step.objective(loss, batch, self.updater.penalty_weight).backward();
+        let grads = backward(step.objective(loss, batch, self.updater.penalty_weight));
         if !adapted.last().is_empty() && (clip_includes_fast || second_order) {
             let slopes = inner::slopes(&fast, &grads);
             if clip_includes_fast {

@@ -187,7 +187,7 @@ impl Procedure for Fusion {
         for batch in batches {
             let loss = model.loss_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)));
             let objective = step.objective(loss, batch, weight);
-            step.add(objective.backward(), &model);
+            step.add_backward(objective, &model);
         }
         step.measured.push(("fusion/anneal".into(), self.anneal(before)));
         if self.config.mode == FusionMode::Lagrangian {

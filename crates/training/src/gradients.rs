@@ -27,6 +27,11 @@ impl<M: Module> Sum<M> {
     }
 }
 
+/// The gradients of what is to be minimised, `[1]`.
+pub(crate) fn backward(objective: Tensor<1>) -> Gradients {
+    tracing::info_span!("backward").in_scope(|| objective.backward())
+}
+
 /// The Euclidean norm over all parameters, as `torch.nn.utils.clip_grad_norm_` takes it (Burn's own norm clipping is per
 /// tensor). Not finite if any gradient is not. One read from the device.
 pub fn global_norm<M: Module>(grads: &GradientsParams, model: &M) -> f64 {

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use polyhead_models::{EvalTotals, TrainBatch};
 use serde_json::json;
+use tracing::info_span;
 
 use crate::TrainError;
 use crate::checkpoint::{self, Best, recover_best, write_best};
@@ -158,10 +159,12 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// One step: batches, update, log.
     fn step(&mut self, model: M) -> Result<M, TrainError> {
         let (steps, step) = (self.job.training.steps, self.progress.step + 1);
+        let _span = info_span!("step", step).entered();
         let started = Instant::now();
         let accumulation = self.job.training.gradient_accumulation_steps as u64;
         let positions = self.progress.position..self.progress.position + accumulation;
-        let batches = match positions.map(|position| self.job.train.batch(position)).collect::<Result<Vec<_>, _>>() {
+        let batches = || positions.map(|position| self.job.train.batch(position)).collect::<Result<Vec<_>, _>>();
+        let batches = match info_span!("data").in_scope(batches) {
             Ok(batches) => batches,
             Err(error) => return Err(self.kept_before(&model, error)),
         };
@@ -233,6 +236,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         }
         let step = self.progress.step;
         if self.progress.owed.validation {
+            let _span = info_span!("validation").entered();
             if step == 0 {
                 self.measure_first(model)?
             } else {
@@ -242,6 +246,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         }
         let Owed { numbers, maps, .. } = self.progress.owed;
         if numbers || maps {
+            let _span = info_span!("observe").entered();
             let batch = self.held_out().batch(0)?;
             observe::write(observe::Look { numbers, maps }, &mut self.record, (model, &batch), step);
         }
@@ -314,6 +319,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// Logs first, so that nothing up to the saved step can be missing; then the checkpoint, which counts; then what is made
     /// from it, and what may go.
     fn save(&mut self, model: &M) -> Result<PathBuf, TrainError> {
+        let _span = info_span!("checkpoint").entered();
         let run_dir = self.job.run_dir.clone();
         self.record.sync();
         let saving = Saving {

@@ -48,7 +48,7 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         for batch in batches {
             let loss = model.loss_under(batch, self.context_mask);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);
-            step.add(objective.backward(), &model);
+            step.add_backward(objective, &model);
         }
         self.updater.finish(model, step, context)
     }

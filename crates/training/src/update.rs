@@ -6,7 +6,7 @@ use polyhead_models::{Decoder, Loss, TrainBatch, Trainable};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, TrainingConfig};
-use crate::gradients::{Sum, clip_factor, global_norm};
+use crate::gradients::{Sum, backward, clip_factor, global_norm};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{StepContext, StepReport};
 
@@ -53,6 +53,11 @@ impl<M: Trainable> Step<M> {
         objective
     }
 
+    /// Adds the gradients of an objective.
+    pub(crate) fn add_backward(&mut self, objective: Tensor<1>, model: &M) {
+        self.add(backward(objective), model);
+    }
+
     /// Adds the gradients of a backward pass.
     pub(crate) fn add(&mut self, grads: Gradients, model: &M) {
         self.grads.add(grads, model);
@@ -87,6 +92,7 @@ impl Updater {
         step: Step<M>,
         context: &StepContext,
     ) -> Result<(M, StepReport), TrainError> {
+        let _span = tracing::info_span!("optimizer").entered();
         let mut grads = step.grads.finish();
         let grad_norm = global_norm(&grads, &model);
         let loss = step.loss_sum / step.targets.max(1) as f64;

@@ -150,6 +150,7 @@ impl Encoder {
         let (mut outputs, mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
         for (index, layer) in self.layers.iter().enumerate() {
+            let _span = tracing::info_span!("layer", index).entered();
             let own = sites.of_layer(index, 0);
             let call = Call { observe: observe.clone(), sites: Sites(own.as_ref()), ..Call::new(&mask) };
             let attended = self.through(&pass, layer, hidden, call);

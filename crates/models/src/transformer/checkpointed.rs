@@ -172,7 +172,8 @@ impl Part {
         // checkpointing, or at least deeper than anything that a layer makes of its parameters alone.
         let depth = if self.is_first { depth } else { DEEP };
         let deep = (0..depth).fold(input.clone(), |x, _| x.reshape(self.hidden.dims()));
-        let Attended { hidden, penalty, .. } = self.random.replay(|| self.run(&lifted, deep));
+        let again = || self.random.replay(|| self.run(&lifted, deep));
+        let Attended { hidden, penalty, .. } = tracing::info_span!("layer again").in_scope(again);
         let numbers = hidden.dims().iter().product::<usize>();
         let of_hidden = output_grad.clone().narrow(0, 0, numbers);
         let hidden = (hidden.reshape([numbers]) * Tensor::from_inner(of_hidden)).sum();

@@ -16,6 +16,7 @@ use super::new_folder::must_not_be_data;
 use crate::allowed::{allowed, caller};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::console::{Console, bytes, say, talk};
+use crate::profile::Profile;
 use crate::signals::{self, Signals};
 use polyhead_recipe::{self as recipe, Loaded};
 use polyhead_runs::Failure;
@@ -28,8 +29,16 @@ use polyhead_runs::pretrained::{locate_checkpoint, tokenizer_files};
 use polyhead_runs::resolve::{self, training_device};
 use polyhead_runs::result;
 
-/// Trains what a recipe says, or one after the other the stages of one that has stages.
+/// Trains what a recipe says, and writes a profile of it where one is asked for.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
+    let profile = args.profile.as_deref().map(Profile::begin).transpose()?;
+    let trained = train_unprofiled(args);
+    let written = profile.map_or(Ok(()), Profile::finish);
+    trained.and(written)
+}
+
+/// Trains what a recipe says, or one after the other the stages of one that has stages.
+fn train_unprofiled(args: TrainArgs) -> Result<(), Failure> {
     if args.tui {
         check_dashboard()?;
     }
@@ -119,7 +128,8 @@ impl ForAnyKind for Train<'_> {
         match (outcome.model.as_decoder(), data.tokenizer()) {
             (Some(model), Some(tokenizer)) if task.session.asked.is_some() => {
                 let recipe = &task.resolved.recipe;
-                let sample = summary::sample(recipe, model, tokenizer)?;
+                let sample = || summary::sample(recipe, model, tokenizer);
+                let sample = tracing::info_span!("sample").in_scope(sample)?;
                 // A run that was at its end already has one.
                 if recipe.metrics.tensorboard && outcome.validation.is_some() {
                     let step = outcome.progress.step;

@@ -6,6 +6,7 @@ use polyhead_attention::{Adapter, Mask};
 use polyhead_models::{Batch, Decoder, Pass};
 
 use super::BilevelConfig;
+use crate::gradients::backward;
 
 /// Kept from being a division by zero when a tensor is clipped by its own norm; the authors' number.
 const CLIP_EPS: f64 = 1e-12;
@@ -119,7 +120,8 @@ pub fn adapt(model: &Decoder, batch: &Batch, config: &BilevelConfig, fresh: Fast
     let below = lower.run_layers(0..first, lower.embed(lower.tokens(batch)), Pass::new(&mask)).hidden;
     adapted.below = Some(below.clone());
     let frozen = model.clone().no_grad();
-    for _ in 0..config.steps() {
+    for index in 0..config.steps() {
+        let _span = tracing::info_span!("inner step", index).entered();
         let fast = adapted.last().clone();
         let leaves = fast.lifted(true);
         let loss = upper_loss(&frozen, batch, &batch.mask(config.context_mask), below.clone(), &leaves);
@@ -129,7 +131,7 @@ pub fn adapt(model: &Decoder, batch: &Batch, config: &BilevelConfig, fresh: Fast
             adapted.trajectory.push(fast);
             continue;
         }
-        let slopes = slopes(&leaves, &loss.backward());
+        let slopes = slopes(&leaves, &backward(loss));
         let factors = slopes.clip_factors(config);
         let mut each = factors.clone().into_iter();
         let clipped = slopes.map(|x| x.clone() * each.next().expect("one each"));

@@ -8,6 +8,7 @@ use polyhead_models::{Batch, Decoder};
 
 use super::BilevelConfig;
 use super::inner::{Adapted, FastWeights, slopes, upper_loss};
+use crate::gradients::backward;
 use crate::update::Step;
 
 /// How far to step aside, as a share of the fast weights' norm: of 0.001, 0.003 and 0.01, in f32 this came closest to the
@@ -40,7 +41,7 @@ pub(super) fn correct(
             let leaves = fast.zip(&direction, |x, u| x + u * (sign * aside)).lifted(true);
             let mask = batch.mask(config.context_mask);
             let loss = upper_loss(model, batch, &mask, below.clone(), &leaves);
-            let grads = (loss * (-config.inner_lr * sign / (2.0 * aside))).backward();
+            let grads = backward(loss * (-config.inner_lr * sign / (2.0 * aside)));
             towards = towards.zip(&slopes(&leaves, &grads), |x, change| x + change);
             step.add(grads, model);
         }
