@@ -21,7 +21,6 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
-use crate::problem::{Problem, require};
 use crate::random::{generator, some};
 use crate::{Data, DataError, Loader, Opened, Opening};
 
@@ -38,10 +37,11 @@ pub use state_tracking::{
     Brackets, Dyck, DyckConfig, Group, Modular, Parity, StateSet, StateTask, StateTrackingConfig, Words, WordsConfig,
 };
 
-/// Samples of an endless set that count as one epoch.
+/// Samples of an endless set that count as one epoch; no other set has more.
 pub(crate) const EPOCH: u64 = 1 << 40;
 
-/// Ids of one kind; far more than any task needs, and far below what ids and lengths are counted in.
+/// Ids of one kind: one table of the model has a row for each. Far more than any task needs, and far below what ids and lengths are
+/// counted in.
 const MOST_IDS: usize = 1 << 20;
 
 /// A way of making samples.
@@ -54,14 +54,8 @@ pub trait Task: Send + Sync {
         0.0
     }
 
-    /// A row of `seq_len` tokens.
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample;
-
-    /// The same for one side of the split, where what the sides are made of differs.
-    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
-        let _ = side;
-        self.row(rng, seq_len)
-    }
+    /// A row of `seq_len` tokens for one side of the split.
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample;
 }
 
 /// Which side of the split a set of samples is.
@@ -118,7 +112,7 @@ impl Samples for Generated {
     }
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
-        Ok(self.task.row_of(&mut self.side.rng(self.seed, index), self.seq_len, self.side))
+        Ok(self.task.row(&mut self.side.rng(self.seed, index), self.seq_len, self.side))
     }
 }
 
@@ -159,13 +153,6 @@ fn distinct(rng: &mut ChaCha8Rng, n: usize, count: usize) -> Vec<u32> {
 
 fn below(rng: &mut ChaCha8Rng, n: usize) -> u32 {
     rng.random_range(0..n as u32)
-}
-
-/// Checks a number of ids: one table of the model has a row for each.
-fn countable(field: &str, least: usize, count: usize) -> Result<(), Problem> {
-    require((least..=MOST_IDS).contains(&count), field, || {
-        format!("{field} ({count}) must be at least {least} and at most {MOST_IDS}")
-    })
 }
 
 #[cfg(test)]

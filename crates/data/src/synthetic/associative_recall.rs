@@ -6,9 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, answers_only, below, countable, distinct, open};
+use super::{MOST_IDS, Side, Task, answers_only, below, distinct, open};
 use crate::batches::Sample;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.associative_recall]`. A row: `key value` n_pairs times, then n_queries of the keys with their values behind
@@ -41,8 +41,8 @@ impl Source for AssociativeRecallConfig {
         require(n_queries > 0 && n_queries <= n_pairs, "n_queries", || {
             format!("n_queries ({n_queries}) must be 1 to n_pairs ({n_pairs})")
         })?;
-        countable("n_keys", 1, n_keys)?;
-        countable("n_values", 2, n_values)?;
+        within("n_keys", n_keys, 1..=MOST_IDS)?;
+        within("n_values", n_values, 2..=MOST_IDS)?;
         let needed = 2 * (n_pairs + n_queries);
         require(needed <= seq_len, "n_pairs", || {
             format!("2 * (n_pairs + n_queries) = {needed} must fit into training.seq_len ({seq_len})")
@@ -64,7 +64,7 @@ impl Task for AssociativeRecallConfig {
         self.n_keys + self.n_values + 1
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let keys = distinct(rng, self.n_keys, self.n_pairs);
         let mut pairs: Vec<(u32, u32)> =
             keys.into_iter().map(|key| (key, self.n_keys as u32 + below(rng, self.n_values))).collect();

@@ -4,9 +4,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, answers_only, below, countable, open};
+use super::{MOST_IDS, Side, Task, answers_only, below, open};
 use crate::batches::Sample;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.copy]`. A row: random tokens, a separator, the same tokens. What is asked for is behind the separator.
@@ -25,7 +25,7 @@ impl Default for CopyConfig {
 
 impl Source for CopyConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
-        countable("vocab", 2, self.vocab)?;
+        within("vocab", self.vocab, 2..=MOST_IDS)?;
         require(seq_len >= 3, "vocab", || format!("training.seq_len ({seq_len}) must be at least 3 for a copy"))
     }
 
@@ -44,7 +44,7 @@ impl Task for CopyConfig {
         self.vocab + 1
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let length = seq_len / 2;
         let first: Vec<u32> = (0..length).map(|_| below(rng, self.vocab)).collect();
         let mut tokens = first.clone();

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Side, Task, below, countable, open};
+use super::{MOST_IDS, Side, Task, below, open};
 use crate::batches::Sample;
 use crate::problem::{Problem, require, within};
 use crate::{Data, DataConfig, DataError, Opening, Source, Tokenizer};
@@ -45,10 +45,10 @@ impl Default for FactsConfig {
 impl Source for FactsConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { n_entities, n_relations, n_values, n_phrasings, untaught } = *self;
-        countable("n_entities", 2, n_entities)?;
-        countable("n_relations", 1, n_relations)?;
-        countable("n_values", 2, n_values)?;
-        countable("n_phrasings", 2, n_phrasings)?;
+        within("n_entities", n_entities, 2..=MOST_IDS)?;
+        within("n_relations", n_relations, 1..=MOST_IDS)?;
+        within("n_values", n_values, 2..=MOST_IDS)?;
+        within("n_phrasings", n_phrasings, 2..=MOST_IDS)?;
         let facts = n_entities.saturating_mul(n_relations);
         require(facts <= 1 << 20 && n_relations.saturating_mul(n_phrasings) <= 1 << 20, "n_relations", || {
             format!("n_entities * n_relations = {facts} and n_relations * n_phrasings must be at most {}", 1 << 20)
@@ -151,11 +151,7 @@ impl Task for World {
         self.config.n_ids()
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
-        self.row_of(rng, seq_len, Side::Train)
-    }
-
-    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
         let mut sample = Sample { documents: Some(Vec::new()), ..Sample::default() };
         for document in 0..seq_len.div_ceil(STATEMENT) {
             let index = self.taught[below(rng, self.taught.len()) as usize];
@@ -184,7 +180,7 @@ mod tests {
     fn statements(world: &World, side: Side) -> BTreeSet<Vec<u32>> {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let rows = (0..400).flat_map(|_| {
-            world.row_of(&mut rng, 24, side).tokens.chunks(STATEMENT).map(<[u32]>::to_vec).collect::<Vec<_>>()
+            world.row(&mut rng, 24, side).tokens.chunks(STATEMENT).map(<[u32]>::to_vec).collect::<Vec<_>>()
         });
         rows.filter(|statement| statement.len() == STATEMENT).collect()
     }
@@ -218,7 +214,7 @@ mod tests {
     #[test]
     fn answers_and_ends_are_predicted_inside_their_statement() {
         let world = FactsConfig::default().world(1);
-        let row = world.row(&mut ChaCha8Rng::seed_from_u64(2), 13);
+        let row = world.row(&mut ChaCha8Rng::seed_from_u64(2), 13, Side::Train);
         let documents = row.documents.unwrap();
         assert_eq!((row.tokens.len(), row.targets.len(), documents.len()), (13, 13, 13));
         for (at, document) in documents.into_iter().enumerate() {

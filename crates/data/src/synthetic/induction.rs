@@ -5,9 +5,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, answers_only, below, countable, open};
+use super::{MOST_IDS, Side, Task, answers_only, below, open};
 use crate::batches::Sample;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.induction]`. A row: seq_len / 2 random tokens, then the same tokens. What is asked for is in the second half.
@@ -26,7 +26,7 @@ impl Default for InductionConfig {
 
 impl Source for InductionConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
-        countable("vocab", 2, self.vocab)?;
+        within("vocab", self.vocab, 2..=MOST_IDS)?;
         require(seq_len >= 4, "vocab", || format!("training.seq_len ({seq_len}) must be at least 4 for two halves"))
     }
 
@@ -44,7 +44,7 @@ impl Task for InductionConfig {
         self.vocab
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let half = seq_len / 2;
         let first: Vec<u32> = (0..half).map(|_| below(rng, self.vocab)).collect();
         let tokens: Vec<u32> = first.iter().copied().cycle().take(seq_len).collect();

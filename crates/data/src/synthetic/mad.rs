@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::sets::{Rules, Set, SetData, labels, open, rule};
-use super::{MOST_IDS, Side, Task, answers_only, below};
+use super::{EPOCH, MOST_IDS, Side, Task, answers_only, below};
 use crate::batches::{Order, Sample};
 use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
@@ -87,9 +87,7 @@ impl Default for MadConfig {
 impl Source for MadConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { vocab_size, noise_vocab_size, noise, n_copied, motif, .. } = *self;
-        require((8..=MOST_IDS).contains(&vocab_size), "vocab_size", || {
-            format!("vocab_size ({vocab_size}) must be 8 to {MOST_IDS}")
-        })?;
+        within("vocab_size", vocab_size, 8..=MOST_IDS)?;
         require(noise_vocab_size + 5 <= vocab_size, "noise_vocab_size", || {
             format!("noise_vocab_size ({noise_vocab_size}) must leave 5 ids or more of vocab_size ({vocab_size})")
         })?;
@@ -102,7 +100,7 @@ impl Source for MadConfig {
             "noise is for in_context_recall".into()
         })?;
         for (field, rows) in [("rows", self.rows), ("test_rows", self.test_rows)] {
-            require((1..=1 << 40).contains(&rows), field, || format!("{field} ({rows}) must be at least 1"))?;
+            within(field, rows, 1..=EPOCH)?;
         }
         let (least, why) = match self.task {
             MadTask::InContextRecall => (5, "two pairs".to_owned()),
@@ -114,9 +112,7 @@ impl Source for MadConfig {
                 (4 * motif, "two pairs".to_owned())
             }
             MadTask::SelectiveCopying => {
-                require((1..=1 << 20).contains(&n_copied), "n_copied", || {
-                    format!("n_copied ({n_copied}) must be at least 1")
-                })?;
+                within("n_copied", n_copied, 1..=MOST_IDS)?;
                 (2 * n_copied + 1, format!("n_copied ({n_copied}) ids twice and the sign to copy"))
             }
             MadTask::Compression | MadTask::Memorization => (2, "a row".to_owned()),
@@ -186,7 +182,7 @@ impl Task for SelectiveCopying {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let (n, blank, copy) = (self.n_copied, self.vocab_size as u32 - 2, self.vocab_size as u32 - 1);
         let content: Vec<u32> = (0..n).map(|_| below(rng, self.vocab_size - 2)).collect();
         let mut blanks = vec![0usize; n];
@@ -233,7 +229,7 @@ impl Task for Compression {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let mut tokens: Vec<u32> = (1..seq_len).map(|_| below(rng, self.vocab_size - 1)).collect();
         tokens.push(self.vocab_size as u32 - 1);
         Sample { targets: tokens.iter().map(|&id| i64::from(id)).collect(), tokens, ..Sample::default() }
@@ -275,7 +271,7 @@ impl Task for Memorization {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let sign = self.vocab_size as u32 - 1;
         let keys: Vec<u32> = (0..seq_len / 2).map(|_| below(rng, self.values.len())).collect();
         let answers: Vec<(usize, u32)> =

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, open};
+use super::{Side, Task, open};
 use crate::batches::Sample;
 use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
@@ -118,7 +118,7 @@ impl Task for Markov {
         self.stationary.iter().zip(&self.transitions).map(|(p, row)| p * entropy(row)).sum()
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         // Starting from the stationary distribution makes every position equally hard.
         let mut state = draw(&self.stationary, rng);
         let mut chain = vec![state as u32];

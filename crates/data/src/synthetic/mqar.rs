@@ -15,9 +15,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::sets::{Rules, Set, SetData, labels, open, rule};
-use super::{MOST_IDS, Side, Task, answers_only, below, distinct};
+use super::{EPOCH, MOST_IDS, Side, Task, answers_only, below, distinct};
 use crate::batches::{Order, Sample};
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.mqar]`. Rows come set after set, in the order given and not shuffled, as in Zoology's code.
@@ -83,19 +83,17 @@ impl Default for MqarConfig {
 impl Source for MqarConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
         let Self { vocab_size, power_a, .. } = *self;
-        require((8..=MOST_IDS).contains(&vocab_size), "vocab_size", || {
-            format!("vocab_size ({vocab_size}) must be 8 to {MOST_IDS}")
-        })?;
+        within("vocab_size", vocab_size, 8..=MOST_IDS)?;
         require((0.0..=1.0).contains(&power_a) && power_a > 0.0, "power_a", || {
             format!("power_a ({power_a}) must be above 0, up to 1 (where all slots are alike)")
         })?;
         for (field, sets) in [("train", &self.train), ("test", &self.test)] {
             require(!sets.is_empty(), field, || format!("{field} is empty: name at least one set of rows"))?;
             for (at, set) in sets.iter().enumerate() {
-                let fits = self.task(set).fits(set.seq_len);
-                let rows =
-                    rule((1..=1 << 40).contains(&set.rows), || format!("rows ({}) must be at least 1", set.rows));
-                fits.and(rows)
+                let rows = within("rows", set.rows, 1..=EPOCH).map_err(|wrong| wrong.problem);
+                self.task(set)
+                    .fits(set.seq_len)
+                    .and(rows)
                     .map_err(|problem| Problem::new(format!("{field}.{at}"), format!("{field}: {problem}")))?;
             }
         }
@@ -264,7 +262,7 @@ impl Task for Mqar {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let [context, slot] = self.layout();
         let (mut tokens, asked) = self.context(rng);
         let slots = self.slots(rng, (seq_len - context) / slot);
@@ -290,7 +288,7 @@ impl Rules for Mqar {
         let ([context, slot], n) = (self.layout(), self.n_pairs);
         let values = self.read_context(&row.tokens[..context])?;
         rule(labels.len() == n, || format!("{} labels: each of {n} keys is asked for once", labels.len()))?;
-        let width = slot.saturating_sub(1).max(1);
+        let width = slot - 1; // of a key
         let mut queried = vec![false; seq_len];
         let mut left = values;
         for (at, label) in labels {

@@ -6,9 +6,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, answers_only, below, countable, distinct, open};
+use super::{MOST_IDS, Side, Task, answers_only, below, distinct, open};
 use crate::batches::Sample;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 /// `[data.needles]`. A row: filler in which `<needle> key value` and look-alikes `<other> key value` are scattered, then
@@ -46,9 +46,9 @@ impl Source for NeedlesConfig {
         require(n_queried > 0 && n_queried <= n_needles, "n_queried", || {
             format!("n_queried ({n_queried}) must be 1 to n_needles ({n_needles})")
         })?;
-        countable("n_keys", 1, n_keys)?;
-        countable("n_values", 2, n_values)?;
-        countable("n_filler", 1, n_filler)?;
+        within("n_keys", n_keys, 1..=MOST_IDS)?;
+        within("n_values", n_values, 2..=MOST_IDS)?;
+        within("n_filler", n_filler, 1..=MOST_IDS)?;
         // Look-alikes are bounded by nothing else yet.
         let needed = (n_needles + n_queried).saturating_add(self.n_distractors).saturating_mul(3);
         require(needed <= seq_len, "n_needles", || {
@@ -71,7 +71,7 @@ impl Task for NeedlesConfig {
         self.n_keys + self.n_values + self.n_filler + 3
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let first_filler = self.n_keys + self.n_values;
         let [needle, other, query] = [0, 1, 2].map(|marker| (first_filler + self.n_filler + marker) as u32);
         let keys = distinct(rng, self.n_keys, self.n_needles);

@@ -50,7 +50,7 @@ impl Samples for Sets {
         for (at, set) in self.sets.iter().enumerate() {
             if within < set.rows {
                 let mut rng = self.side.rng(mix(self.seed, at as u64), within);
-                return Ok(set.task.row_of(&mut rng, set.seq_len, self.side));
+                return Ok(set.task.row(&mut rng, set.seq_len, self.side));
             }
             within -= set.rows;
         }
@@ -132,7 +132,7 @@ pub(super) mod testing {
     pub(in crate::synthetic) fn checked(task: &dyn Rules, seq_len: usize, rows: u64) -> [Vec<Sample>; 2] {
         [Side::Train, Side::Validation(rows)].map(|side| {
             let row = |index| {
-                let row = task.row_of(&mut side.rng(11, index), seq_len, side);
+                let row = task.row(&mut side.rng(11, index), seq_len, side);
                 task.check(&row, side).unwrap_or_else(|problem| panic!("{side:?}, row {index}: {problem}\n{row:?}"));
                 row
             };

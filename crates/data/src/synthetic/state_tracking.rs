@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::EPOCH;
 use super::sets::{Rules, Set, SetData, open, rule};
 use crate::batches::Order;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
 pub use dyck::Dyck;
@@ -97,15 +97,14 @@ impl Source for StateTrackingConfig {
                 })?;
             }
             StateTask::Dyck(DyckConfig { k, m }) => {
-                require((1..=1 << 16).contains(&k), "task.dyck.k", || format!("k ({k}) must be 1 to {}", 1 << 16))?;
-                require((1..=1 << 16).contains(&m), "task.dyck.m", || format!("m ({m}) must be 1 to {}", 1 << 16))?;
+                within("task.dyck.k", k, 1..=1 << 16)?;
+                within("task.dyck.m", m, 1..=1 << 16)?;
             }
             _ => {}
         }
         let fits = |set: &StateSet, field: &str| {
-            let rows = set.rows.is_none_or(|rows| (1..=1 << 40).contains(&rows));
-            let all = rule(rows, || format!("rows ({}) must be at least 1", set.rows.unwrap_or_default()));
-            all.and_then(|()| self.fits(set)).map_err(|problem| Problem::new(field, format!("{field}: {problem}")))
+            let rows = within("rows", set.rows.unwrap_or(EPOCH), 1..=EPOCH).map_err(|wrong| wrong.problem);
+            rows.and_then(|()| self.fits(set)).map_err(|problem| Problem::new(field, format!("{field}: {problem}")))
         };
         fits(&self.train, "train")?;
         require(!self.test.is_empty(), "test", || "test is empty: name at least one set of rows".into())?;
@@ -196,9 +195,12 @@ impl StateTrackingConfig {
         rule(!matches!(self.task, StateTask::Words(_)) || min == max, || {
             format!("min ({min}) must be max ({max}): words have one size")
         })?;
-        // Sizes of brackets are odd.
-        rule(!matches!(self.task, StateTask::Dyck(_)) || max > min || max % 2 == 1, || {
-            format!("min and max are both {max}: brackets with END are an odd number")
+        // END alone is drawn anew before there are `min` brackets, and is one of `max`.
+        let fewest = min.max(2).next_multiple_of(2);
+        rule(!matches!(self.task, StateTask::Dyck(_)) || fewest < max, || {
+            format!(
+                "max ({max}) must be above {fewest}, the fewest brackets in pairs that are not below min ({min}): END is one more"
+            )
         })
     }
 
@@ -283,5 +285,13 @@ mod tests {
         assert!(problem(r#"{"dyck":{"k":0,"m":3}}"#, r#"{"min":1,"max":84}"#, 84).contains("k (0)"));
         assert!(problem(r#"{"dyck":{"k":2,"m":3}}"#, r#"{"min":1,"max":84}"#, 80).contains("rows have 84 tokens"));
         assert!(problem(r#""parity""#, r#"{"min":3,"max":40,"rows":0}"#, 255).contains("rows (0)"));
+        // Sizes without a row, for which it would be drawn for ever.
+        for (min, max, fewest) in [(85, 85, 86), (84, 84, 84), (83, 84, 84), (3, 3, 4), (2, 2, 2), (4, 4, 4)] {
+            let problem = problem(r#"{"dyck":{"k":2,"m":3}}"#, &format!(r#"{{"min":{min},"max":{max}}}"#), max);
+            assert!(problem.contains("must be "), "{min} to {max}: {problem}");
+            assert!(max < 3 || problem.contains(&format!("above {fewest}")), "{min} to {max}: {problem}");
+        }
+        let smallest = Dyck { k: 2, m: 3, min: 84, max: 85 };
+        checked(&smallest, 85, 20);
     }
 }

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::{BabiTask, RulerTask, TextQuestions, TextTask, sentences};
 use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
 use crate::error::At;
-use crate::problem::{Problem, require};
+use crate::problem::{Problem, within};
 use crate::random::mix;
-use crate::synthetic::Side;
+use crate::synthetic::{EPOCH, Side};
 use crate::texts::{Documents, FromFiles, TextDocument};
 use crate::{Data, DataError, Loader, Opened, Opening, Source, Tokenizer};
 
@@ -106,14 +106,8 @@ source!(BabilongLikeConfig, Babi);
 
 impl Texts {
     fn validate(&self) -> Result<(), Problem> {
-        require((1..=1 << 40).contains(&self.test_rows), "test_rows", || {
-            format!("test_rows ({}) must be at least 1", self.test_rows)
-        })?;
-        self.test.iter().try_for_each(|&length| {
-            require((1..=1 << 20).contains(&length), "test", || {
-                format!("test: {length} tokens must be 1 to {}", 1 << 20)
-            })
-        })
+        within("test_rows", self.test_rows, 1..=EPOCH)?;
+        self.test.iter().try_for_each(|&length| within("test", length, 1..=1 << 20))
     }
 
     fn questions(&self, tokenizer: &Tokenizer, seed: u64) -> Result<TextQuestions, DataError> {
@@ -148,7 +142,7 @@ impl Texts {
             rows,
             side,
         };
-        let train = rows(vec![options.seq_len], crate::synthetic::EPOCH, Side::Train);
+        let train = rows(vec![options.seq_len], EPOCH, Side::Train);
         let test = rows(lengths.clone(), self.test_rows, Side::Validation(self.test_rows));
         // What has no room is told before anything is trained.
         train.sample(0, 0)?;

@@ -49,11 +49,7 @@ impl Task for FuzzyRecall {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
-        self.row_of(rng, seq_len, Side::Train)
-    }
-
-    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
         let mut values: BTreeMap<Vec<u32>, Vec<u32>> = BTreeMap::new();
         let probe = self.key(rng, side);
         let value = self.value(rng);

@@ -47,11 +47,7 @@ impl Task for Recall {
         self.vocab_size
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
-        self.row_of(rng, seq_len, Side::Train)
-    }
-
-    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
         let (half, pairs) = (self.ordinary() / 2, self.pairs(seq_len));
         let certain = below(rng, pairs) as usize; // one pair that is no noise
         let mut values: BTreeMap<u32, u32> = BTreeMap::new();

@@ -18,9 +18,9 @@ pub struct Dyck {
     pub k: usize,
     /// Depth at most.
     pub m: usize,
-    /// The fewest brackets with END.
+    /// The fewest brackets.
     pub min: usize,
-    /// The most.
+    /// The most, END counted.
     pub max: usize,
 }
 
@@ -63,11 +63,7 @@ impl Task for Dyck {
         2 * self.k + 2
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
-        self.row_of(rng, seq_len, Side::Train)
-    }
-
-    fn row_of(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
         let [start, end] = self.ends();
         let brackets = loop {
             if let Some(brackets) = self.brackets(rng) {

@@ -21,7 +21,7 @@ impl Task for Parity {
         3
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let size = rng.random_range(self.min.max(2)..=self.max);
         let mut tokens: Vec<u32> = (1..size).map(|_| 1 + below(rng, 2)).collect();
         let ones: u32 = tokens.iter().map(|id| id - 1).sum();
@@ -86,7 +86,7 @@ impl Task for Modular {
         (DIGITS + self.modulus) as usize
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let [least, most] = self.sizes();
         let size = 2 * rng.random_range(least / 2..=most / 2) + 1;
         let m = self.modulus;
@@ -246,7 +246,7 @@ impl Task for Brackets {
         self.modulus as usize + 7
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, _: Side) -> Sample {
         let [.., equals, pad] = self.signs();
         let size = rng.random_range(self.min.max(5)..=self.max);
         let mut tokens = Vec::with_capacity(seq_len);

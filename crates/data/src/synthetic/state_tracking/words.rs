@@ -124,7 +124,7 @@ impl Task for Words {
         self.table.len() + 7
     }
 
-    fn row(&self, rng: &mut ChaCha8Rng, _seq_len: usize) -> Sample {
+    fn row(&self, rng: &mut ChaCha8Rng, _: usize, _: Side) -> Sample {
         let begin = self.begin();
         let (mut tokens, mut targets, mut product) = (vec![begin], vec![i64::from(begin)], 0u32);
         for _ in 0..self.k {
