@@ -37,6 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::files::OnBad;
 use crate::problem::{Problem, require, some_path};
 use crate::source::Source;
 use crate::{Data, DataError, Opening, Tokenizer};
@@ -83,7 +84,7 @@ pub struct ChatConfig {
     pub too_long: TooLong,
     /// What happens to a row that cannot be used: "error" (default), or "skip", counted in the log.
     #[serde(default)]
-    pub on_bad_row: OnBadRow,
+    pub on_bad_row: OnBad,
     /// More skipped rows than this are an error. Default: 100.
     #[serde(default = "max_bad_rows")]
     pub max_bad_rows: usize,
@@ -173,17 +174,6 @@ pub enum TooLong {
     Drop,
     /// Its end is cut off.
     Truncate,
-}
-
-/// What happens to what cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRow {
-    /// It ends the run.
-    #[default]
-    Error,
-    /// It is left out.
-    Skip,
 }
 
 /// A conversation in tokens.

@@ -24,14 +24,14 @@ pub(crate) use rows::{Place, Row, for_each_row, invalid};
 pub(crate) use sniff::{kind, not_text, structured};
 pub(crate) use table::Table;
 
-/// What is done where a file cannot be read.
+/// What is done with a file or a row that cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum OnBadFile {
-    /// It is an error.
+pub enum OnBad {
+    /// It ends the run.
     #[default]
     Error,
-    /// It is left out, counted and named.
+    /// It is left out and counted.
     Skip,
 }
 

@@ -25,7 +25,11 @@ pub(super) fn check(source: &str) -> Result<(), String> {
     }
     let (mut line, mut tags) = (1, 0);
     let mut rest = source;
-    while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{{")).chain(rest.find("{#")).min() {
+    let opens = |text: &str| {
+        let begins = |at: &usize| matches!(text.as_bytes().get(at + 1), Some(b'%' | b'{' | b'#'));
+        text.match_indices('{').map(|(at, _)| at).find(begins)
+    };
+    while let Some(at) = opens(rest) {
         line += rest[..at].matches('\n').count();
         let inside = &rest[at + 2..];
         tags += 1;

@@ -2,8 +2,8 @@
 
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
-use super::{ChatConfig, ChatTemplate, ChatTokens, OnBadRow, TooLong, columns, limits, numbers};
-use crate::files::{Place, Row, for_each_row};
+use super::{ChatConfig, ChatTemplate, ChatTokens, TooLong, columns, limits, numbers};
+use crate::files::{OnBad, Place, Row, for_each_row};
 use crate::{DataError, Tokenizer};
 
 /// What became of the rows of a data set.
@@ -139,7 +139,7 @@ impl Reader<'_> {
 
     fn bad(&mut self, problem: String, place: Place<'_>) -> Result<(), DataError> {
         self.counts.bad += 1;
-        if self.config.on_bad_row == OnBadRow::Error {
+        if self.config.on_bad_row == OnBad::Error {
             let hint = "data.chat.on_bad_row = \"skip\" leaves such rows out";
             return Err(place.wrong(format!("{problem}\n  hint: {hint}")));
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::DataError;
 use crate::error::At;
-use crate::files::{LeftOut, OnBadFile, Search, read_file, search};
+use crate::files::{LeftOut, OnBad, Search, read_file, search};
 
 /// Which files are read, and what happens to bad ones.
 pub(super) struct ClassFolders<'a> {
@@ -17,7 +17,7 @@ pub(super) struct ClassFolders<'a> {
     pub(super) validation_path: Option<&'a PathBuf>,
     /// How the names of files end.
     pub(super) endings: &'a [&'a str],
-    pub(super) on_bad_file: OnBadFile,
+    pub(super) on_bad_file: OnBad,
 }
 
 /// What was read of them.
@@ -52,10 +52,10 @@ impl ClassFolders<'_> {
             for (path, label) in files {
                 match (decode(&read_file(&path)?, label), self.on_bad_file) {
                     (Ok(item), _) => items.push((item, label)),
-                    (Err(problem), OnBadFile::Skip) => {
+                    (Err(problem), OnBad::Skip) => {
                         left_out.add(&format!("that could not be read: {problem}"), &path);
                     }
-                    (Err(problem), OnBadFile::Error) => {
+                    (Err(problem), OnBad::Error) => {
                         let way_out = format!("replace it, or set data.{}.on_bad_file = \"skip\"", self.name);
                         return Err(DataError::in_file(&path, format!("{problem}; {way_out}")));
                     }

@@ -11,7 +11,7 @@ use super::wav;
 use crate::batches::{Content, Example};
 use crate::examples::Found;
 use crate::examples::class_folders::{ClassFolders, Read};
-use crate::files::OnBadFile;
+use crate::files::OnBad;
 use crate::problem::{Problem, shown, within};
 use crate::source::Source;
 use crate::{Data, DataError, Opening};
@@ -34,7 +34,7 @@ pub struct WavFolderConfig {
     /// What is done with a file that is damaged, cut off, of another kind or of another sample rate: "error" (default), or
     /// "skip", which counts and names what it leaves out.
     #[serde(default, skip_serializing_if = "crate::problem::is_default")]
-    pub on_bad_file: OnBadFile,
+    pub on_bad_file: OnBad,
 }
 
 impl Source for WavFolderConfig {

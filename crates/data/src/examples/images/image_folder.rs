@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Images;
 use super::decode::{Image, decode};
 use crate::examples::class_folders::ClassFolders;
-use crate::files::OnBadFile;
+use crate::files::OnBad;
 use crate::problem::{Problem, image_size, require, shown};
 use crate::source::Source;
 use crate::{Data, DataError, Opening};
@@ -37,7 +37,7 @@ pub struct ImageFolderConfig {
     /// What is done with an image that is damaged, cut off or of an unknown kind: "error" (default), or "skip", which counts
     /// and names what it leaves out.
     #[serde(default, skip_serializing_if = "crate::problem::is_default")]
-    pub on_bad_file: OnBadFile,
+    pub on_bad_file: OnBad,
 }
 
 fn three() -> usize {
