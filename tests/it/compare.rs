@@ -31,8 +31,16 @@ arms = ["GQA <plain>", "DIFF"]
 
 fn world(comparison: &str) -> World {
     let world = World::new(SMALL);
-    std::fs::write(world.dir.path().join("zoo.toml"), comparison).unwrap();
+    write(&world, comparison);
     world
+}
+
+fn write(world: &World, comparison: impl AsRef<str>) {
+    std::fs::write(world.dir.path().join("zoo.toml"), comparison.as_ref()).unwrap();
+}
+
+fn markdown(world: &World) -> String {
+    String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap()
 }
 
 const COMPARE: [&str; 4] = ["compare", "zoo.toml", "--jobs", "2"];
@@ -68,7 +76,7 @@ fn a_comparison_runs_once_and_reports_every_number() {
     assert!((other - base).abs() / base < 0.02, "{base} and {other} were to be equal");
 
     // The numbers of the report are those of the runs.
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     for (name, result) in &before {
         let loss = format!("{:.4}", result["validation"]["loss"].as_f64().unwrap());
         assert!(markdown.contains(&loss), "{name}: no {loss} in {markdown}");
@@ -90,8 +98,7 @@ fn a_comparison_runs_once_and_reports_every_number() {
     assert_eq!(world.read("checkpoints/compare/zoo/report.md"), markdown.into_bytes());
 
     // Another recipe is another run.
-    std::fs::write(world.dir.path().join("zoo.toml"), TINY.replace("accumulation_steps = 1", "accumulation_steps = 2"))
-        .unwrap();
+    write(&world, TINY.replace("accumulation_steps = 1", "accumulation_steps = 2"));
     let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe", "--device", "cpu"]);
     assert!(out.contains("finished   0 of 4"), "{out}");
 }
@@ -143,7 +150,7 @@ fn a_sweep_chooses_on_one_half_and_reports_the_other_and_failures_are_told() {
         let output = world.run(&COMPARE);
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     let failed = err.matches("FAILED").count();
     match failed {
         0 => assert_eq!(code, Some(0), "{err}"),
@@ -163,7 +170,7 @@ fn killed_or_interrupted_it_goes_on_where_it_was() {
     let steps = "steps = 12";
     let run = |world: &World| world.command(&COMPARE).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let long = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
-    std::fs::write(long.dir.path().join("zoo.toml"), TINY).unwrap();
+    write(&long, TINY);
     let logged = |world: &World| {
         let runs = std::fs::read_dir(world.dir.path().join("checkpoints/compare/zoo/runs"));
         let logs = runs.into_iter().flatten().map(|run| run.unwrap().path().join("metrics.jsonl"));
@@ -191,7 +198,7 @@ fn killed_or_interrupted_it_goes_on_where_it_was() {
 
     // What was interrupted reached exactly what a comparison without interruption reaches.
     let whole = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
-    std::fs::write(whole.dir.path().join("zoo.toml"), TINY).unwrap();
+    write(&whole, TINY);
     whole.succeeds(&COMPARE);
     for ((name, a), (other, b)) in interrupted.iter().zip(&results(&whole)) {
         assert_eq!((name, &a["validation"]), (other, &b["validation"]));
@@ -251,7 +258,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
         assert!(from.contains(&format!("-seed-{seed}-")) && parents(from)["command"].is_string(), "{name} from {from}");
         assert_eq!(from.starts_with("wide"), name.starts_with("grown"));
     }
-    let markdown = String::from_utf8(prepared.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&prepared);
     assert!(markdown.contains("Made before, for every seed anew (here seed 3): polyhead train"), "{markdown}");
     assert!(markdown.contains("| tokens until the last loss of the base arm |"), "{markdown}");
 
@@ -260,11 +267,11 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     assert!(!err.contains("started"), "{err}");
     // Flags in a string, as they were written once, are the same preparation.
     let flags = PREPARED.replace("{ width = 2 }", "\"--width x2\"");
-    std::fs::write(prepared.dir.path().join("zoo.toml"), flags).unwrap();
+    write(&prepared, flags);
     let (out, err) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
     assert!(err.contains("warning: zoo.toml: prepare.1.grow is flags in a string"), "{err}");
     assert!(out.contains("finished   "), "what was prepared is used again: {out}");
-    std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace("steps = 4", "steps = 5")).unwrap();
+    write(&prepared, PREPARED.replace("steps = 4", "steps = 5"));
     let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
     assert!(out.contains("4 models, 0 of them finished"), "{out}");
 
@@ -277,7 +284,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
         ("grow = { width = 2 }", "", "prepare `wide`: give exactly one of train, convert and grow"),
         ("steps = 4", "stepz = 4", "unknown key"),
     ] {
-        std::fs::write(prepared.dir.path().join("zoo.toml"), PREPARED.replace(change, with)).unwrap();
+        write(&prepared, PREPARED.replace(change, with));
         let err = prepared.fails(2, &["compare", "zoo.toml", "--dry-run"]);
         assert!(err.contains(words), "{with}: {err}");
         assert!(prepared.fails(2, &["validate", "zoo.toml"]).contains(words));
@@ -285,7 +292,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
 
     // A preparation that fails is told with the end of its log.
     let fails = PREPARED.replace("width = 2", "signal_heads = 0");
-    std::fs::write(prepared.dir.path().join("zoo.toml"), fails).unwrap();
+    write(&prepared, fails);
     let output = prepared.run(&COMPARE);
     let err = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(1) && err.contains("prepare `wide`, seed "), "{err}");
@@ -301,7 +308,7 @@ fn trained_runs_are_put_to_the_comparisons_tasks() {
     write("zoo.toml", &TINY.replace("seeds =", tasks));
     let (_, err) = world.succeeds(&COMPARE);
     assert_eq!(err.matches("evaluated ").count(), 4, "{err}");
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     let row = markdown.lines().find(|line| line.starts_with("| eigenscore/ees |")).unwrap();
     assert_eq!(row.matches('±').count(), 2, "a mean over two seeds for each arm: {row}");
     let (_, err) = world.succeeds(&COMPARE);
@@ -380,7 +387,7 @@ fn arms_are_tuned_alike_before_they_are_compared() {
     let (_, err) = world.succeeds(&COMPARE);
     assert_eq!(err.matches("chosen   ").count(), 2, "{err}");
     let report = json(&world, "checkpoints/compare/zoo/report.json");
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     let mut runs = results(&world);
     for arm in report["arms"].as_array().unwrap() {
         let tuning = &arm["tuning"];
@@ -425,7 +432,7 @@ fn arms_are_tuned_alike_before_they_are_compared() {
     runs.retain(|(name, _)| results(&world).iter().any(|(other, _)| other == name));
     assert_eq!(runs, results(&world));
     let narrow = TUNED.replace("trials = 4", "trials = 2").replace("[1e-5, 1e-3, 3e-3, 1e3]", "[1e-5, 1e-4]");
-    std::fs::write(world.dir.path().join("zoo.toml"), narrow).unwrap();
+    write(&world, narrow);
     let (_, err) = world.succeeds(&COMPARE);
     let beware = "warning: DIFF: optimizer.adamw.lr = 0.0001 is the largest of what was tried";
     assert!(err.contains(beware) && err.contains("runs, 4 of them have finished before"), "{err}");
@@ -447,7 +454,7 @@ fn arms_are_tuned_alike_before_they_are_compared() {
             "validation.batches (1) must be 2 or more",
         ),
     ] {
-        std::fs::write(world.dir.path().join("zoo.toml"), TUNED.replace(change, with)).unwrap();
+        write(&world, TUNED.replace(change, with));
         let err = world.fails(2, &["validate", "zoo.toml"]);
         assert!(err.contains(words), "{with}: {err}");
     }
@@ -466,6 +473,17 @@ fn what_is_allowed_is_allowed_for_every_run() {
     // Allowed, the runs read the weights, and stop where the loss is none.
     let err = world.fails(1, &[&COMPARE[..], &["--allow-nonfinite"]].concat());
     assert!(!err.contains(told) && err.contains("FAILED    a, seed 0"), "{err}");
+    // Where every step is left out, the held-out loss is none at the end: the runs have no result, and that is told again and again.
+    let comparison = String::from_utf8(world.read("zoo.toml")).unwrap();
+    let skipping = "[recipe]\ntraining.on_nonfinite = \"skip\"\ntraining.max_skipped_steps = 0\n";
+    write(&world, comparison.replace("[recipe]\n", skipping));
+    for _ in 0..2 {
+        let err = world.fails(1, &[&COMPARE[..], &["--allow-nonfinite"]].concat());
+        assert!(
+            err.contains("FAILED    a, seed 0") && err.contains("held-out data is NaN after the last step"),
+            "{err}"
+        );
+    }
 }
 
 /// Every arm trains as long as the first, by the clock.
@@ -516,7 +534,7 @@ fn arms_of_equal_time_take_as_many_steps_as_fit() {
     };
     let off = report["time_off"]["deep"].as_f64().unwrap();
     assert!((off - (seconds("deep") / seconds("gqa") - 1.0)).abs() < 1e-9, "{off}");
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     assert!(markdown.contains(&format!("deep: {:+.2} %", 100.0 * off)), "{markdown}");
 
     // What was timed decides what a run is: it is not timed again.
@@ -530,11 +548,11 @@ fn arms_of_equal_time_take_as_many_steps_as_fit() {
         ),
         ("n_layers = 6", "n_layers = 6\nrecipe.training.steps = 9", "arm `deep`: training.steps is what match seeks"),
     ] {
-        std::fs::write(world.dir.path().join("zoo.toml"), TIMED.replace(change, with)).unwrap();
+        write(&world, TIMED.replace(change, with));
         assert!(world.fails(2, &["validate", "zoo.toml"]).contains(words), "{with}");
     }
     // So few steps that one more or less is too much.
-    std::fs::write(world.dir.path().join("zoo.toml"), TIMED.replace("= 0.9", "= 0.0001")).unwrap();
+    write(&world, TIMED.replace("= 0.9", "= 0.0001"));
     assert!(world.fails(2, &COMPARE).contains("train for more steps"));
 }
 
@@ -592,7 +610,7 @@ fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
     let run = &all.iter().find(|(name, _)| name.starts_with("gqa-8-")).unwrap().1;
     let flops = 3.0 * run["flops_per_token"].as_f64().unwrap() * run["tokens"].as_f64().unwrap();
     assert!((first["flops"].as_f64().unwrap() - flops).abs() < 1e-6 * flops, "{first}");
-    let markdown = String::from_utf8(world.read("checkpoints/compare/zoo/report.md")).unwrap();
+    let markdown = markdown(&world);
     assert!(markdown.contains("## Power laws over training FLOPs"), "{markdown}");
     crate::pages::assert_whole(&world.dir.path().join("checkpoints/compare/zoo/report.html"));
 
@@ -612,16 +630,12 @@ fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
             "ladder makes settings of its sizes",
         ),
     ] {
-        std::fs::write(world.dir.path().join("zoo.toml"), LADDER.replace(change, with)).unwrap();
+        write(&world, LADDER.replace(change, with));
         let err = world.fails(2, &["validate", "zoo.toml"]);
         assert!(err.contains(words), "{with}: {err}");
     }
     // Sizes times budgets, each with the tokens that the budget buys.
-    std::fs::write(
-        world.dir.path().join("zoo.toml"),
-        LADDER.replace("tokens_per_parameter = 0.5", "flops = [1e8, 2e8, 4e8]"),
-    )
-    .unwrap();
+    write(&world, LADDER.replace("tokens_per_parameter = 0.5", "flops = [1e8, 2e8, 4e8]"));
     let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
     assert!(out.contains("runs       36: 18 arms, 2 seeds") && out.contains("GQA; 8, 1e8 FLOPs"), "{out}");
 }

@@ -227,6 +227,15 @@ pub fn write<M: Trainable>(
         *half = evaluate_range(&outcome.model, held_out, range)?;
         validation.add(half.clone());
     }
+    let score = Score::of(&validation);
+    if !score.loss.is_finite() {
+        return Err(Failure::Run(format!(
+            "the loss on the held-out data is {} after the last step, which is no result; the weights are saved in {}\n  hint: a \
+             lower learning rate helps most often",
+            score.loss,
+            outcome.checkpoint.display()
+        )));
+    }
     let [selection, reporting] = halves.map(|half| (count > 1).then(|| Score::of(&half)));
     let history = history(run_dir, tell)?;
     let Costs { totals, tokens_per_step, .. } = about.costs;
@@ -244,7 +253,7 @@ pub fn write<M: Trainable>(
         parameters: totals.parameters,
         flops_per_token: totals.flops_per_token,
         kv_bytes_per_token: totals.cached_bytes_per_token,
-        validation: Score::of(&validation),
+        validation: score,
         selection,
         reporting,
         sets: about.sets,
