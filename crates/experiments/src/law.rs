@@ -54,10 +54,16 @@ pub fn fit(points: &[Point], irreducible: Irreducible) -> Result<Law, String> {
     if points.iter().any(|(flops, value)| !(flops.is_finite() && value.is_finite() && *flops > 0.0)) {
         return Err("a run has no finite metric".into());
     }
+    if let Irreducible::Known(floor) = irreducible
+        && let Some((_, below)) = points.iter().find(|(_, value)| *value < floor)
+    {
+        return Err(format!("irreducible ({floor}) is above {below}, which a run reached"));
+    }
     let middle = (points.iter().map(|(flops, _)| flops.ln()).sum::<f64>() / points.len() as f64).exp();
     let xs: Vec<f64> = points.iter().map(|(flops, _)| (flops / middle).ln()).collect();
     let ys: Vec<f64> = points.iter().map(|(_, value)| *value).collect();
-    let best = least_squares(&xs, &ys, irreducible);
+    let fitting = Fitting::new(&xs, irreducible);
+    let best = fitting.best(&ys);
     let law = Law {
         exponent: best.exponent,
         interval: [best.exponent; 2],
@@ -75,7 +81,7 @@ pub fn fit(points: &[Point], irreducible: Irreducible) -> Result<Law, String> {
         .map(|_| {
             let drawn: Vec<f64> =
                 fitted.iter().map(|value| value + residuals[rng.random_range(0..residuals.len())]).collect();
-            least_squares(&xs, &drawn, irreducible).exponent
+            fitting.best(&drawn).exponent
         })
         .collect();
     let interval = percentile_interval(&mut exponents).ok_or("no resample has a law")?;
@@ -89,28 +95,59 @@ struct Best {
     floor: f64,
 }
 
-/// For an exponent, scale and floor follow from linear least squares; the exponent is sought on a grid, then by golden section.
-fn least_squares(xs: &[f64], ys: &[f64], irreducible: Irreducible) -> Best {
-    const GRID: usize = 100;
-    let [low, high] = if irreducible == Irreducible::Sought(Fit::Fit) { BESIDE_A_FLOOR } else { EXPONENTS };
-    let error = |exponent: f64| linear(xs, ys, exponent, irreducible).2;
-    let at = |step: usize| low + (high - low) * step as f64 / GRID as f64;
-    let nearest = (0..=GRID).min_by(|&a, &b| error(at(a)).total_cmp(&error(at(b)))).unwrap_or(0);
-    let (mut left, mut right) = (at(nearest.saturating_sub(1)), at((nearest + 1).min(GRID)));
-    let golden = (5f64.sqrt() - 1.0) / 2.0;
-    for _ in 0..40 {
-        let (a, b) = (right - golden * (right - left), left + golden * (right - left));
-        if error(a) <= error(b) { right = b } else { left = a }
-    }
-    let exponent = (left + right) / 2.0;
-    let (scale, floor, _) = linear(xs, ys, exponent, irreducible);
-    Best { exponent, scale, floor }
+/// Least squares over the same points along the horizontal axis: for an exponent, scale and floor follow; the exponent is sought
+/// on a grid, then by golden section.
+struct Fitting<'a> {
+    xs: &'a [f64],
+    irreducible: Irreducible,
+    /// Exponents, each with how the law falls at every x.
+    grid: Vec<(f64, Vec<f64>)>,
 }
 
-/// Scale, floor and the sum of squared errors of the best law with an exponent. A floor is never below 0.
-fn linear(xs: &[f64], ys: &[f64], exponent: f64, irreducible: Irreducible) -> (f64, f64, f64) {
-    let falls: Vec<f64> = xs.iter().map(|x| (-exponent * x).exp()).collect();
-    let n = xs.len() as f64;
+impl<'a> Fitting<'a> {
+    const GRID: usize = 100;
+    /// Golden sections: the exponent is known to a ten-millionth of the grid's range.
+    const SECTIONS: usize = 30;
+
+    fn new(xs: &'a [f64], irreducible: Irreducible) -> Self {
+        let [low, high] = if irreducible == Irreducible::Sought(Fit::Fit) { BESIDE_A_FLOOR } else { EXPONENTS };
+        let exponents = (0..=Self::GRID).map(|step| low + (high - low) * step as f64 / Self::GRID as f64);
+        Self { xs, irreducible, grid: exponents.map(|exponent| (exponent, falls(xs, exponent))).collect() }
+    }
+
+    fn best(&self, ys: &[f64]) -> Best {
+        let of = |exponent: f64| linear(&falls(self.xs, exponent), ys, self.irreducible);
+        let errors: Vec<f64> = self.grid.iter().map(|(_, falls)| linear(falls, ys, self.irreducible).2).collect();
+        let nearest = (0..errors.len()).min_by(|&a, &b| errors[a].total_cmp(&errors[b])).unwrap_or(0);
+        let end = |step: usize| self.grid[step.min(Self::GRID)].0;
+        let (mut left, mut right) = (end(nearest.saturating_sub(1)), end(nearest + 1));
+        let golden = (5f64.sqrt() - 1.0) / 2.0;
+        let tried = |exponent: f64| (exponent, of(exponent).2);
+        let mut below = tried(right - golden * (right - left));
+        let mut above = tried(left + golden * (right - left));
+        for _ in 0..Self::SECTIONS {
+            if below.1 <= above.1 {
+                (right, above) = (above.0, below);
+                below = tried(right - golden * (right - left));
+            } else {
+                (left, below) = (below.0, above);
+                above = tried(left + golden * (right - left));
+            }
+        }
+        let exponent = (left + right) / 2.0;
+        let (scale, floor, _) = of(exponent);
+        Best { exponent, scale, floor }
+    }
+}
+
+/// How a law of this exponent falls along the horizontal axis, which is logarithmic.
+fn falls(xs: &[f64], exponent: f64) -> Vec<f64> {
+    xs.iter().map(|x| (-exponent * x).exp()).collect()
+}
+
+/// Scale, floor and the sum of squared errors of the best law that falls like this. A floor is never below 0.
+fn linear(falls: &[f64], ys: &[f64], irreducible: Irreducible) -> (f64, f64, f64) {
+    let n = falls.len() as f64;
     let with_floor = |floor: f64| {
         let (products, squares) = falls
             .iter()
@@ -185,6 +222,9 @@ mod tests {
         assert!(fit(&points(2), Irreducible::default()).unwrap_err().contains("2 runs at 2 budgets are too few"));
         assert!(fit(&points(3), FIT).is_err() && fit(&[], FIT).is_err());
         assert!(fit(&[(1.0, f64::NAN), (2.0, 1.0), (3.0, 1.0)], Irreducible::default()).is_err());
+        // A floor above a run would turn the law over: what is left above it would grow.
+        let below = fit(&points(4), Irreducible::Known(3.5)).unwrap_err();
+        assert_eq!(below, "irreducible (3.5) is above 3, which a run reached");
         let flat = fit(&points(4), Irreducible::default()).unwrap();
         assert!(flat.exponent.abs() < 1e-6, "{flat:?}");
     }
