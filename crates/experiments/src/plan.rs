@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use polyhead_data::Yields;
-use polyhead_recipe::Problems;
 use polyhead_recipe::layers::{self, Layer, merge, parse_layer};
 use polyhead_recipe::{self as recipe, ModelConfig, Recipe, folder_name};
+use polyhead_recipe::{Problem, Problems};
 use polyhead_runs::Failure;
 use polyhead_runs::costs::{Known, Totals, tokens_per_step};
 use polyhead_runs::result;
@@ -119,82 +119,108 @@ pub fn plan(
     let context = RunContext { prepared, caller };
     let arms = load(&comparison, &layer, &below, &context)?;
 
-    let totals = |run: &Resolved| Ok::<_, Failure>(Totals::of_recipe(&run.recipe, run.known()?));
+    let planning = Planning { comparison: &comparison, context: &context, arms: &arms };
     let (mut planned, mut problems, mut timings) = (Vec::new(), Vec::new(), Vec::new());
-    for (at, choices) in arms.iter().enumerate() {
-        let (arm, base) = (&comparison.arm[at], &arms[comparison.base_of(at)]);
-        let mut refuse = |key: &str, message: String| {
-            let message = format!("arm `{}`: {message}", arm.name);
-            problems.push(layers::at(std::slice::from_ref(&layer), &format!("arm.{}.{key}", arm.place.arm), message));
-        };
-        let tried = comparison.choices();
-        let rung = comparison.ladder.as_ref().zip(arm.place.setting);
-        let steps = |to: &Resolved| match rung {
-            None => Ok(Ok(to.recipe.training.steps)),
-            Some((ladder, rung)) => {
-                Ok::<_, Failure>(ladder.steps(&ladder.rungs()[rung], &totals(to)?, tokens_per_step(&to.recipe)))
-            }
-        };
-        let mut ready = Vec::new();
-        for ((layers, own), (values, (_, to))) in choices.iter().zip(tried.into_iter().zip(base)) {
-            let target = comparison.matched.of(&totals(to)?);
-            if let Some(key) = other_data(&base[0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
-                refuse(
-                    "recipe",
-                    format!(
-                        "{key} differs from the base arm's, and arms must learn the same from the same; same_data = false allows it"
-                    ),
-                );
-                break;
-            }
-            let (key, known) = (comparison.solve(arm), own.known()?);
-            // What costs the same already is left as it is.
-            let seek = comparison.matched != Matched::None && comparison.matched.of(&totals(own)?) != target;
-            let steps = match steps(to)? {
-                Ok(steps) => steps,
-                Err(message) => {
-                    refuse("name", format!("ladder: {message}"));
+    for (at, arm) in comparison.arm.iter().enumerate() {
+        let mut choices = Vec::new();
+        for (choice, values) in comparison.choices().into_iter().enumerate() {
+            match planning.choice((at, choice), values, &mut timings) {
+                Ok(ready) => choices.push(ready),
+                Err(Stop::Failed(failure)) => return Err(failure),
+                Err(Stop::Refused(key, message)) => {
+                    let (key, message) =
+                        (format!("arm.{}.{key}", arm.place.arm), format!("arm `{}`: {message}", arm.name));
+                    problems.push(layers::at(std::slice::from_ref(&layer), &key, message));
                     break;
                 }
-            };
-            let sought = match comparison.matched {
-                Matched::Time if at != comparison.base_of(at) => {
-                    let timed = timing(&arm.name, (choices, base), (ready.len(), &values), steps)?;
-                    let known = prepared.paces.get(&timed.key).map(|pace| pace.equal(steps, comparison.tolerance()));
-                    if known.is_none() && !timings.contains(&timed) {
-                        timings.push(timed);
-                    }
-                    known
-                }
-                _ => seek.then(|| equal(&comparison, key, target, layers, known)),
-            };
-            let matched = match sought {
-                None => None,
-                Some(Ok(found)) => Some(found),
-                Some(Err(message)) => {
-                    refuse("name", format!("match = \"{}\": {message}", name_of(comparison.matched)));
-                    break;
-                }
-            };
-            let mut layers = layers.clone();
-            if rung.is_some() {
-                layers.push(line("ladder", &format!("{STEPS} = {steps}"))?);
             }
-            if let Some(found) = &matched {
-                layers.push(line("match", &format!("{} = {}", found.key, found.value))?);
-            }
-            // As many steps as are sought may be fewer than the warm-up, say.
-            let run = context.with_seed(&layers, comparison.seeds[0]).map_err(|failure| about(failure, &arm.name))?;
-            let totals = totals(&run)?;
-            ready.push(Choice { words: words(&values), values, run, totals, matched, layers });
         }
-        planned.push(ArmPlan { name: arm.name.clone(), choices: ready });
+        planned.push(ArmPlan { name: arm.name.clone(), choices });
     }
-    if !problems.is_empty() {
-        return Err(Problems(problems).into());
-    }
+    Problems::none(problems)?;
     let runs = runs(&comparison, &planned, (&context, out), text_hash)?;
     Ok(Plan { comparison, file: file.to_owned(), out: out.to_owned(), arms: planned, runs, timings })
+}
+
+/// What arms are planned from.
+struct Planning<'a> {
+    comparison: &'a Comparison,
+    context: &'a RunContext<'a>,
+    arms: &'a [Vec<Layered>],
+}
+
+/// Why an arm cannot be planned.
+enum Stop {
+    /// It breaks a rule about this key.
+    Refused(&'static str, String),
+    /// Anything else.
+    Failed(Failure),
+}
+
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Problem> for Stop {
+    fn from(problem: Problem) -> Self {
+        Self::Failed(problem.into())
+    }
+}
+
+fn totals(run: &Resolved) -> Result<Totals, Failure> {
+    Ok(Totals::of_recipe(&run.recipe, run.known()?))
+}
+
+impl Planning<'_> {
+    /// An arm with one of its choices, made as costly as the base arm with the same choice; what has to be timed for that is added.
+    fn choice(&self, (at, choice): (usize, usize), values: Values, timings: &mut Vec<Timing>) -> Result<Choice, Stop> {
+        let (comparison, arm) = (self.comparison, &self.comparison.arm[at]);
+        let (base, (layers, own)) = (&self.arms[comparison.base_of(at)], &self.arms[at][choice]);
+        if let Some(key) = other_data(&base[0].1.recipe, &own.recipe).filter(|_| comparison.same_data) {
+            let problem = format!(
+                "{key} differs from the base arm's, and arms must learn the same from the same; same_data = false allows it"
+            );
+            return Err(Stop::Refused("recipe", problem));
+        }
+        let to = &base[choice].1;
+        let rung = comparison.ladder.as_ref().zip(arm.place.setting);
+        let steps = match rung {
+            None => to.recipe.training.steps,
+            Some((ladder, rung)) => ladder
+                .steps(&ladder.rungs()[rung], &totals(to)?, tokens_per_step(&to.recipe))
+                .map_err(|message| Stop::Refused("name", format!("ladder: {message}")))?,
+        };
+        let target = comparison.matched.of(&totals(to)?);
+        let sought = match comparison.matched {
+            Matched::Time if at != comparison.base_of(at) => {
+                let timed = timing(&arm.name, (&self.arms[at], base), (choice, &values), steps)?;
+                let pace = self.context.prepared.paces.get(&timed.key);
+                if pace.is_none() && !timings.contains(&timed) {
+                    timings.push(timed);
+                }
+                pace.map(|pace| pace.equal(steps, comparison.tolerance()))
+            }
+            // What costs the same already is left as it is.
+            Matched::None | Matched::Time => None,
+            matched if matched.of(&totals(own)?) == target => None,
+            _ => Some(equal(comparison, comparison.solve(arm), target, layers, own.known()?)),
+        };
+        let matched = sought.transpose().map_err(|message| {
+            Stop::Refused("name", format!("match = \"{}\": {message}", name_of(comparison.matched)))
+        })?;
+        let mut layers = layers.clone();
+        if rung.is_some() {
+            layers.push(parse_layer("ladder", &format!("{STEPS} = {steps}"))?);
+        }
+        if let Some(found) = &matched {
+            layers.push(parse_layer("match", &format!("{} = {}", found.key, found.value))?);
+        }
+        // As many steps as are sought may be fewer than the warm-up, say.
+        let run = self.context.with_seed(&layers, comparison.seeds[0]).map_err(|failure| about(failure, &arm.name))?;
+        Ok(Choice { words: words(&values), values, totals: totals(&run)?, run, matched, layers })
+    }
 }
 
 /// Every arm's layers with every choice of the sweep, each checked as a recipe.
@@ -226,8 +252,8 @@ fn load(
             let mut layers = below.to_vec();
             layers.extend(own.clone());
             for (key, value) in &choice {
-                layers
-                    .push(line(if comparison.tune.is_some() { "tune" } else { "sweep" }, &format!("{key} = {value}"))?);
+                let name = if comparison.tune.is_some() { "tune" } else { "sweep" };
+                layers.push(parse_layer(name, &format!("{key} = {value}"))?);
             }
             match context.with_seed(&layers, comparison.seeds[0]) {
                 Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
@@ -238,7 +264,7 @@ fn load(
                     break;
                 }
                 Err(Failure::Usage(found)) => {
-                    problems.extend(found.0.into_iter().map(|problem| problem.about(&format!("arm `{}`", arm.name))));
+                    problems.extend(found.about(&format!("arm `{}`", arm.name)).0);
                     break; // the other choices would say the same again
                 }
                 Ok(run) => choices.push((layers, run)),
@@ -247,14 +273,15 @@ fn load(
         }
         arms.push(choices);
     }
-    if problems.is_empty() { Ok(arms) } else { Err(Problems(problems).into()) }
+    Problems::none(problems)?;
+    Ok(arms)
 }
 
 /// What is wrong, with the arm that it is about.
 fn about(failure: Failure, arm: &str) -> Failure {
     let arm = format!("arm `{arm}`");
     match failure {
-        Failure::Usage(found) => Problems(found.0.into_iter().map(|problem| problem.about(&arm)).collect()).into(),
+        Failure::Usage(found) => found.about(&arm).into(),
         Failure::Run(problem) => Failure::Run(format!("{arm}: {problem}")),
         other => other,
     }
@@ -263,10 +290,6 @@ fn about(failure: Failure, arm: &str) -> Failure {
 fn sets_key(layer: &Layer, key: &str) -> bool {
     let parts: Vec<&str> = key.split('.').collect();
     layer.find(&parts).is_some_and(|(_, depth)| depth == parts.len())
-}
-
-fn line(name: &str, text: &str) -> Result<Layer, Problems> {
-    parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
 }
 
 /// What all runs of a plan are resolved with.
@@ -278,7 +301,7 @@ struct RunContext<'a> {
 impl RunContext<'_> {
     fn with_seed(&self, layers: &[Layer], seed: u64) -> Result<Resolved, Failure> {
         let mut layers = self.prepared.filled(layers.to_vec(), seed)?;
-        layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
+        layers.push(parse_layer("seeds", &format!("debug.seed = {seed}"))?);
         resolve::resolve(&recipe::from_layers(layers)?, self.caller)
     }
 }

@@ -229,7 +229,7 @@ fn training(
     if let Some(folder) = from {
         layers.push(starting_from(folder)?);
     }
-    layers.push(line("seeds", &format!("debug.seed = {seed}"))?);
+    layers.push(parse_layer("seeds", &format!("debug.seed = {seed}"))?);
     let text = recipe::resolved(&recipe::from_layers(layers)?.recipe)?;
     let mut step = Step::new(preparation, seed, out, &text);
     let folder = step.folder.display().to_string();
@@ -257,9 +257,5 @@ fn conversion(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> 
 
 fn starting_from(folder: &Path) -> Result<Layer, Problems> {
     let folder = toml::Value::String(folder.display().to_string());
-    line("prepare", &format!("model.pretrained = {folder}"))
-}
-
-fn line(name: &str, text: &str) -> Result<Layer, Problems> {
-    parse_layer(name, text).map_err(|problem| Problems(vec![problem]))
+    Ok(parse_layer("prepare", &format!("model.pretrained = {folder}"))?)
 }

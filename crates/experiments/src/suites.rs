@@ -135,7 +135,7 @@ impl Point {
     /// # Errors
     /// If it is no TOML, which would be our mistake.
     pub fn layer(&self) -> Result<Layer, Problems> {
-        parse_layer(&self.name(), &self.recipe).map_err(|problem| Problems(vec![problem]))
+        Ok(parse_layer(&self.name(), &self.recipe)?)
     }
 
     /// What it is called.

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use polyhead_models::intervention::InterventionConfig;
 
-use crate::layers::{Layer, at};
+use crate::layers::{Layer, at, read_as};
 use crate::nearest::nearest_name;
-use crate::problem::{Problem, Problems, in_words};
+use crate::problem::{Problem, Problems};
 use crate::{load, schema};
 
 /// An intervention that was read, with where its keys stand.
@@ -27,19 +27,10 @@ impl InterventionFile {
         }
         let layer = load::read_layer(path)?;
         let root = schemars::schema_for!(InterventionConfig).to_value();
-        let unknown = schema::unknown_keys_of(&root, std::slice::from_ref(&layer));
-        if !unknown.is_empty() {
-            return Err(Problems(unknown));
-        }
-        let config = serde_path_to_error::deserialize(toml::Value::Table(layer.values().clone()));
-        let config: InterventionConfig = config.map_err(|error| {
-            let path = error.path().to_string();
-            Problems(vec![at(std::slice::from_ref(&layer), &path, in_words(&error.into_inner().to_string()))])
-        })?;
-        let file = Self { config, layer };
-        file.config
-            .validate(&nearest_name)
-            .map_err(|error| Problems(vec![file.problem(&error.field, error.problem)]))?;
+        let only = std::slice::from_ref(&layer);
+        Problems::none(schema::unknown_keys_of(&root, only))?;
+        let file = Self { config: read_as(layer.values().clone(), only)?, layer };
+        file.config.validate(&nearest_name).map_err(|error| file.problem(&error.field, error.problem))?;
         Ok(file)
     }
 

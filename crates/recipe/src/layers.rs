@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use toml_edit::{Document, Item, TableLike};
 
-use crate::problem::{Problem, Problems};
+use crate::problem::{Problem, Problems, in_words};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
 const ONE_OF: [&str; 18] = [
@@ -172,6 +173,17 @@ pub fn at(layers: &[Layer], path: &str, message: String) -> Problem {
             None => Problem::plain(message),
         },
     }
+}
+
+/// What a table says, read as what it is to be; a mistake is shown in the layers that the table was made of.
+///
+/// # Errors
+/// If a value has another type.
+pub fn read_as<T: DeserializeOwned>(values: toml::Table, layers: &[Layer]) -> Result<T, Problems> {
+    serde_path_to_error::deserialize(toml::Value::Table(values)).map_err(|error| {
+        let path = error.path().to_string();
+        at(layers, &path, in_words(&error.into_inner().to_string())).into()
+    })
 }
 
 /// One table out of all layers, later ones over earlier ones.

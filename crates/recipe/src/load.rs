@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::layers::{Layer, at, merge, parse_layer, parse_override, undecided};
+use crate::layers::{Layer, at, merge, parse_layer, parse_override, read_as, undecided};
 use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
-use crate::problem::{Problem, Problems, in_words};
+use crate::problem::{Problem, Problems};
 use crate::settings::Recipe;
 use crate::{device_name, rules, schema};
 
@@ -35,10 +35,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
 /// # Errors
 /// As for [`load`].
 pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
-    let unknown = schema::unknown_keys(&layers);
-    if !unknown.is_empty() {
-        return Err(Problems(unknown));
-    }
+    Problems::none(schema::unknown_keys(&layers))?;
     let merged = merge(&layers);
     let undecided = undecided(&merged);
     if !undecided.is_empty() {
@@ -49,18 +46,15 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
         });
         return Err(Problems(told.collect()));
     }
-    let mut recipe: Recipe = serde_path_to_error::deserialize(toml::Value::Table(merged)).map_err(|error| {
-        let path = error.path().to_string();
-        Problems(vec![at(&layers, &path, in_words(&error.into_inner().to_string()))])
-    })?;
+    let mut recipe: Recipe = read_as(merged, &layers)?;
     if recipe.model.pretrained().is_none() {
         recipe.tokenizer.get_or_insert_default();
     }
     recipe.training.device = device_name(&recipe.training.device).to_owned();
     let loaded = Loaded { recipe, layers };
     let told = rules::validate(&loaded.recipe).into_iter();
-    let problems: Vec<Problem> = told.map(|error| loaded.problem(&error.field, error.problem)).collect();
-    if problems.is_empty() { Ok(loaded) } else { Err(Problems(problems)) }
+    Problems::none(told.map(|error| loaded.problem(&error.field, error.problem)).collect())?;
+    Ok(loaded)
 }
 
 /// The resolved recipe as TOML: every key with its value.
@@ -105,7 +99,7 @@ pub fn read_file(path: &Path) -> Result<String, Problems> {
 /// If it cannot be read or is no TOML.
 pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
     let text = read_file(path)?;
-    parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
+    Ok(parse_layer(&path.display().to_string(), &text)?)
 }
 
 /// The layers of a recipe: what it extends, the file, the overrides.
@@ -151,6 +145,5 @@ pub fn with_base(path: &Path, mut file: Layer) -> Result<Vec<Layer>, Problems> {
 /// # Errors
 /// If one is no override.
 pub fn override_layers(overrides: &[String]) -> Result<Vec<Layer>, Problems> {
-    let parse = |text: &String| parse_override(text).map_err(|problem| Problems(vec![problem]));
-    overrides.iter().map(parse).collect()
+    Ok(overrides.iter().map(|text| parse_override(text)).collect::<Result<_, _>>()?)
 }

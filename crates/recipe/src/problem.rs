@@ -119,6 +119,19 @@ impl Problems {
     pub fn plain(message: String) -> Self {
         Self(vec![Problem::plain(message)])
     }
+
+    /// `Ok` where there are none.
+    ///
+    /// # Errors
+    /// All of them.
+    pub fn none(found: Vec<Problem>) -> Result<(), Self> {
+        if found.is_empty() { Ok(()) } else { Err(Self(found)) }
+    }
+
+    /// Said about one of several.
+    pub fn about(self, who: &str) -> Self {
+        Self(self.0.into_iter().map(|problem| problem.about(who)).collect())
+    }
 }
 
 impl fmt::Display for Problems {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::conversion::Conversion;
 use crate::layers::{self, Layer, STAGES, parse_layer};
 use crate::load::{Loaded, from_layers, override_layers, read_layer, with_base};
-use crate::problem::{Problem, Problems, in_words};
+use crate::problem::{Problem, Problems};
 use crate::settings::ModelConfig;
 use crate::{folder_name, schema};
 
@@ -62,19 +62,13 @@ pub struct Staged {
 pub fn read(path: &Path, overrides: &[String]) -> Result<Option<Staged>, Problems> {
     let mut file = read_layer(path)?;
     let Some(own) = file.take("stage") else { return Ok(None) };
-    let unknown = schema::unknown_keys_of(&schema(), std::slice::from_ref(&own));
-    if !unknown.is_empty() {
-        return Err(Problems(unknown));
-    }
-    let Stages { stage: stages } =
-        serde_path_to_error::deserialize(toml::Value::Table(own.values().clone())).map_err(|error| {
-            let path = error.path().to_string();
-            Problems(vec![layers::at(std::slice::from_ref(&own), &path, in_words(&error.into_inner().to_string()))])
-        })?;
+    let only = std::slice::from_ref(&own);
+    Problems::none(schema::unknown_keys_of(&schema(), only))?;
+    let Stages { stage: stages } = layers::read_as(own.values().clone(), only)?;
     let (shared, overrides) = (with_base(path, file)?, override_layers(overrides)?);
     let staged = Staged { stages, shared, own, overrides };
-    let problems = staged.rules();
-    if problems.is_empty() { Ok(Some(staged)) } else { Err(Problems(problems)) }
+    Problems::none(staged.rules())?;
+    Ok(Some(staged))
 }
 
 impl Staged {
@@ -124,11 +118,9 @@ impl Staged {
         if let Some(from) = from {
             let from = toml::Value::String(from.display().to_string());
             // The last layer, because it replaces the whole description of a fresh model.
-            let line = parse_layer(STAGES, &format!("model.pretrained = {from}"));
-            layers.push(line.map_err(|problem| Problems(vec![problem]))?);
+            layers.push(parse_layer(STAGES, &format!("model.pretrained = {from}"))?);
         }
-        let about = |problem: Problem| problem.about(&format!("stage `{name}`"));
-        let loaded = from_layers(layers).map_err(|problems| Problems(problems.0.into_iter().map(about).collect()))?;
+        let loaded = from_layers(layers).map_err(|problems| problems.about(&format!("stage `{name}`")))?;
         if !matches!(loaded.recipe.model, ModelConfig::Decoder { .. }) {
             let message = format!(
                 "stage `{name}`: stages hand over decoders; train another kind of model in a recipe of its own"

@@ -63,11 +63,9 @@ pub fn plan(asked: &Asked<'_>, out: &Path, caller: Caller) -> Result<SuitePlan, 
         let mut layers = vec![layer];
         layers.extend(model_layer(asked.model)?);
         layers.extend(recipe::override_layers(asked.overrides)?);
-        layers.push(line(&format!("debug.seed = {}", asked.seed))?);
-        let loaded = recipe::from_layers(layers).map_err(|problems| {
-            let about = format!("{}, {}", asked.suite.name, point.name());
-            Problems(problems.0.into_iter().map(|problem| problem.about(&about)).collect())
-        })?;
+        layers.push(parse_layer("--seed", &format!("debug.seed = {}", asked.seed))?);
+        let loaded = recipe::from_layers(layers)
+            .map_err(|problems| problems.about(&format!("{}, {}", asked.suite.name, point.name())))?;
         let resolved = resolve::resolve(&loaded, caller)?;
         let (text, known) = (recipe::resolved(&resolved.recipe)?, resolved.known()?);
         let id = result::id(&text, None);
@@ -109,10 +107,5 @@ fn model_layer(path: Option<&Path>) -> Result<Option<Layer>, Problems> {
         .cloned()
         .ok_or_else(|| Problems::plain(format!("--model {}: the recipe has no [model]", path.display())))?;
     let only = toml::Table::from_iter([("model".to_owned(), model)]);
-    let layer = parse_layer(&path.display().to_string(), &only.to_string());
-    layer.map(Some).map_err(|problem| Problems(vec![problem]))
-}
-
-fn line(text: &str) -> Result<Layer, Problems> {
-    parse_layer("--seed", text).map_err(|problem| Problems(vec![problem]))
+    Ok(Some(parse_layer(&path.display().to_string(), &only.to_string())?))
 }

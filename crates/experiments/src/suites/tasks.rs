@@ -54,7 +54,7 @@ pub fn expanded(path: &Path, layer: Layer) -> Result<Layer, Problems> {
     }
     let all = toml::Table::from_iter([("setting".to_owned(), toml::Value::Array(settings))]);
     let text = format!("{}\n{all}", recipe::read_file(path)?);
-    parse_layer(&path.display().to_string(), &text).map_err(|problem| Problems(vec![problem]))
+    Ok(parse_layer(&path.display().to_string(), &text)?)
 }
 
 fn settings_of(suite: &Suite, only: &[String]) -> Result<Vec<toml::Value>, Problems> {
