@@ -112,28 +112,6 @@ fn catching_up(outcome: &Outcome, arm: usize) -> Vec<(u64, f64)> {
     outcome.comparison.seeds.iter().filter_map(of_seed).collect()
 }
 
-/// The head of the table: the arms.
-pub fn head(outcome: &Outcome) -> Vec<String> {
-    ["at the end".to_owned()].into_iter().chain(outcome.arms.iter().map(|arm| arm.name.clone())).collect()
-}
-
-/// A row for each number, with how many runs have one where not all do.
-pub fn rows(outcome: &Outcome) -> Vec<Vec<String>> {
-    let row = |further: Further| {
-        let cells = further.values.iter().zip(&outcome.arms).map(|(values, arm)| {
-            let all = arm.runs.iter().filter(|run| run.end.is_ok()).count();
-            let summary = Summary::of(&values.iter().map(|(_, value)| *value).collect::<Vec<_>>());
-            match values.len() {
-                0 => "–".into(),
-                some if some < all => format!("{} ({some} of {all} runs)", further.metric.spread(summary)),
-                _ => further.metric.spread(summary),
-            }
-        });
-        [further.metric.title.to_string()].into_iter().chain(cells).collect()
-    };
-    further(outcome).into_iter().map(row).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

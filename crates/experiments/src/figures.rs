@@ -11,6 +11,8 @@ const INK: RGBColor = RGBColor(1, 2, 3);
 const FAINT: RGBColor = RGBColor(4, 5, 6);
 /// How many colours the page has for arms; further arms use them again, with other marks.
 pub const COLOURS: usize = 7;
+/// Width and height of a figure that stands alone in its row.
+pub const WIDE: (u32, u32) = (860, 400);
 /// Between the lines of labels, in pixels.
 const LINE: i32 = 15;
 
@@ -90,6 +92,13 @@ pub struct Curves<'a> {
     pub size: (u32, u32),
 }
 
+impl<'a> Curves<'a> {
+    /// Curves over numbers, with everything else as most figures have it.
+    pub fn of(title: &'a str, x: &'a str, y: &'a str, curves: Vec<Curve>) -> Self {
+        Self { title, x, y, curves, cut: false, logarithms: false, names: &[], size: (560, 340) }
+    }
+}
+
 /// A row of a dot plot.
 pub struct Row {
     /// Which arm.
@@ -143,7 +152,7 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
             None => short(*x, right),
         };
         let value = |y: &f64| if figure.logarithms { significant(10f64.powf(*y)) } else { label(*y, format) };
-        mesh(&mut chart, figure.x, figure.y, &name, &value)?;
+        mesh(&mut chart, (figure.x, figure.y), (6, 6), &name, &value)?;
         let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
         for curve in &figure.curves {
             let colour = colour(curve.arm);
@@ -191,20 +200,7 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
             .y_label_area_size((8 * names).clamp(60, 230))
             .build_cartesian_2d(range.0..range.1, 0.0..rows.len() as f64)
             .map_err(said)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(FAINT)
-            .axis_style(INK)
-            .x_labels(6)
-            .y_labels(0)
-            .x_desc(x)
-            .axis_desc_style(("sans-serif", 14, &INK))
-            .label_style(("sans-serif", 13, &INK))
-            .x_label_formatter(&|x| label(*x, format))
-            .draw()
-            .map_err(said)?;
+        mesh(&mut chart, (x, ""), (6, 0), &|x| label(*x, format), &|_| String::new())?;
         if zero {
             let ends = [0.0, rows.len() as f64].map(|y| chart.backend_coord(&(0.0, y)));
             area.draw(&PathElement::new(ends.to_vec(), INK.stroke_width(2))).map_err(said)?;
@@ -252,7 +248,7 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
             .y_label_area_size(64)
             .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)
             .map_err(said)?;
-        mesh(&mut chart, x, y, &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
+        mesh(&mut chart, (x, y), (6, 6), &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
         let mut labels = Vec::new();
         for dot in dots {
             let ends = [dot.at.low, dot.at.high].map(|y| chart.backend_coord(&(dot.at.x, y)));
@@ -316,10 +312,11 @@ fn draw(title: &str, size: (u32, u32), fill: impl FnOnce(&Area<'_>) -> Result<()
     Ok(svg.replacen("<svg", &format!("<svg {label}"), 1))
 }
 
+/// Axes with so many labels each; without any, a vertical axis has no lines either.
 fn mesh<X, Y>(
     chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, Y>>,
-    x: &str,
-    y: &str,
+    (x, y): (&str, &str),
+    (x_labels, y_labels): (usize, usize),
     x_label: &dyn Fn(&f64) -> String,
     y_label: &dyn Fn(&f64) -> String,
 ) -> Result<(), String>
@@ -331,8 +328,8 @@ where
     mesh.light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)
         .axis_style(INK)
-        .x_labels(6)
-        .y_labels(6)
+        .x_labels(x_labels)
+        .y_labels(y_labels)
         .axis_desc_style(("sans-serif", 14, &INK))
         .label_style(("sans-serif", 13, &INK))
         .x_label_formatter(x_label)
@@ -340,6 +337,9 @@ where
         .x_desc(x);
     if !y.is_empty() {
         mesh.y_desc(y);
+    }
+    if y_labels == 0 {
+        mesh.disable_y_mesh();
     }
     mesh.draw().map_err(said)
 }
@@ -428,16 +428,8 @@ mod tests {
     #[test]
     fn figures_hold_no_colour_of_their_own() {
         let points = vec![At::around(0.0, 3.0, 0.1), At::around(10.0, 1.0, 0.2)];
-        let figure = Curves {
-            title: "loss <over> tokens",
-            x: "tokens",
-            y: "loss",
-            curves: vec![Curve::joined(0, points.clone()), Curve { drawn: Drawn::Line, ..Curve::joined(9, points) }],
-            cut: true,
-            logarithms: false,
-            names: &[],
-            size: (560, 340),
-        };
+        let drawn = vec![Curve::joined(0, points.clone()), Curve { drawn: Drawn::Line, ..Curve::joined(9, points) }];
+        let figure = Curves { cut: true, ..Curves::of("loss <over> tokens", "tokens", "loss", drawn) };
         let row = |name: &str| Row { arm: 1, name: name.into(), values: vec![1.0, 2.0], mean: 1.5, margin: Some(6.0) };
         let dot = |arm| Dot { arm, name: "an arm".into(), at: At::around(5.0, 1.0, 0.0) };
         for svg in [

@@ -11,15 +11,13 @@ use polyhead_runs::Failure;
 
 use super::best_of::BestOf;
 use super::extra_metrics;
-use super::figures::{At, Curve, Curves, Dot, Drawn, Row, curves, dot_plot, legend_mark, scatter};
+use super::figures::{At, Curve, Curves, Dot, Drawn, Row, WIDE, curves, dot_plot, legend_mark, scatter};
 use super::ladder::ArmLadder;
-use super::markdown::{
-    DIFFERENCE_HEAD, LADDER_HEAD, best_of_head, best_of_rows, difference_rows, environment, failures, ladder_rows,
-    notes, run_head, run_rows, shown_metrics, trial_head, trial_rows,
-};
 use super::metric::Metric;
+use super::notes::{environment, failures, notes};
 use super::outcome::{Outcome, Point, curve};
 use super::statistics::Summary;
+use super::tables::{Table, tables};
 use super::tune::Values;
 
 /// The report.
@@ -38,38 +36,15 @@ pub fn report(outcome: &Outcome) -> Result<String, Failure> {
         let _ = writeln!(body, "<p class=\"warning\">{}</p>", escape(&warning));
     }
     body.push_str(&figures(outcome).map_err(|error| Failure::Run(format!("a figure cannot be drawn: {error}")))?);
-    let metrics = shown_metrics(outcome);
-    let head = ["arm", "n"].map(String::from).into_iter().chain(metrics.iter().map(|metric| metric.label()));
-    let rows = outcome.arms.iter().enumerate().map(|(at, arm)| {
-        let n = arm.runs.iter().filter(|run| run.end.is_ok()).count();
-        let cells = metrics.iter().map(|metric| metric.spread(outcome.summary(at, metric)));
-        [arm.name.clone(), n.to_string()].into_iter().chain(cells).collect()
-    });
-    let _ = write!(body, "<h2>All numbers</h2>\n{}", table(&head.collect::<Vec<_>>(), rows.collect()));
-    let metric = outcome.comparison.metric.metric();
-    let head = DIFFERENCE_HEAD.map(String::from);
-    let rows = difference_rows(outcome).into_iter().map(|row| row.to_vec()).collect();
-    let base = outcome.comparison.base_in_words();
-    let _ = write!(body, "<h2>Differences to {}, {}</h2>\n{}", escape(&base), metric.label(), table(&head, rows));
-    if outcome.comparison.chooses() {
-        let rows = table(&best_of_head(outcome), best_of_rows(outcome));
-        let tried = table(&trial_head(outcome), trial_rows(outcome));
-        let _ = writeln!(
-            body,
-            "<h2>Expected best of so many trials, {}</h2>\n{rows}<details><summary>Every setting that was tried, on the half that \
-             chooses</summary>{tried}</details>",
-            metric.label()
-        );
+    for Table { title, folded, head, rows } in tables(outcome) {
+        let (title, table) = (escape(&title), table(&head, rows));
+        let _ = match folded {
+            None => writeln!(body, "<h2>{title}</h2>\n{table}"),
+            Some(what) => {
+                writeln!(body, "<h2>{title}</h2>\n<details><summary>{}</summary>{table}</details>", escape(&what))
+            }
+        };
     }
-    let more = table(&extra_metrics::head(outcome), extra_metrics::rows(outcome));
-    let _ =
-        write!(body, "<h2>Further numbers</h2>\n<details><summary>What runs logged last</summary>{more}</details>\n");
-    let runs = table(&run_head(outcome), run_rows(outcome));
-    let _ = write!(
-        body,
-        "<h2>Every run</h2>\n<details><summary>All {} runs</summary>{runs}</details>\n",
-        outcome.arms.iter().map(|arm| arm.runs.len()).sum::<usize>()
-    );
     body.push_str("<h2>Where and how</h2>\n<ul>\n");
     for line in notes(outcome).into_iter().chain(environment(outcome)) {
         let _ = writeln!(body, "<li>{}</li>", escape(&line));
@@ -118,9 +93,8 @@ fn over_settings(outcome: &Outcome) -> Result<String, String> {
     };
     let title = format!("{} at every setting", capital(&metric.title));
     let found = (0..groups[0].1.len()).map(curve).collect();
-    let (y, size) = (metric.label(), (860, 400));
-    let plot =
-        Curves { title: &title, x: "", y: &y, curves: found, cut: false, logarithms: false, names: &names, size };
+    let y = metric.label();
+    let plot = Curves { names: &names, size: WIDE, ..Curves::of(&title, "", &y, found) };
     let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &svg));
     Ok(format!("<div class=\"figures\">{}</div>\n", svg.unwrap_or_default()))
 }
@@ -130,9 +104,7 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
     let metric = outcome.comparison.metric.metric();
     let mut out = String::from("<div class=\"figures\">\n");
     let mut add = |title: &str, small: &str, svg: Option<String>| {
-        if let Some(svg) = svg {
-            out.push_str(&figure(title, small, &svg));
-        }
+        out.extend(svg.map(|svg| figure(title, small, &svg)));
     };
 
     let differences = outcome.pairs(group.clone()).filter_map(|(arm, base)| {
@@ -161,26 +133,15 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
         for (x, over) in [(units.as_str(), tokens as fn(&Point) -> f64), ("seconds of training", seconds)] {
             let found = curves_of(outcome, group.clone(), over, |line| line[key].as_f64());
             let title = format!("{} over {x}", capital(y.split(',').next().unwrap_or(y)));
-            let cut = key == "validation_loss";
-            let figure =
-                Curves { title: &title, x, y, curves: found, cut, logarithms: false, names: &[], size: (560, 340) };
-            add(&title, "mean over seeds; band: one standard deviation", curves(&figure)?);
+            let plot = Curves { cut: key == "validation_loss", ..Curves::of(&title, x, y, found) };
+            add(&title, "mean over seeds; band: one standard deviation", curves(&plot)?);
         }
     }
 
     if let Some((key, found)) = over_choices(outcome, group.clone()) {
         let title = format!("{} over {key}", capital(&metric.title));
         let y = metric.label();
-        let plot = Curves {
-            title: &title,
-            x: &key,
-            y: &y,
-            curves: found,
-            cut: false,
-            logarithms: true,
-            names: &[],
-            size: (560, 340),
-        };
+        let plot = Curves { logarithms: true, ..Curves::of(&title, &key, &y, found) };
         add(&title, "on the half that chooses; both axes are logarithmic", curves(&plot)?);
     }
 
@@ -188,18 +149,7 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
         let title = format!("Expected best of so many trials: {}", metric.label());
         let small = "on the reporting half; band: 95 % interval of the bootstrap over trials";
         let found = group.clone().map(|arm| best_of(outcome, arm)).collect();
-        let y = metric.label();
-        let plot = Curves {
-            title: &title,
-            x: "trials",
-            y: &y,
-            curves: found,
-            cut: false,
-            logarithms: false,
-            names: &[],
-            size: (560, 340),
-        };
-        add(&title, small, curves(&plot)?);
+        add(&title, small, curves(&Curves::of(&title, "trials", &metric.label(), found))?);
     }
 
     for x in ["kv_bytes_per_token", "tokens_per_second"] {
@@ -260,7 +210,7 @@ fn best_of(outcome: &Outcome, arm: usize) -> Curve {
     Curve::joined(colour_of(outcome, arm), points)
 }
 
-/// The laws of a ladder over what the arms reached, and their numbers.
+/// The laws of a ladder over what the arms reached.
 fn ladder(outcome: &Outcome) -> Result<String, String> {
     let (found, metric) = (outcome.ladders(), outcome.comparison.metric.metric());
     if found.is_empty() {
@@ -282,12 +232,10 @@ fn ladder(outcome: &Outcome) -> Result<String, String> {
         }
     }
     let title = format!("{} over training FLOPs", capital(&named));
-    let (x, y, size) = ("training FLOPs", named.as_str(), (860, 400));
-    let plot = Curves { title: &title, x, y, curves: drawn, cut: false, logarithms: true, names: &[], size };
+    let plot = Curves { logarithms: true, size: WIDE, ..Curves::of(&title, "training FLOPs", &named, drawn) };
     let small = "marks: mean over seeds of each budget; lines: power laws; both axes are logarithmic";
     let svg = curves(&plot)?.map(|svg| figure(&title, small, &svg)).unwrap_or_default();
-    let rows = table(&LADDER_HEAD.map(String::from), ladder_rows(outcome));
-    Ok(format!("<h2>Power laws</h2>\n<div class=\"figures\">{svg}</div>\n{rows}"))
+    Ok(format!("<h2>Power laws</h2>\n<div class=\"figures\">{svg}</div>\n"))
 }
 
 /// A curve of the means over seeds for every arm that logged something.
@@ -358,19 +306,8 @@ fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String
         for name in names {
             let found = curves_of(outcome, group.clone(), tokens, |line| extra_metrics::value(line, &name));
             let title = capital(&name.trim_start_matches(extra_metrics::MECHANISM).replace('_', " "));
-            let plot = Curves {
-                title: &title,
-                x: "",
-                y: "",
-                curves: found,
-                cut: false,
-                logarithms: false,
-                names: &[],
-                size: (340, 220),
-            };
-            if let Some(svg) = curves(&plot)? {
-                out.push_str(&figure(&title, "", &svg));
-            }
+            let plot = Curves { size: (340, 220), ..Curves::of(&title, "", "", found) };
+            out.extend(curves(&plot)?.map(|svg| figure(&title, "", &svg)));
         }
         out.push_str("</div>\n");
     }

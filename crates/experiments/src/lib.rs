@@ -4,7 +4,7 @@
 //! gets a recipe of the same cost (`matching.rs`, `calibration.rs`, `plan.rs`), every run is a process of its own (`runs.rs`,
 //! `processes.rs`) and so is every task that it is evaluated on (`evaluate.rs`), what they reached is put together (`outcome.rs`,
 //! `metric.rs`, `extra_metrics.rs`, `statistics.rs`, `verdict.rs`, `best_of.rs`, `ladder.rs`, `law.rs`) and written for people
-//! (`finding.rs`, `markdown.rs`, `html.rs`, `figures.rs`, `page.rs`), for programs (`json.rs`) and for the replication table
+//! (`finding.rs`, `notes.rs`, `tables.rs`, `markdown.rs`, `html.rs`, `figures.rs`, `page.rs`), for programs (`json.rs`) and for the replication table
 //! (`record.rs`). `simulation.rs` tries on made-up runs what the statistics promise.
 //!
 //! Tasks that others published, under their settings, are in `suites.rs`; how they are run alone, in `suite_runs.rs`.
@@ -23,6 +23,7 @@ mod law;
 pub mod markdown;
 mod matching;
 mod metric;
+mod notes;
 pub mod outcome;
 pub mod page;
 pub mod plan;
@@ -35,5 +36,6 @@ mod simulation;
 pub mod statistics;
 pub mod suite_runs;
 pub mod suites;
+mod tables;
 pub mod tune;
 mod verdict;

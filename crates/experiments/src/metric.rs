@@ -25,88 +25,27 @@ pub struct Metric {
 }
 
 /// All of them, as tables list them.
-pub const METRICS: [Metric; 10] = [
-    Metric {
-        key: Cow::Borrowed("validation_loss"),
-        title: Cow::Borrowed("validation loss"),
-        unit: "nats",
-        decimals: 4,
-        factor: 1.0,
-        of: |r, swept| Some(score(r, swept)?.loss),
-    },
-    Metric {
-        key: Cow::Borrowed("bits_per_byte"),
-        title: Cow::Borrowed("bits per byte"),
-        unit: "",
-        decimals: 4,
-        factor: 1.0,
-        of: |r, swept| score(r, swept)?.bits_per_byte,
-    },
-    Metric {
-        key: Cow::Borrowed("accuracy"),
-        title: Cow::Borrowed("accuracy"),
-        unit: "%",
-        decimals: 2,
-        factor: 100.0,
-        of: |r, swept| Some(score(r, swept)?.accuracy),
-    },
-    Metric {
-        key: Cow::Borrowed("tokens_per_second"),
-        title: Cow::Borrowed("tokens/s"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.tokens_per_second),
-    },
-    Metric {
-        key: Cow::Borrowed("median_step_seconds"),
-        title: Cow::Borrowed("median step"),
-        unit: "ms",
-        decimals: 1,
-        factor: 1e3,
-        of: |r, _| r.median_step_seconds,
-    },
-    Metric {
-        key: Cow::Borrowed("peak_memory_bytes"),
-        title: Cow::Borrowed("peak memory"),
-        unit: "MiB",
-        decimals: 1,
-        factor: 1.0 / 1048576.0,
-        of: |r, _| Some(r.peak_memory_bytes? as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("kv_bytes_per_token"),
-        title: Cow::Borrowed("KV bytes per token"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.kv_bytes_per_token as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("parameters"),
-        title: Cow::Borrowed("parameters"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.parameters as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("flops_per_token"),
-        title: Cow::Borrowed("forward FLOPs per token"),
-        unit: "",
-        decimals: 0,
-        factor: 1.0,
-        of: |r, _| Some(r.flops_per_token as f64),
-    },
-    Metric {
-        key: Cow::Borrowed("seconds"),
-        title: Cow::Borrowed("time in steps"),
-        unit: "s",
-        decimals: 1,
-        factor: 1.0,
-        of: |r, _| Some(r.seconds),
-    },
+pub static METRICS: [Metric; 10] = [
+    every(["validation_loss", "validation loss", "nats"], (4, 1.0), |r, swept| Some(score(r, swept)?.loss)),
+    every(["bits_per_byte", "bits per byte", ""], (4, 1.0), |r, swept| score(r, swept)?.bits_per_byte),
+    every(["accuracy", "accuracy", "%"], (2, 100.0), |r, swept| Some(score(r, swept)?.accuracy)),
+    every(["tokens_per_second", "tokens/s", ""], (0, 1.0), |r, _| Some(r.tokens_per_second)),
+    every(["median_step_seconds", "median step", "ms"], (1, 1e3), |r, _| r.median_step_seconds),
+    every(["peak_memory_bytes", "peak memory", "MiB"], (1, 1.0 / 1048576.0), |r, _| Some(r.peak_memory_bytes? as f64)),
+    every(["kv_bytes_per_token", "KV bytes per token", ""], (0, 1.0), |r, _| Some(r.kv_bytes_per_token as f64)),
+    every(["parameters", "parameters", ""], (0, 1.0), |r, _| Some(r.parameters as f64)),
+    every(["flops_per_token", "forward FLOPs per token", ""], (0, 1.0), |r, _| Some(r.flops_per_token as f64)),
+    every(["seconds", "time in steps", "s"], (1, 1.0), |r, _| Some(r.seconds)),
 ];
+
+/// A metric that every run has: how files and people name it, and its unit; decimals and factor; what reads it.
+const fn every(
+    [key, title, unit]: [&'static str; 3],
+    (decimals, factor): (usize, f64),
+    of: fn(&RunResult, bool) -> Option<f64>,
+) -> Metric {
+    Metric { key: Cow::Borrowed(key), title: Cow::Borrowed(title), unit, decimals, factor, of }
+}
 
 /// The time that a run's steps took, of [`METRICS`].
 pub const SECONDS: usize = 9;

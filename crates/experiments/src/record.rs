@@ -18,6 +18,7 @@ use polyhead_runs::text::thousands;
 
 use super::comparison::Looked;
 use super::extra_metrics::further;
+use super::markdown::cell;
 use super::metric::METRICS;
 use super::outcome::Outcome;
 use super::statistics::Summary;
@@ -168,7 +169,7 @@ pub fn replications() -> Result<String, Failure> {
     for path in paths {
         let record = read(&path)?;
         let name = record.comparison.rsplit('/').next().unwrap_or_default();
-        let parameters = record.arms[0].values.get("parameters").and_then(|list| *list.first()?);
+        let parameters = record.arms.first().and_then(|arm| *arm.values.get("parameters")?.first()?);
         let parameters = parameters.map_or(String::new(), |count| format!(", {} parameters", thousands(count as u64)));
         let data = record.data.split(": ").next().unwrap_or_default();
         let _ = write!(
@@ -215,7 +216,6 @@ fn told(record: &Record, claim: &RecordedClaim) -> Result<String, String> {
             });
             format!("{} ({interval})", signed(difference.mean))
         });
-        let cell = |text: &str| text.replace('|', "\\|").replace('\n', " ");
         let _ = writeln!(out, "| {} | {measured} | {difference} |", cell(name));
     }
     Ok(out)

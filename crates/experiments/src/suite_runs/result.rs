@@ -5,20 +5,19 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use polyhead_data::Opened;
-use polyhead_data::text_suites::TextTask;
 use polyhead_runs::Failure;
 use polyhead_runs::data::{open_tokens, project_root};
 use polyhead_runs::result::{self, Environment, RunResult, SetScore};
-use polyhead_training::run_folder::atomic_write;
+use polyhead_training::run_folder::{atomic_write, files};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Asked, PlannedPoint};
 use crate::runs::End;
-use crate::suites::Point;
+use crate::suites::{Point, Suite};
 
 /// The form of the file.
-pub const SCHEMA: &str = "polyhead.suite/1";
+const SCHEMA: &str = "polyhead.suite/1";
 
 /// What a suite reached.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,7 +35,7 @@ pub struct SuiteResult {
     pub changes: Vec<String>,
     /// Decides weights and rows.
     pub seed: u64,
-    /// The mean over tasks of the mean over their settings, where every point has finished.
+    /// The mean over tasks of the mean over their settings, where every row has a score.
     pub mean: Option<f64>,
     /// A row for each task, setting and size of the model.
     pub rows: Vec<SuiteRow>,
@@ -141,59 +140,8 @@ pub fn gather(asked: &Asked<'_>, points: &[PlannedPoint], ends: &[End]) -> Resul
         (row.score, row.best) = (best.map(|best| best.score), best.map(|best| best.cell.clone()));
     }
     let model = asked.model.iter().map(|path| format!("model = {}", path.display()));
-    Ok(SuiteResult {
-        schema: SCHEMA.into(),
-        suite: suite.name.into(),
-        paper: suite.paper.into(),
-        differs: suite.differs.iter().map(|&words| words.to_owned()).collect(),
-        changes: model.chain(asked.overrides.iter().cloned()).collect(),
-        seed: asked.seed,
-        mean: mean_of_tasks(&rows),
-        rows,
-        environment,
-    })
-}
-
-/// What a trained model was asked, and its score.
-pub struct Answered<'a> {
-    /// The task.
-    pub task: TextTask,
-    /// Tokens of the texts.
-    pub length: usize,
-    /// Questions.
-    pub rows: u64,
-    /// The first question.
-    pub first: &'a str,
-    /// The mean score.
-    pub score: f64,
-    /// Weights of the model.
-    pub parameters: u64,
-    /// Time of all answers, in seconds.
-    pub seconds: f64,
-}
-
-impl From<Answered<'_>> for SuiteRow {
-    fn from(answered: Answered<'_>) -> Self {
-        let Answered { task, length, rows, first, score, parameters, seconds } = answered;
-        let (recipe, data) = asked_hashes(task, length, rows, first);
-        let cell =
-            SuiteCell { cell: String::new(), recipe, data, score, sets: Vec::new(), steps: 0, parameters, seconds };
-        Self {
-            task: task.name().into(),
-            setting: format!("{length} tokens"),
-            size: String::new(),
-            measure: task.measure().into(),
-            score: Some(score),
-            best: Some(String::new()),
-            cells: vec![cell],
-            failed: Vec::new(),
-        }
-    }
-}
-
-/// Hashes of what is asked, and of the first question.
-pub fn asked_hashes(task: TextTask, length: usize, rows: u64, first: &str) -> (String, String) {
-    (result::id(&format!("{} {length} {rows}", task.name()), None), result::id(first, None))
+    let changes = model.chain(asked.overrides.iter().cloned()).collect();
+    Ok(SuiteResult { mean: mean_of_tasks(&rows), rows, environment, ..SuiteResult::empty(suite, changes, asked.seed) })
 }
 
 fn finished(planned: &PlannedPoint, result: &RunResult) -> Result<SuiteCell, Failure> {
@@ -241,6 +189,31 @@ pub fn mean_of_tasks(rows: &[SuiteRow]) -> Option<f64> {
 }
 
 impl SuiteResult {
+    /// That of a suite of which nothing has run yet.
+    pub fn empty(suite: &Suite, changes: Vec<String>, seed: u64) -> Self {
+        Self {
+            schema: SCHEMA.into(),
+            suite: suite.name.into(),
+            paper: suite.paper.into(),
+            differs: suite.differs.iter().map(|&words| words.to_owned()).collect(),
+            changes,
+            seed,
+            mean: None,
+            rows: Vec::new(),
+            environment: None,
+        }
+    }
+
+    /// Writes it into a folder, and its table for people.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn publish(&self, out: &Path) -> Result<(), Failure> {
+        self.write(&out.join(files::RESULT))?;
+        let about = format!("# {}\n\n{}\n\n{}", self.suite, self.paper, self.table());
+        Ok(atomic_write(&out.join("result.md"), about.as_bytes())?)
+    }
+
     /// Writes it.
     ///
     /// # Errors
@@ -331,7 +304,6 @@ mod tests {
 
     use super::super::plan::plan;
     use super::*;
-    use crate::suites::Suite;
 
     #[test]
     fn stored_references_are_of_todays_recipes_and_rows() {

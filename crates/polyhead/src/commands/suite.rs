@@ -15,7 +15,7 @@ use polyhead_experiments::suites::{SUITES, Suite};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::result;
-use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
+use polyhead_training::run_folder::{RunLock, files::RESULT};
 
 use super::compare::progress::Progress;
 use crate::allowed::{caller, flags};
@@ -154,9 +154,7 @@ fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: u32) -> Result<
         }
     })?;
     let reached = gather(asked, &planned.points, &ends)?;
-    reached.write(&out.join(RESULT))?;
-    let about = format!("# {}\n\n{}\n\n{}", reached.suite, reached.paper, reached.table());
-    atomic_write(&out.join("result.md"), about.as_bytes())?;
+    reached.publish(out)?;
     Ok(reached)
 }
 
@@ -198,8 +196,7 @@ fn check(args: &SuiteArgs) -> Result<(), Failure> {
     }
     let mut wrong = Vec::new();
     for (path, stored) in &all {
-        let outcome = check_one(stored, args);
-        match outcome {
+        match check_one(stored, args) {
             Ok(words) => put!("{:<28} {words}", stored.suite)?,
             Err(Failure::Run(problem)) => {
                 put!("{:<28} WRONG: {problem}", stored.suite)?;
@@ -208,12 +205,8 @@ fn check(args: &SuiteArgs) -> Result<(), Failure> {
             Err(other) => return Err(other),
         }
     }
-    match wrong.is_empty() {
-        true => Ok(()),
-        false => {
-            Err(Failure::Run(format!("{} of {} references do not hold: {}", wrong.len(), all.len(), wrong.join(", "))))
-        }
-    }
+    let failure = || format!("{} of {} references do not hold: {}", wrong.len(), all.len(), wrong.join(", "));
+    if wrong.is_empty() { Ok(()) } else { Err(Failure::Run(failure())) }
 }
 
 /// Runs the fastest point of a reference again; says how it compares.
@@ -226,24 +219,27 @@ fn check_one(stored: &SuiteResult, args: &SuiteArgs) -> Result<String, Failure> 
     let asked = Asked { suite, model: None, overrides: &overrides, only: &[], seed: stored.seed };
     let out = args.out.clone().unwrap_or_else(|| "checkpoints/suite/check".into()).join(suite.name);
     let planned = plan(&asked, &out, caller())?;
-    let of = |(planned, _): &(PlannedPoint, _)| is_point(planned, row, cell);
-    let pairs: Vec<_> = planned.points.into_iter().zip(planned.runs).collect();
-    let (point, run) = pairs
-        .into_iter()
-        .find(of)
-        .ok_or_else(|| Failure::Run(format!("{}, {} is no point of the suite any more", row.task, cell.cell)))?;
+    let mut pairs = planned.points.into_iter().zip(planned.runs);
+    let alone = pairs.find(|(planned, _)| is_point(planned, row, cell));
+    let alone = alone.map(|(point, run)| SuitePlan { points: vec![point], runs: vec![run] });
+    let gone = || Failure::Run(format!("{}, {} is no point of the suite any more", row.task, cell.cell));
+    let alone = alone.ok_or_else(gone)?;
+    let point = &alone.points[0];
     let name = point.point.name();
-    let hash = result::id(&point.point.recipe, None);
-    if hash != cell.recipe {
-        return Err(Failure::Run(format!("{name}: its recipe has the hash {hash}, stored is {}", cell.recipe)));
+    for (what, found, stored) in [
+        ("its recipe has", result::id(&point.point.recipe, None), &cell.recipe),
+        ("its rows have", data_hash(point)?, &cell.data),
+    ] {
+        if found != *stored {
+            return Err(Failure::Run(format!("{name}: {what} the hash {found}, stored is {stored}")));
+        }
     }
-    let rows = data_hash(&point)?;
-    if rows != cell.data {
-        return Err(Failure::Run(format!("{name}: its rows have the hash {rows}, stored is {}", cell.data)));
-    }
-    let alone = SuitePlan { points: vec![point], runs: vec![run] };
-    let reached = run_again(&asked, &alone, &out, args.jobs)?;
-    let (now, before) = (reached.score, cell.score);
+    let reached = run(&asked, &alone, &out, args.jobs)?;
+    let [SuiteRow { score: Some(now), .. }] = reached.rows[..] else {
+        let problem = reached.rows.iter().flat_map(|row| &row.failed).next();
+        return Err(Failure::Run(problem.cloned().unwrap_or_default()));
+    };
+    let before = cell.score;
     let words = format!("{name}: {:.1} %, stored {:.1} %", 100.0 * now, 100.0 * before);
     match (now - before).abs() <= TOLERANCE {
         true => Ok(words),
@@ -254,11 +250,4 @@ fn check_one(stored: &SuiteResult, args: &SuiteArgs) -> Result<String, Failure> 
 fn is_point(planned: &PlannedPoint, row: &SuiteRow, cell: &SuiteCell) -> bool {
     let point = &planned.point;
     (&point.task, &point.setting, &point.size, &point.cell) == (&row.task, &row.setting, &row.size, &cell.cell)
-}
-
-fn run_again(asked: &Asked<'_>, alone: &SuitePlan, out: &Path, jobs: u32) -> Result<SuiteCell, Failure> {
-    let reached = run(asked, alone, out, jobs)?;
-    let problem = reached.rows.iter().flat_map(|row| &row.failed).next().cloned();
-    let cell = reached.rows.into_iter().flat_map(|row| row.cells).next();
-    cell.ok_or_else(|| Failure::Run(problem.unwrap_or_default()))
 }

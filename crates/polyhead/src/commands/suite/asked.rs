@@ -4,16 +4,15 @@ use std::path::Path;
 use std::time::Instant;
 
 use polyhead_data::text_suites::{TextQuestions, TextTask, sentences};
-use polyhead_experiments::suite_runs::result::{
-    Answered, RanOn, SCHEMA, SuiteResult, SuiteRow, asked_hashes, mean_of_tasks,
-};
+use polyhead_experiments::suite_runs::result::{RanOn, SuiteCell, SuiteResult, SuiteRow, mean_of_tasks};
 use polyhead_experiments::suites::{Questions, Suite};
 use polyhead_models::{Past, Sampling, parameters};
 use polyhead_recipe::Problems;
 use polyhead_runs::answer::{Prompt, answer};
-use polyhead_runs::result::Environment;
-use polyhead_runs::{Failure, Trained, open_trained};
-use polyhead_training::run_folder::{RunLock, atomic_write, files::RESULT};
+use polyhead_runs::pretrained::Pretrained;
+use polyhead_runs::result::{self, Environment};
+use polyhead_runs::{Caller, Failure, Trained, open_trained};
+use polyhead_training::run_folder::{RunLock, files::RESULT};
 
 use super::SuiteArgs;
 use crate::allowed::caller;
@@ -63,34 +62,30 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
     let out = args.out.clone().unwrap_or_else(|| Path::new("checkpoints/suite").join(suite.name));
     let _lock = RunLock::acquire(&out)?;
     let file = out.join(RESULT);
-    let before = if file.exists() { SuiteResult::read(&file)?.rows } else { Vec::new() };
+    // The path alone would not tell that other weights are there now.
+    let found = Pretrained::open(path, Caller { tell: |_| {}, ..caller() })?;
+    let model = [format!("model = {}", trained.path.display()), format!("weights = {}", found.weights_hash()?)];
     let background = args.background.iter().map(|file| format!("background = {}", file.display()));
     let mut reached = SuiteResult {
-        schema: SCHEMA.into(),
-        suite: suite.name.into(),
-        paper: suite.paper.into(),
-        differs: suite.differs.iter().map(|&words| words.to_owned()).collect(),
-        changes: [format!("model = {}", trained.path.display())].into_iter().chain(background).collect(),
-        seed,
-        mean: None,
-        rows: Vec::new(),
         environment: Some(RanOn::from(&Environment::here(args.device.as_deref().unwrap_or("flex")))),
+        ..SuiteResult::empty(suite, model.into_iter().chain(background).collect(), seed)
     };
-    let same_model = file.exists() && SuiteResult::read(&file)?.changes == reached.changes;
+    let before = if file.exists() { Some(SuiteResult::read(&file)?) } else { None };
+    let before = before.filter(|before| before.changes == reached.changes).map_or(Vec::new(), |before| before.rows);
     for task in tasks {
         for &length in lengths {
             let first = maker.make(task, length, 0)?.prompt;
-            let hashes = asked_hashes(task, length, rows, &first);
-            let done =
-                |row: &&SuiteRow| row.cells.iter().any(|cell| (&cell.recipe, &cell.data) == (&hashes.0, &hashes.1));
-            let row = match before.iter().find(done).filter(|_| same_model) {
+            let recipe = result::id(&format!("{} {length} {rows}", task.name()), None);
+            let data = result::id(&first, None);
+            let done = |row: &&SuiteRow| row.cells.iter().any(|cell| cell.recipe == recipe && cell.data == data);
+            let row = match before.iter().find(done) {
                 Some(row) => row.clone(),
                 None => {
                     let started = Instant::now();
                     let score = score(&trained, &maker, (task, length, rows))?;
                     let parameters = parameters(&trained.model).iter().map(|one| one.elements() as u64).sum();
-                    let seconds = started.elapsed().as_secs_f64();
-                    SuiteRow::from(Answered { task, length, rows, first: &first, score, parameters, seconds })
+                    let (cell, sets, seconds) = (String::new(), Vec::new(), started.elapsed().as_secs_f64());
+                    row(task, length, SuiteCell { cell, recipe, data, score, sets, steps: 0, parameters, seconds })
                 }
             };
             talk!("{:<18} {length:>7} tokens  {:>5.1} %", task.name(), 100.0 * row.score.unwrap_or_default());
@@ -99,10 +94,23 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
             reached.write(&file)?;
         }
     }
-    let about = format!("# {}\n\n{}\n\n{}", reached.suite, reached.paper, reached.table());
-    atomic_write(&out.join("result.md"), about.as_bytes())?;
+    reached.publish(&out)?;
     talk!("\nresult   {}", file.display());
     put!("{}", reached.table().trim_end())
+}
+
+/// What a task was answered at a length.
+fn row(task: TextTask, length: usize, cell: SuiteCell) -> SuiteRow {
+    SuiteRow {
+        task: task.name().into(),
+        setting: format!("{length} tokens"),
+        size: String::new(),
+        measure: task.measure().into(),
+        score: Some(cell.score),
+        best: Some(String::new()),
+        cells: vec![cell],
+        failed: Vec::new(),
+    }
 }
 
 /// The mean score of what a model writes to the questions of a task at a length.
