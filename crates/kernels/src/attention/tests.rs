@@ -183,9 +183,10 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
         let of_sinks = options.sinks.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
         let grads: Vec<Vec<f32>> = leaves.into_iter().chain(of_sinks).collect();
         let seen = out.statistics.expect("asked for").settled();
-        let sink_mass = seen.sink_mass.unwrap_or_else(|| Tensor::zeros([1], &Device::flex()));
+        let (sink_mass, weights) = (seen.sink_mass, numbers(seen.weights.expect("asked for")));
+        let sink_mass = sink_mass.unwrap_or_else(|| Tensor::zeros([1], &Device::flex()));
         let seen = [seen.entropy, seen.first_key_mass, seen.largest_score, sink_mass].map(numbers);
-        (numbers(out.hidden), grads, seen, numbers(seen_weights(&q, &k, &v, &options, form)))
+        (numbers(out.hidden), grads, seen, weights)
     };
     let (got, want) = (run(super::attention), run(plain));
     agree("hidden", &got.0, &want.0);
@@ -198,27 +199,12 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
     agree("weights", &got.3, &want.3);
     let spans = Tensor::from_inner(random([batch, keys, 2]).greater_elem(0.0).float());
     let spanned = AttentionOptions { statistics: Measure::Spans(spans.clone().into()), ..options.clone() };
+    let [q, k, v] = [q, k, v].map(Tensor::inner);
     let seen = attention(q.clone(), k.clone(), v, &spanned).statistics.expect("asked for");
-    agree("span mass", &numbers(seen.span_mass.expect("asked for")), &numbers(summed(q, k, spans, &options)));
-}
-
-/// Weights on sets of keys, `[batch, heads, queries, sets]`, from the whole matrix.
-fn summed(q: Tensor<4>, k: Tensor<4>, spans: Tensor<3>, options: &AttentionOptions<'_>) -> Tensor<4> {
-    let [batch, heads, keys] = [q.dims()[0], q.dims()[1], k.dims()[2]];
-    // Each key's value is a channel of its own: what comes out is the matrix of weights.
-    let each = Tensor::<2>::eye(keys, &q.device()).unsqueeze::<4>().expand([batch, 1, keys, keys]);
-    let options = AttentionOptions { values: HeadMap::Each(vec![0; heads]), ..options.clone() };
-    plain(q, k, each, &options).hidden.matmul(spans.unsqueeze_dim(1))
-}
-
-fn seen_weights(
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
-    options: &AttentionOptions<'_>,
-    form: fn(Tensor<4>, Tensor<4>, Tensor<4>, &AttentionOptions<'_>) -> Attention,
-) -> Tensor<3> {
-    form(q.clone(), k.clone(), v.clone(), options).statistics.and_then(|seen| seen.weights).expect("asked for")
+    // A value that says whether its key is in a set comes out as the weight on the set.
+    let options = AttentionOptions { values: HeadMap::Each(vec![0; heads]), ..options };
+    let summed = plain(q, k, spans.inner().unsqueeze_dim(1), &options).hidden;
+    agree("span mass", &numbers(seen.span_mass.expect("asked for")), &numbers(summed));
 }
 
 #[test]

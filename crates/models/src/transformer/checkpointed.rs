@@ -376,12 +376,16 @@ mod tests {
         }
     }
 
-    /// Whichever of these `count` parameters are frozen, the gradients of all others keep their bits.
+    /// Whichever of these `count` parameters are frozen, or learned alone, the gradients of the others keep their bits: all subsets of
+    /// the attention's and of the MLP's, for no operation reads parameters of both.
     fn every_subset(model: &Decoder, count: usize, among: impl Fn(&str) -> bool) {
         let all = gradients(model, objective(model));
         let chosen: Vec<&String> = all.keys().filter(|name| among(name)).collect();
         assert_eq!(chosen.len(), count);
-        for frozen in 0..1 << count {
+        let beside = |part: &str| (0..count).filter(|&at| !chosen[at].contains(part)).map(|at| 1 << at).sum::<u32>();
+        let (all_of_them, beside) = ((1u32 << count) - 1, ["attention", "mlp"].map(beside));
+        let inside = |set: u32| beside.iter().any(|others| set & others == 0);
+        for frozen in (0..=all_of_them).filter(|&frozen| inside(frozen) || inside(all_of_them & !frozen)) {
             let learned =
                 |name: &str| chosen.iter().position(|one| *one == name).is_none_or(|at| frozen >> at & 1 == 0);
             for checkpointing in [ActivationCheckpointing::None, ActivationCheckpointing::Block] {
