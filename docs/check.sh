@@ -45,13 +45,18 @@ for page in "${pages[@]}"; do
     while IFS= read -r line; do
         # The two commands of the README are the quickstart and the tests themselves.
         case "$line" in '' | cargo\ *) continue ;; esac
-        run=$((run + 1))
-        if ! (cd "$folder" && eval "$line") > "$folder/log" 2>&1 < /dev/null; then
+        run=$((run + 1)) began=${EPOCHREALTIME/./}
+        (cd "$folder" && eval "$line") > "$folder/log" 2>&1 < /dev/null
+        code=$?
+        printf '%7d ms  %s: %s\n' $(((${EPOCHREALTIME/./} - began) / 1000)) "$page" "$line" >> "$work/times"
+        if [ "$code" -ne 0 ]; then
             failed=$((failed + 1))
             printf '%s: %s\n' "$page" "$line"
             tail -n 5 "$folder/log" | sed 's/^/    /'
         fi
     done < "$folder/commands"
 done
+echo "The slowest:"
+sort -rn "$work/times" | head -n 10
 echo "$run commands of ${#pages[@]} pages run, $failed failed; $marked blocks are marked as needing hours, a download or a GPU"
 [ "$failed" -eq 0 ]
