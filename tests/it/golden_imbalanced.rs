@@ -57,7 +57,8 @@ fn check_file(golden: &Golden) {
     let mask = Mask::causal();
     let run = |edits: Vec<Edit>| {
         let sites = LayerSites::new(0, edits, vec![QuerySite::Scores.into(), QuerySite::Weights.into()]);
-        let call = Call { rope: Some(&rope), sites: Sites(Some(&sites)), ..Call::new(&mask) };
+        let call =
+            Call { rope: Some(&rope), sites: Sites { own: Some(&sites), ..Sites::default() }, ..Call::new(&mask) };
         let out = layer.forward(tensor::<3>(file, "x", &device), call).hidden;
         let mut read = sites.into_read().into_iter().map(|(_, values)| values);
         (out, read.next().unwrap(), read.next().unwrap())

@@ -58,7 +58,8 @@ fn check_attention(golden: &Golden) {
     let mask = Mask::causal();
     let run = |edits: Vec<Edit>, taps: Vec<Site>| {
         let sites = LayerSites::new(0, edits, taps);
-        let call = Call { rope: Some(&rope), sites: Sites(Some(&sites)), ..Call::new(&mask) };
+        let call =
+            Call { rope: Some(&rope), sites: Sites { own: Some(&sites), ..Sites::default() }, ..Call::new(&mask) };
         let out = layer.forward(x.clone(), call).hidden;
         (out, sites.into_read().into_iter().map(|(_, values)| values).collect::<Vec<_>>())
     };

@@ -1,9 +1,11 @@
 //! The caches of layers while decoding: each mechanism its own kind ([`MechanismCache`]), most of them
 //! keys and values ([`KvCache`]).
 
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor, TensorData};
+use polyhead_kernels::{AttentionOptions, attention_weights};
 
 use crate::LayerCache;
+use crate::sparse::h2o::{H2oConfig, HeavyHitters};
 
 /// A mechanism's cache of earlier tokens.
 pub trait MechanismCache: Clone + std::fmt::Debug + Default {
@@ -39,6 +41,15 @@ pub struct KvCache {
     /// Tokens so far, of which a window keeps the last ones.
     tokens: usize,
     kept: Option<Kept>,
+    eviction: Option<Eviction>,
+}
+
+/// Which keys are dropped, head by head.
+#[derive(Debug, Clone)]
+struct Eviction {
+    config: H2oConfig,
+    /// `[batch, key heads]`; empty before the first call
+    heads: Vec<HeavyHitters>,
 }
 
 /// Buffers with space for more tokens than there are, so that appending one does not copy all others.
@@ -70,14 +81,15 @@ impl KvCache {
     /// - keys: `[batch, key heads, new tokens, width]`, values: `[batch, value heads, new tokens, value width]`
     /// - output: the same with all tokens so far
     pub fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let old = self.tokens;
-        let len = old + keys.dims()[2];
         let before = self.kept.take();
+        let old = before.as_ref().map_or(0, |kept| kept.len);
+        self.tokens += keys.dims()[2];
+        let len = old + keys.dims()[2];
         let (old_keys, old_values) = before.map(|kept| (kept.keys, kept.values)).unzip();
         let keys = put(old_keys, old, keys);
         let values = put(old_values, old, values);
         let all = (keys.clone().narrow(2, 0, len), values.clone().narrow(2, 0, len));
-        (self.tokens, self.kept) = (len, Some(Kept { keys, values, len }));
+        self.kept = Some(Kept { keys, values, len });
         all
     }
 
@@ -99,6 +111,45 @@ impl KvCache {
         let last = |x: &Tensor<4>| x.clone().narrow(2, all - len, len);
         self.kept = (len > 0).then(|| Kept { keys: last(&keys), values: last(&values), len });
         (keys, values)
+    }
+
+    /// A cache whose heads drop keys, each its own: see `sparse/h2o.rs`.
+    pub fn evicting(config: H2oConfig) -> Self {
+        Self { eviction: Some(Eviction { config, heads: Vec::new() }), ..Self::default() }
+    }
+
+    /// Drops keys, where they are dropped, once `q`, `[batch, n_heads, new tokens, width]`, has attended to `keys`, all that
+    /// [`append`](Self::append) gave, under these options.
+    pub fn evict(&mut self, q: &Tensor<4>, keys: &Tensor<4>, options: &AttentionOptions<'_>) {
+        /// Queries whose weights are there at a time; chosen by us.
+        const ROWS: usize = 256;
+        let (Some(Eviction { config, heads }), Some(kept)) = (&mut self.eviction, &mut self.kept) else { return };
+        let ([batch, n_heads, new, _], [_, kv_heads, all, _]) = (q.dims(), keys.dims());
+        let part = |from: usize| {
+            let options = AttentionOptions { query_offset: options.query_offset + from, ..options.clone() };
+            attention_weights(q.clone().narrow(2, from, ROWS.min(new - from)), keys.clone(), &options).sum_dim(2)
+        };
+        let weights = (0..new).step_by(ROWS).map(part).reduce(|a, b| a + b);
+        let Some(weights) = weights else { return };
+        let of_groups = weights.reshape([batch, kv_heads, n_heads / kv_heads, all]).sum_dim(2);
+        let weights: Vec<f32> = of_groups.into_data().iter::<f32>().collect();
+        heads.resize_with(batch * kv_heads, HeavyHitters::default);
+        let stay = heads.iter_mut().zip(weights.chunks(all)).map(|(head, weights)| head.update(config, weights, new));
+        // All heads have as many keys, so that either all drop some or none does.
+        let Some(stay) = stay.collect::<Option<Vec<_>>>() else { return };
+        let len = config.heavy + config.recent;
+        let ids: Vec<i32> = stay.into_iter().flatten().map(|key| key as i32).collect();
+        let ids = Tensor::<4, Int>::from_data(TensorData::new(ids, [batch, kv_heads, len, 1]), &q.device());
+        let of = |x: &Tensor<4>| {
+            let width = x.dims()[3];
+            x.clone().narrow(2, 0, all).gather(2, ids.clone().expand([batch, kv_heads, len, width]))
+        };
+        *kept = Kept { keys: of(&kept.keys), values: of(&kept.values), len };
+    }
+
+    /// What each head keeps, row by row of the batch; empty where nothing is dropped.
+    pub fn heavy_hitters(&self) -> &[HeavyHitters] {
+        self.eviction.as_ref().map_or(&[], |eviction| &eviction.heads)
     }
 
     /// The keys and values that are kept, `[batch, heads, tokens, width]`; `None` where there are none.

@@ -85,7 +85,7 @@ impl World {
         cache: Option<&mut LayerCache>,
         sites: &LayerSites,
     ) -> Attended {
-        self.call(x, cache, Call { sites: Sites(Some(sites)), ..Call::new(mask) })
+        self.call(x, cache, Call { sites: Sites { own: Some(sites), ..Sites::default() }, ..Call::new(mask) })
     }
 
     fn call(&self, x: Tensor<3>, cache: Option<&mut LayerCache>, call: Call<'_>) -> Attended {

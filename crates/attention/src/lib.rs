@@ -31,6 +31,7 @@ mod settings;
 mod sink;
 mod sites;
 mod softmax;
+pub mod sparse;
 mod window;
 
 use burn::module::Module;

@@ -19,6 +19,7 @@ pub use names::{KvHead, KvSite, QueryHead, QuerySite, Site, StreamSite};
 
 use crate::projection::{join_heads, split_heads};
 use crate::rope::rotate;
+use crate::sparse::Sparse;
 use crate::{Adapters, Rope};
 
 /// What is read and changed in one layer during one call.
@@ -58,30 +59,35 @@ impl LayerSites {
     }
 }
 
-/// The sites of a layer in one call; by default none are read or changed.
+/// The sites of a layer in one call; by default none are read or changed, and queries read all that the mask leaves them.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Sites<'a>(pub Option<&'a LayerSites>);
+pub struct Sites<'a> {
+    /// What is read and changed.
+    pub own: Option<&'a LayerSites>,
+    /// Which keys queries read, where it is not all of them.
+    pub sparse: Option<&'a Sparse>,
+}
 
 impl Sites<'_> {
     /// Whether one of these sites is changed.
     pub(crate) fn edit(self, sites: &[Site]) -> bool {
-        self.0.is_some_and(|own| own.edits.iter().any(|edit| sites.contains(&edit.at.site())))
+        self.own.is_some_and(|own| own.edits.iter().any(|edit| sites.contains(&edit.at.site())))
     }
 
     /// Whether one of these sites is read or changed.
     pub fn touch(self, sites: &[Site]) -> bool {
-        self.edit(sites) || self.0.is_some_and(|own| own.taps.iter().any(|tap| sites.contains(tap)))
+        self.edit(sites) || self.own.is_some_and(|own| own.taps.iter().any(|tap| sites.contains(tap)))
     }
 
     /// `[batch, heads, seq, width]`: `x`, the numbers of `site`, as the layer goes on with them.
     pub(crate) fn at(self, site: impl Into<Site>, x: Tensor<4>) -> Tensor<4> {
-        let start = self.0.map_or(0, |own| own.start);
+        let start = self.own.map_or(0, |own| own.start);
         self.at_from(site, start, x)
     }
 
     /// The same where the first row is at `start` of the text.
     pub(crate) fn at_from(self, site: impl Into<Site>, start: usize, x: Tensor<4>) -> Tensor<4> {
-        let Some(own) = self.0 else { return x };
+        let Some(own) = self.own else { return x };
         let site = site.into();
         let x = own.change(site, x, Place { first: start, first_key: None });
         own.record(site, &x);
@@ -123,7 +129,11 @@ impl Sites<'_> {
 
     /// The same where something else makes of the result what a head attended to.
     pub(crate) fn weigh(self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOptions<'_>) -> Attention {
-        let Some(own) = self.0 else { return attention(q, k, v, &options) };
+        let attention = |q, k, v, options: AttentionOptions<'_>| match self.sparse {
+            Some(sparse) => sparse.attend([q, k, v], &options),
+            None => attention(q, k, v, &options),
+        };
+        let Some(own) = self.own else { return attention(q, k, v, options) };
         let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
         let place = Place { first: own.start, first_key: Some((own.start + queries).saturating_sub(keys)) };
         let access = Access { own, place };
@@ -139,7 +149,7 @@ impl Sites<'_> {
             }
             None => AttentionOptions { map: Some(&access), ..options },
         };
-        attention(q, k, v, &options)
+        attention(q, k, v, options)
     }
 
     /// `[batch, seq, n_heads * width]`: head outputs as the output projection reads them.

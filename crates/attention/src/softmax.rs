@@ -463,14 +463,15 @@ impl Softmax {
     pub(crate) fn mix(
         &self,
         [q, k, v]: [Tensor<3>; 3],
-        call: Call<'_, KvCache>,
+        mut call: Call<'_, KvCache>,
         sinks: Option<Tensor<1>>,
     ) -> (Tensor<3>, Option<Observation>) {
         let sites = call.sites;
         let q = sites.query(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
         let k = sites.key(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = sites.at(KvSite::V, split_heads(v, self.n_kv_heads));
-        let Within { keys, values, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
+        let Within { keys, values, mask, query_offset } =
+            within(self.window, call.mask, call.cache.as_deref_mut(), [k, v]);
         let options = AttentionOptions {
             mask: Some(&mask),
             query_offset,
@@ -481,6 +482,9 @@ impl Softmax {
             statistics: call.observe.measure(),
             ..Default::default()
         };
+        if let Some(cache) = call.cache {
+            cache.evict(&q, &keys, &options);
+        }
         let attended = sites.attend(q, keys, values, options); // [batch, n_heads, seq, head_dim]
         (join_heads(attended.hidden), attended.statistics.map(Observation::of))
     }

@@ -5,6 +5,7 @@
 //! for dense masks and additive biases, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
 //! whole matrix and leaves the backward to Burn, is what both are tested against.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
@@ -147,6 +148,40 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOp
     let attention = forward(q, k, v, options);
     let statistics = attention.statistics.map(|seen| Statistics { span_mass, ..seen.settled() });
     Attention { statistics, ..attention }
+}
+
+/// The weights that [`attention`] gives to keys, as a matrix: for what ranks keys by them, and for short rows.
+///
+/// # Shapes
+/// As in [`attention`]; output: `[batch, query heads, queries, keys]`
+///
+/// # Panics
+/// As [`attention`].
+pub fn attention_weights(q: Tensor<4>, k: Tensor<4>, options: &AttentionOptions<'_>) -> Tensor<4> {
+    /// Keeps the weights, those of hidden keys as zeros.
+    #[derive(Debug, Default)]
+    struct Keep(RefCell<Option<Tensor<4>>>);
+    impl MapAccess for Keep {
+        fn scores(&self, scores: Tensor<4>, _: Option<&Tensor<4, Bool>>) -> Tensor<4> {
+            scores
+        }
+
+        fn weights(&self, weights: Tensor<4>, hidden: Option<&Tensor<4, Bool>>) -> Tensor<4> {
+            let full = weights.dims();
+            let seen = match hidden {
+                Some(hidden) => weights.clone().mask_fill(hidden.clone().expand(full), 0.0),
+                None => weights.clone(),
+            };
+            self.0.replace(Some(seen));
+            weights
+        }
+    }
+    let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
+    let nothing = Tensor::zeros([batch, 1, keys, 1], (&q.device(), q.dtype()));
+    let empty = Tensor::zeros([batch, heads, queries, keys], (&q.device(), q.dtype()));
+    let keep = Keep::default();
+    attention(q, k, nothing, &AttentionOptions { map: Some(&keep), values: HeadMap::Even, ..options.clone() });
+    keep.0.into_inner().unwrap_or(empty)
 }
 
 /// Panics where a call makes no sense, so that no form has to ask again.

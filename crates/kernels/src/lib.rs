@@ -14,6 +14,7 @@ mod adapted_linear;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "gpu")))]
 mod backends;
+mod block_mask;
 mod checkpointed;
 pub mod comparison;
 mod cpu;
@@ -43,7 +44,10 @@ mod testing;
 
 pub use adamw::{AdamwStep, adamw};
 pub use adapted_linear::adapted_linear;
-pub use attention::{Attention, AttentionOptions, HeadMap, MapAccess, Measure, Statistics, attention};
+pub use attention::{
+    Attention, AttentionOptions, HeadMap, MapAccess, Measure, Statistics, attention, attention_weights,
+};
+pub use block_mask::{BlockMask, QueryBlock};
 pub use checkpointed::{Leaf, PartGrads, Rerun, checkpointed};
 pub use cpu::threads;
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy};

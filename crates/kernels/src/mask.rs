@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
+use crate::BlockMask;
 use crate::shapes::spreads;
 
 /// A description of what is hidden from whom; the parts add up (a key is hidden if any part hides it).
@@ -20,6 +21,7 @@ pub struct Mask {
     documents: Option<Arc<[u32]>>,
     /// Per token, the end of what it may see; and how many tokens a row has.
     turn_ends: Option<(Arc<[u32]>, usize)>,
+    blocks: Option<Arc<BlockMask>>,
     dense: Option<Tensor<4, Bool>>,
     // Layers of one forward pass ask for the same numbers; they are made once.
     made: Arc<OnceLock<(Shape, Option<Tensor<4, Bool>>)>>,
@@ -36,6 +38,8 @@ pub(crate) struct Visible {
     shared: bool,
     /// Documents in pieces: what else is hidden inside a range. The number of keys and the offset of queries.
     pieces: Option<(Arc<[u32]>, usize, usize)>,
+    /// Blocks: what else is hidden inside a range, head by head. The offset of queries.
+    blocks: Option<(Arc<BlockMask>, usize)>,
 }
 
 impl Visible {
@@ -48,7 +52,40 @@ impl Visible {
 
     /// Whether more is hidden than what is outside of the ranges.
     pub(crate) fn in_pieces(&self) -> bool {
-        self.pieces.is_some()
+        self.pieces.is_some() || self.blocks.is_some()
+    }
+
+    /// The queries of a head that are computed together, `size` at most: neighbours that blocks give the same keys, or a few blocks.
+    pub(crate) fn cuts(&self, of: [usize; 2], size: usize) -> Vec<Range<usize>> {
+        /// Fewer queries than these are no work for a product; chosen by us.
+        const FEW: usize = 32;
+        let Some((blocks, offset)) = &self.blocks else {
+            return (0..self.queries).step_by(size).map(|from| from..(from + size).min(self.queries)).collect();
+        };
+        let (mut cuts, mut from) = (Vec::new(), 0);
+        while from < self.queries {
+            let mut to = from;
+            while to < self.queries && to - from < FEW {
+                to = (blocks.block_end(of, offset + to) - offset).min(self.queries);
+            }
+            to = to.min(from + size);
+            cuts.push(from..to);
+            from = to;
+        }
+        cuts
+    }
+
+    /// The keys in `reach` that any of these queries of a head sees, in spans with few others.
+    pub(crate) fn spans(
+        &self,
+        of: [usize; 2],
+        queries: impl Iterator<Item = usize>,
+        reach: Range<usize>,
+    ) -> Vec<Range<usize>> {
+        match &self.blocks {
+            Some((blocks, offset)) => blocks.spans(of, queries.map(|query| offset + query), reach),
+            None => vec![reach],
+        }
     }
 
     /// From the first to the last key that any of `queries` sees in any row of the batch; one key where nobody sees any.
@@ -73,8 +110,18 @@ impl Visible {
         self.ranges.chunks(self.queries.max(1)).flat_map(move |row| &row[queries.clone()]).copied()
     }
 
-    /// Writes `value` over the scores of hidden keys inside `keys`, a part of the query's range.
-    pub(crate) fn hide_inside(&self, batch: usize, query: usize, keys: Range<usize>, scores: &mut [f32], value: f32) {
+    /// Writes `value` over a head's scores of hidden keys inside `keys`, a part of the query's range.
+    pub(crate) fn hide_inside(
+        &self,
+        [batch, head]: [usize; 2],
+        query: usize,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        value: f32,
+    ) {
+        if let Some((blocks, offset)) = &self.blocks {
+            blocks.hide([batch, head], offset + query, keys.clone(), scores, value);
+        }
         let Some((documents, all, offset)) = &self.pieces else { return };
         let of = |key: usize| documents[batch * all + key];
         let own = of(offset + query);
@@ -115,6 +162,13 @@ impl Mask {
         Self { window: Some(self.window.map_or(window, |own| own.min(window))), ..self }.afresh()
     }
 
+    /// Whether it says that queries see the keys up to their own position, and nothing else.
+    pub fn is_plainly_causal(&self) -> bool {
+        let Self { causal, window, lengths, documents, turn_ends, blocks, dense, .. } = self;
+        let more = window.is_some() || lengths.is_some() || documents.is_some() || turn_ends.is_some();
+        *causal && !more && blocks.is_none() && dense.is_none()
+    }
+
     /// Its window, where it has one.
     pub(crate) fn window(&self) -> Option<usize> {
         self.window
@@ -133,6 +187,23 @@ impl Mask {
     /// The last resort: `hidden`, `[batch or 1, heads or 1, queries, keys]`, true where hidden.
     pub fn with_dense(self, hidden: Tensor<4, Bool>) -> Self {
         Self { dense: Some(hidden), ..self }.afresh()
+    }
+
+    /// A query sees only keys that its block sees.
+    ///
+    /// # Panics
+    /// If there are blocks already.
+    pub fn with_blocks(self, blocks: impl Into<Arc<BlockMask>>) -> Self {
+        assert!(self.blocks.is_none(), "mask: there are blocks already");
+        Self { blocks: Some(blocks.into()), ..self }.afresh()
+    }
+
+    /// The same with blocks in the place of causality: they say what a query sees of later keys.
+    ///
+    /// # Panics
+    /// If there are blocks already.
+    pub fn ordered_by(&self, blocks: impl Into<Arc<BlockMask>>) -> Self {
+        Self { causal: false, ..self.clone() }.with_blocks(blocks)
     }
 
     /// Turns of a conversation (FocuSFT's mask): everybody sees all earlier turns; inside a turn of context everybody
@@ -161,7 +232,7 @@ impl Mask {
 
     /// Whether a query could be left without a single key to see.
     pub fn may_hide_whole_rows(&self) -> bool {
-        self.lengths.is_some() || self.dense.is_some()
+        self.lengths.is_some() || self.dense.is_some() || self.blocks.is_some()
     }
 
     /// The document of each key, row by row, where there are documents.
@@ -239,7 +310,8 @@ impl Mask {
             }
         }
         let pieces = self.documents.clone().filter(|_| in_pieces).map(|documents| (documents, keys, offset));
-        Visible { queries, ranges, shared, pieces }
+        let blocks = self.blocks.clone().map(|blocks| (blocks, offset));
+        Visible { queries, ranges, shared, pieces, blocks }
     }
 
     /// Panics if this mask was not described for queries of `[batch, heads, queries, keys]`.
@@ -250,6 +322,17 @@ impl Mask {
             assert!(
                 spreads(sizes, full),
                 "mask: a dense mask must be [batch or 1, heads or 1, queries, keys]; dense {sizes:?}, [batch, heads, queries, keys] {full:?}"
+            );
+        }
+        if let Some(blocks) = &self.blocks {
+            let [rows, shared, positions, seen] = blocks.dims();
+            let fits = spreads([rows, shared, 1, seen], [batch, heads, 1, keys]) && offset + queries <= positions;
+            assert!(
+                fits,
+                "mask: a block mask of [batch or 1, heads or 1, positions, keys] {:?} for [batch, heads, queries, keys] \
+                 {:?} behind {offset} keys",
+                blocks.dims(),
+                [batch, heads, queries, keys]
             );
         }
     }
@@ -324,6 +407,7 @@ impl Mask {
             let full = [batch, 1, queries, keys];
             parts.push(key_index().expand(full).greater_equal(ends.narrow(2, offset, queries).expand(full)));
         }
+        parts.extend(self.blocks.iter().map(|blocks| blocks.hidden(offset..offset + queries, device)));
         parts.extend(self.dense.clone());
         let [_, heads] = parts.iter().map(|part| part.dims()).fold([1, 1], |[b, h], d| [b.max(d[0]), h.max(d[1])]);
         let rows = parts.iter().map(|part| part.dims()[0]).max().unwrap_or(1);
@@ -363,7 +447,7 @@ mod tests {
         let line = |b: usize, i: usize| {
             let range = visible.range(b, i);
             let mut scores = vec![0.0; range.len()];
-            visible.hide_inside(b, i, range.clone(), &mut scores, f32::NEG_INFINITY);
+            visible.hide_inside([b, 0], i, range.clone(), &mut scores, f32::NEG_INFINITY);
             let seen = |key: usize| range.contains(&key) && scores[key - range.start] == 0.0;
             (0..keys).map(|key| if seen(key) { '.' } else { '#' }).collect()
         };
@@ -389,6 +473,12 @@ mod tests {
             Mask::none().with_window(2).with_lengths(&[2, 4]),
             Mask::causal().with_window(2).with_documents(&ids),
             Mask::turns(&turns, 5).with_window(2),
+            Mask::causal().with_documents(&ids).with_blocks(BlockMask::of_blocks(
+                &[true, false, true, false, true, true],
+                [1, 1],
+                [5, 5],
+                [2, 3],
+            )),
         ] {
             for (offset, queries) in [(0, 5), (2, 3), (4, 1)] {
                 let spelt = match mask.hidden(2, offset, queries, 5, &Device::flex()) {

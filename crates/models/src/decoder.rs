@@ -10,6 +10,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
+use polyhead_attention::sparse::Sparse;
+use polyhead_attention::sparse::boundaries::BoundaryPredictor;
 use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, Sites, frequencies, linear,
 };
@@ -53,6 +55,8 @@ pub struct Decoder {
     pub head: Option<Linear>,
     /// Low-rank pairs beside the projections; `None` without
     pub lora: Option<Lora>,
+    /// Where chunks of keys begin, for sparse attention; `None` without
+    pub boundaries: Option<BoundaryPredictor>,
     #[module(skip)]
     config: DecoderConfig,
     #[module(skip)]
@@ -80,12 +84,22 @@ pub struct Pass<'a> {
     pub sites: SitePlan,
     /// What an intervention can know of the tokens; by default that none of them is generated.
     pub context: Option<Context<'a>>,
+    /// For each layer, which keys queries read, in the place of the model's intervention; empty where it says so.
+    pub sparse: &'a [Sparse],
 }
 
 impl<'a> Pass<'a> {
     /// A pass with a mask and nothing else.
     pub fn new(mask: &'a Mask) -> Self {
-        Self { mask, cache: None, observe: Observe::Nothing, adapters: &[], sites: SitePlan::default(), context: None }
+        Self {
+            mask,
+            cache: None,
+            observe: Observe::Nothing,
+            adapters: &[],
+            sites: SitePlan::default(),
+            context: None,
+            sparse: &[],
+        }
     }
 }
 
@@ -119,6 +133,7 @@ impl DecoderConfig {
             norm: transformer.init_norm(device),
             head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, self.head_bias, INIT_STD, device)),
             lora: None,
+            boundaries: None,
             config: self.clone(),
             transformer,
             gate: None,
@@ -212,6 +227,13 @@ impl Decoder {
         Self { intervention: intervention.map(Arc::new), ..self }
     }
 
+    /// An empty cache, whose layers drop keys where the model's intervention says so.
+    pub fn new_cache(&self) -> Cache {
+        let sparse = self.intervention.as_ref().and_then(|intervention| intervention.sparse_config());
+        let layer = |layer| sparse.map(|sparse| sparse.cache(self.config.mechanism(layer))).unwrap_or_default();
+        Cache { layers: (0..self.layers.len()).map(layer).collect() }
+    }
+
     /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
     pub fn forward(&self, tokens: Tensor<2, Int>, mask: &Mask, cache: Option<&mut Cache>, observe: Observe) -> Forward {
         self.pass(tokens, Pass { cache, observe, ..Pass::new(mask) })
@@ -268,7 +290,7 @@ impl Decoder {
 
     /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
     pub fn run_layers(&self, layers: std::ops::Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
-        let Pass { mask, mut cache, observe, adapters, mut sites, context } = pass;
+        let Pass { mask, mut cache, observe, adapters, mut sites, context, sparse } = pass;
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let [rows, seq, _] = hidden.dims();
         let ropes = self.ropes(start..start + seq);
@@ -278,13 +300,14 @@ impl Decoder {
         }
         let (mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
+        let all_layers = self.intervention.as_ref().and_then(|intervention| intervention.sparse());
         for index in layers {
             let _span = info_span!("layer", index).entered();
             let own = self.lora.iter().flat_map(|lora| lora.layers[index].adapters());
             let all: Vec<Adapter> = own.chain(adapters.get(index).into_iter().flatten().cloned()).collect();
             let own = sites.of_layer(index, start);
             let call = Call {
-                sites: Sites(own.as_ref()),
+                sites: Sites { own: own.as_ref(), sparse: sparse.get(index).or(all_layers) },
                 rope: ropes.get(&self.config.head_dim(index)),
                 cache: cache.as_deref_mut().map(|cache| &mut cache.layers[index]),
                 observe: observe.clone(),

@@ -105,7 +105,7 @@ pub fn continue_all(
     for requests in requests.chunks(ROWS) {
         let first = rows.len();
         rows.extend(requests.iter().map(Row::new));
-        let mut cache = Cache::new(model.layers.len());
+        let mut cache = model.new_cache();
         let prompts: Vec<u32> = requests.iter().flat_map(|request| request.prompt).copied().collect();
         let roles: Vec<Role> = requests.iter().flat_map(|request| request.roles).copied().collect();
         let context = Context { rows: requests.len(), tokens: &prompts, roles: &roles, prompt: length };
@@ -183,7 +183,7 @@ pub struct Past {
 impl Past {
     /// Nothing yet.
     pub fn new(model: &Decoder) -> Self {
-        Self { roles: Vec::new(), cache: Cache::new(model.layers.len()), tokens: Vec::new() }
+        Self { roles: Vec::new(), cache: model.new_cache(), tokens: Vec::new() }
     }
 
     /// Reads `tokens` (not empty), which follow what was read; gives the logits after the last of them.

@@ -19,7 +19,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
+use polyhead_attention::sparse::{Sparse, SparseConfig};
 use polyhead_attention::{Amount, At, Change, ConfigError, Edit, KvHead, Mask, Positions, QueryHead, Site, require};
 
 pub use config::{
@@ -40,6 +42,7 @@ pub type Decode = Arc<dyn Fn(&[u32]) -> String + Send + Sync>;
 #[derive(Clone)]
 pub struct Intervention {
     edits: Vec<(Vec<usize>, EditConfig, Template)>,
+    sparse: Option<Sparse>,
     decode: Option<Decode>,
 }
 
@@ -53,7 +56,8 @@ struct Template {
 
 impl std::fmt::Debug for Intervention {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Intervention").field("edits", &self.edits).finish_non_exhaustive()
+        let Self { edits, sparse, .. } = self;
+        f.debug_struct("Intervention").field("edits", edits).field("sparse", sparse).finish_non_exhaustive()
     }
 }
 
@@ -95,7 +99,29 @@ impl Intervention {
             let (layers, template) = template.map_err(|error| error.within(&format!("edits.{at}")))?;
             edits.push((layers, edit.clone(), template));
         }
-        Ok(Self { edits, decode })
+        if let Some(sparse) = &config.sparse {
+            (0..model.layers.len()).try_for_each(|layer| {
+                let checked = sparse.check_layer(model.config().mechanism(layer), model.boundaries.is_some());
+                checked.map_err(|error| error.within("sparse"))
+            })?;
+        }
+        // Nothing is trained through it but the predictor itself, which does not go through here.
+        let predictor = model.boundaries.as_ref().map(|predictor| Arc::new(predictor.valid()));
+        let sparse = config.sparse.clone().map(|sparse| Sparse::Config(sparse, predictor));
+        Ok(Self { edits, sparse, decode })
+    }
+
+    /// Which keys queries read, where it is not all of them.
+    pub fn sparse(&self) -> Option<&Sparse> {
+        self.sparse.as_ref()
+    }
+
+    /// The settings of that.
+    pub fn sparse_config(&self) -> Option<&SparseConfig> {
+        match &self.sparse {
+            Some(Sparse::Config(config, _)) => Some(config),
+            _ => None,
+        }
     }
 
     /// The first span that depends on whose tokens are whose, where there is one.

@@ -1,6 +1,7 @@
 //! The tiles against the plain form, and the plain form against the definition.
 
 use super::*;
+use crate::BlockMask;
 use crate::comparison::{Tolerance, assert_tensors_close};
 use crate::testing::{agree, every_subset_of_gradients, normal, numbers};
 use burn::tensor::Device;
@@ -143,7 +144,7 @@ pub(super) fn case(batch: usize, heads: usize, key_heads: usize, seq: usize, wid
 }
 
 /// A mask of every kind that tiles take.
-pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 9] {
+pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 11] {
     let ids: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 50) as u32).collect();
     let pieces: Vec<u32> = (0..batch * seq).map(|i| (i % seq / 20 % 3) as u32).collect();
     let turns: Vec<bool> = (0..batch * seq).map(|i| i / 17 % 2 == 0).collect();
@@ -158,7 +159,16 @@ pub(super) fn masks(batch: usize, seq: usize) -> [Mask; 9] {
         Mask::causal().with_window(seq.div_ceil(3)),
         Mask::none().with_window(9).with_lengths(&lengths),
         Mask::causal().with_window(33).with_documents(&pieces),
+        Mask::none().with_blocks(block_mask([1, 1], seq, [40, 24])),
+        Mask::causal().with_documents(&ids).with_blocks(block_mask([batch, 1], seq, [16, 5])),
     ]
+}
+
+/// About a third of all blocks; some queries see nothing.
+fn block_mask(heads: [usize; 2], seq: usize, blocks: [usize; 2]) -> BlockMask {
+    let count = heads[0] * heads[1] * seq.div_ceil(blocks[0]) * seq.div_ceil(blocks[1]);
+    let seen: Vec<bool> = (0..count).map(|at| at * at * 7 % 13 < 4).collect();
+    BlockMask::of_blocks(&seen, heads, [seq, seq], blocks)
 }
 
 /// Leaves in the memory layout of projections: by position, not by head.
@@ -222,6 +232,41 @@ fn tiles_agree_over_awkward_shapes_and_masks() {
             compare(&case(batch, heads, key_heads, seq, width), &options);
         }
     }
+}
+
+#[test]
+fn blocks_of_every_head_with_sinks_selected_rows_and_cached_keys() {
+    let mask = Mask::causal().with_blocks(block_mask([2, 6], 300, [130, 32]));
+    let selected = Some(Arc::new(SelectedRows::new(&choices(2, 300, 6), [2, 300, 6])));
+    for selected in [None, selected] {
+        let options = AttentionOptions { mask: Some(&mask), sinks: Some(sinks(6)), selected, ..Default::default() };
+        compare(&case(2, 6, 3, 300, 8), &options);
+    }
+    for (queries, cached) in [(1, 299), (140, 160)] {
+        let case = Case { queries, keys: 300, ..case(2, 6, 2, 0, 8) };
+        compare(&case, &AttentionOptions { mask: Some(&mask), query_offset: cached, ..Default::default() });
+    }
+}
+
+/// What no block shows is not a number here: nobody reads it.
+#[test]
+fn hidden_blocks_are_never_read() {
+    let blocks = BlockMask::of_blocks(&[true, false, true, false, false, true], [1, 1], [256, 600], [128, 200]);
+    let mask = Mask::none().with_blocks(blocks);
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let (q, k, v) = (leaf(1, 2, 256, 8), leaf(1, 1, 600, 8), leaf(1, 1, 600, 8));
+    let run = |elsewhere: f32| {
+        // The second block of keys is hidden from all queries.
+        let with = |x: &Tensor<4>| {
+            let middle = Tensor::full([1, 1, 200, 8], elsewhere, &x.device().inner());
+            Tensor::from_inner(x.clone().inner().slice_assign([0..1, 0..1, 200..400, 0..8], middle)).require_grad()
+        };
+        let (k, v) = (with(&k), with(&v));
+        let out = attention(q.clone(), k.clone(), v.clone(), &options).hidden;
+        let grads = out.clone().square().sum().backward();
+        (numbers(out), [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))))
+    };
+    assert!(run(0.0) == run(f32::NAN));
 }
 
 /// Logits of sinks from far below the scores to far above, as a leaf.

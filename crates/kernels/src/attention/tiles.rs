@@ -58,14 +58,21 @@ impl Plan {
     }
 
     /// The blocks of queries that a head computes in a row of the batch.
-    fn blocks(&self, b: usize, h: usize, queries: usize) -> Vec<Rows<'_>> {
+    fn blocks(&self, b: usize, h: usize) -> Vec<Rows<'_>> {
         match &self.selected {
             Some(selected) => selected.blocks(b, h, QUERIES).collect(),
             None => {
-                let span = |from: usize| Rows::Span { from, len: QUERIES.min(queries - from) };
-                (0..queries).step_by(QUERIES).map(span).collect()
+                let cuts = self.visible.cuts([b, h], QUERIES).into_iter();
+                cuts.map(|cut| Rows::Span { from: cut.start, len: cut.len() }).collect()
             }
         }
+    }
+
+    /// The keys of `within` that any of these queries of a head may see, in spans.
+    fn spans(&self, of: [usize; 2], rows: Rows<'_>, within: Range<usize>) -> Vec<Range<usize>> {
+        let reach = reach(&self.visible, of[0], rows);
+        let reach = reach.start.max(within.start)..reach.end.min(within.end);
+        if reach.is_empty() { Vec::new() } else { self.visible.spans(of, rows.queries(), reach) }
     }
 }
 
@@ -163,9 +170,10 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, sinks: Option<&[f32]>, plan:
                 soften(&mut scores, cap);
             }
             let mut weights = vec![0.0; queries * keys];
-            for query in plan.blocks(0, head, queries).into_iter().flat_map(Rows::queries) {
+            for query in plan.blocks(0, head).into_iter().flat_map(Rows::queries) {
                 let of_query = query * keys..(query + 1) * keys;
-                softmax_of_visible(&mut scores[of_query.clone()], &plan.visible, query, sinks.map(|sinks| sinks[head]));
+                let sink = sinks.map(|sinks| sinks[head]);
+                softmax_of_visible(&mut scores[of_query.clone()], &plan.visible, [head, query], sink);
                 weights[of_query.clone()].copy_from_slice(&scores[of_query]);
             }
             weights
@@ -175,15 +183,18 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, sinks: Option<&[f32]>, plan:
 }
 
 /// One row of the first row of the batch, in place.
-fn softmax_of_visible(row: &mut [f32], visible: &Visible, query: usize, sink: Option<f32>) {
+fn softmax_of_visible(row: &mut [f32], visible: &Visible, [head, query]: [usize; 2], sink: Option<f32>) {
     let range = visible.range(0, query);
     row[..range.start].fill(0.0);
     row[range.end..].fill(0.0);
     let seen = &mut row[range.clone()];
-    visible.hide_inside(0, query, range.clone(), seen, f32::NEG_INFINITY);
+    visible.hide_inside([0, head], query, range.clone(), seen, f32::NEG_INFINITY);
     let largest = simd::max(seen).max(sink.unwrap_or(f32::NEG_INFINITY));
+    if seen.iter().all(|score| *score == f32::NEG_INFINITY) {
+        return seen.fill(0.0);
+    }
     let total = simd::exp_shifted(seen, largest) + sink.map_or(0.0, |sink| simd::exp(sink - largest));
-    visible.hide_inside(0, query, range, seen, 0.0);
+    visible.hide_inside([0, head], query, range, seen, 0.0);
     simd::scale(seen, 1.0 / total);
 }
 

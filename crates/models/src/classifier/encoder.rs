@@ -152,7 +152,11 @@ impl Encoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let _span = tracing::info_span!("layer", index).entered();
             let own = sites.of_layer(index, 0);
-            let call = Call { observe: observe.clone(), sites: Sites(own.as_ref()), ..Call::new(&mask) };
+            let call = Call {
+                observe: observe.clone(),
+                sites: Sites { own: own.as_ref(), ..Sites::default() },
+                ..Call::new(&mask)
+            };
             let attended = self.through(&pass, layer, hidden, call);
             taps.extend(own.into_iter().flat_map(|own| Tap::of_layer(index, own)));
             hidden = attended.hidden;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use polyhead_attention::sparse::SparseConfig;
 use polyhead_attention::{ConfigError, QuerySite, Site, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,9 @@ pub struct InterventionConfig {
     /// The changes; those of one site are made in this order.
     #[serde(default)]
     pub edits: Vec<EditConfig>,
+    /// Which keys queries read, where it is not all of them: one of shifted, blocks, dhsa, rectified and h2o. Default: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparse: Option<SparseConfig>,
 }
 
 /// A change at one site.
@@ -203,7 +207,12 @@ impl InterventionConfig {
     /// # Errors
     /// Names the field, its value, the rule and the way out.
     pub fn validate(&self, nearest: &dyn Fn(&str, &[&str]) -> Option<String>) -> Result<(), ConfigError> {
-        require(!self.edits.is_empty(), "edits", || "edits is empty: give at least one [[edits]]".into())?;
+        require(!self.edits.is_empty() || self.sparse.is_some(), "edits", || {
+            "edits is empty: give at least one [[edits]], or a table of [sparse]".into()
+        })?;
+        if let Some(sparse) = &self.sparse {
+            sparse.validate().map_err(|error| error.within("sparse"))?;
+        }
         if let (None, Some((at, key, name))) = (&self.tensors, self.tensor_names().next()) {
             let field = format!("edits.{at}.change.{key}");
             let problem = format!("{key} names the tensor \"{name}\", and tensors names no file that it could be in");

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use polyhead_attention::{Adapter, Adapters, Attended, Call, Mask, Observe, Rope};
+use polyhead_attention::sparse::Sparse;
+use polyhead_attention::{Adapter, Adapters, Attended, Call, Mask, Observe, Rope, Sites};
 use polyhead_kernels::{Leaf, PartGrads, RandomState, Rerun, checkpointed};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -72,7 +73,7 @@ impl Block {
         if !hidden.is_autodiff()
             || call.cache.is_some()
             || !matches!(call.observe, Observe::Nothing)
-            || call.sites.0.is_some()
+            || call.sites.own.is_some()
             || call.adapters.0.iter().any(|adapter| made(&adapter.a) || made(&adapter.b))
         {
             return self.forward(hidden, call, config, computing);
@@ -87,6 +88,7 @@ impl Block {
             mask: call.mask.clone(),
             bias: call.bias.cloned(),
             grid: call.grid,
+            sparse: call.sites.sparse.cloned(),
             config: config.clone(),
             computing,
             random: RandomState::now(),
@@ -134,6 +136,7 @@ struct Part {
     mask: Mask,
     bias: Option<Tensor<4>>,
     grid: Option<[usize; 2]>,
+    sparse: Option<Sparse>,
     config: TransformerConfig,
     computing: Computing,
     random: RandomState,
@@ -158,6 +161,7 @@ impl Part {
             rope: self.rope.as_ref(),
             bias: self.bias.as_ref(),
             grid: self.grid,
+            sites: Sites { sparse: self.sparse.as_ref(), ..Sites::default() },
             adapters: Adapters(adapters),
             ..Call::new(&self.mask)
         };

@@ -8,7 +8,7 @@ use std::ops::Range;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{KEYS, Plan, QUERIES, inside, reach, soften};
+use super::{KEYS, Plan, QUERIES, inside, soften};
 use crate::cpu::{self, View};
 use crate::differentiable::Wanted;
 use crate::matrix::{Matrix, MatrixMut, product};
@@ -89,8 +89,7 @@ fn sink_grads(sinks: &[f32], facts: &[f32], deltas: &[f32], plan: &Plan, [batch,
             let at = (b * sinks.len() + h) * queries + query;
             f64::from(simd::exp(sink - facts[at]) * deltas[at])
         };
-        let of_row =
-            |b| plan.blocks(b, h, queries).into_iter().flat_map(Rows::queries).map(move |query| of_query(b, query));
+        let of_row = |b| plan.blocks(b, h).into_iter().flat_map(Rows::queries).map(move |query| of_query(b, query));
         -(0..batch).flat_map(of_row).sum::<f64>() as f32
     };
     sinks.par_iter().enumerate().map(of_head).collect()
@@ -111,7 +110,7 @@ fn deltas(output: View<'_>, output_grad: View<'_>, plan: &Plan) -> Vec<f32> {
     let mut deltas = vec![0.0; batch * heads * queries];
     deltas.par_chunks_mut(queries.max(1)).enumerate().for_each(|(task, deltas)| {
         let (b, h) = (task / heads, task % heads);
-        for query in plan.blocks(b, h, queries).into_iter().flat_map(Rows::queries) {
+        for query in plan.blocks(b, h).into_iter().flat_map(Rows::queries) {
             deltas[query] = simd::dot(output.row(b, h, query), output_grad.row(b, h, query));
         }
     });
@@ -210,14 +209,11 @@ impl<'a> Call<'a> {
 
     fn run(&self, part: &Part<'_>, workspace: &mut Workspace) {
         let mut grads = self.grads(part);
-        let queries = self.views[0].shape[2];
         for from in part.keys.clone().step_by(KEYS) {
             let block = from..(from + KEYS).min(part.keys.end);
             for (index, &h) in part.family.iter().enumerate() {
-                for rows in self.plan.blocks(part.b, h, queries) {
-                    let reach = reach(&self.plan.visible, part.b, rows);
-                    let keys = reach.start.max(block.start)..reach.end.min(block.end);
-                    if !keys.is_empty() {
+                for rows in self.plan.blocks(part.b, h) {
+                    for keys in self.plan.spans([part.b, h], rows, block.clone()) {
                         let q_grad = grads.q.get_mut(index);
                         let (k_grads, v_grads) = (&mut grads.k, &mut grads.v);
                         let tile = Tile { b: part.b, h, rows, keys, chunk_from: part.keys.start };
@@ -271,7 +267,7 @@ impl<'a> Call<'a> {
             }
             simd::exp_only(weights, self.facts[fact]);
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
-            plan.visible.hide_inside(b, query, seen_keys, weights, 0.0);
+            plan.visible.hide_inside([b, h], query, seen_keys, weights, 0.0);
             if of_scores {
                 let score_grads = &mut score_grads[row];
                 hide(score_grads);

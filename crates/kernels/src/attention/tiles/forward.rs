@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{FACTS, KEYS, LARGEST, Plan, QUERIES, inside, reach, soften};
+use super::{FACTS, KEYS, LARGEST, Plan, QUERIES, inside, soften};
 use crate::cpu::{self, View};
 use crate::matrix::{Matrix, MatrixMut, Product, product};
 use crate::scratch::{ScratchBuffer, Shared, write_zeros};
@@ -27,7 +27,7 @@ pub(super) fn forward([q, k, v]: [View<'_>; 3], sinks: Option<&[f32]>, plan: &Pl
     let shared = Shared::new(output.unwritten());
     let every_head = (0..batch).flat_map(|b| (0..heads).map(move |h| [b, h]));
     let tasks: Vec<([usize; 2], Rows<'_>)> =
-        every_head.flat_map(|[b, h]| plan.blocks(b, h, queries).into_iter().map(move |rows| ([b, h], rows))).collect();
+        every_head.flat_map(|[b, h]| plan.blocks(b, h).into_iter().map(move |rows| ([b, h], rows))).collect();
     tasks.into_par_iter().for_each_init(
         || Workspace {
             tile: ScratchBuffer::new(QUERIES * KEYS),
@@ -167,9 +167,8 @@ fn forward_block(
     let start = Running { largest: f32::NEG_INFINITY, total: 0.0, weighted: 0.0, first: 0.0 };
     let mut running = [start; QUERIES];
     let mut scores = if plan.measure { vec![0.0; KEYS] } else { Vec::new() };
-    let reach = reach(&plan.visible, b, rows);
-    for from in reach.clone().step_by(KEYS) {
-        let keys = from..(from + KEYS).min(reach.end);
+    let spans = plan.spans([b, h], rows, 0..k.shape[2]);
+    for keys in spans.iter().flat_map(|span| span.clone().step_by(KEYS).map(|from| from..(from + KEYS).min(span.end))) {
         let n = keys.len();
         let keys_here = k.rows(b, plan.key_of[h], keys.clone());
         let tile = product(queries_here, keys_here.transposed()).scaled(plan.scale).write_into(tile.unwritten());
@@ -183,7 +182,7 @@ fn forward_block(
             if let Some(cap) = plan.softcap {
                 soften(&mut row[seen.clone()], cap);
             }
-            let keep = advance(&mut running[r], &mut row[seen], plan, [b, query], seen_keys, first_key, &mut scores);
+            let keep = advance(&mut running[r], &mut row[seen], plan, [b, h, query], seen_keys, first_key, &mut scores);
             if keep != 1.0 {
                 sums.scale(r, keep);
             }
@@ -224,7 +223,7 @@ fn advance(
     running: &mut Running,
     seen: &mut [f32],
     plan: &Plan,
-    [b, query]: [usize; 2],
+    [b, h, query]: [usize; 3],
     keys: Range<usize>,
     first_key: bool,
     scores: &mut [f32],
@@ -232,7 +231,7 @@ fn advance(
     if seen.is_empty() {
         return 1.0;
     }
-    plan.visible.hide_inside(b, query, keys.clone(), seen, f32::NEG_INFINITY);
+    plan.visible.hide_inside([b, h], query, keys.clone(), seen, f32::NEG_INFINITY);
     let largest = simd::max(seen);
     // Not a number is no reason to be silent: it has to reach the loss.
     if largest == f32::NEG_INFINITY && !seen.iter().any(|score| score.is_nan()) {
@@ -245,7 +244,7 @@ fn advance(
         scores[..seen.len()].copy_from_slice(seen);
     }
     let total = simd::exp_shifted(seen, shift);
-    plan.visible.hide_inside(b, query, keys, seen, 0.0);
+    plan.visible.hide_inside([b, h], query, keys, seen, 0.0);
     running.largest = shift;
     running.total = running.total * keep + total;
     if plan.measure {
