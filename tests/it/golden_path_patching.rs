@@ -4,8 +4,8 @@
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{KvHead, KvSite, Positions, QueryHead, QuerySite, Site, StreamSite};
 use polyhead_evaluation::edges::{Reader, Steps, Writer, edge_scores, node_scores, parts};
-use polyhead_evaluation::patching::{Pair, Receiver, Runs, check, z_gradients};
-use polyhead_models::{Decoder, DecoderConfig};
+use polyhead_evaluation::patching::{Receiver, Runs, effect, z_gradients};
+use polyhead_models::{Decoder, DecoderConfig, PromptPair};
 use serde_json::{Value, json};
 
 use crate::golden::{Golden, compare, files, size, values};
@@ -41,10 +41,10 @@ fn check_file(golden: &Golden) {
     config.beside_the_point(&["tokens", "prompts", "score_sign"]);
     let plain = model(golden, &Device::flex());
     let [clean, corrupt] = ["tokens.clean", "tokens.corrupt"].map(|key| rows(file, key));
-    let pairs: Vec<Pair> = (clean.into_iter().zip(corrupt).zip(rows(file, "answers")))
-        .map(|((clean, corrupt), answers)| Pair { clean, corrupt, right: answers[0], wrong: answers[1] })
+    let pairs: Vec<PromptPair> = (clean.into_iter().zip(corrupt).zip(rows(file, "answers")))
+        .map(|((clean, corrupt), answers)| PromptPair { clean, corrupt, right: answers[0], wrong: answers[1] })
         .collect();
-    check(&pairs, plain.vocab_size()).unwrap();
+    pairs.iter().for_each(|pair| pair.check(plain.vocab_size()).unwrap());
     let same = |key: &str, got: &[f32], tolerance: f32| {
         compare(name, key, &file[key].values, got, tolerance, false);
     };
@@ -67,13 +67,15 @@ fn check_file(golden: &Golden) {
         same(key, &values(Tensor::cat(all.collect(), 1)), LOGITS);
     }
 
-    let each = |of: &dyn Fn(usize, QueryHead) -> f64| -> Vec<f64> {
-        (0..layers * heads).map(|at| of(at / heads, QueryHead(at % heads))).collect()
+    let mean = |of_pairs: &[f64]| of_pairs.iter().sum::<f64>() / pairs.len() as f64;
+    let each = |of: &dyn Fn(usize, QueryHead) -> Vec<f64>| -> Vec<f64> {
+        (0..layers * heads).map(|at| mean(&of(at / heads, QueryHead(at % heads)))).collect()
     };
+    let ends = runs.differences.each_ref().map(|side| mean(side));
     for (which, positions) in [("last", runs.last()), ("all", Positions::All)] {
         let patched = each(&|layer, head| runs.patch_head(layer, head, positions.clone()));
         same(&format!("act_patch.{which}.ld"), &narrow(&patched), EFFECTS);
-        let effects: Vec<f64> = patched.iter().map(|&ld| runs.effect(ld)).collect();
+        let effects: Vec<f64> = patched.iter().map(|&ld| effect(ld, ends)).collect();
         same(&format!("act_patch.{which}.effect"), &narrow(&effects), EFFECTS);
     }
 
@@ -84,12 +86,9 @@ fn check_file(golden: &Golden) {
     let of_heads = |of: &dyn Fn(usize) -> Tensor<4>| -> Vec<f32> {
         (0..layers).flat_map(|layer| values(of(layer).sum_dim(0).sum_dim(2).sum_dim(3))).collect()
     };
-    let change = |layer: usize| {
-        let [clean, corrupt] = runs.z(layer);
-        (corrupt - clean) * gradients[layer].clone()
-    };
-    same("attr.effect_ld", &of_heads(&change), EFFECTS);
-    same("attr.effect_ld_last", &of_heads(&|layer| change(layer).narrow(2, runs.seq - 1, 1)), EFFECTS);
+    let attribution = |position| narrow(&runs.attribution(&gradients, position).concat());
+    same("attr.effect_ld", &attribution(None), EFFECTS);
+    same("attr.effect_ld_last", &attribution(Some(runs.seq - 1)), EFFECTS);
     same("gate.grad", &of_heads(&|layer| runs.z(layer)[0].clone() * gradients[layer].clone()), EFFECTS);
 
     for spec in config["path_specs"].as_array().unwrap() {
@@ -98,7 +97,8 @@ fn check_file(golden: &Golden) {
             .map(|receiver| named_receiver(receiver, spec["component"].as_str().unwrap()))
             .collect();
         let freeze = spec["freeze_mlps"].as_bool().unwrap();
-        let effects = each(&|layer, head| runs.patch_path((layer, head), &receivers, freeze));
+        let patched = each(&|layer, head| runs.patch_path((layer, head), &receivers, freeze));
+        let effects: Vec<f64> = patched.iter().map(|&ld| effect(ld, ends)).collect();
         let key = format!("path.{}", spec["name"].as_str().unwrap());
         same(&key, &narrow(&effects), EFFECTS);
         // As released, a head's output as receiver is overwritten by what is frozen.
@@ -128,7 +128,7 @@ fn named_receiver(receiver: &Value, component: &str) -> Receiver {
     }
 }
 
-fn check_edges(golden: &Golden, model: &Decoder, pairs: &[Pair], [layers, heads]: [usize; 2]) {
+fn check_edges(golden: &Golden, model: &Decoder, pairs: &[PromptPair], [layers, heads]: [usize; 2]) {
     let Golden { name, config, tensors: file, .. } = golden;
     let (writers, readers) = parts(layers, heads);
     let writer = |writer: &Writer| match writer {

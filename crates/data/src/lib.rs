@@ -21,6 +21,7 @@ mod guard;
 pub mod long_context;
 mod options;
 mod problem;
+mod prompt_pairs;
 mod random;
 mod source;
 pub mod synthetic;
@@ -43,6 +44,7 @@ pub use examples::{
 };
 pub use options::{OpenOptions, Packing, Tracking};
 pub use problem::Problem;
+pub use prompt_pairs::{PairTask, Prompt, WrittenPair, generate_pairs, read_prompt_pairs};
 pub use source::{Data, Modality, Opening, Origin, Source, Yields};
 pub use texts::{Documents, FromFiles, TextDocument};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};

@@ -15,10 +15,10 @@ use burn::tensor::{DType, Tensor};
 use polyhead_attention::{Attention, KvSite, Mask, QuerySite, Site, Softmax, StreamSite};
 use polyhead_kernels::in_type;
 use polyhead_models::sites::SitePlan;
-use polyhead_models::{Decoder, Pass, surgery};
+use polyhead_models::{Block, Decoder, Pass, PromptPair, surgery};
 
 use crate::lens::ids;
-use crate::patching::{Pair, gradients};
+use crate::patching::gradients;
 
 /// Between which points gradients are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl Steps {
 }
 
 /// A part that writes to the residual stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Writer {
     /// The token embedding.
     Input,
@@ -58,7 +58,7 @@ pub enum Writer {
 }
 
 /// A part that reads the residual stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reader {
     /// Queries (0), keys (1) or values (2) of a query head.
     Head(usize, usize, usize),
@@ -105,72 +105,80 @@ pub struct EdgeScores {
 }
 
 /// Scores all edges, for a model of softmax attention on a device with autodiff; `None` for another.
-pub fn edge_scores(model: &Decoder, pairs: &[Pair], steps: Steps) -> Option<EdgeScores> {
+pub fn edge_scores(model: &Decoder, pairs: &[PromptPair], steps: Steps) -> Option<EdgeScores> {
     scores(model, pairs, steps, true)
 }
 
 /// `[writers]`: the scores of nodes alone, which cost one forward and one backward a step.
-pub fn node_scores(model: &Decoder, pairs: &[Pair], steps: Steps) -> Option<Vec<f64>> {
+pub fn node_scores(model: &Decoder, pairs: &[PromptPair], steps: Steps) -> Option<Vec<f64>> {
     scores(model, pairs, steps, false).map(|scores| scores.nodes)
 }
 
-fn scores(model: &Decoder, pairs: &[Pair], steps: Steps, with_edges: bool) -> Option<EdgeScores> {
-    // With keys and values of its own for every query head, which share no gradients.
-    let model = &surgery::expanded(model).ok()?;
-    let softmax = |layer: usize| match &model.layers[layer].attention {
-        Attention::Softmax(softmax) => Some(softmax),
-        _ => None,
-    };
+fn scores(model: &Decoder, pairs: &[PromptPair], steps: Steps, with_edges: bool) -> Option<EdgeScores> {
+    let (model, heads) = &separate_heads(model)?;
     let layers = model.layers.len();
-    let heads = softmax(0)?.query_heads();
-    (0..layers).all(|layer| softmax(layer).is_some_and(|own| own.query_heads() == heads)).then_some(())?;
-    let rows = |of: fn(&Pair) -> &Vec<u32>| pairs.iter().map(|pair| of(pair).clone()).collect::<Vec<_>>();
+    let rows = |of: fn(&PromptPair) -> &Vec<u32>| pairs.iter().map(|pair| of(pair).clone()).collect::<Vec<_>>();
     let (clean, corrupt) = (rows(|pair| &pair.clean), rows(|pair| &pair.corrupt));
-    let (writers, mut readers) = parts(layers, heads);
+    let (writers, mut readers) = parts(layers, *heads);
     readers.retain(|_| with_edges);
-    let [own, other] = [&clean, &corrupt].map(|rows| written(model, rows, &writers));
-    let changes: Vec<Tensor<3>> = own.into_iter().zip(other).map(|(clean, corrupt)| corrupt - clean).collect();
+    let [own, other] = [&clean, &corrupt].map(|rows| stacked(written(model, rows, &writers)));
+    let changes = other - own;
 
     let [from, to] = [&corrupt, &clean].map(|rows| model.embed(ids(model, rows)).detach());
     let points = steps.points();
-    let (mut of_readers, mut of_writers): (Vec<Tensor<3>>, Vec<Tensor<3>>) = (Vec::new(), Vec::new());
-    let add = |sums: &mut Vec<Tensor<3>>, new: Vec<Tensor<3>>| match sums.is_empty() {
-        true => *sums = new,
-        false => sums.iter_mut().zip(new).for_each(|(sum, new)| *sum = sum.clone() + new),
+    let at = |share: &f64| {
+        let embedded = from.clone() + (to.clone() - from.clone()) * *share;
+        let (of_readers, of_writers) = at_point(model, &clean, pairs, embedded, (&readers, &writers));
+        (with_edges.then(|| stacked(of_readers)), stacked(of_writers))
     };
-    for &share in &points {
-        let embedded = from.clone() + (to.clone() - from.clone()) * share;
-        let (readers, writers) = at_point(model, &clean, pairs, embedded, (&readers, &writers));
-        add(&mut of_readers, readers);
-        add(&mut of_writers, writers);
-    }
     // The gradient is that of the mean over pairs already.
-    let dot = |a: &Tensor<3>, b: &Tensor<3>| -> f64 {
-        let product = a.clone() * b.clone();
-        f64::from(product.sum().into_scalar::<f32>()) / points.len() as f64
+    let (of_readers, of_writers) =
+        points.iter().map(at).reduce(|(a, b), (c, d)| (a.zip(c).map(|(a, c)| a + c), b + d)).expect("there is a point");
+    let count = points.len() as f64;
+    let numbers = |x: Tensor<2>| x.into_data().iter::<f64>().map(|score| score / count).collect::<Vec<f64>>();
+    let nodes = numbers((changes.clone() * of_writers).sum_dim(1));
+    let all = of_readers.map_or_else(Vec::new, |grads| numbers(changes.matmul(grads.transpose())));
+    let mut edges: Vec<Vec<f64>> = all.chunks(readers.len().max(1)).map(<[f64]>::to_vec).collect();
+    let mut released_mlps = Vec::new();
+    for (writer, row) in writers.iter().zip(&mut edges) {
+        for (reader, score) in readers.iter().zip(row) {
+            if matches!((writer, reader), (Writer::Mlp(from), Reader::Mlp(to)) if from == to) {
+                released_mlps.push(*score);
+            }
+            if !writer.reaches(*reader) {
+                *score = 0.0;
+            }
+        }
+    }
+    Some(EdgeScores { edges, nodes, released_mlps })
+}
+
+/// The model with keys and values of its own for every query head, which share no gradients, and its heads in a layer. `None` where
+/// it has other attention than softmax, layers of different heads, or feed-forward layers beside attention.
+pub(crate) fn separate_heads(model: &Decoder) -> Option<(Decoder, usize)> {
+    let model = surgery::expanded(&model.clone().merged()).ok().filter(|model| !model.config().parallel_residual)?;
+    let heads = |block: &Block| match &block.attention {
+        Attention::Softmax(softmax) => Some(softmax.query_heads()),
+        _ => None,
     };
-    let edge = |(writer, change): (&Writer, &Tensor<3>)| -> Vec<f64> {
-        let score =
-            |(reader, grad): (&Reader, &Tensor<3>)| if writer.reaches(*reader) { dot(change, grad) } else { 0.0 };
-        readers.iter().zip(&of_readers).map(score).collect()
-    };
-    let edges = writers.iter().zip(&changes).map(edge).collect();
-    let nodes = changes.iter().zip(&of_writers).map(|(change, grad)| dot(change, grad)).collect();
-    let released = |layer: usize| {
-        let change = writers.iter().position(|writer| *writer == Writer::Mlp(layer))?;
-        let grad = readers.iter().position(|reader| *reader == Reader::Mlp(layer))?;
-        Some(dot(&changes[change], &of_readers[grad]))
-    };
-    Some(EdgeScores { edges, nodes, released_mlps: (0..layers).filter_map(released).collect() })
+    let first = heads(&model.layers[0])?;
+    model.layers.iter().all(|block| heads(block) == Some(first)).then_some((model, first))
+}
+
+/// `[parts, pairs * seq * d_model]`
+fn stacked(parts: Vec<Tensor<3>>) -> Tensor<2> {
+    let size = parts.first().map_or(0, |part| part.dims().iter().product());
+    Tensor::cat(parts.into_iter().map(|part| part.reshape([1, size])).collect(), 0)
 }
 
 /// `[pairs, seq, d_model]`: what each part writes.
-fn written(model: &Decoder, rows: &[Vec<u32>], writers: &[Writer]) -> Vec<Tensor<3>> {
+pub(crate) fn written(model: &Decoder, rows: &[Vec<u32>], writers: &[Writer]) -> Vec<Tensor<3>> {
     let sites: [Site; 3] = [StreamSite::ResidPre.into(), QuerySite::Result.into(), StreamSite::MlpOut.into()];
     let taps = crate::lens::read(model, rows, &sites);
     let of = |layer: usize, site: Site| {
         let tap = taps.iter().find(|tap| tap.layer == layer && tap.site == site).expect("read in every layer");
-        in_type(tap.values.clone(), DType::F32).inner()
+        let values = in_type(tap.values.clone(), DType::F32);
+        if values.is_autodiff() { values.inner() } else { values }
     };
     let part = |writer: &Writer| match *writer {
         Writer::Input => of(0, sites[0]).squeeze_dim::<3>(1),
@@ -184,7 +192,7 @@ fn written(model: &Decoder, rows: &[Vec<u32>], writers: &[Writer]) -> Vec<Tensor
 fn at_point(
     model: &Decoder,
     rows: &[Vec<u32>],
-    pairs: &[Pair],
+    pairs: &[PromptPair],
     embedded: Tensor<3>,
     (readers, writers): (&[Reader], &[Writer]),
 ) -> (Vec<Tensor<3>>, Vec<Tensor<3>>) {

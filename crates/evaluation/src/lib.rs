@@ -1,7 +1,9 @@
 //! Evaluation beyond the loss: questions asked and answers scored, uncertainty, what layers and heads do. This crate knows
 //! models, but neither files nor where questions come from.
 
+pub mod ablation;
 pub mod answers;
+pub mod circuit;
 pub mod context_score;
 pub mod copy_suppression;
 pub mod edges;
@@ -10,6 +12,7 @@ pub mod eigenscore;
 pub mod hallucination;
 pub mod head_importance;
 pub mod head_scores;
+pub mod head_sets;
 pub mod heads;
 pub mod lens;
 pub mod likelihood;

@@ -3,8 +3,8 @@
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
 
-/// Of the next tokens of some texts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Of some predictions.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Predictions {
     /// Nats per token.
     pub loss: f64,
@@ -17,12 +17,18 @@ pub struct Predictions {
 /// Compares what was predicted, `[batch, seq, vocab]` logits, with the tokens that follow, `[batch, seq]`, and with the clean logits.
 /// Nothing follows the last position, which is left out.
 pub fn predictions(clean: &Tensor<3>, changed: &Tensor<3>, tokens: &Tensor<2, Int>) -> Predictions {
-    let [batch, seq, _] = changed.dims();
-    let before = |logits: &Tensor<3>| log_softmax(logits.clone().narrow(1, 0, seq - 1), 2);
-    let (clean, changed) = (before(clean), before(changed));
-    let targets = tokens.clone().narrow(1, 1, seq - 1).reshape([batch, seq - 1, 1]);
-    let mean = |x: Tensor<3>| f64::from(x.mean().into_scalar::<f32>());
-    let right = changed.clone().argmax(2).equal(targets.clone()).float();
-    let kl = (clean.clone().exp() * (clean - changed.clone())).sum_dim(2);
-    Predictions { loss: -mean(changed.gather(2, targets)), accuracy: mean(right), kl: mean(kl) }
+    let [batch, seq, vocab] = changed.dims();
+    let before = |logits: &Tensor<3>| logits.clone().narrow(1, 0, seq - 1).reshape([batch * (seq - 1), vocab]);
+    let targets = tokens.clone().narrow(1, 1, seq - 1).reshape([batch * (seq - 1)]);
+    predictions_of(&before(clean), &before(changed), targets)
+}
+
+/// The same of `[targets, vocab]` logits.
+pub fn predictions_of(clean: &Tensor<2>, changed: &Tensor<2>, targets: Tensor<1, Int>) -> Predictions {
+    let [clean, changed] = [clean, changed].map(|logits| log_softmax(logits.clone(), 1));
+    let targets = targets.unsqueeze_dim::<2>(1);
+    let mean = |x: Tensor<2>| f64::from(x.mean().into_scalar::<f32>());
+    let right = changed.clone().argmax(1).equal(targets.clone()).float();
+    let kl = (clean.clone().exp() * (clean - changed.clone())).sum_dim(1);
+    Predictions { loss: -mean(changed.gather(1, targets)), accuracy: mean(right), kl: mean(kl) }
 }

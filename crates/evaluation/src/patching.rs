@@ -9,33 +9,32 @@
 //! (feed-forward layers too, if they are frozen), of which the receiver is kept; pass 2: the clean run with that receiver. All at the last
 //! position. The released code gives 0 where the receiver is a head's output, as its freezing overwrites what was kept; here it does not.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Tensor;
 use polyhead_attention::{
     Amount, At, Change, Edit, KvHead, KvSite, Mask, Positions, QueryHead, QuerySite, Site, StreamSite,
 };
 use polyhead_models::sites::{SitePlan, Tap};
-use polyhead_models::{ConfigError, Decoder, Pass, require};
+use polyhead_models::{Decoder, Pass, PromptPair};
 
 use crate::lens::ids;
 
-/// Two prompts of one length, and the tokens that tell them apart.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pair {
-    /// The prompt after which `right` is right.
-    pub clean: Vec<u32>,
-    /// The prompt in which what matters is another.
-    pub corrupt: Vec<u32>,
-    /// The token that is right after the clean prompt.
-    pub right: u32,
-    /// The token that is not.
-    pub wrong: u32,
+/// The pairs by groups of one length, each of about so many tokens at most: what is in memory at a time.
+pub fn groups(pairs: &[PromptPair], tokens: usize) -> Vec<Vec<PromptPair>> {
+    let mut by_length: BTreeMap<usize, Vec<PromptPair>> = BTreeMap::new();
+    pairs.iter().for_each(|pair| by_length.entry(pair.clean.len()).or_default().push(pair.clone()));
+    let cut = |(length, pairs): (&usize, &Vec<PromptPair>)| {
+        pairs.chunks((tokens / length.max(&1)).max(1)).map(<[_]>::to_vec).collect::<Vec<_>>()
+    };
+    by_length.iter().flat_map(cut).collect()
 }
 
 /// Pairs of one length, with the runs of both sides.
 #[derive(Debug)]
 pub struct Runs<'a> {
     model: &'a Decoder,
-    pairs: &'a [Pair],
+    pairs: &'a [PromptPair],
     /// Positions of each prompt.
     pub seq: usize,
     clean: Vec<Tap>,
@@ -71,33 +70,9 @@ impl Receiver {
     }
 }
 
-/// Refuses pairs that cannot be compared.
-///
-/// # Errors
-/// Names the pair and the rule.
-pub fn check(pairs: &[Pair], vocab: usize) -> Result<(), ConfigError> {
-    require(!pairs.is_empty(), "pairs", || "there are no pairs: give at least one".into())?;
-    for (at, pair) in pairs.iter().enumerate() {
-        let field = format!("pair {}", at + 1);
-        let [clean, corrupt] = [pair.clean.len(), pair.corrupt.len()];
-        require(clean == corrupt, &field, || {
-            format!("its clean prompt has {clean} tokens and its corrupt one {corrupt}: they must be of one length")
-        })?;
-        require(clean > 0, &field, || "its prompts have no tokens".into())?;
-        require(pair.right != pair.wrong, &field, || {
-            format!("its right and its wrong answer begin with the same token ({})", pair.right)
-        })?;
-        let all = pair.clean.iter().chain(&pair.corrupt).chain([&pair.right, &pair.wrong]);
-        if let Some(id) = all.into_iter().find(|&&id| id as usize >= vocab) {
-            return Err(ConfigError::new(field, format!("id {id} is not below the vocabulary ({vocab})")));
-        }
-    }
-    Ok(())
-}
-
 impl<'a> Runs<'a> {
-    /// Runs both sides of pairs of one length, which [`check`] has passed.
-    pub fn new(model: &'a Decoder, pairs: &'a [Pair]) -> Self {
+    /// Runs both sides of pairs of one length.
+    pub fn new(model: &'a Decoder, pairs: &'a [PromptPair]) -> Self {
         let seq = pairs[0].clean.len();
         let sites: [Site; 3] = [StreamSite::ResidPre.into(), QuerySite::Z.into(), StreamSite::MlpOut.into()];
         let run = |rows: Vec<Vec<u32>>| {
@@ -130,28 +105,31 @@ impl<'a> Runs<'a> {
         self.z(layer)[0].dims()[1]
     }
 
-    /// The mean LD of a clean run from `layer` on, under edits.
-    fn run_from(&self, layer: usize, edits: Vec<(usize, Edit)>) -> f64 {
+    /// `[pairs]`: LD of a clean run from `layer` on, under edits.
+    fn run_from(&self, layer: usize, edits: Vec<(usize, Edit)>) -> Vec<f64> {
         let hidden = self.values(&self.clean, layer, StreamSite::ResidPre).squeeze_dim::<3>(1);
         let (layers, mask) = (self.model.layers.len(), Mask::causal());
         let sites = SitePlan { edits, taps: Vec::new() };
         let hidden = self.model.run_layers(layer..layers, hidden, Pass { sites, ..Pass::new(&mask) }).hidden;
         let last = self.model.normed(hidden.narrow(1, self.seq - 1, 1));
         let logits = self.model.logits(last).squeeze_dim::<2>(1);
-        mean(&difference(&logits, self.pairs).into_data().iter::<f64>().collect::<Vec<_>>())
+        difference(&logits, self.pairs).into_data().iter::<f64>().collect()
     }
 
-    /// A mean LD as an effect.
-    pub fn effect(&self, difference: f64) -> f64 {
-        let [clean, corrupt] = [0, 1].map(|side| mean(&self.differences[side]));
-        (difference - clean) / (corrupt - clean)
-    }
-
-    /// The mean LD with the output of a head from the corrupt run, at some positions. It costs the layers from its own on.
-    pub fn patch_head(&self, layer: usize, head: QueryHead, positions: Positions) -> f64 {
+    /// `[pairs]`: LD with the output of a head from the corrupt run, at some positions. It costs the layers from its own on.
+    pub fn patch_head(&self, layer: usize, head: QueryHead, positions: Positions) -> Vec<f64> {
         let change = Change::replace(self.z(layer)[1].clone());
         let edit = Edit { positions, ..Edit::new(At::Query(QuerySite::Z, vec![head]), change) };
         self.run_from(layer, vec![(layer, edit)])
+    }
+
+    /// `[pairs]`: LD with heads switched off, at some positions.
+    pub fn knock_out(&self, heads: &[(usize, usize)], positions: &Positions) -> Vec<f64> {
+        let off = |&(layer, head): &(usize, usize)| {
+            let edit = Edit::new(At::Query(QuerySite::Z, vec![QueryHead(head)]), Change::scale(0.0));
+            (layer, Edit { positions: positions.clone(), ..edit })
+        };
+        self.run_from(0, heads.iter().map(off).collect())
     }
 
     /// The last position.
@@ -159,9 +137,9 @@ impl<'a> Runs<'a> {
         Positions::only(self.seq - 1)
     }
 
-    /// The effect of a head by the path to `receivers`, at the last position. 0 for heads that are not below them, and for receivers
-    /// themselves.
-    pub fn patch_path(&self, (layer, head): (usize, QueryHead), receivers: &[Receiver], freeze_mlps: bool) -> f64 {
+    /// `[pairs]`: LD with what a head changes by the path to `receivers` alone, at the last position. That of the clean run for heads
+    /// that are not below them, and for receivers themselves.
+    pub fn patch_path(&self, (layer, head): (usize, QueryHead), receivers: &[Receiver], freeze_mlps: bool) -> Vec<f64> {
         let lowest = receivers.iter().map(|receiver| receiver.layer()).min().unwrap_or(0);
         let outputs = |receiver: &Receiver, at: usize| match *receiver {
             Receiver::Query(layer, QuerySite::Z, head) if layer == at => Some(head),
@@ -171,7 +149,7 @@ impl<'a> Runs<'a> {
         if (layer >= lowest && !(stream && layer == lowest))
             || receivers.iter().any(|r| outputs(r, layer) == Some(head))
         {
-            return 0.0;
+            return self.differences[0].clone();
         }
         let mut edits = Vec::new();
         let mut replace = |layer: usize, at: At, values: Tensor<4>| {
@@ -204,26 +182,42 @@ impl<'a> Runs<'a> {
             let edit = Edit { positions: self.last(), ..Edit::new(receiver.at(), Change::replace(values)) };
             (receiver.layer(), edit)
         });
-        self.effect(self.run_from(lowest, received.collect()))
+        self.run_from(lowest, received.collect())
+    }
+
+    /// `[layers][heads]`: the first-order estimate of what patching a head changes in the mean LD, with [`z_gradients`] of these
+    /// pairs; at one position or at all.
+    pub fn attribution(&self, gradients: &[Tensor<4>], position: Option<usize>) -> Vec<Vec<f64>> {
+        let of_layer = |(layer, grad): (usize, &Tensor<4>)| {
+            let [clean, corrupt] = self.z(layer);
+            let product = (corrupt - clean) * grad.clone();
+            let product = match position {
+                Some(position) => product.narrow(2, position, 1),
+                None => product,
+            };
+            product.sum_dim(0).sum_dim(2).sum_dim(3).into_data().iter::<f64>().collect()
+        };
+        gradients.iter().enumerate().map(of_layer).collect()
     }
 }
 
+/// A mean LD as an effect, between those of the clean and the corrupt run.
+pub fn effect(difference: f64, [clean, corrupt]: [f64; 2]) -> f64 {
+    (difference - clean) / (corrupt - clean)
+}
+
 /// `[pairs]`: LD of logits at the last position, `[pairs, vocab]`.
-pub fn difference(logits: &Tensor<2>, pairs: &[Pair]) -> Tensor<1> {
-    let of = |(row, pair): (usize, &Pair)| {
+pub fn difference(logits: &Tensor<2>, pairs: &[PromptPair]) -> Tensor<1> {
+    let of = |(row, pair): (usize, &PromptPair)| {
         let of_token = |token: u32| logits.clone().narrow(0, row, 1).narrow(1, token as usize, 1).reshape([1]);
         of_token(pair.right) - of_token(pair.wrong)
     };
     Tensor::cat(pairs.iter().enumerate().map(of).collect(), 0)
 }
 
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
 /// `[pairs, heads, seq, head_dim]` of each layer: the gradient of the mean LD at the head outputs of the clean run, for a model on a
 /// device with autodiff. One forward and one backward for all heads.
-pub fn z_gradients(model: &Decoder, pairs: &[Pair]) -> Vec<Tensor<4>> {
+pub fn z_gradients(model: &Decoder, pairs: &[PromptPair]) -> Vec<Tensor<4>> {
     let rows: Vec<Vec<u32>> = pairs.iter().map(|pair| pair.clean.clone()).collect();
     let sites: Vec<(usize, Site)> = (0..model.layers.len()).map(|layer| (layer, QuerySite::Z.into())).collect();
     gradients(model, &rows, pairs, &sites, None)
@@ -233,7 +227,7 @@ pub fn z_gradients(model: &Decoder, pairs: &[Pair]) -> Vec<Tensor<4>> {
 pub(crate) fn gradients(
     model: &Decoder,
     rows: &[Vec<u32>],
-    pairs: &[Pair],
+    pairs: &[PromptPair],
     sites: &[(usize, Site)],
     embedded: Option<Tensor<3>>,
 ) -> Vec<Tensor<4>> {

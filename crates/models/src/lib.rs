@@ -22,6 +22,7 @@ mod mapped_file;
 pub mod mup;
 mod per_layer;
 mod pooling;
+mod prompt_pair;
 mod question;
 mod retrieval;
 mod rope_scaling;
@@ -59,6 +60,7 @@ pub use pooling::{
     GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,
     TrainablePoolingConfig,
 };
+pub use prompt_pair::PromptPair;
 pub use question::{Known, Question};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
