@@ -14,8 +14,8 @@ pages=("$@")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# Steps become few, whatever a page says, and the last one is saved.
-short="training.steps=4 lr_scheduler.warmup_steps=1 validation.batches=1 validation.interval=4 metrics.log_freq=2 checkpoint.interval=4"
+# Steps become few and batches small, whatever a page says, and the last step is saved.
+short="training.steps=4 training.batch_size=4 lr_scheduler.warmup_steps=1 validation.batches=1 validation.interval=4 metrics.log_freq=2 checkpoint.interval=4"
 mkdir "$work/bin"
 cat > "$work/bin/polyhead" <<END
 #!/usr/bin/env bash

@@ -109,8 +109,9 @@ fn compare_losses(recipe: &str, name: &str, (device, precision): (&str, &str), r
         let (out, precision) =
             (format!("{}-{precision}", device.replace(':', "-")), format!("training.precision={precision}"));
         let short = ["training.steps=12", "metrics.log_freq=1", "validation.interval=4", "checkpoint.interval=0"];
+        let quick = ["training.gradient_accumulation_steps=1", "metrics.observe=false", "metrics.tensorboard=false"];
         let args = ["train", "recipe.toml", "--device", device, "--out", &out, &precision];
-        world.succeeds(&[&args[..], &short].concat());
+        world.succeeds(&[&args[..], &short, &quick].concat());
         let log = String::from_utf8(world.read(&format!("{out}/metrics.jsonl"))).unwrap();
         let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         lines.filter_map(|line| line.get("loss").or(line.get("validation_loss"))?.as_f64()).collect()

@@ -155,6 +155,11 @@ fn what_runs_log_is_explained() {
     let facts = project().join("recipes/hallucination/facts_neuron_dropout.toml");
     let short = [
         "training.steps=4",
+        "training.batch_size=2",
+        "validation.batches=1",
+        "model.decoder.d_model=16",
+        "model.decoder.d_ff=32",
+        "data.facts.n_entities=4",
         "procedure.neuron_dropout.interval=1",
         "lr_scheduler.warmup_steps=1",
         "metrics.log_freq=1",

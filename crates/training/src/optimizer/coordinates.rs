@@ -106,11 +106,9 @@ fn activations_are_as_large_at_every_width() {
     for (name, optimizer) in [("adamw", (&adamw, &SEEDS[..])), ("muon", (&muon, &SEEDS[..1]))] {
         for (heads, tied) in [(Heads::More, false), (Heads::Wider, false), (Heads::More, true)] {
             let found = exponents(heads, tied, optimizer, true);
-            eprintln!("MARGIN {name}, tied {tied}: {found:?}");
             assert!(found.iter().all(|exponent| exponent.abs() < FLAT), "{name}, tied {tied}: {found:?}");
         }
         let plain = exponents(Heads::More, false, optimizer, false);
-        eprintln!("MARGIN {name}, plain: {plain:?}");
         assert!(plain.iter().any(|exponent| *exponent > 2.0 * FLAT), "{name}: without muP they grow: {plain:?}");
     }
 }
