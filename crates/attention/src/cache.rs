@@ -119,24 +119,27 @@ impl KvCache {
     }
 
     /// Drops keys, where they are dropped, once `q`, `[batch, n_heads, new tokens, width]`, has attended to `keys`, all that
-    /// [`append`](Self::append) gave, under these options.
-    pub fn evict(&mut self, q: &Tensor<4>, keys: &Tensor<4>, options: &AttentionOptions<'_>) {
+    /// [`append`](Self::append) gave, under these options. Says whether this is such a cache.
+    pub fn evict(&mut self, q: &Tensor<4>, keys: &Tensor<4>, options: &AttentionOptions<'_>) -> bool {
         /// Queries whose weights are there at a time; chosen by us.
         const ROWS: usize = 256;
-        let (Some(Eviction { config, heads }), Some(kept)) = (&mut self.eviction, &mut self.kept) else { return };
+        let (Some(Eviction { config, heads }), Some(kept)) = (&mut self.eviction, &mut self.kept) else {
+            return false;
+        };
         let ([batch, n_heads, new, _], [_, kv_heads, all, _]) = (q.dims(), keys.dims());
         let part = |from: usize| {
             let options = AttentionOptions { query_offset: options.query_offset + from, ..options.clone() };
             attention_weights(q.clone().narrow(2, from, ROWS.min(new - from)), keys.clone(), &options).sum_dim(2)
         };
         let weights = (0..new).step_by(ROWS).map(part).reduce(|a, b| a + b);
-        let Some(weights) = weights else { return };
+        let Some(weights) = weights else { return true };
         let of_groups = weights.reshape([batch, kv_heads, n_heads / kv_heads, all]).sum_dim(2);
         let weights: Vec<f32> = of_groups.into_data().iter::<f32>().collect();
         heads.resize_with(batch * kv_heads, HeavyHitters::default);
-        let stay = heads.iter_mut().zip(weights.chunks(all)).map(|(head, weights)| head.update(config, weights, new));
+        let each = heads.iter_mut().zip(weights.chunks(all));
+        let stay: Vec<_> = each.map(|(head, weights)| head.update(config, weights, new)).collect();
         // All heads have as many keys, so that either all drop some or none does.
-        let Some(stay) = stay.collect::<Option<Vec<_>>>() else { return };
+        let Some(stay) = stay.into_iter().collect::<Option<Vec<_>>>() else { return true };
         let len = config.heavy + config.recent;
         let ids: Vec<i32> = stay.into_iter().flatten().map(|key| key as i32).collect();
         let ids = Tensor::<4, Int>::from_data(TensorData::new(ids, [batch, kv_heads, len, 1]), &q.device());
@@ -145,6 +148,7 @@ impl KvCache {
             x.clone().narrow(2, 0, all).gather(2, ids.clone().expand([batch, kv_heads, len, width]))
         };
         *kept = Kept { keys: of(&kept.keys), values: of(&kept.values), len };
+        true
     }
 
     /// What each head keeps, row by row of the batch; empty where nothing is dropped.

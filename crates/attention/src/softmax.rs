@@ -466,7 +466,7 @@ impl Softmax {
         mut call: Call<'_, KvCache>,
         sinks: Option<Tensor<1>>,
     ) -> (Tensor<3>, Option<Observation>) {
-        let sites = call.sites;
+        let mut sites = call.sites;
         let q = sites.query(call.rope, self.heads(q, self.n_heads, self.q_norm.as_ref()));
         let k = sites.key(call.rope, self.heads(k, self.n_kv_heads, self.k_norm.as_ref()));
         let v = sites.at(KvSite::V, split_heads(v, self.n_kv_heads));
@@ -482,8 +482,9 @@ impl Softmax {
             statistics: call.observe.measure(),
             ..Default::default()
         };
-        if let Some(cache) = call.cache {
-            cache.evict(&q, &keys, &options);
+        if call.cache.is_some_and(|cache| cache.evict(&q, &keys, &options)) {
+            // A cache that drops keys reads all it has.
+            sites.sparse = None;
         }
         let attended = sites.attend(q, keys, values, options); // [batch, n_heads, seq, head_dim]
         (join_heads(attended.hidden), attended.statistics.map(Observation::of))

@@ -11,11 +11,13 @@ pub mod h2o;
 pub mod rectified;
 pub mod shifted;
 pub mod sparsed;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{DType, Tensor};
-use polyhead_kernels::{Attention, AttentionOptions, Mask, attention, attention_weights, in_type};
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use polyhead_kernels::{Attention, AttentionOptions, HeadMap, Mask, attention, attention_weights, in_type};
 pub use polyhead_kernels::{BlockMask, QueryBlock};
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +28,7 @@ use dhsa::DhsaConfig;
 use h2o::{H2oConfig, local_mask, with_recent};
 use rectified::{RectifiedConfig, rectified_attention};
 use shifted::ShiftedConfig;
-use sparsed::SparsedSelection;
+use sparsed::{SparsedConfig, SparsedSelection};
 
 /// Which keys queries read, where that is not all that the mask leaves them: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +46,8 @@ pub enum SparseConfig {
     /// While text is generated each head keeps the keys that were attended to most and the last ones (H2O); a text that is evaluated
     /// at once is masked alike.
     H2o(H2oConfig),
+    /// The blocks that one step of a masked diffusion model's generation chooses, in all later ones (SparseD).
+    Sparsed(SparsedConfig),
 }
 
 impl SparseConfig {
@@ -58,6 +62,7 @@ impl SparseConfig {
             Self::Dhsa(config) => config.validate(),
             Self::Rectified(config) => config.validate(),
             Self::H2o(config) => config.validate(),
+            Self::Sparsed(config) => config.validate(),
         };
         checked.map_err(|error| error.within(self.name()))
     }
@@ -70,6 +75,7 @@ impl SparseConfig {
             Self::Dhsa(_) => "dhsa",
             Self::Rectified(_) => "rectified",
             Self::H2o(_) => "h2o",
+            Self::Sparsed(_) => "sparsed",
         }
     }
 
@@ -86,7 +92,7 @@ impl SparseConfig {
             Self::Rectified(_) => true,
             Self::Blocks(config) => config.rectify,
             Self::Dhsa(config) => config.rectify,
-            Self::Shifted(_) | Self::H2o(_) => false,
+            Self::Shifted(_) | Self::H2o(_) | Self::Sparsed(_) => false,
         };
         require(!matches!(own, "hilo" | "gated_delta_net"), name, || {
             format!("{name} chooses keys of a softmax over the whole text, and layers of {own} have none")
@@ -146,7 +152,7 @@ pub struct KeptBlocks {
 
 impl Sparse {
     /// [`attention`] of rotated queries, keys and values.
-    pub(crate) fn attend(&self, [q, k, v]: [Tensor<4>; 3], options: &AttentionOptions<'_>) -> Attention {
+    pub fn attend(&self, [q, k, v]: [Tensor<4>; 3], options: &AttentionOptions<'_>) -> Attention {
         let ([_, heads, seq, _], everything) = (q.dims(), Mask::none());
         let mask = options.mask.unwrap_or(&everything);
         let whole = options.query_offset == 0 && k.dims()[2] == seq && seq > 0;
@@ -166,13 +172,17 @@ impl Sparse {
                 return attention(q, k, v, &AttentionOptions { mask: Some(&mask), ..options.clone() });
             }
             SparseConfig::Shifted(config) => (config.shift(seq, heads).mask(seq, heads), None),
-            SparseConfig::Blocks(config) => (config.mask(q.clone(), k.clone()), config.rectified()),
+            SparseConfig::Blocks(config) => {
+                (config.mask(q.clone(), of_query_heads(&k, &options.keys)), config.rectified())
+            }
             SparseConfig::Dhsa(config) => (config.mask(q.clone(), k.clone(), predictor), config.rectified()),
             SparseConfig::Rectified(config) if mask.is_plainly_causal() => {
                 return rectified_attention([q, k, v], config, None, options);
             }
             SparseConfig::Rectified(_) => return attention(q, k, v, options),
             SparseConfig::H2o(config) => (h2o_mask(&q, &k, config, options), None),
+            // Its steps are told by whoever generates.
+            SparseConfig::Sparsed(_) => return attention(q, k, v, options),
         };
         match rectified {
             Some(config) if mask.is_plainly_causal() => rectified_attention([q, k, v], &config, Some(blocks), options),
@@ -186,7 +196,8 @@ impl KeptBlocks {
         match self.mask.get() {
             Some(blocks) => under([q, k, v], mask, blocks.clone(), options),
             None => {
-                self.mask.get_or_init(|| Arc::new(self.selection.mask(q.clone(), k.clone())));
+                let keys = of_query_heads(&k, &options.keys);
+                self.mask.get_or_init(|| Arc::new(self.selection.mask(q.clone(), keys)));
                 attention(q, k, v, options)
             }
         }
@@ -222,6 +233,13 @@ fn largest(scores: &[f32], count: usize) -> Vec<usize> {
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
     order.truncate(count);
     order
+}
+
+/// The key head of every query head, where a map says so; heads that are shared evenly stay as they are.
+fn of_query_heads(keys: &Tensor<4>, map: &HeadMap) -> Tensor<4> {
+    let HeadMap::Each(map) = map else { return keys.clone() };
+    let ids: Vec<i32> = map.iter().map(|&head| head as i32).collect();
+    keys.clone().select(1, Tensor::<1, Int>::from_data(TensorData::new(ids, [map.len()]), &keys.device()))
 }
 
 /// `[batch, n_heads, seq, width]`: each key/value head once for every query head that reads it.
