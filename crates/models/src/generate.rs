@@ -239,14 +239,21 @@ fn next_logits(model: &Decoder, tokens: &[u32], context: Context<'_>, cache: &mu
 
 /// The index of the next token.
 fn choose(logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
-    let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
     // Ties go to the smaller id, so that the order never depends on the sort.
-    ranked.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
+    let limit = match sampling {
+        Sampling { temperature: 0.0, .. } => 1,
+        Sampling { top_k: 0, .. } => usize::MAX,
+        Sampling { top_k, .. } => *top_k,
+    };
+    if limit < ranked.len() {
+        ranked.select_nth_unstable_by(limit - 1, order);
+        ranked.truncate(limit);
+    }
+    ranked.sort_unstable_by(order);
     if sampling.temperature == 0.0 {
         return ranked[0];
-    }
-    if sampling.top_k > 0 {
-        ranked.truncate(sampling.top_k);
     }
     let best = f64::from(logits[ranked[0] as usize]);
     let weight = |&id: &u32| ((f64::from(logits[id as usize]) - best) / sampling.temperature).exp();

@@ -52,7 +52,7 @@ fn full_density_is_dense_and_little_is_not() {
     let mut pairs = vec![
         (dhsa(1.0, 0), dhsa(0.2, 2)),
         (rectified(99), rectified(1)),
-        (SparseConfig::H2o(H2oConfig { heavy: 20, recent: 20 }), SparseConfig::H2o(H2oConfig { heavy: 2, recent: 2 })),
+        (SparseConfig::H2o(H2oConfig { heavy: 40, recent: 20 }), SparseConfig::H2o(H2oConfig { heavy: 2, recent: 2 })),
     ];
     for pattern in [Pattern::TopK, Pattern::AShape, Pattern::VerticalSlash, Pattern::VerticalSlashBlocks] {
         pairs.extend([false, true].map(|rectify| (blocks(pattern, 1.0, rectify), blocks(pattern, 0.3, rectify))));
