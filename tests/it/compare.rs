@@ -539,7 +539,9 @@ fn arms_of_equal_time_take_as_many_steps_as_fit() {
 
     // What was timed decides what a run is: it is not timed again.
     let (_, err) = world.succeeds(&COMPARE);
-    assert!(!err.contains("calibration") && err.contains("4 runs, 4 of them have finished before"), "{err}");
+    // A busy machine may make it warn, which is no timing.
+    let timed = err.lines().any(|line| !line.starts_with("warning") && line.contains("calibration"));
+    assert!(!timed && err.contains("4 runs, 4 of them have finished before"), "{err}");
     for (change, with, words) in [
         (
             "tolerance = 0.9",
