@@ -12,7 +12,7 @@ use polyhead_models::{DecoderConfig, Norm};
 use serde_json::json;
 
 use crate::golden::{Golden, compare, files, size, tensor, transposed, values};
-use crate::golden_decoder::{rows, with_weights};
+use crate::golden_decoder::{llama, rows};
 
 /// Absolute. Ranks and masks are exact.
 const NUMBERS: f32 = 5e-5;
@@ -148,18 +148,9 @@ fn check_cspa(golden: &Golden) {
 
 fn check_repair(golden: &Golden) {
     let Golden { name, config, tensors: file, .. } = golden;
-    config.is("model", "llama");
-    config.is("rope_layout", "neox");
     config.is("ablation", "mean over prompts per position");
     let device = Device::flex();
-    let described: DecoderConfig = serde_json::from_value(json!({
-        "d_model": size(config, "d_model"), "n_layers": size(config, "layers"), "d_ff": size(config, "d_ff"),
-        "rope_theta": config["rope_theta"], "norm_eps": config["rms_eps"], "tie_embeddings": false,
-        "attention": { "softmax": { "n_heads": size(config, "num_heads"), "n_kv_heads": size(config, "num_kv_heads"),
-            "head_dim": size(config, "head_dim") } },
-    }))
-    .unwrap();
-    let model = with_weights(&described, size(config, "vocab"), file, "w.", &device);
+    let model = llama(golden, &device);
     let (texts, answers) = (rows(file, "tokens"), rows(file, "answers"));
     let [right, wrong] = [0, 1].map(|side| answers.iter().map(|pair| pair[side]).collect::<Vec<_>>());
     let targets = Targets { rows: &texts, tokens: &right, minus: Some(&wrong) };

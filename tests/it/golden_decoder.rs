@@ -7,7 +7,7 @@ use polyhead_models::weights::load;
 use polyhead_models::{Decoder, DecoderConfig, Pass};
 use serde_json::json;
 
-use crate::golden::{Config, Layout, Tensors, renamed, size};
+use crate::golden::{Config, Golden, Layout, Tensors, renamed, size};
 
 /// The decoder of `config.model`, whose weights are under `prefix`.
 pub fn decoder(model: &Config, file: &Tensors, prefix: &str, device: &Device) -> Decoder {
@@ -23,6 +23,21 @@ pub fn decoder(model: &Config, file: &Tensors, prefix: &str, device: &Device) ->
     }))
     .unwrap();
     with_weights(&config, size(model, "vocab_size"), file, prefix, device)
+}
+
+/// The small Llama of a file that describes it beside its numbers, its weights under `w.`.
+pub fn llama(golden: &Golden, device: &Device) -> Decoder {
+    let Golden { config, tensors: file, .. } = golden;
+    config.is("model", "llama");
+    config.is("rope_layout", "neox");
+    let described: DecoderConfig = serde_json::from_value(json!({
+        "d_model": size(config, "d_model"), "n_layers": size(config, "layers"), "d_ff": size(config, "d_ff"),
+        "rope_theta": config["rope_theta"], "norm_eps": config["rms_eps"], "tie_embeddings": false,
+        "attention": { "softmax": { "n_heads": size(config, "num_heads"), "n_kv_heads": size(config, "num_kv_heads"),
+            "head_dim": size(config, "head_dim") } },
+    }))
+    .unwrap();
+    with_weights(&described, size(config, "vocab"), file, "w.", device)
 }
 
 /// A decoder with the weights under `prefix`.

@@ -5,11 +5,11 @@ use burn::tensor::{Device, Tensor};
 use polyhead_attention::{KvHead, KvSite, Positions, QueryHead, QuerySite, Site, StreamSite};
 use polyhead_evaluation::edges::{Reader, Steps, Writer, edge_scores, node_scores, parts};
 use polyhead_evaluation::patching::{Receiver, Runs, effect, z_gradients};
-use polyhead_models::{Decoder, DecoderConfig, PromptPair};
+use polyhead_models::{Decoder, PromptPair};
 use serde_json::{Value, json};
 
 use crate::golden::{Golden, compare, files, size, values};
-use crate::golden_decoder::{ids, rows, run, with_weights};
+use crate::golden_decoder::{ids, llama, rows, run};
 
 /// Absolute: of logits, of effects and scores.
 const LOGITS: f32 = 5e-5;
@@ -20,26 +20,12 @@ fn golden_path_patching() {
     files("path_patching").iter().for_each(check_file);
 }
 
-fn model(golden: &Golden, device: &Device) -> Decoder {
-    let Golden { config, tensors: file, .. } = golden;
-    config.is("model", "llama");
-    config.is("rope_layout", "neox");
-    config.is("tie_embeddings", false);
-    let described: DecoderConfig = serde_json::from_value(json!({
-        "d_model": size(config, "d_model"), "n_layers": size(config, "layers"), "d_ff": size(config, "d_ff"),
-        "rope_theta": config["rope_theta"], "norm_eps": config["rms_eps"], "tie_embeddings": false,
-        "attention": { "softmax": { "n_heads": size(config, "num_heads"), "n_kv_heads": size(config, "num_kv_heads"),
-            "head_dim": size(config, "head_dim") } },
-    }))
-    .unwrap();
-    with_weights(&described, size(config, "vocab"), file, "w.", device)
-}
-
 fn check_file(golden: &Golden) {
     let Golden { name, config, tensors: file, .. } = golden;
+    config.is("tie_embeddings", false);
     config.is("position", -1);
     config.beside_the_point(&["tokens", "prompts", "score_sign"]);
-    let plain = model(golden, &Device::flex());
+    let plain = llama(golden, &Device::flex());
     let [clean, corrupt] = ["tokens.clean", "tokens.corrupt"].map(|key| rows(file, key));
     let pairs: Vec<PromptPair> = (clean.into_iter().zip(corrupt).zip(rows(file, "answers")))
         .map(|((clean, corrupt), answers)| PromptPair { clean, corrupt, right: answers[0], wrong: answers[1] })
@@ -79,7 +65,7 @@ fn check_file(golden: &Golden) {
         same(&format!("act_patch.{which}.effect"), &narrow(&effects), EFFECTS);
     }
 
-    let trained = model(golden, &Device::flex().autodiff());
+    let trained = llama(golden, &Device::flex().autodiff());
     let gradients = z_gradients(&trained, &pairs);
     let stacked: Vec<Tensor<5>> = gradients.iter().map(|grad| grad.clone().unsqueeze_dim::<5>(1)).collect();
     same("attr.grad_z", &values(Tensor::cat(stacked, 1)), EFFECTS);
