@@ -9,6 +9,7 @@ use polyhead_recipe::{self as recipe, ModelConfig, Recipe, folder_name};
 use polyhead_recipe::{Problem, Problems};
 use polyhead_runs::Failure;
 use polyhead_runs::costs::{Known, Totals, tokens_per_step};
+use polyhead_runs::intervention::kept;
 use polyhead_runs::result;
 use polyhead_runs::{Caller, Resolved, resolve};
 
@@ -357,7 +358,7 @@ fn runs(
             for (choice, chosen) in planned.choices.iter().enumerate() {
                 let resolved = context.with_seed(&chosen.layers, seed)?;
                 let text = recipe::resolved(&resolved.recipe)?;
-                let id = result::id(&text, text_hash(&resolved)?.as_deref());
+                let id = result::id(&recipe::resolved(&kept(&resolved.recipe))?, text_hash(&resolved)?.as_deref());
                 let folder = format!("{}-seed-{seed}-{}", folder_name(&planned.name), &id[..8]);
                 let folder = out.join("runs").join(folder);
                 runs.push(Run { arm, choice, seed, trial, id, folder, text, steps: resolved.recipe.training.steps });

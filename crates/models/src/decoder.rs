@@ -57,6 +57,8 @@ pub struct Decoder {
     pub lora: Option<Lora>,
     /// Where chunks of keys begin, for sparse attention; `None` without
     pub boundaries: Option<BoundaryPredictor>,
+    /// The tensors of its intervention that are trained, flattened
+    pub intervention_tensors: Vec<Param<Tensor<1>>>,
     #[module(skip)]
     config: DecoderConfig,
     #[module(skip)]
@@ -134,6 +136,7 @@ impl DecoderConfig {
             head: (!self.tie_embeddings).then(|| linear(d_model, vocab_size, self.head_bias, INIT_STD, device)),
             lora: None,
             boundaries: None,
+            intervention_tensors: Vec::new(),
             config: self.clone(),
             transformer,
             gate: None,
@@ -166,6 +169,7 @@ impl Decoder {
             lora: None,
             gate: None,
             intervention: None,
+            intervention_tensors: Vec::new(),
             computing: Computing::default(),
             ..self
         }
@@ -222,9 +226,10 @@ impl Decoder {
         self.intervention.as_deref()
     }
 
-    /// The same model with another intervention, or with none.
+    /// The same model with another intervention, whose tensors have their initial numbers, or with none.
     pub fn intervened(self, intervention: Option<Intervention>) -> Self {
-        Self { intervention: intervention.map(Arc::new), ..self }
+        let intervention_tensors = intervention.as_ref().map_or_else(Vec::new, |own| own.parameters(&self.device()));
+        Self { intervention: intervention.map(Arc::new), intervention_tensors, ..self }
     }
 
     /// An empty cache, whose layers drop keys where the model's intervention says so.
@@ -296,7 +301,7 @@ impl Decoder {
         let ropes = self.ropes(start..start + seq);
         if let Some(intervention) = &self.intervention {
             let context = context.unwrap_or(Context { rows, prompt: start + seq, ..Context::default() });
-            sites.edits.extend(intervention.plan(&context).edits);
+            sites.edits.extend(intervention.plan(&context, &self.intervention_tensors).edits);
         }
         let (mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);

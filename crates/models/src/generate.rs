@@ -108,7 +108,8 @@ pub fn continue_all(
         let mut cache = model.new_cache();
         let prompts: Vec<u32> = requests.iter().flat_map(|request| request.prompt).copied().collect();
         let roles: Vec<Role> = requests.iter().flat_map(|request| request.roles).copied().collect();
-        let context = Context { rows: requests.len(), tokens: &prompts, roles: &roles, prompt: length };
+        let context =
+            Context { rows: requests.len(), tokens: &prompts, roles: &roles, prompt: length, ..Context::default() };
         let mut next = prompts.clone();
         while rows[first..].iter().any(|row| row.open) {
             if !go_on() {
@@ -189,7 +190,8 @@ impl Past {
     /// Reads `tokens` (not empty), which follow what was read; gives the logits after the last of them.
     fn read(&mut self, model: &Decoder, tokens: &[u32], prompt: &[u32]) -> Vec<f32> {
         self.tokens.extend(tokens);
-        let context = Context { rows: 1, tokens: prompt, roles: &self.roles, prompt: prompt.len() };
+        let context =
+            Context { rows: 1, tokens: prompt, roles: &self.roles, prompt: prompt.len(), ..Context::default() };
         next_logits(model, tokens, context, &mut self.cache)
     }
 

@@ -65,6 +65,6 @@ pub use question::{Known, Question};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trainable::{EvalTotals, Matrix, TrainBatch, Trainable};
-pub use trained::{Parameter, parameters, train_only};
+pub use trained::{Parameter, is_beside_weights, parameters, train_only};
 pub use transformer::ActivationCheckpointing;
 pub use transformer::{Block, Mlp, MlpKind, Norm, NormKind, Part, Precision};

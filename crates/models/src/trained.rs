@@ -3,6 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+use crate::adapters::is_pair;
+use crate::intervention::is_intervention_tensor;
 use crate::weights::{ParameterMapper, ParameterVisitor, map_parameters, visit_parameters};
 
 /// The model in which only the parameters are learned whose names `learned` accepts; a parameter that is not learned already
@@ -16,6 +18,11 @@ pub fn train_only<M: Module>(model: M, learned: impl Fn(&str) -> bool) -> M {
         }
     }
     map_parameters(model, Choose(learned)).0
+}
+
+/// Whether a parameter of a decoder is beside its weights: a half of a low-rank pair, or a tensor of its intervention.
+pub fn is_beside_weights(parameter: &str) -> bool {
+    is_pair(parameter) || is_intervention_tensor(parameter)
 }
 
 /// A parameter without its values.

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
-use toml_edit::{Document, Item, TableLike};
+use toml_edit::{Document, Item, TableLike, Value};
 
 use crate::problem::{Problem, Problems, in_words};
 
@@ -144,15 +144,24 @@ impl Layer {
         while let Some((key, item)) = path.get(depth).and_then(|part| table.get_key_value(part)) {
             depth += 1;
             found = key.span().or_else(|| item.span()).map(|span| (span, depth)).or(found);
-            let next = match item {
-                Item::ArrayOfTables(list) => {
-                    let at = path.get(depth).and_then(|part| part.parse::<usize>().ok());
-                    depth += 1;
-                    at.and_then(|at| list.get(at)).map(|table| table as &dyn TableLike)
+            // Of a list of tables, that of the number which follows.
+            let at = path.get(depth).and_then(|part| part.parse::<usize>().ok());
+            let (element, span): (Option<&dyn TableLike>, _) = match (item, at) {
+                (Item::ArrayOfTables(list), Some(at)) => {
+                    let table = list.get(at);
+                    (table.map(|table| table as &dyn TableLike), table.and_then(toml_edit::Table::span))
                 }
-                other => other.as_table_like(),
+                (Item::Value(Value::Array(list)), Some(at)) => {
+                    let table = list.get(at).and_then(Value::as_inline_table);
+                    (table.map(|table| table as &dyn TableLike), table.and_then(toml_edit::InlineTable::span))
+                }
+                (other, _) => (other.as_table_like(), None),
             };
-            let Some(next) = next else { break };
+            let Some(next) = element else { break };
+            if let Some(span) = span {
+                depth += 1;
+                found = Some((span, depth));
+            }
             table = next;
         }
         found

@@ -23,7 +23,7 @@ pub use conversion::Conversion;
 pub use device::{DEVICE_NAMES, DEVICES, Which, device_name, has_own_memory, parse_device};
 pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of};
 pub use growth::Growth;
-pub use intervention::InterventionFile;
+pub use intervention::StatedIntervention;
 pub use layers::Layer;
 pub use load::{Loaded, from_layers, load, override_layers, read_file, read_layer, read_layers, resolved, with_base};
 pub use problem::{Problem, Problems, in_words};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::intervention::StatedIntervention;
 use crate::layers::{Layer, at, merge, parse_layer, parse_override, read_as, undecided};
 use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
 use crate::problem::{Problem, Problems};
@@ -12,6 +13,8 @@ use crate::{device_name, rules, schema};
 pub struct Loaded {
     /// What it means.
     pub recipe: Recipe,
+    /// Its intervention, where it has one, which may be in a file of its own.
+    pub intervention: Option<StatedIntervention>,
     layers: Vec<Layer>,
 }
 
@@ -51,7 +54,8 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
         recipe.tokenizer.get_or_insert_default();
     }
     recipe.training.device = device_name(&recipe.training.device).to_owned();
-    let loaded = Loaded { recipe, layers };
+    let intervention = StatedIntervention::of(&mut recipe, &layers)?;
+    let loaded = Loaded { recipe, intervention, layers };
     let told = rules::validate(&loaded.recipe).into_iter();
     Problems::none(told.map(|error| loaded.problem(&error.field, error.problem)).collect())?;
     Ok(loaded)

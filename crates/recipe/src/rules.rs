@@ -3,6 +3,7 @@
 use polyhead_data::synthetic::MadTask;
 use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
+use polyhead_models::intervention::InterventionConfig;
 use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, EmbedderConfig, LossConfig,
     Precision, broken, require,
@@ -191,8 +192,10 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
     }
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
-    let intervention = recipe.intervention.as_ref().map_or(Ok(()), |own| own.validate(&nearest_name));
-    problems.extend(within("intervention", intervention));
+    if let Some(intervention) = &recipe.intervention {
+        problems.extend(within("intervention", intervention.validate(&nearest_name)));
+        problems.extend(validate_trained(recipe, intervention));
+    }
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
         ModelConfig::Classifier { config: classifier, .. } => {
@@ -248,6 +251,29 @@ fn validate_neuron_dropout(recipe: &Recipe, config: &NeuronDropoutConfig) -> Vec
         }
     }
     problems
+}
+
+/// What [intervention.train] asks of other tables.
+fn validate_trained(recipe: &Recipe, intervention: &InterventionConfig) -> Vec<ConfigError> {
+    if intervention.train.is_empty() {
+        return Vec::new();
+    }
+    let Recipe { lora, freeze, procedure, model, .. } = recipe;
+    let alone = |key: &str| {
+        format!(
+            "{key} cannot stand beside intervention.train, which trains its own tensors alone: leave one of them out"
+        )
+    };
+    broken([
+        (lora.is_none(), "lora", alone("lora")),
+        (*freeze == FreezeConfig::default(), "freeze", alone("freeze")),
+        (model.mup().is_none(), "model.parametrization", alone("model.parametrization = \"mup\"")),
+        (
+            matches!(procedure, ProcedureConfig::Standard(_)),
+            "procedure",
+            format!("intervention.train is for procedure.standard, and the recipe has procedure.{}", procedure.name()),
+        ),
+    ])
 }
 
 /// The rules of recipes for embedders, as far as they can be told without the features.

@@ -1,4 +1,5 @@
-//! The base model of a checkpoint that has only what LoRA learned: which it is, and where it was.
+//! The base model of a checkpoint that has only what was trained beside the weights (LoRA's pairs, an intervention's tensors):
+//! which it is, and where it was.
 
 use std::path::{Component, Path, PathBuf};
 

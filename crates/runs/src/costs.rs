@@ -8,6 +8,8 @@ use polyhead_training::config::OptimizerConfig;
 
 use polyhead_recipe::{ModelConfig, Recipe};
 
+use crate::intervention::trains_intervention;
+
 /// What the data tells about the size of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
@@ -183,9 +185,9 @@ impl Costs {
         Memory { weights, gradients: weights, moments, activations, head_gradient: 0, summed: 0, working, process }
     }
 
-    /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`) the weights alone.
+    /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`, `intervention.train`) the weights alone.
     pub fn least_bytes(&self, recipe: &Recipe) -> u64 {
-        let part = recipe.lora.is_some() || recipe.freeze != FreezeConfig::default();
+        let part = recipe.lora.is_some() || trains_intervention(recipe) || recipe.freeze != FreezeConfig::default();
         let moments = if matches!(recipe.optimizer, OptimizerConfig::Muon(_)) { 1 } else { 2 };
         let numbers = if part { 1 } else { 2 + moments };
         self.totals.parameters.saturating_mul(4 * numbers).saturating_add(self.activation_bytes)

@@ -8,6 +8,7 @@ use polyhead_data::{Loader, Opened, Tokenizer};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
 use polyhead_evaluation::sets::{SetScore, SetTotals};
 use polyhead_models::adapters::is_pair;
+use polyhead_models::intervention::is_intervention_tensor;
 use polyhead_models::{Batch, Decoder, train_only};
 use polyhead_recipe::{Problems, Recipe};
 use polyhead_training::evaluate::Batches;
@@ -16,7 +17,7 @@ use polyhead_training::run::Probe;
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
-use crate::intervention::{check_roles, of_recipe};
+use crate::intervention::{check_roles, trains_intervention};
 use crate::kind::Kind;
 use crate::pretrained::{Pretrained, add_lora};
 use crate::resolve::{Resolved, scalings};
@@ -104,12 +105,17 @@ impl Kind for Decoder {
         let model = model.with_precision(training.precision).with_dropout(training.dropout);
         let model = model.with_embedding_dropout(training.embedding_dropout);
         let model = model.with_checkpointing(training.activation_checkpointing);
-        let model = of_recipe(recipe, model, data.tokenizer.as_ref())?;
-        if model.intervention().is_some() {
-            check_roles(&model, data.train.batch(0)?.roles.is_some())?;
-        }
+        let model = match &resolved.intervention {
+            Some(intervention) => {
+                let model = intervention.apply(model, data.tokenizer.as_ref())?;
+                check_roles(&model, Some(&intervention.stated), data.train.batch(0)?.roles.is_some())?;
+                model
+            }
+            None => model,
+        };
         Ok(match &recipe.lora {
             Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, is_pair),
+            None if trains_intervention(recipe) => train_only(model, is_intervention_tensor),
             None => model,
         })
     }

@@ -23,6 +23,7 @@ use crate::Caller;
 use crate::base::Base;
 use crate::data::recipes_folder;
 use crate::hub::Reference;
+use crate::intervention::{of_checkpoint, trains_intervention};
 
 use crate::error::Failure;
 use crate::stages;
@@ -93,7 +94,7 @@ impl Pretrained {
         })
     }
 
-    /// The base model of a checkpoint that has only what LoRA learned; `None` where all weights are in it. Which of the places where
+    /// The base model of a checkpoint that has only what was trained beside its weights; `None` where all weights are in it. Which of the places where
     /// it may be has it, the weights tell.
     ///
     /// # Errors
@@ -116,7 +117,7 @@ impl Pretrained {
         let looked = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
         let told = if others.is_empty() { format!("not found ({looked})") } else { others.join("; ") };
         Err(Failure::Run(format!(
-            "{} has what LoRA learned; its base model {} is needed besides: {told}\n  hint: put the model back that it was \
+            "{} has what was trained beside the weights; its base model {} is needed besides: {told}\n  hint: put the model back that it was \
              trained from, or name its folder with --base",
             checkpoint.display(),
             base.named().display()
@@ -158,7 +159,7 @@ impl Pretrained {
         })
     }
 
-    /// The model with its weights; where low-rank pairs were trained, they are folded in.
+    /// The model with its weights, without an intervention; where low-rank pairs were trained, they are folded in.
     ///
     /// # Errors
     /// If they are damaged or do not fit.
@@ -166,10 +167,10 @@ impl Pretrained {
         if let Some(folder) = &self.foreign {
             return Ok(folder.load_with(device, caller.nonfinite, &mut caller.loading())?);
         }
-        Ok(self.with_pairs(device, caller)?.merged())
+        Ok(self.with_pairs(device, caller)?.merged().intervened(None))
     }
 
-    /// The model with its weights and, beside them, the low-rank pairs that were trained.
+    /// The model with its weights and, beside them, the low-rank pairs or the tensors of its intervention that were trained.
     ///
     /// # Errors
     /// If they are damaged or do not fit.
@@ -183,6 +184,11 @@ impl Pretrained {
         };
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
             Some(lora) => add_lora(model, lora, 0)?,
+            None => model,
+        };
+        let trains = self.recipe.as_ref().filter(|recipe| trains_intervention(recipe));
+        let model = match trains.map(|recipe| of_checkpoint(recipe, &self.path)).transpose()?.flatten() {
+            Some(intervention) => intervention.apply(model, self.tokenizer.as_ref())?,
             None => model,
         };
         // `open` has verified it.

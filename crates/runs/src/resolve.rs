@@ -16,6 +16,7 @@ use crate::Caller;
 use crate::base::Base;
 use crate::device;
 use crate::error::Failure;
+use crate::intervention::{ReadIntervention, kept, trains_intervention};
 use crate::pretrained::{Pretrained, find_checkpoint, recipe_of, tokenizer_of, vocab_of};
 
 /// A recipe as it is run: everything about its model is at hand.
@@ -25,6 +26,8 @@ pub struct Resolved {
     pub(crate) tokenizer: Tokenizer,
     /// Where the first weights come from; `None` makes fresh ones.
     pub(crate) pretrained: Option<Pretrained>,
+    /// The recipe's intervention, with its tensors.
+    pub intervention: Option<ReadIntervention>,
     /// Ids that the weights know, where there are weights already: it may be more than the data has.
     pub(crate) vocab_size: Option<usize>,
     /// What the caller allows.
@@ -32,25 +35,26 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// The base model of a run that saves low-rank pairs alone; `None` where all weights are saved, because others are trained
-    /// too, or there is no model to come back to.
+    /// The base model of a run that saves only what is beside the weights; `None` where these are saved, because they are
+    /// trained, or there is no model to come back to.
     ///
     /// # Errors
     /// If its weights cannot be read.
     pub fn base(&self, run_dir: &Path) -> Result<Option<Base>, Failure> {
         match (&self.pretrained, self.recipe.model.pretrained()) {
-            (Some(found), Some(named)) if self.saves_pairs_only() => {
+            (Some(found), Some(named)) if self.saves_adapter_only() => {
                 Base::of(&found.path, found.weights_hash()?, named, run_dir).map(Some)
             }
             _ => Ok(None),
         }
     }
 
-    /// Whether low-rank pairs are saved alone.
-    pub fn saves_pairs_only(&self) -> bool {
+    /// Whether low-rank pairs or tensors of the intervention are saved alone.
+    pub fn saves_adapter_only(&self) -> bool {
         let Recipe { lora, procedure, .. } = &self.recipe;
+        let frozen = lora.is_some() || trains_intervention(&self.recipe);
         // Fusing changes weights beside what it trains.
-        self.pretrained.is_some() && lora.is_some() && !matches!(procedure, ProcedureConfig::Fusion(_))
+        self.pretrained.is_some() && frozen && !matches!(procedure, ProcedureConfig::Fusion(_))
     }
 }
 
@@ -60,6 +64,7 @@ impl Resolved {
 /// If what it names is not there, or contradicts what it says itself.
 pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     let mut recipe = loaded.recipe.clone();
+    let intervention = loaded.intervention.clone().map(ReadIntervention::open).transpose()?;
     if let (ModelConfig::Classifier { pretrained: Some(path), .. }, None) = (&recipe.model, &recipe.tokenizer) {
         let file = find_checkpoint(path, caller)?.join(files::TOKENIZER);
         let its_own = match file.exists() {
@@ -70,7 +75,7 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     }
     let ModelConfig::Decoder { pretrained: Some(path), config, .. } = &mut recipe.model else {
         let tokenizer = open_tokenizer(&recipe, caller)?;
-        return Ok(Resolved { recipe, tokenizer, pretrained: None, vocab_size: None, caller });
+        return Ok(Resolved { recipe, tokenizer, pretrained: None, intervention, vocab_size: None, caller });
     };
     let path = &path.clone();
     let found = Pretrained::open(path, caller)?;
@@ -102,7 +107,7 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     };
     recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
     let vocab_size = Some(found.vocab_size);
-    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), vocab_size, caller })
+    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), intervention, vocab_size, caller })
 }
 
 /// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
@@ -121,7 +126,7 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
     if recipe.model.pretrained().is_some() {
         recipe.tokenizer = recipe.tokenizer.or_else(|| before.tokenizer.clone());
     }
-    let changed = recipe::differences(&before, &recipe);
+    let changed = recipe::differences(&kept(&before), &kept(&recipe));
     if !changed.is_empty() {
         let problem = format!(
             "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
@@ -132,6 +137,8 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
         );
         return Err(Problems::plain(problem).into());
     }
+    let stated = loaded.intervention.clone();
+    let intervention = stated.map(|stated| ReadIntervention::resumed(stated, checkpoint)).transpose()?;
     let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
     let pretrained = Pretrained::base_of(checkpoint, caller)?;
     let is_decoder = matches!(recipe.model, ModelConfig::Decoder { .. });
@@ -139,7 +146,7 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
         Some(base) => Some(base.vocab_size),
         None => is_decoder.then(|| vocab_of(checkpoint)).transpose()?,
     };
-    Ok(Resolved { recipe, tokenizer, pretrained, vocab_size, caller })
+    Ok(Resolved { recipe, tokenizer, pretrained, intervention, vocab_size, caller })
 }
 
 /// Whether both paths mean the same model: by another spelling, or as the stage before this one in a folder that has moved.
@@ -195,6 +202,7 @@ pub fn begin_run(
         model: ModelConfig::decoder_of(model.config().clone()),
         procedure: ProcedureConfig::default(),
         lora: None,
+        intervention: None,
         ..recipe
     };
     let text = recipe::resolved(&recipe)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{Opened, Tokenizer};
 use polyhead_models::Decoder;
-use polyhead_recipe::Recipe;
+use polyhead_recipe::{Recipe, StatedIntervention};
 use polyhead_training::run_folder::files::TOKENIZER;
 use polyhead_training::state::read_progress;
 
@@ -13,7 +13,7 @@ use crate::answer::Prompt;
 use crate::data::open_tokens;
 use crate::device;
 use crate::error::Failure;
-use crate::intervention::of_recipe;
+use crate::intervention::of_checkpoint;
 use crate::pretrained::Pretrained;
 use polyhead_training::run_folder::files::STATE;
 
@@ -23,6 +23,8 @@ pub struct Trained {
     pub path: PathBuf,
     /// The weights, on a plain device.
     pub model: Decoder,
+    /// The model's intervention as it was written, where it has one.
+    pub intervention: Option<StatedIntervention>,
     /// The recipe that trained it, if it is one of ours.
     pub recipe: Option<Recipe>,
     /// Its tokenizer, where it has one.
@@ -42,7 +44,7 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
     let precision = found.recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default();
     let device = device::open_for(device_name.unwrap_or(own), precision).map_err(Failure::Run)?;
-    let model = found.model(&device, caller)?;
+    let model = found.with_pairs(&device, caller)?.merged();
     let Pretrained { path, recipe, tokenizer, max_positions, ends, .. } = found;
     let mut model = model.with_precision(precision);
     if let Some(recipe) = recipe.as_ref().filter(|_| path.join(STATE).exists()) {
@@ -50,10 +52,12 @@ pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> R
         let gate = recipe.procedure.gate_at_eval(&state, &model)?;
         model = model.gated(gate);
     }
-    if let Some(recipe) = &recipe {
-        model = of_recipe(recipe, model, tokenizer.as_ref())?;
+    let own = recipe.as_ref().map(|recipe| of_checkpoint(recipe, &path)).transpose()?.flatten();
+    if let Some(own) = own.as_ref().filter(|_| model.intervention().is_none()) {
+        model = own.apply(model, tokenizer.as_ref())?;
     }
-    Ok(Trained { path, model, recipe, tokenizer, max_positions, ends })
+    let intervention = own.map(|own| own.stated);
+    Ok(Trained { path, model, intervention, recipe, tokenizer, max_positions, ends })
 }
 
 impl Trained {
@@ -79,6 +83,7 @@ impl Trained {
             let path = self.path.display();
             (caller.tell)(&format!("warning: {path} is used with an intervention, which is not taken over"));
             self.model = self.model.intervened(None);
+            self.intervention = None;
         }
         if let Some(gate) = self.model.gate() {
             let (path, layer) = (self.path.display(), gate.after_layer);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Trainable;
-use polyhead_models::adapters::is_pair;
+use polyhead_models::is_beside_weights;
 use polyhead_models::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, held, load_files, write_safetensors};
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +86,7 @@ pub struct Saving<'a, M: Trainable> {
     pub validation_loss: Option<f64>,
     /// The best step so far, this one included.
     pub best: Option<Best>,
-    /// Whether only low-rank pairs are saved: the other weights are those of a base model.
+    /// Whether only what is beside the weights is saved: those are the weights of a base model.
     pub adapter_only: bool,
     /// What is done where a weight is not finite.
     pub nonfinite: NonFinite,
@@ -105,7 +105,7 @@ pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<Path
         true => files::ADAPTER,
         false => files::WEIGHTS,
     };
-    tensors.retain(|tensor| !saving.adapter_only || is_pair(&tensor.name));
+    tensors.retain(|tensor| !saving.adapter_only || is_beside_weights(&tensor.name));
     let bad = draft.file_with(name, |out| write_safetensors(&tensors, &metadata, out))?;
     if !bad.is_empty() && saving.nonfinite == NonFinite::Refuse {
         return Err(TrainError::NonfiniteWeights { step: progress.step, found: told(&bad) });
@@ -143,15 +143,15 @@ pub fn read_progress(checkpoint: &Path) -> Result<Progress, TrainError> {
     })
 }
 
-/// The file of a checkpoint's weights, and which parameters it has: all, or low-rank pairs.
+/// The file of a checkpoint's weights, and which parameters it has: all, or those beside the weights of a base model.
 fn weights_of(checkpoint: &Path) -> (&'static str, fn(&str) -> bool) {
     match checkpoint.join(files::ADAPTER).exists() {
-        true => (files::ADAPTER, is_pair),
+        true => (files::ADAPTER, is_beside_weights),
         false => (files::WEIGHTS, |_| true),
     }
 }
 
-/// `model` with the weights of a checkpoint; where that has low-rank pairs alone, `model` has those of the base model already.
+/// `model` with the weights of a checkpoint; where that has only what is beside them, `model` has those of the base model already.
 /// They are read tensor by tensor, so that no second copy is ever held.
 ///
 /// # Errors

@@ -158,6 +158,21 @@ impl Change {
         Self::Affine { gate: Amount::Number(1.0), value }
     }
 
+    /// `(1 - gate) · x + gate · value`
+    pub fn blend(gate: Amount, value: Amount) -> Self {
+        let value = match (&gate, value) {
+            (Amount::Number(gate), Amount::Number(value)) => Amount::Number(gate * value),
+            (Amount::Number(number), Amount::Each(each)) => Amount::Each(each * *number),
+            (Amount::Each(each), Amount::Number(number)) => Amount::Each(each.clone() * number),
+            (Amount::Each(gate), Amount::Each(value)) => Amount::Each(value * gate.clone()),
+        };
+        let gate = match gate {
+            Amount::Number(gate) => Amount::Number(1.0 - gate),
+            Amount::Each(gate) => Amount::Each(1.0 - gate),
+        };
+        Self::Affine { gate, value }
+    }
+
     /// `value`
     pub fn replace(value: Tensor<4>) -> Self {
         Self::Affine { gate: Amount::Number(0.0), value: Amount::Each(value) }

@@ -6,6 +6,7 @@ use std::path::Path;
 use polyhead_recipe::layers::{Layer, parse_layer};
 use polyhead_recipe::{self as recipe, Problems, folder_name};
 use polyhead_runs::costs::Totals;
+use polyhead_runs::intervention::kept;
 use polyhead_runs::{Caller, Failure, Resolved, resolve, result};
 
 use crate::plan::Run;
@@ -68,7 +69,7 @@ pub fn plan(asked: &Asked<'_>, out: &Path, caller: Caller) -> Result<SuitePlan, 
             .map_err(|problems| problems.about(&format!("{}, {}", asked.suite.name, point.name())))?;
         let resolved = resolve::resolve(&loaded, caller)?;
         let (text, known) = (recipe::resolved(&resolved.recipe)?, resolved.known()?);
-        let id = result::id(&text, None);
+        let id = result::id(&recipe::resolved(&kept(&resolved.recipe))?, None);
         let folder = out.join("runs").join(format!("{}-{}", folder_name(&point.name()), &id[..8]));
         let (seed, steps) = (asked.seed, resolved.recipe.training.steps);
         runs.push(Run { arm: points.len(), choice: 0, seed, trial: false, id, folder, text, steps });

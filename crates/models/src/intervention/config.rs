@@ -1,5 +1,6 @@
 //! Interventions as they are written: in a recipe or a file of their own.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use polyhead_attention::sparse::SparseConfig;
@@ -7,19 +8,52 @@ use polyhead_attention::{ConfigError, QuerySite, Site, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::{Phase, Span};
+
 /// Changes that are made to a forward on its way, from outside of the weights.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InterventionConfig {
-    /// A safetensors file with the tensors that edits name, beside this file. Default: none.
+    /// Of a recipe: a file with the intervention, beside the recipe, in the place of edits and tensors. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A safetensors file with the tensors that edits name, beside the file that names it. Runs keep a copy. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensors: Option<PathBuf>,
-    /// The changes; those of one site are made in this order.
-    #[serde(default)]
-    pub edits: Vec<EditConfig>,
     /// Which keys queries read, where it is not all of them: one of shifted, blocks, dhsa, rectified and h2o. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparse: Option<SparseConfig>,
+    /// Of a recipe: tensors that are trained while all weights stay as they are, by the names that edits have for them. Default:
+    /// none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub train: BTreeMap<String, TrainedConfig>,
+    /// The changes; those of one site are made in this order.
+    #[serde(default)]
+    pub edits: Vec<EditConfig>,
+}
+
+/// A tensor that is trained: for all layers of the model, of which those are trained that an edit names.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainedConfig {
+    /// Its numbers before the first step, before any sigmoid. Default: those of the tensor of this name in the file `tensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial: Option<f64>,
+    /// Whether it has a number for each head (default) or for each channel of each head.
+    pub per: Per,
+    /// Whether edits read σ(θ), which is between 0 and 1, where θ is trained. Default: false.
+    pub sigmoid: bool,
+}
+
+/// What has a number of its own in a tensor that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Per {
+    /// Each head.
+    #[default]
+    Head,
+    /// Each channel of each head.
+    Channel,
 }
 
 /// A change at one site.
@@ -51,88 +85,6 @@ pub struct EditConfig {
     pub change: ChangeConfig,
 }
 
-/// Some of the tokens.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(
-    untagged,
-    expecting = "\"all\", \"system\", \"context\", \"question\", \"response\", \"prompt\", \"first\" or \"last_prompt_token\", a range \
-                              { from = 0, to = 4 }, or a text { text = \"Paris\" }"
-)]
-pub enum Span {
-    /// By name.
-    Named(SpanName),
-    /// By position.
-    Range(RangeConfig),
-    /// By what they say.
-    Text(TextSpan),
-}
-
-impl Default for Span {
-    fn default() -> Self {
-        Self::Named(SpanName::All)
-    }
-}
-
-/// Positions by number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RangeConfig {
-    /// The first position, from 0.
-    pub from: usize,
-    /// The position behind the last.
-    pub to: usize,
-}
-
-/// The tokens of a text, wherever it is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TextSpan {
-    /// What to look for, to the letter.
-    pub text: String,
-}
-
-/// Tokens that have a name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum SpanName {
-    /// Every token
-    All,
-    /// Instructions that come before, in conversations and generated tasks
-    System,
-    /// What an answer can be read off: what a tool gave back, and what users said before their last turn
-    Context,
-    /// The last turn of the user
-    Question,
-    /// What the assistant says, and what is generated
-    Response,
-    /// Every token that is not generated
-    Prompt,
-    /// The first token, the usual attention sink
-    First,
-    /// The token that the first generated one is predicted from; in a conversation the one before the first answer
-    LastPromptToken,
-}
-
-impl SpanName {
-    /// Whether it depends on whose tokens are whose.
-    pub fn needs_roles(self) -> bool {
-        matches!(self, Self::System | Self::Context | Self::Question | Self::Response)
-    }
-}
-
-/// Tokens of the prompt, or those that are generated behind it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// The prompt.
-    Prefill,
-    /// What is generated.
-    Decode,
-    /// Both.
-    #[default]
-    Both,
-}
-
 /// What becomes of the numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -148,6 +100,13 @@ pub enum ChangeConfig {
         /// The factor.
         gate: AmountConfig,
         /// The addend.
+        value: AmountConfig,
+    },
+    /// (1 - gate) · x + gate · value
+    Blend {
+        /// The share of the value.
+        gate: AmountConfig,
+        /// What x is replaced by where the gate is 1.
         value: AmountConfig,
     },
     /// Weights times a factor, after which rows have the sum that they had.
@@ -180,6 +139,7 @@ impl ChangeConfig {
             Self::Add(amount) => vec![("add", amount)],
             Self::Replace(amount) => vec![("replace", amount)],
             Self::Mix { gate, value } => vec![("mix.gate", gate), ("mix.value", value)],
+            Self::Blend { gate, value } => vec![("blend.gate", gate), ("blend.value", value)],
             Self::Reweight(amount) => vec![("reweight", amount)],
             Self::Clamp { .. } => Vec::new(),
         }
@@ -187,7 +147,7 @@ impl ChangeConfig {
 }
 
 impl InterventionConfig {
-    /// The text spans and the names of its tensors.
+    /// The tensors that edits name, each with the place of the edit and the key of the change.
     pub fn tensor_names(&self) -> impl Iterator<Item = (usize, &'static str, &str)> {
         self.edits.iter().enumerate().flat_map(|(at, edit)| {
             let amounts = edit.change.amounts().into_iter().filter_map(|(key, amount)| match amount {
@@ -213,10 +173,14 @@ impl InterventionConfig {
         if let Some(sparse) = &self.sparse {
             sparse.validate().map_err(|error| error.within("sparse"))?;
         }
-        if let (None, Some((at, key, name))) = (&self.tensors, self.tensor_names().next()) {
+        let unknown = self.tensor_names().find(|(.., name)| self.tensors.is_none() && !self.train.contains_key(*name));
+        if let Some((at, key, name)) = unknown {
             let field = format!("edits.{at}.change.{key}");
             let problem = format!("{key} names the tensor \"{name}\", and tensors names no file that it could be in");
             return Err(ConfigError::new(field, problem));
+        }
+        for (name, trained) in &self.train {
+            self.validate_trained(name, trained).map_err(|error| error.within(&format!("train.{name}")))?;
         }
         for (at, edit) in self.edits.iter().enumerate() {
             edit.validate(nearest).map_err(|error| error.within(&format!("edits.{at}")))?;
@@ -225,11 +189,40 @@ impl InterventionConfig {
     }
 }
 
+impl InterventionConfig {
+    fn validate_trained(&self, name: &str, trained: &TrainedConfig) -> Result<(), ConfigError> {
+        let initial = trained.initial.unwrap_or_default();
+        require(initial.is_finite(), "initial", || format!("initial ({initial}) must be a finite number"))?;
+        require(trained.initial.is_some() || self.tensors.is_some(), "", || {
+            format!(
+                "\"{name}\" has no initial number, and tensors names no file that it could be read from: give initial"
+            )
+        })?;
+        let mut uses =
+            self.tensor_names().filter(|(_, key, used)| *used == name && *key != "clamp.direction").peekable();
+        require(uses.peek().is_some(), "", || {
+            format!("no edit has the tensor \"{name}\": name it in a change, such as {{ add = \"{name}\" }}")
+        })?;
+        let generated = uses.find(|(at, ..)| self.edits[*at].phase == Phase::Decode);
+        require(generated.is_none(), "", || {
+            format!(
+                "\"{name}\" is trained, and the phase of edits.{} is \"decode\": no token of a training batch is generated",
+                generated.map_or(0, |(at, ..)| at)
+            )
+        })
+    }
+}
+
 impl EditConfig {
     /// The layer that the site names, if any, and the site.
     pub fn place(&self) -> Option<(Option<usize>, Site)> {
         let whole = Site::in_layer(&self.site).map(|(layer, site)| (Some(layer), site));
         whole.or_else(|| Some((None, Site::named(&self.site)?)))
+    }
+
+    /// Its spans, each with its key.
+    pub(super) fn spans(&self) -> [(&'static str, &Span); 2] {
+        [("tokens", &self.tokens), ("keys", &self.keys)]
     }
 
     fn validate(&self, nearest: &dyn Fn(&str, &[&str]) -> Option<String>) -> Result<(), ConfigError> {
@@ -255,14 +248,7 @@ impl EditConfig {
                 format!("{field} is empty: leave it out for all of them")
             })?;
         }
-        for (field, span) in [("tokens", &self.tokens), ("keys", &self.keys)] {
-            if let Span::Range(RangeConfig { from, to }) = span {
-                require(from < to, field, || format!("{field} is from {from} to {to}, which are no positions"))?;
-            }
-            if let Span::Text(TextSpan { text }) = span {
-                require(!text.is_empty(), field, || format!("{field}.text is empty: give some text to look for"))?;
-            }
-        }
+        self.spans().into_iter().try_for_each(|(field, span)| span.validate(field))?;
         require(
             !matches!(self.change, ChangeConfig::Reweight(_)) || site == QuerySite::Weights.into(),
             "change",

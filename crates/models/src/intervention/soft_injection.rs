@@ -34,8 +34,7 @@ pub fn soft_injection(alpha: &Tensor<2>, embedding: &Tensor<3>, positions: &Posi
     let of_layer = |layer: usize| {
         let alpha = alpha.clone().narrow(0, layer, 1).reshape([1, heads, 1, 1]);
         let embedding = embedding.clone().narrow(0, layer, 1).reshape([1, heads, 1, width]);
-        let value = Amount::Each(embedding * alpha.clone());
-        let change = Change::Affine { gate: Amount::Each(1.0 - alpha), value };
+        let change = Change::blend(Amount::Each(alpha), Amount::Each(embedding));
         (layer, Edit { positions: positions.clone(), ..Edit::new(At::all(QuerySite::Z.into()), change) })
     };
     (0..layers).map(of_layer).collect()

@@ -10,7 +10,6 @@ use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::decoder::set_scores;
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
-use polyhead_runs::intervention::check_roles;
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
 use polyhead_runs::{Failure, open_trained};
 use polyhead_training::evaluate::{Batches, evaluate};
@@ -27,7 +26,7 @@ const WINDOW: usize = 1024;
 pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    check_roles(&trained.model, false)?;
+    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let window = args.window.unwrap_or(trained.max_positions.min(WINDOW));
     let stride = args.stride.unwrap_or(window.div_ceil(2));
@@ -77,7 +76,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
     let opened = trained.data()?;
     if trained.model.intervention().is_some() {
-        check_roles(&trained.model, opened.validation.batch(0)?.roles.is_some())?;
+        trained.check_roles(opened.validation.batch(0)?.roles.is_some())?;
     }
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let validation = Source(&opened.validation);

@@ -10,7 +10,6 @@ use polyhead_models::intervention::Context;
 use polyhead_models::{Decoder, Past, Sampling};
 use polyhead_recipe::Problems;
 use polyhead_runs::answer::{Answer, Finish, Prompt, Question, answer, answers};
-use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Failure, Trained, open_trained};
 use serde_json::{Value, json};
 
@@ -67,8 +66,9 @@ fn prompt(trained: &Trained, args: &GenerateArgs, text: &str) -> Result<Prompt, 
         true => Prompt::chat(tokenizer, &[system(args.system.as_deref()), vec![message("user", text)]].concat())?,
         false => Prompt::plain(tokenizer, text)?,
     };
-    let context = Context { rows: 1, tokens: &prompt.ids, roles: &prompt.roles, prompt: prompt.ids.len() };
-    check_spans(&trained.model, &context)?;
+    let context =
+        Context { rows: 1, tokens: &prompt.ids, roles: &prompt.roles, prompt: prompt.ids.len(), ..Context::default() };
+    trained.check_spans(&context)?;
     Ok(trained.ending(prompt))
 }
 

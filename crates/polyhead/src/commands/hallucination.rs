@@ -18,7 +18,6 @@ use crate::console::{harmless, put, talk};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::data::world;
-use polyhead_runs::intervention::check_roles;
 use polyhead_runs::open_trained;
 
 /// Refuses what says nothing about these tasks, and gives how EES is computed.
@@ -66,7 +65,7 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let ees = ees_of(args)?;
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    check_roles(&trained.model, false)?;
+    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let end = tokenizer.end_of_text();
     let stops = end.as_slice();
@@ -138,7 +137,7 @@ pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
     let ees = ees_of(args)?;
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    check_roles(&trained.model, false)?;
+    trained.check_roles(false)?;
     let world = trained.recipe.as_ref().and_then(world).ok_or_else(|| {
         let path = trained.path.display();
         Failure::Run(format!("{path} did not learn generated facts: --task facts asks about those of [data.facts]"))

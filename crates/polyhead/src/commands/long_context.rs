@@ -10,7 +10,6 @@ use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{put, talk};
 use polyhead_runs::Failure;
-use polyhead_runs::intervention::check_roles;
 use polyhead_runs::open_trained;
 
 /// Lengths of the texts where none are given, in units.
@@ -21,7 +20,7 @@ const LENGTHS: [usize; 4] = [1, 2, 4, 8];
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    check_roles(&trained.model, false)?;
+    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template("chat template", name, tokenizer)?;

@@ -92,7 +92,7 @@ fn sizes<B>(resolved: &Resolved, data: &impl TrainingData<B>, all: &Costs, memor
     put!("           at most {} at once: activations go while gradients come", bytes(memory.peak()))?;
     let kept = checkpoints(recipe);
     // Beside a base model, what is trained is saved alone: as much as its gradients.
-    let weights = if resolved.saves_pairs_only() { memory.gradients } else { memory.weights };
+    let weights = if resolved.saves_adapter_only() { memory.gradients } else { memory.weights };
     put!(
         "disk       {} for {} checkpoints",
         bytes(weights.saturating_add(memory.moments).saturating_mul(kept)),

@@ -24,6 +24,7 @@ use polyhead_runs::Resolved;
 use polyhead_runs::base::Base;
 use polyhead_runs::costs::{Costs, Known, tokens_per_step};
 use polyhead_runs::data::{TrainingData, changed_text, record_text};
+use polyhead_runs::intervention::{ReadIntervention, kept};
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
 use polyhead_runs::pretrained::{locate_checkpoint, tokenizer_files};
 use polyhead_runs::resolve::{self, training_device};
@@ -175,7 +176,7 @@ impl Task<'_> {
         self.tell_model(&model);
         let probe = model.probe(recipe);
         let start = self.tell_start()?;
-        let text = recipe::resolved(recipe)?;
+        let text = recipe::resolved(&kept(recipe))?;
         let about = result::About {
             id: result::id(&text, data.text_hash()),
             data: data.description().to_owned(),
@@ -191,6 +192,10 @@ impl Task<'_> {
         ];
         if let Some(tokenizer) = data.tokenizer() {
             companions.extend(tokenizer_files(tokenizer));
+        }
+        if let Some((name, bytes)) = self.resolved.intervention.as_ref().and_then(ReadIntervention::file) {
+            atomic_write(&run_dir.join(&name), &bytes)?;
+            companions.push((name, bytes));
         }
         let base = self.resolved.base(run_dir)?;
         companions.extend(base.iter().map(Base::file));
@@ -242,6 +247,12 @@ impl Task<'_> {
         if let Some(why) = &outcome.ended {
             let early = if outcome.progress.step < recipe.training.steps { " early" } else { "" };
             talk!("\nended{early} at step {}: {why}", outcome.progress.step);
+        }
+        if let (Some(model), Some(own)) = (outcome.model.as_decoder(), &self.resolved.intervention)
+            && !model.intervention_tensors.is_empty()
+        {
+            own.write_trained(model, run_dir)?;
+            talk!("intervention: {}", run_dir.join(files::TRAINED_INTERVENTION).display());
         }
         let classes = |totals: &_| K::class_table(data, totals);
         let about = result::About { sets: outcome.model.set_scores(data)?, ..about };

@@ -13,7 +13,6 @@ use polyhead_models::intervention::Context;
 use polyhead_models::surgery;
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_runs::answer::stops;
-use polyhead_runs::intervention::check_spans;
 use polyhead_runs::peft::adapter_files;
 use polyhead_runs::pretrained::{Pretrained, tokenizer_files};
 use polyhead_runs::{Failure, Trained, open_trained};
@@ -179,8 +178,8 @@ pub fn logits(
     }
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
     let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &trained.model.device());
-    let context = Context { rows: 1, tokens: &tokens, roles: &[], prompt: tokens.len() };
-    check_spans(&trained.model, &context)?;
+    let context = Context { rows: 1, tokens: &tokens, roles: &[], prompt: tokens.len(), ..Context::default() };
+    trained.check_spans(&context)?;
     let mask = Mask::causal();
     let hidden = trained.model.pass(input, Pass { context: Some(context), ..Pass::new(&mask) }).hidden;
     let logits = trained.model.logits(hidden);

@@ -22,7 +22,6 @@ use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::classifier::open_classifier;
-use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Trained, open_trained};
 
 use polyhead_evaluation::head_scores::Pattern;
@@ -77,7 +76,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
     let rows = probe(args, &trained)?;
-    check_spans(&trained.model, &Context::of(&rows[0]))?;
+    trained.check_spans(&Context::of(&rows[0]))?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
     let layers = heads::observe_layers(&model, &rows);

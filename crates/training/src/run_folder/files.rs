@@ -29,10 +29,14 @@ pub const LOG: &str = "log.txt";
 pub const MANIFEST: &str = "manifest.json";
 /// The weights.
 pub const WEIGHTS: &str = hf::WEIGHTS;
-/// What LoRA has learned, where the other weights are those of a base model.
+/// What LoRA or an intervention has learned, where the other weights are those of a base model.
 pub const ADAPTER: &str = "adapter.safetensors";
 /// Which base model that is.
 pub const BASE: &str = "base.json";
+/// The tensors that the intervention of the recipe names, of a run and in a checkpoint.
+pub const INTERVENTION: &str = "intervention.safetensors";
+/// The intervention that a finished run trained, beside the file of its tensors.
+pub const TRAINED_INTERVENTION: &str = "trained_intervention.toml";
 /// The state of the optimiser.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 /// The counters and the state of the procedure.
