@@ -223,3 +223,106 @@ fn trained_tensors_are_a_run_and_a_file() {
     world.succeeds(&["eval", "fresh"]);
     world.succeeds(&["plan", "tune.toml", "--no-probe"]);
 }
+
+#[test]
+fn tuned_files_are_interventions() {
+    let recipe = SMALL
+        .replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"text.txt\"]")
+        .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 4");
+    let world = World::new(&recipe);
+    write(&world, "text.txt", &"the cat sat on the mat. ".repeat(80));
+    world.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    let tune = ["tune", "sink", "run", "--batches", "1", "--gammas", "0.5,4"];
+    for (by, each, file, units) in [("accuracy", "index", "index.toml", 4), ("entropy", "head", "head.toml", 8)] {
+        let (out, _) = world.succeeds(&[&tune[..], &["--by", by, "--each", each, "--out", file]].concat());
+        let told: serde_json::Value = serde_json::from_str(&out).unwrap();
+        let profile = told["found"]["profile"].as_array().unwrap();
+        assert_eq!(profile.len(), units);
+        let other = &told["other_batches"];
+        assert!(other["plain"]["loss"].as_f64().unwrap() > 0.0 && other["tuned"]["entropy"].as_f64().unwrap() > 0.0);
+        let text = String::from_utf8(world.read(file)).unwrap();
+        let gamma = told["found"]["gamma"].as_f64().unwrap();
+        assert!(text.contains("keys = \"first\"") && text.contains(&format!("{}", gamma.ln())), "{text}");
+        let under = loss(&world, &["run", "--intervention", file]);
+        assert_eq!(gamma != 1.0, (under - loss(&world, &["run"])).abs() > 1e-6, "{gamma} {under}");
+        assert!(world.fails(1, &[&tune[..], &["--out", file]].concat()).contains("exists already"));
+    }
+    let vhr = ["tune", "vhr", "run", "--prompt", "the cat sat", "--passage"];
+    world.succeeds(&[&vhr[..], &["cat", "--out", "vhr.toml"]].concat());
+    // Half of the heads of a layer at most are above its median.
+    assert!(String::from_utf8(world.read("vhr.toml")).unwrap().contains("scale = 2"));
+    world.succeeds(&[
+        "generate",
+        "run",
+        "--prompt",
+        "the cat sat",
+        "--intervention",
+        "vhr.toml",
+        "--max-new-tokens",
+        "3",
+    ]);
+    for (passage, words) in
+        [("dog", "nowhere in the prompt"), ("t", "in the prompt once"), ("the cat sat", "a part of it")]
+    {
+        assert!(world.fails(2, &[&vhr[..], &[passage, "--out", "x.toml"]].concat()).contains(words));
+    }
+    for (args, words) in [
+        (["--gammas", "0,2"], "--gammas"),
+        (["--probe", "1"], "--probe (1) must be above 1"),
+        (["--share", "1.5"], "--share (1.5)"),
+        (["--batches", "0"], "must be at least 1"),
+    ] {
+        let told = world.fails(2, &[&["tune", "sink", "run", "--out", "x.toml"], &args[..]].concat());
+        assert!(told.contains(words), "{told}");
+    }
+    // A task embedding, and gates that learn how much of it is blended in.
+    write(&world, "prompts.txt", "the cat\nthe mat sat\n");
+    world.succeeds(&["tune", "embedding", "run", "--prompts", "prompts.txt", "--out", "embedding.safetensors"]);
+    let file = TensorFiles::open(&[world.dir.path().join("embedding.safetensors")]).unwrap();
+    assert_eq!(file.shape("embedding"), Some(&[2, 4, 4][..]));
+    let site = "[model]\npretrained = \"run\"\n[intervention]\ntensors = \"embedding.safetensors\"\n\
+                train = { alpha = { initial = 0, sigmoid = true } }\n[[intervention.edits]]\nsite = \"z\"\n\
+                tokens = \"last_prompt_token\"\nchange = { blend = { gate = \"alpha\", value = \"embedding\" } }\n";
+    write(&world, "site.toml", &format!("{site}{}", &recipe[recipe.find("[data").unwrap()..]));
+    world.succeeds(&["train", "site.toml", "--out", "site", "training.steps=2"]);
+    let trained = TensorFiles::open(&[world.dir.path().join("site/trained_intervention.safetensors")]).unwrap();
+    assert_eq!(trained.shape("alpha"), Some(&[2, 4][..]));
+    assert!(trained.values("alpha").unwrap().iter().all(|alpha| (0.0..1.0).contains(alpha)));
+    assert_eq!(trained.values("embedding").unwrap(), file.values("embedding").unwrap());
+}
+
+#[test]
+fn every_answer_of_a_conversation_has_a_score() {
+    let recipe = SMALL
+        .replace("[data.markov]\nstates = 6", "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"chatml\"")
+        .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 4")
+        .replace("seq_len = 16", "seq_len = 256");
+    let world = World::new(&recipe);
+    let chat = |first: &str| {
+        let said = |role: &str, text: &str| serde_json::json!({ "role": role, "content": text });
+        let messages =
+            [said("user", first), said("assistant", "It is 5."), said("user", "And 3?"), said("assistant", "6")];
+        serde_json::json!({ "messages": messages }).to_string() + "\n"
+    };
+    write(&world, "chats.jsonl", &(chat("What is 2 and 3").repeat(12)));
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "training.steps=2", "lr_scheduler.warmup_steps=1"]);
+    let ask = ["score-context", "run", "--data", "chats.jsonl", "--layer", "1", "--indicator", "[IND]"];
+    let (out, _) = world.succeeds(&[&ask[..], &["--beta", "0"]].concat());
+    let lines: Vec<serde_json::Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 24);
+    let score = |at: usize| lines[at]["score"].as_f64().unwrap();
+    assert!((0..24).all(|at| score(at) > 0.0 && score(at) < 1.0 && score(at) == score(at % 2)));
+    assert_eq!((&lines[0]["row"], &lines[0]["message"], &lines[3]["message"]), (&1.into(), &1.into(), &3.into()));
+    // Bytes are tokens: those of the answer, and what the template ends it with.
+    assert!(lines[0]["tokens"].as_u64().unwrap() >= 8 && lines[1]["tokens"].as_u64().unwrap() < 8);
+    assert_eq!((&lines[0]["marked"], &lines[1]["marked"]), (&"What is 2 and 3. [IND]".into(), &"And 3? [IND]".into()));
+    let (out, _) = world.succeeds(&[&ask[..], &["--beta", "1"]].concat());
+    assert!(out.lines().all(|line| line.contains("\"depends\":false") && !line.contains("3. [IND]")), "{out}");
+    write(&world, "chats.jsonl", &(chat("x") + "{\"messages\": []}\n"));
+    assert!(world.fails(1, &ask).contains("chats.jsonl:2: needs \"messages\""));
+    assert!(
+        world
+            .fails(2, &["score-context", "run", "--data", "chats.jsonl", "--layer", "2"])
+            .contains("--layer (2) must be below 2")
+    );
+}

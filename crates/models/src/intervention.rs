@@ -9,6 +9,7 @@ mod config;
 pub mod gift;
 pub mod locore;
 mod read;
+pub mod sink_search;
 pub mod soft_injection;
 pub mod soft_pag;
 pub mod span_boost;
@@ -29,6 +30,7 @@ use polyhead_attention::{Amount, ConfigError, Edit};
 
 pub use attention_swap::attention_swap;
 pub use config::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, TrainedConfig};
+pub use soft_injection::task_embedding;
 pub use spans::{OutsideSpan, Phase, RangeConfig, Span, SpanName, TextSpan};
 pub use zero_tuning::zero_tuning;
 

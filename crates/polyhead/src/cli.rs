@@ -359,6 +359,18 @@ Examples:
         #[arg(long, value_parser = device())]
         device: Option<String>,
     },
+    /// Find an intervention by measuring, and write it as a file.
+    #[command(subcommand)]
+    Tune(crate::commands::tune::TuneCommand),
+    /// Score how much each answer of a file of conversations depends on what came before it, a line of JSON each.
+    ///
+    /// The score is the mean over the tokens of an answer of the largest share that a head of one layer gives to the user's tokens
+    /// (arXiv 2411.02688).
+    #[command(after_help = "\
+Examples:
+  polyhead score-context checkpoints/2_sft --data datasets/chat_example.jsonl
+  polyhead score-context checkpoints/2_sft --data chats.jsonl --indicator '[IND]' > scores.jsonl")]
+    ScoreContext(crate::commands::score_context::ScoreContextArgs),
     /// Show what this machine and this binary can do.
     Doctor,
     /// Train a tokenizer.

@@ -78,7 +78,7 @@ impl ReadIntervention {
     /// # Errors
     /// If it says something that the model does not have, with its place.
     pub fn apply(&self, model: Decoder, tokenizer: Option<&Tokenizer>) -> Result<Decoder, Failure> {
-        let decode = tokenizer.cloned().map(|own| -> Decode { Arc::new(move |ids: &[u32]| own.decode(ids)) });
+        let decode = tokenizer.map(decode);
         let intervention = Intervention::new(&self.stated.config, &self.tensors()?, &model, decode);
         let intervention = intervention.map_err(|error| self.stated.problem(&error))?;
         Ok(model.intervened(Some(intervention)))
@@ -119,6 +119,12 @@ pub fn write(file: &Path, mut config: InterventionConfig, tensors: &[Named]) -> 
     }
     let text = toml::to_string_pretty(&config).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(atomic_write(file, text.as_bytes())?)
+}
+
+/// How a tokenizer turns ids into text.
+pub fn decode(tokenizer: &Tokenizer) -> Decode {
+    let own = tokenizer.clone();
+    Arc::new(move |ids: &[u32]| own.decode(ids))
 }
 
 /// A recipe as run folders and checkpoints keep it: the tensors of its intervention are beside it.

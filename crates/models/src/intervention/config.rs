@@ -109,6 +109,8 @@ pub enum ChangeConfig {
         /// What x is replaced by where the gate is 1.
         value: AmountConfig,
     },
+    /// Weights pulled to the identity by a share: of 1, each token attends to itself.
+    ToIdentity(f64),
     /// Weights times a factor, after which rows have the sum that they had.
     Reweight(AmountConfig),
     /// The component along a direction becomes a number.
@@ -141,7 +143,7 @@ impl ChangeConfig {
             Self::Mix { gate, value } => vec![("mix.gate", gate), ("mix.value", value)],
             Self::Blend { gate, value } => vec![("blend.gate", gate), ("blend.value", value)],
             Self::Reweight(amount) => vec![("reweight", amount)],
-            Self::Clamp { .. } => Vec::new(),
+            Self::ToIdentity(_) | Self::Clamp { .. } => Vec::new(),
         }
     }
 }
@@ -214,6 +216,20 @@ impl InterventionConfig {
 }
 
 impl EditConfig {
+    /// A change of all heads and tokens, in all layers.
+    pub fn new(site: &str, change: ChangeConfig) -> Self {
+        Self {
+            site: site.to_owned(),
+            layers: None,
+            heads: None,
+            kv_heads: None,
+            tokens: Span::default(),
+            keys: Span::default(),
+            phase: Phase::default(),
+            change,
+        }
+    }
+
     /// The layer that the site names, if any, and the site.
     pub fn place(&self) -> Option<(Option<usize>, Site)> {
         let whole = Site::in_layer(&self.site).map(|(layer, site)| (Some(layer), site));
@@ -254,6 +270,13 @@ impl EditConfig {
             "change",
             || format!("reweight is for weights, whose rows have a sum to keep, and the site is {site}: use scale"),
         )?;
+        if let ChangeConfig::ToIdentity(share) = self.change {
+            let field = "change.to_identity";
+            require(site == QuerySite::Weights.into(), field, || {
+                format!("to_identity is for weights, and the site is {site}")
+            })?;
+            require((0.0..=1.0).contains(&share), field, || format!("to_identity ({share}) must be 0 to 1"))?;
+        }
         require(!matches!(self.change, ChangeConfig::Clamp { .. }) || !of_maps, "change", || {
             format!("clamp needs channels, and {site} has keys: use add or scale")
         })?;

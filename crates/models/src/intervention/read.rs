@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{Amount, At, Change, ConfigError, KvHead, Mask, QueryHead, Site, require};
 
+use super::soft_pag::to_identity;
 use super::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, Span, TrainedConfig};
 use crate::sites::SitePlan;
 use crate::weights::Named;
@@ -171,6 +172,7 @@ impl ChangeConfig {
             Self::Replace(_) => Change::Affine { gate: Amount::Number(0.0), value: next() },
             Self::Mix { .. } => Change::Affine { gate: next(), value: next() },
             Self::Blend { .. } => Change::blend(next(), next()),
+            Self::ToIdentity(share) => to_identity(*share),
             Self::Reweight(_) => Change::Reweight(next()),
             Self::Clamp { to, .. } => match next() {
                 Amount::Each(direction) => Change::Clamp { direction: direction.flatten(0, 3), to: *to },
@@ -185,7 +187,7 @@ fn heads<T>(listed: &Option<Vec<usize>>, head: fn(usize) -> T) -> Vec<T> {
 }
 
 /// Heads and width of a site (of a map, the width is that of one key), by what a pass over one token has there.
-fn sizes(model: &Decoder, layer: usize, site: Site) -> [usize; 2] {
+pub(super) fn sizes(model: &Decoder, layer: usize, site: Site) -> [usize; 2] {
     let hidden = Tensor::zeros([1, 1, model.config().d_model], &model.device());
     let sites = SitePlan { edits: Vec::new(), taps: vec![(layer, site)] };
     let plain = model.clone().intervened(None);

@@ -14,9 +14,9 @@ use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Int, Tensor};
 use polyhead_attention::{At, Change, Edit, Place, QueryHead, QuerySite};
 
-/// The changes that pull maps to the identity by `u`; heads are pairs of layer and query head.
-pub fn soft_pag(heads: &[(usize, QueryHead)], u: f64) -> Vec<(usize, Edit)> {
-    let to_identity = move |weights: Tensor<4>, Place { first, first_key }: Place| {
+/// The change that pulls maps to the identity by `u`.
+pub fn to_identity(u: f64) -> Change {
+    let pulled = move |weights: Tensor<4>, Place { first, first_key }: Place| {
         let ([_, _, queries, keys], device) = (weights.dims(), weights.device());
         let positions =
             |from: usize, count: usize| Tensor::<1, Int>::arange(from as i64..(from + count) as i64, &device);
@@ -25,7 +25,12 @@ pub fn soft_pag(heads: &[(usize, QueryHead)], u: f64) -> Vec<(usize, Edit)> {
         let identity = queries.equal(keys).float().cast(weights.dtype());
         weights * (1.0 - u) + identity * u
     };
-    let change = Change::With(Arc::new(to_identity));
+    Change::With(Arc::new(pulled))
+}
+
+/// The changes that pull maps to the identity by `u`; heads are pairs of layer and query head.
+pub fn soft_pag(heads: &[(usize, QueryHead)], u: f64) -> Vec<(usize, Edit)> {
+    let change = to_identity(u);
     let of_head = |&(layer, head)| (layer, Edit::new(At::Query(QuerySite::Weights, vec![head]), change.clone()));
     heads.iter().map(of_head).collect()
 }

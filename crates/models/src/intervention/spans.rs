@@ -68,6 +68,12 @@ impl Span {
         }
     }
 
+    /// Whether each token of a text belongs to it.
+    pub fn of_text(&self, tokens: &[u32], decode: &Decode) -> Vec<bool> {
+        let context = Context { rows: 1, tokens, prompt: tokens.len(), ..Context::default() };
+        of_row(self, 0, &context, Some(decode))
+    }
+
     pub(super) fn validate(&self, field: &str) -> Result<(), ConfigError> {
         match self {
             Self::Named(_) => Ok(()),

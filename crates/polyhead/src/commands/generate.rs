@@ -123,7 +123,7 @@ fn generate_all(trained: &Trained, file: &Path, (args, sampling): (&GenerateArgs
 }
 
 /// The prompts of a file: a line each, or of JSON lines (`.jsonl`) their `prompt`.
-fn prompts(file: &Path) -> Result<Vec<String>, Failure> {
+pub(super) fn prompts(file: &Path) -> Result<Vec<String>, Failure> {
     let text = std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?;
     let rows = file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("jsonl"));
     let of_line = |(at, line): (usize, &str)| match rows {

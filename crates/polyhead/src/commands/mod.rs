@@ -17,11 +17,13 @@ mod plan;
 mod preview;
 mod recipes;
 mod reference;
+pub mod score_context;
 mod stages;
 pub mod suite;
 mod tokenizer;
 mod train;
 mod trained;
+pub mod tune;
 
 use std::path::Path;
 
@@ -98,6 +100,8 @@ pub fn run(command: Command) -> Result<(), Failure> {
             let model = (checkpoint.as_path(), device.as_deref(), intervention.as_deref());
             trained::logits(model, &tokens, text.as_deref(), &out)
         }
+        Command::Tune(command) => tune::tune(&command),
+        Command::ScoreContext(args) => score_context::score_context(&args),
         Command::Doctor => doctor::doctor(),
         Command::Tokenizer(TokenizerCommand::Train { recipe, vocab_size, out }) => {
             tokenizer::train(&load(&recipe)?, vocab_size as usize, &out)
