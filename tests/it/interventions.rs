@@ -50,7 +50,10 @@ fn files_change_what_a_model_computes_and_recipes_what_it_is_trained_with() {
     assert!(world.fails(2, &["validate", "with.toml", "intervention.edits=[]"]).contains("edits is empty"));
     let beyond = "intervention.edits=[{site=\"z\",heads=[9],change={scale=1}}]";
     let told = world.fails(2, &["train", "with.toml", "--out", "never", beyond]);
-    assert!(told.contains("intervention.edits.0.heads") && told.contains("has 2, from 0"), "{told}");
+    assert!(
+        told.contains("command line:1") && told.contains("heads names head 9") && told.contains("has 2, from 0"),
+        "{told}"
+    );
     assert!(!world.dir.path().join("never/metrics.jsonl").exists());
 }
 
@@ -77,7 +80,7 @@ fn mistakes_are_told_with_their_place_before_anything_runs() {
             vec!["e.toml:1", "/x: No such file", "beside the file that names it"],
         ),
         ("edits = [{ site = \"z\", change = { scale = 0 } },\n{ site = \"z\", heads = [7], change = { scale = 0 } }]".into(), 2, vec![
-            "e.toml:2", "edits.1.heads",
+            "e.toml:2", "heads names head 7"
         ]),
         ("file = \"x\"\n".into(), 2, vec!["e.toml:1", "file is for recipes"]),
         ("[train]\ng = { initial = 0 }\n".into(), 2, vec!["e.toml:2", "train.g is for recipes"]),
@@ -109,7 +112,7 @@ fn mistakes_in_recipes_are_told_with_their_place() {
         with(&format!("{lines}\n{edits}"))
     };
     for (text, at, words) in [
-        (edit("heads = [0, 2]"), line + 2, vec!["intervention.edits.0.heads", "head 2", "has 2, from 0"]),
+        (edit("heads = [0, 2]"), line + 2, vec!["heads names head 2", "has 2, from 0"]),
         (edit("layers = [5]"), line + 2, vec!["layer 5", "has 2, from 0"]),
         (edit("tokens = \"context\""), line + 2, vec!["\"context\"", "whose tokens are whose"]),
         (edit("tokens = { text = \"a\" }"), line + 2, vec!["no tokenizer"]),
@@ -117,7 +120,7 @@ fn mistakes_in_recipes_are_told_with_their_place() {
         (of("tensors = \"recipe.toml\""), line, vec!["recipe.toml: not a readable safetensors file"]),
         (of("tensors = \"one.safetensors\"\nfile = \"x\""), line + 1, vec!["leave edits, tensors and train out"]),
         (with("file = \"x.toml\""), line, vec!["x.toml: No such file", "beside the recipe"]),
-        (of("train.gamma = { initial = nan }"), line, vec!["intervention.train.gamma.initial", "finite"]),
+        (of("train.gamma = { initial = nan }"), line, vec!["initial (NaN)", "finite"]),
         (of("train.gamma = { start = 0 }"), line, vec!["unknown field `start`", "`initial`"]),
     ] {
         write(&world, "wrong.toml", &text);
@@ -141,7 +144,9 @@ fn tensors_are_found_beside_the_recipe_and_stay_with_the_run() {
     gamma(&world, "recipes/numbers.safetensors", 0.0);
     let edits = "[[intervention.edits]]\nsite = \"z\"\nlayers = [1]\nchange = { scale = \"gamma\" }\n";
     write(&world, "recipes/with.toml", &format!("{SMALL}[intervention]\ntensors = \"numbers.safetensors\"\n{edits}"));
-    let train = |run: &str, steps: &str| world.succeeds(&["train", "recipes/with.toml", "--out", run, steps]).1;
+    let train = |run: &str, steps: &str| {
+        world.succeeds(&["train", "recipes/with.toml", "lr_scheduler.decay=constant", "--out", run, steps]).1
+    };
     train("whole", "training.steps=12");
     train("parts", "training.steps=7");
     // What the run began with is in it: it goes on where the file is gone, and where it is as it was.
@@ -154,7 +159,8 @@ fn tensors_are_found_beside_the_recipe_and_stay_with_the_run() {
         assert!(of("whole") == of("parts"), "{file} differs");
     }
     gamma(&world, "recipes/numbers.safetensors", 0.5);
-    let told = world.fails(2, &["train", "recipes/with.toml", "--out", "parts", "training.steps=14"]);
+    let again = ["train", "recipes/with.toml", "lr_scheduler.decay=constant", "--out", "parts", "training.steps=14"];
+    let told = world.fails(2, &again);
     assert!(told.contains("with.toml:") && told.contains("other numbers than the run began with"), "{told}");
     // Moved, and without the recipe: evaluated as it was trained, trained again from its own recipe.
     let before = loss(&world, &["whole"]);
@@ -178,7 +184,7 @@ fn trained_tensors_are_a_run_and_a_file() {
                  [[intervention.edits]]\nsite = \"z\"\nchange = { blend = { gate = \"gate\", value = 0.5 } }\n";
     let rest = &small[small.find("[data").unwrap()..];
     let from = |base: &str, more: &str| format!("[model]\npretrained = \"{base}\"\n{rest}{more}");
-    let recipe = from("base", &format!("[optimizer.adamw]\nlr = 0.1\n{train}"));
+    let recipe = from("base", &format!("[optimizer.adamw]\nlr = 0.1\n[lr_scheduler]\ndecay = \"constant\"\n{train}"));
     write(&world, "tune.toml", &recipe);
     let tune = |run: &str, steps: &str| world.succeeds(&["train", "tune.toml", "--out", run, steps]).1;
     let told = tune("whole", "training.steps=12");
@@ -208,6 +214,17 @@ fn trained_tensors_are_a_run_and_a_file() {
     write(&world, "under.toml", &from("base", &format!("[intervention]\nfile = \"{trained}\"\n")));
     world.succeeds(&["train", "under.toml", "--out", "under", "optimizer.adamw.lr=0.0"]);
     assert_eq!(loss(&world, &["under"]), own);
+    let arms = |file: &str| {
+        format!(
+            "title = \"t\"\nextends = \"plain.toml\"\nseeds = [0]\n[[arm]]\nname = \"plain\"\n[[arm]]\nname = \"under\"\nrecipe.intervention.file = \"{file}\"\n"
+        )
+    };
+    write(&world, "plain.toml", &from("base", ""));
+    write(&world, "arms.toml", &arms(trained));
+    world.succeeds(&["compare", "arms.toml", "--dry-run"]);
+    write(&world, "arms.toml", &arms("nowhere.toml"));
+    let told = world.fails(2, &["compare", "arms.toml", "--dry-run"]);
+    assert!(told.contains("arms.toml:8") && told.contains("nowhere.toml: No such file"), "{told}");
     // What starts from the run has the base's weights; what is exported too.
     write(&world, "plain.toml", &from("whole", ""));
     world.succeeds(&["train", "plain.toml", "--out", "plain", "optimizer.adamw.lr=0.0"]);

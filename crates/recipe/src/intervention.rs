@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf, absolute};
 use polyhead_models::ConfigError;
 use polyhead_models::intervention::InterventionConfig;
 
-use crate::layers::{Layer, at, read_as};
+use crate::layers::{Layer, at, read_as, read_layer};
 use crate::nearest::nearest_name;
 use crate::problem::{Problem, Problems};
+use crate::schema;
 use crate::settings::Recipe;
-use crate::{load, schema};
 
 /// The table of a recipe.
 const TABLE: &str = "intervention";
@@ -33,7 +33,7 @@ impl StatedIntervention {
         if let Err(error) = std::fs::File::open(path) {
             return Err(Problems::plain(format!("intervention {}: {error}", path.display())));
         }
-        let layers = vec![load::read_layer(path)?];
+        let layers = vec![read_layer(path)?];
         let root = schemars::schema_for!(InterventionConfig).to_value();
         Problems::none(schema::unknown_keys_of(&root, &layers))?;
         let config = read_as(layers[0].values().clone(), &layers)?;

@@ -1,11 +1,13 @@
 //! Layers of TOML: parsed with the place of every key, merged into one table.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use toml_edit::{Document, Item, TableLike, Value};
 
+use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
 use crate::problem::{Problem, Problems, in_words};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
@@ -59,6 +61,43 @@ pub fn parse_layer(name: &str, text: &str) -> Result<Layer, Problem> {
     let values = text.parse::<toml::Table>();
     let values = values.map_err(|e| Problem::in_text(name, text, e.span(), e.message().to_owned()))?;
     Ok(Layer { name: name.to_owned(), text: text.into(), document: Arc::new(document), values, prefix: Vec::new() })
+}
+
+/// What may have been meant by a recipe that is not there: one with such a name beside it, or below the folder `recipes`.
+fn meant(path: &Path) -> String {
+    let known = recipes_below(Path::new("recipes"));
+    let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let named = |name: &str| known.iter().find(|path| stem(path) == name).cloned();
+    let alike = || named(&nearest(&stem(path), known.iter().map(|path| stem(path)))?);
+    match named(&stem(path)).or_else(|| nearest_path(path, is_recipe)).or_else(alike) {
+        Some(near) if !path.exists() => format!("did you mean {}?", near.display()),
+        _ => "recipes are files that end in .toml; `polyhead ls` lists those at hand".to_owned(),
+    }
+}
+
+/// The text of a recipe's file.
+///
+/// # Errors
+/// If there is none, or it is no text, with the line where it is none.
+pub fn read_file(path: &Path) -> Result<String, Problems> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {}", path.display(), meant(path))))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let bytes = error.into_bytes();
+        let text = String::from_utf8_lossy(&bytes[..at]).into_owned() + "\u{fffd}";
+        let message = format!("byte {:#04x} is not valid UTF-8: recipes are UTF-8 text", bytes[at]);
+        Problems(vec![Problem::in_text(&path.display().to_string(), &text, Some(at..at), message)])
+    })
+}
+
+/// The file's layer.
+///
+/// # Errors
+/// If it cannot be read or is no TOML.
+pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
+    let text = read_file(path)?;
+    Ok(parse_layer(&path.display().to_string(), &text)?)
 }
 
 /// Parses `key=value` from the command line; a value that is no TOML is taken as text.
@@ -158,9 +197,9 @@ impl Layer {
                 (other, _) => (other.as_table_like(), None),
             };
             let Some(next) = element else { break };
-            if let Some(span) = span {
+            if at.is_some() && matches!(item, Item::ArrayOfTables(_) | Item::Value(Value::Array(_))) {
                 depth += 1;
-                found = Some((span, depth));
+                found = span.map(|span| (span, depth)).or(found);
             }
             table = next;
         }

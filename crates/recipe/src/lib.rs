@@ -24,8 +24,8 @@ pub use device::{DEVICE_NAMES, DEVICES, Which, device_name, has_own_memory, pars
 pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of};
 pub use growth::Growth;
 pub use intervention::StatedIntervention;
-pub use layers::Layer;
-pub use load::{Loaded, from_layers, load, override_layers, read_file, read_layer, read_layers, resolved, with_base};
+pub use layers::{Layer, read_file, read_layer};
+pub use load::{Loaded, from_layers, load, override_layers, read_layers, resolved, with_base};
 pub use problem::{Problem, Problems, in_words};
 pub use settings::{GenerationConfig, LoaderConfig, ModelConfig, Recipe};
 

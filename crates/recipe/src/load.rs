@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::intervention::StatedIntervention;
-use crate::layers::{Layer, at, merge, parse_layer, parse_override, read_as, undecided};
-use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
+use crate::layers::{Layer, at, merge, parse_override, read_as, read_layer, undecided};
 use crate::problem::{Problem, Problems};
 use crate::settings::Recipe;
 use crate::{device_name, rules, schema};
@@ -67,43 +66,6 @@ pub fn from_layers(layers: Vec<Layer>) -> Result<Loaded, Problems> {
 /// If a value has no TOML form, which would be our mistake.
 pub fn resolved(recipe: &Recipe) -> Result<String, Problems> {
     toml::to_string_pretty(recipe).map_err(|error| Problems::plain(format!("the recipe cannot be written: {error}")))
-}
-
-/// What may have been meant by a recipe that is not there: one with such a name beside it, or below the folder `recipes`.
-fn meant(path: &Path) -> String {
-    let known = recipes_below(Path::new("recipes"));
-    let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let named = |name: &str| known.iter().find(|path| stem(path) == name).cloned();
-    let alike = || named(&nearest(&stem(path), known.iter().map(|path| stem(path)))?);
-    match named(&stem(path)).or_else(|| nearest_path(path, is_recipe)).or_else(alike) {
-        Some(near) if !path.exists() => format!("did you mean {}?", near.display()),
-        _ => "recipes are files that end in .toml; `polyhead ls` lists those at hand".to_owned(),
-    }
-}
-
-/// The text of a recipe's file.
-///
-/// # Errors
-/// If there is none, or it is no text, with the line where it is none.
-pub fn read_file(path: &Path) -> Result<String, Problems> {
-    let bytes = std::fs::read(path)
-        .map_err(|error| Problems::plain(format!("recipe {}: {error}\n  hint: {}", path.display(), meant(path))))?;
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let bytes = error.into_bytes();
-        let text = String::from_utf8_lossy(&bytes[..at]).into_owned() + "\u{fffd}";
-        let message = format!("byte {:#04x} is not valid UTF-8: recipes are UTF-8 text", bytes[at]);
-        Problems(vec![Problem::in_text(&path.display().to_string(), &text, Some(at..at), message)])
-    })
-}
-
-/// The file's layer.
-///
-/// # Errors
-/// If it cannot be read or is no TOML.
-pub fn read_layer(path: &Path) -> Result<Layer, Problems> {
-    let text = read_file(path)?;
-    Ok(parse_layer(&path.display().to_string(), &text)?)
 }
 
 /// The layers of a recipe: what it extends, the file, the overrides.

@@ -181,12 +181,12 @@ fn tensors_are_trained_and_nothing_else() {
             *moved = loss(&other).into_scalar::<f32>();
         }
         let (slope, own) = ((moved[1] - moved[0]) / 2e-2, grad(at)[number]);
-        assert!((slope - own).abs() < 2e-3 * slope.abs().max(0.1), "{at}.{number}: {slope} {own}");
+        assert!((slope - own).abs() < 1e-2 * slope.abs().max(0.1), "{at}.{number}: {slope} {own}");
     }
     // As a file of tensors.
     let tensors: BTreeMap<String, Named> =
         model.trained_tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-    assert_eq!(tensors["gate"].values[0], 1.0 / (1.0 + (-0.5_f32).exp()));
+    assert!((tensors["gate"].values[0] - 1.0 / (1.0 + (-0.5_f32).exp())).abs() < 1e-6);
     let fixed = InterventionConfig { train: BTreeMap::new(), tensors: Some("file".into()), ..config.clone() };
     loss(&of(&fixed, &tensors)).into_data().assert_eq(&loss(&model).into_data(), true);
     // They go on from there.
