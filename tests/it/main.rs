@@ -55,6 +55,7 @@ mod golden_vit_heads;
 mod golden_zero_tuning;
 mod growth;
 mod hallucination;
+mod heads;
 #[cfg(feature = "download")]
 mod hub;
 mod interventions;

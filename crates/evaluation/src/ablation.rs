@@ -12,6 +12,8 @@ use polyhead_models::sites::{SitePlan, Tap};
 use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, IGNORE, Pass};
 use serde::Serialize;
 
+use crate::head_sets::HeadOf;
+use crate::lens::read;
 use crate::next_token::{Predictions, predictions_of};
 
 /// What is put in the place of a head's output.
@@ -110,8 +112,14 @@ pub fn with_targets(rows: &[Batch]) -> Vec<Batch> {
 }
 
 /// How many heads each layer has: as many as z has.
-pub fn head_counts(model: &Decoder, row: &Batch) -> Vec<usize> {
-    Clean::new(model, row).z.iter().map(|z| z.dims()[1]).collect()
+pub fn head_counts(model: &Decoder) -> Vec<usize> {
+    read(model, &[vec![0]], &[QuerySite::Z.into()]).iter().map(|tap| tap.values.dims()[1]).collect()
+}
+
+/// All heads, each with its layer.
+pub fn all_heads(model: &Decoder) -> Vec<HeadOf> {
+    let counts = head_counts(model).into_iter().enumerate();
+    counts.flat_map(|(layer, heads)| (0..heads).map(move |head| (layer, head))).collect()
 }
 
 /// The effects of ablating each of `heads` (layer and head), in the order of [`Ablation::ALL`]: `None` for the last where there is one
@@ -119,7 +127,7 @@ pub fn head_counts(model: &Decoder, row: &Batch) -> Vec<usize> {
 pub fn ablate(
     model: &Decoder,
     rows: &[Batch],
-    heads: &[(usize, usize)],
+    heads: &[HeadOf],
     progress: &mut dyn FnMut(u64, u64),
 ) -> (Predictions, Vec<[Option<Effect>; 3]>) {
     let means = means(model, rows);
@@ -152,8 +160,8 @@ pub fn ablate(
 }
 
 /// The loss of texts, nats per target, with some heads zeroed.
-pub fn loss_without(model: &Decoder, rows: &[Batch], heads: &[(usize, usize)]) -> f64 {
-    let off = |&(layer, head): &(usize, usize)| {
+pub fn loss_without(model: &Decoder, rows: &[Batch], heads: &[HeadOf]) -> f64 {
+    let off = |&(layer, head): &HeadOf| {
         (layer, Edit::new(At::Query(QuerySite::Z, vec![QueryHead(head)]), Change::scale(0.0)))
     };
     let mut sums = Evaluated::default();

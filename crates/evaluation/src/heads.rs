@@ -1,18 +1,17 @@
 //! What can be told of every head of a model on a few rows of text.
 //!
 //! Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): `E |∂L/∂ξ|` with a gate ξ = 1 on the output of each
-//! head, before the output projection, averaged over rows. The gate need not exist: scaling head h is scaling the rows of
-//! `o_proj` that read it, so that `∂L/∂ξ_h = Σ W_o ⊙ ∂L/∂W_o` over these rows. So it works for every mechanism whose heads
-//! meet in an `o_proj`, as all of ours do.
+//! head, before the output projection, averaged over rows. Nothing but the gates needs a gradient, so that frozen weights are no
+//! matter, and a backward pass keeps none of theirs.
 
-use burn::module::{Module, Param};
-use burn::optim::GradientsParams;
+use burn::module::Module;
 use burn::tensor::Tensor;
-use polyhead_attention::{Mask, Observe, Observed};
+use polyhead_attention::{Amount, At, Change, Edit, Mask, Observe, Observed, QuerySite};
 use polyhead_models::intervention::Context;
-use polyhead_models::weights::{ParameterVisitor, visit_parameters};
-use polyhead_models::{Batch, Decoder, Pass};
+use polyhead_models::sites::SitePlan;
+use polyhead_models::{Batch, ContextMask, Decoder, Pass};
 
+use crate::ablation::head_counts;
 use crate::head_scores::{Pattern, Without, fit};
 
 /// A layer as it was seen.
@@ -46,7 +45,7 @@ pub struct Head {
 
 /// Looks at all layers. Maps are of the first row; importance is the mean over all rows.
 pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
-    let importance = importance(model, rows);
+    let importance = importances(model, rows);
     let plain = model.valid();
     let mask = Mask::causal();
     let pass = Pass { observe: Observe::Maps, context: Some(Context::of(&rows[0])), ..Pass::new(&mask) };
@@ -69,12 +68,12 @@ pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
             found.map(|found| numbers.remove(found).1)
         };
         let (entropy, first_key) = (take("entropy"), take("first_token_mass"));
-        let own = importance.get(at).map(|rows| per_head(rows, maps.len()));
+        let own = importance.get(at).filter(|of| of.len() == maps.len());
         let head = |head: usize| Head {
             entropy: entropy.as_ref().map(|of| of[head]),
             first_key: first_key.as_ref().map(|of| of[head]),
             distance: distance(&maps[head], length),
-            importance: own.as_ref().and_then(|of| of.get(head).copied()),
+            importance: own.map(|of| of[head]),
             patterns: on(&maps[head]),
         };
         layers.push(Layer { heads: (0..maps.len()).map(head).collect(), numbers, length, maps, gates });
@@ -93,46 +92,32 @@ fn distance(map: &[f32], length: usize) -> f32 {
     (sum / weight.max(1e-30)) as f32
 }
 
-/// For each batch row of text, each layer and each row of its `o_proj`: `Σ W_o ⊙ ∂L/∂W_o` over columns.
-/// Indexed `[layer][text row][row of o_proj]`.
-fn importance(model: &Decoder, rows: &[Batch]) -> Vec<Vec<Vec<f32>>> {
-    struct Rows<'a>(&'a GradientsParams, Vec<Vec<f32>>);
-    impl ParameterVisitor for Rows<'_> {
-        fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
-            if D == 2
-                && name.ends_with(".attention.o_proj.weight")
-                && let Some(gradient) = self.0.get::<D>(param.id)
-            {
-                let product = param.val().inner() * gradient;
-                self.1.push(product.sum_dim(1).into_data().iter::<f32>().collect());
-            }
-        }
-    }
-    let mut layers: Vec<Vec<Vec<f32>>> = Vec::new();
+/// `[layers][heads]`: the importance of every head, in nats per target, for a model on a device with autodiff.
+pub fn importances(model: &Decoder, rows: &[Batch]) -> Vec<Vec<f32>> {
+    // Without dropout, which draws numbers: what is looked at is the model, and nothing of a run may depend on it.
+    let model = &model.clone().with_dropout(0.0).with_embedding_dropout(None).no_grad();
+    let counts = head_counts(model);
+    let mut sums: Vec<Vec<f32>> = counts.iter().map(|&heads| vec![0.0; heads]).collect();
     for row in rows {
-        let loss = model.loss(row, Observe::Nothing).cross_entropy / row.target_tokens().max(1) as f64;
-        let gradients = GradientsParams::from_grads(loss.backward(), model);
-        let found = visit_parameters(model, Rows(&gradients, Vec::new())).1;
-        layers.resize_with(found.len().max(layers.len()), Vec::new);
-        for (layer, sums) in layers.iter_mut().zip(found) {
-            layer.push(sums);
+        let gates: Vec<Tensor<4>> =
+            counts.iter().map(|&heads| Tensor::ones([1, heads, 1, 1], &model.device()).require_grad()).collect();
+        let gated = |(layer, gate): (usize, &Tensor<4>)| {
+            let change = Change::Affine { gate: Amount::Each(gate.clone()), value: Amount::Number(0.0) };
+            (layer, Edit::new(At::all(QuerySite::Z.into()), change))
+        };
+        let sites = SitePlan { edits: gates.iter().enumerate().map(gated).collect(), taps: Vec::new() };
+        let mask = row.mask(ContextMask::Causal);
+        let loss = model.loss_of_pass(row, Pass { sites, ..Pass::new(&mask) }).cross_entropy
+            / row.target_tokens().max(1) as f64;
+        // Where an intervention switches all heads off, no gate reaches the loss.
+        let reached = gates.iter().map(|gate| gate.clone().sum() * 0.0).fold(loss, |sum, none| sum + none);
+        let grads = reached.backward();
+        for (gate, sums) in gates.iter().zip(&mut sums) {
+            let slopes = gate.grad(&grads).map_or_else(Vec::new, |grad| grad.into_data().iter::<f32>().collect());
+            sums.iter_mut().zip(slopes).for_each(|(sum, slope)| *sum += slope.abs() / rows.len() as f32);
         }
     }
-    layers
-}
-
-/// The mean over texts of the size of each head's sum; empty where heads do not divide the rows of `o_proj`.
-fn per_head(texts: &[Vec<f32>], heads: usize) -> Vec<f32> {
-    let rows = texts.first().map_or(0, Vec::len);
-    if heads == 0 || !rows.is_multiple_of(heads) {
-        return Vec::new();
-    }
-    let of_head = |head: usize| {
-        let range = head * (rows / heads)..(head + 1) * (rows / heads);
-        let sizes = texts.iter().map(|text| text[range.clone()].iter().sum::<f32>().abs());
-        sizes.sum::<f32>() / texts.len() as f32
-    };
-    (0..heads).map(of_head).collect()
+    sums
 }
 
 #[cfg(test)]

@@ -213,6 +213,8 @@ Examples:
     /// A table of heads goes to standard output: entropy of their weights, weight on the first key, mean distance, and
     /// importance (|gate x gradient|). Maps are written as PNG images and into one page, inspect.html.
     ///
+    /// With --copying, what their weights do with the tokens that they read: copy them, or suppress copies (McDougall et al. 2023).
+    ///
     /// Of a classifier with a Gaussian adaptive gate, the importance of the layers whose features it reads, over all held-out
     /// examples.
     #[command(after_help = "\
@@ -220,6 +222,18 @@ Examples:
   polyhead inspect checkpoints/quickstart --text \"Ownership is a set of rules\"
   polyhead inspect checkpoints/quickstart --layers 0,3 --out heads")]
     Inspect(crate::inspect::InspectArgs),
+    /// Find out which heads a behaviour needs: switch them off, put in what they write elsewhere, follow them over a run.
+    ///
+    /// Every subcommand writes a page and a JSON file, and prints a line a head.
+    #[command(subcommand)]
+    #[command(after_help = "\
+Examples:
+  polyhead heads ablate checkpoints/quickstart
+  polyhead heads pairs checkpoints/quickstart --task induction --out pairs.jsonl
+  polyhead heads patch checkpoints/quickstart pairs.jsonl
+  polyhead heads edges checkpoints/quickstart pairs.jsonl --top 20,100
+  polyhead heads history checkpoints/quickstart")]
+    Heads(crate::heads::HeadsCommand),
     /// Print the replications: what papers claim and what we measured, from recipes/results.
     Results,
     /// Measure a trained model: on its held-out data, on a text (--text), or with questions about long texts (--task).

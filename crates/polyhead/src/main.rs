@@ -9,8 +9,11 @@ mod cut_files;
 #[cfg(feature = "tui")]
 mod dashboard;
 mod gpu_memory;
+mod head_report;
+mod heads;
 mod hub;
 mod inspect;
+mod probe;
 mod profile;
 mod serve;
 mod signals;

@@ -282,6 +282,7 @@ fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<ConfigEr
     let rules = [
         (recipe.lora.is_none(), "lora", "lora is for decoders"),
         (recipe.intervention.is_none(), "intervention", "intervention is for decoders"),
+        (recipe.metrics.heads_interval == 0, "metrics.heads_interval", "metrics.heads_interval is for decoders"),
         (
             *procedure == ProcedureConfig::default(),
             "procedure",
@@ -313,6 +314,7 @@ fn validate_classifier(recipe: &Recipe, classifier: &ClassifierConfig, sound: bo
     let Recipe { procedure, .. } = recipe;
     refuse(recipe.lora.is_none(), "lora", "is for decoders");
     refuse(recipe.intervention.is_none(), "intervention", "is for decoders");
+    refuse(recipe.metrics.heads_interval == 0, "metrics.heads_interval", "is for decoders");
     let key = format!("procedure.{}", procedure.name());
     match procedure {
         ProcedureConfig::Standard(standard) => {

@@ -10,8 +10,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::conversion::Conversion;
-use crate::layers::read_layer;
-use crate::layers::{self, Layer, STAGES, parse_layer};
+
+use crate::layers::{self, Layer, STAGES, parse_layer, read_layer};
 use crate::load::{Loaded, from_layers, override_layers, with_base};
 use crate::problem::{Problem, Problems};
 use crate::settings::ModelConfig;

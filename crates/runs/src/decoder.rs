@@ -6,6 +6,8 @@ use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_data::{Loader, Opened, Tokenizer};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
+use polyhead_evaluation::head_scores::Pattern;
+use polyhead_evaluation::heads::observe_layers;
 use polyhead_evaluation::sets::{SetScore, SetTotals};
 use polyhead_models::adapters::is_pair;
 use polyhead_models::intervention::is_intervention_tensor;
@@ -141,6 +143,34 @@ impl Kind for Decoder {
             Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
         }))
     }
+
+    fn head_scores(recipe: &Recipe, data: &Opened) -> Result<Option<Box<Probe<'static>>>, Failure> {
+        if recipe.metrics.heads_interval == 0 {
+            return Ok(None);
+        }
+        let batch = data.validation.batch(0)?;
+        let rows: Vec<Batch> = (0..batch.batch.min(HEAD_ROWS)).map(|row| batch.row(row)).collect();
+        Ok(Some(Box::new(move |model, go_on| go_on().then(|| head_scores(model, &rows)))))
+    }
+}
+
+/// Held-out rows that the heads of a run are measured on; chosen by us.
+const HEAD_ROWS: usize = 4;
+
+/// The numbers of every head by their names in the logs.
+fn head_scores(model: &Decoder, rows: &[Batch]) -> Vec<(String, f64)> {
+    let trained = model.clone().fork(&model.device().autodiff()).train();
+    let mut numbers = Vec::new();
+    for (layer, seen) in observe_layers(&trained, rows).into_iter().enumerate() {
+        for (head, of) in seen.heads.into_iter().enumerate() {
+            let told = [("importance", of.importance), ("first_key", of.first_key)];
+            let patterns = Pattern::ALL.iter().zip(of.patterns).map(|(pattern, share)| (pattern.name(), Some(share)));
+            numbers.extend(told.into_iter().chain(patterns).filter_map(|(name, value)| {
+                Some((format!("heads/layer_{layer:02}/head_{head:02}/{name}"), f64::from(value?)))
+            }));
+        }
+    }
+    numbers
 }
 
 /// The score of a decoder, on a plain device, on each named part of some batches.

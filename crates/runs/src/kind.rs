@@ -60,6 +60,15 @@ pub trait Kind: TrainableModel {
         None
     }
 
+    /// What is measured about its heads along the training, where the recipe asks for it.
+    ///
+    /// # Errors
+    /// If the held-out data cannot be read.
+    fn head_scores(recipe: &Recipe, data: &Self::Data) -> Result<Option<Box<Probe<'static, Self>>>, Failure> {
+        let _ = (recipe, data);
+        Ok(None)
+    }
+
     /// The score on each named part of the held-out data, all of it.
     ///
     /// # Errors

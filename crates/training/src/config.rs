@@ -267,11 +267,19 @@ pub struct MetricsConfig {
     pub observe: bool,
     /// Steps between two images of the attention maps in TensorBoard; 0 draws them at the end only. Default: 250.
     pub image_interval: u64,
+    /// For decoders: steps between two measurements of every head on held-out rows (importance, first key, previous, duplicate and
+    /// induction scores), before the first step too; 0 (default) leaves them out.
+    #[serde(skip_serializing_if = "is_never")]
+    pub heads_interval: u64,
+}
+
+fn is_never(interval: &u64) -> bool {
+    *interval == 0
 }
 
 impl Default for MetricsConfig {
     fn default() -> Self {
-        Self { log_freq: 10, tensorboard: true, observe: true, image_interval: 250 }
+        Self { log_freq: 10, tensorboard: true, observe: true, image_interval: 250, heads_interval: 0 }
     }
 }
 

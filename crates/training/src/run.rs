@@ -120,7 +120,10 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         let resumed = job.resume.as_ref().map(|_| progress.step);
         match resumed {
             Some(step) => drop(checkpoint::discard_after(&job.run_dir, step)?),
-            None => progress.owed.validation = job.validate_first || job.probe.is_some(),
+            None => {
+                progress.owed.validation = job.validate_first || job.probe.is_some();
+                progress.owed.heads = job.heads.is_some();
+            }
         }
         let (best, notes) = recover_best(&job.run_dir, progress.step)?;
         let mut record = Record::open(&job.run_dir, job.metrics.tensorboard, resumed, &job.recipe)?;
@@ -215,7 +218,8 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         self.view.stepped(&logged);
         let (validation, observe) = (self.due(self.job.validation.interval), self.job.metrics.observe);
         let maps = self.record.events.is_some() && self.due(self.job.metrics.image_interval);
-        self.progress.owed = Owed { validation, numbers: observe && validation, maps: observe && maps };
+        let heads = self.job.heads.is_some() && self.due(self.job.metrics.heads_interval);
+        self.progress.owed = Owed { validation, numbers: observe && validation, maps: observe && maps, heads };
         self.check_skipped(&model)?;
         Ok(model)
     }
@@ -244,6 +248,11 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             }
             self.progress.owed.validation = false;
         }
+        if let Some(heads) = self.job.heads.filter(|_| self.progress.owed.heads) {
+            let measured = self.measured(heads, model)?;
+            self.record.numbers(json!({ "step": step }), step, &measured);
+            self.progress.owed.heads = false;
+        }
         let Owed { numbers, maps, .. } = self.progress.owed;
         if numbers || maps {
             let _span = info_span!("observe").entered();
@@ -260,9 +269,11 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     }
 
     fn probe(&self, model: &M) -> Result<Vec<(String, f64)>, TrainError> {
-        let go_on = || !self.job.requests.any();
-        let probed = self.job.probe.map_or(Some(Vec::new()), |probe| probe(&model.valid(), &go_on));
-        probed.ok_or(TrainError::PutOff)
+        self.job.probe.map_or(Ok(Vec::new()), |probe| self.measured(probe, model))
+    }
+
+    fn measured(&self, probe: &Probe<'_, M>, model: &M) -> Result<Vec<(String, f64)>, TrainError> {
+        probe(&model.valid(), &|| !self.job.requests.any()).ok_or(TrainError::PutOff)
     }
 
     /// What the model starts from.

@@ -60,6 +60,9 @@ pub struct Owed {
     pub numbers: bool,
     /// Maps of the attention.
     pub maps: bool,
+    /// Scores of the heads.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub heads: bool,
 }
 
 impl Owed {

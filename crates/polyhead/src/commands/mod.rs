@@ -71,6 +71,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
             preview::preview(&load(&recipe)?, preview::PreviewOptions { rows: rows as usize, table, out })
         }
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Heads(command) => crate::heads::run(command),
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
         Command::Compare(args) => compare::compare(&args),
         Command::Suite(args) => suite::suite(&args),

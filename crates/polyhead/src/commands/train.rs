@@ -174,7 +174,7 @@ impl Task<'_> {
         let (train, held_out, known) = (data.train(), data.held_out(), data.known());
         let (recipe, TrainSession { run_dir, signals, .. }) = (&self.resolved.recipe, &self.session);
         self.tell_model(&model);
-        let probe = model.probe(recipe);
+        let (probe, heads) = (model.probe(recipe), K::head_scores(recipe, data)?);
         let start = self.tell_start()?;
         let text = recipe::resolved(&kept(recipe))?;
         let about = result::About {
@@ -215,6 +215,7 @@ impl Task<'_> {
             train: &*train,
             held_out: &*held_out,
             probe: probe.as_deref(),
+            heads: heads.as_deref(),
             validate_first: recipe.model.pretrained().is_some(),
             tracking: data.tracking(),
             companions,

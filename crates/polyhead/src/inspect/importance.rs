@@ -9,8 +9,9 @@ use polyhead_training::image::matrix;
 use polyhead_training::run_folder::atomic_write;
 
 use super::InspectArgs;
-use super::{choose, default_folder, embedded};
 use crate::console::{put, talk};
+use crate::head_report::embedded;
+use crate::probe::{choose, folder};
 use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::{ModelConfig, Problems};
 use polyhead_runs::Failure;
@@ -22,8 +23,8 @@ use polyhead_runs::data::Source;
 /// # Errors
 /// If the model has no gate.
 pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Failure> {
-    if args.text.is_some() || !args.heads.is_empty() || args.intervention.is_some() {
-        let problem = "--text, --heads and --intervention are for decoders; of a classifier the layers that its gate lets through are shown";
+    if !args.text.is_empty() || !args.heads.is_empty() || args.intervention.is_some() || args.copying {
+        let problem = "--text, --heads, --copying and --intervention are for decoders; of a classifier the layers that its gate lets through are shown";
         return Err(Problems::plain(problem.into()).into());
     }
     let labelled = trained.data()?;
@@ -49,8 +50,7 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
     let mut order = shown;
     order.sort_by(|&a, &b| shares[b].total_cmp(&shares[a]));
 
-    let out = args.out.clone().unwrap_or_else(|| default_folder(&trained.path));
-    std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
+    let out = folder(args.out.as_deref(), &trained.path, "inspect")?;
     let Importance { factor, features } = importance;
     let map = Matrix { rows: shares.len(), cols: features, values: factor };
     let png = matrix(&map).map_err(|error| Failure::Run(error.to_string()))?;

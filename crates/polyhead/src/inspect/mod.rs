@@ -1,28 +1,28 @@
 //! `polyhead inspect`: what the heads of a trained model look at, and how much each of them matters; of classifiers which
 //! layers and features their gate lets through.
 
+mod copying;
 mod importance;
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use burn::module::Module;
 use clap::Args;
 use polyhead_data::Tokenizer;
+use polyhead_models::Batch;
 use polyhead_models::intervention::Context;
-use polyhead_models::{Batch, IGNORE};
-use polyhead_training::image::{Png, attention_grid, head_gates};
+use polyhead_training::image::{attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
 use crate::console::{put, talk};
+use crate::head_report::embedded;
+use crate::probe::{choose, folder, probe};
 use polyhead_experiments::page::{escape, figure, page, table};
-use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::classifier::open_classifier;
-use polyhead_runs::{Trained, open_trained};
+use polyhead_runs::open_trained;
 
 use polyhead_evaluation::head_scores::Pattern;
 use polyhead_evaluation::heads::{self, Head, Layer};
@@ -32,9 +32,10 @@ use polyhead_evaluation::heads::{self, Head, Layer};
 pub struct InspectArgs {
     /// A checkpoint or a run folder.
     pub checkpoint: PathBuf,
-    /// The text to look at. Default: held-out rows of the data that the model learned from.
-    #[arg(long)]
-    pub text: Option<String>,
+    /// The text to look at; further ones count for what is averaged over texts. Default: held-out rows of the data that the model
+    /// learned from.
+    #[arg(long, num_args = 1..)]
+    pub text: Vec<String>,
     /// Held-out rows that importance is averaged over.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
     pub rows: u32,
@@ -47,22 +48,19 @@ pub struct InspectArgs {
     /// Where maps and page are written. Default: a folder `inspect` beside the checkpoint.
     #[arg(long)]
     pub out: Option<PathBuf>,
+    /// Show instead what the weights of heads do with tokens, which of them copy and which suppress copies; of the strongest how much
+    /// of their effect on the texts copy suppression explains.
+    #[arg(long)]
+    pub copying: bool,
+    /// Tokens of the vocabulary that --copying looks at, spread evenly.
+    #[arg(long, default_value_t = 256, value_parser = crate::cli::at_least_one, requires = "copying")]
+    pub tokens: usize,
     /// A file of changes that are made to the model's forward on its way.
     #[arg(long, value_name = "FILE")]
     pub intervention: Option<PathBuf>,
     /// Default: the recipe's.
     #[arg(long, value_parser = crate::cli::device())]
     pub device: Option<String>,
-}
-
-/// An image inside a page.
-fn embedded(png: &Png, about: &str) -> String {
-    format!(
-        "<img alt=\"{about}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
-        png.width,
-        png.height,
-        STANDARD.encode(&png.bytes)
-    )
 }
 
 /// Writes maps and a page, and prints the table of heads.
@@ -75,19 +73,21 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     }
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    let rows = probe(args, &trained)?;
+    if args.copying {
+        return copying::inspect(args, trained);
+    }
+    let rows = probe(&trained, &args.text, args.rows)?;
     trained.check_spans(&Context::of(&rows[0]))?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
     let layers = heads::observe_layers(&model, &rows);
     let chosen = choose("--layers", &args.layers, layers.len())?;
-    let out = args.out.clone().unwrap_or_else(|| default_folder(&trained.path));
-    std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
+    let out = folder(args.out.as_deref(), &trained.path, "inspect")?;
 
     let config = trained.model.config();
     let title = format!("Heads of {}", trained.path.display());
     let mut body = format!("<h1>{}</h1>\n<p class=\"finding\">{}</p>\n", escape(&title), escape(&summary(&layers)));
-    if let (Some(text), Some(tokenizer)) = (&args.text, &trained.tokenizer) {
+    if let (Some(text), Some(tokenizer)) = (args.text.first(), &trained.tokenizer) {
         let words = tokens_in_words(tokenizer, &rows[0]);
         let _ = writeln!(
             body,
@@ -222,48 +222,10 @@ fn summary(layers: &[Layer]) -> String {
     }
 }
 
-/// The rows to look at: the text that was given, or held-out data.
-fn probe(args: &InspectArgs, trained: &Trained) -> Result<Vec<Batch>, Failure> {
-    let Some(text) = &args.text else {
-        let batch = trained.data()?.validation.batch(0)?;
-        return Ok((0..batch.batch.min(args.rows as usize)).map(|row| batch.row(row)).collect());
-    };
-    let Some(tokenizer) = &trained.tokenizer else {
-        let problem = format!("--text: {} learned generated data, not text; leave it out", trained.path.display());
-        return Err(Problems::plain(problem).into());
-    };
-    let tokens = tokenizer.encode_prompt(text)?;
-    if tokens.len() < 2 {
-        return Err(Problems::plain(format!("--text is {} tokens long: give two or more", tokens.len())).into());
-    }
-    if tokens.len() > trained.max_positions {
-        let problem =
-            format!("--text is {} tokens long, the model was made for {}", tokens.len(), trained.max_positions);
-        return Err(Problems::plain(problem).into());
-    }
-    let targets = tokens.iter().skip(1).map(|&token| i64::from(token)).chain([IGNORE]).collect();
-    Ok(vec![Batch { batch: 1, seq: tokens.len(), tokens, targets, ..Batch::default() }])
-}
-
-/// What was chosen of `count`, or all of them.
-fn choose(option: &str, chosen: &[usize], count: usize) -> Result<Vec<usize>, Failure> {
-    match chosen.iter().find(|&&at| at >= count) {
-        Some(at) => Err(Problems::plain(format!("{option}: {at} is not below {count}, how many there are")).into()),
-        None if chosen.is_empty() => Ok((0..count).collect()),
-        None => Ok(chosen.to_vec()),
-    }
-}
-
 fn tokens_in_words(tokenizer: &Tokenizer, row: &Batch) -> String {
     let mut words = String::new();
     for (at, &token) in row.tokens.iter().enumerate() {
         let _ = write!(words, "{at}&nbsp;<code>{}</code> ", escape(&tokenizer.decode(&[token])));
     }
     words
-}
-
-/// Beside the checkpoints of a run, which stay as they are.
-fn default_folder(checkpoint: &Path) -> PathBuf {
-    let name = checkpoint.file_name().unwrap_or("model".as_ref());
-    checkpoint.parent().unwrap_or(Path::new(".")).join("inspect").join(name)
 }

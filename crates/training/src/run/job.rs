@@ -46,6 +46,8 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub held_out: &'a dyn Batches<M::Batch>,
     /// Further numbers about the model, by name: measured before the first step and with each validation.
     pub probe: Option<&'a Probe<'a, M>>,
+    /// Numbers about its heads: measured before the first step and every metrics.heads_interval steps.
+    pub heads: Option<&'a Probe<'a, M>>,
     /// Validate before the first step too: what a model that was trained elsewhere starts from.
     pub validate_first: bool,
     /// Texts that the procedure watches the model on, a row each; no part of `train`.

@@ -1,0 +1,62 @@
+//! What a model is looked at with: rows of its data or texts, layers and heads that were chosen, and the folder of the result.
+
+use std::path::{Path, PathBuf};
+
+use polyhead_models::Batch;
+use polyhead_recipe::Problems;
+use polyhead_runs::{Failure, Trained};
+
+/// The texts that were given, a row each, or else held-out rows of the data that the model learned from.
+///
+/// # Errors
+/// If a text is too short or too long, or there is neither.
+pub fn probe(trained: &Trained, texts: &[String], rows: u32) -> Result<Vec<Batch>, Failure> {
+    if texts.is_empty() {
+        let batch = trained.data()?.validation.batch(0)?;
+        return Ok((0..batch.batch.min(rows as usize)).map(|row| batch.row(row)).collect());
+    }
+    let Some(tokenizer) = &trained.tokenizer else {
+        let problem = format!("--text: {} learned generated data, not text; leave it out", trained.path.display());
+        return Err(Problems::plain(problem).into());
+    };
+    let one = |text: &String| -> Result<Batch, Failure> {
+        let tokens = tokenizer.encode_prompt(text)?;
+        let refused =
+            |rule: String| Err(Problems::plain(format!("--text is {} tokens long{rule}", tokens.len())).into());
+        match tokens.len() {
+            0 | 1 => refused(": give two or more".into()),
+            long if long > trained.max_positions => {
+                refused(format!(", the model was made for {}", trained.max_positions))
+            }
+            _ => Ok(Batch::text(tokens)),
+        }
+    };
+    texts.iter().map(one).collect()
+}
+
+/// What was chosen of `count`, or all of them.
+///
+/// # Errors
+/// If there is no such one.
+pub fn choose(option: &str, chosen: &[usize], count: usize) -> Result<Vec<usize>, Failure> {
+    match chosen.iter().find(|&&at| at >= count) {
+        Some(at) => Err(Problems::plain(format!("{option}: {at} is not below {count}, how many there are")).into()),
+        None if chosen.is_empty() => Ok((0..count).collect()),
+        None => Ok(chosen.to_vec()),
+    }
+}
+
+/// The folder of results, made where it is missing: the one that was named, or `kind` beside the checkpoints of a run, which stay as
+/// they are.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn folder(named: Option<&Path>, checkpoint: &Path, kind: &str) -> Result<PathBuf, Failure> {
+    let beside = || {
+        let name = checkpoint.file_name().unwrap_or("model".as_ref());
+        checkpoint.parent().unwrap_or(Path::new(".")).join(kind).join(name)
+    };
+    let out = named.map_or_else(beside, Path::to_owned);
+    std::fs::create_dir_all(&out).map_err(|error| Failure::file("create", &out, error))?;
+    Ok(out)
+}

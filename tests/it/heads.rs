@@ -1,0 +1,166 @@
+//! `polyhead heads` and `inspect --copying` as a user has them.
+
+use serde_json::Value;
+
+use crate::pages::assert_whole;
+use crate::world::{SMALL, World};
+
+/// A small model of plain softmax attention that learned a text, byte by byte.
+fn world() -> World {
+    let softmax = SMALL
+        .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 2")
+        .replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]");
+    let world = World::new(&softmax);
+    std::fs::write(world.dir.path().join("book.txt"), "the cat sat on the mat. ".repeat(60)).unwrap();
+    world
+}
+
+fn json(world: &World, path: &str) -> Value {
+    serde_json::from_slice(&world.read(path)).unwrap()
+}
+
+fn column(result: &Value, name: &str) -> Vec<f64> {
+    result["heads"].as_array().unwrap().iter().map(|head| head[name].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn heads_are_switched_off_patched_and_compared() {
+    let world = world();
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "training.steps=4"]);
+    let (out, _) = world.succeeds(&["heads", "ablate", "run", "--out", "seen"]);
+    assert_eq!(out.lines().count(), 5, "two layers of two heads, and a head line: {out}");
+    let ablation = json(&world, "seen/ablation.json");
+    for kind in ["zero_kl", "mean_kl", "resample_kl", "gate"] {
+        assert!(column(&ablation, kind).iter().all(|&value| value > 0.0), "{kind}: {ablation}");
+    }
+    assert!(ablation["rank_correlation_of_gate_and_kl"]["zero"].is_f64());
+    assert_whole(&world.dir.path().join("seen/ablation.html"));
+    world.succeeds(&["heads", "ablate", "run", "--text", "the cat", "--heads", "1", "--out", "one"]);
+    assert!(json(&world, "one/ablation.json")["heads"][0]["resample_kl"].is_null(), "there is no other text");
+
+    for (task, out) in
+        [("indirect_object", "io.jsonl"), ("induction", "induction.jsonl"), ("greater_than", "years.jsonl")]
+    {
+        world.succeeds(&["heads", "pairs", "run", "--task", task, "--count", "3", "--out", out]);
+        assert_eq!(String::from_utf8(world.read(out)).unwrap().lines().count(), 3);
+    }
+    let patch = ["heads", "patch", "run", "induction.jsonl", "--out", "seen"];
+    let (first, _) = world.succeeds(&patch);
+    let whole = world.read("seen/patch.json");
+    // As if it had been killed in the middle of a line: the rest is done again, to the same result.
+    let log = String::from_utf8(world.read("seen/patch.log.jsonl")).unwrap();
+    let lines = log.lines().count();
+    std::fs::write(world.dir.path().join("seen/patch.log.jsonl"), &log[..log.len() - 20]).unwrap();
+    let (second, told) = world.succeeds(&patch);
+    assert_eq!((second, world.read("seen/patch.json")), (first, whole));
+    assert!(told.contains(&format!("going on behind {} runs", lines - 2)), "{told}");
+    assert_eq!(String::from_utf8(world.read("seen/patch.log.jsonl")).unwrap(), log);
+    assert!(world.fails(1, &["heads", "patch", "run", "io.jsonl", "--out", "seen"]).contains("of other pairs"));
+
+    let path = ["--method", "path", "--to", "1.0", "--input", "k", "--out", "path"];
+    world.succeeds(&[&["heads", "patch", "run", "io.jsonl"][..], &path].concat());
+    let effects = column(&json(&world, "path/patch.json"), "effect");
+    assert!(effects[2] == 0.0 && effects[3] == 0.0, "heads of the receiver's layer are not below it: {effects:?}");
+    world.succeeds(&[
+        "heads",
+        "patch",
+        "run",
+        "io.jsonl",
+        "--method",
+        "attribution",
+        "--position",
+        "-3",
+        "--out",
+        "last",
+    ]);
+    world.succeeds(&["heads", "edges", "run", "io.jsonl", "--top", "4,1000", "--out", "seen"]);
+    let circuits = json(&world, "seen/edges.json")["circuits"].clone();
+    let kept = circuits[1]["faithfulness"].as_f64().unwrap();
+    assert!((kept - 1.0).abs() < 1e-3, "all edges keep everything: {circuits}");
+    assert!(circuits[0]["edges"].as_u64().unwrap() <= 4);
+    let (out, _) = world.succeeds(&["heads", "overlap", "seen/patch.json", "seen/edges.json", "--share", "1"]);
+    assert!(out.contains("\"overlap\": 1.0"), "{out}");
+    world.succeeds(&["heads", "decisions", "run", "io.jsonl", "--out", "seen"]);
+    let decisions = json(&world, "seen/decisions.json");
+    assert!(decisions["decisions"].as_u64().unwrap() > 0 && decisions["knock_out"]["random_heads"].is_f64());
+    world.succeeds(&["heads", "repair", "run", "induction.jsonl", "--off", "0.1", "--out", "seen"]);
+    let parts = json(&world, "seen/repair.json")["parts"].as_array().unwrap().len();
+    assert_eq!(parts, 4, "two feed-forward layers and the heads of the second layer");
+    world.succeeds(&["inspect", "run", "--copying", "--tokens", "50", "--out", "seen"]);
+    let copying = json(&world, "seen/copying.json");
+    assert!(column(&copying, "suppressed").len() == 4 && copying["heads"][0]["explained"].is_f64(), "{copying}");
+}
+
+#[test]
+fn mistakes_about_heads_and_pairs_are_told_before_anything_runs() {
+    let world = world();
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "training.steps=1", "lr_scheduler.warmup_steps=0"]);
+    let good = r#"{"clean": "ab a", "corrupt": "cb c", "right": "b", "wrong": "c"}"#;
+    let pairs = |line: &str| std::fs::write(world.dir.path().join("p.jsonl"), format!("{good}\n{line}\n")).unwrap();
+    pairs(r#"{"clean": "abc", "corrupt": "ab", "right": "b", "wrong": "c"}"#);
+    for command in ["patch", "edges", "decisions"] {
+        let told = world.fails(1, &["heads", command, "run", "p.jsonl"]);
+        assert!(told.contains("p.jsonl:2: its clean prompt has 3 tokens and its corrupt one 2"), "{told}");
+    }
+    pairs(r#"{"clean": "a", "corrupt": "b", "right": "b", "wrong": "c"}"#);
+    for (args, words) in [
+        (vec!["patch", "run", "p.jsonl", "--to", "1.0"], "--to is for --method path"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "2.0"], "no layer 2"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "1.2"], "no head 2; it has 2, from 0"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "first"], "a layer and a head such as 3.1"),
+        (vec!["patch", "run", "p.jsonl", "--position", "3"], "3 is in no prompt of 1 tokens"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--position", "all"], "last position alone"),
+        (vec!["decisions", "run", "p.jsonl", "--threshold", "1.5"], "1.5 must be above 0 and at most 1"),
+        (vec!["repair", "run", "p.jsonl", "--off", "0.2"], "no head 0.2"),
+        (vec!["repair", "run", "p.jsonl", "--off", "0.1"], "all of one length"),
+        (vec!["ablate", "run", "--layers", "2"], "--layers: 2 is not below 2"),
+        (vec!["history", "nowhere"], "has no checkpoints"),
+        (vec!["history", "run"], "one checkpoint alone"),
+        (vec!["pairs", "run", "--task", "induktion"], "did you mean"),
+    ] {
+        let told = world.fails(2, &[&["heads"], &args[..]].concat());
+        let similar = words == "did you mean" && told.contains("induction");
+        assert!(told.contains(words) || similar, "{args:?}: {told}");
+    }
+    std::fs::write(world.dir.path().join("a.json"), "{}").unwrap();
+    assert!(world.fails(1, &["heads", "overlap", "a.json", "a.json"]).contains("it has no heads"));
+    let told = world.fails(1, &["heads", "patch", "run", "nowhere.jsonl"]);
+    assert!(told.contains("nowhere.jsonl"), "{told}");
+}
+
+#[test]
+fn heads_of_a_run_are_followed_and_nothing_of_it_changes() {
+    let world = world();
+    let train = |out: &str, more: &[&str]| {
+        world.succeeds(&[&["train", "recipe.toml", "--out", out, "checkpoint.keep_latest_k=0"][..], more].concat());
+    };
+    train("plain", &["training.dropout=0.1"]);
+    train("run", &["training.dropout=0.1", "metrics.heads_interval=5"]);
+    let weights = |run: &str| world.read(&format!("{run}/step-00000012/model.safetensors"));
+    assert!(weights("plain") == weights("run"), "measuring heads changed the weights");
+    let lines = |run: &str| -> Vec<Value> {
+        let text = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let name = "heads/layer_01/head_00/importance";
+    let steps: Vec<u64> =
+        lines("run").iter().filter(|line| line[name].is_f64()).map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 5, 10, 12]);
+    assert!(lines("plain").iter().all(|line| line[name].is_null()));
+    assert!(world.events("run").iter().any(|event| event.tag == "heads/layer_00/head_01/induction" && event.step == 5));
+
+    let (out, _) = world.succeeds(&["heads", "history", "run", "--share", "0.5", "--out", "seen"]);
+    assert_eq!(out.lines().count(), 5, "{out}");
+    let history = json(&world, "seen/history.json");
+    let checkpoints = history["checkpoints"].as_array().unwrap();
+    assert_eq!(checkpoints.len(), 3);
+    for (at, checkpoint) in checkpoints.iter().enumerate() {
+        let cohorts: u64 = checkpoint["cohorts"].as_array().unwrap().iter().map(|count| count.as_u64().unwrap()).sum();
+        assert!(cohorts == 2 && checkpoint["cohorts"].as_array().unwrap().len() == at + 1, "{checkpoint}");
+        assert!(checkpoint["random"]["jaccard_with_base"].is_f64() && checkpoint["loss_without_random_heads"].is_f64());
+    }
+    assert_eq!(checkpoints[0]["jaccard_with_base"], 1.0);
+    assert_whole(&world.dir.path().join("seen/history.html"));
+    let told = world.fails(2, &["validate", "recipe.toml", "metrics.heads_interval=-1"]);
+    assert!(told.contains("heads_interval"), "{told}");
+}
