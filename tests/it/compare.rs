@@ -129,6 +129,7 @@ fn wrong_arms_are_refused_by_name_before_anything_runs() {
         ("seeds = [3, 4]", "seedz = [3, 4]", "did you mean `seeds`?"),
         ("seeds = [3, 4]", "seeds = [3, 4]\nsweep.optimizer.adamw.lr = 3", "must be a list"),
         ("seeds = [3, 4]", "seeds = [3, 4]\nbase = \"MQA\"", "no arm is called \"MQA\""),
+        ("seeds = [3, 4]", "seeds = [3, 4]\nmetric = \"bits_per_byte\"", "metric: data.markov has no bits per byte"),
     ] {
         let world = world(&TINY.replace(change, with));
         let err = world.fails(2, &COMPARE);
@@ -145,7 +146,8 @@ fn wrong_arms_are_refused_by_name_before_anything_runs() {
 fn a_sweep_chooses_on_one_half_and_reports_the_other_and_failures_are_told() {
     // A learning rate of 1000 breaks the loss: that choice fails, and is not silently left out.
     let comparison = TINY.replace("tolerance = 0.2", "tolerance = 0.2\nsweep.optimizer.adamw.lr = [1e-3, 1e-5, 1e3]");
-    let world = world(&comparison);
+    let quick = "[recipe]\nvalidation.interval = 0\ncheckpoint.interval = 0\n";
+    let world = world(&comparison.replace("[recipe]\n", quick));
     let (code, err) = {
         let output = world.run(&COMPARE);
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
@@ -169,7 +171,7 @@ fn a_sweep_chooses_on_one_half_and_reports_the_other_and_failures_are_told() {
 fn killed_or_interrupted_it_goes_on_where_it_was() {
     let steps = "steps = 12";
     let run = |world: &World| world.command(&COMPARE).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let long = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
+    let long = World::new(&SMALL.replace(steps, "steps = 150").replace("interval = 4", "interval = 20"));
     write(&long, TINY);
     let logged = |world: &World| {
         let runs = std::fs::read_dir(world.dir.path().join("checkpoints/compare/zoo/runs"));
@@ -197,7 +199,7 @@ fn killed_or_interrupted_it_goes_on_where_it_was() {
     let interrupted = results(&long);
 
     // What was interrupted reached exactly what a comparison without interruption reaches.
-    let whole = World::new(&SMALL.replace(steps, "steps = 300").replace("interval = 4", "interval = 40"));
+    let whole = World::new(&SMALL.replace(steps, "steps = 150").replace("interval = 4", "interval = 20"));
     write(&whole, TINY);
     whole.succeeds(&COMPARE);
     for ((name, a), (other, b)) in interrupted.iter().zip(&results(&whole)) {
@@ -366,6 +368,9 @@ search = "grid"
 optimizer.adamw.lr = [1e-5, 1e-3, 3e-3, 1e3]
 [recipe]
 metrics.tensorboard = false
+training.gradient_accumulation_steps = 1
+validation.interval = 0
+checkpoint.interval = 0
 [[arm]]
 name = "GQA"
 recipe.model.decoder.attention.softmax = { n_heads = 4, n_kv_heads = 2 }
@@ -494,7 +499,7 @@ match = "time"
 tolerance = 0.9
 [recipe]
 metrics.tensorboard = false
-training.steps = 200
+training.steps = 60
 validation.interval = 0
 checkpoint.interval = 0
 [[arm]]
@@ -520,7 +525,7 @@ fn arms_of_equal_time_take_as_many_steps_as_fit() {
     assert_eq!(all.len(), 4);
     for (name, result) in &all {
         let steps = result["steps"].as_u64().unwrap();
-        let expected = if name.starts_with("gqa-") { 200 } else { (200.0 / ratio).round() as u64 };
+        let expected = if name.starts_with("gqa-") { 60 } else { (60.0 / ratio).round() as u64 };
         assert_eq!(steps, expected, "{name}, {ratio}");
     }
     assert!(
@@ -568,7 +573,7 @@ training.gradient_accumulation_steps = 1
 validation.interval = 0
 checkpoint.interval = 0
 [ladder]
-tokens_per_parameter = 0.5
+tokens_per_parameter = 0.1
 [[ladder.size]]
 name = "8"
 recipe.model.decoder.d_model = 8
@@ -596,7 +601,7 @@ fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
     for size in ["8", "16", "32"] {
         let of = |arm: &str| &all.iter().find(|(name, _)| name.starts_with(&format!("{arm}-{size}-"))).unwrap().1;
         let parameters = of("gqa")["parameters"].as_f64().unwrap();
-        let steps = (0.5 * parameters / 64.0).round() as u64;
+        let steps = (0.1 * parameters / 64.0).round() as u64;
         assert_eq!([of("gqa"), of("diff")].map(|run| run["steps"].as_u64().unwrap()), [steps; 2], "{size}");
     }
     let report = json(&world, "checkpoints/compare/zoo/report.json");
@@ -617,9 +622,9 @@ fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
     crate::pages::assert_whole(&world.dir.path().join("checkpoints/compare/zoo/report.html"));
 
     for (change, with, words) in [
-        ("tokens_per_parameter = 0.5", "flops = [1e6, 1e7]", "a law takes 3 points or more; flops gives 2"),
-        ("tokens_per_parameter = 0.5", "tokens_per_parameter = 1e-3", "less than a step of 64"),
-        ("tokens_per_parameter = 0.5", "irreducible = \"fitt\"", "a number, or \"fit\""),
+        ("tokens_per_parameter = 0.1", "flops = [1e6, 1e7]", "a law takes 3 points or more; flops gives 2"),
+        ("tokens_per_parameter = 0.1", "tokens_per_parameter = 1e-3", "less than a step of 64"),
+        ("tokens_per_parameter = 0.1", "irreducible = \"fitt\"", "a number, or \"fit\""),
         (
             "name = \"DIFF\"",
             "name = \"DIFF\"\nrecipe.training.steps = 3",
@@ -637,7 +642,7 @@ fn a_ladder_trains_sizes_as_long_as_they_are_large_and_fits_a_law() {
         assert!(err.contains(words), "{with}: {err}");
     }
     // Sizes times budgets, each with the tokens that the budget buys.
-    write(&world, LADDER.replace("tokens_per_parameter = 0.5", "flops = [1e8, 2e8, 4e8]"));
+    write(&world, LADDER.replace("tokens_per_parameter = 0.1", "flops = [1e8, 2e8, 4e8]"));
     let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
     assert!(out.contains("runs       36: 18 arms, 2 seeds") && out.contains("GQA; 8, 1e8 FLOPs"), "{out}");
 }

@@ -109,7 +109,11 @@ impl TextQuestions {
     /// # Errors
     /// If the shortest text is longer, or cannot be tokenized.
     pub fn make(&self, task: TextTask, length: usize, index: u64) -> Result<TextQuestion, DataError> {
-        let rng = generator(self.seed, index);
+        self.drawn(task, length, &generator(self.seed, index))
+    }
+
+    /// The question that this generator draws.
+    fn drawn(&self, task: TextTask, length: usize, rng: &ChaCha8Rng) -> Result<TextQuestion, DataError> {
         match task {
             TextTask::Ruler(task) => {
                 let short = length < ruler::SHORT;

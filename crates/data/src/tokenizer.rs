@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokenizers::Tokenizer as HfTokenizer;
+use tokenizers::{Encoding, Tokenizer as HfTokenizer};
 
 use crate::DataError;
 use crate::guard::guarded;
@@ -292,9 +292,7 @@ impl Tokenizer {
             }
             return Ok(out);
         };
-        let encoded =
-            guarded("tokenizers", || inner.encode(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
-        let encoded = encoded.map_err(|problem| self.failed(problem))?;
+        let encoded = self.checked(|| inner.encode(text, false))?;
         let last = encoded.get_offsets().iter().map(|&(start, end)| start.max(end.saturating_sub(1)));
         Ok(encoded.get_ids().iter().copied().zip(last).collect())
     }
@@ -332,13 +330,16 @@ impl Tokenizer {
     /// If the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
         let Some(inner) = &self.inner else { return Ok(text.bytes().map(u32::from).collect()) };
-        let encoded =
-            guarded("tokenizers", || inner.encode_fast(text, false).map_err(|e| e.to_string())).unwrap_or_else(Err);
+        Ok(self.checked(|| inner.encode_fast(text, false))?.get_ids().to_vec())
+    }
+
+    /// What the library makes of a text, of ids that are in the vocabulary.
+    fn checked(&self, encode: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding, DataError> {
+        let encoded = guarded("tokenizers", || encode().map_err(|error| error.to_string())).unwrap_or_else(Err);
         let encoded = encoded.map_err(|problem| self.failed(problem))?;
-        let ids = encoded.get_ids();
-        match ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
+        match encoded.get_ids().iter().find(|&&id| id as usize >= self.vocab_size()) {
             Some(id) => Err(self.failed(format!("id {id} came out, which is not in the vocabulary"))),
-            None => Ok(ids.to_vec()),
+            None => Ok(encoded),
         }
     }
 

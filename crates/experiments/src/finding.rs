@@ -35,7 +35,10 @@ impl Outcome {
         let first = self.comparison.base_of(group.start);
         let base = &self.arms[first].name;
         let Some(reached) = self.summary(first, metric) else {
-            return format!("No run of the base arm, {base}, has finished: there is nothing to compare with.");
+            return format!(
+                "No finished run of the base arm, {base}, has a {}: nothing to compare with.",
+                metric.title
+            );
         };
         let shown = |value: f64| format!("{:+.*}", metric.decimals, value * metric.factor);
         let (mut better, mut worse, mut uncorrected, mut equal, mut alone) = (vec![], vec![], vec![], vec![], vec![]);

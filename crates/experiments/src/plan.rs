@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use polyhead_data::Yields;
+use polyhead_data::{DataConfig, Yields};
 use polyhead_recipe::layers::{self, Layer, merge, parse_layer};
 use polyhead_recipe::{self as recipe, ModelConfig, Recipe, folder_name};
 use polyhead_recipe::{Problem, Problems};
@@ -14,7 +14,7 @@ use polyhead_runs::result;
 use polyhead_runs::{Caller, Resolved, resolve};
 
 use super::calibration::Timing;
-use super::comparison::{Comparison, Matched, Read, STEPS};
+use super::comparison::{Comparison, Matched, Quality, Read, STEPS};
 use super::matching::{Match, other_data, solve};
 use super::prepare::Prepared;
 use super::tune::{Values, words};
@@ -258,6 +258,12 @@ fn load(
             }
             match context.with_seed(&layers, comparison.seeds[0]) {
                 Err(Failure::Run(problem)) => return Err(Failure::Run(format!("arm `{}`: {problem}", arm.name))),
+                Ok(run) if comparison.metric == Quality::BitsPerByte && !has_bytes(&run.recipe.data) => {
+                    let problem =
+                        format!("data.{} has no bits per byte: they are of text for decoders", run.recipe.data.name());
+                    problems.push(layers::at(std::slice::from_ref(layer), "metric", format!("metric: {problem}")));
+                    break;
+                }
                 Ok(run) if comparison.chooses() && run.recipe.validation.batches == 1 => {
                     let problem = "validation.batches (1) must be 2 or more, or 0 for all: one half of them chooses the setting, the \
                                    other one reports it";
@@ -286,6 +292,11 @@ fn about(failure: Failure, arm: &str) -> Failure {
         Failure::Run(problem) => Failure::Run(format!("{arm}: {problem}")),
         other => other,
     }
+}
+
+/// Whether targets stand for bytes of text.
+fn has_bytes(data: &DataConfig) -> bool {
+    data.is_text() && data.yields() == Yields::Tokens
 }
 
 fn sets_key(layer: &Layer, key: &str) -> bool {

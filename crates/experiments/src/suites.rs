@@ -149,6 +149,27 @@ impl Point {
     }
 }
 
+/// The end of a point's recipe: after how many steps it is validated and saved, and logged; at which accuracy it ends.
+fn watched(interval: u64, log_freq: u64, stop_accuracy: Option<f64>) -> String {
+    let stop = stop_accuracy.map_or(String::new(), |share| format!("stop_accuracy = {share}\n"));
+    format!(
+        "\
+[validation]
+interval = {interval}
+batches = 0
+{stop}
+[checkpoint]
+interval = {interval}
+keep_latest_k = 1
+
+[metrics]
+log_freq = {log_freq}
+tensorboard = false
+observe = false
+"
+    )
+}
+
 /// What is there of these words, with commas between.
 fn joined(words: &[&str]) -> String {
     words.iter().filter(|words| !words.is_empty()).copied().collect::<Vec<_>>().join(", ")

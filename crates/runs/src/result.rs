@@ -9,6 +9,7 @@ use polyhead_training::evaluate::{Batches, evaluate_range};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
 use polyhead_training::run_folder::{atomic_write, files, read_metrics};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -147,7 +148,7 @@ impl ClassTable {
 }
 
 /// Where a run ran.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Environment {
     /// Of Polyhead.
     pub version: String,

@@ -162,7 +162,10 @@ impl Texts {
                 options.seq_len
             ),
             notes: note.into_iter().collect(),
-            text_hash: None,
+            text_hash: self.background.as_ref().map(|_| {
+                let all = questions.sentences.join("\n");
+                blake3::hash(all.as_bytes()).to_hex().to_string()
+            }),
             floor: None,
         })))
     }
@@ -189,8 +192,8 @@ impl Samples for TextRows {
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
         let set = index / self.rows.max(1);
         let length = self.lengths[set as usize % self.lengths.len()];
-        let questions = TextQuestions { seed: mix(self.questions.seed, set), ..self.questions.clone() };
-        let question = questions.make(self.task, length, self.side.stream(index % self.rows.max(1)))?;
+        let rng = self.side.rng(mix(self.questions.seed, set), index % self.rows.max(1));
+        let question = self.questions.drawn(self.task, length, &rng)?;
         let mut tokens = self.questions.tokenizer.encode(&question.prompt)?;
         let answer = self.questions.tokenizer.encode(&question.answer)?;
         let first = tokens.len().saturating_sub(1);
@@ -228,6 +231,17 @@ mod tests {
             let names: Vec<String> = opened.validation.parts().into_iter().map(|(name, _)| name).collect();
             assert_eq!(names[0], if task == "qa1" { "600 tokens" } else { "512 tokens" });
         }
+        // Another background is other data.
+        let folder = crate::testing::Folder::new();
+        let hash = |text: &str| {
+            let file = folder.write("background.txt", text);
+            let json = serde_json::json!({ "babilong_like": { "task": "qa1", "test_rows": 1, "background": file } });
+            let config: DataConfig = serde_json::from_value(json).unwrap();
+            let options = crate::tests::options(700, 2, 7);
+            config.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap().text_hash
+        };
+        let first = hash("It rained. It was cold.");
+        assert!(first.is_some() && first == hash("It rained. It was cold.") && first != hash("It rained. It was hot."));
         let config: DataConfig = serde_json::from_str(r#"{"ruler":{"task":"vt"}}"#).unwrap();
         let problem = config.open_tokens(&Tokenizer::bytes(), &crate::tests::options(200, 2, 7), &mut |_, _| {});
         assert!(problem.err().unwrap().to_string().contains("shortest text of vt"));

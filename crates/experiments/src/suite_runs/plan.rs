@@ -69,7 +69,11 @@ pub fn plan(asked: &Asked<'_>, out: &Path, caller: Caller) -> Result<SuitePlan, 
             .map_err(|problems| problems.about(&format!("{}, {}", asked.suite.name, point.name())))?;
         let resolved = resolve::resolve(&loaded, caller)?;
         let (text, known) = (recipe::resolved(&resolved.recipe)?, resolved.known()?);
-        let id = result::id(&recipe::resolved(&kept(&resolved.recipe))?, None);
+        // Of generated rows the recipe says all, unless they have a background.
+        let data = &resolved.recipe.data;
+        let whole = data.is_generated() && data.source().paths().is_empty();
+        let hash = if whole { None } else { resolved.text_hash()? };
+        let id = result::id(&recipe::resolved(&kept(&resolved.recipe))?, hash.as_deref());
         let folder = out.join("runs").join(format!("{}-{}", folder_name(&point.name()), &id[..8]));
         let (seed, steps) = (asked.seed, resolved.recipe.training.steps);
         runs.push(Run { arm: points.len(), choice: 0, seed, trial: false, id, folder, text, steps });

@@ -40,7 +40,7 @@ pub struct SuiteResult {
     /// A row for each task, setting and size of the model.
     pub rows: Vec<SuiteRow>,
     /// Where it ran; `None` where nothing has finished.
-    pub environment: Option<RanOn>,
+    pub environment: Option<Environment>,
 }
 
 /// The best of the cells of a setting.
@@ -87,29 +87,6 @@ pub struct SuiteCell {
     pub seconds: f64,
 }
 
-/// Where runs ran, as far as it may change numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RanOn {
-    /// Of Polyhead.
-    pub version: String,
-    /// `training.device`.
-    pub device: String,
-    /// Threads of each run.
-    pub threads: usize,
-    /// Of the processor, as the kernels use it.
-    pub instruction_set: String,
-    /// The processor's name.
-    pub processor: Option<String>,
-}
-
-impl From<&Environment> for RanOn {
-    fn from(environment: &Environment) -> Self {
-        let Environment { version, device, threads, instruction_set, processor, .. } = environment.clone();
-        Self { version, device, threads, instruction_set, processor }
-    }
-}
-
 /// Puts together how the points ended.
 ///
 /// # Errors
@@ -129,7 +106,7 @@ pub fn gather(asked: &Asked<'_>, points: &[PlannedPoint], ends: &[End]) -> Resul
         });
         match end {
             End::Finished(result) => {
-                environment = Some(RanOn::from(&result.environment));
+                environment = Some(result.environment.clone());
                 rows[at].cells.push(finished(planned, result)?);
             }
             End::Failed(problem) => rows[at].failed.push(format!("{cell}: {problem}")),

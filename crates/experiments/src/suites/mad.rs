@@ -1,7 +1,7 @@
 //! Mechanistic architecture design under its published settings (Poli et al. 2024, arXiv 2403.17844; athms/mad-lab@0f49a45): six
 //! tasks, each with a baseline whose difficulty is varied in one respect at a time, and six optimiser cells for each.
 
-use super::{Point, Score, Suite};
+use super::{Point, Score, Suite, watched};
 
 pub(super) const MAD: Suite = Suite {
     name: "mad-v1",
@@ -188,23 +188,10 @@ decay = \"cosine\"
 min_lr_ratio = {floor:e}
 hold_steps = {per_epoch}
 
-[validation]
-interval = {interval}
-batches = 0
-stop_accuracy = 0.999
-
-[checkpoint]
-interval = {interval}
-keep_latest_k = 1
-
-[metrics]
-log_freq = {interval}
-tensorboard = false
-observe = false
-",
+{rest}",
         autoencoder = key == "compression",
         floor = 1e-6 / lr,
-        interval = per_epoch.max(10),
+        rest = watched(per_epoch.max(10), per_epoch.max(10), Some(0.999)),
     )
 }
 

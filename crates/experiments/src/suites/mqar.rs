@@ -1,7 +1,7 @@
 //! Multi-query associative recall under Zoology's settings (Arora et al. 2023, arXiv 2312.04927, figure 2;
 //! HazyResearch/zoology@d88d6f5): two layers of attention without feed-forward layers, learned positions, four learning rates.
 
-use super::{Point, Score, Suite, log_spaced};
+use super::{Point, Score, Suite, log_spaced, watched};
 
 pub(super) const ZOOLOGY: Suite = Suite {
     name: "mqar-zoology-v1",
@@ -99,21 +99,8 @@ decay = \"cosine\"
 min_lr_ratio = 0
 hold_steps = {per_epoch}
 
-[validation]
-interval = {per_epoch}
-batches = 0
-stop_accuracy = 0.99
-
-[checkpoint]
-interval = {per_epoch}
-keep_latest_k = 1
-
-[metrics]
-log_freq = {log_freq}
-tensorboard = false
-observe = false
-",
+{rest}",
         steps = per_epoch * epochs,
-        log_freq = (per_epoch / 4).max(1),
+        rest = watched(per_epoch, (per_epoch / 4).max(1), Some(0.99)),
     )
 }

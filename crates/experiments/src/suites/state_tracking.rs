@@ -2,7 +2,7 @@
 //! trained on (DeltaProduct: Siems et al. 2025, arXiv 2502.10297) and at their own length (Merrill et al. 2024, arXiv 2404.08819),
 //! bounded brackets by Hewitt et al. 2020.
 
-use super::{Point, Score, Suite};
+use super::{Point, Score, Suite, watched};
 
 pub(super) const STATE_TRACKING: Suite = Suite {
     name: "state-tracking-v1",
@@ -155,21 +155,8 @@ decay = \"cosine\"
 warmup_steps = {warmup}
 min_lr_ratio = 1e-3
 
-[validation]
-interval = {interval}
-batches = 0
-
-[checkpoint]
-interval = {interval}
-keep_latest_k = 1
-
-[metrics]
-log_freq = {log_freq}
-tensorboard = false
-observe = false
-",
+{rest}",
         warmup = steps / 10,
-        interval = steps.div_ceil(10),
-        log_freq = steps.div_ceil(50),
+        rest = watched(steps.div_ceil(10), steps.div_ceil(50), None),
     )
 }

@@ -4,7 +4,7 @@
 
 use polyhead_data::text_suites::{BabiTask, RulerTask, TextTask};
 
-use super::{Point, Questions, Score, Suite};
+use super::{Point, Questions, Score, Suite, watched};
 
 const WORDING: &str =
     "wording: ours; words are made of syllables, backgrounds of generated sentences or of the text of --background";
@@ -91,22 +91,11 @@ weight_decay = 0.1
 [lr_scheduler]
 warmup_steps = 60
 
-[validation]
-interval = 200
-batches = 0
-
-[checkpoint]
-interval = 200
-keep_latest_k = 1
-
-[metrics]
-log_freq = 20
-tensorboard = false
-observe = false
-
+{rest}
 [generation.sampling]
 max_new_tokens = 1
-"
+",
+        rest = watched(200, 20, None),
     );
     let (setting, size, cell) = (String::new(), String::new(), String::new());
     Point { task: name.into(), setting, size, cell, score: Score::Exact, recipe }

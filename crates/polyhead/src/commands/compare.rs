@@ -159,7 +159,7 @@ pub fn validate(path: &Path) -> Result<(), Failure> {
 /// A hash of the text that a recipe learns from; each text is read once.
 fn text_hash(run: &Resolved, known: &mut BTreeMap<String, Option<String>>) -> Result<Option<String>, Failure> {
     let Recipe { data, tokenizer, training, .. } = &run.recipe;
-    if data.is_generated() {
+    if data.is_generated() && data.source().paths().is_empty() {
         return Ok(None);
     }
     let key = format!("{data:?} {tokenizer:?} {}", training.seq_len);

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use polyhead_data::text_suites::{TextQuestions, TextTask, sentences};
-use polyhead_experiments::suite_runs::result::{RanOn, SuiteCell, SuiteResult, SuiteRow, mean_of_tasks};
+use polyhead_experiments::suite_runs::result::{SuiteCell, SuiteResult, SuiteRow, mean_of_tasks};
 use polyhead_experiments::suites::{Questions, Suite};
 use polyhead_models::{Past, Sampling, parameters};
 use polyhead_recipe::Problems;
@@ -67,7 +67,7 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
     let model = [format!("model = {}", trained.path.display()), format!("weights = {}", found.weights_hash()?)];
     let background = args.background.iter().map(|file| format!("background = {}", file.display()));
     let mut reached = SuiteResult {
-        environment: Some(RanOn::from(&Environment::here(args.device.as_deref().unwrap_or("flex")))),
+        environment: Some(Environment::here(args.device.as_deref().unwrap_or("flex"))),
         ..SuiteResult::empty(suite, model.into_iter().chain(background).collect(), seed)
     };
     let before = if file.exists() { Some(SuiteResult::read(&file)?) } else { None };
