@@ -80,6 +80,12 @@ fn heads_are_switched_off_patched_and_compared() {
     assert!(circuits[0]["edges"].as_u64().unwrap() <= 4);
     let (out, _) = world.succeeds(&["heads", "overlap", "seen/patch.json", "seen/edges.json", "--share", "1"]);
     assert!(out.contains("\"overlap\": 1.0"), "{out}");
+    let both: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(both["columns"], serde_json::json!(["attribution", "node"]), "no column of both: the first of each");
+    let same = ["heads", "overlap", "seen/patch.json", "seen/patch.json", "--share", "0.5"];
+    assert!(world.succeeds(&same).1.contains("by effect are in both"));
+    let told = world.fails(1, &[&same[..], &["--column", "node"]].concat());
+    assert!(told.contains("seen/patch.json has no numbers in node; it has"), "{told}");
     world.succeeds(&["heads", "decisions", "run", "io.jsonl", "--out", "seen"]);
     let decisions = json(&world, "seen/decisions.json");
     assert!(decisions["decisions"].as_u64().unwrap() > 0 && decisions["knock_out"]["random_heads"].is_f64());

@@ -25,9 +25,10 @@ pub struct OverlapArgs {
     /// The share of heads that is compared, the largest by size.
     #[arg(long, default_value_t = 0.1, value_parser = share)]
     share: f64,
-    /// The column that is compared. Default: effect, else the first that both have.
-    #[arg(long)]
-    column: Option<String>,
+    /// The column that is compared, or one of each result: effect,node. Default: effect, else the first that both have, else the
+    /// first of each.
+    #[arg(long, value_delimiter = ',', num_args = 1, value_name = "COLUMN")]
+    column: Vec<String>,
 }
 
 /// The heads of a result with their numbers, by the name of the column.
@@ -73,6 +74,22 @@ impl Heads {
     }
 }
 
+impl OverlapArgs {
+    /// The column of each result.
+    fn columns(&self, a: &Heads, b: &Heads) -> Result<[String; 2], Failure> {
+        let ([a, b], effect) = ([a.columns(), b.columns()], "effect");
+        let common =
+            a.iter().find(|name| **name == effect && b.contains(name)).or(a.iter().find(|name| b.contains(name)));
+        match (&self.column[..], common) {
+            ([both], _) => Ok([both.clone(), both.clone()]),
+            ([first, second], _) => Ok([first.clone(), second.clone()]),
+            ([], Some(common)) => Ok([common, common].map(|name| (*name).clone())),
+            ([], None) => Ok([a, b].map(|of| of.first().map_or_else(String::new, |name| (*name).clone()))),
+            _ => Err(Problems::plain(format!("--column: {} columns for two results", self.column.len())).into()),
+        }
+    }
+}
+
 /// Prints what both have in common.
 pub fn overlap(args: &OverlapArgs) -> Result<(), Failure> {
     let [a, b] = [Heads::read(&args.results[0])?, Heads::read(&args.results[1])?];
@@ -83,10 +100,8 @@ pub fn overlap(args: &OverlapArgs) -> Result<(), Failure> {
             Problems::plain(format!("{first} and {second} are of other heads: give two results of one model")).into()
         );
     }
-    let common: Vec<&String> = a.columns().into_iter().filter(|name| b.columns().contains(name)).collect();
-    let usual = || common.iter().find(|name| **name == "effect").or(common.first()).map(|name| (*name).clone());
-    let column = args.column.clone().or_else(usual).unwrap_or_default();
-    let [of_a, of_b] = [a.scores(&column)?, b.scores(&column)?];
+    let columns = args.columns(&a, &b)?;
+    let [of_a, of_b] = [a.scores(&columns[0])?, b.scores(&columns[1])?];
     let count = count_of(args.share, of_a.len());
     let sets = [&of_a, &of_b].map(|scores| largest(scores, count));
     let [jaccard, both] = shared(&sets[0], &sets[1]);
@@ -97,12 +112,13 @@ pub fn overlap(args: &OverlapArgs) -> Result<(), Failure> {
     let together: BTreeSet<HeadOf> = sets[0].intersection(&sets[1]).copied().collect();
     put!(
         "{:#}",
-        json!({ "column": column, "heads": count, "overlap": both, "jaccard": jaccard, "overlap_of_random_heads": chance,
+        json!({ "columns": columns, "heads": count, "overlap": both, "jaccard": jaccard, "overlap_of_random_heads": chance,
             "in_both": names(&together), "first": names(&sets[0]), "second": names(&sets[1]) })
     )?;
     talk!(
-        "{:.0} % of the {count} largest heads by {column} are in both; of as many random ones {:.0} %",
+        "{:.0} % of the {count} largest heads by {} are in both; of as many random ones {:.0} %",
         100.0 * both,
+        if columns[0] == columns[1] { columns[0].clone() } else { columns.join(" and ") },
         100.0 * chance
     );
     Ok(())
