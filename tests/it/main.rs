@@ -73,6 +73,7 @@ mod resume;
 mod serve;
 mod signals;
 mod sizes;
+mod sparse;
 mod stages;
 mod suite;
 mod use_models;

@@ -25,11 +25,15 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Projections that are added to, in every layer that has them. Default: ["q_proj", "v_proj"], as the paper.
     pub targets: Vec<String>,
+    /// Parameters that are trained as a whole besides, by their names in a checkpoint, with * for any text: LongLoRA (arXiv 2309.12307)
+    /// trains ["embedding.*", "*norm*"]. A checkpoint has all weights then. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub train_whole: Vec<String>,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, targets: vec!["q_proj".into(), "v_proj".into()] }
+        Self { rank: 8, alpha: 16.0, targets: vec!["q_proj".into(), "v_proj".into()], train_whole: Vec::new() }
     }
 }
 
@@ -263,7 +267,12 @@ mod tests {
             (r#"{"grouped_differential":{"n_heads":4,"n_noise_heads":1}}"#, vec!["k_proj", "v_proj", "up_proj"]),
         ] {
             let plain = model(attention);
-            let config = LoraConfig { rank: 3, alpha: 5.0, targets: targets.iter().map(|&t| t.into()).collect() };
+            let config = LoraConfig {
+                rank: 3,
+                alpha: 5.0,
+                targets: targets.iter().map(|&t| t.into()).collect(),
+                ..LoraConfig::default()
+            };
             let with = plain.clone().with_lora(&config, 3).unwrap();
             logits(&with).into_data().assert_eq(&logits(&plain).into_data(), true);
             let pairs: Vec<usize> = with.lora.as_ref().unwrap().layers.iter().map(|layer| layer.pairs.len()).collect();

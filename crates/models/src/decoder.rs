@@ -11,7 +11,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use polyhead_attention::sparse::Sparse;
-use polyhead_attention::sparse::boundaries::BoundaryPredictor;
+use polyhead_attention::sparse::boundaries::{BoundaryPredictor, PredictorConfig};
 use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, Sites, frequencies, linear,
 };
@@ -24,7 +24,7 @@ use crate::intervention::{Context, Intervention};
 use crate::sites::{SitePlan, Tap};
 use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
-use crate::{Batch, Gate};
+use crate::{Batch, ConfigError, Gate, RopeScaling};
 
 mod config;
 mod expander;
@@ -122,6 +122,7 @@ impl DecoderConfig {
     /// A decoder with fresh weights. Call [`validate`](Self::validate) first, and
     /// [`polyhead_kernels::seed_random`].
     pub fn init(&self, vocab_size: usize, device: &Device) -> Decoder {
+        let vocab_size = self.rows(vocab_size);
         let (d_model, transformer) = (self.d_model, self.transformer());
         let table = |rows| {
             let weight = random([rows, d_model], Distribution::Normal(0.0, INIT_STD), device);
@@ -167,12 +168,33 @@ impl Decoder {
             transformer: config.transformer(),
             config,
             lora: None,
+            boundaries: None,
             gate: None,
             intervention: None,
             intervention_tensors: Vec::new(),
             computing: Computing::default(),
             ..self
         }
+    }
+
+    /// The model with a fresh predictor of the boundaries of its keys.
+    ///
+    /// # Errors
+    /// If its layers do not have keys of one kind.
+    pub fn with_boundaries(self, config: &PredictorConfig) -> Result<Self, ConfigError> {
+        let boundaries = config.init(self.config.key_channels()?, &self.device());
+        Ok(Self { boundaries: Some(boundaries), ..self })
+    }
+
+    /// The model without a predictor of boundaries.
+    pub fn without_boundaries(self) -> Self {
+        Self { boundaries: None, ..self }
+    }
+
+    /// The model with other rotary frequencies.
+    pub fn with_rope_scaling(mut self, rope_scaling: Option<RopeScaling>) -> Self {
+        self.config.rope_scaling = rope_scaling;
+        self
     }
 
     /// The model with its products in another precision.
@@ -195,9 +217,9 @@ impl Decoder {
         Self { computing: Computing { checkpointing, ..self.computing }, ..self }
     }
 
-    /// Ids that the model knows.
+    /// Ids that the model knows, without the mask of a masked diffusion model.
     pub fn vocab_size(&self) -> usize {
-        self.embedding.weight.dims()[0]
+        self.embedding.weight.dims()[0] - self.config.rows(0)
     }
 
     /// The device of the weights.
@@ -352,8 +374,10 @@ impl Decoder {
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         let [batch, seq, d_model] = hidden.dims();
         let [hidden, head] = self.factors(hidden.reshape([batch * seq, d_model]));
-        let logits = hidden.matmul(head).reshape([batch, seq, self.vocab_size()]);
-        in_type(logits, DType::F32)
+        let logits = hidden.matmul(head);
+        let rows = logits.dims()[1];
+        let logits = in_type(logits.reshape([batch, seq, rows]), DType::F32);
+        if rows == self.vocab_size() { logits } else { logits.narrow(2, 0, self.vocab_size()) }
     }
 
     fn ropes(&self, positions: std::ops::Range<usize>) -> BTreeMap<usize, Rope> {

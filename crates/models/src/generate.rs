@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::intervention::Context;
-use crate::{Decoder, Pass, Role};
+use crate::{Decoder, DiffusionSampling, Pass, Role};
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,18 +26,22 @@ pub struct Sampling {
     pub top_p: f64,
     /// The same seed gives the same text. Default: 0.
     pub seed: u64,
+    /// How a masked diffusion model generates, which takes no notice of top_k and top_p.
+    #[serde(skip_serializing_if = "DiffusionSampling::is_default")]
+    pub diffusion: DiffusionSampling,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { max_new_tokens: 200, temperature: 0.8, top_k: 0, top_p: 1.0, seed: 0 }
+        let diffusion = DiffusionSampling::default();
+        Self { max_new_tokens: 200, temperature: 0.8, top_k: 0, top_p: 1.0, seed: 0, diffusion }
     }
 }
 
 impl Sampling {
     /// What EigenScore samples with (arXiv 2402.03744), SenD's number of tokens (arXiv 2410.15460).
     pub fn eigenscore() -> Self {
-        Self { max_new_tokens: 128, temperature: 0.5, top_k: 10, top_p: 0.99, seed: 0 }
+        Self { max_new_tokens: 128, temperature: 0.5, top_k: 10, top_p: 0.99, ..Self::default() }
     }
 }
 
@@ -101,6 +105,9 @@ pub fn continue_all(
 ) -> Option<Vec<Continuation>> {
     let length = requests.first().map_or(0, |request| request.prompt.len());
     assert!(requests.iter().all(|request| request.prompt.len() == length), "prompts of one call are equally long");
+    if model.is_masked_diffusion() {
+        return diffuse_all(model, requests, on_token, go_on);
+    }
     let mut rows = Vec::with_capacity(requests.len());
     for requests in requests.chunks(ROWS) {
         let first = rows.len();
@@ -132,6 +139,30 @@ pub fn continue_all(
         }
     }
     Some(rows.into_iter().map(|row| row.written).collect())
+}
+
+/// The same of a masked diffusion model, whose tokens do not come in order: they are handed out once all are there.
+fn diffuse_all(
+    model: &Decoder,
+    requests: &[Request],
+    on_token: &mut dyn FnMut(usize, &Continuation) -> ControlFlow<()>,
+    go_on: &dyn Fn() -> bool,
+) -> Option<Vec<Continuation>> {
+    let mut all = Vec::with_capacity(requests.len());
+    for (at, Request { prompt, sampling, stops, stream, .. }) in requests.iter().enumerate() {
+        let mut written = Continuation::default();
+        for token in model.diffuse(prompt, sampling, *stream, go_on)? {
+            written.stop = stops.contains(&token).then_some(token);
+            if written.stop.is_none() {
+                written.tokens.push(token);
+            }
+            if on_token(at, &written).is_break() || written.stop.is_some() {
+                break;
+            }
+        }
+        all.push(written);
+    }
+    Some(all)
 }
 
 /// A request on its way.
@@ -207,6 +238,15 @@ impl Past {
         stops: &[u32],
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> (Vec<u32>, Option<u32>) {
+        if model.is_masked_diffusion() {
+            let request = Request { prompt, roles: &self.roles, sampling, stops, stream: 0 };
+            let mut tell = |_: usize, written: &Continuation| match (written.stop, written.tokens.last()) {
+                (None, Some(&token)) => on_token(token),
+                _ => ControlFlow::Break(()),
+            };
+            let written = diffuse_all(model, &[request], &mut tell, &|| true).and_then(|mut all| all.pop());
+            return written.map_or_else(Default::default, |written| (written.tokens, written.stop));
+        }
         if !(prompt.starts_with(&self.tokens) && prompt.len() > self.tokens.len()) {
             *self = Self { roles: std::mem::take(&mut self.roles), ..Self::new(model) };
         }

@@ -25,8 +25,9 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_attention::sparse::{Sparse, SparseConfig};
-use polyhead_attention::{Amount, ConfigError, Edit};
+use polyhead_attention::sparse::Sparse;
+pub use polyhead_attention::sparse::SparseConfig;
+use polyhead_attention::{Amount, ConfigError, Edit, require};
 
 pub use attention_swap::attention_swap;
 pub use config::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, TrainedConfig};
@@ -101,6 +102,14 @@ impl Intervention {
         };
         let trained = config.train.iter().map(tensor).collect::<Result<_, _>>()?;
         if let Some(sparse) = &config.sparse {
+            let diffuses = model.is_masked_diffusion();
+            let fits = diffuses == matches!(sparse, SparseConfig::Sparsed(_));
+            require(fits, &format!("sparse.{}", sparse.name()), || {
+                match diffuses {
+                true => "a masked diffusion model takes sparse.sparsed: the other forms are for models that read from left to right".into(),
+                false => "sparsed is for masked diffusion models, which generate in steps".into(),
+            }
+            })?;
             (0..model.layers.len()).try_for_each(|layer| {
                 let checked = sparse.check_layer(model.config().mechanism(layer), model.boundaries.is_some());
                 checked.map_err(|error| error.within("sparse"))

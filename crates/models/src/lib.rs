@@ -9,6 +9,7 @@ mod batch;
 mod classifier;
 mod contrastive;
 mod decoder;
+mod diffusion;
 mod embedder;
 mod examples;
 mod gate;
@@ -44,6 +45,7 @@ pub use classifier::{
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};
+pub use diffusion::DiffusionSampling;
 pub use embedder::{EmbedTotals, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};

@@ -74,6 +74,9 @@ impl Decoder {
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
     pub fn evaluate(&self, batch: &Batch) -> Evaluated {
+        if self.is_masked_diffusion() {
+            return self.evaluate_diffusion(batch);
+        }
         self.evaluate_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)))
     }
 

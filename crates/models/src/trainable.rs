@@ -122,7 +122,10 @@ impl Trainable for Decoder {
     }
 
     fn loss_under(&self, batch: &Batch, context: ContextMask) -> Loss {
-        self.loss_of_pass(batch, Pass::new(&batch.mask(context)))
+        match self.is_masked_diffusion() {
+            true => self.diffusion_loss(batch),
+            false => self.loss_of_pass(batch, Pass::new(&batch.mask(context))),
+        }
     }
 
     fn totals(&self, batch: &Batch) -> Evaluated {
@@ -130,6 +133,7 @@ impl Trainable for Decoder {
     }
 
     fn observe_layers(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {
-        self.forward(self.tokens(&batch.row(0)), &Mask::causal(), None, observe).seen
+        let mask = if self.is_masked_diffusion() { Mask::none() } else { Mask::causal() };
+        self.forward(self.tokens(&batch.row(0)), &mask, None, observe).seen
     }
 }

@@ -585,6 +585,12 @@ pub struct SamplingArgs {
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Steps in which a masked diffusion model fills in its masks. Default: one for each new token.
+    #[arg(long, value_name = "STEPS")]
+    pub diffusion_steps: Option<usize>,
+    /// Tokens of a block of a masked diffusion model, which fills in one after the other. Default: all are one block.
+    #[arg(long, value_name = "TOKENS")]
+    pub block_length: Option<usize>,
     /// End before this string; may be given several times.
     #[arg(long, value_name = "STRING")]
     pub stop: Vec<String>,

@@ -3,7 +3,7 @@
 use polyhead_data::synthetic::MadTask;
 use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::intervention::InterventionConfig;
+use polyhead_models::intervention::{InterventionConfig, SparseConfig};
 use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, EmbedderConfig, LossConfig,
     Precision, broken, require,
@@ -178,6 +178,15 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
          other data"
             .into(),
     );
+    problems.extend(within("generation.sampling.diffusion", generation.sampling.diffusion.validate()));
+    let plain = matches!(&recipe.procedure, ProcedureConfig::Standard(standard) if standard.context_mask == ContextMask::Causal);
+    let diffuses = decoder.is_some_and(|decoder| decoder.masked_diffusion);
+    problems.extend(
+        require(!diffuses || plain, "procedure", || {
+            "procedure: a masked diffusion model (model.decoder.masked_diffusion) is trained by procedure.standard, as it is".into()
+        })
+        .err(),
+    );
     let data = recipe.data.source().validate(training.seq_len).map_err(|error| error.within(recipe.data.name()));
     problems.extend(within("data", data));
     let procedure = recipe.procedure.validate(decoder, training);
@@ -185,7 +194,19 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     if let ProcedureConfig::NeuronDropout(config) = &recipe.procedure {
         problems.extend(validate_neuron_dropout(recipe, config));
     }
+    if let ProcedureConfig::Boundaries(_) = recipe.procedure {
+        for (key, set) in [("lora", recipe.lora.is_some()), ("intervention", recipe.intervention.is_some())] {
+            let message = || {
+                format!(
+                    "{key}: procedure.boundaries trains a predictor beside a model that stays as it is: leave it out"
+                )
+            };
+            problems.extend(require(!set, key, message).err());
+        }
+    }
     problems.extend(within("freeze", recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX))));
+    let scaling = model.rope_scaling().map_or(Ok(()), |scaling| scaling.validate());
+    problems.extend(within("model.rope_scaling", scaling));
     if let Some(mup) = model.mup() {
         problems.extend(within("model", mup.validate()));
         let message = "lora has pairs of its own, of which model.parametrization = \"mup\" knows no learning rate: leave one of them out";
@@ -195,6 +216,16 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     if let Some(intervention) = &recipe.intervention {
         problems.extend(within("intervention", intervention.validate(&nearest_name)));
         problems.extend(validate_trained(recipe, intervention));
+    }
+    if let Some(SparseConfig::Shifted(shifted)) = recipe.intervention.as_ref().and_then(|own| own.sparse.as_ref()) {
+        let (seq, group) = (training.seq_len, shifted.shift(training.seq_len, 1).group);
+        let whole = seq.is_multiple_of(group) && group.is_multiple_of(2);
+        problems.extend(
+            require(!shifted.leak || whole, "intervention.sparse.shifted.leak", || {
+                format!("leak rolls the row by half a chunk: chunks ({group} tokens) must be even and divide training.seq_len ({seq})")
+            })
+            .err(),
+        );
     }
     match model {
         ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),

@@ -6,7 +6,7 @@ use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::intervention::InterventionConfig;
 use polyhead_models::mup::{Mup, Parametrization};
-use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, Sampling};
+use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, RopeScaling, Sampling};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
@@ -84,6 +84,8 @@ pub enum ModelConfig {
         config: Option<DecoderConfig>,
         /// How initial weights and learning rates depend on the width; `None` where they do not.
         mup: Option<Mup>,
+        /// How rotary frequencies are stretched from here on; `None` where they stay as they were trained.
+        rope_scaling: Option<RopeScaling>,
     },
     /// A classifier.
     Classifier {
@@ -106,6 +108,10 @@ struct ModelTables {
     /// others, the head is newly initialized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pretrained: Option<PathBuf>,
+    /// With model.pretrained: stretch the decoder's rotary frequencies from here on, for a longer context, as `linear = { factor = 4.0 }`
+    /// does by dividing all positions. Default: they stay as they were trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rope_scaling: Option<RopeScaling>,
     /// How initial weights and learning rates of a decoder depend on its width: "standard" (default): they do not; "mup": by the
     /// maximal update parametrization, in which the best learning rate is the same at every width.
     #[serde(default, skip_serializing_if = "is_standard")]
@@ -157,14 +163,19 @@ impl TryFrom<ModelTables> for ModelConfig {
     type Error = &'static str;
 
     fn try_from(tables: ModelTables) -> Result<Self, Self::Error> {
-        let mup = tables.mup()?;
+        let (mup, rope_scaling) = (tables.mup()?, tables.rope_scaling);
+        if rope_scaling.is_some() && (tables.pretrained.is_none() || tables.classifier.is_some()) {
+            return Err(
+                "model.rope_scaling is for a decoder in model.pretrained: a fresh one has model.decoder.rope_scaling",
+            );
+        }
         match tables {
             ModelTables { pretrained: None, decoder: None, classifier: None, embedder: None, .. } => Err(
                 "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with \
                  trained weights in model.pretrained",
             ),
             ModelTables { pretrained, decoder, classifier: None, embedder: None, .. } => {
-                Ok(Self::Decoder { pretrained, config: decoder, mup })
+                Ok(Self::Decoder { pretrained, config: decoder, mup, rope_scaling })
             }
             ModelTables { pretrained, decoder: None, classifier: Some(config), embedder: None, .. } => {
                 Ok(Self::Classifier { pretrained, config })
@@ -185,8 +196,9 @@ impl TryFrom<ModelTables> for ModelConfig {
 impl From<ModelConfig> for ModelTables {
     fn from(model: ModelConfig) -> Self {
         match model {
-            ModelConfig::Decoder { pretrained, config, mup } => Self {
+            ModelConfig::Decoder { pretrained, config, mup, rope_scaling } => Self {
                 pretrained,
+                rope_scaling,
                 decoder: config,
                 parametrization: if mup.is_some() { Parametrization::Mup } else { Parametrization::Standard },
                 base_width: mup.map(|mup| mup.base_width),
@@ -204,7 +216,7 @@ impl From<ModelConfig> for ModelTables {
 impl ModelConfig {
     /// A decoder whose weights are at hand.
     pub fn decoder_of(config: DecoderConfig) -> Self {
-        Self::Decoder { pretrained: None, config: Some(config), mup: None }
+        Self::Decoder { pretrained: None, config: Some(config), mup: None, rope_scaling: None }
     }
 
     /// The settings of a decoder, where they are known.
@@ -219,6 +231,14 @@ impl ModelConfig {
     pub fn mup(&self) -> Option<Mup> {
         match self {
             Self::Decoder { mup, .. } => *mup,
+            _ => None,
+        }
+    }
+
+    /// How the rotary frequencies of a decoder are stretched from here on, where they are.
+    pub fn rope_scaling(&self) -> Option<RopeScaling> {
+        match self {
+            Self::Decoder { rope_scaling, .. } => *rope_scaling,
             _ => None,
         }
     }

@@ -11,17 +11,18 @@ use polyhead_evaluation::heads::observe_layers;
 use polyhead_evaluation::sets::{SetScore, SetTotals};
 use polyhead_models::adapters::is_pair;
 use polyhead_models::intervention::is_intervention_tensor;
-use polyhead_models::{Batch, Decoder, train_only};
+use polyhead_models::{Batch, Decoder, parameters, train_only};
 use polyhead_recipe::{Problems, Recipe};
 use polyhead_training::evaluate::Batches;
 use polyhead_training::run::Probe;
+use polyhead_training::{NamePatterns, ProcedureConfig};
 
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
 use crate::intervention::{check_roles, trains_intervention};
 use crate::kind::Kind;
-use crate::pretrained::{Pretrained, add_lora};
+use crate::pretrained::{Pretrained, add_lora, with_boundaries};
 use crate::resolve::{Resolved, scalings};
 
 impl TrainingData<Batch> for Opened {
@@ -95,7 +96,10 @@ impl Kind for Decoder {
     fn first(resolved: &Resolved, data: &Opened, device: &Device) -> Result<Self, Failure> {
         let recipe = &resolved.recipe;
         let model = match &resolved.pretrained {
-            Some(found) => found.model(device, resolved.caller)?,
+            Some(found) => {
+                let scaling = recipe.model.decoder().and_then(|decoder| decoder.rope_scaling);
+                found.model(device, resolved.caller)?.with_rope_scaling(scaling)
+            }
             None => {
                 let decoder = recipe.model.decoder();
                 let decoder = decoder.ok_or_else(|| Problems::plain("model.decoder is missing".into()))?;
@@ -115,8 +119,20 @@ impl Kind for Decoder {
             }
             None => model,
         };
+        if let ProcedureConfig::Boundaries(boundaries) = &recipe.procedure {
+            let model = with_boundaries(model, boundaries)?;
+            return Ok(train_only(model, |name| name.starts_with("boundaries.")));
+        }
+        let model = model.without_boundaries();
         Ok(match &recipe.lora {
-            Some(lora) => train_only(add_lora(model, lora, recipe.debug.seed)?, is_pair),
+            Some(lora) => {
+                let (model, whole) = (add_lora(model, lora, recipe.debug.seed)?, NamePatterns(&lora.train_whole));
+                let names = parameters(&model);
+                let names: Vec<&str> =
+                    names.iter().map(|one| one.name.as_str()).filter(|name| !is_pair(name)).collect();
+                whole.find(&names).map_err(|problem| Problems::plain(format!("lora.train_whole: {problem}")))?;
+                train_only(model, |name| is_pair(name) || whole.mean(name))
+            }
             None if trains_intervention(recipe) => train_only(model, is_intervention_tensor),
             None => model,
         })
@@ -178,6 +194,10 @@ fn head_scores(model: &Decoder, rows: &[Batch]) -> Vec<(String, f64)> {
 /// # Errors
 /// If the data cannot be read.
 pub fn set_scores(model: &Decoder, batches: &Loader) -> Result<Vec<SetScore>, Failure> {
+    // What they score is the next token.
+    if model.is_masked_diffusion() {
+        return Ok(Vec::new());
+    }
     let score = |(name, range): (String, Range<u64>)| {
         let mut totals = SetTotals::default();
         for position in range {

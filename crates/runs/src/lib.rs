@@ -30,7 +30,7 @@ use polyhead_models::weights::NonFinite;
 pub use convert::{Calibration, convert};
 pub use error::Failure;
 pub use resolve::Resolved;
-pub use trained::{Trained, open_trained};
+pub use trained::{Trained, open_decoder, open_trained};
 
 /// What the caller of a library allows, and where its notes and warnings go.
 #[derive(Debug, Clone, Copy)]

@@ -18,6 +18,7 @@ use polyhead_training::run_folder::files::{
     ADAPTER, BASE, RECIPE, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, is_checkpoint,
 };
 use polyhead_training::state;
+use polyhead_training::{BoundariesConfig, ProcedureConfig};
 
 use crate::Caller;
 use crate::base::Base;
@@ -75,13 +76,19 @@ impl Pretrained {
             }
         };
         let base = Self::base_of(&path, caller)?.map(Box::new);
-        if let Some(base) = base.as_ref().filter(|base| base.decoder != decoder) {
-            let changed = differences_of(&base.decoder, &decoder).join("\n  ");
+        // What the run itself has stretched is no change of its base.
+        let stretched = recipe.model.rope_scaling().is_some();
+        let described = |base: &Self| match stretched {
+            true => DecoderConfig { rope_scaling: decoder.rope_scaling, ..base.decoder.clone() },
+            false => base.decoder.clone(),
+        };
+        if let Some(base) = base.as_ref().filter(|base| described(base) != decoder) {
+            let changed = differences_of(&described(base), &decoder).join("\n  ");
             let problem = format!("the base model {} has changed:\n  {changed}", base.path.display());
             return Err(Failure::Run(format!("{}: {problem}", path.display())));
         }
         Ok(Self {
-            vocab_size: base.as_ref().map_or_else(|| vocab_of(&path), |base| Ok(base.vocab_size))?,
+            vocab_size: base.as_ref().map_or_else(|| vocab_of(&path, &decoder), |base| Ok(base.vocab_size))?,
             max_positions: recipe.training.seq_len,
             tokenizer: tokenizer_of(&path)?,
             ends: Vec::new(),
@@ -179,7 +186,7 @@ impl Pretrained {
             return self.model(device, caller);
         }
         let model = match &self.base {
-            Some(base) => base.model(device, caller)?,
+            Some(base) => base.model(device, caller)?.with_rope_scaling(self.decoder.rope_scaling),
             None => without_drawing(|| self.decoder.init(self.vocab_size, device)),
         };
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
@@ -190,6 +197,10 @@ impl Pretrained {
         let model = match trains.map(|recipe| of_checkpoint(recipe, &self.path)).transpose()?.flatten() {
             Some(intervention) => intervention.apply(model, self.tokenizer.as_ref())?,
             None => model,
+        };
+        let model = match self.recipe.as_ref().map(|recipe| &recipe.procedure) {
+            Some(ProcedureConfig::Boundaries(boundaries)) => with_boundaries(model, boundaries)?,
+            _ => model,
         };
         // `open` has verified it.
         Ok(state::read_checked_model(&self.path, model, caller.nonfinite, &mut caller.loading())?)
@@ -234,6 +245,15 @@ impl Pretrained {
             _ => TokenizerConfig::default(),
         }
     }
+}
+
+/// The model with a fresh predictor of boundaries.
+///
+/// # Errors
+/// If its layers do not have keys of one kind.
+pub fn with_boundaries(model: Decoder, config: &BoundariesConfig) -> Result<Decoder, Failure> {
+    let told = model.with_boundaries(&config.predictor);
+    told.map_err(|error| Problems::plain(format!("procedure.boundaries: {}", error.problem)).into())
 }
 
 /// The model with fresh low-rank pairs.
@@ -364,13 +384,14 @@ pub fn tokenizer_files(tokenizer: &Tokenizer) -> [(String, Vec<u8>); 2] {
     ]
 }
 
-/// How many ids a checkpoint's model knows.
+/// How many ids a checkpoint's model, which `decoder` describes, knows.
 ///
 /// # Errors
 /// If it has no embedding.
-pub fn vocab_of(checkpoint: &Path) -> Result<usize, Failure> {
+pub fn vocab_of(checkpoint: &Path, decoder: &DecoderConfig) -> Result<usize, Failure> {
     let file = checkpoint.join(WEIGHTS);
     let files = weights::TensorFiles::open(std::slice::from_ref(&file))?;
     let rows = files.shape("embedding.weight").and_then(|shape| shape.first().copied()).filter(|&rows| rows > 0);
+    let rows = rows.and_then(|rows| rows.checked_sub(decoder.rows(0)));
     rows.ok_or_else(|| Failure::Run(format!("{}: embedding.weight is missing, or empty", file.display())))
 }

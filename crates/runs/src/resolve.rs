@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
-use polyhead_models::Decoder;
 use polyhead_models::mup::Scalings;
+use polyhead_models::{Decoder, DecoderConfig};
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
@@ -54,7 +54,8 @@ impl Resolved {
         let Recipe { lora, procedure, .. } = &self.recipe;
         let frozen = lora.is_some() || trains_intervention(&self.recipe);
         // Fusing changes weights beside what it trains.
-        self.pretrained.is_some() && frozen && !matches!(procedure, ProcedureConfig::Fusion(_))
+        let adapter_only = frozen && lora.as_ref().is_none_or(|lora| lora.train_whole.is_empty());
+        self.pretrained.is_some() && adapter_only && !matches!(procedure, ProcedureConfig::Fusion(_))
     }
 }
 
@@ -73,16 +74,21 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
         };
         recipe.tokenizer = Some(its_own);
     }
+    let rope_scaling = recipe.model.rope_scaling();
     let ModelConfig::Decoder { pretrained: Some(path), config, .. } = &mut recipe.model else {
         let tokenizer = open_tokenizer(&recipe, caller)?;
         return Ok(Resolved { recipe, tokenizer, pretrained: None, intervention, vocab_size: None, caller });
     };
     let path = &path.clone();
     let found = Pretrained::open(path, caller)?;
-    if let Some(stated) = config.replace(found.decoder.clone())
-        && stated != found.decoder
+    let described = match rope_scaling {
+        Some(_) => DecoderConfig { rope_scaling, ..found.decoder.clone() },
+        None => found.decoder.clone(),
+    };
+    if let Some(stated) = config.replace(described.clone())
+        && stated != described
     {
-        let changed = recipe::differences_of(&found.decoder, &stated).join("\n  ");
+        let changed = recipe::differences_of(&described, &stated).join("\n  ");
         let problem = format!("model.decoder does not describe the weights of {}:\n  {changed}", path.display());
         let hint = "leave model.decoder out (the folder tells), or model.pretrained (for fresh weights)";
         return Err(loaded.problem("model.decoder", problem).hint(Some(hint.into())).into());
@@ -141,10 +147,9 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
     let intervention = stated.map(|stated| ReadIntervention::resumed(stated, checkpoint)).transpose()?;
     let tokenizer = tokenizer_of(checkpoint)?.unwrap_or_else(Tokenizer::bytes);
     let pretrained = Pretrained::base_of(checkpoint, caller)?;
-    let is_decoder = matches!(recipe.model, ModelConfig::Decoder { .. });
     let vocab_size = match &pretrained {
         Some(base) => Some(base.vocab_size),
-        None => is_decoder.then(|| vocab_of(checkpoint)).transpose()?,
+        None => recipe.model.decoder().map(|decoder| vocab_of(checkpoint, decoder)).transpose()?,
     };
     Ok(Resolved { recipe, tokenizer, pretrained, intervention, vocab_size, caller })
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_data::{Opened, Tokenizer};
 use polyhead_models::Decoder;
-use polyhead_recipe::{Recipe, StatedIntervention};
+use polyhead_recipe::{Problems, Recipe, StatedIntervention};
 use polyhead_training::run_folder::files::TOKENIZER;
 use polyhead_training::state::read_progress;
 
@@ -35,11 +35,24 @@ pub struct Trained {
     pub ends: Vec<u32>,
 }
 
-/// Loads a trained model to use, not to train.
+/// Loads a trained model to use, not to train, which predicts the next token from those before it.
+///
+/// # Errors
+/// If it is missing, damaged, or does not fit together, or predicts masked tokens.
+pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> Result<Trained, Failure> {
+    let trained = open_decoder(path, device_name, caller)?;
+    if trained.model.is_masked_diffusion() {
+        let problem = "is a masked diffusion model, and this is about the next token: eval, generate and chat take it";
+        return Err(Problems::plain(format!("{} {problem}", path.display())).into());
+    }
+    Ok(trained)
+}
+
+/// Loads a trained model to use, not to train, whether it predicts the next token or masked ones.
 ///
 /// # Errors
 /// If it is missing, damaged, or does not fit together.
-pub fn open_trained(path: &Path, device_name: Option<&str>, caller: Caller) -> Result<Trained, Failure> {
+pub fn open_decoder(path: &Path, device_name: Option<&str>, caller: Caller) -> Result<Trained, Failure> {
     let found = Pretrained::open(path, caller)?;
     let own = found.recipe.as_ref().map_or("flex", |recipe| recipe.training.device.as_str());
     let precision = found.recipe.as_ref().map(|recipe| recipe.training.precision).unwrap_or_default();
@@ -79,6 +92,7 @@ impl Trained {
     /// The model without the mask that it is evaluated with and without its intervention, where it has one: what is made of it
     /// starts without, which is told.
     pub fn unmasked(mut self, caller: Caller) -> Self {
+        self.model = self.model.without_boundaries();
         if self.model.intervention().is_some() {
             let path = self.path.display();
             (caller.tell)(&format!("warning: {path} is used with an intervention, which is not taken over"));

@@ -125,7 +125,7 @@ impl BilevelConfig {
     }
 
     fn pairs(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone() }
+        LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone(), ..LoraConfig::default() }
     }
 
     /// Fresh fast weights for the batch at `position`: none where nothing is adapted.

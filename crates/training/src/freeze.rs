@@ -29,10 +29,8 @@ impl FreezeConfig {
         require(self.layers <= n_layers, "layers", || {
             format!("freeze.layers ({}) must be at most n_layers ({n_layers})", self.layers)
         })?;
-        self.parameters.iter().try_for_each(|pattern| {
-            let problem = |error| format!("freeze.parameters: \"{pattern}\" is no pattern: {error}");
-            Pattern::new(pattern).map(drop).map_err(|error| ConfigError::new("parameters", problem(error)))
-        })
+        let checked = NamePatterns(&self.parameters).validate();
+        checked.map_err(|problem| ConfigError::new("parameters", format!("freeze.parameters: {problem}")))
     }
 
     /// Whether every pattern means one of these parameters.
@@ -40,19 +38,12 @@ impl FreezeConfig {
     /// # Errors
     /// Names the first that does not, and the parameters.
     pub fn find(&self, names: &[&str]) -> Result<(), String> {
-        let means = |text: &String, name: &str| Pattern::new(text).is_ok_and(|pattern| pattern.matches(name));
-        match self.parameters.iter().find(|text| !names.iter().any(|name| means(text, name))) {
-            Some(text) => {
-                Err(format!("freeze.parameters: \"{text}\" means no parameter; there are {}", names.join(", ")))
-            }
-            None => Ok(()),
-        }
+        NamePatterns(&self.parameters).find(names).map_err(|problem| format!("freeze.parameters: {problem}"))
     }
 
     /// Whether a parameter of this name stays as it is.
     pub fn freezes(&self, name: &str) -> bool {
-        let named = |text: &String| Pattern::new(text).is_ok_and(|pattern| pattern.matches(name));
-        layer_of(name).is_some_and(|layer| layer < self.layers) || self.parameters.iter().any(named)
+        layer_of(name).is_some_and(|layer| layer < self.layers) || NamePatterns(&self.parameters).mean(name)
     }
 
     /// The model with these parameters frozen; those that did not learn before do not learn after.
@@ -73,6 +64,39 @@ impl FreezeConfig {
             return Err(TrainError::Freeze("freeze: nothing is left to train".into()));
         }
         Ok(train_only(model, |name| left.contains(&name)))
+    }
+}
+
+/// Parameters by their names, with * for any text.
+#[derive(Debug, Clone, Copy)]
+pub struct NamePatterns<'a>(pub &'a [String]);
+
+impl NamePatterns<'_> {
+    /// Whether all of them are patterns.
+    ///
+    /// # Errors
+    /// Names the first that is none, and why.
+    pub fn validate(self) -> Result<(), String> {
+        self.0.iter().try_for_each(|text| {
+            Pattern::new(text).map(drop).map_err(|error| format!("\"{text}\" is no pattern: {error}"))
+        })
+    }
+
+    /// Whether one of them means the parameter of this name.
+    pub fn mean(self, name: &str) -> bool {
+        self.0.iter().any(|text| Pattern::new(text).is_ok_and(|pattern| pattern.matches(name)))
+    }
+
+    /// Whether each of them means one of these parameters.
+    ///
+    /// # Errors
+    /// Names the first that does not, and the parameters.
+    pub fn find(self, names: &[&str]) -> Result<(), String> {
+        let nothing = |text: &&String| !names.iter().any(|name| NamePatterns(std::slice::from_ref(*text)).mean(name));
+        match self.0.iter().find(nothing) {
+            Some(text) => Err(format!("\"{text}\" means no parameter; there are {}", names.join(", "))),
+            None => Ok(()),
+        }
     }
 }
 

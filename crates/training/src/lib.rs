@@ -4,6 +4,7 @@
 //! models and files, but neither where data comes from nor what a recipe or a terminal is.
 
 pub mod bilevel;
+pub mod boundaries;
 pub mod checkpoint;
 pub mod config;
 mod curve;
@@ -28,8 +29,9 @@ pub mod tensorboard;
 mod update;
 
 pub use bilevel::BilevelConfig;
+pub use boundaries::BoundariesConfig;
 pub use error::TrainError;
-pub use freeze::FreezeConfig;
+pub use freeze::{FreezeConfig, NamePatterns};
 pub use memory::{available_memory_bytes, peak_memory_bytes};
 pub use procedure::{HeldOut, Parts, Procedure, Shown, StepContext, StepReport};
 pub use procedures::{ProcedureConfig, TrainableModel};

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::bilevel::{Bilevel, BilevelConfig};
+use crate::boundaries::{Boundaries, BoundariesConfig};
 use crate::config::TrainingConfig;
 use crate::engagement::WatchesAttention;
 use crate::fusion::{Fusion, FusionConfig};
@@ -26,6 +27,8 @@ pub enum ProcedureConfig {
     Bilevel(BilevelConfig),
     /// Decoupled-Head Attention: the heads of each group are fused (arXiv 2406.06567).
     Fusion(FusionConfig),
+    /// DHSA: a predictor of the boundaries of chunks is trained for the keys of a model that stays as it is (arXiv 2510.24606).
+    Boundaries(BoundariesConfig),
     /// SenD: the most sensitive hidden units of a layer are dropped for a while.
     NeuronDropout(Box<NeuronDropoutConfig>),
 }
@@ -44,6 +47,7 @@ impl ProcedureConfig {
             Self::Standard(_) => Vec::new(),
             Self::Bilevel(config) => Vec::from_iter(config.validate().err()),
             Self::Fusion(config) => Vec::from_iter(config.validate(decoder).err()),
+            Self::Boundaries(config) => Vec::from_iter(config.validate(decoder, training).err()),
             Self::NeuronDropout(config) => config.validate(decoder, training),
         };
         problems.into_iter().map(|error| error.within(self.name())).collect()
@@ -55,6 +59,7 @@ impl ProcedureConfig {
             Self::Standard(_) => "standard",
             Self::Bilevel(_) => "bilevel",
             Self::Fusion(_) => "fusion",
+            Self::Boundaries(_) => "boundaries",
             Self::NeuronDropout(_) => "neuron_dropout",
         }
     }
@@ -62,7 +67,7 @@ impl ProcedureConfig {
     /// The share of the text, and the most texts, that are to be kept out of training to watch the model on.
     pub fn tracking(&self) -> Option<(f64, usize)> {
         match self {
-            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => None,
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) | Self::Boundaries(_) => None,
             Self::NeuronDropout(config) => Some((config.tracking_fraction, config.tracking_texts)),
         }
     }
@@ -73,7 +78,7 @@ impl ProcedureConfig {
     /// If the state is not one of this procedure's.
     pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
         match self {
-            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) => Ok(None),
+            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) | Self::Boundaries(_) => Ok(None),
             Self::NeuronDropout(config) => config.gate_at_eval(state, model),
         }
     }
@@ -116,6 +121,9 @@ impl TrainableModel for Decoder {
                 Ok(Box::new(Bilevel::new(config.clone(), parts.optimizer, parts.training)))
             }
             ProcedureConfig::Fusion(config) => Ok(Box::new(Fusion::new(config.clone(), parts, state)?)),
+            ProcedureConfig::Boundaries(config) => {
+                Ok(Box::new(Boundaries::new(config.clone(), parts.optimizer, parts.training)))
+            }
             ProcedureConfig::NeuronDropout(config) => {
                 Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?))
             }

@@ -65,3 +65,40 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         &self.updater.optimizer
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::module::Module;
+    use burn::tensor::Device;
+    use polyhead_kernels::seed_random;
+    use polyhead_models::{Batch, Decoder, DecoderConfig};
+
+    use super::*;
+
+    /// A text of period 9, which both sides of a mask tell.
+    #[test]
+    fn masked_tokens_are_learned() {
+        let config = serde_json::json!({
+            "d_model": 16, "n_layers": 1, "masked_diffusion": true, "attention": { "softmax": { "n_heads": 2 } },
+        });
+        let config: DecoderConfig = serde_json::from_value(config).unwrap();
+        seed_random(5);
+        let mut model: Decoder = config.init(9, &Device::flex().autodiff());
+        let tokens: Vec<u32> = (0..64u32).map(|at| at * 7 % 9).collect();
+        let targets = tokens.iter().skip(1).chain([&0]).map(|&id| i64::from(id)).collect();
+        let batch = Batch { batch: 2, seq: 32, tokens, targets, ..Batch::default() };
+        let training = serde_json::json!({ "steps": 1, "seq_len": 32, "batch_size": 2 });
+        let training: TrainingConfig = serde_json::from_value(training).unwrap();
+        let optimizer = Optimizer::new(Default::default());
+        let mut procedure = Standard::new(&StandardConfig::default(), optimizer, &training);
+        let before = model.valid().evaluate(&batch).mean_loss();
+        for step in 1..=80 {
+            seed_random(step);
+            let context = StepContext { step, lr: 0.02, seed: 0, position: step };
+            model = procedure.step(model, std::slice::from_ref(&batch), &context).unwrap().0;
+        }
+        let after = model.valid().evaluate(&batch).mean_loss();
+        assert!(after < 0.7 * before, "{before} to {after}");
+    }
+}

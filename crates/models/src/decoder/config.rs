@@ -64,6 +64,10 @@ pub struct DecoderConfig {
     /// false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autoencoder: bool,
+    /// Predict masked tokens from both sides instead of the next one from those before it: a masked diffusion language model, as LLaDA
+    /// (arXiv 2502.09992). Default: false.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub masked_diffusion: bool,
     /// The attention mechanism: one table for all layers, or a list with one per layer.
     pub attention: PerLayer<AttentionConfig>,
     /// Gaussian adaptive gates on what attention writes in every layer; along the channels, axis = -1. Default: none.
@@ -147,6 +151,31 @@ impl DecoderConfig {
         (self.head_dim(layer) as f64 * self.rope_fraction) as usize
     }
 
+    /// Channels of the keys of all heads, where every layer has as many and a key for each token of its own.
+    ///
+    /// # Errors
+    /// Names the mechanism that has none, or the layers that differ.
+    pub fn key_channels(&self) -> Result<usize, ConfigError> {
+        let of_layer = |layer| {
+            let mechanism = self.mechanism(layer);
+            let plain = matches!(mechanism.name(), "softmax" | "sink" | "gated_attention");
+            require(plain, "attention", || {
+                format!(
+                    "boundaries are predicted from keys of softmax, sink and gated_attention, not of {}",
+                    mechanism.name()
+                )
+            })?;
+            // A key and a value of each key/value head.
+            Ok(mechanism.cost(&self.dims(layer)).kv_cache_elements_per_token as usize / 2)
+        };
+        let all = (0..self.n_layers).map(of_layer).collect::<Result<Vec<_>, ConfigError>>()?;
+        let first = all.first().copied().unwrap_or_default();
+        require(all.iter().all(|channels| *channels == first), "attention", || {
+            format!("one predictor serves all layers, whose keys have {all:?} channels: they must be equal")
+        })?;
+        Ok(first)
+    }
+
     /// Checks everything that a user can get wrong.
     ///
     /// # Errors
@@ -167,7 +196,15 @@ impl DecoderConfig {
         require(!self.head_bias || !self.tie_embeddings, "head_bias", || {
             "head_bias takes an output projection of its own: set tie_embeddings = false".into()
         })?;
-        self.transformer().validate(|_, mechanism| mechanism.check_causal())?;
+        require(!self.masked_diffusion || !self.autoencoder, "masked_diffusion", || {
+            "masked_diffusion and autoencoder are two ways to be trained: leave one of them out".into()
+        })?;
+        self.transformer().validate(|_, mechanism| match self.masked_diffusion {
+            false => mechanism.check_causal(),
+            true => require(mechanism.name() != "gated_delta_net", "gated_delta_net", || {
+                "gated_delta_net reads tokens one after the other, and masked_diffusion needs both sides: take another mechanism".into()
+            }),
+        })?;
         (0..self.n_layers).try_for_each(|layer| self.check_rotation(layer))
     }
 
@@ -183,8 +220,14 @@ impl DecoderConfig {
         })
     }
 
+    /// Rows of the embedding of so many ids: the mask is one more.
+    pub fn rows(&self, vocab_size: usize) -> usize {
+        vocab_size + usize::from(self.masked_diffusion)
+    }
+
     /// Parameters and costs by part.
     pub fn parts(&self, vocab_size: usize) -> Vec<Part> {
+        let vocab_size = self.rows(vocab_size);
         let embedding = (vocab_size * self.d_model) as u64;
         let bias = if self.head_bias { vocab_size as u64 } else { 0 };
         let head = if self.tie_embeddings { 0 } else { embedding + bias };

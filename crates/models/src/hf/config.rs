@@ -139,6 +139,7 @@ fn published(config: &Config, family: &Family, keys: &Map<String, Value>) -> Res
         norm_eps,
         learned_positions: None,
         head_bias: false,
+        masked_diffusion: false,
         autoencoder: false,
         mlp: if neox { MlpKind::Gelu } else { MlpKind::Swiglu },
         parallel_residual: neox && config.use_parallel_residual.unwrap_or(true),

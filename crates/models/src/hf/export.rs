@@ -48,7 +48,7 @@ pub enum ExportError {
     Surgery(#[from] SurgeryError),
     /// Neither a class of transformers nor the code that is written beside the weights computes this.
     #[error(
-        "models with learned_positions, mlp = \"identity\", head_bias or autoencoder have no form in Hugging Face's format: train one \
+        "models with learned_positions, mlp = \"identity\", head_bias, autoencoder or masked_diffusion have no form in Hugging Face's format: train one \
          without them to export it"
     )]
     NoForm,
@@ -92,10 +92,12 @@ impl Exported {
 /// # Errors
 /// If it cannot be said as asked for.
 pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, ExportError> {
-    let DecoderConfig { learned_positions, mlp, head_bias, autoencoder, .. } = model.config();
-    if learned_positions.is_some() || *mlp == MlpKind::Identity || *head_bias || *autoencoder {
+    let DecoderConfig { learned_positions, mlp, head_bias, autoencoder, masked_diffusion, .. } = model.config();
+    if learned_positions.is_some() || *mlp == MlpKind::Identity || *head_bias || *autoencoder || *masked_diffusion {
         return Err(ExportError::NoForm);
     }
+    // A predictor of boundaries is no part of what others compute.
+    let model = &model.clone().without_boundaries();
     let grouped = standard_grouped(model)?;
     let grouped = grouped.as_ref().and_then(|grouped| Some((grouped, published(grouped.config()).ok()?)));
     let (model, published) = match grouped {

@@ -11,7 +11,7 @@ use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::decoder::set_scores;
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
-use polyhead_runs::{Failure, open_trained};
+use polyhead_runs::{Failure, open_decoder, open_trained};
 use polyhead_training::evaluate::{Batches, evaluate};
 use serde_json::json;
 
@@ -73,7 +73,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     if let Some(classifier) = open_classifier(checkpoint, device, caller())? {
         return no_intervention(args).and_then(|()| eval_classifier(&classifier, batches));
     }
-    let trained = open_trained(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
+    let trained = open_decoder(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
     let opened = trained.data()?;
     if trained.model.intervention().is_some() {
         trained.check_roles(opened.validation.batch(0)?.roles.is_some())?;

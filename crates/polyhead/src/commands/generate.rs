@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use polyhead_data::Tokenizer;
 use polyhead_models::intervention::Context;
-use polyhead_models::{Decoder, Past, Sampling};
+use polyhead_models::{Decoder, DiffusionSampling, Past, Sampling};
 use polyhead_recipe::Problems;
 use polyhead_runs::answer::{Answer, Finish, Prompt, Question, answer, answers};
-use polyhead_runs::{Failure, Trained, open_trained};
+use polyhead_runs::{Failure, Trained, open_decoder};
 use serde_json::{Value, json};
 
 use crate::allowed::caller;
@@ -20,21 +20,25 @@ use crate::console::{harmless, print, progress, put, talk};
 impl SamplingArgs {
     /// How tokens are chosen, after a check.
     fn sampling(&self) -> Result<Sampling, Failure> {
-        let Self { temperature, top_p, .. } = *self;
+        let Self { temperature, top_p, diffusion_steps: steps, block_length, .. } = *self;
+        let diffusion = DiffusionSampling { steps, block_length };
+        diffusion
+            .validate()
+            .map_err(|error| Problems::plain(format!("--diffusion-steps, --block-length: {}", error.problem)))?;
         if !(temperature >= 0.0 && top_p > 0.0 && top_p <= 1.0) {
             let problem =
                 format!("--temperature ({temperature}) must be 0 or more, --top-p ({top_p}) above 0 and up to 1");
             return Err(Problems::plain(problem).into());
         }
         let max_new_tokens = self.max_new_tokens;
-        Ok(Sampling { max_new_tokens, temperature, top_k: self.top_k, top_p, seed: self.seed })
+        Ok(Sampling { max_new_tokens, temperature, top_k: self.top_k, top_p, seed: self.seed, diffusion })
     }
 }
 
 /// Continues a prompt on standard output, or many prompts as JSON lines.
 pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
-    let trained = open_trained(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
     if let Some(file) = &args.prompts {
         return generate_all(&trained, file, (args, &sampling));
@@ -149,7 +153,7 @@ pub(super) fn prompts(file: &Path) -> Result<Vec<String>, Failure> {
 /// Talks with a model: what is typed is a user's message, what the model writes its answer.
 pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
-    let trained = open_trained(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
     let tokenizer = trained.text_tokenizer()?;
     let opening = system(args.system.as_deref());
     // Refused here, not behind the first message.

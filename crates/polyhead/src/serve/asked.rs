@@ -254,6 +254,7 @@ impl Model {
                 top_k: keys.take("top_k", "a number of tokens")?.unwrap_or(0),
                 top_p,
                 seed: keys.take("seed", "a whole number, 0 or more")?.unwrap_or(number),
+                ..Sampling::default()
             },
             until: keys.take("stop", "a text or a list of texts")?.map(OneOrMany::all).unwrap_or_default(),
             stream: keys.take("stream", "true or false")?.unwrap_or(false),

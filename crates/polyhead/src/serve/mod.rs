@@ -20,7 +20,7 @@ use axum::response::sse::{self, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use clap::Args;
-use polyhead_runs::{Failure, open_trained};
+use polyhead_runs::{Failure, open_decoder};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{oneshot, watch};
@@ -73,7 +73,7 @@ enum Kind {
 
 /// Serves a model until a signal ends it.
 pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
-    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.device.as_deref(), caller())?;
     let model = Model::of(&trained)?;
     let tokenizer = model.tokenizer.clone();
     let name = args.checkpoint.display().to_string();
