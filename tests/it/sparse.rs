@@ -36,6 +36,7 @@ fn longer_rows_are_learned_sparsely_and_exported_as_they_are_used() {
         "model.pretrained=base",
         "model.rope_scaling.linear.factor=2.0",
         "training.seq_len=32",
+        "lr_scheduler.decay=constant",
         "lora.rank=2",
         "lora.train_whole=[\"embedding.*\", \"*norm*\"]",
         "intervention.sparse.shifted.chunks=4",
@@ -167,9 +168,11 @@ fn masked_diffusion_trains_resumes_evaluates_and_generates() {
     let world = World::new(&text);
     write(&world, "text.txt", &"the cat sat on the mat. ".repeat(80));
     let diffuses = "model.decoder.masked_diffusion=true";
-    world.succeeds(&["train", "recipe.toml", diffuses, "--out", "whole"]);
-    world.succeeds(&["train", "recipe.toml", diffuses, "--out", "parts", "training.steps=7"]);
-    world.succeeds(&["train", "recipe.toml", diffuses, "--out", "parts"]);
+    let short = ["generation.sampling.max_new_tokens=6", "lr_scheduler.decay=constant"];
+    let train = |more: &[&str]| world.succeeds(&[&["train", "recipe.toml", diffuses][..], &short, more].concat());
+    train(&["--out", "whole"]);
+    train(&["--out", "parts", "training.steps=7"]);
+    train(&["--out", "parts"]);
     assert_eq!(loss(&world, &["whole"]), loss(&world, &["parts"]));
     let generate = |more: &[&str]| {
         let args = [

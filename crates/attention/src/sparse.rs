@@ -28,7 +28,7 @@ use dhsa::DhsaConfig;
 use h2o::{H2oConfig, local_mask, with_recent};
 use rectified::{RectifiedConfig, rectified_attention};
 use shifted::ShiftedConfig;
-use sparsed::SparsedSelection;
+use sparsed::{SparsedConfig, SparsedSelection};
 
 /// Which keys queries read, where that is not all that the mask leaves them: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +46,8 @@ pub enum SparseConfig {
     /// While text is generated each head keeps the keys that were attended to most and the last ones (H2O); a text that is evaluated
     /// at once is masked alike.
     H2o(H2oConfig),
+    /// The blocks that one step of a masked diffusion model's generation chooses, in all later ones (SparseD).
+    Sparsed(SparsedConfig),
 }
 
 impl SparseConfig {
@@ -60,6 +62,7 @@ impl SparseConfig {
             Self::Dhsa(config) => config.validate(),
             Self::Rectified(config) => config.validate(),
             Self::H2o(config) => config.validate(),
+            Self::Sparsed(config) => config.validate(),
         };
         checked.map_err(|error| error.within(self.name()))
     }
@@ -72,6 +75,7 @@ impl SparseConfig {
             Self::Dhsa(_) => "dhsa",
             Self::Rectified(_) => "rectified",
             Self::H2o(_) => "h2o",
+            Self::Sparsed(_) => "sparsed",
         }
     }
 
@@ -88,7 +92,7 @@ impl SparseConfig {
             Self::Rectified(_) => true,
             Self::Blocks(config) => config.rectify,
             Self::Dhsa(config) => config.rectify,
-            Self::Shifted(_) | Self::H2o(_) => false,
+            Self::Shifted(_) | Self::H2o(_) | Self::Sparsed(_) => false,
         };
         require(!matches!(own, "hilo" | "gated_delta_net"), name, || {
             format!("{name} chooses keys of a softmax over the whole text, and layers of {own} have none")
@@ -109,8 +113,7 @@ impl SparseConfig {
                 format!("{name} scores keys of softmax, sink and gated_attention, not of {own}")
             })?;
             require(predicts || config.chunk_size.is_some(), name, || {
-                "dhsa: the model has no predictor of boundaries: set dhsa.chunk_size, for chunks of so many tokens each"
-                    .into()
+                "dhsa: the model has no predictor of boundaries: train one with procedure.boundaries, or set dhsa.chunk_size".into()
             })?;
         }
         Ok(())
@@ -178,6 +181,8 @@ impl Sparse {
             }
             SparseConfig::Rectified(_) => return attention(q, k, v, options),
             SparseConfig::H2o(config) => (h2o_mask(&q, &k, config, options), None),
+            // Its steps are told by whoever generates.
+            SparseConfig::Sparsed(_) => return attention(q, k, v, options),
         };
         match rectified {
             Some(config) if mask.is_plainly_causal() => rectified_attention([q, k, v], &config, Some(blocks), options),

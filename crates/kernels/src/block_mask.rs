@@ -79,18 +79,6 @@ impl BlockMask {
         [self.shape[0], self.shape[1], self.positions, self.keys]
     }
 
-    /// How many pairs of a query and a key it leaves, of all heads and rows of the batch that it tells apart; those before or at the
-    /// query's own position where `causal`.
-    pub fn pairs(&self, causal: bool) -> usize {
-        let seen = |(position, runs): (usize, &[Range<usize>])| -> usize {
-            let end = if causal { position + 1 } else { self.keys };
-            runs.iter().map(|run| run.end.min(end).saturating_sub(run.start)).sum()
-        };
-        let of_pattern =
-            |pattern: &Pattern| (0..self.positions).map(|at| seen((at, pattern.runs_at(at)))).sum::<usize>();
-        self.patterns.iter().map(of_pattern).sum()
-    }
-
     fn pattern(&self, batch: usize, head: usize) -> &Pattern {
         let [rows, heads] = self.shape;
         &self.patterns[(if rows == 1 { 0 } else { batch }) * heads + if heads == 1 { 0 } else { head }]
@@ -230,7 +218,6 @@ mod tests {
                 assert_eq!(scores, want);
             }
         }
-        assert_eq!((mask.pairs(false), mask.pairs(true)), (2 * 4 + 5 * 2, 1 + 2 + (1 + 2 + 2 + 2)));
     }
 
     #[test]

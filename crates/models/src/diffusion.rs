@@ -192,6 +192,9 @@ impl Decoder {
                     return None;
                 }
                 let masked: Vec<usize> = range.clone().filter(|&token| text[token] == mask_id).collect();
+                if masked.is_empty() {
+                    break;
+                }
                 let count = masked.len().div_ceil(own - step);
                 let logits = self.masked_logits(&text, sparse.next());
                 let mut choices: Vec<(usize, u32, f64)> = masked

@@ -13,7 +13,41 @@
 use burn::tensor::Tensor;
 use polyhead_kernels::{AttentionOptions, BlockMask, attention_weights};
 
+use serde::{Deserialize, Serialize};
+
 use super::{in_blocks, largest, numbers, repeated};
+use crate::{ConfigError, require_range};
+
+/// Settings of SparseD.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub struct SparsedConfig {
+    /// Tokens of a block. Default: 32, the authors' for short texts; 128 for long ones.
+    pub block_size: usize,
+    /// Share of the blocks that a block of queries reads. Default: 0.5, the authors' for short texts; 0.3 for long ones.
+    pub ratio: f64,
+    /// Share of the steps that are dense, the first ones. Default: 0.2.
+    pub skip: f64,
+}
+
+impl Default for SparsedConfig {
+    fn default() -> Self {
+        Self { block_size: 32, ratio: 0.5, skip: 0.2 }
+    }
+}
+
+impl SparsedConfig {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// Names the field, its value and the rule.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        require_range("block_size", self.block_size, 1..=1 << 20)?;
+        require_range("ratio", self.ratio, 0.0..=1.0)?;
+        require_range("skip", self.skip, 0.0..=1.0)
+    }
+}
 
 /// A choice of blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
