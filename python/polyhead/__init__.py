@@ -54,7 +54,10 @@ def load_state_dict(run, which="latest"):
     """The weights of a run or checkpoint as tensors of PyTorch, by Polyhead's names (see Weights in the documentation)."""
     from safetensors.torch import load_file
 
-    return load_file(checkpoint(run, which) / "model.safetensors")
+    folder = checkpoint(run, which)
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(f"{folder} holds what LoRA learned alone: `polyhead export` merges it with its base model")
+    return load_file(folder / "model.safetensors")
 
 
 def load_model(run, which="latest"):
