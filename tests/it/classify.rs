@@ -71,7 +71,7 @@ fn a_vision_transformer_learns_shapes_and_everything_about_it_is_told() {
     let events = std::fs::read_dir(world.dir.path().join("run")).unwrap().map(|entry| entry.unwrap().path());
     let events =
         events.filter(|path| path.to_string_lossy().contains("tfevents")).map(|path| std::fs::read(path).unwrap());
-    assert!(events.into_iter().any(|bytes| bytes.windows(20).any(|part| part == b"confusion/validation")));
+    assert!(events.into_iter().any(|bytes| bytes.windows(20).any(|part| part == b"validation/confusion")));
 
     let (out, err) = world.succeeds(&["eval", "run"]);
     let told: Value = serde_json::from_str(&out).unwrap();

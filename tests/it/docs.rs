@@ -169,12 +169,16 @@ fn what_runs_log_is_explained() {
         let lines = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
         let lines = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         let logged = lines.flat_map(|line| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>());
-        let shown = world.events(run).into_iter().map(|event| event.tag).filter(|tag| !tag.is_empty());
-        for name in logged.chain(shown) {
-            let known = name
-                .strip_prefix("attention/layer_")
-                .and_then(|rest| rest.split_once('/'))
-                .map_or(&*name, |(_, own)| own);
+        let tags = world.events(run).into_iter().map(|event| event.tag);
+        let shown: Vec<String> = tags.filter(|tag| !tag.is_empty() && !tag.starts_with("_hparams_/")).collect();
+        // TensorBoard sorts groups by their names: losses come first, and a page of groups is none.
+        let groups: BTreeSet<&str> = shown.iter().filter_map(|tag| Some(tag.split_once('/')?.0)).collect();
+        assert!(groups.first() == Some(&"loss") && groups.len() <= 7, "{groups:?}");
+        for name in logged.chain(shown.clone()) {
+            let group = ["model/", "procedure/", "validation/"].iter().find_map(|group| name.strip_prefix(group));
+            let name = group.unwrap_or(&name);
+            let of_layer = name.strip_prefix("attention/layer_").and_then(|rest| rest.split_once('/'));
+            let known = of_layer.map_or(name, |(_, own)| own);
             let known = if name.starts_with("weights/") { "weights/" } else { known.trim_end_matches("_per_head") };
             let is_known = ["`", "/"].iter().any(|before| explained.contains(&format!("{before}{known}")));
             assert!(is_known, "{name} is not in docs/src/reference/metrics.md");

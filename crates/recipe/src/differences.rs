@@ -19,10 +19,33 @@ pub const MAY_CHANGE: [&str; 9] = [
 
 /// Keys in which two recipes differ, apart from those that may change: `key: before -> now`.
 pub fn differences(before: &Recipe, now: &Recipe) -> Vec<String> {
-    let may_change = |path: &str| MAY_CHANGE.iter().any(|key| path == *key || path.starts_with(&format!("{key}.")));
     let mut all = all_differences(before, now);
     all.retain(|(path, _)| !may_change(path));
     in_lines(all)
+}
+
+/// What decides a run, key by key: numbers, texts, true or false. Lists are left out, and what a table does not name.
+pub fn hyperparameters(recipe: &Recipe) -> Vec<(String, serde_json::Value)> {
+    fn walk(path: &str, value: serde_json::Value, out: &mut Vec<(String, serde_json::Value)>) {
+        match value {
+            serde_json::Value::Object(table) => {
+                for (key, value) in table {
+                    walk(&if path.is_empty() { key } else { format!("{path}.{key}") }, value, out);
+                }
+            }
+            serde_json::Value::Null | serde_json::Value::Array(_) => {}
+            value => out.push((path.to_owned(), value)),
+        }
+    }
+    let mut out = Vec::new();
+    walk("", serde_json::to_value(recipe).unwrap_or_default(), &mut out);
+    out.retain(|(path, _)| !may_change(path));
+    out
+}
+
+/// Whether a key may change when a run is resumed.
+fn may_change(path: &str) -> bool {
+    MAY_CHANGE.iter().any(|key| path.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
 /// Keys in which two tables differ: `key: before -> now`.

@@ -21,7 +21,7 @@ pub mod stages;
 
 pub use conversion::Conversion;
 pub use device::{DEVICE_NAMES, DEVICES, Which, device_name, has_own_memory, parse_device};
-pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of};
+pub use differences::{Difference, MAY_CHANGE, all_differences, differences, differences_of, hyperparameters};
 pub use growth::Growth;
 pub use intervention::StatedIntervention;
 pub use layers::{Layer, read_file, read_layer};

@@ -144,10 +144,8 @@ pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png
     }
     let (low, high) = extent(maps.iter().map(Vec::as_slice));
     let (signed, largest) = (low < 0.0, high.max(-low));
-    let factor = rows.max(cols).div_ceil(MAX_CELLS);
+    let Grid { across, factor, scale } = Grid::of(maps.len(), rows.max(cols));
     let (rows_shown, cols_shown) = (rows.div_ceil(factor), cols.div_ceil(factor));
-    let scale = (MAX_SIDE / rows_shown.max(cols_shown)).clamp(1, 16);
-    let across = (1..=maps.len()).find(|n| n * n >= maps.len()).unwrap_or(1);
     let down = maps.len().div_ceil(across);
     let side = |count: usize, cells: usize| (count * (cells * scale + GAP) - GAP) as u64;
     let mut canvas = Canvas::new(side(across, cols_shown), side(down, rows_shown))?;
@@ -156,7 +154,38 @@ pub fn attention_grid(maps: &[Vec<f32>], rows: usize, cols: usize) -> Result<Png
         let shown = pool(map, cols, factor);
         canvas.draw(&shown, cols_shown, scale, corner, |weight| weight_entry(weight, largest, signed));
     }
-    canvas.encode(if signed { &ORANGE_TO_BLUE } else { &VIRIDIS })
+    canvas.encode(ramp(signed))
+}
+
+/// How [`attention_grid`] tiles its maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Maps in a row.
+    pub across: usize,
+    /// Rows and columns of a map that one cell of the image stands for: 1 where maps are not shrunk.
+    pub factor: usize,
+    /// Pixels across and down that a cell takes.
+    pub scale: usize,
+}
+
+impl Grid {
+    /// Of so many maps, whose longer side has so many rows or columns.
+    pub fn of(maps: usize, longest: usize) -> Self {
+        let factor = longest.div_ceil(MAX_CELLS).max(1);
+        let scale = (MAX_SIDE / longest.div_ceil(factor).max(1)).clamp(1, 16);
+        Self { across: (1..=maps).find(|n| n * n >= maps).unwrap_or(1), factor, scale }
+    }
+
+    /// Where cell `at` (from 0) of map `map` of a row or a column of maps has its middle, in pixels from the image's edge.
+    pub fn middle(&self, map: usize, at: usize, cells: usize) -> f64 {
+        (map * (cells * self.scale + GAP)) as f64 + (at as f64 + 0.5) * self.scale as f64
+    }
+}
+
+/// The colours of [`attention_grid`], from the smallest weight to the largest, at equal distances of the square root of a
+/// weight's size: from 0 on, or where there are negative weights from the largest negative one on.
+pub fn ramp(signed: bool) -> &'static [[u8; 3]] {
+    if signed { &ORANGE_TO_BLUE } else { &VIRIDIS }
 }
 
 fn check_shape(values: &[f32], rows: usize, cols: usize) -> Result<(), ImageError> {

@@ -126,7 +126,8 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             }
         }
         let (best, notes) = recover_best(&job.run_dir, progress.step)?;
-        let mut record = Record::open(&job.run_dir, job.metrics.tensorboard, resumed, &job.recipe)?;
+        let mut record =
+            Record::open(&job.run_dir, job.metrics.tensorboard, resumed, (&job.recipe, &job.hyperparameters))?;
         notes.into_iter().for_each(|note| record.note(format!("warning: {note}")));
         let saved = job.resume.clone();
         let mut run = Self {

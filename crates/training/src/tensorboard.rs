@@ -147,6 +147,14 @@ impl EventWriter {
         self.value(tag, step, message::text(markdown))
     }
 
+    /// Tells the plugin "hparams" what decides this run: a row of its table of runs. Values are numbers, texts, true or false.
+    ///
+    /// # Errors
+    /// As for [`scalar`](Self::scalar).
+    pub fn hyperparameters(&mut self, values: &[(String, serde_json::Value)]) -> Result<(), TensorboardError> {
+        self.value(message::SESSION_START_TAG, 0, message::hyperparameters(values, now()))
+    }
+
     /// Adds a PNG file of `width` x `height` pixels.
     ///
     /// # Errors

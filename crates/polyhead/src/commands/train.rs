@@ -222,6 +222,7 @@ impl Task<'_> {
             adapter_only: base.is_some(),
             nonfinite: allowed().nonfinite,
             recipe: text,
+            hyperparameters: recipe::hyperparameters(recipe),
             requests: &signals.requests,
         };
         #[cfg(feature = "tui")]

@@ -58,6 +58,8 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub adapter_only: bool,
     /// The recipe as text, for TensorBoard.
     pub recipe: String,
+    /// What decides the run, key by key, for TensorBoard's table of runs: numbers, texts, true or false.
+    pub hyperparameters: Vec<(String, serde_json::Value)>,
     /// What is done where weights are not finite: those that the run goes on from, those that it saves.
     pub nonfinite: NonFinite,
     /// What is asked for from outside while it runs.

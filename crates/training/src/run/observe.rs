@@ -30,14 +30,15 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
     let mut line = json!({ "step": step });
     for (layer, seen) in model.observe_layers(batch, observe).into_iter().enumerate() {
         let tag = format!("attention/layer_{layer:02}");
+        let shown = format!("model/{tag}");
         for (row, numbers) in seen.numbers.into_iter().filter(|_| look.numbers) {
             let (name, numbers) = (row.name, values(numbers));
             let mean = numbers.iter().sum::<f32>() / numbers.len().max(1) as f32;
             line[format!("{tag}/{name}")] = json!(mean);
             record.write_events(|events| {
-                events.described_scalar(&format!("{tag}/{name}"), step, mean, &row.to_string())?;
+                events.described_scalar(&format!("{shown}/{name}"), step, mean, &row.to_string())?;
                 if numbers.len() > 1 {
-                    events.histogram(&format!("{tag}/{name}_per_head"), step, &numbers)?;
+                    events.histogram(&format!("{shown}/{name}_per_head"), step, &numbers)?;
                 }
                 Ok(())
             });
@@ -48,14 +49,14 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
                 let maps: Vec<Vec<f32>> =
                     values(maps.flatten(0, 2)).chunks(queries * keys).map(<[f32]>::to_vec).collect();
                 let png = attention_grid(&maps, queries, keys)?;
-                Ok(events.image_png(&format!("{tag}/maps"), step, png.width, png.height, &png.bytes)?)
+                Ok(events.image_png(&format!("{shown}/maps"), step, png.width, png.height, &png.bytes)?)
             });
         }
         if let Some(gates) = seen.gates {
             record.write_events(|events| {
                 let [heads, tokens] = gates.dims();
                 let png = head_gates(&values(gates.flatten(0, 1)), heads, tokens)?;
-                Ok(events.image_png(&format!("{tag}/gates"), step, png.width, png.height, &png.bytes)?)
+                Ok(events.image_png(&format!("{shown}/gates"), step, png.width, png.height, &png.bytes)?)
             });
         }
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use polyhead_models::EvalTotals;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Logged;
 use crate::image::matrix;
@@ -32,7 +32,7 @@ impl Record {
         run_dir: &Path,
         tensorboard: bool,
         resumed: Option<u64>,
-        recipe: &str,
+        (recipe, hyperparameters): (&str, &[(String, Value)]),
     ) -> Result<Self, TrainError> {
         let metrics = MetricsLog::open(run_dir, resumed)?;
         let notes = metrics.damaged().into_iter().map(|line| format!("warning: {line}")).collect();
@@ -45,6 +45,7 @@ impl Record {
         }
         if let Some(events) = record.events.as_mut().filter(|_| resumed.is_none()) {
             let written = events.text("recipe", 0, &format!("```toml\n{recipe}\n```"));
+            let written = written.and_then(|()| events.hyperparameters(hyperparameters));
             record.heed(written.map_err(Into::into));
         }
         Ok(record)
@@ -69,7 +70,7 @@ impl Record {
         }
     }
 
-    /// Adds numbers to a line of the log, and to the events.
+    /// Adds numbers to a line of the log, and to the events, whose groups are few: all of these are in `validation`.
     pub(super) fn numbers(&mut self, mut line: serde_json::Value, step: u64, numbers: &[(String, f64)]) {
         for (name, value) in numbers {
             line[name] = json!(value);
@@ -78,7 +79,7 @@ impl Record {
         self.heed(appended.map_err(Into::into));
         self.write_events(|events| {
             for (name, value) in numbers {
-                events.scalar(name, step, *value as f32)?;
+                events.scalar(&validation_tag(name), step, *value as f32)?;
             }
             Ok(())
         });
@@ -107,26 +108,27 @@ impl Record {
         self.write_events(|events| {
             let mut scalar = |tag: &str, value: f64| events.scalar(tag, step, value as f32);
             scalar("loss/train", loss)?;
-            scalar("grad_norm", grad_norm)?;
-            scalar("learning_rate", lr)?;
-            scalar("throughput/tokens_per_second", tokens_per_second)?;
+            scalar("optimizer/grad_norm", grad_norm)?;
+            scalar("optimizer/learning_rate", lr)?;
+            scalar("system/tokens_per_second", tokens_per_second)?;
             for (tag, value) in [("loss/train_bits_per_byte", bits_per_byte), ("loss/penalty", penalty)] {
                 if let Some(value) = value {
                     scalar(tag, value)?;
                 }
             }
             for (name, value) in &report.measured {
-                scalar(name, *value)?;
+                scalar(&format!("procedure/{name}"), *value)?;
             }
             if let Some(memory) = memory {
-                scalar("memory/peak_bytes", memory as f64)?;
+                scalar("system/peak_memory_bytes", memory as f64)?;
             }
             for (name, shown) in &report.shown {
+                let tag = format!("procedure/{name}");
                 match shown {
                     Shown::Histogram(values) => {
-                        events.histogram(name, step, values)?;
+                        events.histogram(&tag, step, values)?;
                     }
-                    Shown::Image(png) => events.image_png(name, step, png.width, png.height, &png.bytes)?,
+                    Shown::Image(png) => events.image_png(&tag, step, png.width, png.height, &png.bytes)?,
                 }
             }
             Ok(())
@@ -147,13 +149,13 @@ impl Record {
         self.numbers(line, step, &numbers);
         self.write_events(|events| {
             events.scalar("loss/validation", step, loss as f32)?;
-            events.scalar("accuracy/validation", step, accuracy as f32)?;
+            events.scalar("validation/accuracy", step, accuracy as f32)?;
             if let Some(bits) = bits {
                 events.scalar("loss/validation_bits_per_byte", step, bits as f32)?;
             }
             for (name, shown) in sums.matrices() {
                 let png = matrix(&shown)?;
-                events.image_png(name, step, png.width, png.height, &png.bytes)?;
+                events.image_png(&validation_tag(name), step, png.width, png.height, &png.bytes)?;
             }
             Ok(())
         });
@@ -178,4 +180,9 @@ impl Record {
         let metrics = self.metrics.flush().err().map(|error| error.to_string());
         metrics.or_else(|| self.events.as_mut()?.flush().err().map(|error| error.to_string()))
     }
+}
+
+/// Where TensorBoard shows what was measured with a validation: `macro_f1/validation` becomes `validation/macro_f1`.
+fn validation_tag(name: &str) -> String {
+    format!("validation/{}", name.strip_suffix("/validation").unwrap_or(name))
 }

@@ -3,6 +3,8 @@
 //! Field numbers are those of `event.proto`, `summary.proto`, `histogram.proto` and `tensor.proto`
 //! in TensorFlow; each function names the message that it writes.
 
+use serde_json::Value as Json;
+
 use super::histogram::Histogram;
 
 /// `Event { wall_time, file_version }`: the first record of every file.
@@ -105,6 +107,40 @@ pub(super) fn text(markdown: &str) -> Value {
     tensor.bytes(8, markdown.as_bytes());
     let mut message = Message::default();
     message.bytes(8, &tensor.0);
+    message.bytes(9, &metadata.0);
+    Value(message)
+}
+
+/// The tag of [`hyperparameters`].
+pub(super) const SESSION_START_TAG: &str = "_hparams_/session_start_info";
+
+/// `Summary.Value { metadata: plugin "hparams" with HParamsPluginData { session_start_info: SessionStartInfo { hparams,
+/// start_time_secs } } }`, as `tensorboard/plugins/hparams/plugin_data.proto` defines it.
+pub(super) fn hyperparameters(values: &[(String, Json)], wall_time: f64) -> Value {
+    let mut info = Message::default();
+    for (name, value) in values {
+        // google.protobuf.Value
+        let mut proto = Message::default();
+        match value {
+            Json::Bool(value) => proto.varint(4, u64::from(*value)),
+            Json::Number(number) => proto.double(2, number.as_f64().unwrap_or(f64::NAN)),
+            Json::String(text) => proto.bytes(3, text.as_bytes()),
+            other => proto.bytes(3, other.to_string().as_bytes()),
+        }
+        let mut entry = Message::default();
+        entry.bytes(1, name.as_bytes());
+        entry.bytes(2, &proto.0);
+        info.bytes(1, &entry.0);
+    }
+    info.double(5, wall_time);
+    let mut data = Message::default();
+    data.bytes(3, &info.0);
+    let mut plugin = Message::default();
+    plugin.bytes(1, b"hparams");
+    plugin.bytes(2, &data.0);
+    let mut metadata = Message::default();
+    metadata.bytes(1, &plugin.0);
+    let mut message = Message::default();
     message.bytes(9, &metadata.0);
     Value(message)
 }

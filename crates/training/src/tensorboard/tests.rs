@@ -192,6 +192,19 @@ fn bad_input_is_refused() {
     assert!(read_events(&text).is_err());
 }
 
+/// The bytes that TensorBoard's own classes write (2.21), behind wall time and step.
+#[test]
+fn hyperparameters_are_what_tensorboard_writes() {
+    let values = [("attention", "softmax".into()), ("tied", true.into()), ("lr", 0.003.into())];
+    let values = values.map(|(name, value): (&str, serde_json::Value)| (name.to_owned(), value));
+    let written = message::summary(2.5, 0, message::SESSION_START_TAG, message::hyperparameters(&values, 2.5));
+    let hex: String = written.iter().map(|byte| format!("{byte:02x}")).collect();
+    let theirs = "2a6f0a6d0a1c5f68706172616d735f2f73657373696f6e5f73746172745f696e666f4a4d0a4b0a0768706172616d73\
+                  12401a3e0a160a09617474656e74696f6e12091a07736f66746d61780a0a0a0474696564120220010a0f0a026c7212\
+                  0911fa7e6abc7493683f290000000000000440";
+    assert!(hex.ends_with(theirs), "{hex}");
+}
+
 #[test]
 fn no_bytes_make_the_decoder_panic() {
     let wholes = [

@@ -198,9 +198,13 @@ pub fn draw(out: &Path, [parent, child]: [&Decoder; 2]) -> Result<(), Failure> {
         let most = values.iter().copied().fold(1.0, f32::max);
         let options = Options { scale: CELL, range: Some((0.0, most)) };
         album.add("allocation", "heads", heat_map(&values, rows, columns.len(), &options))?;
-        for (row, values) in values.chunks(columns.len()).enumerate() {
-            album.curve(&format!("allocation/{}", row_name(child, row)), values)?;
+        let names: Vec<String> = (0..rows).map(|row| row_name(child, row)).collect();
+        let mut table = format!("| layer | {} |\n|{}\n", names.join(" | "), "---|".repeat(rows + 1));
+        for (layer, column) in columns.iter().enumerate() {
+            let cells: Vec<String> = column.iter().map(usize::to_string).collect();
+            table.push_str(&format!("| {layer} | {} |\n", cells.join(" | ")));
         }
+        album.text("allocation/heads", &table)?;
     }
     Ok(())
 }
@@ -214,9 +218,9 @@ const MEASURES: [(&str, Measure); 3] = [("cka", Heads::cka), ("cosine", Heads::c
 
 fn row_name(child: &Decoder, row: usize) -> String {
     match (child.config().mechanism(0).head_counts(0), row) {
-        (Some(HeadCounts::QueriesOfEach(_)), head) => format!("query_heads_of_{head}"),
-        (_, 0) => "key_heads".into(),
-        _ => "value_heads".into(),
+        (Some(HeadCounts::QueriesOfEach(_)), head) => format!("query heads of {head}"),
+        (_, 0) => "key heads".into(),
+        _ => "value heads".into(),
     }
 }
 
@@ -237,13 +241,10 @@ impl Album<'_> {
         events.image_png(&tag, 0, png.width, png.height, &png.bytes).and_then(|()| events.flush()).map_err(failed)
     }
 
-    /// A number per layer.
-    fn curve(&mut self, tag: &str, values: &[f32]) -> Result<(), Failure> {
+    /// A table in Markdown, for TensorBoard alone.
+    fn text(&mut self, tag: &str, markdown: &str) -> Result<(), Failure> {
         let events = self.events()?;
-        for (layer, value) in values.iter().enumerate() {
-            events.scalar(tag, layer as u64, *value).map_err(failed)?;
-        }
-        events.flush().map_err(failed)
+        events.text(tag, 0, markdown).and_then(|()| events.flush()).map_err(failed)
     }
 
     fn events(&mut self) -> Result<&mut EventWriter, Failure> {
