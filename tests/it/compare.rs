@@ -350,6 +350,9 @@ fn heads_are_told_and_two_runs_lie_side_by_side() {
     assert_eq!(&world.read("seen/maps-layer-01.png")[1..4], b"PNG");
     let page = String::from_utf8(world.read("seen/inspect.html")).unwrap();
     assert!(page.contains("the &lt;cat&gt; sat") && page.contains("lambda"), "{page}");
+    // In each of 2 layers 2 maps side by side: a label on the left, one above each map, and what the colours mean.
+    let (labels, legends) = (page.matches(">&lt;</text>").count(), page.matches("linear-gradient(").count());
+    assert_eq!((labels, legends, page.matches("\u{2423}</text>").count()), (6, 2, 12));
     crate::pages::assert_whole(&world.dir.path().join("seen/inspect.html"));
     let (out, _) = world.succeeds(&["inspect", "a", "--layers", "1", "--heads", "0", "--rows", "3"]);
     assert!(out.lines().count() == 2 && world.dir.path().join("a/inspect/step-00000012/maps-layer-01.png").exists());

@@ -11,7 +11,11 @@ const INK: RGBColor = RGBColor(1, 2, 3);
 const FAINT: RGBColor = RGBColor(4, 5, 6);
 /// How many colours the page has for arms; further arms use them again, with other marks.
 pub const COLOURS: usize = 7;
-/// Width and height of a figure that stands alone in its row.
+/// Width and height of a figure, in pixels: its text is readable where a column, or a phone's screen, is as wide as that.
+pub const SIZE: (u32, u32) = (400, 270);
+/// That of a small figure.
+pub const SMALL: (u32, u32) = (270, 190);
+/// That of a figure that takes the whole width of the page.
 pub const WIDE: (u32, u32) = (860, 400);
 /// Between the lines of labels, in pixels.
 const LINE: i32 = 15;
@@ -95,7 +99,7 @@ pub struct Curves<'a> {
 impl<'a> Curves<'a> {
     /// Curves over numbers, with everything else as most figures have it.
     pub fn of(title: &'a str, x: &'a str, y: &'a str, curves: Vec<Curve>) -> Self {
-        Self { title, x, y, curves, cut: false, logarithms: false, names: &[], size: (560, 340) }
+        Self { title, x, y, curves, cut: false, logarithms: false, names: &[], size: SIZE }
     }
 }
 
@@ -152,7 +156,7 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
             None => short(*x, right),
         };
         let value = |y: &f64| if figure.logarithms { significant(10f64.powf(*y)) } else { label(*y, format) };
-        mesh(&mut chart, (figure.x, figure.y), (6, 6), &name, &value)?;
+        mesh(&mut chart, (figure.x, figure.y), 6, &name, &value)?;
         let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
         for curve in &figure.curves {
             let colour = colour(curve.arm);
@@ -189,18 +193,17 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
         row.values.iter().copied().chain([row.mean - margin, row.mean + margin])
     });
     let Some(range) = padded(ends.chain(zero.then_some(0.0))) else { return Ok(None) };
-    let names = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0) as u32;
-    let height = 70 + 44 * rows.len() as u32;
-    let drawn = draw(title, (560, height), |area| {
+    let height = 70 + 50 * rows.len() as u32;
+    let drawn = draw(title, (SIZE.0, height), |area| {
         let format = decimals(range.1 - range.0);
         let mut chart = ChartBuilder::on(area)
             .margin(8)
             .margin_right(24)
             .x_label_area_size(42)
-            .y_label_area_size((8 * names).clamp(60, 230))
+            .y_label_area_size(12)
             .build_cartesian_2d(range.0..range.1, 0.0..rows.len() as f64)
             .map_err(said)?;
-        mesh(&mut chart, (x, ""), (6, 0), &|x| label(*x, format), &|_| String::new())?;
+        mesh(&mut chart, (x, ""), 0, &|x| label(*x, format), &|_| String::new())?;
         if zero {
             let ends = [0.0, rows.len() as f64].map(|y| chart.backend_coord(&(0.0, y)));
             area.draw(&PathElement::new(ends.to_vec(), INK.stroke_width(2))).map_err(said)?;
@@ -209,7 +212,8 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
             let y = rows.len() as f64 - at as f64 - 0.5;
             let pixel = |x: f64| chart.backend_coord(&(x, y));
             let (left, colour) = (chart.backend_coord(&(range.0, y)), colour(row.arm));
-            text(area, &row.name, (left.0 - 8, left.1), HPos::Right)?;
+            // The name has a line of its own, so that it takes no room from the dots.
+            text(area, &row.name, (left.0 + 4, left.1 - 16), HPos::Left)?;
             if let Some(margin) = row.margin {
                 let ends = [row.mean - margin, row.mean + margin].map(pixel);
                 area.draw(&PathElement::new(ends.to_vec(), colour.stroke_width(3))).map_err(said)?;
@@ -236,11 +240,7 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
 pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<String>, String> {
     let ys = dots.iter().flat_map(|dot| [dot.at.low, dot.at.high]);
     let (Some(ys), Some(xs)) = (padded(ys), padded(dots.iter().map(|dot| dot.at.x))) else { return Ok(None) };
-    // Names stand to the right of their points.
-    let names = dots.iter().map(|dot| dot.name.chars().count()).max().unwrap_or(0) as f64;
-    let room = (7.5 * names / 470.0).min(0.5);
-    let xs = (xs.0, xs.0 + (xs.1 - xs.0) / (1.0 - room));
-    let drawn = draw(title, (560, 340), |area| {
+    let drawn = draw(title, SIZE, |area| {
         let format = decimals(ys.1 - ys.0);
         let mut chart = ChartBuilder::on(area)
             .margin(8)
@@ -248,7 +248,7 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
             .y_label_area_size(64)
             .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)
             .map_err(said)?;
-        mesh(&mut chart, (x, y), (6, 6), &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
+        mesh(&mut chart, (x, y), 6, &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
         let mut labels = Vec::new();
         for dot in dots {
             let ends = [dot.at.low, dot.at.high].map(|y| chart.backend_coord(&(dot.at.x, y)));
@@ -261,7 +261,10 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
         labels.sort_by_key(|(place, _)| place.1);
         let mut placed: Vec<(i32, i32, i32)> = labels.iter().map(|((x, y), _)| (x - 6, x + 6, *y)).collect();
         for ((x, y), dot) in labels {
-            let (left, right) = (x + 10, x + 10 + (7.5 * dot.name.chars().count() as f64) as i32);
+            // Names stand to the right of their points, or to the left where there is more room.
+            let length = (7.0 * dot.name.chars().count() as f64) as i32;
+            let to_the_right = x + 10 + length <= SIZE.0 as i32;
+            let (left, right) = if to_the_right { (x + 10, x + 10 + length) } else { (x - 10 - length, x - 10) };
             let meets =
                 |y: i32| placed.iter().filter(move |(l, r, at)| left < *r && *l < right && (y - at).abs() < LINE);
             let mut free = y;
@@ -270,7 +273,8 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
             }
             placed.push((left, right, free));
             if free != y {
-                area.draw(&PathElement::new(vec![(x, y), (left - 2, free)], FAINT)).map_err(said)?;
+                let end = if to_the_right { left - 2 } else { right + 2 };
+                area.draw(&PathElement::new(vec![(x, y), (end, free)], FAINT)).map_err(said)?;
             }
             text(area, &dot.name, (left, free), HPos::Left)?;
         }
@@ -312,11 +316,11 @@ fn draw(title: &str, size: (u32, u32), fill: impl FnOnce(&Area<'_>) -> Result<()
     Ok(svg.replacen("<svg", &format!("<svg {label}"), 1))
 }
 
-/// Axes with so many labels each; without any, a vertical axis has no lines either.
+/// Axes with a label for every 60 pixels from left to right, and so many from top to bottom: without any, no lines either.
 fn mesh<X, Y>(
     chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, Y>>,
     (x, y): (&str, &str),
-    (x_labels, y_labels): (usize, usize),
+    y_labels: usize,
     x_label: &dyn Fn(&f64) -> String,
     y_label: &dyn Fn(&f64) -> String,
 ) -> Result<(), String>
@@ -324,6 +328,7 @@ where
     X: Ranged<ValueType = f64> + ValueFormatter<f64>,
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
+    let x_labels = (chart.plotting_area().dim_in_pixel().0 / 60) as usize;
     let mut mesh = chart.configure_mesh();
     mesh.light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)

@@ -101,7 +101,18 @@ impl Outcome {
                 100.0 * self.comparison.tolerance()
             )
         });
-        self.arms.iter().flat_map(edge).chain(late).collect()
+        let pairs = |found: &Compared| found.difference.is_some_and(|difference| difference.n == 2);
+        let compared = self.compared();
+        let of_two: Vec<&str> =
+            compared.iter().filter(|found| pairs(found)).map(|found| self.arms[found.arm].name.as_str()).collect();
+        let of_two = (!of_two.is_empty()).then(|| {
+            format!(
+                "Two seeds only: {}. Of as much spread, an interval from two is 3.6 times as wide as one from three, and hangs on the \
+                 two being typical: take three seeds or more before you rely on any difference.",
+                of_two.join(", ")
+            )
+        });
+        of_two.into_iter().chain(self.arms.iter().flat_map(edge)).chain(late).collect()
     }
 
     /// By which share the steps of each arm took longer than those of its base, where the time was to be equal.
@@ -133,4 +144,19 @@ impl Outcome {
 
 fn space_before(unit: &str) -> String {
     if unit.is_empty() { String::new() } else { format!(" {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::simulation::{outcome, run};
+
+    #[test]
+    fn two_seeds_are_warned_of() {
+        let arm = |losses: &[f64]| (0u64..).zip(losses).map(|(seed, &loss)| run(seed, [loss; 2])).collect::<Vec<_>>();
+        let warnings =
+            |seeds: usize| outcome(vec![arm(&[1.0, 1.1, 1.3][..seeds]), arm(&[0.5, 0.7, 0.8][..seeds])], "").warnings();
+        let two = warnings(2);
+        assert!(two.len() == 1 && two[0].starts_with("Two seeds only: arm 1."), "{two:?}");
+        assert_eq!((warnings(1), warnings(3)), (vec![], vec![]));
+    }
 }

@@ -6,12 +6,12 @@ use std::ops::Range;
 
 use serde_json::Value;
 
-use crate::page::{escape, figure, page, table};
+use crate::page::{escape, figure, page, table, wide};
 use polyhead_runs::Failure;
 
 use super::best_of::BestOf;
 use super::extra_metrics;
-use super::figures::{At, Curve, Curves, Dot, Drawn, Row, WIDE, curves, dot_plot, legend_mark, scatter};
+use super::figures::{At, Curve, Curves, Dot, Drawn, Row, SMALL, WIDE, curves, dot_plot, legend_mark, scatter};
 use super::ladder::ArmLadder;
 use super::metric::Metric;
 use super::notes::{environment, failures, notes};
@@ -95,8 +95,13 @@ fn over_settings(outcome: &Outcome) -> Result<String, String> {
     let found = (0..groups[0].1.len()).map(curve).collect();
     let y = metric.label();
     let plot = Curves { names: &names, size: WIDE, ..Curves::of(&title, "", &y, found) };
-    let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &svg));
+    let svg = curves(&plot)?.map(|svg| figure(&title, "mean over seeds; band: one standard deviation", &full(&svg)));
     Ok(format!("<div class=\"figures\">{}</div>\n", svg.unwrap_or_default()))
+}
+
+/// A figure of the whole width, which never becomes so small that its text cannot be read.
+fn full(svg: &str) -> String {
+    wide(&svg.replacen("<svg", &format!("<svg style=\"min-width:{}px\"", WIDE.0 * 9 / 10), 1))
 }
 
 /// The figures of the arms of a setting.
@@ -234,7 +239,7 @@ fn ladder(outcome: &Outcome) -> Result<String, String> {
     let title = format!("{} over training FLOPs", capital(&named));
     let plot = Curves { logarithms: true, size: WIDE, ..Curves::of(&title, "training FLOPs", &named, drawn) };
     let small = "marks: mean over seeds of each budget; lines: power laws; both axes are logarithmic";
-    let svg = curves(&plot)?.map(|svg| figure(&title, small, &svg)).unwrap_or_default();
+    let svg = curves(&plot)?.map(|svg| figure(&title, small, &full(&svg))).unwrap_or_default();
     Ok(format!("<h2>Power laws</h2>\n<div class=\"figures\">{svg}</div>\n"))
 }
 
@@ -306,7 +311,7 @@ fn observations(outcome: &Outcome, group: Range<usize>) -> Result<String, String
         for name in names {
             let found = curves_of(outcome, group.clone(), tokens, |line| extra_metrics::value(line, &name));
             let title = capital(&name.trim_start_matches(extra_metrics::MECHANISM).replace('_', " "));
-            let plot = Curves { size: (340, 220), ..Curves::of(&title, "", "", found) };
+            let plot = Curves { size: SMALL, ..Curves::of(&title, "", "", found) };
             out.extend(curves(&plot)?.map(|svg| figure(&title, "", &svg)));
         }
         out.push_str("</div>\n");

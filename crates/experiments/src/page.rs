@@ -33,6 +33,11 @@ pub fn table(head: &[String], rows: Vec<Vec<String>>) -> String {
     out
 }
 
+/// An image that keeps its width, and scrolls inside its box where the page is narrower.
+pub fn wide(image: &str) -> String {
+    format!("<div class=\"wide\" tabindex=\"0\">{image}</div>")
+}
+
 /// A figure with its title.
 pub fn figure(title: &str, small: &str, content: &str) -> String {
     let small = if small.is_empty() { String::new() } else { format!("<small>{}</small>", escape(small)) };

@@ -128,10 +128,11 @@ pub fn most(heads: &[HeadOf], values: &[Option<f64>]) -> Option<(HeadOf, f64)> {
 
 /// An image inside a page.
 pub fn embedded(png: &Png, about: &str) -> String {
-    format!(
-        "<img alt=\"{about}\" width=\"{}\" height=\"{}\" src=\"data:image/png;base64,{}\">",
-        png.width,
-        png.height,
-        STANDARD.encode(&png.bytes)
-    )
+    let Png { width, height, .. } = png;
+    format!("<img alt=\"{about}\" width=\"{width}\" height=\"{height}\" src=\"{}\">", data_url(png))
+}
+
+/// The image as an address of its own.
+pub fn data_url(png: &Png) -> String {
+    format!("data:image/png;base64,{}", STANDARD.encode(&png.bytes))
 }

@@ -3,6 +3,7 @@
 
 mod copying;
 mod importance;
+mod maps;
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -87,6 +88,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let config = trained.model.config();
     let title = format!("Heads of {}", trained.path.display());
     let mut body = format!("<h1>{}</h1>\n<p class=\"finding\">{}</p>\n", escape(&title), escape(&summary(&layers)));
+    let tokens = trained.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| maps::labels(tokenizer, &rows[0]));
     if let (Some(text), Some(tokenizer)) = (args.text.first(), &trained.tokenizer) {
         let words = tokens_in_words(tokenizer, &rows[0]);
         let _ = writeln!(
@@ -96,7 +98,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             rows[0].seq
         );
     }
-    body.push_str("<div class=\"figures\">\n");
+    // Maps with labels are as wide as they need to be: one below the other.
+    body.push_str(if tokens.is_empty() { "<div class=\"figures\">\n" } else { "<div>\n" });
     let mut table_rows = Vec::new();
     for &at in &chosen {
         let layer = &layers[at];
@@ -112,7 +115,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let png = attention_grid(&maps, layer.length, layer.length).map_err(|error| Failure::Run(error.to_string()))?;
         let file = out.join(format!("maps-layer-{at:02}.png"));
         atomic_write(&file, &png.bytes)?;
-        let image = embedded(&png, &format!("attention maps of layer {at}"));
+        let image =
+            maps::legend(&maps) + &maps::labelled(&png, maps.len(), &tokens, &format!("attention maps of layer {at}"));
         let numbers = layer.numbers.iter().map(|(row, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
             format!("{} ({row}): {}", row.name.replace('_', " "), values.join(", "))
@@ -130,8 +134,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         }
     }
     body.push_str(
-        "</div>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; the brighter (or, where maps are \
-         subtracted, the bluer) the larger the weight, by its square root; orange is negative.</p>\n<h2>Heads</h2>\n",
+        "</div>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; colours go with the square root of a \
+         weight, the same in all maps of a layer; white is a weight of exactly 0.</p>\n<h2>Heads</h2>\n",
     );
     body.push_str(&table(&HEAD.map(String::from), table_rows.clone()));
     let _ = writeln!(
