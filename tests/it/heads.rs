@@ -81,7 +81,7 @@ fn heads_are_switched_off_patched_and_compared() {
     let (out, _) = world.succeeds(&["heads", "overlap", "seen/patch.json", "seen/edges.json", "--share", "1"]);
     assert!(out.contains("\"overlap\": 1.0"), "{out}");
     let both: Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(both["columns"], serde_json::json!(["attribution", "node"]), "no column of both: the first of each");
+    assert_eq!(both["columns"], serde_json::json!(["effect", "node"]), "no column of both: the first of each");
     let same = ["heads", "overlap", "seen/patch.json", "seen/patch.json", "--share", "0.5"];
     assert!(world.succeeds(&same).1.contains("by effect are in both"));
     let told = world.fails(1, &[&same[..], &["--column", "node"]].concat());
@@ -153,7 +153,12 @@ fn heads_of_a_run_are_followed_and_nothing_of_it_changes() {
         lines("run").iter().filter(|line| line[name].is_f64()).map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [0, 5, 10, 12]);
     assert!(lines("plain").iter().all(|line| line[name].is_null()));
-    assert!(world.events("run").iter().any(|event| event.tag == "heads/layer_00/head_01/induction" && event.step == 5));
+    assert!(
+        world
+            .events("run")
+            .iter()
+            .any(|event| event.tag == "validation/heads/layer_00/head_01/induction" && event.step == 5)
+    );
 
     let (out, _) = world.succeeds(&["heads", "history", "run", "--share", "0.5", "--out", "seen"]);
     assert_eq!(out.lines().count(), 5, "{out}");

@@ -85,17 +85,17 @@ mod tests {
         let config: DecoderConfig = serde_json::from_value(config).unwrap();
         seed_random(5);
         let mut model: Decoder = config.init(9, &Device::flex().autodiff());
-        let tokens: Vec<u32> = (0..64u32).map(|at| at * 7 % 9).collect();
+        let tokens: Vec<u32> = (0..128u32).map(|at| at * 7 % 9).collect();
         let targets = tokens.iter().skip(1).chain([&0]).map(|&id| i64::from(id)).collect();
-        let batch = Batch { batch: 2, seq: 32, tokens, targets, ..Batch::default() };
-        let training = serde_json::json!({ "steps": 1, "seq_len": 32, "batch_size": 2 });
+        let batch = Batch { batch: 4, seq: 32, tokens, targets, ..Batch::default() };
+        let training = serde_json::json!({ "steps": 1, "seq_len": 32, "batch_size": 4 });
         let training: TrainingConfig = serde_json::from_value(training).unwrap();
         let optimizer = Optimizer::new(Default::default());
         let mut procedure = Standard::new(&StandardConfig::default(), optimizer, &training);
         let before = model.valid().evaluate(&batch).mean_loss();
-        for step in 1..=80 {
+        for step in 1..=500 {
             seed_random(step);
-            let context = StepContext { step, lr: 0.02, seed: 0, position: step };
+            let context = StepContext { step, lr: 0.01, seed: 0, position: step };
             model = procedure.step(model, std::slice::from_ref(&batch), &context).unwrap().0;
         }
         let after = model.valid().evaluate(&batch).mean_loss();
