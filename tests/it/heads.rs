@@ -84,7 +84,7 @@ fn heads_are_switched_off_patched_and_compared() {
     assert_eq!(both["columns"], serde_json::json!(["effect", "node"]), "no column of both: the first of each");
     let same = ["heads", "overlap", "seen/patch.json", "seen/patch.json", "--share", "0.5"];
     assert!(world.succeeds(&same).1.contains("by effect are in both"));
-    let told = world.fails(1, &[&same[..], &["--column", "node"]].concat());
+    let told = world.fails(2, &[&same[..], &["--column", "node"]].concat());
     assert!(told.contains("seen/patch.json has no numbers in node; it has"), "{told}");
     world.succeeds(&["heads", "decisions", "run", "io.jsonl", "--out", "seen"]);
     let decisions = json(&world, "seen/decisions.json");

@@ -80,25 +80,25 @@ mod tests {
     #[test]
     fn masked_tokens_are_learned() {
         let config = serde_json::json!({
-            "d_model": 16, "n_layers": 1, "masked_diffusion": true, "attention": { "softmax": { "n_heads": 2 } },
+            "d_model": 32, "n_layers": 1, "rope_theta": 10, "masked_diffusion": true, "attention": { "softmax": { "n_heads": 2 } },
         });
         let config: DecoderConfig = serde_json::from_value(config).unwrap();
         seed_random(5);
         let mut model: Decoder = config.init(9, &Device::flex().autodiff());
-        let tokens: Vec<u32> = (0..128u32).map(|at| at * 7 % 9).collect();
+        let tokens: Vec<u32> = (0..256u32).map(|at| at * 7 % 9).collect();
         let targets = tokens.iter().skip(1).chain([&0]).map(|&id| i64::from(id)).collect();
-        let batch = Batch { batch: 4, seq: 32, tokens, targets, ..Batch::default() };
-        let training = serde_json::json!({ "steps": 1, "seq_len": 32, "batch_size": 4 });
+        let batch = Batch { batch: 8, seq: 32, tokens, targets, ..Batch::default() };
+        let training = serde_json::json!({ "steps": 1, "seq_len": 32, "batch_size": 8 });
         let training: TrainingConfig = serde_json::from_value(training).unwrap();
         let optimizer = Optimizer::new(Default::default());
         let mut procedure = Standard::new(&StandardConfig::default(), optimizer, &training);
         let before = model.valid().evaluate(&batch).mean_loss();
-        for step in 1..=500 {
+        for step in 1..=200 {
             seed_random(step);
             let context = StepContext { step, lr: 0.01, seed: 0, position: step };
             model = procedure.step(model, std::slice::from_ref(&batch), &context).unwrap().0;
         }
         let after = model.valid().evaluate(&batch).mean_loss();
-        assert!(after < 0.7 * before, "{before} to {after}");
+        assert!(after < 0.5 * before, "{before} to {after}");
     }
 }
