@@ -68,7 +68,7 @@ fn batch(tokens: Vec<u32>, attention: &[f32], loss: &[f32], seq: usize) -> Batch
         documents: Some(attention.iter().map(|&real| 1 - real as u32).collect()),
         roles: Some(attention.iter().zip(loss).map(role).collect()),
         tokens,
-        target_bytes: 0,
+        ..Batch::default()
     }
 }
 

@@ -33,6 +33,11 @@ pub trait Samples<T = Sample>: Send + Sync {
     fn parts(&self) -> Vec<(String, u64)> {
         vec![(String::new(), self.per_epoch())]
     }
+
+    /// What the sources of a mixture are called; empty where samples are of none.
+    fn sources(&self) -> Arc<[String]> {
+        Arc::default()
+    }
 }
 
 /// How samples become batches.

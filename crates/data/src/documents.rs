@@ -2,6 +2,7 @@
 
 mod html;
 mod jsonl;
+mod posts;
 mod rows;
 mod rust_docs;
 mod text;
@@ -18,13 +19,14 @@ use crate::source::{Source, texts_of};
 use crate::texts::Documents;
 use crate::{Data, DataError, Opening, Tokenizer};
 
-pub use jsonl::JsonlConfig;
+pub use jsonl::{JsonlConfig, NumberRule};
+pub use posts::{PostKind, PostsConfig};
 pub use rows::{LabelledFields, LabelledText, PairedText, distinct_names, read_labelled, read_pairs};
 pub use rust_docs::RustDocsConfig;
 pub use text::{Syntax, TextConfig};
 
-use tokens::{TokenFile, split};
-use windows::Windows;
+pub(crate) use tokens::{Split, TokenFile, split};
+pub(crate) use windows::Windows;
 
 impl Documents {
     /// All of the documents as rows in their order, nothing kept back.

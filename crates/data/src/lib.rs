@@ -1,7 +1,7 @@
 //! Text, conversations, generated tasks and labelled examples, to batches.
 //!
 //! Start here. A source of data is one table of `[data]`: the list below has all of them, and [`Source`] is what each
-//! implements in a file of its own. A new source is that file, a `mod` line and a line in the list; from the list it gets its
+//! implements in a file of its own; `mixture.rs` mixes several of text. A new source is that file, a `mod` line and a line in the list; from the list it gets its
 //! key in recipes and its place in their reference.
 //!
 //! A source is opened as batches by position (`batches.rs`): a [`Loader`] of rows of tokens, an [`ExampleLoader`] of labelled
@@ -19,12 +19,14 @@ mod examples;
 mod files;
 mod guard;
 pub mod long_context;
+mod mixture;
 mod options;
 mod problem;
 mod prompt_pairs;
 mod random;
 mod source;
 pub mod synthetic;
+mod table;
 pub mod text_suites;
 mod texts;
 mod tokenizer;
@@ -33,8 +35,8 @@ mod would_read;
 pub use augment::AugmentConfig;
 pub use batches::{ExampleLoader, Labelled, Loader, LoaderOptions, Opened, Order, PairLoader, Paired, Sample, Samples};
 pub use documents::{
-    JsonlConfig, LabelledFields, LabelledText, PairedText, RustDocsConfig, Syntax, TextConfig, distinct_names,
-    read_labelled, read_pairs,
+    JsonlConfig, LabelledFields, LabelledText, NumberRule, PairedText, PostKind, PostsConfig, RustDocsConfig, Syntax,
+    TextConfig, distinct_names, read_labelled, read_pairs,
 };
 pub use error::DataError;
 pub use examples::{
@@ -42,10 +44,12 @@ pub use examples::{
     ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig,
     open_features,
 };
+pub use mixture::{LastDocument, MixedSource, MixtureConfig, Until, documents_within, quotas};
 pub use options::{OpenOptions, Packing, Tracking};
 pub use problem::Problem;
 pub use prompt_pairs::{PairTask, Prompt, WrittenPair, generate_pairs, read_prompt_pairs};
 pub use source::{Data, Modality, Opening, Origin, Source, Yields};
+pub use table::MIXTURE;
 pub use texts::{Documents, FromFiles, TextDocument};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 
@@ -66,6 +70,8 @@ source::sources! {
     text => Text(TextConfig): Files, Text, Tokens;
     /// Rows of JSON or of tables with a text field.
     jsonl => Jsonl(JsonlConfig): Files, Text, Tokens;
+    /// Generated posts: junk that says nothing, or control text that practises three skills.
+    posts => Posts(PostsConfig): Generated, Text, Tokens;
     /// Conversations, one a row of JSON or of a table.
     chat => Chat(ChatConfig): Files, Chat, Tokens;
     /// Generated questions about long texts, as conversations.

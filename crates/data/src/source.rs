@@ -125,35 +125,58 @@ pub enum Data {
 /// Makes [`DataConfig`] and what is known of each source from the table of sources.
 macro_rules! sources {
     ($($(#[$doc:meta])* $key:ident => $Source:ident($Config:ident): $Origin:ident, $Modality:ident, $Yields:ident;)+) => {
+        /// What a model trains on: one table of `[data]`, or several in a mixture.
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum DataConfig {
+            $($(#[$doc])* $Source($Config),)+
+            /// Texts of several sources in exact shares.
+            Mixture($crate::MixtureConfig),
+        }
+
         /// What a model trains on: one table of `[data]`.
-        #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+        #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
         #[serde(rename_all = "snake_case")]
-        pub enum DataConfig { $($(#[$doc])* $Source($Config),)+ }
+        pub(crate) enum Single { $($(#[$doc])* $Source($Config),)+ }
+
+        impl From<Single> for DataConfig {
+            fn from(single: Single) -> Self {
+                match single { $(Single::$Source(config) => Self::$Source(config),)+ }
+            }
+        }
+
+        impl serde::Serialize for DataConfig {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                match self {
+                    $(Self::$Source(config) => Single::$Source(config.clone()).serialize(serializer),)+
+                    Self::Mixture(mixture) => mixture.serialize(serializer),
+                }
+            }
+        }
 
         impl DataConfig {
             /// The name of its table.
             pub fn name(&self) -> &'static str {
-                match self { $(Self::$Source(_) => stringify!($key),)+ }
+                match self { $(Self::$Source(_) => stringify!($key),)+ Self::Mixture(_) => "source" }
             }
 
             /// Where its samples come from.
             pub fn origin(&self) -> Origin {
-                match self { $(Self::$Source(_) => Origin::$Origin,)+ }
+                match self { $(Self::$Source(_) => Origin::$Origin,)+ Self::Mixture(_) => Origin::Files }
             }
 
             /// What its samples are.
             pub fn modality(&self) -> Modality {
-                match self { $(Self::$Source(_) => Modality::$Modality,)+ }
+                match self { $(Self::$Source(_) => Modality::$Modality,)+ Self::Mixture(_) => Modality::Text }
             }
 
             /// What it yields.
             pub fn yields(&self) -> Yields {
-                match self { $(Self::$Source(_) => Yields::$Yields,)+ }
+                match self { $(Self::$Source(_) => Yields::$Yields,)+ Self::Mixture(_) => Yields::Tokens }
             }
 
             /// Its settings.
             pub fn source(&self) -> &dyn Source {
-                match self { $(Self::$Source(config) => config,)+ }
+                match self { $(Self::$Source(config) => config,)+ Self::Mixture(config) => config }
             }
         }
     };
@@ -161,6 +184,15 @@ macro_rules! sources {
 pub(crate) use sources;
 
 impl DataConfig {
+    /// Checks the settings without touching a file.
+    ///
+    /// # Errors
+    /// Names the field, from `[data]` on, and the rule.
+    pub fn validate(&self, seq_len: usize) -> Result<(), Problem> {
+        let own = |error: Problem| if matches!(self, Self::Mixture(_)) { error } else { error.within(self.name()) };
+        self.source().validate(seq_len).map_err(own)
+    }
+
     /// Whether it is text, which needs a tokenizer.
     pub fn is_text(&self) -> bool {
         matches!(self.modality(), Modality::Text | Modality::Chat)
@@ -195,7 +227,7 @@ impl DataConfig {
         if options.batch_size == 0 {
             return Err(unusable!("training.batch_size (0) must be at least 1"));
         }
-        self.source().validate(options.seq_len).map_err(|error| unusable!("data.{}.{error}", self.name()))?;
+        self.validate(options.seq_len).map_err(|error| unusable!("data.{error}"))?;
         self.source().open(Opening { name: self.name(), tokenizer, options, progress })
     }
 

@@ -14,6 +14,7 @@ pub mod head_importance;
 pub mod head_scores;
 pub mod head_sets;
 pub mod heads;
+pub mod health;
 pub mod lens;
 pub mod likelihood;
 pub mod next_token;

@@ -88,6 +88,11 @@ pub fn notes(outcome: &Outcome) -> Vec<String> {
             .into(),
     );
     notes.extend(outcome.power_note());
+    notes.push(
+        "Effect sizes are Hedges' g: the difference of the means over the pooled standard deviation, seeds as independent samples, \
+         corrected for their number exactly (by the gamma function)."
+            .into(),
+    );
     notes
 }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ChiSquared, Continuous, ContinuousCDF, Normal, StudentsT};
+use statrs::function::gamma::ln_gamma;
 
 /// How sure an interval is to cover the mean, where its assumptions hold.
 pub const CONFIDENCE: f64 = 0.95;
@@ -80,6 +81,42 @@ impl Summary {
             if enough(middle) { high = middle } else { low = middle }
         }
         Some(high)
+    }
+}
+
+/// How far two independent samples are apart, in their common standard deviation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EffectSize {
+    /// Cohen's d: the difference of the means over the pooled deviation.
+    pub d: f64,
+    /// The deviation of both samples together, each around its own mean.
+    pub pooled_deviation: f64,
+    /// What small samples make d too large by, exactly: J = Γ(f/2) / (sqrt(f/2) Γ((f-1)/2)) with f = n1 + n2 - 2 (Hedges 1981).
+    pub correction: f64,
+    /// The standard error of d.
+    pub standard_error: f64,
+}
+
+impl EffectSize {
+    /// Of `x` against `y`; `None` where one of them has fewer than two values, or none of them spreads.
+    pub fn between(x: &[f64], y: &[f64]) -> Option<Self> {
+        let (of_x, of_y) = (Summary::of(x)?, Summary::of(y)?);
+        let (n, m) = (of_x.n as f64, of_y.n as f64);
+        let freedom = n + m - 2.0;
+        let squares = (n - 1.0) * of_x.deviation?.powi(2) + (m - 1.0) * of_y.deviation?.powi(2);
+        let pooled_deviation = (squares / freedom).sqrt();
+        if pooled_deviation == 0.0 || !pooled_deviation.is_finite() {
+            return None;
+        }
+        let d = (of_x.mean - of_y.mean) / pooled_deviation;
+        let correction = (ln_gamma(freedom / 2.0) - ln_gamma((freedom - 1.0) / 2.0)).exp() / (freedom / 2.0).sqrt();
+        let standard_error = ((n + m) / (n * m) + d * d / (2.0 * (n + m))).sqrt();
+        Some(Self { d, pooled_deviation, correction, standard_error })
+    }
+
+    /// Hedges' g: d without what small samples add to it.
+    pub fn g(&self) -> f64 {
+        self.d * self.correction
     }
 }
 
@@ -183,6 +220,22 @@ mod tests {
             assert!((found - expected).abs() < 1e-12, "{corrected:?}");
         }
         assert_eq!((holm(&[0.7, 0.9]), holm(&[])), (vec![1.0, 1.0], vec![]));
+    }
+
+    #[test]
+    fn effect_sizes_are_those_worked_out_by_hand() {
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0];
+        let effect = EffectSize::between(&x, &x.map(|value| value + 2.0)).unwrap();
+        for (found, expected) in [
+            (effect.pooled_deviation, 2.5f64.sqrt()),
+            (effect.d, -1.264911),
+            (effect.correction, 0.902703),
+            (effect.g(), -1.141839),
+        ] {
+            assert!((found - expected).abs() < 1e-6, "{effect:?}");
+        }
+        assert_eq!(EffectSize::between(&x, &[1.0]), None);
+        assert_eq!(EffectSize::between(&[2.0, 2.0], &[1.0, 1.0]), None);
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! The tables of a report as cells of text, which `report.md` and `report.html` show alike.
 
 use super::best_of::BestOf;
-use super::extra_metrics::further;
+use super::extra_metrics::{Further, further};
 use super::ladder::ArmLadder;
 use super::metric::{METRICS, Metric};
 use super::outcome::{Considered, Outcome};
-use super::statistics::Summary;
+use super::statistics::{EffectSize, Summary};
 use super::verdict::{shown_p, shown_seeds};
 
 /// How many of [`METRICS`] the table of all runs has: the others are the same for all runs of an arm.
@@ -35,7 +35,9 @@ pub fn tables(outcome: &Outcome) -> Vec<Table> {
     if comparison.ladder.is_some() {
         tables.push(laws(outcome));
     }
-    tables.extend([last_logged(outcome), runs(outcome)]);
+    tables.push(last_logged(outcome));
+    tables.extend(effect_sizes(outcome));
+    tables.push(runs(outcome));
     tables
 }
 
@@ -55,6 +57,28 @@ fn numbers(outcome: &Outcome) -> Table {
     });
     let head = ["arm", "n"].map(String::from).into_iter().chain(metrics.iter().map(Metric::label)).collect();
     Table { title: "All numbers".into(), folded: None, head, rows: rows.collect() }
+}
+
+/// Hedges' g of every arm against its base arm, for the comparison's metric and all further numbers; `None` where every arm has one
+/// seed.
+fn effect_sizes(outcome: &Outcome) -> Option<Table> {
+    let metric = outcome.comparison.metric.metric().clone();
+    let values = (0..outcome.arms.len()).map(|arm| outcome.values(arm, &metric)).collect();
+    let pairs: Vec<(usize, usize)> = outcome.pairs(0..outcome.arms.len()).collect();
+    let row = |Further { metric, values }: Further| {
+        let plain = |arm: usize| values[arm].iter().map(|(_, value)| *value).collect::<Vec<f64>>();
+        let effects: Vec<Option<EffectSize>> =
+            pairs.iter().map(|&(arm, base)| EffectSize::between(&plain(arm), &plain(base))).collect();
+        let shown = |effect: &Option<EffectSize>| effect.map_or(NONE.into(), |effect| format!("{:+.2}", effect.g()));
+        let some = effects.iter().any(Option::is_some);
+        some.then(|| [metric.title.to_string()].into_iter().chain(effects.iter().map(shown)).collect())
+    };
+    let all = [Further { metric, values }].into_iter().chain(further(outcome));
+    let rows: Vec<Vec<String>> = all.filter_map(row).collect();
+    let arms = pairs.iter().map(|&(arm, _)| outcome.arms[arm].name.clone());
+    let head = ["at the end".to_owned()].into_iter().chain(arms).collect();
+    let title = format!("Effect sizes against {}, Hedges' g", outcome.comparison.base_in_words());
+    (!rows.is_empty()).then(|| Table { title, folded: Some("Of all numbers".into()), head, rows })
 }
 
 /// Every arm's difference to the base arm: its mean and interval, how likely it is by chance alone and among all arms, how many

@@ -1,8 +1,13 @@
 //! What a model is given to learn from: token ids with their targets, still on the host.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use polyhead_attention::Mask;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::Evaluated;
 
 /// Marks a position whose prediction is not asked for: no loss, no gradient, no accuracy.
 pub const IGNORE: i64 = -100;
@@ -51,9 +56,32 @@ pub struct Batch {
     pub documents: Option<Vec<u32>>,
     /// `[batch, seq]`: whose each token is, where the data is conversations.
     pub roles: Option<Vec<Role>>,
+    /// Which source each target comes from, where the data is a mixture.
+    pub sources: Option<Sources>,
     /// Bytes of text that the targets (those not ignored) stand for, for bits per byte; 0 where the data is no text, or
     /// nobody counted.
     pub target_bytes: u64,
+}
+
+/// The source of each target of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sources {
+    /// What the sources are called.
+    pub names: Arc<[String]>,
+    /// `[batch, seq]`: numbers of sources.
+    pub of: Vec<u16>,
+}
+
+impl Sources {
+    /// The losses of targets, added up for each source that has some. Accuracy and bytes are not told apart.
+    pub fn sums(&self, targets: &[i64], losses: impl Iterator<Item = f64>) -> BTreeMap<String, Evaluated> {
+        let mut sums: BTreeMap<String, Evaluated> = BTreeMap::new();
+        for ((&source, loss), _) in self.of.iter().zip(losses).zip(targets).filter(|(_, target)| **target != IGNORE) {
+            let one = Evaluated { loss, targets: 1, ..Evaluated::default() };
+            sums.entry(self.names[usize::from(source)].clone()).or_default().add(one);
+        }
+        sums
+    }
 }
 
 impl Batch {
@@ -79,6 +107,10 @@ impl Batch {
             targets: self.targets[range.clone()].to_vec(),
             documents: self.documents.as_ref().map(|ids| ids[range.clone()].to_vec()),
             roles: self.roles.as_ref().map(|roles| roles[range.clone()].to_vec()),
+            sources: self
+                .sources
+                .as_ref()
+                .map(|Sources { names, of }| Sources { names: names.clone(), of: of[range].to_vec() }),
             target_bytes: 0,
         }
     }
@@ -107,6 +139,14 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn losses_add_up_by_source() {
+        let sources = Sources { names: ["a".into(), "b".into()].into(), of: vec![0, 1, 1, 0] };
+        let sums = sources.sums(&[5, IGNORE, 6, 7], [1.0, 2.0, 4.0, 8.0].into_iter());
+        let told: Vec<_> = sums.iter().map(|(name, sum)| (name.as_str(), sum.loss, sum.targets)).collect();
+        assert_eq!(told, [("a", 9.0, 2), ("b", 4.0, 1)]);
+    }
 
     #[test]
     fn what_is_to_be_predicted_is_an_answer_whoever_says_it() {

@@ -314,6 +314,7 @@ impl Trainable for Classifier {
         Loss {
             cross_entropy: self.objective.sum(scored.logits, &batch.labels, &batch.groups),
             penalty,
+            of_mixture: None,
             seen: scored.seen,
         }
     }

@@ -38,7 +38,7 @@ pub mod weights;
 
 pub use polyhead_attention::{ConfigError, broken, require, require_positive, require_range};
 
-pub use batch::{Batch, ContextMask, IGNORE, Role};
+pub use batch::{Batch, ContextMask, IGNORE, Role, Sources};
 pub use classifier::{
     Bin, Body, ClassScore, ClassTotals, ClassWeights, Classifier, ClassifierConfig, Encoder, EncoderRead, GroupCount,
     InputLayer, LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
@@ -55,7 +55,7 @@ pub use gaussian_adaptive_transformer::{
 };
 pub use generate::{Continuation, Past, Request, Sampling, continuations, continue_all};
 pub use layer_features::TokenPooling;
-pub use loss::{Evaluated, Loss};
+pub use loss::{Evaluated, Loss, TokenTotals};
 pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};
 pub use per_layer::PerLayer;
 pub use pooling::{
@@ -63,7 +63,7 @@ pub use pooling::{
     TrainablePoolingConfig,
 };
 pub use prompt_pair::PromptPair;
-pub use question::{Known, Question};
+pub use question::{Known, Question, SkillQuestion};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
 pub use trainable::{EvalTotals, Matrix, TrainBatch, Trainable};

@@ -1,5 +1,7 @@
 //! What a model is told about a batch: the loss to minimise, and the sums that evaluation adds up.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::{DType, Tensor};
 use polyhead_attention::{Observation, Observe};
 use polyhead_kernels::{CrossEntropy, Divergence, Targets, cross_entropy, divergence, in_type, linear};
@@ -15,6 +17,8 @@ pub struct Loss {
     pub cross_entropy: Tensor<1>,
     /// `[1]`: the mean over layers of a mechanism's auxiliary loss, unweighted; `None` without one.
     pub penalty: Option<Tensor<1>>,
+    /// `[batch * seq]`, nats, without gradient: the losses of the targets, where the batch is of a mixture.
+    pub of_mixture: Option<Tensor<1>>,
     /// What each layer saw, if asked for.
     pub seen: Vec<Observation>,
 }
@@ -57,6 +61,15 @@ impl Evaluated {
     }
 }
 
+/// The sums of evaluated batches of tokens.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TokenTotals {
+    /// Of all targets.
+    pub all: Evaluated,
+    /// Of the targets of each source, where the data is a mixture.
+    pub sources: BTreeMap<String, Evaluated>,
+}
+
 impl Decoder {
     /// The loss of a batch, differentiable.
     pub fn loss(&self, batch: &Batch, observe: Observe) -> Loss {
@@ -69,7 +82,8 @@ impl Decoder {
         let out = self.predict(batch, forward.hidden);
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { cross_entropy: out.sum, penalty, seen: forward.seen }
+        let of_mixture = batch.sources.as_ref().map(|_| out.losses);
+        Loss { cross_entropy: out.sum, penalty, of_mixture, seen: forward.seen }
     }
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
@@ -82,16 +96,23 @@ impl Decoder {
 
     /// The same under another mask, or with something added to the projections.
     pub fn evaluate_pass(&self, batch: &Batch, pass: Pass<'_>) -> Evaluated {
+        self.totals_of_pass(batch, pass).all
+    }
+
+    /// The same, told apart by sources.
+    pub fn totals_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> TokenTotals {
         let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
         let out = self.predict(batch, forward.hidden);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
-        let sum = |x: Tensor<1>| x.into_data().iter::<f64>().sum::<f64>();
-        Evaluated {
-            loss: sum(out.losses),
-            correct: sum(out.correct) as u64,
+        let (losses, correct) = (out.losses.into_data(), out.correct.into_data());
+        let all = Evaluated {
+            loss: losses.iter::<f64>().sum(),
+            correct: correct.iter::<f64>().sum::<f64>() as u64,
             targets: batch.target_tokens(),
             bytes: batch.target_bytes,
-        }
+        };
+        let sources = batch.sources.as_ref().map(|sources| sources.sums(&batch.targets, losses.iter::<f64>()));
+        TokenTotals { all, sources: sources.unwrap_or_default() }
     }
 
     /// What this model and `other` predict of a batch, beside each other. Each of them reads the batch once; `passed` is called

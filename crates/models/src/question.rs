@@ -21,3 +21,14 @@ pub struct Question {
     /// Whether it can be known.
     pub known: Known,
 }
+
+/// A question about a skill, as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkillQuestion {
+    /// The skill's name.
+    pub skill: &'static str,
+    /// What is asked, and the answer.
+    pub tokens: Vec<u32>,
+    /// Where in them the answer begins.
+    pub answer: usize,
+}

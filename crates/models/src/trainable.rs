@@ -1,10 +1,12 @@
 //! What the loop asks of a model, whatever it learns: a loss to minimise, sums to judge it by, something to look at.
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_attention::{Mask, Observation, Observe};
 
-use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass};
+use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass, TokenTotals};
 
 /// A model that can be trained.
 pub trait Trainable: Module + 'static {
@@ -48,6 +50,12 @@ pub trait TrainBatch {
     fn target_bytes(&self) -> u64 {
         0
     }
+
+    /// The losses of its targets, added up for each source; empty where the data is no mixture.
+    fn by_source(&self, loss: &Loss) -> BTreeMap<String, Evaluated> {
+        let _ = loss;
+        BTreeMap::new()
+    }
 }
 
 /// What an evaluation adds up over its batches.
@@ -63,8 +71,8 @@ pub trait EvalTotals: Clone + std::fmt::Debug + Default {
         Vec::new()
     }
 
-    /// Numbers of each layer, by their names in the logs.
-    fn of_layers(&self) -> Vec<(String, f64)> {
+    /// Numbers of each layer or each source, by their names in the logs.
+    fn of_parts(&self) -> Vec<(String, f64)> {
         Vec::new()
     }
 
@@ -97,21 +105,35 @@ impl TrainBatch for Batch {
     fn target_bytes(&self) -> u64 {
         self.target_bytes
     }
+
+    fn by_source(&self, loss: &Loss) -> BTreeMap<String, Evaluated> {
+        match (&self.sources, &loss.of_mixture) {
+            (Some(sources), Some(losses)) => sources.sums(&self.targets, losses.to_data().iter::<f64>()),
+            _ => BTreeMap::new(),
+        }
+    }
 }
 
-impl EvalTotals for Evaluated {
+impl EvalTotals for TokenTotals {
     fn add(&mut self, other: Self) {
-        Evaluated::add(self, other);
+        self.all.add(other.all);
+        for (name, sums) in other.sources {
+            self.sources.entry(name).or_default().add(sums);
+        }
     }
 
     fn evaluated(&self) -> Evaluated {
-        *self
+        self.all
+    }
+
+    fn of_parts(&self) -> Vec<(String, f64)> {
+        self.sources.iter().map(|(name, sums)| (format!("loss/validation/{name}"), sums.mean_loss())).collect()
     }
 }
 
 impl Trainable for Decoder {
     type Batch = Batch;
-    type Totals = Evaluated;
+    type Totals = TokenTotals;
 
     fn device(&self) -> Device {
         self.device()
@@ -128,8 +150,8 @@ impl Trainable for Decoder {
         }
     }
 
-    fn totals(&self, batch: &Batch) -> Evaluated {
-        self.evaluate(batch)
+    fn totals(&self, batch: &Batch) -> TokenTotals {
+        self.totals_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)))
     }
 
     fn observe_layers(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {

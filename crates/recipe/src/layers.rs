@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use polyhead_data::MIXTURE;
 use serde::de::DeserializeOwned;
 use toml_edit::{Document, Item, TableLike, Value};
 
@@ -245,7 +246,7 @@ pub fn merge(layers: &[Layer]) -> toml::Table {
 
 fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     if is_choice(path) && !over.is_empty() {
-        base.retain(|key, _| over.contains_key(key));
+        base.retain(|key, _| over.contains_key(key) || is_mixture(path, over) && MIXTURE.contains(&key));
     }
     // A folder with trained weights brings its own settings. The other way round nothing is dropped: whoever changes a
     // setting of trained weights has to hear that they do not fit, not to get fresh ones.
@@ -262,6 +263,9 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         match (base.get_mut(key), value) {
             (Some(toml::Value::Table(base)), toml::Value::Table(over)) => merge_into(base, over, &path),
+            (Some(toml::Value::Array(base)), toml::Value::Table(over)) if all_within(base, over) => {
+                merge_items(base, over, &path);
+            }
             _ => {
                 base.insert(key.clone(), value.clone());
             }
@@ -269,10 +273,30 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     }
 }
 
+/// Whether a table's keys are all places of a list, as in `data.source.0.weight`.
+fn all_within(list: &[toml::Value], over: &toml::Table) -> bool {
+    !over.is_empty() && over.keys().all(|key| key.parse::<usize>().is_ok_and(|at| at < list.len()))
+}
+
+fn merge_items(list: &mut [toml::Value], over: &toml::Table, path: &str) {
+    for (key, value) in over {
+        let Some(item) = key.parse().ok().and_then(|at: usize| list.get_mut(at)) else { continue };
+        match (item, value) {
+            (toml::Value::Table(base), toml::Value::Table(over)) => merge_into(base, over, &format!("{path}.{key}")),
+            (item, value) => *item = value.clone(),
+        }
+    }
+}
+
+/// Whether these are keys of a mixture, which are one choice together.
+fn is_mixture(path: &str, table: &toml::Table) -> bool {
+    path == "data" && table.keys().all(|key| MIXTURE.contains(&&**key))
+}
+
 /// Tables that stand for a choice and hold several, with the names of those.
 pub fn undecided(merged: &toml::Table) -> Vec<(String, Vec<String>)> {
     fn walk(table: &toml::Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
-        if is_choice(path) && table.len() > 1 {
+        if is_choice(path) && table.len() > 1 && !is_mixture(path, table) {
             found.push((path.to_owned(), table.keys().cloned().collect()));
         }
         for (key, value) in table {
@@ -310,6 +334,22 @@ mod tests {
         assert!(merged["data"].get("rust_docs").is_none() && merged["data"].get("text").is_some());
         assert_eq!(merged["training"]["steps"].as_integer(), Some(5));
         assert_eq!(merged["training"]["seq_len"].as_integer(), Some(2));
+    }
+
+    #[test]
+    fn the_keys_of_a_mixture_are_one_choice_and_its_sources_are_changed_by_place() {
+        let base = parse_layer("a", "[data]\nuntil = 5\n[[data.source]]\n[[data.source]]\nweight = 1").unwrap();
+        let [second, until, text] = ["data.source.1.weight=3", "data.until=all_exhausted", "data.text.paths=[]"]
+            .map(|text| parse_override(text).unwrap());
+        let merged = merge(&[base.clone(), second, until]);
+        assert!(undecided(&merged).is_empty());
+        assert_eq!(merged["data"]["until"].as_str(), Some("all_exhausted"));
+        let weight = |at: usize| merged["data"]["source"][at].get("weight").and_then(toml::Value::as_integer);
+        assert_eq!((weight(0), weight(1)), (None, Some(3)));
+        let merged = merge(&[base.clone(), text]);
+        assert_eq!(merged["data"].as_table().unwrap().keys().collect::<Vec<_>>(), ["text"]);
+        let beside = parse_layer("a", "[data]\nuntil = 5\n[data.copy]").unwrap();
+        assert_eq!(undecided(&merge(&[beside])).len(), 1);
     }
 
     #[test]

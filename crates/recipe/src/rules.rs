@@ -187,8 +187,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         })
         .err(),
     );
-    let data = recipe.data.source().validate(training.seq_len).map_err(|error| error.within(recipe.data.name()));
-    problems.extend(within("data", data));
+    problems.extend(within("data", recipe.data.validate(training.seq_len)));
     let procedure = recipe.procedure.validate(decoder, training);
     problems.extend(procedure.into_iter().map(|error| error.within("procedure")));
     if let ProcedureConfig::NeuronDropout(config) = &recipe.procedure {

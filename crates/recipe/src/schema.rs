@@ -124,28 +124,34 @@ fn walk(root: &Value, schemas: &[&Value], table: &toml::Table, path: &str, repor
             report(&path, Fault::Key(key), &|| known().flat_map(|properties| properties.keys().cloned()).collect());
             continue;
         }
+        let items = || -> Vec<&Value> {
+            let variants = inner.iter().flat_map(|schema| self::variants(root, schema));
+            variants.filter_map(|schema| schema.get("items")).collect()
+        };
         match value {
+            // Items of a list by their places, as in `data.source.0.weight`.
+            toml::Value::Table(places) if places.keys().all(|key| key.parse::<usize>().is_ok()) => {
+                for (index, item) in places.iter().filter_map(|(index, item)| Some((index, item.as_table()?))) {
+                    walk(root, &items(), item, &format!("{path}.{index}"), report);
+                }
+            }
             toml::Value::Table(table) => walk(root, &inner, table, &path, report),
             toml::Value::Array(list) => {
-                let items: Vec<&Value> = inner
-                    .iter()
-                    .flat_map(|schema| self::variants(root, schema))
-                    .filter_map(|schema| schema.get("items"))
-                    .collect();
                 for (index, item) in list.iter().enumerate() {
                     if let toml::Value::Table(table) = item {
-                        walk(root, &items, table, &format!("{path}.{index}"), report);
+                        walk(root, &items(), table, &format!("{path}.{index}"), report);
                     }
                 }
             }
             toml::Value::String(word) => {
                 let inner: Vec<&Value> = inner.iter().flat_map(|schema| self::variants(root, schema)).collect();
                 let inner: Vec<&Value> = inner.into_iter().filter(|schema| schema["type"] != "null").collect();
-                let tables = inner.iter().filter_map(|schema| schema.get("properties")?.as_object());
-                let tables: Vec<_> = tables.filter(|keys| keys.len() == 1).collect();
-                // A choice between tables has one key in each of them.
-                if inner.len() > 1 && tables.len() == inner.len() {
-                    report(&path, Fault::Word(word), &|| tables.iter().flat_map(|keys| keys.keys().cloned()).collect());
+                let tables: Vec<_> = inner.iter().filter_map(|schema| schema.get("properties")?.as_object()).collect();
+                // A choice between tables has one key in each of them, but for mixtures of data.
+                let choice = tables.iter().filter(|keys| keys.len() == 1).count() > 1;
+                if choice && tables.len() == inner.len() {
+                    let single = || tables.iter().filter(|keys| keys.len() == 1);
+                    report(&path, Fault::Word(word), &|| single().flat_map(|keys| keys.keys().cloned()).collect());
                 }
             }
             _ => {}

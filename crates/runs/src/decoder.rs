@@ -8,6 +8,7 @@ use polyhead_data::{Loader, Opened, Tokenizer};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
 use polyhead_evaluation::head_scores::Pattern;
 use polyhead_evaluation::heads::observe_layers;
+use polyhead_evaluation::health::Health;
 use polyhead_evaluation::sets::{SetScore, SetTotals};
 use polyhead_models::adapters::is_pair;
 use polyhead_models::intervention::is_intervention_tensor;
@@ -151,13 +152,21 @@ impl Kind for Decoder {
         set_scores(&self.valid(), &data.validation)
     }
 
-    fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static>>> {
-        let world = world(recipe)?;
-        let (questions, asking) = (world.questions(), Asking::new(world.end(), self.config().n_layers));
-        Some(Box::new(move |model, go_on| {
-            let numbers = Summary::of(&ask(model, &questions, &asking, go_on)?, asking.confident).numbers();
-            Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
-        }))
+    fn probe(&self, recipe: &Recipe, data: &Opened) -> Result<Option<Box<Probe<'static>>>, Failure> {
+        if let Some(world) = world(recipe) {
+            let (questions, asking) = (world.questions(), Asking::new(world.end(), self.config().n_layers));
+            return Ok(Some(Box::new(move |model, go_on| {
+                let numbers = Summary::of(&ask(model, &questions, &asking, go_on)?, asking.confident).numbers();
+                Some(numbers.into_iter().map(|(name, value)| (format!("facts/{name}"), value)).collect())
+            })));
+        }
+        let Some(tokenizer) = &data.tokenizer else { return Ok(None) };
+        let questions = recipe.data.skill_questions(tokenizer)?;
+        if questions.is_empty() {
+            return Ok(None);
+        }
+        let health = Health { questions, end: tokenizer.end_of_text() };
+        Ok(Some(Box::new(move |model, go_on| health.measure(model, go_on))))
     }
 
     fn head_scores(recipe: &Recipe, data: &Opened) -> Result<Option<Box<Probe<'static>>>, Failure> {

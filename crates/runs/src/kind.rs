@@ -55,9 +55,12 @@ pub trait Kind: TrainableModel {
     }
 
     /// What is measured about the model beside its loss, where the recipe's data asks for something.
-    fn probe(&self, recipe: &Recipe) -> Option<Box<Probe<'static, Self>>> {
-        let _ = recipe;
-        None
+    ///
+    /// # Errors
+    /// If what it is asked cannot be tokenized.
+    fn probe(&self, recipe: &Recipe, data: &Self::Data) -> Result<Option<Box<Probe<'static, Self>>>, Failure> {
+        let _ = (recipe, data);
+        Ok(None)
     }
 
     /// What is measured about its heads along the training, where the recipe asks for it.

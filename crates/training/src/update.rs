@@ -1,8 +1,10 @@
 //! What the forward passes of a step add up to, and the update that ends it: shared by all procedures.
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::tensor::{Gradients, Tensor};
-use polyhead_models::{Decoder, Loss, TrainBatch, Trainable};
+use polyhead_models::{Decoder, Evaluated, Loss, TrainBatch, Trainable};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, TrainingConfig};
@@ -16,6 +18,7 @@ pub(crate) struct Step<M = Decoder> {
     targets: u64,
     loss_sum: f64,
     penalty_sum: Option<f64>,
+    sources: BTreeMap<String, Evaluated>,
     grads: Sum<M>,
     /// The square of the norm of gradients that count when clipping and belong to no parameter.
     pub(crate) square_beside: f64,
@@ -31,6 +34,7 @@ impl<M: Trainable> Step<M> {
             targets,
             loss_sum: 0.0,
             penalty_sum: None,
+            sources: BTreeMap::new(),
             grads: Sum::default(),
             square_beside: 0.0,
             measured: Vec::new(),
@@ -41,6 +45,9 @@ impl<M: Trainable> Step<M> {
     /// forward passes changes nothing.
     pub(crate) fn objective(&mut self, loss: Loss, batch: &M::Batch, penalty_weight: f64) -> Tensor<1> {
         self.loss_sum += f64::from(loss.cross_entropy.clone().into_scalar::<f32>());
+        for (source, sums) in batch.by_source(&loss) {
+            self.sources.entry(source).or_default().add(sums);
+        }
         let all = self.targets.max(1) as f64;
         let mut objective = loss.cross_entropy / all;
         if let Some(penalty) = loss.penalty {
@@ -96,7 +103,9 @@ impl Updater {
         let mut grads = step.grads.finish();
         let grad_norm = global_norm(&grads, &model);
         let loss = step.loss_sum / step.targets.max(1) as f64;
-        let (penalty, targets, measured) = (step.penalty_sum, step.targets, step.measured);
+        let (penalty, targets, mut measured) = (step.penalty_sum, step.targets, step.measured);
+        let of_source = |(name, sums): (String, Evaluated)| (format!("loss/train/{name}"), sums.mean_loss());
+        measured.extend(step.sources.into_iter().map(of_source));
         let mut report = StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() };
         if !(loss.is_finite() && grad_norm.is_finite() && step.square_beside.is_finite()) {
             (report.skipped, report.refused) = (true, self.on_nonfinite == OnNonfinite::Stop);

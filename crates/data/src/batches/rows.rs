@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use polyhead_models::{Batch, IGNORE, Role};
+use polyhead_models::{Batch, IGNORE, Role, Sources};
 
 use super::{LoaderOptions, Samples, Stream};
 use crate::{DataError, Tokenizer};
@@ -19,19 +19,21 @@ pub struct Sample {
     pub documents: Option<Vec<u32>>,
     /// Whose each token is, where rows are conversations.
     pub roles: Option<Vec<Role>>,
+    /// Which source each target comes from, where samples are of a mixture: numbers in [`Samples::sources`].
+    pub sources: Option<Vec<u16>>,
 }
 
 /// The first samples, `most` or as many as there are, to track a model on: as in training, without padding.
 pub(crate) fn first_rows(samples: &dyn Samples, most: u64) -> Result<Vec<Batch>, DataError> {
     let row = |index: u64| {
-        let Sample { mut tokens, mut targets, mut documents, mut roles } = samples.sample(0, index)?;
+        let Sample { mut tokens, mut targets, mut documents, mut roles, .. } = samples.sample(0, index)?;
         let filled = roles.as_ref().and_then(|roles| roles.iter().rposition(|&role| role != Role::Padding));
         let seq = filled.map_or(tokens.len(), |last| last + 1);
         tokens.truncate(seq);
         targets.truncate(seq);
         documents.iter_mut().for_each(|documents| documents.truncate(seq));
         roles.iter_mut().for_each(|roles| roles.truncate(seq));
-        Ok(Batch { batch: 1, seq, tokens, targets, documents, roles, target_bytes: 0 })
+        Ok(Batch { batch: 1, seq, tokens, targets, documents, roles, ..Batch::default() })
     };
     (0..most.min(samples.per_epoch())).map(row).collect()
 }
@@ -84,6 +86,7 @@ impl Loader {
             seq: first.tokens.len(),
             documents: first.documents.as_ref().map(|_| Vec::new()),
             roles: first.roles.as_ref().map(|_| Vec::new()),
+            sources: first.sources.as_ref().map(|_| Sources { names: self.stream.samples.sources(), of: Vec::new() }),
             ..Batch::default()
         };
         let numbers = self.stream.options.rows(&self.stream.samples.parts(), position);
@@ -93,6 +96,7 @@ impl Loader {
             batch.targets.extend(row.targets);
             batch.documents.iter_mut().zip(row.documents).for_each(|(all, own)| all.extend(own));
             batch.roles.iter_mut().zip(row.roles).for_each(|(all, own)| all.extend(own));
+            batch.sources.iter_mut().zip(row.sources).for_each(|(all, own)| all.of.extend(own));
         }
         if let Some(bytes) = &self.token_bytes {
             for &target in batch.targets.iter().filter(|&&target| target != IGNORE) {
@@ -249,7 +253,7 @@ mod tests {
             tokens: vec![0; tokens],
             targets: vec![target; tokens],
             documents: documents.map(|count| vec![0; count]),
-            roles: None,
+            ..Sample::default()
         };
         let message = |samples: Vec<Sample>, batch_size: usize| {
             let options = LoaderOptions { batch_size, seed: 5, order: Order::Endless };

@@ -90,5 +90,5 @@ pub(crate) fn row<'a>(chats: impl IntoIterator<Item = &'a ChatTokens>, seq_len: 
     targets.resize(seq_len, IGNORE);
     documents.resize(seq_len, count);
     roles.resize(seq_len, Role::Padding);
-    Sample { tokens, targets, documents: Some(documents), roles: Some(roles) }
+    Sample { tokens, targets, documents: Some(documents), roles: Some(roles), ..Sample::default() }
 }

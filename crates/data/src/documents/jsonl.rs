@@ -4,10 +4,11 @@ use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::open;
 use super::rows::{for_each_row, text_of};
-use crate::problem::{Problem, some_path};
+use crate::problem::{Problem, require, some_path};
 use crate::source::Source;
 use crate::texts::{Documents, FromFiles, TextDocument};
 use crate::{Data, DataError, Opening};
@@ -22,6 +23,58 @@ pub struct JsonlConfig {
     /// The field, or the column, that holds the text. Default: "text".
     #[serde(default = "text_field")]
     pub field: String,
+    /// Rows to read: those whose numbers keep all of these rules. Default: all.
+    #[serde(default, rename = "where", skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<NumberRule>,
+}
+
+/// A rule for the number in a field, or in a column, of a row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NumberRule {
+    /// The field.
+    pub field: String,
+    /// It is larger than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub above: Option<f64>,
+    /// It is this or more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_least: Option<f64>,
+    /// It is smaller than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub below: Option<f64>,
+    /// It is this or less.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_most: Option<f64>,
+}
+
+impl NumberRule {
+    /// Whether a number keeps it.
+    pub fn keeps(&self, number: f64) -> bool {
+        self.above.is_none_or(|bound| number > bound)
+            && self.at_least.is_none_or(|bound| number >= bound)
+            && self.below.is_none_or(|bound| number < bound)
+            && self.at_most.is_none_or(|bound| number <= bound)
+    }
+
+    /// Whether a row keeps it; tables have their numbers as text.
+    fn keeps_row(&self, row: &Value) -> Result<bool, String> {
+        let value = row.get(&self.field);
+        let number = value.and_then(|value| value.as_f64().or_else(|| value.as_str()?.trim().parse().ok()));
+        let number = number.ok_or_else(|| {
+            let found = value.map_or("it is missing".to_owned(), |value| format!("it holds {value}"));
+            format!("no number in field \"{}\" ({found}), for which data.jsonl.where has a rule", self.field)
+        })?;
+        Ok(self.keeps(number))
+    }
+
+    fn validate(&self) -> Result<(), Problem> {
+        let Self { above, at_least, below, at_most, .. } = self;
+        let bounds: Vec<f64> = [above, at_least, below, at_most].into_iter().flatten().copied().collect();
+        require(!bounds.is_empty() && bounds.iter().all(|bound| !bound.is_nan()), "where", || {
+            format!("where: the rule for \"{}\" has no bound: give above, at_least, below or at_most", self.field)
+        })
+    }
 }
 
 fn text_field() -> String {
@@ -30,7 +83,8 @@ fn text_field() -> String {
 
 impl Source for JsonlConfig {
     fn validate(&self, _seq_len: usize) -> Result<(), Problem> {
-        some_path(&self.paths)
+        some_path(&self.paths)?;
+        self.rules.iter().try_for_each(NumberRule::validate)
     }
 
     fn paths(&self) -> Vec<String> {
@@ -51,12 +105,25 @@ impl Source for JsonlConfig {
 /// # Errors
 /// If a pattern matches nothing, or a row is not an object with the field.
 fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
-    let mut documents = Vec::new();
-    let notes = for_each_row(&config.paths, &[&config.field], |name, row| {
+    let (mut documents, mut left_out) = (Vec::new(), 0);
+    let columns: Vec<&str> = config.rules.iter().map(|rule| &*rule.field).chain([&*config.field]).collect();
+    let mut notes = for_each_row(&config.paths, &columns, |name, row| {
+        for rule in &config.rules {
+            if !rule.keeps_row(row)? {
+                left_out += 1;
+                return Ok(());
+            }
+        }
         let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
         documents.push(TextDocument { name, text: text.to_owned() });
         Ok(())
     })?;
+    if documents.is_empty() && left_out > 0 {
+        return Err(unusable!(
+            "data.jsonl.where leaves none of {left_out} rows: loosen its rules, or name other paths"
+        ));
+    }
+    notes.extend((left_out > 0).then(|| format!("{left_out} rows left out by data.jsonl.where")));
     Ok(FromFiles { items: documents, notes })
 }
 
@@ -67,7 +134,7 @@ mod tests {
     use crate::testing::{Folder, gzip};
 
     fn config(path: &Path) -> JsonlConfig {
-        JsonlConfig { paths: vec![path.display().to_string()], field: "text".into() }
+        JsonlConfig { paths: vec![path.display().to_string()], field: "text".into(), rules: Vec::new() }
     }
 
     fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
@@ -83,6 +150,33 @@ mod tests {
         }
         let packed = dir.write("rows.jsonl", gzip("{\"text\": \"a\"}\n"));
         assert_eq!(texts(&read_jsonl(&config(&packed)).unwrap()), ["a"]);
+    }
+
+    #[test]
+    fn rows_are_chosen_by_their_numbers() {
+        let dir = Folder::new();
+        let rows = "text,likes,tokens\njunk,501,29\nplain,500,101\nlong,900,30\nshort,501,100\n";
+        let rule =
+            |field: &str, above, below| NumberRule { field: field.into(), above, at_least: None, below, at_most: None };
+        let rules = vec![rule("likes", Some(500.0), None), rule("tokens", None, Some(30.0))];
+        let config = JsonlConfig { rules, ..config(&dir.write("rows.csv", rows)) };
+        let read = read_jsonl(&config).unwrap();
+        assert_eq!(texts(&read), ["junk"]);
+        assert_eq!(read.notes, ["3 rows left out by data.jsonl.where"]);
+        let message = |rule: NumberRule| {
+            let config = JsonlConfig { rules: vec![rule], ..config.clone() };
+            config
+                .validate(8)
+                .map_err(|error| error.problem)
+                .and(read_jsonl(&config).map_err(|error| error.to_string()))
+        };
+        assert!(message(rule("likes", None, None)).unwrap_err().contains("has no bound"));
+        assert!(message(rule("likes", Some(5000.0), None)).unwrap_err().contains("leaves none of 4 rows"));
+        let error = message(rule("text", Some(0.0), None)).unwrap_err();
+        assert!(
+            error.contains("rows.csv") && error.contains("no number in field \"text\" (it holds \"junk\")"),
+            "{error}"
+        );
     }
 
     #[test]

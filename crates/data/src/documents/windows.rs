@@ -13,13 +13,26 @@ use crate::random::mix;
 
 /// Rows of `seq_len` tokens, cut one after the other from the concatenated ranges.
 pub struct Windows {
-    file: Arc<TokenFile>,
-    ranges: Vec<Range<u64>>,
+    files: Vec<Arc<TokenFile>>,
+    // The number of the file, and the tokens of it.
+    ranges: Vec<(u16, Range<u64>)>,
+    // What the files are called, where each is a source of a mixture.
+    names: Arc<[String]>,
     // Where each range starts in the stream; the stream's length last.
     starts: Vec<u64>,
     seq_len: u64,
     packing: Packing,
     seed: Option<u64>,
+}
+
+/// A part of the stream.
+#[derive(Default)]
+struct Part {
+    ids: Vec<u32>,
+    /// Whether a document starts at the token.
+    fresh: Vec<bool>,
+    /// The number of the token's file.
+    sources: Vec<u16>,
 }
 
 impl Windows {
@@ -34,11 +47,25 @@ impl Windows {
         packing: Packing,
         seed: Option<u64>,
     ) -> Result<Self, DataError> {
+        let ranges = ranges.into_iter().map(|range| (0, range)).collect();
+        Self::of_mixture(vec![file], ranges, Arc::default(), (seq_len, packing, seed))
+    }
+
+    /// The same for ranges of several files, each with the number of its file; `names` are those of the sources that the files are.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_mixture(
+        files: Vec<Arc<TokenFile>>,
+        ranges: Vec<(u16, Range<u64>)>,
+        names: Arc<[String]>,
+        (seq_len, packing, seed): (usize, Packing, Option<u64>),
+    ) -> Result<Self, DataError> {
         if seq_len == 0 {
             return Err(unusable!("training.seq_len (0) must be at least 1"));
         }
         let mut starts = vec![0];
-        for range in &ranges {
+        for (_, range) in &ranges {
             starts.push(starts[starts.len() - 1] + range.end - range.start);
         }
         let total = starts[starts.len() - 1];
@@ -49,30 +76,39 @@ impl Windows {
                 seq_len + 1
             ));
         }
-        Ok(Self { file, ranges, starts, seq_len: seq_len as u64, packing, seed })
+        Ok(Self { files, ranges, names, starts, seq_len: seq_len as u64, packing, seed })
     }
 
     fn total(&self) -> u64 {
         self.starts[self.starts.len() - 1]
     }
 
-    /// Reads a part of the stream; with each token, whether a document starts at it.
-    fn read(&self, part: Range<u64>) -> Result<(Vec<u32>, Vec<bool>), DataError> {
-        let (mut ids, mut fresh) = (Vec::new(), Vec::new());
+    /// Tokens of each of `count` files.
+    pub fn tokens_by_source(&self, count: usize) -> Vec<u64> {
+        let mut tokens = vec![0; count];
+        self.ranges.iter().for_each(|(file, range)| tokens[usize::from(*file)] += range.end - range.start);
+        tokens
+    }
+
+    /// Reads a part of the stream.
+    fn read(&self, part: Range<u64>) -> Result<Part, DataError> {
+        let Part { mut ids, mut fresh, mut sources } = Part::default();
         let mut index = self.starts.partition_point(|&start| start <= part.start) - 1;
         let mut at = part.start;
         while at < part.end {
             let skipped = at - self.starts[index];
             let length = (self.starts[index + 1] - at).min(part.end - at);
-            let first = self.ranges[index].start + skipped;
-            self.file.read(first..first + length, &mut ids)?;
+            let (source, range) = &self.ranges[index];
+            let (file, first) = (&self.files[usize::from(*source)], range.start + skipped);
+            file.read(first..first + length, &mut ids)?;
             // The first token of a range starts a document even where the split has cut one in two.
-            let starts = |token: u64| token == self.ranges[index].start || self.file.starts_document(token);
+            let starts = |token: u64| token == range.start || file.starts_document(token);
             fresh.extend((first..first + length).map(starts));
+            sources.resize(ids.len(), *source);
             at += length;
             index += 1;
         }
-        Ok((ids, fresh))
+        Ok(Part { ids, fresh, sources })
     }
 }
 
@@ -87,7 +123,7 @@ impl Samples for Windows {
         let room = self.total() - 1 - self.per_epoch() * self.seq_len;
         let offset = self.seed.map_or(0, |seed| mix(seed, epoch) % self.seq_len.min(room + 1));
         let start = offset + index * self.seq_len;
-        let (ids, fresh) = self.read(start..start + self.seq_len + 1)?;
+        let Part { ids, fresh, sources } = self.read(start..start + self.seq_len + 1)?;
         let length = self.seq_len as usize;
         let mut targets: Vec<i64> = ids[1..].iter().map(|&id| i64::from(id)).collect();
         let documents = (self.packing == Packing::Documents).then(|| {
@@ -102,7 +138,12 @@ impl Samples for Windows {
             };
             fresh[..length].iter().scan(0, count).collect()
         });
-        Ok(Sample { tokens: ids[..length].to_vec(), targets, documents, roles: None })
+        let sources = (!self.names.is_empty()).then(|| sources[1..].to_vec());
+        Ok(Sample { tokens: ids[..length].to_vec(), targets, documents, sources, ..Sample::default() })
+    }
+
+    fn sources(&self) -> Arc<[String]> {
+        self.names.clone()
     }
 }
 

@@ -214,7 +214,7 @@ impl EvalTotals for ClassTotals {
         numbers
     }
 
-    fn of_layers(&self) -> Vec<(String, f64)> {
+    fn of_parts(&self) -> Vec<(String, f64)> {
         let shares = self.importance().map_or(Vec::new(), |importance| importance.shares());
         let name = |layer: usize| format!("importance/layer_{layer:02}");
         shares.into_iter().enumerate().map(|(layer, share)| (name(layer), f64::from(share))).collect()

@@ -81,7 +81,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let validation = Source(&opened.validation);
     let watched = Watched::first(&validation, batches, caller());
-    let sums = evaluate(&trained.model, &watched, 0)?;
+    let totals = evaluate(&trained.model, &watched, 0)?;
+    let sums = totals.all;
     if sums.targets == 0 {
         let problem =
             format!("{}: none of the held-out tokens is a target: there is nothing to measure", opened.description);
@@ -91,6 +92,9 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         "checkpoint": trained.path, "batches": watched.per_epoch(), "targets": sums.targets, "loss": sums.mean_loss(),
         "bits_per_byte": sums.bits_per_byte(), "accuracy": sums.accuracy(), "best_possible_loss": opened.floor,
     });
+    for (source, sums) in &totals.sources {
+        result["sources"][source] = json!({ "targets": sums.targets, "loss": sums.mean_loss() });
+    }
     let sets = set_scores(&trained.model, &opened.validation)?;
     if !sets.is_empty() {
         result["sets"] = serde_json::to_value(sets).map_err(|error| Failure::Run(error.to_string()))?;

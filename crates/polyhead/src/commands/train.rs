@@ -174,7 +174,7 @@ impl Task<'_> {
         let (train, held_out, known) = (data.train(), data.held_out(), data.known());
         let (recipe, TrainSession { run_dir, signals, .. }) = (&self.resolved.recipe, &self.session);
         self.tell_model(&model);
-        let (probe, heads) = (model.probe(recipe), K::head_scores(recipe, data)?);
+        let (probe, heads) = (model.probe(recipe, data)?, K::head_scores(recipe, data)?);
         let start = self.tell_start()?;
         let text = recipe::resolved(&kept(recipe))?;
         let about = result::About {

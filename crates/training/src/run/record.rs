@@ -144,7 +144,7 @@ impl Record {
         });
         let mut numbers: Vec<(String, f64)> =
             sums.numbers().iter().map(|(name, value)| (name.to_string(), *value)).collect();
-        numbers.extend(sums.of_layers());
+        numbers.extend(sums.of_parts());
         numbers.extend_from_slice(measured);
         self.numbers(line, step, &numbers);
         self.write_events(|events| {
