@@ -14,6 +14,7 @@
 mod columns;
 mod complete;
 mod dates;
+mod indicator;
 mod jinja;
 mod limits;
 mod markers;
@@ -44,6 +45,7 @@ use crate::{Data, DataError, Opening, Tokenizer};
 
 pub use crate::tokenizer::Special;
 pub use columns::{AlpacaColumns, ColumnsConfig, Conversation, MessagesColumns, Names, SharegptColumns};
+pub use indicator::IndicatorConfig;
 pub use markers::end_of_answer;
 pub(crate) use markers::{note, other_than_own};
 pub(crate) use rows::row;
@@ -88,6 +90,9 @@ pub struct ChatConfig {
     /// More skipped rows than this are an error. Default: 100.
     #[serde(default = "max_bad_rows")]
     pub max_bad_rows: usize,
+    /// Mark what users say where the answer depends on the context, such as { scores = "scores.jsonl" }. Default: nothing is marked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub indicator: Option<IndicatorConfig>,
     /// Several conversations in a row, where they fit; attention stays inside each. Default: true.
     #[serde(default = "yes")]
     pub pack: bool,
@@ -99,6 +104,7 @@ impl Source for ChatConfig {
         const GIVEN: [&str; 7] =
             ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"];
         some_path(&self.paths)?;
+        self.indicator.as_ref().map_or(Ok(()), |indicator| indicator.validate(&self.paths))?;
         if let Some(date) = &self.date {
             require(dates::Day::parse(date).is_some(), "date", || {
                 format!("date (\"{date}\") must be a day such as \"2025-07-26\"")

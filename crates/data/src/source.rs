@@ -193,6 +193,15 @@ impl DataConfig {
         self.source().validate(seq_len).map_err(own)
     }
 
+    /// What its sources are called, whose losses are told apart; none where it is of one.
+    pub fn source_names(&self) -> Vec<String> {
+        match self {
+            Self::Mixture(mixture) => mixture.names(),
+            Self::Facts(facts) => facts.source_names(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether it is text, which needs a tokenizer.
     pub fn is_text(&self) -> bool {
         matches!(self.modality(), Modality::Text | Modality::Chat)

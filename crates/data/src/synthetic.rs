@@ -54,6 +54,11 @@ pub trait Task: Send + Sync {
         0.0
     }
 
+    /// What the sources of its targets are called, where rows tell them apart.
+    fn sources(&self) -> Arc<[String]> {
+        Arc::default()
+    }
+
     /// A row of `seq_len` tokens for one side of the split.
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample;
 }
@@ -113,6 +118,10 @@ impl Samples for Generated {
 
     fn sample(&self, _epoch: u64, index: u64) -> Result<Sample, DataError> {
         Ok(self.task.row(&mut self.side.rng(self.seed, index), self.seq_len, self.side))
+    }
+
+    fn sources(&self) -> Arc<[String]> {
+        self.task.sources()
     }
 }
 

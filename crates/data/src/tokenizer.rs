@@ -245,6 +245,29 @@ impl Tokenizer {
         }
     }
 
+    /// The same with one token more, which texts have where they have this word, and its id; `None` where it has the token already.
+    ///
+    /// # Errors
+    /// If the token cannot be added.
+    pub fn with_token(self, word: &str) -> Result<(Self, Option<u32>), DataError> {
+        if self.inner.as_ref().is_some_and(|inner| inner.token_to_id(word).is_some()) {
+            return Ok((self, None));
+        }
+        let id = self.vocab_size() as u32;
+        let mut json: Value = serde_json::from_str(&self.json).map_err(|error| self.failed(error.to_string()))?;
+        let token = json!({ "id": id, "content": word, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": false });
+        match &mut json["added_tokens"] {
+            Value::Array(added) => added.push(token),
+            other => *other = json!([token]),
+        }
+        let Self { path, end_of_text, around, begins_by_config, notes, begin_of_text, pad, chat_template, .. } = self;
+        let own = Self::from_json(&json.to_string())?;
+        let same =
+            Self { path, end_of_text, around, begins_by_config, notes, begin_of_text, pad, chat_template, ..own };
+        Ok((same, Some(id)))
+    }
+
     /// The same with another chat template.
     pub fn with_chat_template(self, template: String) -> Self {
         Self { chat_template: Some(template), ..self }

@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use polyhead_kernels::comparison::largest;
+pub use polyhead_models::marked_message;
 
 /// The tokens of a template that say who speaks, and ids that are nobody's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,12 +81,4 @@ pub fn context_scores(maps: &[Vec<f32>], turns: &Turns) -> ContextScores {
     };
     let turns = turns.responses.iter().map(of_turn).collect();
     ContextScores { tokens, turns }
-}
-
-/// A user's message for training: ended by a full stop where it ends in a letter or a digit, and marked with `indicator` where its
-/// answer depends on the context.
-pub fn marked_message(message: &str, score: f64, beta: f64, indicator: &str) -> String {
-    let stop = if message.chars().next_back().is_some_and(char::is_alphanumeric) { "." } else { "" };
-    let mark = if score > beta { format!(" {indicator}") } else { String::new() };
-    format!("{message}{stop}{mark}")
 }

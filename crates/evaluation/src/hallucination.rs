@@ -101,6 +101,10 @@ pub struct Summary {
     pub exact_match_taught: Option<f64>,
     /// To what was taught in other words.
     pub exact_match_paraphrased: Option<f64>,
+    /// To what is to be forgotten.
+    pub exact_match_forgotten: Option<f64>,
+    /// Share of answers to what is to be forgotten that are wrong and sure.
+    pub confident_wrong_forgotten: Option<f64>,
     /// Share of answers to what was never taught that are wrong and sure.
     pub confident_wrong_untaught: Option<f64>,
     /// The same over all questions.
@@ -145,6 +149,8 @@ impl Summary {
         Self {
             exact_match_taught: mean(&kind(Known::Taught), &right),
             exact_match_paraphrased: mean(&kind(Known::Paraphrased), &right),
+            exact_match_forgotten: mean(&kind(Known::Forgotten), &right),
+            confident_wrong_forgotten: mean(&kind(Known::Forgotten), &sure),
             confident_wrong_untaught: mean(&kind(Known::Untaught), &sure),
             confident_wrong: mean(&all, &sure),
             wrong: mean(&all, &|one| share(!one.right)),

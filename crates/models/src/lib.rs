@@ -21,6 +21,7 @@ mod layer_features;
 mod loss;
 mod mapped_file;
 pub mod mup;
+mod new_token;
 mod per_layer;
 mod pooling;
 mod prompt_pair;
@@ -57,6 +58,7 @@ pub use generate::{Continuation, Past, Request, Sampling, continuations, continu
 pub use layer_features::TokenPooling;
 pub use loss::{Evaluated, Loss, TokenTotals};
 pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};
+pub use new_token::marked_message;
 pub use per_layer::PerLayer;
 pub use pooling::{
     GeneralizedMean, GeneralizedMeanConfig, Plain, PoolInput, Pooling, PoolingConfig, TrainablePooling,

@@ -88,10 +88,7 @@ impl Decoder {
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.
     pub fn evaluate(&self, batch: &Batch) -> Evaluated {
-        if self.is_masked_diffusion() {
-            return self.evaluate_diffusion(batch);
-        }
-        self.evaluate_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)))
+        self.totals(batch).all
     }
 
     /// The same under another mask, or with something added to the projections.
@@ -99,7 +96,15 @@ impl Decoder {
         self.totals_of_pass(batch, pass).all
     }
 
-    /// The same, told apart by sources.
+    /// The same as [`Self::evaluate`], told apart by sources, which a masked diffusion model does not.
+    pub fn totals(&self, batch: &Batch) -> TokenTotals {
+        match self.is_masked_diffusion() {
+            true => TokenTotals { all: self.evaluate_diffusion(batch), sources: BTreeMap::new() },
+            false => self.totals_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal))),
+        }
+    }
+
+    /// The same under another mask, or with something added to the projections.
     pub fn totals_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> TokenTotals {
         let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
         let out = self.predict(batch, forward.hidden);

@@ -9,6 +9,8 @@ pub enum Known {
     Paraphrased,
     /// It was never stated.
     Untaught,
+    /// It was stated, and is to be forgotten.
+    Forgotten,
 }
 
 /// A question to a model.

@@ -151,7 +151,7 @@ impl Trainable for Decoder {
     }
 
     fn totals(&self, batch: &Batch) -> TokenTotals {
-        self.totals_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)))
+        self.totals(batch)
     }
 
     fn observe_layers(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {

@@ -10,7 +10,7 @@ use polyhead_models::{
 };
 use polyhead_training::config::OptimizerConfig;
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
-use polyhead_training::{FreezeConfig, ProcedureConfig};
+use polyhead_training::{AttentionShiftingConfig, FreezeConfig, ProcedureConfig};
 
 use crate::nearest::nearest_name;
 use crate::settings::{ModelConfig, Recipe};
@@ -203,6 +203,9 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
             problems.extend(require(!set, key, message).err());
         }
     }
+    if let ProcedureConfig::AttentionShifting(config) = &recipe.procedure {
+        problems.extend(validate_attention_shifting(recipe, config));
+    }
     problems.extend(within("freeze", recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX))));
     let scaling = model.rope_scaling().map_or(Ok(()), |scaling| scaling.validate());
     problems.extend(within("model.rope_scaling", scaling));
@@ -211,6 +214,10 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         let message = "lora has pairs of its own, of which model.parametrization = \"mup\" knows no learning rate: leave one of them out";
         problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
     }
+    let marks = matches!(&recipe.data, DataConfig::Chat(chat) if chat.indicator.is_some());
+    let message =
+        "data.chat.indicator gives the model a new token, whose row lora does not train: leave one of them out";
+    problems.extend(require(!marks || recipe.lora.is_none(), "lora", || message.into()).err());
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
     if let Some(intervention) = &recipe.intervention {
         problems.extend(within("intervention", intervention.validate(&nearest_name)));
@@ -304,6 +311,37 @@ fn validate_trained(recipe: &Recipe, intervention: &InterventionConfig) -> Vec<C
             format!("intervention.train is for procedure.standard, and the recipe has procedure.{}", procedure.name()),
         ),
     ])
+}
+
+/// What [procedure.attention_shifting] asks of other tables.
+fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig) -> Vec<ConfigError> {
+    let mut problems = Vec::new();
+    let mut refuse = |key: &str, message: String| problems.push(ConfigError::new(key, message));
+    if let Err(message) = AttentionShiftingConfig::check_targets(recipe.lora.as_ref().map(|lora| &*lora.targets)) {
+        refuse(if recipe.lora.is_some() { "lora.targets" } else { "procedure.attention_shifting" }, message);
+    }
+    if recipe.model.pretrained().is_none() {
+        let message = "procedure.attention_shifting unlearns what a model has learnt: name one in model.pretrained";
+        refuse("procedure.attention_shifting", message.into());
+    }
+    // What is wrong with the data itself is told already.
+    let sound = recipe.data.validate(recipe.training.seq_len).is_ok();
+    let sources = if sound { recipe.data.source_names() } else { Vec::new() };
+    if sound && !sources.contains(&config.forget) {
+        let there = match &sources[..] {
+            [] => "there are no sources".to_owned(),
+            some => format!("there are {}", some.join(", ")),
+        };
+        refuse(
+            "procedure.attention_shifting.forget",
+            format!(
+                "procedure.attention_shifting.forget: the data has no source \"{}\" ({there}): data.facts has \"forget\" and \"retain\" \
+                 where data.facts.forget is above 0, a mixture those of its [[data.source]] tables",
+                config.forget
+            ),
+        );
+    }
+    problems
 }
 
 /// The rules of recipes for embedders, as far as they can be told without the features.

@@ -84,11 +84,13 @@ impl Kind for Decoder {
         let recipe = &resolved.recipe;
         let opened = recipe.data.open_tokens(&resolved.tokenizer, &options(recipe), progress)?;
         match &resolved.pretrained {
-            Some(Pretrained { path, vocab_size, .. }) if opened.vocab_size > *vocab_size => Err(Failure::Run(format!(
-                "the data has {} ids, the model of {} knows {vocab_size}: name data with fewer, or another model",
-                opened.vocab_size,
-                path.display()
-            ))),
+            Some(Pretrained { path, vocab_size, .. }) if Some(opened.vocab_size) > resolved.vocab_size => {
+                Err(Failure::Run(format!(
+                    "the data has {} ids, the model of {} knows {vocab_size}: name data with fewer, or another model",
+                    opened.vocab_size,
+                    path.display()
+                )))
+            }
             _ => Ok(opened),
         }
     }
@@ -99,7 +101,11 @@ impl Kind for Decoder {
         let model = match &resolved.pretrained {
             Some(found) => {
                 let scaling = recipe.model.decoder().and_then(|decoder| decoder.rope_scaling);
-                found.model(device, resolved.caller)?.with_rope_scaling(scaling)
+                let model = found.model(device, resolved.caller)?.with_rope_scaling(scaling);
+                match resolved.new_token {
+                    Some(id) => model.with_token(id as usize),
+                    None => model,
+                }
             }
             None => {
                 let decoder = recipe.model.decoder();

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use polyhead_data::{HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
+use polyhead_data::chat::ChatConfig;
+use polyhead_data::{DataConfig, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::mup::Scalings;
 use polyhead_models::{Decoder, DecoderConfig};
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
@@ -30,6 +31,8 @@ pub struct Resolved {
     pub intervention: Option<ReadIntervention>,
     /// Ids that the weights know, where there are weights already: it may be more than the data has.
     pub(crate) vocab_size: Option<usize>,
+    /// A token that the tokenizer has and the weights do not know yet.
+    pub(crate) new_token: Option<u32>,
     /// What the caller allows.
     pub(crate) caller: Caller,
 }
@@ -76,8 +79,16 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
     }
     let rope_scaling = recipe.model.rope_scaling();
     let ModelConfig::Decoder { pretrained: Some(path), config, .. } = &mut recipe.model else {
-        let tokenizer = open_tokenizer(&recipe, caller)?;
-        return Ok(Resolved { recipe, tokenizer, pretrained: None, intervention, vocab_size: None, caller });
+        let (tokenizer, _) = with_indicator(&recipe, open_tokenizer(&recipe, caller)?)?;
+        return Ok(Resolved {
+            recipe,
+            tokenizer,
+            pretrained: None,
+            intervention,
+            vocab_size: None,
+            new_token: None,
+            caller,
+        });
     };
     let path = &path.clone();
     let found = Pretrained::open(path, caller)?;
@@ -112,8 +123,9 @@ pub fn resolve(loaded: &Loaded, caller: Caller) -> Result<Resolved, Failure> {
         (None, None) => Tokenizer::bytes(),
     };
     recipe.tokenizer.get_or_insert_with(|| found.tokenizer_config());
-    let vocab_size = Some(found.vocab_size);
-    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), intervention, vocab_size, caller })
+    let (tokenizer, new_token) = with_indicator(&recipe, tokenizer)?;
+    let vocab_size = Some(new_token.map_or(found.vocab_size, |id| found.vocab_size.max(id as usize + 1)));
+    Ok(Resolved { recipe, tokenizer, pretrained: Some(found), intervention, vocab_size, new_token, caller })
 }
 
 /// The recipe of a run that goes on. Its checkpoint holds all there is to know of the model: a folder that the run once
@@ -151,7 +163,15 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
         Some(base) => Some(base.vocab_size),
         None => recipe.model.decoder().map(|decoder| vocab_of(checkpoint, decoder)).transpose()?,
     };
-    Ok(Resolved { recipe, tokenizer, pretrained, intervention, vocab_size, caller })
+    Ok(Resolved { recipe, tokenizer, pretrained, intervention, vocab_size, new_token: None, caller })
+}
+
+/// The tokenizer with the token of `data.chat.indicator`, and its id where it is new.
+fn with_indicator(recipe: &Recipe, tokenizer: Tokenizer) -> Result<(Tokenizer, Option<u32>), Failure> {
+    match &recipe.data {
+        DataConfig::Chat(ChatConfig { indicator: Some(indicator), .. }) => Ok(tokenizer.with_token(&indicator.token)?),
+        _ => Ok((tokenizer, None)),
+    }
 }
 
 /// Whether both paths mean the same model: by another spelling, or as the stage before this one in a folder that has moved.

@@ -3,6 +3,7 @@
 //! [`run`](run::run) is the loop, to be read from top to bottom; [`Procedure`] is what one step does. This crate knows
 //! models and files, but neither where data comes from nor what a recipe or a terminal is.
 
+pub mod attention_shifting;
 pub mod bilevel;
 pub mod boundaries;
 pub mod checkpoint;
@@ -28,6 +29,7 @@ pub mod state;
 pub mod tensorboard;
 mod update;
 
+pub use attention_shifting::AttentionShiftingConfig;
 pub use bilevel::BilevelConfig;
 pub use boundaries::BoundariesConfig;
 pub use error::TrainError;

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::attention_shifting::{AttentionShifting, AttentionShiftingConfig};
 use crate::bilevel::{Bilevel, BilevelConfig};
 use crate::boundaries::{Boundaries, BoundariesConfig};
 use crate::config::TrainingConfig;
@@ -31,6 +32,8 @@ pub enum ProcedureConfig {
     Boundaries(BoundariesConfig),
     /// SenD: the most sensitive hidden units of a layer are dropped for a while.
     NeuronDropout(Box<NeuronDropoutConfig>),
+    /// Unlearning: attention to what matters in some texts is shifted away (arXiv 2510.17210).
+    AttentionShifting(AttentionShiftingConfig),
 }
 
 impl Default for ProcedureConfig {
@@ -49,6 +52,7 @@ impl ProcedureConfig {
             Self::Fusion(config) => Vec::from_iter(config.validate(decoder).err()),
             Self::Boundaries(config) => Vec::from_iter(config.validate(decoder, training).err()),
             Self::NeuronDropout(config) => config.validate(decoder, training),
+            Self::AttentionShifting(config) => Vec::from_iter(config.validate().err()),
         };
         problems.into_iter().map(|error| error.within(self.name())).collect()
     }
@@ -61,13 +65,18 @@ impl ProcedureConfig {
             Self::Fusion(_) => "fusion",
             Self::Boundaries(_) => "boundaries",
             Self::NeuronDropout(_) => "neuron_dropout",
+            Self::AttentionShifting(_) => "attention_shifting",
         }
     }
 
     /// The share of the text, and the most texts, that are to be kept out of training to watch the model on.
     pub fn tracking(&self) -> Option<(f64, usize)> {
         match self {
-            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) | Self::Boundaries(_) => None,
+            Self::Standard(_)
+            | Self::Bilevel(_)
+            | Self::Fusion(_)
+            | Self::Boundaries(_)
+            | Self::AttentionShifting(_) => None,
             Self::NeuronDropout(config) => Some((config.tracking_fraction, config.tracking_texts)),
         }
     }
@@ -78,7 +87,11 @@ impl ProcedureConfig {
     /// If the state is not one of this procedure's.
     pub fn gate_at_eval(&self, state: &serde_json::Value, model: &Decoder) -> Result<Option<Gate>, TrainError> {
         match self {
-            Self::Standard(_) | Self::Bilevel(_) | Self::Fusion(_) | Self::Boundaries(_) => Ok(None),
+            Self::Standard(_)
+            | Self::Bilevel(_)
+            | Self::Fusion(_)
+            | Self::Boundaries(_)
+            | Self::AttentionShifting(_) => Ok(None),
             Self::NeuronDropout(config) => config.gate_at_eval(state, model),
         }
     }
@@ -126,6 +139,10 @@ impl TrainableModel for Decoder {
             }
             ProcedureConfig::NeuronDropout(config) => {
                 Ok(Box::new(NeuronDropout::new((**config).clone(), parts, state)?))
+            }
+            ProcedureConfig::AttentionShifting(config) => {
+                let Parts { optimizer, training, model, .. } = parts;
+                Ok(Box::new(AttentionShifting::new(config.clone(), optimizer, training, model)?))
             }
         }
     }

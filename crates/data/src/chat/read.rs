@@ -1,5 +1,6 @@
 //! Files of conversations, row by row: what is kept, what is left out, and how many of each.
 
+use super::indicator::Scores;
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
 use super::{ChatConfig, ChatTemplate, ChatTokens, TooLong, columns, limits, numbers};
@@ -27,6 +28,8 @@ pub(super) struct Counts {
     pub asked_in_vain: usize,
     /// Rows that say that nothing of them is to be learned, left out.
     pub weightless: usize,
+    /// What users say that is marked, as the answer depends on the context.
+    pub marked: usize,
     /// Files that were found and not read, in words.
     pub left_out: Option<String>,
 }
@@ -48,7 +51,8 @@ pub(super) fn read_chats(
     };
     let longest = tokenizer.longest_token();
     let rules = Rules { learn: config.learn, template: &template, tokenizer, room, longest };
-    let mut reader = Reader { config, rules, seq_len, chats: Vec::new(), counts: Counts::default() };
+    let scores = config.indicator.as_ref().map(Scores::read).transpose()?;
+    let mut reader = Reader { config, rules, scores, seq_len, chats: Vec::new(), counts: Counts::default() };
     limits::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
     let Reader { chats, counts, .. } = reader;
     if chats.is_empty() {
@@ -68,6 +72,7 @@ pub(super) fn read_chats(
 struct Reader<'a> {
     config: &'a ChatConfig,
     rules: Rules<'a>,
+    scores: Option<Scores<'a>>,
     seq_len: usize,
     chats: Vec<ChatTokens>,
     counts: Counts,
@@ -79,6 +84,7 @@ struct Said {
     arguments: usize,
     untrained: usize,
     asked_in_vain: usize,
+    marked: usize,
 }
 
 impl Reader<'_> {
@@ -91,13 +97,14 @@ impl Reader<'_> {
     fn row(&mut self, row: Row<'_>, place: Place<'_>) -> Result<(), DataError> {
         let number = self.counts.rows;
         self.counts.rows += 1;
-        let (texts, said) = match self.read(row) {
+        let (texts, said) = match self.read(row, place.line) {
             Ok(read) => read,
             Err(problem) => return self.bad(problem, place),
         };
         self.counts.arguments += said.arguments;
         self.counts.untrained += said.untrained;
         self.counts.asked_in_vain += said.asked_in_vain;
+        self.counts.marked += said.marked;
         self.counts.several += usize::from(texts.len() > 1);
         self.counts.weightless += usize::from(texts.is_empty());
         for text in texts {
@@ -119,13 +126,14 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn read(&self, row: Row<'_>) -> Result<(Vec<Text>, Said), String> {
+    fn read(&self, row: Row<'_>, line: usize) -> Result<(Vec<Text>, Said), String> {
         let mut chat = self.config.columns.read(&match row {
             Row::Json(json) => numbers::parse(json)?,
             fields => fields.value()?,
         })?;
         let mut said =
             Said { arguments: columns::arguments(&mut chat, self.config.decode_arguments)?, ..Said::default() };
+        said.marked = self.scores.as_ref().map_or(Ok(0), |scores| scores.mark(&mut chat, line))?;
         for message in &chat.messages {
             let answer = message["role"] == "assistant";
             match weight(message)? {
@@ -181,6 +189,12 @@ pub(super) fn notes(config: &ChatConfig, counts: &Counts, template: &ChatTemplat
             "{} messages that are no answers say that they are to be learned (weight 1, or train true) and are not: data.chat.learn = \
              \"all\" learns every message",
             counts.asked_in_vain
+        ));
+    }
+    if let Some(indicator) = &config.indicator {
+        notes.push(format!(
+            "{} messages of users are marked with {}, as the scores of their answers are above {}",
+            counts.marked, indicator.token, indicator.above
         ));
     }
     if config.date.is_some() && !template.source().contains("strftime_now") {

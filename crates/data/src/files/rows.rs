@@ -18,7 +18,7 @@ const KINDS: [&[&str]; 3] = [&["jsonl", "ndjson"], &["parquet"], &["csv", "tsv"]
 pub(crate) struct Place<'a> {
     pub(super) path: &'a Path,
     /// From 1.
-    pub(super) line: usize,
+    pub(crate) line: usize,
     /// Of Parquet, which has rows and no lines.
     pub(super) row_group: Option<usize>,
 }

@@ -27,6 +27,13 @@ pub struct MixtureConfig {
     pub source: Vec<MixedSource>,
 }
 
+impl MixtureConfig {
+    /// What its sources are called.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.source.iter().map(|source| source.name().to_owned()).collect()
+    }
+}
+
 /// A source of a mixture: exactly one of its tables of text is given.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

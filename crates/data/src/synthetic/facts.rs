@@ -2,6 +2,8 @@
 //! phrasings of every question. Some facts are never stated, so that there is nothing to know about them; and of those that
 //! are stated, each is asked for in one phrasing in which it never was.
 
+use std::sync::Arc;
+
 use polyhead_models::{IGNORE, Known, Question};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -10,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MOST_IDS, Side, Task, below, open};
 use crate::batches::Sample;
-use crate::problem::{Problem, require, within};
+use crate::problem::{Problem, is_default, require, within};
 use crate::{Data, DataConfig, DataError, Opening, Source, Tokenizer};
 
 /// Tokens of an answer.
@@ -34,17 +36,21 @@ pub struct FactsConfig {
     pub n_phrasings: usize,
     /// Share of the facts that are never stated. Default: 0.25.
     pub untaught: f64,
+    /// Share of the entities that are to be forgotten, with all their facts: every other statement is of one of them, and the two kinds
+    /// are told apart as the sources "retain" and "forget". The world is the same as without. Default: 0, none.
+    #[serde(skip_serializing_if = "is_default")]
+    pub forget: f64,
 }
 
 impl Default for FactsConfig {
     fn default() -> Self {
-        Self { n_entities: 64, n_relations: 4, n_values: 32, n_phrasings: 4, untaught: 0.25 }
+        Self { n_entities: 64, n_relations: 4, n_values: 32, n_phrasings: 4, untaught: 0.25, forget: 0.0 }
     }
 }
 
 impl Source for FactsConfig {
     fn validate(&self, seq_len: usize) -> Result<(), Problem> {
-        let Self { n_entities, n_relations, n_values, n_phrasings, untaught } = *self;
+        let Self { n_entities, n_relations, n_values, n_phrasings, untaught, forget } = *self;
         within("n_entities", n_entities, 2..=MOST_IDS)?;
         within("n_relations", n_relations, 1..=MOST_IDS)?;
         within("n_values", n_values, 2..=MOST_IDS)?;
@@ -54,6 +60,7 @@ impl Source for FactsConfig {
             format!("n_entities * n_relations = {facts} and n_relations * n_phrasings must be at most {}", 1 << 20)
         })?;
         within("untaught", untaught, 0.0..=0.9)?;
+        within("forget", forget, 0.0..=0.9)?;
         require(seq_len >= STATEMENT, "n_entities", || {
             format!("a statement takes {STATEMENT} tokens, training.seq_len is {seq_len}")
         })
@@ -76,6 +83,11 @@ impl DataConfig {
 }
 
 impl FactsConfig {
+    /// What the sources of targets are called, where some facts are to be forgotten.
+    pub(crate) fn source_names(&self) -> Vec<String> {
+        if self.forget > 0.0 { ["retain", "forget"].map(String::from).into() } else { Vec::new() }
+    }
+
     fn n_ids(&self) -> usize {
         self.n_entities + self.n_values + self.n_relations * self.n_phrasings + 1
     }
@@ -90,8 +102,12 @@ impl FactsConfig {
         };
         let mut facts: Vec<Fact> = (0..self.n_entities * self.n_relations).map(fact).collect();
         facts[0].taught = true; // there is something to learn in every world
-        let taught = (0..facts.len()).filter(|&fact| facts[fact].taught).collect();
-        World { config: self.clone(), facts, taught }
+        // The last entities, some of whose facts are taught but in worlds of hardly any.
+        let forgotten = (self.n_entities as f64 * self.forget).ceil() as usize;
+        let kept = self.n_entities.saturating_sub(forgotten).max(1) * self.n_relations;
+        let taught = (0..facts.len()).filter(|&fact| facts[fact].taught);
+        let (retain, forget) = taught.partition(|&fact| fact < kept);
+        World { config: self.clone(), facts, retain, forget }
     }
 }
 
@@ -109,7 +125,10 @@ struct Fact {
 pub struct World {
     config: FactsConfig,
     facts: Vec<Fact>,
-    taught: Vec<usize>,
+    /// Facts that are taught.
+    retain: Vec<usize>,
+    /// Facts that were taught, and are to be forgotten.
+    forget: Vec<usize>,
 }
 
 // Ids: entities, values, a word for every relation and phrasing, the end.
@@ -127,6 +146,10 @@ impl World {
             Question { prompt: statement[..2].to_vec(), answer: statement[2..2 + ANSWER].to_vec(), known }
         };
         let of = |(index, fact): (usize, &Fact)| match fact.taught {
+            true if self.forget.contains(&index) => {
+                let stated = (fact.left_out + 1) % self.config.n_phrasings;
+                vec![ask(index, stated, Known::Forgotten)]
+            }
             true => {
                 let stated = (fact.left_out + 1) % self.config.n_phrasings;
                 vec![ask(index, stated, Known::Taught), ask(index, fact.left_out, Known::Paraphrased)]
@@ -151,10 +174,17 @@ impl Task for World {
         self.config.n_ids()
     }
 
+    fn sources(&self) -> Arc<[String]> {
+        self.config.source_names().into()
+    }
+
     fn row(&self, rng: &mut ChaCha8Rng, seq_len: usize, side: Side) -> Sample {
-        let mut sample = Sample { documents: Some(Vec::new()), ..Sample::default() };
+        let sources = (self.config.forget > 0.0).then(Vec::new);
+        let mut sample = Sample { documents: Some(Vec::new()), sources, ..Sample::default() };
         for document in 0..seq_len.div_ceil(STATEMENT) {
-            let index = self.taught[below(rng, self.taught.len()) as usize];
+            let forget = side == Side::Train && document % 2 == 1 && !self.forget.is_empty();
+            let facts = if forget { &self.forget } else { &self.retain };
+            let index = facts[below(rng, facts.len()) as usize];
             let left_out = self.facts[index].left_out;
             let other = (left_out + 1 + below(rng, self.config.n_phrasings - 1) as usize) % self.config.n_phrasings;
             let phrasing = if matches!(side, Side::Validation(_)) { left_out } else { other };
@@ -164,6 +194,7 @@ impl Task for World {
                 sample.tokens.push(id);
                 sample.targets.push(next(at));
                 sample.documents.iter_mut().for_each(|documents| documents.push(document as u32));
+                sample.sources.iter_mut().for_each(|sources| sources.push(u16::from(forget)));
             }
         }
         sample
@@ -204,11 +235,33 @@ mod tests {
                     Known::Taught => (true, false),
                     Known::Paraphrased => (false, true),
                     Known::Untaught => (false, false),
+                    Known::Forgotten => unreachable!("nothing is to be forgotten"),
                 }
             );
         }
         let untaught = questions.iter().filter(|question| question.known == Known::Untaught).count();
         assert!((2..16).contains(&untaught), "{untaught}");
+    }
+
+    #[test]
+    fn what_is_to_be_forgotten_is_of_the_same_world_and_told_apart() {
+        let plain = FactsConfig { n_entities: 8, ..FactsConfig::default() };
+        let (whole, split) = (plain.world(3), FactsConfig { forget: 0.25, ..plain }.world(3));
+        let mut both = [split.retain.clone(), split.forget.clone()].concat();
+        both.sort_unstable();
+        assert_eq!((both, split.forget.iter().all(|&fact| fact >= 24)), (whole.retain.clone(), true));
+        let row = split.row(&mut ChaCha8Rng::seed_from_u64(2), 40, Side::Train);
+        let sources = row.sources.unwrap();
+        for (at, &source) in sources.iter().enumerate() {
+            assert_eq!(usize::from(source), at / STATEMENT % 2);
+        }
+        let learned = statements(&whole, Side::Train);
+        let stated = row.tokens.chunks(STATEMENT).map(<[u32]>::to_vec);
+        assert!(stated.clone().all(|statement| learned.contains(&statement)));
+        let held_out = split.row(&mut ChaCha8Rng::seed_from_u64(2), 40, Side::Validation(1));
+        assert!(held_out.sources.unwrap().iter().all(|&source| source == 0));
+        let asked = |known: Known| split.questions().iter().filter(|question| question.known == known).count();
+        assert_eq!((asked(Known::Forgotten), asked(Known::Taught)), (split.forget.len(), split.retain.len()));
     }
 
     #[test]
