@@ -130,8 +130,9 @@ fn recipes_in_the_documentation_are_valid() {
     for page in markdown().into_iter().filter(|page| page.to_str().unwrap().contains("/docs/src/")) {
         let text = std::fs::read_to_string(&page).unwrap();
         for block in text.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()) {
-            let whole =
-                ["extends", "[model.decoder]\n", "[model.classifier"].iter().any(|start| block.starts_with(start));
+            let whole = ["extends", "[model.decoder]\n", "[model.classifier", "[model.super_resolution"]
+                .iter()
+                .any(|start| block.starts_with(start));
             let whole = whole || block.starts_with("title");
             let recipe =
                 if whole { block.to_owned() } else { format!("extends = \"recipes/quickstart.toml\"\n{block}") };

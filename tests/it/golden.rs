@@ -212,9 +212,9 @@ fn numbers(name: &str, dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
     }
 }
 
-/// A matrix with rows and columns exchanged.
+/// A matrix, or the weights of a 1 x 1 convolution, with rows and columns exchanged.
 pub fn transposed(tensor: &Named) -> Named {
-    let [rows, columns] = tensor.shape[..] else { panic!("{} is no matrix", tensor.name) };
+    let ([rows, columns] | [rows, columns, 1, 1]) = tensor.shape[..] else { panic!("{} is no matrix", tensor.name) };
     let values = (0..rows * columns).map(|i| tensor.values[i % rows * columns + i / rows]).collect();
     Named { name: tensor.name.clone(), shape: vec![columns, rows], values }
 }

@@ -127,7 +127,7 @@ impl PerLayerCount {
     }
 
     /// `Ok` if a list has one number per layer.
-    pub(crate) fn check(&self, field: &str, dims: &Dims) -> Result<(), ConfigError> {
+    pub fn check(&self, field: &str, dims: &Dims) -> Result<(), ConfigError> {
         let Self::Each(counts) = self else { return Ok(()) };
         require(counts.len() == dims.n_layers, field, || {
             format!("{field} lists {} numbers for n_layers ({}): give one per layer", counts.len(), dims.n_layers)

@@ -62,7 +62,7 @@ pub use mixture_of_head::{
 pub use mla::{LatentCache, Mla, MlaConfig};
 pub use observe::{Observation, Observe, Observed};
 pub use polyhead_kernels::{Mask, RopeLayout};
-pub use projection::{INIT_STD, linear};
+pub use projection::{INIT_STD, join_heads, linear, split_heads};
 pub use published::{
     Conversion, Family, Form, HeadChannels, HeadCounts, Projection, Published, Setting, SharedHeads, Window,
 };

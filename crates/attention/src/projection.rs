@@ -25,13 +25,13 @@ pub(crate) fn residual_std(n_layers: usize) -> f64 {
 }
 
 /// `[batch, seq, n_heads * width]` to `[batch, n_heads, seq, width]`.
-pub(crate) fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
+pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
     let [batch, seq, channels] = x.dims();
     x.reshape([batch, seq, n_heads, channels / n_heads]).swap_dims(1, 2)
 }
 
 /// `[batch, n_heads, seq, width]` to `[batch, seq, n_heads * width]`.
-pub(crate) fn join_heads(x: Tensor<4>) -> Tensor<3> {
+pub fn join_heads(x: Tensor<4>) -> Tensor<3> {
     let [batch, n_heads, seq, width] = x.dims();
     x.swap_dims(1, 2).reshape([batch, seq, n_heads * width])
 }

@@ -1,6 +1,7 @@
 //! Samples into batches. A batch is a pure function of its position, so a run resumes from a number.
 
 mod examples;
+mod images;
 mod pairs;
 mod rows;
 
@@ -13,6 +14,7 @@ use crate::random::{mix, permute};
 
 pub(crate) use examples::{Content, Example};
 pub use examples::{ExampleLoader, Labelled};
+pub use images::{ImageLoader, ImageSet};
 pub use pairs::{PairLoader, Paired};
 pub(crate) use rows::first_rows;
 pub use rows::{Loader, Opened, Sample};

@@ -21,7 +21,8 @@ pub use images::{CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, Sha
 pub use labelled_text::LabelledTextConfig;
 pub use layer_features::LayerFeaturesConfig;
 
-use found::{Found, divide};
+use found::Found;
+pub(crate) use found::divide;
 use generated::{Maker, generated};
 
 #[cfg(test)]

@@ -35,6 +35,31 @@ pub enum OnBad {
     Skip,
 }
 
+impl OnBad {
+    /// What was read of a file of `data.NAME`; `None` where it is left out, which is counted.
+    ///
+    /// # Errors
+    /// If it could not be read and is not to be left out: the file, what is wrong with it, and the way out.
+    pub(crate) fn settle<T>(
+        self,
+        read: Result<T, String>,
+        (path, name): (&Path, &str),
+        left_out: &mut LeftOut,
+    ) -> Result<Option<T>, DataError> {
+        match (read, self) {
+            (Ok(item), _) => Ok(Some(item)),
+            (Err(problem), Self::Skip) => {
+                left_out.add(&format!("that could not be read: {problem}"), path);
+                Ok(None)
+            }
+            (Err(problem), Self::Error) => {
+                let way_out = format!("replace it, or set data.{name}.on_bad_file = \"skip\"");
+                Err(DataError::in_file(path, format!("{problem}; {way_out}")))
+            }
+        }
+    }
+}
+
 /// Files that were found and are not read, by why.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct LeftOut(BTreeMap<String, (usize, Vec<String>)>);

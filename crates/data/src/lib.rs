@@ -5,7 +5,7 @@
 //! key in recipes and its place in their reference.
 //!
 //! A source is opened as batches by position (`batches.rs`): a [`Loader`] of rows of tokens, an [`ExampleLoader`] of labelled
-//! examples or a [`PairLoader`]. Text goes through documents (`texts.rs`), token ids in a memory-mapped file
+//! examples, a [`PairLoader`] or an [`ImageLoader`]. Text goes through documents (`texts.rs`), token ids in a memory-mapped file
 //! (`documents/tokens.rs`) and rows (`documents/windows.rs`).
 
 #[macro_use]
@@ -18,6 +18,7 @@ mod documents;
 mod examples;
 mod files;
 mod guard;
+mod image_file;
 pub mod long_context;
 mod mixture;
 mod options;
@@ -30,10 +31,14 @@ mod table;
 pub mod text_suites;
 mod texts;
 mod tokenizer;
+mod unlabelled;
 mod would_read;
 
 pub use augment::AugmentConfig;
-pub use batches::{ExampleLoader, Labelled, Loader, LoaderOptions, Opened, Order, PairLoader, Paired, Sample, Samples};
+pub use batches::{
+    ExampleLoader, ImageLoader, ImageSet, Labelled, Loader, LoaderOptions, Opened, Order, PairLoader, Paired, Sample,
+    Samples,
+};
 pub use documents::{
     JsonlConfig, LabelledFields, LabelledText, NumberRule, PairedText, PostKind, PostsConfig, RustDocsConfig, Syntax,
     TextConfig, distinct_names, read_labelled, read_pairs,
@@ -44,6 +49,7 @@ pub use examples::{
     ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig,
     open_features,
 };
+pub use image_file::{Image, read_image};
 pub use mixture::{LastDocument, MixedSource, MixtureConfig, Until, documents_within, quotas};
 pub use options::{OpenOptions, Packing, Tracking};
 pub use problem::Problem;
@@ -52,6 +58,7 @@ pub use source::{Data, Modality, Opening, Origin, Source, Yields};
 pub use table::MIXTURE;
 pub use texts::{Documents, FromFiles, TextDocument};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
+pub use unlabelled::{ImageFilesConfig, PatternsConfig};
 
 use chat::ChatConfig;
 use long_context::LongContextConfig;
@@ -120,6 +127,10 @@ source::sources! {
     layer_features => LayerFeatures(LayerFeaturesConfig): Generated, Features, Examples;
     /// For embedders: features of texts that belong together, in files.
     feature_pairs => FeaturePairs(FeaturePairsConfig): Files, Features, Pairs;
+    /// For super-resolution: squares of image files of any size.
+    image_files => ImageFiles(ImageFilesConfig): Files, Images, Images;
+    /// For super-resolution: generated images of repeated patterns.
+    patterns => Patterns(PatternsConfig): Generated, Images, Images;
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use polyhead_models::InputShape;
 
-use crate::batches::{Labelled, Opened, Paired};
+use crate::batches::{ImageSet, Labelled, Opened, Paired};
 use crate::options::OpenOptions;
 use crate::problem::Problem;
 use crate::texts::Documents;
@@ -31,6 +31,8 @@ pub enum Yields {
     Examples,
     /// Pairs that belong together, for embedders.
     Pairs,
+    /// Images without classes, for super-resolution.
+    Images,
 }
 
 /// What the samples of a source are.
@@ -120,6 +122,8 @@ pub enum Data {
     Examples(Box<Labelled>),
     /// For embedders.
     Pairs(Box<Paired>),
+    /// For super-resolution.
+    Images(Box<ImageSet>),
 }
 
 /// Makes [`DataConfig`] and what is known of each source from the table of sources.
@@ -277,6 +281,17 @@ impl DataConfig {
         match self.open(&Tokenizer::bytes(), options, &mut |_, _| {})? {
             Data::Pairs(paired) => Ok(*paired),
             _ => Err(self.not("pairs", "model.embedder")),
+        }
+    }
+
+    /// Opens it for super-resolution.
+    ///
+    /// # Errors
+    /// As [`open_tokens`](Self::open_tokens), or if it yields something else than images without classes.
+    pub fn open_images(&self, options: &OpenOptions) -> Result<ImageSet, DataError> {
+        match self.open(&Tokenizer::bytes(), options, &mut |_, _| {})? {
+            Data::Images(images) => Ok(*images),
+            _ => Err(self.not("images without classes", "model.super_resolution")),
         }
     }
 

@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::ops::Range;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use crate::page::{escape, figure, page, table, wide};
 use polyhead_runs::Failure;
+use polyhead_training::run_folder::files::IMAGES;
 
 use super::best_of::BestOf;
 use super::extra_metrics;
@@ -15,7 +18,7 @@ use super::figures::{At, Curve, Curves, Dot, Drawn, Row, SMALL, WIDE, curves, do
 use super::ladder::ArmLadder;
 use super::metric::Metric;
 use super::notes::{environment, failures, notes};
-use super::outcome::{Outcome, Point, curve};
+use super::outcome::{ArmOutcome, Outcome, Point, curve};
 use super::statistics::Summary;
 use super::tables::{Table, tables};
 use super::tune::Values;
@@ -170,8 +173,26 @@ fn figures_of(outcome: &Outcome, group: Range<usize>) -> Result<String, String> 
         add(&title, "mean over seeds; bar: one standard deviation", svg);
     }
     out.push_str("</div>\n");
+    out.push_str(&images(outcome, group.clone()));
     out.push_str(&observations(outcome, group)?);
     Ok(out)
+}
+
+/// What networks that enlarge images make of some of them, by the first finished run of each arm.
+fn images(outcome: &Outcome, group: Range<usize>) -> String {
+    const ROWS: &str = "each row: enlarged by a bicubic filter, by the network, and the image itself";
+    let figure_of = |arm: &ArmOutcome| {
+        let run = arm.runs.iter().find(|run| run.end.is_ok())?;
+        let bytes = std::fs::read(run.folder.join(IMAGES)).ok()?;
+        let (name, coded) = (escape(&arm.name), STANDARD.encode(bytes));
+        let image = format!("<img alt=\"images of {name}\" src=\"data:image/png;base64,{coded}\">");
+        Some(figure(&arm.name, ROWS, &image))
+    };
+    let figures: String = outcome.arms[group].iter().filter_map(figure_of).collect();
+    match figures.is_empty() {
+        true => figures,
+        false => format!("<h2>Images</h2>\n<div class=\"figures\">{figures}</div>\n"),
+    }
 }
 
 /// An arm has the same colour at every setting.

@@ -311,12 +311,7 @@ impl Trainable for Classifier {
         let scored = self.forward(&batch.inputs, Observe::Nothing);
         let layers = scored.penalties.len();
         let penalty = scored.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss {
-            cross_entropy: self.objective.sum(scored.logits, &batch.labels, &batch.groups),
-            penalty,
-            of_mixture: None,
-            seen: scored.seen,
-        }
+        Loss { penalty, seen: scored.seen, ..Loss::of(self.objective.sum(scored.logits, &batch.labels, &batch.groups)) }
     }
 
     fn totals(&self, batch: &Examples) -> ClassTotals {

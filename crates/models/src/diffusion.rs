@@ -134,7 +134,7 @@ impl Decoder {
         let cross_entropy = rows.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([1], &self.device()));
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { cross_entropy, penalty, of_mixture: None, seen: forward.seen }
+        Loss { penalty, seen: forward.seen, ..Loss::of(cross_entropy) }
     }
 
     /// The sums of a batch, with masks that its tokens decide: the bound of its likelihood, and as accuracy the share of masked tokens

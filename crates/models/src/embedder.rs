@@ -195,7 +195,7 @@ impl Trainable for Embedder {
     }
 
     fn loss_under(&self, batch: &Pairs, _context: ContextMask) -> Loss {
-        Loss { cross_entropy: self.loss_of(&self.parts(batch)), penalty: None, of_mixture: None, seen: Vec::new() }
+        Loss::of(self.loss_of(&self.parts(batch)))
     }
 
     fn totals(&self, batch: &Pairs) -> EmbedTotals {

@@ -20,14 +20,15 @@ mod gqdaam;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation, module};
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation};
 use polyhead_attention::{
     Attention, AttentionConfig, Call, ConfigError, Dims, GaussianAdaptive, GaussianAdaptiveConfig, Mask, require,
 };
 use polyhead_kernels::random;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::convolution::Convolution;
 
 pub use gqdaam::{Gqdaam, GqdaamConfig};
 
@@ -210,8 +211,8 @@ impl GaussianAdaptiveTransformerConfig {
                     Some(FeatureMixer::Gqdaam(config.init(&[n_layers, d_model], device)))
                 }
             },
-            conv1: Convolution::init(n_layers, self.d_conv, device),
-            conv2: Convolution::init(self.d_conv, n_layers, device),
+            conv1: convolution(n_layers, self.d_conv, device),
+            conv2: convolution(self.d_conv, n_layers, device),
             head: Linear {
                 weight: Param::from_tensor(xavier([flat, n_classes], flat, n_classes, device)),
                 bias: Some(Param::from_tensor(uniform([n_classes], (flat as f64).powf(-0.5), device))),
@@ -264,15 +265,6 @@ pub struct FeatureAttention {
     residual: bool,
     #[module(skip)]
     between: Between,
-}
-
-/// A 3 x 3 convolution that keeps the size of its input.
-#[derive(Module, Debug)]
-pub struct Convolution {
-    /// `[out, in, 3, 3]`
-    pub weight: Param<Tensor<4>>,
-    /// `[out]`
-    pub bias: Param<Tensor<1>>,
 }
 
 /// What the classifier gives back.
@@ -335,20 +327,12 @@ impl FeatureAttention {
     }
 }
 
-impl Convolution {
-    /// Weights by Xavier (Glorot and Bengio 2010), biases as PyTorch's convolutions begin, as in the authors' code.
-    fn init(d_input: usize, d_output: usize, device: &Device) -> Self {
-        let (fan_in, fan_out) = (d_input * KERNEL * KERNEL, d_output * KERNEL * KERNEL);
-        let weight = xavier([d_output, d_input, KERNEL, KERNEL], fan_in, fan_out, device);
-        let bias = uniform([d_output], (fan_in as f64).powf(-0.5), device);
-        Self { weight: Param::from_tensor(weight), bias: Param::from_tensor(bias) }
-    }
-
-    /// `[batch, in, height, width]` to `[batch, out, height, width]`.
-    fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let around = [KERNEL / 2; 2];
-        module::conv2d(x, self.weight.val(), Some(self.bias.val()), ConvOptions::new([1, 1], around, [1, 1], 1))
-    }
+/// A convolution with weights by Xavier (Glorot and Bengio 2010) and biases as PyTorch's begin, as in the authors' code.
+fn convolution(d_input: usize, d_output: usize, device: &Device) -> Convolution {
+    let (fan_in, fan_out) = (d_input * KERNEL * KERNEL, d_output * KERNEL * KERNEL);
+    let weight = xavier([d_output, d_input, KERNEL, KERNEL], fan_in, fan_out, device);
+    let bias = uniform([d_output], (fan_in as f64).powf(-0.5), device);
+    Convolution { weight: Param::from_tensor(weight), bias: Param::from_tensor(bias) }
 }
 
 fn xavier<const D: usize>(shape: [usize; D], fan_in: usize, fan_out: usize, device: &Device) -> Tensor<D> {

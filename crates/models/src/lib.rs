@@ -1,6 +1,6 @@
 //! Models built from attention mechanisms, their inputs and losses, and their weights as files.
 //!
-//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`Trainable`] the interface
+//! [`Decoder`] is the pre-norm language model, [`Classifier`] everything with a class at its end, [`SuperResolution`] enlarges images, [`Trainable`] the interface
 //! of both to the training loop; [`Batch`] and [`Examples`] are their inputs, [`loss`](Decoder::loss) the decoder's loss,
 //! [`Past::generate`] writes text with it, [`weights`] are parameters by name, [`hf`] reads and writes Hugging Face's format.
 
@@ -8,6 +8,7 @@ pub mod adapters;
 mod batch;
 mod classifier;
 mod contrastive;
+mod convolution;
 mod decoder;
 mod diffusion;
 mod embedder;
@@ -26,9 +27,11 @@ mod per_layer;
 mod pooling;
 mod prompt_pair;
 mod question;
+mod resample;
 mod retrieval;
 mod rope_scaling;
 pub mod sites;
+pub mod super_resolution;
 pub mod surgery;
 #[cfg(test)]
 mod testing;
@@ -45,14 +48,15 @@ pub use classifier::{
     InputLayer, LossConfig, MOST_CONFUSED, Objective, Scored, Sizes, TextEncoderConfig, VisionTransformerConfig,
 };
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
+pub use convolution::Convolution;
 pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};
 pub use diffusion::DiffusionSampling;
 pub use embedder::{EmbedTotals, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};
 pub use gaussian_adaptive_transformer::{
-    Between, Classified, Convolution, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig,
-    FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
+    Between, Classified, FeatureAttention, FeatureAttentionConfig, FeatureMixer, FeatureMixerConfig, FeatureSizes,
+    GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
 };
 pub use generate::{Continuation, Past, Request, Sampling, continuations, continue_all};
 pub use layer_features::TokenPooling;
@@ -66,9 +70,11 @@ pub use pooling::{
 };
 pub use prompt_pair::PromptPair;
 pub use question::{Known, Question, SkillQuestion};
+pub use resample::{Filter, resampled};
 pub use retrieval::{RECALL_AT, Retrieval};
 pub use rope_scaling::{LinearScaling, Llama3Scaling, RopeScaling};
-pub use trainable::{EvalTotals, Matrix, TrainBatch, Trainable};
+pub use super_resolution::{ImageTotals, Images, SuperResolution, SuperResolutionConfig};
+pub use trainable::{EvalTotals, ImageRows, Matrix, TrainBatch, Trainable};
 pub use trained::{Parameter, is_beside_weights, parameters, train_only};
 pub use transformer::ActivationCheckpointing;
 pub use transformer::{Block, Mlp, MlpKind, Norm, NormKind, Part, Precision};

@@ -21,6 +21,16 @@ pub struct Loss {
     pub of_mixture: Option<Tensor<1>>,
     /// What each layer saw, if asked for.
     pub seen: Vec<Observation>,
+    /// Statistics of what was read that follow the course of training without being learned, as moving averages do; without
+    /// gradients. [`Trainable::follow`](crate::Trainable::follow) takes them.
+    pub found: Vec<Tensor<2>>,
+}
+
+impl Loss {
+    /// A sum of cross-entropies, and nothing besides.
+    pub fn of(cross_entropy: Tensor<1>) -> Self {
+        Self { cross_entropy, penalty: None, of_mixture: None, seen: Vec::new(), found: Vec::new() }
+    }
 }
 
 /// The sums of an evaluated batch.
@@ -83,7 +93,7 @@ impl Decoder {
         let layers = forward.penalties.len();
         let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
         let of_mixture = batch.sources.as_ref().map(|_| out.losses);
-        Loss { cross_entropy: out.sum, penalty, of_mixture, seen: forward.seen }
+        Loss { penalty, of_mixture, seen: forward.seen, ..Loss::of(out.sum) }
     }
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.

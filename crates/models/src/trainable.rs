@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Mask, Observation, Observe};
 
 use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass, TokenTotals};
@@ -27,6 +27,12 @@ pub trait Trainable: Module + 'static {
         let _ = (batch, step);
     }
 
+    /// Takes what a loss found ([`Loss::found`]): statistics that follow the course of training without being learned. Most models
+    /// have none.
+    fn follow(&mut self, found: Vec<Tensor<2>>) {
+        let _ = found;
+    }
+
     /// The loss of a batch, differentiable. `context` is for models whose batches are conversations: what tokens of a
     /// context see of their own turn.
     fn loss_under(&self, batch: &Self::Batch, context: ContextMask) -> Loss;
@@ -36,6 +42,12 @@ pub trait Trainable: Module + 'static {
 
     /// What each layer sees of the first row of a batch; empty where layers cannot be looked into.
     fn observe_layers(&self, batch: &Self::Batch, observe: Observe) -> Vec<Observation>;
+
+    /// What it makes of a batch, where that is images.
+    fn images(&self, batch: &Self::Batch) -> Option<ImageRows> {
+        let _ = batch;
+        None
+    }
 }
 
 /// What a model learns from at once.
@@ -91,6 +103,19 @@ pub struct Matrix {
     pub cols: usize,
     /// `[rows, cols]`, row by row.
     pub values: Vec<f32>,
+}
+
+/// Images in red, green and blue, of one size, in rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImageRows {
+    /// Each `[3, height, width]`.
+    pub images: Vec<Vec<f32>>,
+    /// Pixels down.
+    pub height: usize,
+    /// Pixels across.
+    pub width: usize,
+    /// Images in a row.
+    pub across: usize,
 }
 
 impl TrainBatch for Batch {

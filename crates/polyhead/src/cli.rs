@@ -353,6 +353,12 @@ Examples:
   polyhead train recipes/embed/mltp.toml data.feature_pairs.paths='[\"pairs.safetensors\"]'
   polyhead embed checkpoints/mltp --features new.safetensors --out embeddings.safetensors")]
     Embed(crate::commands::embed::EmbedArgs),
+    /// Enlarge an image, with a network that was trained for it.
+    #[command(after_help = "\
+Examples:
+  polyhead train recipes/super_resolution/patterns.toml
+  polyhead upscale small.png --model checkpoints/patterns --out large.png")]
+    Upscale(crate::commands::upscale::UpscaleArgs),
     /// Write the logits of given tokens or of a text, for comparing with other software.
     Logits {
         /// A checkpoint, a run folder, or a folder in Hugging Face's format.

@@ -12,7 +12,7 @@ use crate::nearest::{is_recipe, nearest, nearest_path, recipes_below};
 use crate::problem::{Problem, Problems, in_words};
 
 /// Tables of which exactly one stands for the choice: a layer that names another one replaces it.
-const ONE_OF: [&str; 18] = [
+const ONE_OF: [&str; 23] = [
     "data",
     "tokenizer",
     "procedure",
@@ -31,6 +31,11 @@ const ONE_OF: [&str; 18] = [
     "model.classifier.*.mixer",
     "model.embedder.pooling",
     "model.classifier.*.mixer.attention.mechanism",
+    "model.super_resolution.mixer",
+    "model.super_resolution.mixer.attention",
+    "model.super_resolution.mixer.attention.*.lambda_init",
+    "model.super_resolution.mixer.attention.*.router",
+    "model.super_resolution.mixer.attention.*.allocation",
 ];
 
 /// The name of layers that were typed.
@@ -253,7 +258,7 @@ fn merge_into(base: &mut toml::Table, over: &toml::Table, path: &str) {
     if path == "model" && over.contains_key("pretrained") {
         base.remove("decoder");
     }
-    for kind in ["classifier", "embedder"] {
+    for kind in ["classifier", "embedder", "super_resolution"] {
         // Another kind of model than the one below starts from nothing that was said of that.
         if path == "model" && over.contains_key(kind) && !base.contains_key(kind) {
             base.clear();

@@ -5,7 +5,7 @@ use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::intervention::{InterventionConfig, SparseConfig};
 use polyhead_models::{
-    ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, EmbedderConfig, LossConfig,
+    ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, InputShape, LossConfig,
     Precision, broken, require,
 };
 use polyhead_training::config::OptimizerConfig;
@@ -28,26 +28,33 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     let Recipe { model, training, validation, lr_scheduler, generation, .. } = recipe;
     let decoder = model.decoder();
     let is_classifier = matches!(model, ModelConfig::Classifier { .. });
-    let is_embedder = matches!(model, ModelConfig::Embedder(_));
-    let labelled = recipe.data.yields() == Yields::Examples;
-    rule(
-        labelled == is_classifier,
-        "data",
-        match labelled {
-            true => format!("data.{} is examples with classes, which model.classifier learns", recipe.data.name()),
-            false => format!("data.{} has no classes for model.classifier to learn", recipe.data.name()),
-        },
-    );
-    let pairs = recipe.data.yields() == Yields::Pairs;
-    rule(
-        pairs == is_embedder,
-        "data",
-        match pairs {
-            true => format!("data.{} is pairs that belong together, which model.embedder learns", recipe.data.name()),
-            false => format!("data.{} has no pairs for model.embedder to learn", recipe.data.name()),
-        },
-    );
-    let reads_tokens = !(labelled || pairs) || recipe.data.is_text();
+    let yields = recipe.data.yields();
+    for (own, fits, is, lacks) in [
+        (
+            Yields::Examples,
+            is_classifier,
+            "examples with classes, which model.classifier learns",
+            "classes for model.classifier to learn",
+        ),
+        (
+            Yields::Pairs,
+            matches!(model, ModelConfig::Embedder(_)),
+            "pairs that belong together, which model.embedder learns",
+            "pairs for model.embedder to learn",
+        ),
+        (
+            Yields::Images,
+            matches!(model, ModelConfig::SuperResolution(_)),
+            "images without classes, which model.super_resolution learns",
+            "images without classes for model.super_resolution to learn",
+        ),
+    ] {
+        let name = recipe.data.name();
+        let message =
+            if yields == own { format!("data.{name} is {is}") } else { format!("data.{name} has no {lacks}") };
+        rule((yields == own) == fits, "data", message);
+    }
+    let reads_tokens = yields == Yields::Tokens || recipe.data.is_text();
     rule(
         reads_tokens || training.seq_len == 0,
         "training.seq_len",
@@ -141,7 +148,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     );
     let embedding = training.embedding_dropout;
     rule(
-        embedding.is_none_or(|rate| (0.0..=0.99).contains(&rate) && !(is_classifier || is_embedder)),
+        embedding.is_none_or(|rate| (0.0..=0.99).contains(&rate) && matches!(model, ModelConfig::Decoder { .. })),
         "training.embedding_dropout",
         format!(
             "training.embedding_dropout ({}) must be 0 (off) to 0.99, and is for decoders",
@@ -234,7 +241,18 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         );
     }
     match model {
-        ModelConfig::Embedder(embedder) => problems.extend(validate_embedder(recipe, embedder)),
+        ModelConfig::Embedder(embedder) => {
+            problems.extend(validate_plain(recipe, "an embedder"));
+            problems.extend(within("model.embedder", embedder.validate(None)));
+        }
+        ModelConfig::SuperResolution(config) => {
+            problems.extend(validate_plain(recipe, "a network that enlarges images"));
+            let size = match recipe.data.source().shape().filter(|_| problems.is_empty()) {
+                Some(InputShape::Images { height, width, .. }) => Some([height, width]),
+                _ => None,
+            };
+            problems.extend(within("model.super_resolution", config.validate(size)));
+        }
         ModelConfig::Classifier { config: classifier, .. } => {
             let sound = problems.is_empty();
             problems.extend(validate_classifier(recipe, classifier, sound));
@@ -344,33 +362,35 @@ fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig
     problems
 }
 
-/// The rules of recipes for embedders, as far as they can be told without the features.
-fn validate_embedder(recipe: &Recipe, embedder: &EmbedderConfig) -> Vec<ConfigError> {
+/// The rules of recipes for models that are no transformers and are trained in the plain way.
+fn validate_plain(recipe: &Recipe, model: &str) -> Vec<ConfigError> {
     let Recipe { procedure, training, .. } = recipe;
     let rules = [
-        (recipe.lora.is_none(), "lora", "lora is for decoders"),
-        (recipe.intervention.is_none(), "intervention", "intervention is for decoders"),
-        (recipe.metrics.heads_interval == 0, "metrics.heads_interval", "metrics.heads_interval is for decoders"),
+        (recipe.lora.is_none(), "lora", "lora is for decoders".to_owned()),
+        (recipe.intervention.is_none(), "intervention", "intervention is for decoders".into()),
+        (recipe.metrics.heads_interval == 0, "metrics.heads_interval", "metrics.heads_interval is for decoders".into()),
         (
             *procedure == ProcedureConfig::default(),
             "procedure",
-            "procedure: an embedder is trained by procedure.standard, as it is",
+            format!("procedure: {model} is trained by procedure.standard, as it is"),
         ),
-        (training.dropout == 0.0, "training.dropout", "training.dropout is for transformers, which an embedder is not"),
+        (
+            training.dropout == 0.0,
+            "training.dropout",
+            format!("training.dropout is for transformers, which {model} is not"),
+        ),
         (
             training.precision == Precision::F32,
             "training.precision",
-            "training.precision must be \"f32\" for an embedder",
+            format!("training.precision must be \"f32\" for {model}"),
         ),
         (
             training.activation_checkpointing == ActivationCheckpointing::None,
             "training.activation_checkpointing",
-            "training.activation_checkpointing must be \"none\" for an embedder, which has no transformer layers",
+            format!("training.activation_checkpointing must be \"none\" for {model}, which has no transformer layers"),
         ),
     ];
-    let mut problems = broken(rules.map(|(holds, key, words)| (holds, key, words.to_owned())));
-    problems.extend(within("model.embedder", embedder.validate(None)));
-    problems
+    broken(rules)
 }
 
 /// The rules of recipes for classifiers; where the rest is `sound`, those between the model and the shape of its data too.

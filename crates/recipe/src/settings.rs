@@ -6,7 +6,9 @@ use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::intervention::InterventionConfig;
 use polyhead_models::mup::{Mup, Parametrization};
-use polyhead_models::{ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, RopeScaling, Sampling};
+use polyhead_models::{
+    ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, RopeScaling, Sampling, SuperResolutionConfig,
+};
 use polyhead_training::config::{
     CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
 };
@@ -96,6 +98,8 @@ pub enum ModelConfig {
     },
     /// An embedder of texts.
     Embedder(EmbedderConfig),
+    /// A network that enlarges images.
+    SuperResolution(SuperResolutionConfig),
 }
 
 /// `[model]` as it is written.
@@ -132,6 +136,9 @@ struct ModelTables {
     /// An embedder of texts, over the features of a decoder that stays as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     embedder: Option<EmbedderConfig>,
+    /// A network that enlarges images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    super_resolution: Option<SuperResolutionConfig>,
 }
 
 fn is_standard(parametrization: &Parametrization) -> bool {
@@ -141,9 +148,10 @@ fn is_standard(parametrization: &Parametrization) -> bool {
 impl ModelTables {
     /// What the model is scaled from, where it is.
     fn mup(&self) -> Result<Option<Mup>, &'static str> {
-        let Self { parametrization, base_width, base_head_dim, classifier, embedder, .. } = self;
+        let Self { parametrization, base_width, base_head_dim, .. } = self;
+        let Self { classifier, embedder, super_resolution, .. } = self;
         match (parametrization, *base_width) {
-            (Parametrization::Mup, _) if classifier.is_some() || embedder.is_some() => {
+            (Parametrization::Mup, _) if classifier.is_some() || embedder.is_some() || super_resolution.is_some() => {
                 Err("model.parametrization = \"mup\" is for model.decoder: leave it out")
             }
             (Parametrization::Mup, None) => {
@@ -169,21 +177,18 @@ impl TryFrom<ModelTables> for ModelConfig {
                 "model.rope_scaling is for a decoder in model.pretrained: a fresh one has model.decoder.rope_scaling",
             );
         }
-        match tables {
-            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: None, .. } => Err(
-                "model is empty: describe a fresh one in model.decoder, model.classifier or model.embedder, or name a folder with \
-                 trained weights in model.pretrained",
-            ),
-            ModelTables { pretrained, decoder, classifier: None, embedder: None, .. } => {
-                Ok(Self::Decoder { pretrained, config: decoder, mup, rope_scaling })
+        let ModelTables { pretrained, decoder, classifier, embedder, super_resolution, .. } = tables;
+        match (pretrained, decoder, classifier, embedder, super_resolution) {
+            (None, None, None, None, None) => {
+                Err("model is empty: describe a fresh one in model.decoder, model.classifier, model.embedder or \
+                 model.super_resolution, or name a folder with trained weights in model.pretrained")
             }
-            ModelTables { pretrained, decoder: None, classifier: Some(config), embedder: None, .. } => {
-                Ok(Self::Classifier { pretrained, config })
-            }
-            ModelTables { pretrained: None, decoder: None, classifier: None, embedder: Some(config), .. } => {
-                Ok(Self::Embedder(config))
-            }
-            ModelTables { classifier: Some(_), .. } => {
+            (pretrained, config, None, None, None) => Ok(Self::Decoder { pretrained, config, mup, rope_scaling }),
+            (pretrained, None, Some(config), None, None) => Ok(Self::Classifier { pretrained, config }),
+            (None, None, None, Some(config), None) => Ok(Self::Embedder(config)),
+            (None, None, None, None, Some(config)) => Ok(Self::SuperResolution(config)),
+            (_, _, _, _, Some(_)) => Err("model.super_resolution stands alone: it begins with fresh weights"),
+            (_, _, Some(_), _, _) => {
                 Err("model.decoder and model.embedder cannot stand beside model.classifier: choose one")
             }
             _ => {
@@ -209,6 +214,7 @@ impl From<ModelConfig> for ModelTables {
                 Self { pretrained, classifier: Some(config), ..Self::default() }
             }
             ModelConfig::Embedder(config) => Self { embedder: Some(config), ..Self::default() },
+            ModelConfig::SuperResolution(config) => Self { super_resolution: Some(config), ..Self::default() },
         }
     }
 }
@@ -247,7 +253,7 @@ impl ModelConfig {
     pub fn pretrained(&self) -> Option<&Path> {
         match self {
             Self::Decoder { pretrained, .. } | Self::Classifier { pretrained, .. } => pretrained.as_deref(),
-            Self::Embedder(_) => None,
+            Self::Embedder(_) | Self::SuperResolution(_) => None,
         }
     }
 
@@ -256,6 +262,7 @@ impl ModelConfig {
         match self {
             Self::Decoder { config, .. } => config.as_ref().map(|config| config.n_layers),
             Self::Classifier { config, .. } => Some(config.n_layers()),
+            Self::SuperResolution(config) => Some(config.n_layers),
             Self::Embedder(_) => None,
         }
     }

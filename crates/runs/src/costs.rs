@@ -19,6 +19,8 @@ pub enum Known {
     Examples(Sizes),
     /// Layers of the features, and numbers of each.
     Pairs([usize; 2]),
+    /// Height and width of the images to learn from.
+    Images([usize; 2]),
 }
 
 impl Known {
@@ -28,6 +30,7 @@ impl Known {
             Self::Ids(_) => "token",
             Self::Examples(_) => "example",
             Self::Pairs(_) => "text",
+            Self::Images(_) => "image",
         }
     }
 }
@@ -65,6 +68,7 @@ pub fn parts(recipe: &Recipe, known: Known) -> Vec<Part> {
         (ModelConfig::Decoder { config: Some(decoder), .. }, Known::Ids(vocab_size)) => decoder.parts(vocab_size),
         (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => classifier.parts(sizes),
         (ModelConfig::Embedder(embedder), Known::Pairs([layers, dim])) => embedder.parts(layers, dim),
+        (ModelConfig::SuperResolution(config), Known::Images(size)) => config.parts(size),
         _ => Vec::new(),
     }
 }
@@ -213,6 +217,7 @@ fn activation_bytes(recipe: &Recipe, known: Known, checkpointed: bool) -> u64 {
         (ModelConfig::Classifier { config: classifier, .. }, Known::Examples(sizes)) => {
             classifier.kept_numbers(sizes, checkpointed)
         }
+        (ModelConfig::SuperResolution(config), Known::Images(size)) => config.kept_numbers(size),
         (ModelConfig::Decoder { config: Some(decoder), .. }, _) => {
             training.seq_len.saturating_mul(decoder.kept_elements(checkpointed))
         }

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use polyhead_data::synthetic::World;
-use polyhead_data::{ExampleLoader, Loader, OpenOptions, Opened, PairLoader, Tokenizer, Tracking};
-use polyhead_models::{Batch, Examples, Pairs};
+use polyhead_data::{ExampleLoader, ImageLoader, Loader, OpenOptions, Opened, PairLoader, Tokenizer, Tracking};
+use polyhead_models::{Batch, Examples, Images, Pairs};
 use polyhead_recipe::Recipe;
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::read_file;
@@ -30,7 +30,7 @@ macro_rules! source {
         }
     })+ };
 }
-source!(Loader => Batch, ExampleLoader => Examples, PairLoader => Pairs);
+source!(Loader => Batch, ExampleLoader => Examples, PairLoader => Pairs, ImageLoader => Images);
 
 /// The first batches of some, of which a caller is told how many have been taken.
 pub struct Watched<'a, B> {

@@ -1,11 +1,11 @@
 //! The kinds of models that a recipe may be about. All that differs between them is in one file each: `decoder.rs`,
-//! `classifier.rs`, `embedder.rs`.
+//! `classifier.rs`, `embedder.rs`, `super_resolution.rs`.
 
 use burn::tensor::Device;
 use polyhead_evaluation::sets::SetScore;
 use polyhead_kernels::seed_random;
 use polyhead_models::mup::Scalings;
-use polyhead_models::{Classifier, Decoder, Embedder, Trainable};
+use polyhead_models::{Classifier, Decoder, Embedder, SuperResolution, Trainable};
 use polyhead_recipe::{ModelConfig, Recipe};
 use polyhead_training::TrainableModel;
 use polyhead_training::run::Probe;
@@ -103,6 +103,7 @@ pub fn for_kind<F: ForAnyKind>(model: &ModelConfig, what: F) -> F::Output {
         ModelConfig::Decoder { .. } => what.run::<Decoder>(),
         ModelConfig::Classifier { .. } => what.run::<Classifier>(),
         ModelConfig::Embedder(_) => what.run::<Embedder>(),
+        ModelConfig::SuperResolution(_) => what.run::<SuperResolution>(),
     }
 }
 
@@ -167,6 +168,10 @@ mod tests {
                               [model.classifier.vision_transformer.attention.softmax]\nn_heads = 2\n\
                               [data.shapes]\nsize = 16\nn_classes = 3\n[training]\nsteps = 2\nbatch_size = 4\n";
 
+    const SUPER_RESOLUTION: &str = "[model.super_resolution]\nscale = 2\nd_model = 8\nn_layers = 1\nn_heads = 2\nqk_dim = 4\n\
+                                    d_ff = 8\nlocal_patch = 4\n[model.super_resolution.mixer.attention.softmax]\n\
+                                    n_heads = 2\n[data.patterns]\nsize = 16\n[training]\nsteps = 2\nbatch_size = 3\n";
+
     fn caller() -> Caller {
         Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, base: None, hub: |_| Ok(None) }
     }
@@ -204,7 +209,7 @@ mod tests {
                 assert!(data.record()["description"].is_string() && data.text_hash().is_none());
             }
         }
-        for (recipe, sizes) in [(DECODER, [2, 6, 2]), (CLASSIFIER, [4, 1, 1])] {
+        for (recipe, sizes) in [(DECODER, [2, 6, 2]), (CLASSIFIER, [4, 1, 1]), (SUPER_RESOLUTION, [3, 1, 1])] {
             let resolved = resolved(recipe);
             for_kind(&resolved.recipe.model, Check(&resolved, sizes));
         }

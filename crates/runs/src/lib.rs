@@ -20,6 +20,7 @@ pub mod probe;
 pub mod resolve;
 pub mod result;
 pub mod stages;
+pub mod super_resolution;
 pub mod text;
 pub mod trained;
 

@@ -74,6 +74,10 @@ impl Pretrained {
                 let problem = format!("{} is an embedder; `polyhead embed` and eval take it", path.display());
                 return Err(Problems::plain(problem).into());
             }
+            ModelConfig::SuperResolution(_) => {
+                let problem = format!("{} enlarges images; `polyhead upscale` and eval take it", path.display());
+                return Err(Problems::plain(problem).into());
+            }
         };
         let base = Self::base_of(&path, caller)?.map(Box::new);
         // What the run itself has stretched is no change of its base.

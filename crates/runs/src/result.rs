@@ -4,8 +4,9 @@
 
 use std::path::Path;
 
-use polyhead_models::{ClassScore, ClassTotals, EvalTotals, Trainable};
+use polyhead_models::{ClassScore, ClassTotals, EvalTotals, ImageRows, Trainable};
 use polyhead_training::evaluate::{Batches, evaluate_range};
+use polyhead_training::image::{Sheet, sheet};
 use polyhead_training::peak_memory_bytes;
 use polyhead_training::run::Outcome;
 use polyhead_training::run_folder::{atomic_write, files, read_metrics};
@@ -265,6 +266,12 @@ pub fn write<M: Trainable>(
         peak_memory_bytes: peak,
         environment: about.environment,
     };
+    if let Some(ImageRows { images, height, width, across }) = outcome.model.valid().images(&held_out.batch(0)?) {
+        let images: Vec<&[f32]> = images.iter().map(Vec::as_slice).collect();
+        let png = sheet(&images, Sheet { channels: 3, height, width, across });
+        let png = png.map_err(|error| Failure::Run(error.to_string()))?;
+        atomic_write(&run_dir.join(files::IMAGES), &png.bytes)?;
+    }
     let text = serde_json::to_string_pretty(&result).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(atomic_write(&run_dir.join(files::RESULT), text.as_bytes())?)
 }

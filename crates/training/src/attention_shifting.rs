@@ -281,8 +281,7 @@ impl Procedure for AttentionShifting {
             both = [both[0] + values[0] / count, both[1] + values[1] / count];
             alphas += alpha / count;
             // A step divides by its targets, which this loss does not count.
-            let loss =
-                Loss { cross_entropy: loss * (targets / count), penalty: None, of_mixture: None, seen: Vec::new() };
+            let loss = Loss::of(loss * (targets / count));
             let objective = step.objective(loss, batch, 0.0);
             step.add(objective.backward(), &model);
         }

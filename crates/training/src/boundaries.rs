@@ -129,7 +129,7 @@ impl Procedure for Boundaries {
             for Labelled { keys, labels } in found {
                 let logits = predictor.logits(Tensor::from_inner(keys));
                 let cross_entropy = self.config.labels.loss(logits, &labels, &counted) * share;
-                let loss = Loss { cross_entropy, penalty: None, of_mixture: None, seen: Vec::new() };
+                let loss = Loss::of(cross_entropy);
                 let objective = step.objective(loss, batch, 0.0);
                 step.add(objective.backward(), &model);
             }

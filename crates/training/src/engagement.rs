@@ -12,7 +12,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{Adapter, Observe};
-use polyhead_models::{Batch, Classifier, ContextMask, Decoder, Embedder, Pass, Role, Trainable};
+use polyhead_models::{Batch, Classifier, ContextMask, Decoder, Embedder, Pass, Role, SuperResolution, Trainable};
 
 use crate::TrainError;
 use crate::procedure::HeldOut;
@@ -47,6 +47,7 @@ impl WatchesAttention for Decoder {
 
 impl WatchesAttention for Classifier {}
 impl WatchesAttention for Embedder {}
+impl WatchesAttention for SuperResolution {}
 
 /// Masses of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

@@ -356,7 +356,7 @@ fn palette(colours: &[[u8; 3]]) -> Vec<u8> {
 
 mod sheet;
 
-pub use sheet::{Sheet, sheet};
+pub use sheet::{Sheet, coloured, sheet};
 
 #[cfg(test)]
 mod tests;

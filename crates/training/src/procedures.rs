@@ -3,7 +3,7 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`TrainableModel`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Classifier, ConfigError, Decoder, DecoderConfig, Embedder, Gate};
+use polyhead_models::{Classifier, ConfigError, Decoder, DecoderConfig, Embedder, Gate, SuperResolution};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -150,3 +150,4 @@ impl TrainableModel for Decoder {
 
 impl TrainableModel for Classifier {}
 impl TrainableModel for Embedder {}
+impl TrainableModel for SuperResolution {}

@@ -46,9 +46,11 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         }
         let mut step = Step::over(batches);
         for batch in batches {
-            let loss = model.loss_under(batch, self.context_mask);
+            let mut loss = model.loss_under(batch, self.context_mask);
+            let found = std::mem::take(&mut loss.found);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);
             step.add_backward(objective, &model);
+            model.follow(found);
         }
         self.updater.finish(model, step, context)
     }

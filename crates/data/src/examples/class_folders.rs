@@ -50,16 +50,9 @@ impl ClassFolders<'_> {
         let (mut items, mut ends) = (Vec::new(), Vec::new());
         for files in sides {
             for (path, label) in files {
-                match (decode(&read_file(&path)?, label), self.on_bad_file) {
-                    (Ok(item), _) => items.push((item, label)),
-                    (Err(problem), OnBad::Skip) => {
-                        left_out.add(&format!("that could not be read: {problem}"), &path);
-                    }
-                    (Err(problem), OnBad::Error) => {
-                        let way_out = format!("replace it, or set data.{}.on_bad_file = \"skip\"", self.name);
-                        return Err(DataError::in_file(&path, format!("{problem}; {way_out}")));
-                    }
-                }
+                let item = decode(&read_file(&path)?, label);
+                let item = self.on_bad_file.settle(item, (&path, self.name), &mut left_out)?;
+                items.extend(item.map(|item| (item, label)));
             }
             ends.push(items.len());
         }

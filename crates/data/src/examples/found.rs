@@ -93,7 +93,7 @@ impl Found {
 ///
 /// # Errors
 /// If there are too few for both sides.
-pub(super) fn divide(n: usize, to_train: usize, fraction: f64) -> Result<[Vec<u32>; 2], DataError> {
+pub(crate) fn divide(n: usize, to_train: usize, fraction: f64) -> Result<[Vec<u32>; 2], DataError> {
     const KEY: u64 = 0x0064_6976_6964_6564; // "divided"
     if n > to_train {
         return Ok([(0..to_train as u32).collect(), (to_train as u32..n as u32).collect()]);

@@ -2,7 +2,6 @@
 
 mod cifar;
 mod csv_images;
-mod decode;
 mod idx;
 mod image_folder;
 mod shapes;

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use polyhead_data::{DataConfig, Syntax, TextConfig};
 use polyhead_evaluation::perplexity::{Windows, text_loss};
-use polyhead_models::{ClassScore, EvalTotals};
+use polyhead_models::{ClassScore, EvalTotals, Evaluated};
 use polyhead_recipe::Problems;
 use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::decoder::set_scores;
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
+use polyhead_runs::super_resolution::{TrainedSuperResolution, image_set, open_super_resolution};
 use polyhead_runs::{Failure, open_decoder, open_trained};
 use polyhead_training::evaluate::{Batches, evaluate};
 use serde_json::json;
@@ -69,6 +70,9 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let (checkpoint, batches, device) = (args.checkpoint.as_path(), args.batches, args.device.as_deref());
     if let Some(embedder) = open_embedder(checkpoint, device, caller())? {
         return no_intervention(args).and_then(|()| eval_embedder(&embedder, batches));
+    }
+    if let Some(trained) = open_super_resolution(checkpoint, device, caller())? {
+        return no_intervention(args).and_then(|()| eval_super_resolution(&trained, batches));
     }
     if let Some(classifier) = open_classifier(checkpoint, device, caller())? {
         return no_intervention(args).and_then(|()| eval_classifier(&classifier, batches));
@@ -131,6 +135,19 @@ fn eval_embedder(trained: &TrainedEmbedder, batches: u64) -> Result<(), Failure>
     let sums = evaluate(&trained.model, &Watched::first(&Source(&paired.validation), batches, caller()), 0)?;
     let mut result = json!({ "checkpoint": trained.path, "loss": sums.evaluated().mean_loss() });
     for (name, value) in sums.retrieval().numbers() {
+        result[name] = json!(value);
+    }
+    put!("{result:#}")
+}
+
+/// The same for a network that enlarges images: how near they are to the true ones, by it and by a bicubic filter.
+fn eval_super_resolution(trained: &TrainedSuperResolution, batches: u64) -> Result<(), Failure> {
+    let images = image_set(&trained.recipe)?;
+    tell_data(&trained.path, &images.description, images.text_hash.as_deref())?;
+    let sums = evaluate(&trained.model, &Watched::first(&Source(&images.validation), batches, caller()), 0)?;
+    let Evaluated { targets, .. } = sums.evaluated();
+    let mut result = json!({ "checkpoint": trained.path, "images": targets, "loss": sums.evaluated().mean_loss() });
+    for (name, value) in sums.named() {
         result[name] = json!(value);
     }
     put!("{result:#}")

@@ -24,6 +24,7 @@ mod tokenizer;
 mod train;
 mod trained;
 pub mod tune;
+pub mod upscale;
 
 use std::path::Path;
 
@@ -97,6 +98,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Grow(args) => grow::grow(&args),
         Command::Features(args) => features::features(&args),
         Command::Embed(args) => embed::embed(&args),
+        Command::Upscale(args) => upscale::upscale(&args),
         Command::Logits { checkpoint, tokens, text, out, intervention, device } => {
             let model = (checkpoint.as_path(), device.as_deref(), intervention.as_deref());
             trained::logits(model, &tokens, text.as_deref(), &out)

@@ -2,12 +2,13 @@
 //! sheet of images.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
-use polyhead_data::{Labelled, Modality, Opened, Paired, StreamDecoder, Tokenizer};
-use polyhead_models::{Classifier, Decoder, Embedder, Examples, IGNORE, Inputs, Role};
+use polyhead_data::{ImageSet, Labelled, Modality, Opened, Paired, StreamDecoder, Tokenizer};
+use polyhead_models::super_resolution::COLOURS;
+use polyhead_models::{Classifier, Decoder, Embedder, Examples, IGNORE, Inputs, Role, SuperResolution};
 use polyhead_training::image::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
 
@@ -73,6 +74,7 @@ pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> 
         ModelConfig::Decoder { .. } => tokens(loaded, &Decoder::open(&resolved, quiet)?, options),
         ModelConfig::Classifier { .. } => examples(&Classifier::open(&resolved, quiet)?, options),
         ModelConfig::Embedder(_) => pairs(&Embedder::open(&resolved, quiet)?, options),
+        ModelConfig::SuperResolution(_) => pictures(&SuperResolution::open(&resolved, quiet)?, options),
     }
 }
 
@@ -169,8 +171,31 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
         put!("row {row}: {}", examples.iter().map(class).collect::<Vec<_>>().join(", "))?;
     }
     let [channels, height, width] = size;
-    let png = sheet(&images, Sheet { channels, height, width, across: ACROSS });
-    atomic_write(&options.out, &png.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
+    write_sheet(&images, Sheet { channels, height, width, across: ACROSS }, &options.out)?;
+    talk!("wrote {} images to {}", images.len(), options.out.display());
+    Ok(())
+}
+
+fn write_sheet(images: &[&[f32]], layout: Sheet, out: &Path) -> Result<(), Failure> {
+    let png = sheet(images, layout).map_err(|error| Failure::Run(error.to_string()))?;
+    Ok(atomic_write(out, &png.bytes)?)
+}
+
+/// A sheet of images without classes.
+fn pictures(set: &ImageSet, options: PreviewOptions) -> Result<(), Failure> {
+    talk!("data: {}", set.description);
+    set.notes.iter().for_each(|note| talk!("note: {note}"));
+    let (count, [height, width]) = (options.rows * ACROSS, set.train.size());
+    let mut all = Vec::new();
+    for position in 0.. {
+        let pixels = set.train.batch(position)?.pixels;
+        all.extend(pixels.chunks(COLOURS * height * width).map(<[f32]>::to_vec));
+        if all.len() >= count {
+            break;
+        }
+    }
+    let images: Vec<&[f32]> = all.iter().take(count).map(Vec::as_slice).collect();
+    write_sheet(&images, Sheet { channels: COLOURS, height, width, across: ACROSS }, &options.out)?;
     talk!("wrote {} images to {}", images.len(), options.out.display());
     Ok(())
 }
@@ -182,8 +207,8 @@ fn pairs(paired: &Paired, options: PreviewOptions) -> Result<(), Failure> {
     let size = batch.layers * batch.dim;
     let shown = options.rows.min(batch.len()) * batch.parts;
     let images: Vec<&[f32]> = batch.values.chunks(size).take(shown).collect();
-    let sheet = sheet(&images, Sheet { channels: 1, height: batch.layers, width: batch.dim, across: batch.parts });
-    atomic_write(&options.out, &sheet.map_err(|error| Failure::Run(error.to_string()))?.bytes)?;
+    let layout = Sheet { channels: 1, height: batch.layers, width: batch.dim, across: batch.parts };
+    write_sheet(&images, layout, &options.out)?;
     let parts = ["query", "positive", "negative"][..batch.parts].join(", ");
     talk!(
         "wrote {} rows to {}: {parts}, {} layers by {} channels",

@@ -58,8 +58,27 @@ pub fn sheet(images: &[&[f32]], layout: Sheet) -> Result<Png, ImageError> {
             }
         }
     }
+    encode(bytes, all_width, all_height)
+}
+
+/// An image `[3, height, width]` from 0 to 1, pixel by pixel in its own colours.
+///
+/// # Errors
+/// If it is not of the size that is told.
+pub fn coloured(pixels: &[f32], [height, width]: [usize; 2]) -> Result<Png, ImageError> {
+    let area = height * width;
+    if pixels.len() != 3 * area {
+        return Err(ImageError::Shape { rows: 3 * height, cols: width, found: pixels.len() });
+    }
+    let byte = |at: usize| (pixels[at].clamp(0.0, 1.0) * 255.0).round() as u8;
+    let bytes = (0..area).flat_map(|at| [0, 1, 2].map(|colour| byte(colour * area + at))).collect();
+    encode(bytes, width, height)
+}
+
+/// A PNG file of `[height, width, 3]` bytes.
+fn encode(bytes: Vec<u8>, width: usize, height: usize) -> Result<Png, ImageError> {
     let failed = |error: png::EncodingError| ImageError::Encode(error.to_string());
-    let (width, height) = (all_width as u32, all_height as u32);
+    let (width, height) = (width as u32, height as u32);
     let mut file = Vec::new();
     let mut encoder = png::Encoder::new(&mut file, width, height);
     encoder.set_color(png::ColorType::Rgb);

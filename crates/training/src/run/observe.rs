@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use burn::tensor::Tensor;
 use polyhead_attention::Observe;
-use polyhead_models::{Trainable, parameters, weights};
+use polyhead_models::{ImageRows, Trainable, parameters, weights};
 use serde_json::json;
 
 use super::Record;
-use crate::image::{attention_grid, head_gates};
+use crate::image::{Sheet, attention_grid, head_gates, sheet};
 
 /// What is to be looked at after a step.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +59,14 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
                 Ok(events.image_png(&format!("{shown}/gates"), step, png.width, png.height, &png.bytes)?)
             });
         }
+    }
+    if let Some(rows) = look.maps.then(|| model.images(batch)).flatten() {
+        record.write_events(|events| {
+            let ImageRows { images, height, width, across } = rows;
+            let images: Vec<&[f32]> = images.iter().map(Vec::as_slice).collect();
+            let png = sheet(&images, Sheet { channels: 3, height, width, across })?;
+            Ok(events.image_png("images/validation", step, png.width, png.height, &png.bytes)?)
+        });
     }
     if !look.numbers {
         return;

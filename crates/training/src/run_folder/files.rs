@@ -12,6 +12,8 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const RESULT: &str = "result.json";
 /// The losses as an image.
 pub const CURVE: &str = "curve.svg";
+/// What a network that enlarges images makes of some, as an image.
+pub const IMAGES: &str = "images.png";
 /// The step with the smallest validation loss.
 pub const BEST: &str = "best.json";
 /// Locked by the process that writes the folder.

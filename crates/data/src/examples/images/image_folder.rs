@@ -7,14 +7,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Images;
-use super::decode::{Image, decode};
 use crate::examples::class_folders::ClassFolders;
 use crate::files::OnBad;
+use crate::image_file::{ENDINGS, Image, ImageNotes, decode};
 use crate::problem::{Problem, image_size, require, shown};
 use crate::source::Source;
 use crate::{Data, DataError, Opening};
 
-const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"];
 /// What red, green and blue add to brightness (ITU-R BT.601).
 const BRIGHTNESS: [f32; 3] = [0.299, 0.587, 0.114];
 
@@ -63,7 +62,7 @@ impl Source for ImageFolderConfig {
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
         let [height, width] = self.size;
-        let (mut turned, mut of_several) = (0, 0);
+        let mut told = ImageNotes::default();
         let folders = ClassFolders {
             name: opening.name,
             path: &self.path,
@@ -73,19 +72,10 @@ impl Source for ImageFolderConfig {
         };
         let read = folders.read(|bytes, _| {
             let image = decode(bytes)?;
-            turned += usize::from(image.turned);
-            of_several += usize::from(image.first_of_several);
+            told.add(&image);
             Ok(fitted(&image, height, width, self.channels))
         })?;
-        let mut notes: Vec<String> = read.left_out.note().into_iter().collect();
-        for (count, what) in [
-            (turned, "images were turned the way up that their EXIF orientation says"),
-            (of_several, "files hold several frames or pages, of which the first is taken"),
-        ] {
-            if count > 0 {
-                notes.push(format!("{count} {what}"));
-            }
-        }
+        let notes = read.left_out.note().into_iter().chain(told.told()).collect();
         let shape = InputShape::Images { channels: self.channels, height, width };
         let images = |items: Vec<(Vec<u8>, u32)>| {
             let (pixels, labels): (Vec<Vec<u8>>, Vec<u32>) = items.into_iter().unzip();

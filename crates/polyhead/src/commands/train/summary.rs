@@ -17,7 +17,7 @@ use polyhead_runs::Failure;
 use polyhead_runs::answer::Prompt;
 use polyhead_runs::kind::Kind;
 use polyhead_runs::text::quoted;
-use polyhead_training::run_folder::files::CURVE;
+use polyhead_training::run_folder::files::{CURVE, IMAGES};
 use serde_json::json;
 
 impl Task<'_> {
@@ -90,6 +90,9 @@ impl Task<'_> {
             talk!("next     {polyhead} generate {run} --prompt \"...\"");
         } else {
             talk!("next     {polyhead} eval {run}");
+        }
+        if recipe.data.yields() == Yields::Images {
+            talk!("         {polyhead} upscale IMAGE --model {run} --out large.png   (images: {run}/{IMAGES})");
         }
         if outcome.ended.is_some() {
             return; // more steps change nothing

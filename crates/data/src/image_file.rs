@@ -2,6 +2,7 @@
 //! an image that is grey below; images are turned the way up that their EXIF data says, as every viewer shows them.
 
 use std::io::Cursor;
+use std::path::Path;
 
 use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, tiff::TiffDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
@@ -9,20 +10,67 @@ use image::{AnimationDecoder, DynamicImage, ImageDecoder, ImageFormat, RgbImage}
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
+use crate::DataError;
+use crate::files::read_file;
+
+/// How the names of image files end.
+pub(crate) const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"];
+
 /// The most pixels that are unpacked: a header of a few bytes can promise any number. As Pillow's limit.
 const MOST_PIXELS: u64 = 178_956_970;
 
-/// A image in red, green and blue.
+/// An image in red, green and blue.
 #[derive(Debug, PartialEq)]
-pub(super) struct Image {
-    pub(super) height: usize,
-    pub(super) width: usize,
+pub struct Image {
+    /// Pixels down.
+    pub height: usize,
+    /// Pixels across.
+    pub width: usize,
     /// `[height, width, 3]`
-    pub(super) pixels: Vec<u8>,
+    pub pixels: Vec<u8>,
     /// Whether its file stores it another way up.
-    pub(super) turned: bool,
+    pub turned: bool,
     /// Whether its file holds more images, of which this is the first.
-    pub(super) first_of_several: bool,
+    pub first_of_several: bool,
+}
+
+impl Image {
+    /// `[3, height, width]`, from 0 to 1.
+    pub fn planes(&self) -> Vec<f32> {
+        let colour = |colour| self.pixels.iter().skip(colour).step_by(3).map(|&byte| f32::from(byte) / 255.0);
+        (0..3).flat_map(colour).collect()
+    }
+}
+
+/// What there is to tell of images that were read.
+#[derive(Debug, Default)]
+pub(crate) struct ImageNotes {
+    turned: usize,
+    of_several: usize,
+}
+
+impl ImageNotes {
+    pub(crate) fn add(&mut self, image: &Image) {
+        self.turned += usize::from(image.turned);
+        self.of_several += usize::from(image.first_of_several);
+    }
+
+    /// In words.
+    pub(crate) fn told(&self) -> impl Iterator<Item = String> + use<> {
+        let counts = [
+            (self.turned, "images were turned the way up that their EXIF orientation says"),
+            (self.of_several, "files hold several frames or pages, of which the first is taken"),
+        ];
+        counts.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}"))
+    }
+}
+
+/// Reads an image file of any of these kinds.
+///
+/// # Errors
+/// If it cannot be read: what is wrong with it.
+pub fn read_image(path: &Path) -> Result<Image, DataError> {
+    decode(&read_file(path)?).map_err(|problem| DataError::in_file(path, problem))
 }
 
 /// What a decoder found.
@@ -36,7 +84,7 @@ struct Raw {
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub(super) fn decode(bytes: &[u8]) -> Result<Image, String> {
+pub(crate) fn decode(bytes: &[u8]) -> Result<Image, String> {
     let format = image::guess_format(bytes).map_err(|_| match bytes.get(4..8) {
         _ if bytes.is_empty() => "the file is empty".to_owned(),
         Some(b"ftyp") => "HEIC or another kind that is not read: save it as PNG or JPEG".into(),

@@ -4,17 +4,17 @@ use super::*;
 /// Images of 24 x 16 pixels that Pillow wrote (see `tests/images/make.py`): the upper left quarter red, the upper right green, the
 /// lower left blue, the lower right white, so that no two of the eight ways up are alike.
 const FILES: [(&str, &[u8]); 11] = [
-    ("baseline.jpg", include_bytes!("../../../../tests/images/baseline.jpg")),
-    ("progressive.jpg", include_bytes!("../../../../tests/images/progressive.jpg")),
-    ("restarts.jpg", include_bytes!("../../../../tests/images/restarts.jpg")),
-    ("rgb.png", include_bytes!("../../../../tests/images/rgb.png")),
-    ("palette.png", include_bytes!("../../../../tests/images/palette.png")),
-    ("lossless.webp", include_bytes!("../../../../tests/images/lossless.webp")),
-    ("lossy.webp", include_bytes!("../../../../tests/images/lossy.webp")),
-    ("still.gif", include_bytes!("../../../../tests/images/still.gif")),
-    ("lzw.tif", include_bytes!("../../../../tests/images/lzw.tif")),
-    ("sixteen.tif", include_bytes!("../../../../tests/images/sixteen.tif")),
-    ("plain.bmp", include_bytes!("../../../../tests/images/plain.bmp")),
+    ("baseline.jpg", include_bytes!("../../tests/images/baseline.jpg")),
+    ("progressive.jpg", include_bytes!("../../tests/images/progressive.jpg")),
+    ("restarts.jpg", include_bytes!("../../tests/images/restarts.jpg")),
+    ("rgb.png", include_bytes!("../../tests/images/rgb.png")),
+    ("palette.png", include_bytes!("../../tests/images/palette.png")),
+    ("lossless.webp", include_bytes!("../../tests/images/lossless.webp")),
+    ("lossy.webp", include_bytes!("../../tests/images/lossy.webp")),
+    ("still.gif", include_bytes!("../../tests/images/still.gif")),
+    ("lzw.tif", include_bytes!("../../tests/images/lzw.tif")),
+    ("sixteen.tif", include_bytes!("../../tests/images/sixteen.tif")),
+    ("plain.bmp", include_bytes!("../../tests/images/plain.bmp")),
 ];
 const QUARTERS: [[u8; 3]; 4] = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]];
 
@@ -156,9 +156,9 @@ fn headers_that_promise_too_much_are_refused_at_once() {
 #[test]
 fn of_several_images_the_first_is_taken_and_that_is_known() {
     for (name, bytes) in [
-        ("GIF", &include_bytes!("../../../../tests/images/moving.gif")[..]),
-        ("WebP", include_bytes!("../../../../tests/images/moving.webp")),
-        ("TIFF", include_bytes!("../../../../tests/images/pages.tif")),
+        ("GIF", &include_bytes!("../../tests/images/moving.gif")[..]),
+        ("WebP", include_bytes!("../../tests/images/moving.webp")),
+        ("TIFF", include_bytes!("../../tests/images/pages.tif")),
     ] {
         let image = decode(bytes).unwrap_or_else(|problem| panic!("{name}: {problem}"));
         assert!(image.first_of_several, "{name}");
