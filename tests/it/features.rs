@@ -285,7 +285,26 @@ fn an_embedder_learns_which_texts_belong_together() {
     world.succeeds(&["preview", "embedder.toml", "--rows", "3", "--out", "pairs.png"]);
     assert!(world.read("pairs.png").starts_with(b"\x89PNG"));
 
+    // Puzzles of eight words in two groups; the groups of the second are those of the first.
+    let words: String = (0..16)
+        .map(|at| format!("{{\"text\": \"{} {at}\", \"label\": \"{}\"}}\n", ["abba", "cddc"][at % 2], at % 2))
+        .collect();
+    write("words.jsonl", &words);
+    world.succeeds(&["features", "decoder", "--data", "words.jsonl", "--out", "words.safetensors"]);
+    let told: Value =
+        serde_json::from_str(&world.succeeds(&["embed", "run", "--features", "words.safetensors", "--walls", "8"]).0)
+            .unwrap();
+    let solved = |told: &Value| told["solved"].as_u64().unwrap();
+    assert_eq!(
+        (told["walls"].as_u64(), told["layers"].as_array().unwrap().iter().map(solved).max()),
+        (Some(2), Some(2))
+    );
+    assert!(told["embedder"]["ami"].as_f64().unwrap() <= 1.0 && told["layers"][0]["wasserstein"] == 0.0, "{told:#}");
+
     for (code, arguments, words) in [
+        (2, "embed run --features words.safetensors --walls 5", "--walls 5"),
+        (2, "embed run --features words.safetensors --walls 1", "one alone"),
+        (2, "embed run --features pairs.safetensors --walls 8", "texts with labels are needed"),
         (2, "embed decoder --features pairs.safetensors", "a run of model.embedder is needed"),
         (1, "embed run --features book.txt", "not a safetensors file"),
         (2, "generate run", "is an embedder"),

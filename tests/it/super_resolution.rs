@@ -65,7 +65,7 @@ fn a_network_learns_resumes_and_enlarges() {
     let (_, err) = world.succeeds(&["preview", RECIPE, "--rows", "1"]);
     assert!(err.contains("wrote 8 images to preview.png"), "{err}");
     let (_, err) = world.succeeds(&["train", RECIPE, "--out", "whole"]);
-    for part in ["1 layers, token_centres", "images/s", "psnr", "upscale IMAGE --model whole"] {
+    for part in ["1 layers, attention: token_centres", "images/s", "psnr", "upscale IMAGE --model whole"] {
         assert!(err.contains(part), "no {part} in: {err}");
     }
     // Centres belong to the state of a run: in two parts it is the same, to the bit.

@@ -21,7 +21,9 @@ use crate::{Data, DataError, Opening, Tokenizer};
 
 pub use jsonl::{JsonlConfig, NumberRule};
 pub use posts::{PostKind, PostsConfig};
-pub use rows::{LabelledFields, LabelledText, PairedText, distinct_names, read_labelled, read_pairs};
+pub use rows::{
+    LabelledFields, LabelledText, PairedText, Template, distinct_names, read_labelled, read_pairs, read_templates,
+};
 pub use rust_docs::RustDocsConfig;
 pub use text::{Syntax, TextConfig};
 

@@ -15,7 +15,7 @@ mod labelled_text;
 mod layer_features;
 
 pub use audio::{ChirpsConfig, WavFolderConfig};
-pub use feature_pairs::{FeaturePairsConfig, open_features};
+pub use feature_pairs::{FeaturePairsConfig, open_features, open_labels};
 pub use features::{FeatureArray, FeaturesConfig, NewFeatures, NewPairs};
 pub use images::{CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, ShapesConfig};
 pub use labelled_text::LabelledTextConfig;

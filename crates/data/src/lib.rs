@@ -41,13 +41,13 @@ pub use batches::{
 };
 pub use documents::{
     JsonlConfig, LabelledFields, LabelledText, NumberRule, PairedText, PostKind, PostsConfig, RustDocsConfig, Syntax,
-    TextConfig, distinct_names, read_labelled, read_pairs,
+    Template, TextConfig, distinct_names, read_labelled, read_pairs, read_templates,
 };
 pub use error::DataError;
 pub use examples::{
     ChirpsConfig, CifarConfig, CsvImagesConfig, FeatureArray, FeaturePairsConfig, FeaturesConfig, IdxConfig,
     ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig,
-    open_features,
+    open_features, open_labels,
 };
 pub use image_file::{Image, read_image};
 pub use mixture::{LastDocument, MixedSource, MixtureConfig, Until, documents_within, quotas};

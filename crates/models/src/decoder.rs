@@ -68,7 +68,7 @@ pub struct Decoder {
     #[module(skip)]
     intervention: Option<Arc<Intervention>>,
     #[module(skip)]
-    computing: Computing,
+    pub(crate) computing: Computing,
 }
 
 /// What a pass through the layers is told.
@@ -215,6 +215,12 @@ impl Decoder {
     /// The model that keeps other activations while it is trained.
     pub fn with_checkpointing(self, checkpointing: ActivationCheckpointing) -> Self {
         Self { computing: Computing { checkpointing, ..self.computing }, ..self }
+    }
+
+    /// The model whose loss has the overlap of its heads in it, with this weight while it trains; see
+    /// [`head_overlap`](crate::head_overlap()).
+    pub fn with_head_overlap(self, head_overlap: f64) -> Self {
+        Self { computing: Computing { head_overlap, ..self.computing }, ..self }
     }
 
     /// Ids that the model knows, without the mask of a masked diffusion model.

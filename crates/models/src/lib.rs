@@ -16,6 +16,7 @@ mod examples;
 mod gate;
 mod gaussian_adaptive_transformer;
 mod generate;
+mod head_overlap;
 pub mod hf;
 pub mod intervention;
 mod layer_features;
@@ -59,6 +60,7 @@ pub use gaussian_adaptive_transformer::{
     GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig, Gqdaam, GqdaamConfig,
 };
 pub use generate::{Continuation, Past, Request, Sampling, continuations, continue_all};
+pub use head_overlap::head_overlap;
 pub use layer_features::TokenPooling;
 pub use loss::{Evaluated, Loss, TokenTotals};
 pub use mapped_file::{MappedFile, irregular, mapped_file_at, open_regular};

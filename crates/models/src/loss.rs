@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{DType, Tensor};
-use polyhead_attention::{Observation, Observe};
+use polyhead_attention::{Observation, Observe, QuerySite};
 use polyhead_kernels::{CrossEntropy, Divergence, Targets, cross_entropy, divergence, in_type, linear};
 
 use crate::intervention::Context;
-use crate::{Batch, ContextMask, Decoder, Pass};
+use crate::sites::SitePlan;
+use crate::{Batch, ContextMask, Decoder, Pass, head_overlap};
 
 /// The training loss of one batch, with its named terms.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub struct Loss {
     pub of_mixture: Option<Tensor<1>>,
     /// What each layer saw, if asked for.
     pub seen: Vec<Observation>,
+    /// `[1]`: the mean over layers of the overlap of heads, and its weight; `None` where it is not asked for.
+    pub head_overlap: Option<(Tensor<1>, f64)>,
     /// Statistics of what was read that follow the course of training without being learned, as moving averages do; without
     /// gradients. [`Trainable::follow`](crate::Trainable::follow) takes them.
     pub found: Vec<Tensor<2>>,
@@ -29,7 +32,7 @@ pub struct Loss {
 impl Loss {
     /// A sum of cross-entropies, and nothing besides.
     pub fn of(cross_entropy: Tensor<1>) -> Self {
-        Self { cross_entropy, penalty: None, of_mixture: None, seen: Vec::new(), found: Vec::new() }
+        Self { cross_entropy, penalty: None, of_mixture: None, seen: Vec::new(), head_overlap: None, found: Vec::new() }
     }
 }
 
@@ -80,6 +83,12 @@ pub struct TokenTotals {
     pub sources: BTreeMap<String, Evaluated>,
 }
 
+/// The mean over layers.
+fn mean(of_layers: Vec<Tensor<1>>) -> Option<Tensor<1>> {
+    let layers = of_layers.len();
+    of_layers.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64)
+}
+
 impl Decoder {
     /// The loss of a batch, differentiable.
     pub fn loss(&self, batch: &Batch, observe: Observe) -> Loss {
@@ -87,13 +96,19 @@ impl Decoder {
     }
 
     /// The loss of a batch under another mask, or with something added to the projections.
-    pub fn loss_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> Loss {
+    pub fn loss_of_pass(&self, batch: &Batch, mut pass: Pass<'_>) -> Loss {
+        let (weight, layers) = (self.computing.head_overlap, self.layers.len());
+        if weight > 0.0 {
+            pass.sites.taps.extend(SitePlan::tap_all(layers, QuerySite::Weights).taps);
+        }
         let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
         let out = self.predict(batch, forward.hidden);
-        let layers = forward.penalties.len();
-        let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
         let of_mixture = batch.sources.as_ref().map(|_| out.losses);
-        Loss { penalty, of_mixture, seen: forward.seen, ..Loss::of(out.sum) }
+        let (penalty, maps) = (mean(forward.penalties), forward.taps.into_iter().filter(|_| weight > 0.0));
+        let maps = maps.filter(|tap| tap.site == QuerySite::Weights.into());
+        let overlap = mean(maps.map(|tap| head_overlap(tap.values)).collect());
+        let head_overlap = overlap.map(|overlap| (overlap, weight));
+        Loss { penalty, of_mixture, seen: forward.seen, head_overlap, ..Loss::of(out.sum) }
     }
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.

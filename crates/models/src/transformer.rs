@@ -86,6 +86,8 @@ pub(crate) struct Computing {
     pub embedding_dropout: Option<f64>,
     /// What is kept for the backward pass.
     pub checkpointing: ActivationCheckpointing,
+    /// Weight of the overlap of heads in the loss of a decoder; 0 where it is not computed.
+    pub head_overlap: f64,
 }
 
 /// The settings of a stack of layers, whatever is before and behind it.

@@ -464,6 +464,9 @@ pub struct TrainArgs {
 pub struct EvalArgs {
     /// A checkpoint or a run folder.
     pub checkpoint: PathBuf,
+    /// The templates of template_pairs: rows with "template" (with the place {}), two "attributes" and two "options".
+    #[arg(requires = "task")]
+    pub file: Option<PathBuf>,
     /// Batches of held-out data at most; 0 takes all.
     #[arg(long, default_value_t = 0, conflicts_with = "task")]
     pub batches: u64,
@@ -508,7 +511,7 @@ pub struct EvalArgs {
     /// Random vectors. Default: 20, as published.
     #[arg(long, requires = "task", value_parser = at_least_one)]
     pub ees_n_probes: Option<usize>,
-    /// Decides the problems.
+    /// Decides the problems, and the resamples of template_pairs.
     #[arg(long, default_value_t = 0, requires = "task")]
     pub seed: u64,
     /// Draw accuracy by length and depth into this SVG file.
@@ -523,8 +526,17 @@ pub struct EvalArgs {
 }
 
 /// What `--task` takes.
-const TASKS: [&str; 8] =
-    ["key_value", "needles_multi", "variable_tracking", "common_words", "multi_hop", "all", "eigenscore", "facts"];
+const TASKS: [&str; 9] = [
+    "key_value",
+    "needles_multi",
+    "variable_tracking",
+    "common_words",
+    "multi_hop",
+    "all",
+    "eigenscore",
+    "facts",
+    "template_pairs",
+];
 
 pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {

@@ -1,5 +1,6 @@
 //! The rules about values of a recipe: each table's own, and those between tables.
 
+use polyhead_attention::QuerySite;
 use polyhead_data::synthetic::MadTask;
 use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
@@ -100,6 +101,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     let numbers = [
         ("training.max_norm", training.max_norm, 0.0, f64::MAX, "0 (off) or more"),
         ("training.dropout", training.dropout, 0.0, 0.99, "0 (off) to 0.99"),
+        ("training.head_overlap", training.head_overlap, 0.0, 1e6, "0 (off) to 1e6"),
         ("training.penalty_weight", training.penalty_weight, 0.0, f64::MAX, "0 or more"),
         ("lr_scheduler.min_lr_ratio", lr_scheduler.min_lr_ratio, 0.0, 1.0, "0 to 1"),
         ("generation.sampling.temperature", generation.sampling.temperature, 0.0, 1e6, "0 (greedy) or more"),
@@ -155,6 +157,21 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
             embedding.unwrap_or_default()
         ),
     );
+    if training.head_overlap > 0.0 {
+        let key = "training.head_overlap";
+        rule(matches!(model, ModelConfig::Decoder { .. }), key, format!("{key} is for decoders"));
+        rule(
+            training.activation_checkpointing == ActivationCheckpointing::None,
+            key,
+            format!(
+                "{key} reads the maps of all layers, which training.activation_checkpointing must leave there: \"none\""
+            ),
+        );
+        let layers = decoder.map_or(0..0, |decoder| 0..decoder.n_layers);
+        let without =
+            layers.filter_map(|layer| decoder?.attention.of_layer(layer)?.absent(QuerySite::Weights.into())).next();
+        rule(without.is_none(), key, format!("{key} takes maps of heads: {}", without.unwrap_or_default()));
+    }
     let stop = validation.stop_accuracy;
     rule(
         stop.is_none_or(|accuracy| accuracy > 0.0 && accuracy <= 1.0),

@@ -117,7 +117,8 @@ impl Kind for Decoder {
         let training = &recipe.training;
         let model = model.with_precision(training.precision).with_dropout(training.dropout);
         let model = model.with_embedding_dropout(training.embedding_dropout);
-        let model = model.with_checkpointing(training.activation_checkpointing);
+        let model =
+            model.with_checkpointing(training.activation_checkpointing).with_head_overlap(training.head_overlap);
         let model = match &resolved.intervention {
             Some(intervention) => {
                 let model = intervention.apply(model, data.tokenizer.as_ref())?;

@@ -49,6 +49,10 @@ pub struct TrainingConfig {
     /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
     #[serde(default = "penalty_weight")]
     pub penalty_weight: f64,
+    /// Weight in a decoder's loss of how much the attention maps of its heads overlap (A-STAR, arXiv 2306.14544), the mean over layers and
+    /// pairs of heads: heads are made to attend to different places. Maps are made as matrices for it. Default: 0, off.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub head_overlap: f64,
 }
 
 fn keeps_all(checkpointing: &ActivationCheckpointing) -> bool {

@@ -19,6 +19,7 @@ pub(crate) struct Step<M = Decoder> {
     loss_sum: f64,
     penalty_sum: Option<f64>,
     sources: BTreeMap<String, Evaluated>,
+    overlap_sum: Option<f64>,
     grads: Sum<M>,
     /// The square of the norm of gradients that count when clipping and belong to no parameter.
     pub(crate) square_beside: f64,
@@ -35,6 +36,7 @@ impl<M: Trainable> Step<M> {
             loss_sum: 0.0,
             penalty_sum: None,
             sources: BTreeMap::new(),
+            overlap_sum: None,
             grads: Sum::default(),
             square_beside: 0.0,
             measured: Vec::new(),
@@ -49,9 +51,13 @@ impl<M: Trainable> Step<M> {
             self.sources.entry(source).or_default().add(sums);
         }
         let all = self.targets.max(1) as f64;
+        let share = batch.targets() as f64 / all;
         let mut objective = loss.cross_entropy / all;
+        if let Some((overlap, weight)) = loss.head_overlap {
+            *self.overlap_sum.get_or_insert(0.0) += share * f64::from(overlap.clone().into_scalar::<f32>());
+            objective = objective + overlap * (share * weight);
+        }
         if let Some(penalty) = loss.penalty {
-            let share = batch.targets() as f64 / all;
             *self.penalty_sum.get_or_insert(0.0) += share * f64::from(penalty.clone().into_scalar::<f32>());
             if penalty_weight != 0.0 {
                 objective = objective + penalty * (share * penalty_weight);
@@ -106,6 +112,7 @@ impl Updater {
         let (penalty, targets, mut measured) = (step.penalty_sum, step.targets, step.measured);
         let of_source = |(name, sums): (String, Evaluated)| (format!("loss/train/{name}"), sums.mean_loss());
         measured.extend(step.sources.into_iter().map(of_source));
+        measured.extend(step.overlap_sum.map(|overlap| ("loss/head_overlap".to_owned(), overlap)));
         let mut report = StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() };
         if !(loss.is_finite() && grad_norm.is_finite() && step.square_beside.is_finite()) {
             (report.skipped, report.refused) = (true, self.on_nonfinite == OnNonfinite::Stop);

@@ -85,6 +85,54 @@ pub fn read_pairs(
     Ok(FromFiles { items: pairs, notes })
 }
 
+/// A text with each of two attributes, and two options that may follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    /// Where it comes from.
+    pub name: String,
+    /// The text with each attribute.
+    pub prompts: [String; 2],
+    /// What may follow.
+    pub options: [String; 2],
+}
+
+/// What stands in a template where the attribute comes.
+const PLACE: &str = "{}";
+
+/// Reads rows that hold a "template" with the place `{}`, two "attributes" that come there, and two "options" that may follow.
+///
+/// # Errors
+/// If a pattern matches nothing, or a row lacks one of them.
+pub fn read_templates(paths: &[String]) -> Result<FromFiles<Template>, DataError> {
+    let mut templates = Vec::new();
+    let notes = for_each_row(paths, &["template", "attributes", "options"], |name, row| {
+        let text = text_of(row, "template")?;
+        if !text.contains(PLACE) {
+            return Err(format!("template \"{text}\" has no {PLACE}, where the attributes come"));
+        }
+        let attributes = two_of(row, "attributes")?;
+        let options = two_of(row, "options")?;
+        if let Some(empty) = options.iter().find(|option| option.trim().is_empty()) {
+            return Err(format!("field \"options\" holds \"{empty}\", of which nothing is likely or not"));
+        }
+        let prompts = attributes.map(|attribute| text.replace(PLACE, &attribute));
+        if prompts.iter().any(|prompt| prompt.trim().is_empty()) {
+            return Err("template and attribute leave no text in front of the options".into());
+        }
+        templates.push(Template { name, prompts, options });
+        Ok(())
+    })?;
+    Ok(FromFiles { items: templates, notes })
+}
+
+/// The two different texts in a field of a row.
+fn two_of(row: &Value, field: &str) -> Result<[String; 2], String> {
+    match row.get(field).and_then(Value::as_array).map(Vec::as_slice) {
+        Some([Value::String(a), Value::String(b)]) if a != b => Ok([a.clone(), b.clone()]),
+        _ => Err(format!("no two different texts in field \"{field}\" ({})", found(row, field))),
+    }
+}
+
 /// All names that occur: numbers by their size, then the others by their letters.
 pub fn distinct_names<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
     let mut names: Vec<String> = names.cloned().collect();
@@ -157,6 +205,34 @@ mod tests {
         let error = read(&format!("{three}\n{two}")).unwrap_err().to_string();
         assert!(error.contains("pairs.jsonl:2") && error.contains("all or in none"), "{error}");
         assert!(read("{\"query\": \"q\"}").unwrap_err().to_string().contains("no text in field \"positive\""));
+    }
+
+    #[test]
+    fn templates_have_a_place_two_attributes_and_two_options() {
+        let dir = Folder::new();
+        let read = |row: &str| {
+            let path = dir.write("templates.jsonl", row);
+            read_templates(&[path.display().to_string()]).map_err(|error| error.to_string())
+        };
+        let row = |template: &str, attributes: &str, options: &str| {
+            format!("{{\"template\": \"{template}\", \"attributes\": {attributes}, \"options\": {options}}}")
+        };
+        let [two, good] = ["[\"He\", \"She\"]", "[\" a nurse\", \" a smith\"]"];
+        let found = read(&row("{} is", two, good)).unwrap().items;
+        assert_eq!(found[0].prompts, ["He is", "She is"]);
+        assert_eq!(found[0].options, [" a nurse", " a smith"]);
+        for (bad, words) in [
+            (row("He is", two, good), "templates.jsonl:1: template \"He is\" has no {}"),
+            (row("{} is", "[\"He\"]", good), "no two different texts in field \"attributes\""),
+            (row("{} is", "[\"He\", \"He\"]", good), "no two different texts in field \"attributes\""),
+            (row("{} is", "[\"He\", \"She\", 3]", good), "no two different texts in field \"attributes\""),
+            (row("{} is", two, "\"a nurse\""), "no two different texts in field \"options\""),
+            (row("{} is", two, "[\" \", \"a\"]"), "field \"options\" holds \" \""),
+            (row("{}", "[\"\", \"She\"]", good), "leave no text in front"),
+        ] {
+            let error = read(&bad).unwrap_err();
+            assert!(error.contains(words), "{bad}: {error}");
+        }
     }
 
     #[test]

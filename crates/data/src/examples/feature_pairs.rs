@@ -144,3 +144,12 @@ pub fn open_features(path: &Path) -> Result<FeatureArray, DataError> {
     let ([features], _) = tensors(path, ["features"])?;
     Ok(features)
 }
+
+/// The labels `[n]` of a file that `polyhead features` wrote of labelled texts.
+///
+/// # Errors
+/// If the file cannot be read or holds none.
+pub fn open_labels(path: &Path) -> Result<Vec<u32>, DataError> {
+    let ([labels], _) = tensors(path, ["labels"])?;
+    labels.labels()
+}

@@ -1,10 +1,12 @@
 //! `polyhead embed`: one vector for each text, and how well queries find their documents by them.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use burn::tensor::{Tensor, TensorData};
 use clap::Args;
-use polyhead_data::{DataError, open_features};
+use polyhead_data::{DataError, open_features, open_labels};
+use polyhead_evaluation::grouping::{Grouping, grouped};
 use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_models::{Retrieval, Trainable};
 use polyhead_training::run_folder::atomic_write;
@@ -25,12 +27,16 @@ pub struct EmbedArgs {
     /// A run of model.embedder, or a checkpoint of one.
     pub checkpoint: PathBuf,
     /// What `polyhead features` made of texts, from the model whose features the embedder learned; with --pairs, retrieval is
-    /// measured.
+    /// measured, with --walls, grouping.
     #[arg(long)]
     pub features: PathBuf,
     /// The safetensors file to write: `embeddings` [n, dim], of pairs [n, parts, dim]. Default: none, only measured.
     #[arg(long)]
     pub out: Option<PathBuf>,
+    /// The texts are word puzzles of so many each, such as the walls of Only Connect with 16, labelled by their groups, which are of one
+    /// size: they are grouped by their embeddings, and how near that is to the truth is measured.
+    #[arg(long, value_name = "TEXTS", value_parser = at_least_one)]
+    pub walls: Option<usize>,
     /// Texts at a time.
     #[arg(long, default_value_t = 256, value_parser = at_least_one)]
     pub batch_size: usize,
@@ -65,6 +71,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
         );
         return Err(Problems::plain(problem).into());
     }
+    let measure = Measure::of(args, parts, n)?;
     let device = trained.model.device();
     let (texts, size) = (n * parts, layers * dim);
     let mut embeddings = Vec::with_capacity(texts * dim);
@@ -73,20 +80,18 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
         let data = TensorData::new(features.floats(start * size..end * size)?, [end - start, layers, dim]);
         embeddings.extend(trained.model.embed(Tensor::from_data(data, &device)).into_data().iter::<f32>());
     }
-    if parts > 1 {
-        let measured = |embeddings: &[f32]| retrieval(embeddings, parts, dim);
+    if let Some(measure) = measure {
         let of_layer = |layer: usize| -> Result<Value, DataError> {
             let mut rows = Vec::with_capacity(texts * dim);
             for text in 0..texts {
                 let start = text * size + layer * dim;
                 rows.extend(unit(&features.floats(start..start + dim)?));
             }
-            Ok(measured(&rows))
+            Ok(measure.of_embeddings(&rows, dim))
         };
         let plain = (0..layers).map(of_layer).collect::<Result<Vec<_>, _>>()?;
-        let result = json!({
-            "checkpoint": trained.path, "pairs": n, "embedder": measured(&embeddings), "layers": plain,
-        });
+        let ((what, count), embedder) = (measure.counted(n), measure.of_embeddings(&embeddings, dim));
+        let result = json!({ "checkpoint": trained.path, (what): count, "embedder": embedder, "layers": plain });
         put!("{result:#}")?;
     }
     let Some(out) = &args.out else { return Ok(()) };
@@ -96,6 +101,71 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     atomic_write(out, &to_safetensors(&[named], &[])?)?;
     talk!("wrote {texts} embeddings of {dim} numbers to {}", out.display());
     Ok(())
+}
+
+/// What embeddings are measured by.
+enum Measure {
+    /// How well queries find their documents, of rows of so many parts.
+    Retrieval { parts: usize },
+    /// How near groups by embeddings are to the true ones: the group of each text of each puzzle.
+    Walls(Vec<Vec<usize>>),
+}
+
+impl Measure {
+    fn of(args: &EmbedArgs, parts: usize, n: usize) -> Result<Option<Self>, Failure> {
+        let Some(size) = args.walls else { return Ok((parts > 1).then_some(Self::Retrieval { parts })) };
+        let file = args.features.display();
+        let refuse = |problem: String| Failure::from(Problems::plain(format!("--walls {size}: {file} {problem}")));
+        if parts > 1 || n == 0 || !n.is_multiple_of(size) {
+            return Err(refuse(format!(
+                "holds {n} rows of {parts} parts: texts with labels are needed, {size} a puzzle"
+            )));
+        }
+        let labels: Vec<usize> = open_labels(&args.features)?.into_iter().map(|label| label as usize).collect();
+        if labels.len() != n {
+            return Err(refuse(format!("holds {} labels for {n} texts", labels.len())));
+        }
+        for (number, wall) in labels.chunks(size).enumerate() {
+            let count = |label: &usize| wall.iter().filter(|other| *other == label).count();
+            if wall.iter().any(|label| count(label) != count(&wall[0])) || count(&wall[0]) == size {
+                return Err(refuse(format!("has groups of several sizes, or one alone, in puzzle {number} (from 0)")));
+            }
+        }
+        Ok(Some(Self::Walls(labels.chunks(size).map(<[usize]>::to_vec).collect())))
+    }
+
+    /// What is counted, and how many there are in `n` rows.
+    fn counted(&self, n: usize) -> (&'static str, usize) {
+        match self {
+            Self::Retrieval { .. } => ("pairs", n),
+            Self::Walls(walls) => ("walls", walls.len()),
+        }
+    }
+
+    fn of_embeddings(&self, embeddings: &[f32], dim: usize) -> Value {
+        match self {
+            Self::Retrieval { parts } => retrieval(embeddings, *parts, dim),
+            Self::Walls(walls) => grouping(embeddings, walls, dim),
+        }
+    }
+}
+
+/// How near groups by embeddings are to those of the puzzles: means, and how many groups and puzzles were found whole.
+fn grouping(embeddings: &[f32], walls: &[Vec<usize>], dim: usize) -> Value {
+    let of_wall = |(wall, embeddings): (&Vec<usize>, &[f32])| {
+        let groups = wall.iter().collect::<BTreeSet<_>>().len();
+        Grouping::of(wall, &grouped(embeddings, dim, groups))
+    };
+    let scores: Vec<Grouping> = walls.iter().zip(embeddings.chunks(walls[0].len() * dim)).map(of_wall).collect();
+    let mean = |of: fn(&Grouping) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
+    json!({
+        "solved": scores.iter().filter(|score| score.solved).count(),
+        "groups": scores.iter().map(|score| score.groups).sum::<usize>(),
+        "wasserstein": mean(|score| score.wasserstein),
+        "fowlkes_mallows": mean(|score| score.fowlkes_mallows),
+        "ari": mean(|score| score.ari),
+        "ami": mean(|score| score.ami),
+    })
 }
 
 /// How well queries find their documents among all documents, those that belong to none included.

@@ -20,6 +20,7 @@ mod reference;
 pub mod score_context;
 mod stages;
 pub mod suite;
+mod template_pairs;
 mod tokenizer;
 mod train;
 mod trained;
@@ -78,12 +79,16 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Suite(args) => suite::suite(&args),
         Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ref tasks if args.file.is_some() && *tasks != ["template_pairs"] => {
+                Err(Problems::plain("a file beside the model is for --task template_pairs: leave it out".into()).into())
+            }
             [] if !args.text.is_empty() => eval::texts(&args),
             [] => eval::eval(&args),
             ["eigenscore"] => hallucination::eigenscore(&args),
             ["facts"] => hallucination::facts(&args),
-            ref tasks if tasks.contains(&"eigenscore") || tasks.contains(&"facts") => {
-                Err(Problems::plain("--task: eigenscore and facts are asked for alone".into()).into())
+            ["template_pairs"] => template_pairs::eval(&args),
+            ref tasks if ["eigenscore", "facts", "template_pairs"].iter().any(|task| tasks.contains(task)) => {
+                Err(Problems::plain("--task: eigenscore, facts and template_pairs are asked for alone".into()).into())
             }
             _ => long_context::eval(&args),
         },

@@ -117,13 +117,13 @@ impl Record {
                 }
             }
             for (name, value) in &report.measured {
-                scalar(&format!("procedure/{name}"), *value)?;
+                scalar(&tag("procedure", name), *value)?;
             }
             if let Some(memory) = memory {
                 scalar("system/peak_memory_bytes", memory as f64)?;
             }
             for (name, shown) in &report.shown {
-                let tag = format!("procedure/{name}");
+                let tag = tag("procedure", name);
                 match shown {
                     Shown::Histogram(values) => {
                         events.histogram(&tag, step, values)?;
@@ -184,5 +184,10 @@ impl Record {
 
 /// Where TensorBoard shows what was measured with a validation: `macro_f1/validation` becomes `validation/macro_f1`.
 fn validation_tag(name: &str) -> String {
-    format!("validation/{}", name.strip_suffix("/validation").unwrap_or(name))
+    tag("validation", name.strip_suffix("/validation").unwrap_or(name))
+}
+
+/// A name in its group of TensorBoard; losses have one of their own.
+fn tag(group: &str, name: &str) -> String {
+    if name.starts_with("loss/") { name.to_owned() } else { format!("{group}/{name}") }
 }
