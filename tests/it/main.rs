@@ -78,6 +78,7 @@ mod precision;
 mod pretrained;
 mod profile;
 mod project;
+mod ranks;
 mod resume;
 mod serve;
 mod signals;

@@ -300,6 +300,13 @@ impl Trainable for Classifier {
         }
     }
 
+    fn is_due(&self, step: u64) -> bool {
+        match &self.body {
+            Body::Encoder(encoder) => encoder.is_due(step),
+            Body::GaussianAdaptiveTransformer(_) => false,
+        }
+    }
+
     fn before_step(&mut self, batch: &Examples, step: u64) {
         match &mut self.body {
             Body::Encoder(encoder) => encoder.before_step(&batch.inputs, step),

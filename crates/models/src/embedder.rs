@@ -138,7 +138,7 @@ impl Embedder {
 }
 
 /// What an evaluation adds up: all embeddings, because every query looks among all documents.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct EmbedTotals {
     loss: f64,
     dim: usize,

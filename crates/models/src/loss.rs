@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{DType, Tensor};
 use polyhead_attention::{Observation, Observe, QuerySite};
 use polyhead_kernels::{CrossEntropy, Divergence, Targets, cross_entropy, divergence, in_type, linear};
+use serde::{Deserialize, Serialize};
 
 use crate::intervention::Context;
 use crate::sites::SitePlan;
@@ -37,7 +38,7 @@ impl Loss {
 }
 
 /// The sums of an evaluated batch.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Evaluated {
     /// Nats, summed over the targets.
     pub loss: f64,
@@ -75,7 +76,7 @@ impl Evaluated {
 }
 
 /// The sums of evaluated batches of tokens.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct TokenTotals {
     /// Of all targets.
     pub all: Evaluated,

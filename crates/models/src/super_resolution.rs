@@ -501,7 +501,7 @@ fn shuffled(x: Tensor<4>, by: usize) -> Tensor<4> {
 }
 
 /// What an evaluation adds up, over images.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct ImageTotals {
     loss: f64,
     images: u64,

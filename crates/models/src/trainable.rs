@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Mask, Observation, Observe};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass, TokenTotals};
 
@@ -20,6 +22,12 @@ pub trait Trainable: Module + 'static {
 
     /// Layers.
     fn n_layers(&self) -> usize;
+
+    /// Whether [`before_step`](Self::before_step) has something to do before the step `step`, from 0.
+    fn is_due(&self, step: u64) -> bool {
+        let _ = step;
+        false
+    }
 
     /// Moves on what follows the course of training without being learned, before the step `step` (from 0) that begins with
     /// `batch`. Most models have nothing of the kind.
@@ -70,8 +78,8 @@ pub trait TrainBatch {
     }
 }
 
-/// What an evaluation adds up over its batches.
-pub trait EvalTotals: Clone + std::fmt::Debug + Default {
+/// What an evaluation adds up over its batches, on one rank or several.
+pub trait EvalTotals: Clone + std::fmt::Debug + Default + Serialize + DeserializeOwned {
     /// Adds another batch.
     fn add(&mut self, other: Self);
 

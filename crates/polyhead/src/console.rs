@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,26 @@ pub(crate) use put;
 /// out; a log is looked at on a terminal, too. That nobody listens (a closed pipe, a terminal that is gone) must not end a run:
 /// the standard library's macros panic there.
 pub fn say(line: &str) {
+    if !is_hushed() {
+        say_aloud(line);
+    }
+}
+
+/// Whether this process says nothing: of several ranks, one speaks.
+static HUSHED: AtomicBool = AtomicBool::new(false);
+
+/// From here on nothing is said but what [`say_aloud`] says.
+#[cfg(feature = "mpi")]
+pub fn hush() {
+    HUSHED.store(true, Ordering::SeqCst);
+}
+
+fn is_hushed() -> bool {
+    HUSHED.load(Ordering::SeqCst)
+}
+
+/// [`say`], whoever else speaks.
+pub fn say_aloud(line: &str) {
     // Locked while a bar is being moved, which writes itself.
     let shown = SHOWN.try_lock().ok();
     match shown.as_ref().and_then(|shown| shown.as_ref()).and_then(|shown| shown.bar.as_ref()) {
@@ -42,6 +63,9 @@ pub fn say(line: &str) {
 /// # Errors
 /// If it cannot be written, a closed pipe included, where `print!` would panic.
 pub fn print(data: std::fmt::Arguments<'_>) -> Result<(), Failure> {
+    if is_hushed() {
+        return Ok(());
+    }
     let mut stdout = std::io::stdout().lock();
     let written = match stdout.is_terminal() {
         true => stdout.write_all(harmless(&data.to_string()).as_bytes()),
@@ -69,7 +93,7 @@ pub struct Console {
 impl Console {
     /// A view of a run of `steps` steps that starts behind step `start`, whose steps read so many of a unit.
     pub fn new(start: u64, steps: u64, (tokens_per_step, unit): (u64, &str)) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = has_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -92,6 +116,11 @@ impl Console {
         let seconds = (left as f64 / logged.tokens_per_second.max(1e-9)).round();
         clock(Duration::from_secs_f64(seconds.min(1e9)))
     }
+}
+
+/// Whether a bar can be shown.
+fn has_terminal() -> bool {
+    std::io::stderr().is_terminal() && !is_hushed()
 }
 
 /// Between two lines about the same work, where there is no terminal; chosen by us.
@@ -126,7 +155,7 @@ pub fn progress(what: &'static str, done: u64, all: u64) {
 impl Progress {
     /// `what` will be done in `all` pieces.
     pub fn new(what: &'static str, all: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = has_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(all), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template("{bar:24} {percent:>3} %  {msg}");
             bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))

@@ -34,7 +34,8 @@ fn words(panic: &(dyn Any + Send)) -> Option<&str> {
     panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied())
 }
 
-fn is_out_of_memory(words: &str) -> bool {
+/// Whether a panic says that a GPU has no memory left.
+pub fn is_out_of_memory(words: &str) -> bool {
     SIGNS.iter().any(|sign| words.contains(sign))
 }
 

@@ -15,6 +15,7 @@ mod hub;
 mod inspect;
 mod probe;
 mod profile;
+mod ranks;
 mod serve;
 mod signals;
 

@@ -5,11 +5,12 @@ use serde::Serialize;
 use crate::settings::Recipe;
 
 /// Keys that may change when a run is resumed; all others decide what the run is.
-pub const MAY_CHANGE: [&str; 9] = [
+pub const MAY_CHANGE: [&str; 10] = [
     "training.steps",
     "training.device",
     "training.on_nonfinite",
     "training.max_skipped_steps",
+    "parallel",
     "metrics",
     "checkpoint",
     "validation.interval",

@@ -9,7 +9,7 @@ use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, InputShape, LossConfig,
     Precision, broken, require,
 };
-use polyhead_training::config::OptimizerConfig;
+use polyhead_training::config::{OptimizerConfig, ParallelMode};
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{AttentionShiftingConfig, FreezeConfig, ProcedureConfig};
 
@@ -172,6 +172,28 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
             layers.filter_map(|layer| decoder?.attention.of_layer(layer)?.absent(QuerySite::Weights.into())).next();
         rule(without.is_none(), key, format!("{key} takes maps of heads: {}", without.unwrap_or_default()));
     }
+    rule(
+        recipe.parallel.mode == ParallelMode::Data || recipe.parallel.is_default(),
+        "parallel.mode",
+        "parallel.optimizer_sharding and parallel.gradient_reduction are for parallel.mode = \"data\": set it, or leave them out"
+            .into(),
+    );
+    let alone = match (&recipe.procedure, model) {
+        (ProcedureConfig::Bilevel(_) | ProcedureConfig::Boundaries(_) | ProcedureConfig::AttentionShifting(_), _) => {
+            Some(format!("procedure.{}", recipe.procedure.name()))
+        }
+        // It follows statistics of each pass.
+        (_, ModelConfig::SuperResolution(_)) => Some("model.super_resolution".into()),
+        _ => None,
+    };
+    rule(
+        recipe.parallel.mode == ParallelMode::None || alone.is_none(),
+        "parallel.mode",
+        format!(
+            "parallel.mode = \"data\" is for passes that do not depend on each other: {} trains on one rank",
+            alone.unwrap_or_default()
+        ),
+    );
     let stop = validation.stop_accuracy;
     rule(
         stop.is_none_or(|accuracy| accuracy > 0.0 && accuracy <= 1.0),

@@ -10,7 +10,8 @@ use polyhead_models::{
     ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, RopeScaling, Sampling, SuperResolutionConfig,
 };
 use polyhead_training::config::{
-    CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig,
+    CheckpointConfig, DebugConfig, LrSchedulerConfig, MetricsConfig, OptimizerConfig, ParallelConfig, TrainingConfig,
+    ValidationConfig,
 };
 use polyhead_training::{FreezeConfig, ProcedureConfig};
 use schemars::JsonSchema;
@@ -35,6 +36,9 @@ pub struct Recipe {
     pub augmentation: AugmentConfig,
     /// Steps, batch size, precision and device.
     pub training: TrainingConfig,
+    /// Training on several ranks. Default: one.
+    #[serde(default, skip_serializing_if = "ParallelConfig::is_default")]
+    pub parallel: ParallelConfig,
     /// The loss of a classifier. Default: cross-entropy.
     #[serde(default, skip_serializing_if = "LossConfig::is_plain")]
     pub loss: LossConfig,

@@ -43,6 +43,20 @@ pub fn open_for(name: &str, precision: Precision) -> Result<Device, String> {
     }
 }
 
+/// The device of the rank of this number on its machine: where the name is that of a kind of GPU, each rank has one of its own, as long
+/// as there are enough.
+#[allow(unused_variables)] // without a GPU backend there is nothing to divide
+pub fn of_rank(name: &str, rank: usize) -> String {
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    if let Ok((kind, polyhead_recipe::Which::First)) = parse_device(device_name(name))
+        && gpu::is_compiled_in(kind)
+    {
+        let all = gpu::names(kind);
+        return all.get(rank % all.len().max(1)).cloned().unwrap_or_else(|| name.to_owned());
+    }
+    name.to_owned()
+}
+
 /// What the device calls itself, where it is a GPU: "NVIDIA H100".
 #[allow(unused_variables)] // without a GPU backend there is nothing to ask
 pub fn product(device: &Device) -> Option<String> {

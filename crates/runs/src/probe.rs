@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use polyhead_models::TrainBatch;
 use polyhead_recipe::Recipe;
 use polyhead_training::evaluate::evaluate;
 use polyhead_training::optimizer::Optimizer;
+use polyhead_training::ranks::Ranks;
 use polyhead_training::{Parts, StepContext, schedule};
 
 use crate::data::TrainingData;
@@ -41,7 +43,7 @@ impl Probed {
 pub fn probe<K: Kind>(resolved: &Resolved, data: &K::Data) -> Result<Probed, Failure> {
     let recipe = &resolved.recipe;
     let training = &recipe.training;
-    let mut model: K = resolved.first(data, &training_device(recipe)?)?;
+    let mut model: K = resolved.first(data, &training_device(recipe, None)?)?;
     let (train, held_out) = (data.train(), data.held_out());
     let parts = Parts {
         optimizer: Optimizer::new(recipe.optimizer.clone()).with_scalings(model.scalings(recipe)),
@@ -51,17 +53,21 @@ pub fn probe<K: Kind>(resolved: &Resolved, data: &K::Data) -> Result<Probed, Fai
         batches_per_epoch: train.per_epoch(),
     };
     let mut procedure = K::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
-    let accumulation = training.gradient_accumulation_steps as u64;
+    let passes = training.gradient_accumulation_steps as u64;
+    let ranks = Ranks::alone(recipe.parallel);
     let (started, mut durations) = (Instant::now(), Vec::new());
     // The first step is the warm-up: it allocates what the others use again.
     let mut measured = started;
     for step in 1..=PROBE_STEPS + 1 {
         let begun = Instant::now();
-        let position = (step - 1) * accumulation;
+        let position = (step - 1) * passes;
         let batches =
-            (position..position + accumulation).map(|position| train.batch(position)).collect::<Result<Vec<_>, _>>()?;
+            (position..position + passes).map(|position| train.batch(position)).collect::<Result<Vec<_>, _>>()?;
+        let targets = batches.iter().map(TrainBatch::targets).sum();
         let lr = recipe.optimizer.lr() * schedule::factor(&recipe.lr_scheduler, step - 1, training.steps);
-        let context = StepContext { step, lr, seed: recipe.debug.seed, position };
+        let seed = recipe.debug.seed;
+        let context = StepContext { step, lr, seed, position, passes, targets, ranks: &ranks };
+        model.before_step(&batches[0], step - 1);
         (model, _) = procedure.step(model, &batches, &context)?;
         match step {
             1 => measured = Instant::now(),

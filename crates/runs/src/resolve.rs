@@ -8,10 +8,10 @@ use polyhead_data::{DataConfig, HuggingfaceTokenizer, Tokenizer, TokenizerConfig
 use polyhead_models::mup::Scalings;
 use polyhead_models::{Decoder, DecoderConfig};
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
+use polyhead_training::ProcedureConfig;
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
 use polyhead_training::state::{self, Companions, Progress, Saving};
-use polyhead_training::{Parts, ProcedureConfig, TrainableModel};
 
 use crate::Caller;
 use crate::base::Base;
@@ -197,13 +197,14 @@ fn open_tokenizer(recipe: &Recipe, caller: Caller) -> Result<Tokenizer, Failure>
     }
 }
 
-/// The device of a recipe, for training.
+/// The device of a recipe, for training; of the rank of this number on its machine, where there are several.
 ///
 /// # Errors
 /// If it is not compiled in or not there, or does not compute in the recipe's precision.
-pub fn training_device(recipe: &Recipe) -> Result<Device, Failure> {
+pub fn training_device(recipe: &Recipe, rank: Option<usize>) -> Result<Device, Failure> {
     let training = &recipe.training;
-    Ok(device::open_for(&training.device, training.precision).map_err(Failure::Run)?.autodiff())
+    let name = rank.map_or_else(|| training.device.clone(), |rank| device::of_rank(&training.device, rank));
+    Ok(device::open_for(&name, training.precision).map_err(Failure::Run)?.autodiff())
 }
 
 /// What a recipe multiplies the initial weights and the learning rates of its model by.
@@ -232,18 +233,9 @@ pub fn begin_run(
     };
     let text = recipe::resolved(&recipe)?;
     companions.push((files::RECIPE.into(), text.clone().into_bytes()));
-    let parts = Parts {
-        optimizer: Optimizer::new(recipe.optimizer.clone()),
-        training: &recipe.training,
-        model,
-        tracking: &[],
-        batches_per_epoch: 1,
-    };
-    let procedure = Decoder::procedure(&recipe.procedure, parts, &serde_json::Value::Null)?;
     std::fs::create_dir_all(run_dir).map_err(|error| Failure::file("create", run_dir, error))?;
     let saving = Saving {
         model,
-        procedure: &*procedure,
         progress: &Progress::default(),
         companions: &companions,
         validation_loss: None,
@@ -251,7 +243,7 @@ pub fn begin_run(
         adapter_only: false,
         nonfinite: caller.nonfinite,
     };
-    let checkpoint = state::save(run_dir, &saving)?;
+    let checkpoint = state::save(run_dir, &saving, &Optimizer::new(recipe.optimizer.clone()).tensors())?;
     atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
     Ok(checkpoint)
 }

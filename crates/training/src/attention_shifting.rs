@@ -265,9 +265,9 @@ impl Procedure for AttentionShifting {
         &mut self,
         model: Decoder,
         batches: &[Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
-        let mut step = Step::over(batches);
+        let mut step = Step::new(context);
         let (targets, count) = (batches.iter().map(TrainBatch::targets).sum::<u64>() as f64, batches.len() as f64);
         let (mut both, mut alphas) = ([0.0; 2], 0.0);
         for batch in batches {
@@ -287,7 +287,7 @@ impl Procedure for AttentionShifting {
         }
         let names = ["forget_loss", "retain_loss", "alpha"].map(|name| format!("attention_shifting/{name}"));
         step.measured.extend(names.into_iter().zip([both[0], both[1], alphas]));
-        self.updater.finish(model, step, context)
+        self.updater.finish(model, step)
     }
 
     fn optimizer(&self) -> &Optimizer {

@@ -25,11 +25,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::config::TrainingConfig;
+use crate::config::{ParallelConfig, TrainingConfig};
 use crate::engagement;
 use crate::gradients::backward;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
+use crate::ranks::Ranks;
 use crate::update::{Step, Updater};
 
 mod inner;
@@ -158,13 +159,16 @@ impl Bilevel {
 
     /// What one batch alone gives to a step: the gradients of the weights, and those of its fast weights where they count.
     pub fn gradients(&self, model: &Decoder, batch: &Batch, adapted: &Adapted) -> (GradientsParams, FastWeights) {
-        let (mut step, mut beside) = (Step::over(std::slice::from_ref(batch)), FastWeights::default());
+        let ranks = Ranks::alone(ParallelConfig::default());
+        let targets = batch.target_tokens();
+        let context = StepContext { step: 1, lr: 0.0, seed: 0, position: 0, passes: 1, targets, ranks: &ranks };
+        let (mut step, mut beside) = (Step::new(&context), FastWeights::default());
         self.batch(model, batch, adapted, &mut step, &mut beside);
-        (step.gradients(), beside)
+        (step.gradients(model), beside)
     }
 
     /// Forward and backward of one batch: adds its gradients to `step`, and the fast weights' own to `beside`.
-    fn batch(&self, model: &Decoder, batch: &Batch, adapted: &Adapted, step: &mut Step, beside: &mut FastWeights) {
+    fn batch(&self, model: &Decoder, batch: &Batch, adapted: &Adapted, step: &mut Step<'_>, beside: &mut FastWeights) {
         let BilevelConfig { clip_includes_fast, second_order, context_mask, .. } = self.config;
         let fast = adapted.last().lifted(clip_includes_fast || second_order);
         let mask = batch.mask(context_mask);
@@ -188,9 +192,9 @@ impl Procedure for Bilevel {
         &mut self,
         model: Decoder,
         batches: &[Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
-        let (mut step, mut beside) = (Step::over(batches), FastWeights::default());
+        let (mut step, mut beside) = (Step::new(context), FastWeights::default());
         let mut losses = vec![0.0; self.config.steps()];
         for (position, batch) in (context.position..).zip(batches) {
             let fresh = self.config.fresh(&model, context.seed, position)?;
@@ -203,7 +207,7 @@ impl Procedure for Bilevel {
         step.square_beside = beside.square().map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()));
         let named = losses.iter().enumerate().map(|(k, &loss)| (format!("bilevel/inner_loss_{k}"), loss));
         step.measured.extend(named);
-        self.updater.finish(model, step, context)
+        self.updater.finish(model, step)
     }
 
     /// Under `adapted/`: with fast weights that have learned the very answers, under the mask of training; a model as it is

@@ -115,10 +115,10 @@ impl Procedure for Boundaries {
         &mut self,
         model: Decoder,
         batches: &[Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
         let (frozen, predictor) = (model.valid(), Self::predictor(&model)?);
-        let mut step = Step::over(batches);
+        let mut step = Step::new(context);
         for batch in batches {
             let gaps = labelled_gaps(batch.seq, self.config.predictor.window);
             let counted = counted(batch, &gaps);
@@ -134,7 +134,7 @@ impl Procedure for Boundaries {
                 step.add(objective.backward(), &model);
             }
         }
-        self.updater.finish(model, step, context)
+        self.updater.finish(model, step)
     }
 
     /// Under `boundaries/`: the loss, and how well the gaps that are boundaries are found where the logit is above 0.
@@ -184,6 +184,8 @@ mod tests {
     use polyhead_models::weights::named;
 
     use super::*;
+    use crate::config::ParallelConfig;
+    use crate::ranks::Ranks;
 
     #[test]
     fn the_predictor_learns_and_the_model_stays() {
@@ -206,8 +208,9 @@ mod tests {
         let batch = Batch { batch: 2, seq: 24, tokens, targets, ..Batch::default() };
         let mut procedure = Boundaries::new(settings, Optimizer::new(Default::default()), &training);
         let mut losses = Vec::new();
+        let (ranks, targets) = (Ranks::alone(ParallelConfig::default()), batch.target_tokens());
         for step in 1..=12 {
-            let context = StepContext { step, lr: 0.02, seed: 0, position: step };
+            let context = StepContext { step, lr: 0.02, seed: 0, position: step, passes: 1, targets, ranks: &ranks };
             let (next, report) = procedure.step(model, std::slice::from_ref(&batch), &context).unwrap();
             losses.push(report.loss);
             model = next;

@@ -15,7 +15,7 @@ pub struct TrainingConfig {
     pub seq_len: usize,
     /// Rows per forward pass.
     pub batch_size: usize,
-    /// Forward passes per optimiser step; their gradients are averaged over all their targets. Default: 1.
+    /// Forward passes per optimiser step, on all ranks together; their gradients are averaged over all their targets. Default: 1.
     #[serde(default = "one")]
     pub gradient_accumulation_steps: usize,
     /// Gradients are scaled down to this global norm; 0 switches clipping off. Default: 1.
@@ -285,6 +285,61 @@ impl Default for MetricsConfig {
     fn default() -> Self {
         Self { log_freq: 10, tensorboard: true, observe: true, image_interval: 250, heads_interval: 0 }
     }
+}
+
+/// `[parallel]`: several processes ("ranks"), on one machine or many, train one model together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParallelConfig {
+    /// What is divided among the ranks that a launcher such as mpirun starts: "none" (default): there is one rank; "data": every rank
+    /// has the whole model and takes its share of each step's training.gradient_accumulation_steps forward passes.
+    pub mode: ParallelMode,
+    /// Who keeps the state of the optimizer: "none" (default): every rank all of it; "zero1": every rank that of the parameters that it
+    /// updates for all (ZeRO stage 1, arXiv 1910.02054). The weights are the same to the bit.
+    pub optimizer_sharding: OptimizerSharding,
+    /// How gradients are added up: "ordered" (default): after every forward pass, in the order of the data, which gives the same bits
+    /// for every number of ranks; "fast": each rank adds up its own first, so that they are sent once a step.
+    pub gradient_reduction: GradientReduction,
+}
+
+impl ParallelConfig {
+    /// Whether it says nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What is divided among ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ParallelMode {
+    /// Nothing: there is one.
+    #[default]
+    None,
+    /// The batches of a step.
+    Data,
+}
+
+/// Who keeps the state of the optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerSharding {
+    /// Every rank all of it.
+    #[default]
+    None,
+    /// Every rank that of its own parameters.
+    Zero1,
+}
+
+/// How the gradients of several ranks are added up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientReduction {
+    /// Pass by pass, in the order of the data.
+    #[default]
+    Ordered,
+    /// Rank by rank, once a step.
+    Fast,
 }
 
 /// `[debug]`: randomness.

@@ -52,6 +52,16 @@ pub enum TrainError {
     /// Something long was given up because the run is to be saved first. The loop makes up for it; nobody else meets it.
     #[error("put off: the run is to be saved first")]
     PutOff,
+    /// Another rank could not go on, so that none can.
+    #[error("rank {rank} on {host}: {problem}")]
+    OtherRank {
+        /// The rank.
+        rank: usize,
+        /// The machine that it runs on.
+        host: String,
+        /// What it met.
+        problem: String,
+    },
     /// A setting that does not fit the model: where it stands, the rule, the way out.
     #[error("{0}")]
     Setting(String),

@@ -5,6 +5,7 @@ use std::ops::Range;
 use polyhead_models::{Batch, EvalTotals, Trainable};
 
 use crate::TrainError;
+use crate::ranks::Ranks;
 
 /// Where batches come from: a pure function of their position.
 pub trait Batches<B = Batch> {
@@ -30,6 +31,27 @@ pub(crate) fn count<B>(data: &dyn Batches<B>, limit: u64) -> u64 {
 /// If the data cannot be read.
 pub fn evaluate<M: Trainable>(model: &M, data: &dyn Batches<M::Batch>, limit: u64) -> Result<M::Totals, TrainError> {
     evaluate_range(model, data, 0..count(data, limit))
+}
+
+/// [`evaluate`] by all ranks together: in each round a batch on every rank, added up in the order of the data.
+///
+/// # Errors
+/// If the data of any rank cannot be read.
+pub(crate) fn evaluate_on_ranks<M: Trainable>(
+    model: &M,
+    data: &dyn Batches<M::Batch>,
+    limit: u64,
+    ranks: &Ranks<'_>,
+) -> Result<M::Totals, TrainError> {
+    let (model, count) = (model.valid(), count(data, limit));
+    let mut sums = M::Totals::default();
+    for round in (0..count).step_by(ranks.size()) {
+        let position = round + ranks.rank() as u64;
+        let batch = ranks.agree((position < count).then(|| data.batch(position)).transpose())?;
+        let totals = ranks.share(batch.map(|batch| model.totals(&batch)));
+        totals.into_iter().flatten().for_each(|totals| sums.add(totals));
+    }
+    Ok(sums)
 }
 
 /// EvalTotals over the batches at these positions.

@@ -171,7 +171,7 @@ impl Procedure for Fusion {
         &mut self,
         mut model: Decoder,
         batches: &[Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
         let before = context.step - 1;
         set_anneal(&mut model, self.anneal(before));
@@ -183,8 +183,9 @@ impl Procedure for Fusion {
             FusionMode::Anneal => 0.0,
             FusionMode::Lagrangian => slope(self.multipliers.values, left - aim),
         };
-        let mut step = Step::over(batches);
+        let mut step = Step::new(context);
         for batch in batches {
+            step.begin_pass();
             let loss = model.loss_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)));
             let objective = step.objective(loss, batch, weight);
             step.add_backward(objective, &model);
@@ -198,7 +199,7 @@ impl Procedure for Fusion {
                 ("fusion/lambda_2".into(), square),
             ]);
         }
-        let (mut model, report) = self.updater.finish(model, step, context)?;
+        let (mut model, report) = self.updater.finish(model, step)?;
         if self.config.mode == FusionMode::Lagrangian && !report.skipped {
             self.multipliers.ascend(left - aim, self.config.multiplier_lr);
         }

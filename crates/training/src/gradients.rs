@@ -33,20 +33,28 @@ pub(crate) fn backward(objective: Tensor<1>) -> Gradients {
 }
 
 /// The Euclidean norm over all parameters, as `torch.nn.utils.clip_grad_norm_` takes it (Burn's own norm clipping is per
-/// tensor). Not finite if any gradient is not. One read from the device.
+/// tensor). Not finite if any gradient is not.
 pub fn global_norm<M: Module>(grads: &GradientsParams, model: &M) -> f64 {
-    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
+    squares(grads, model).into_iter().flatten().fold(0.0, |sum, square| sum + square).sqrt()
+}
+
+/// By parameter, in the order of fields: the sum of the squares of its gradient, where it has one. One read from the device.
+pub(crate) fn squares<M: Module>(grads: &GradientsParams, model: &M) -> Vec<Option<f64>> {
+    struct Squares<'a>(&'a GradientsParams, Vec<Option<Tensor<1>>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.extend(self.0.get::<D>(param.id).map(|grad| grad.square().sum()));
+            self.1.push(self.0.get::<D>(param.id).map(|grad| grad.square().sum()));
         }
     }
     let mut squares = Squares(grads, Vec::new());
     model.visit(&mut squares);
-    if squares.1.is_empty() {
-        return 0.0;
+    let there: Vec<Tensor<1>> = squares.1.iter().flatten().cloned().collect();
+    if there.is_empty() {
+        return vec![None; squares.1.len()];
     }
-    Tensor::cat(squares.1, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
+    let values = Tensor::cat(there, 0).into_data();
+    let mut values = values.iter::<f64>();
+    squares.1.iter().map(|square| square.as_ref().and_then(|_| values.next())).collect()
 }
 
 /// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by; a `max_norm` of 0 clips nothing.

@@ -92,7 +92,7 @@ impl NeuronDropout {
     }
 
     /// Embeds the texts with the model as it is without a mask, and chooses anew where that is due.
-    fn watch(&mut self, model: &Decoder, context: &StepContext, report: &mut StepReport) -> Result<(), TrainError> {
+    fn watch(&mut self, model: &Decoder, context: &StepContext<'_>, report: &mut StepReport) -> Result<(), TrainError> {
         let config = &self.config;
         let rows = self.texts.embeddings(model, self.layer, config.embedding);
         let ees = match config.ees_prompts {
@@ -122,7 +122,12 @@ impl NeuronDropout {
     }
 
     /// Chooses what is dropped until the next time, and tells what can be seen of the choice.
-    fn choose(&mut self, model: &Decoder, context: &StepContext, report: &mut StepReport) -> Result<(), TrainError> {
+    fn choose(
+        &mut self,
+        model: &Decoder,
+        context: &StepContext<'_>,
+        report: &mut StepReport,
+    ) -> Result<(), TrainError> {
         let before = self.gate(model);
         let count = self.config.count(self.d_model);
         let v = self.rank(|_| true);
@@ -175,10 +180,11 @@ impl NeuronDropout {
     }
 
     /// The counts before and after a step, and after the step before it: of steps, or of batches.
-    fn counts(&self, context: &StepContext, batches: u64) -> [u64; 3] {
+    fn counts(&self, context: &StepContext<'_>) -> [u64; 3] {
+        let StepContext { step, position, passes, .. } = *context;
         match self.config.unit {
-            Unit::Steps => [context.step.saturating_sub(2), context.step - 1, context.step],
-            Unit::Epochs => [context.position.saturating_sub(batches), context.position, context.position + batches],
+            Unit::Steps => [step.saturating_sub(2), step - 1, step],
+            Unit::Epochs => [position.saturating_sub(passes), position, position + passes],
         }
     }
 }
@@ -188,9 +194,9 @@ impl Procedure for NeuronDropout {
         &mut self,
         mut model: Decoder,
         batches: &[Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
-        let [earlier, from, to] = self.counts(context, batches.len() as u64);
+        let [earlier, from, to] = self.counts(context);
         if self.config.mode == Mode::WeightsCompat
             && self.crossed(earlier, from)
             && let Some(dropped) = self.state.dropped.last()

@@ -74,6 +74,11 @@ impl Optimizer {
         map_parameters(model, Step { optimizer: self, grads, update }).0
     }
 
+    /// Gives up the state of parameters whose names are not among those that `keep` takes.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.moments.retain(|name, _| keep(name));
+    }
+
     /// The state's tensors by name: `first.<parameter>` and `second.<parameter>`.
     pub fn tensors(&self) -> Vec<Held> {
         let both = |(path, moments): (&String, &Moments)| {

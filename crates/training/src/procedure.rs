@@ -1,5 +1,6 @@
 //! The seam between the loop and what one step does.
 
+use polyhead_kernels::seed_random;
 use polyhead_models::{Decoder, Trainable};
 
 use crate::TrainError;
@@ -7,6 +8,7 @@ use crate::config::TrainingConfig;
 use crate::evaluate::Batches;
 use crate::image::Png;
 use crate::optimizer::Optimizer;
+use crate::ranks::Ranks;
 
 /// What a procedure is made of.
 pub struct Parts<'a, M: Trainable = Decoder> {
@@ -24,11 +26,16 @@ pub struct Parts<'a, M: Trainable = Decoder> {
 
 /// One step of training: forward, backward, update.
 pub trait Procedure<M: Trainable = Decoder> {
-    /// The model after a step over `batches` (one per forward pass).
+    /// The model after a step over `batches`: one for each forward pass of this rank, in the order of the data.
     ///
     /// # Errors
     /// If the model or the data does not fit the procedure.
-    fn step(&mut self, model: M, batches: &[M::Batch], context: &StepContext) -> Result<(M, StepReport), TrainError>;
+    fn step(
+        &mut self,
+        model: M,
+        batches: &[M::Batch],
+        context: &StepContext<'_>,
+    ) -> Result<(M, StepReport), TrainError>;
 
     /// The optimiser, whose state goes into checkpoints.
     fn optimizer(&self) -> &Optimizer;
@@ -76,7 +83,7 @@ impl<M: Trainable> Copy for HeldOut<'_, M> {}
 
 /// What a procedure is told about a step.
 #[derive(Debug, Clone, Copy)]
-pub struct StepContext {
+pub struct StepContext<'a> {
     /// The step, from 1.
     pub step: u64,
     /// The learning rate.
@@ -85,6 +92,28 @@ pub struct StepContext {
     pub seed: u64,
     /// Where in the data the step's first batch stands.
     pub position: u64,
+    /// Forward passes of the step on all ranks.
+    pub passes: u64,
+    /// Targets of the step on all ranks.
+    pub targets: u64,
+    /// Who shares the step.
+    pub ranks: &'a Ranks<'a>,
+}
+
+impl StepContext<'_> {
+    /// From here on numbers are drawn as they are in this pass of the step, counted over all ranks: a function of the seed, the step and
+    /// the pass, so that a resumed run, or one on other ranks, draws the same.
+    pub(crate) fn seed_pass(&self, pass: u64) {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"polyhead step");
+        hasher.update(&self.seed.to_le_bytes());
+        hasher.update(&self.step.to_le_bytes());
+        if pass > 0 {
+            hasher.update(&pass.to_le_bytes());
+        }
+        let bytes = *hasher.finalize().as_bytes();
+        seed_random(u64::from_le_bytes(std::array::from_fn(|i| bytes[i])));
+    }
 }
 
 /// What a step tells.

@@ -2,9 +2,8 @@
 //! below. What a run is made of is `job.rs`, what it writes beside its checkpoints `record.rs`, what it is asked for from outside
 //! `requests.rs`.
 
-use polyhead_kernels::seed_random;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use polyhead_models::{EvalTotals, TrainBatch};
 use serde_json::json;
@@ -12,12 +11,13 @@ use tracing::info_span;
 
 use crate::TrainError;
 use crate::checkpoint::{self, Best, recover_best, write_best};
-use crate::evaluate::{self, Batches, evaluate};
+use crate::evaluate::{self, Batches, evaluate_on_ranks};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport};
 use crate::procedures::TrainableModel;
 use crate::schedule;
+use crate::sharding::{gather_state, keep_own};
 use crate::state::{self, Owed, Progress, Saving};
 
 mod job;
@@ -43,7 +43,7 @@ pub fn run<M: TrainableModel>(model: M, job: Job<'_, M>, view: &mut dyn View) ->
             Err(TrainError::PutOff) => true,
             Err(error) => return Err(run.kept_before(&model, error)),
         };
-        let (signal, asked) = run.job.requests.take();
+        let (signal, asked) = run.take_requests();
         run.save_if_due(&model, signal != 0 || asked)?;
         if let Some(path) = run.saved.as_ref().filter(|_| asked) {
             run.record.note(format!("saved as asked, in {}; going on", path.display()));
@@ -94,13 +94,15 @@ struct Run<'a, 'v, M: TrainableModel> {
     unsaved: bool,
     tokens_since: u64,
     micros_since: u64,
+    /// How much of that time went into communication.
+    waited_since: Duration,
 }
 
 impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// Reads the state of a run that goes on, and opens its logs.
     fn begin(mut model: M, job: Job<'a, M>, view: &'v mut dyn View) -> Result<(Self, M), TrainError> {
-        let device = model.device();
-        let (mut progress, optimizer) = match &job.resume {
+        let (ranks, device) = (job.ranks, model.device());
+        let (mut progress, mut optimizer) = match &job.resume {
             None => (Progress::default(), Optimizer::new(job.optimizer.clone())),
             Some(from) => {
                 let progress = state::read_progress(from)?;
@@ -109,6 +111,12 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
                 (progress.clone(), state::read_optimizer(from, job.optimizer.clone(), progress.updates, &inner)?)
             }
         };
+        if ranks.size() > 1 {
+            ranks.check_same(job.identity(&model)?)?;
+        }
+        if ranks.shards_optimizer() {
+            keep_own(&mut optimizer, &model, ranks);
+        }
         let parts = Parts {
             optimizer: optimizer.with_scalings(job.scalings.clone()),
             training: &job.training,
@@ -118,16 +126,20 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         };
         let procedure = M::procedure(&job.procedure, parts, &progress.procedure)?;
         let resumed = job.resume.as_ref().map(|_| progress.step);
-        match resumed {
-            Some(step) => drop(checkpoint::discard_after(&job.run_dir, step)?),
-            None => {
-                progress.owed.validation = job.validate_first || job.probe.is_some();
-                progress.owed.heads = job.heads.is_some();
-            }
+        if resumed.is_none() {
+            progress.owed.validation = job.validate_first || job.probe.is_some();
+            progress.owed.heads = job.heads.is_some();
         }
-        let (best, notes) = recover_best(&job.run_dir, progress.step)?;
-        let mut record =
-            Record::open(&job.run_dir, job.metrics.tensorboard, resumed, (&job.recipe, &job.hyperparameters))?;
+        let (best, notes) = ranks.from_first(|| {
+            if let Some(step) = resumed {
+                checkpoint::discard_after(&job.run_dir, step)?;
+            }
+            Ok::<_, TrainError>(recover_best(&job.run_dir, progress.step)?)
+        })?;
+        let mut record = ranks.agree(match ranks.is_first() {
+            true => Record::open(&job.run_dir, job.metrics.tensorboard, resumed, (&job.recipe, &job.hyperparameters)),
+            false => Ok(Record::none(&job.run_dir)),
+        })?;
         notes.into_iter().for_each(|note| record.note(format!("warning: {note}")));
         let saved = job.resume.clone();
         let mut run = Self {
@@ -144,6 +156,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             unsaved: false,
             tokens_since: 0,
             micros_since: 0,
+            waited_since: Duration::ZERO,
         };
         if resumed.is_some() {
             run.prune(); // a kill may have come before
@@ -160,33 +173,56 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         self.is_last() || (interval > 0 && self.progress.step.is_multiple_of(interval))
     }
 
+    /// What is asked of any rank: the signal to leave with, and whether to save.
+    fn take_requests(&self) -> (usize, bool) {
+        let all = self.job.ranks.share(self.job.requests.take());
+        all.into_iter().fold((0, false), |asked, (stop, save)| (asked.0.max(stop), asked.1 || save))
+    }
+
+    /// What the next step learns from.
+    fn read(&self, model: &M) -> Result<Read<M::Batch>, TrainError> {
+        let (ranks, train, start) = (self.job.ranks, self.job.train, self.progress.position);
+        let end = start + self.job.training.gradient_accumulation_steps as u64;
+        let mine = (start + ranks.rank() as u64..end).step_by(ranks.size());
+        let batches = mine.map(|position| train.batch(position)).collect::<Result<_, _>>()?;
+        let lacks_first = !ranks.is_first() && model.is_due(self.progress.step);
+        let first = lacks_first.then(|| train.batch(start)).transpose()?;
+        Ok((batches, first))
+    }
+
     /// One step: batches, update, log.
-    fn step(&mut self, model: M) -> Result<M, TrainError> {
+    fn step(&mut self, mut model: M) -> Result<M, TrainError> {
+        let ranks = self.job.ranks;
         let (steps, step) = (self.job.training.steps, self.progress.step + 1);
         let _span = info_span!("step", step).entered();
         let started = Instant::now();
-        let accumulation = self.job.training.gradient_accumulation_steps as u64;
-        let positions = self.progress.position..self.progress.position + accumulation;
-        let batches = || positions.map(|position| self.job.train.batch(position)).collect::<Result<Vec<_>, _>>();
-        let batches = match info_span!("data").in_scope(batches) {
-            Ok(batches) => batches,
+        ranks.take_waited();
+        let (batches, first) = match ranks.agree(info_span!("data").in_scope(|| self.read(&model))) {
+            Ok(read) => read,
             Err(error) => return Err(self.kept_before(&model, error)),
         };
+        let [inputs, targets, bytes] = sum(ranks.share(sum(batches.iter().map(counts))));
         let lr = self.job.optimizer.lr() * schedule::factor(&self.job.lr_scheduler, step - 1, steps);
-        seed_random(seed_of_step(self.job.seed, step));
-        let context = StepContext { step, lr, seed: self.job.seed, position: self.progress.position };
-        let (model, report) = self.procedure.step(model, &batches, &context)?;
+        let (seed, position) = (self.job.seed, self.progress.position);
+        let passes = self.job.training.gradient_accumulation_steps as u64;
+        let context = StepContext { step, lr, seed, position, passes, targets, ranks };
+        context.seed_pass(0);
+        if let Some(first) = first.as_ref().or(batches.first()) {
+            model.before_step(first, step - 1);
+        }
+        let (model, mut report) = self.procedure.step(model, &batches, &context)?;
         if report.refused {
             let StepReport { loss, grad_norm, .. } = report;
             return Err(TrainError::Nonfinite { step, loss, grad_norm, kept: self.kept(&model) });
         }
 
         let micros = started.elapsed().as_micros() as u64;
-        self.tokens_since += batches.iter().map(TrainBatch::inputs).sum::<u64>();
+        self.tokens_since += inputs;
         self.micros_since += micros;
+        self.waited_since += ranks.take_waited();
         let progress = &mut self.progress;
         progress.step = step;
-        progress.position += accumulation;
+        progress.position += passes;
         progress.updates = self.procedure.optimizer().steps();
         progress.targets += report.targets;
         progress.skipped += u64::from(report.skipped);
@@ -194,7 +230,6 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         progress.microseconds += micros;
         (self.unsaved, self.is_best, self.loss_here) = (true, false, None);
 
-        let bytes: u64 = batches.iter().map(TrainBatch::target_bytes).sum();
         let bits = report.loss * report.targets as f64 / std::f64::consts::LN_2;
         let mut logged = Logged {
             step,
@@ -209,8 +244,12 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         };
         if logged.logged {
             logged.memory = peak_memory_bytes();
+            if ranks.size() > 1 {
+                let share = self.waited_since.as_micros() as f64 / self.micros_since.max(1) as f64;
+                report.measured.push(("throughput/communication_share".into(), share));
+            }
             self.record.step(&logged, &report);
-            (self.tokens_since, self.micros_since) = (0, 0);
+            (self.tokens_since, self.micros_since, self.waited_since) = (0, 0, Duration::ZERO);
         }
         if report.targets == 0 {
             self.record
@@ -218,7 +257,7 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         }
         self.view.stepped(&logged);
         let (validation, observe) = (self.due(self.job.validation.interval), self.job.metrics.observe);
-        let maps = self.record.events.is_some() && self.due(self.job.metrics.image_interval);
+        let maps = self.job.metrics.tensorboard && self.due(self.job.metrics.image_interval);
         let heads = self.job.heads.is_some() && self.due(self.job.metrics.heads_interval);
         self.progress.owed = Owed { validation, numbers: observe && validation, maps: observe && maps, heads };
         self.check_skipped(&model)?;
@@ -250,15 +289,19 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             self.progress.owed.validation = false;
         }
         if let Some(heads) = self.job.heads.filter(|_| self.progress.owed.heads) {
-            let measured = self.measured(heads, model)?;
+            let measured = self.job.ranks.on_first(|| self.measured(heads, model))?;
             self.record.numbers(json!({ "step": step }), step, &measured);
             self.progress.owed.heads = false;
         }
         let Owed { numbers, maps, .. } = self.progress.owed;
         if numbers || maps {
             let _span = info_span!("observe").entered();
-            let batch = self.held_out().batch(0)?;
-            observe::write(observe::Look { numbers, maps }, &mut self.record, (model, &batch), step);
+            let (held_out, record) = (self.held_out(), &mut self.record);
+            self.job.ranks.on_first(|| {
+                let batch = held_out.batch(0)?;
+                observe::write(observe::Look { numbers, maps }, record, (model, &batch), step);
+                Ok(())
+            })?;
         }
         self.progress.owed = Owed::default();
         Ok(())
@@ -279,9 +322,9 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
 
     /// What the model starts from.
     fn measure_first(&mut self, model: &M) -> Result<(), TrainError> {
-        let probed = self.probe(model)?;
+        let probed = self.job.ranks.on_first(|| self.probe(model))?;
         if self.job.validate_first {
-            let sums = evaluate(model, &self.held_out(), self.job.validation.batches)?;
+            let sums = evaluate_on_ranks(model, &self.held_out(), self.job.validation.batches, self.job.ranks)?;
             self.record.validation(0, &sums, &probed);
             self.view.validated(0, &sums.evaluated());
         } else if !probed.is_empty() {
@@ -292,12 +335,15 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
 
     fn validate(&mut self, model: &M) -> Result<(), TrainError> {
         let (step, limit, held_out) = (self.progress.step, self.job.validation.batches, self.held_out());
-        let sums = evaluate(model, &held_out, limit)?;
+        let sums = evaluate_on_ranks(model, &held_out, limit, self.job.ranks)?;
         let count = evaluate::count(&held_out, limit);
         let observe = self.job.metrics.observe;
         let held_out = HeldOut { batches: &held_out, count, seed: self.job.seed, observe };
-        let mut measured = self.procedure.measure(model, held_out)?;
-        measured.extend(self.probe(model)?);
+        let measured = self.job.ranks.on_first(|| {
+            let mut measured = self.procedure.measure(model, held_out)?;
+            measured.extend(self.probe(model)?);
+            Ok(measured)
+        })?;
         self.record.validation(step, &sums, &measured);
         let told = sums.evaluated();
         let loss = told.mean_loss();
@@ -332,11 +378,10 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// from it, and what may go.
     fn save(&mut self, model: &M) -> Result<PathBuf, TrainError> {
         let _span = info_span!("checkpoint").entered();
-        let run_dir = self.job.run_dir.clone();
+        let (ranks, run_dir) = (self.job.ranks, self.job.run_dir.clone());
         self.record.sync();
         let saving = Saving {
             model,
-            procedure: &*self.procedure,
             progress: &Progress { procedure: self.procedure.state(), ..self.progress.clone() },
             companions: &self.job.companions,
             validation_loss: self.loss_here,
@@ -344,10 +389,16 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             adapter_only: self.job.adapter_only,
             nonfinite: self.job.nonfinite,
         };
-        let path = state::save(&run_dir, &saving)?;
+        let optimizer = self.procedure.optimizer();
+        let gathered = ranks.shards_optimizer().then(|| gather_state(optimizer, ranks)).transpose()?;
+        ranks.on_first(|| match &gathered {
+            Some(tensors) => state::save(&run_dir, &saving, tensors),
+            None => state::save(&run_dir, &saving, &optimizer.tensors()),
+        })?;
+        let path = run_dir.join(checkpoint::folder_name(self.progress.step));
         (self.unsaved, self.is_best, self.saved) = (false, false, Some(path.clone()));
         self.record.draw();
-        if let Some(best) = self.best {
+        if let Some(best) = self.best.filter(|_| ranks.is_first()) {
             self.record.heed(write_best(&run_dir, &best).map_err(Into::into));
         }
         self.prune();
@@ -356,6 +407,9 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
 
     /// Removes the checkpoints that are not to be kept.
     fn prune(&mut self) {
+        if !self.job.ranks.is_first() {
+            return;
+        }
         let run_dir = &self.job.run_dir;
         let keep: Vec<PathBuf> =
             self.best.iter().map(|best| run_dir.join(checkpoint::folder_name(best.step))).collect();
@@ -392,12 +446,18 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     }
 }
 
-/// Random numbers of a step depend on the seed and the step only, so that a resumed run draws the same.
-fn seed_of_step(seed: u64, step: u64) -> u64 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"polyhead step");
-    hasher.update(&seed.to_le_bytes());
-    hasher.update(&step.to_le_bytes());
-    let bytes = *hasher.finalize().as_bytes();
-    u64::from_le_bytes(std::array::from_fn(|i| bytes[i]))
+/// The batches of a step's passes on this rank; and the first of all ranks, where the model needs it and it is another's.
+type Read<B> = (Vec<B>, Option<B>);
+
+/// What a batch counts: inputs, targets, bytes of text.
+fn counts<B: TrainBatch>(batch: &B) -> [u64; 3] {
+    [batch.inputs(), batch.targets(), batch.target_bytes()]
 }
+
+/// The sums of such counts.
+fn sum(all: impl IntoIterator<Item = [u64; 3]>) -> [u64; 3] {
+    all.into_iter().fold([0; 3], |sum, more| std::array::from_fn(|at| sum[at] + more[at]))
+}
+
+#[cfg(test)]
+mod tests;

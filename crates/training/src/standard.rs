@@ -39,20 +39,18 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         &mut self,
         mut model: M,
         batches: &[M::Batch],
-        context: &StepContext,
+        context: &StepContext<'_>,
     ) -> Result<(M, StepReport), TrainError> {
-        if let Some(first) = batches.first() {
-            model.before_step(first, context.step - 1);
-        }
-        let mut step = Step::over(batches);
+        let mut step = Step::new(context);
         for batch in batches {
+            step.begin_pass();
             let mut loss = model.loss_under(batch, self.context_mask);
             let found = std::mem::take(&mut loss.found);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);
             step.add_backward(objective, &model);
             model.follow(found);
         }
-        self.updater.finish(model, step, context)
+        self.updater.finish(model, step)
     }
 
     fn measure(&self, model: &M, held_out: HeldOut<'_, M>) -> Result<Vec<(String, f64)>, TrainError> {
@@ -77,6 +75,8 @@ mod tests {
     use polyhead_models::{Batch, Decoder, DecoderConfig};
 
     use super::*;
+    use crate::config::ParallelConfig;
+    use crate::ranks::Ranks;
 
     /// A text of period 9, which both sides of a mask tell.
     #[test]
@@ -95,9 +95,10 @@ mod tests {
         let optimizer = Optimizer::new(Default::default());
         let mut procedure = Standard::new(&StandardConfig::default(), optimizer, &training);
         let before = model.valid().evaluate(&batch).mean_loss();
+        let (ranks, targets) = (Ranks::alone(ParallelConfig::default()), batch.target_tokens());
         for step in 1..=200 {
             seed_random(step);
-            let context = StepContext { step, lr: 0.01, seed: 0, position: step };
+            let context = StepContext { step, lr: 0.01, seed: 0, position: step, passes: 1, targets, ranks: &ranks };
             model = procedure.step(model, std::slice::from_ref(&batch), &context).unwrap().0;
         }
         let after = model.valid().evaluate(&batch).mean_loss();

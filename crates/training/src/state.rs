@@ -6,14 +6,15 @@ use burn::module::Module;
 use burn::tensor::Device;
 use polyhead_models::Trainable;
 use polyhead_models::is_beside_weights;
-use polyhead_models::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, held, load_files, write_safetensors};
+use polyhead_models::weights::{
+    NonFinite, OnProgress, TensorFiles, ToWrite, WeightsError, held, load_files, write_safetensors,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::checkpoint::{Best, Draft, check_file, info, read_file};
 use crate::config::OptimizerConfig;
 use crate::optimizer::Optimizer;
-use crate::procedure::Procedure;
 use crate::run_folder::files;
 
 /// The counters of a run.
@@ -79,9 +80,7 @@ pub type Companions = Vec<(String, Vec<u8>)>;
 pub struct Saving<'a, M: Trainable> {
     /// The weights.
     pub model: &'a M,
-    /// The optimiser and whatever else the procedure keeps.
-    pub procedure: &'a dyn Procedure<M>,
-    /// The counters.
+    /// The counters, and whatever the procedure keeps beside the optimiser.
     pub progress: &'a Progress,
     /// Other files.
     pub companions: &'a Companions,
@@ -95,12 +94,17 @@ pub struct Saving<'a, M: Trainable> {
     pub nonfinite: NonFinite,
 }
 
-/// Saves a whole checkpoint and gives its folder. Weights and optimiser are written piece by piece; no copy of them is made.
+/// Saves a whole checkpoint, with these tensors of the optimiser, and gives its folder. Weights and optimiser are written piece by piece;
+/// no copy of them is made.
 ///
 /// # Errors
 /// If a weight is not finite, or a file cannot be written; nothing half-written remains.
-pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<PathBuf, TrainError> {
-    let Saving { model, procedure, progress, companions, .. } = *saving;
+pub fn save<M: Trainable>(
+    run_dir: &Path,
+    saving: &Saving<'_, M>,
+    optimizer: &[impl ToWrite],
+) -> Result<PathBuf, TrainError> {
+    let Saving { model, progress, companions, .. } = *saving;
     let mut draft = Draft::begin(run_dir, progress.step)?;
     let metadata = [("format", "polyhead".to_owned())];
     let mut tensors = held(model);
@@ -113,8 +117,7 @@ pub fn save<M: Trainable>(run_dir: &Path, saving: &Saving<'_, M>) -> Result<Path
     if !bad.is_empty() && saving.nonfinite == NonFinite::Refuse {
         return Err(TrainError::NonfiniteWeights { step: progress.step, found: told(&bad) });
     }
-    let moments = procedure.optimizer().tensors();
-    draft.file_with(files::OPTIMIZER, |out| write_safetensors(&moments, &metadata, out))?;
+    draft.file_with(files::OPTIMIZER, |out| write_safetensors(optimizer, &metadata, out))?;
     let state = serde_json::to_vec_pretty(progress).map_err(|cause| TrainError::Data(Box::new(cause)))?;
     draft.file(files::STATE, &state)?;
     for (name, bytes) in companions {

@@ -5,63 +5,75 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Gradients, Tensor};
 use polyhead_models::{Decoder, Evaluated, Loss, TrainBatch, Trainable};
+use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::config::{OnNonfinite, TrainingConfig};
-use crate::gradients::{Sum, backward, clip_factor, global_norm};
+use crate::gradients::{backward, clip_factor};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{StepContext, StepReport};
+use crate::sharding::{Reduction, gather_weights};
+
+/// What the losses of a forward pass were.
+#[derive(Debug, Serialize, Deserialize)]
+struct PassLosses {
+    /// Over its targets.
+    sum: f64,
+    /// Its parts in the means over the step.
+    penalty: Option<f64>,
+    overlap: Option<f64>,
+    /// Of the sources of a mixture.
+    sources: BTreeMap<String, Evaluated>,
+}
 
 /// The losses and gradients of a step so far.
-pub(crate) struct Step<M = Decoder> {
-    /// Targets of the whole step.
-    targets: u64,
-    loss_sum: f64,
-    penalty_sum: Option<f64>,
-    sources: BTreeMap<String, Evaluated>,
-    overlap_sum: Option<f64>,
-    grads: Sum<M>,
+pub(crate) struct Step<'a, M = Decoder> {
+    context: &'a StepContext<'a>,
+    /// By pass of this rank.
+    losses: Vec<PassLosses>,
+    grads: Reduction<'a, M>,
     /// The square of the norm of gradients that count when clipping and belong to no parameter.
     pub(crate) square_beside: f64,
     /// What the procedure measured.
     pub(crate) measured: Vec<(String, f64)>,
 }
 
-impl<M: Trainable> Step<M> {
-    /// A step over these batches.
-    pub(crate) fn over(batches: &[M::Batch]) -> Self {
-        let targets = batches.iter().map(TrainBatch::targets).sum();
-        Self {
-            targets,
-            loss_sum: 0.0,
-            penalty_sum: None,
-            sources: BTreeMap::new(),
-            overlap_sum: None,
-            grads: Sum::default(),
-            square_beside: 0.0,
-            measured: Vec::new(),
+impl<'a, M: Trainable> Step<'a, M> {
+    /// A step before its first pass.
+    pub(crate) fn new(context: &'a StepContext<'a>) -> Self {
+        let grads = Reduction::new(context.ranks);
+        Self { context, losses: Vec::new(), grads, square_beside: 0.0, measured: Vec::new() }
+    }
+
+    /// To be called before each forward pass: what it draws depends on where it is in the step, not on which rank it runs. The first
+    /// pass goes on where the step has begun.
+    pub(crate) fn begin_pass(&self) {
+        let StepContext { ranks, .. } = self.context;
+        let pass = self.losses.len() * ranks.size() + ranks.rank();
+        if ranks.draws_by_pass() && pass > 0 {
+            self.context.seed_pass(pass as u64);
         }
     }
 
     /// `[1]`: a batch's part in the mean over the step's targets. Weighted by targets, so that how rows are divided over
     /// forward passes changes nothing.
     pub(crate) fn objective(&mut self, loss: Loss, batch: &M::Batch, penalty_weight: f64) -> Tensor<1> {
-        self.loss_sum += f64::from(loss.cross_entropy.clone().into_scalar::<f32>());
-        for (source, sums) in batch.by_source(&loss) {
-            self.sources.entry(source).or_default().add(sums);
-        }
-        let all = self.targets.max(1) as f64;
+        let all = self.context.targets.max(1) as f64;
         let share = batch.targets() as f64 / all;
+        let number = |of: Tensor<1>| f64::from(of.into_scalar::<f32>());
+        let part = |of: &Tensor<1>| share * number(of.clone());
+        self.losses.push(PassLosses {
+            sum: number(loss.cross_entropy.clone()),
+            penalty: loss.penalty.as_ref().map(part),
+            overlap: loss.head_overlap.as_ref().map(|(overlap, _)| part(overlap)),
+            sources: batch.by_source(&loss),
+        });
         let mut objective = loss.cross_entropy / all;
         if let Some((overlap, weight)) = loss.head_overlap {
-            *self.overlap_sum.get_or_insert(0.0) += share * f64::from(overlap.clone().into_scalar::<f32>());
             objective = objective + overlap * (share * weight);
         }
-        if let Some(penalty) = loss.penalty {
-            *self.penalty_sum.get_or_insert(0.0) += share * f64::from(penalty.clone().into_scalar::<f32>());
-            if penalty_weight != 0.0 {
-                objective = objective + penalty * (share * penalty_weight);
-            }
+        if let Some(penalty) = loss.penalty.filter(|_| penalty_weight != 0.0) {
+            objective = objective + penalty * (share * penalty_weight);
         }
         objective
     }
@@ -76,9 +88,9 @@ impl<M: Trainable> Step<M> {
         self.grads.add(grads, model);
     }
 
-    /// The sum of the gradients.
-    pub(crate) fn gradients(self) -> burn::optim::GradientsParams {
-        self.grads.finish()
+    /// The sum of the gradients, in a step of one process.
+    pub(crate) fn gradients(self, model: &M) -> burn::optim::GradientsParams {
+        self.grads.finish(model, self.context.passes).grads
     }
 }
 
@@ -99,27 +111,31 @@ impl Updater {
     }
 
     /// Ends a step: clipped by the global norm, one update; none if something is not finite.
-    pub(crate) fn finish<M: Module>(
-        &mut self,
-        model: M,
-        step: Step<M>,
-        context: &StepContext,
-    ) -> Result<(M, StepReport), TrainError> {
+    pub(crate) fn finish<M: Module>(&mut self, model: M, step: Step<'_, M>) -> Result<(M, StepReport), TrainError> {
         let _span = tracing::info_span!("optimizer").entered();
-        let mut grads = step.grads.finish();
-        let grad_norm = global_norm(&grads, &model);
-        let loss = step.loss_sum / step.targets.max(1) as f64;
-        let (penalty, targets, mut measured) = (step.penalty_sum, step.targets, step.measured);
+        let StepContext { passes, targets, lr, ranks, .. } = *step.context;
+        let grads = step.grads.finish(&model, passes);
+        let grad_norm = grads.global_norm(&model, ranks);
+        let losses = ranks.in_order(step.losses);
+        let loss = losses.iter().fold(0.0, |sum, pass| sum + pass.sum) / targets.max(1) as f64;
+        let total = |of: fn(&PassLosses) -> Option<f64>| losses.iter().filter_map(of).reduce(|sum, part| sum + part);
+        let (penalty, overlap, mut measured) = (total(|pass| pass.penalty), total(|pass| pass.overlap), step.measured);
+        let mut sources = BTreeMap::<String, Evaluated>::new();
+        for (source, sums) in losses.into_iter().flat_map(|pass| pass.sources) {
+            sources.entry(source).or_default().add(sums);
+        }
         let of_source = |(name, sums): (String, Evaluated)| (format!("loss/train/{name}"), sums.mean_loss());
-        measured.extend(step.sources.into_iter().map(of_source));
-        measured.extend(step.overlap_sum.map(|overlap| ("loss/head_overlap".to_owned(), overlap)));
+        measured.extend(sources.into_iter().map(of_source));
+        measured.extend(overlap.map(|overlap| ("loss/head_overlap".to_owned(), overlap)));
         let mut report = StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() };
         if !(loss.is_finite() && grad_norm.is_finite() && step.square_beside.is_finite()) {
             (report.skipped, report.refused) = (true, self.on_nonfinite == OnNonfinite::Stop);
             return Ok((model, report));
         }
         let scale = clip_factor((grad_norm * grad_norm + step.square_beside).sqrt(), self.max_norm);
-        let model = self.optimizer.step(model, &mut grads, Update { lr: context.lr, scale });
+        let mut grads = grads.for_update(&model, ranks);
+        let model = self.optimizer.step(model, &mut grads, Update { lr, scale });
+        let model = if ranks.shards_optimizer() { gather_weights(model, ranks) } else { model };
         Ok((model, report))
     }
 }

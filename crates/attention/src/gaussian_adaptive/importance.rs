@@ -7,9 +7,10 @@
 //! It is high where values are near the (shifted) mean of their head's rows: for what does not surprise, not for what is large.
 
 use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// The mean of gates over samples, added up batch by batch.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct GateMean {
     /// `[rows, features]`; in f64, so that it does not matter how batches are cut.
     sum: Vec<f64>,

@@ -193,6 +193,11 @@ impl Encoder {
         pass.forward(layer, hidden, call, transformer, self.computing)
     }
 
+    /// Whether any layer has something to do before the step `step` of training, from 0.
+    pub(super) fn is_due(&self, step: u64) -> bool {
+        self.layers.iter().any(|layer| layer.attention.is_due(step))
+    }
+
     /// What layers do before the step `step` of training, from 0: each by what it reads once those before it are done.
     pub(super) fn before_step(&mut self, inputs: &Inputs, step: u64) {
         let Some(last) = self.layers.iter().rposition(|layer| layer.attention.is_due(step)) else { return };

@@ -15,7 +15,7 @@ const BINS: usize = 15;
 pub const MOST_CONFUSED: usize = 1000;
 
 /// The sums over evaluated examples.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct ClassTotals {
     loss: f64,
     n_classes: usize,
@@ -29,7 +29,7 @@ pub struct ClassTotals {
 }
 
 /// The examples whose first choice was given about the same probability.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Bin {
     /// Examples.
     pub count: u64,
@@ -40,7 +40,7 @@ pub struct Bin {
 }
 
 /// The examples of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GroupCount {
     /// All of them.
     pub examples: u64,

@@ -8,13 +8,15 @@
 //!        11 x 11 pixels, σ = 1.5, where it lies inside the image; C1 = (0.01 · 255)², C2 = (0.03 · 255)²
 //! ```
 
+use serde::{Deserialize, Serialize};
+
 /// Side of SSIM's window.
 pub const WINDOW: usize = 11;
 /// PSNR of equal images, which has no bound; chosen by us.
 const EQUAL: f64 = 100.0;
 
 /// How near an image is to another one.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Quality {
     /// Peak signal-to-noise ratio in dB.
     pub psnr: f64,

@@ -94,6 +94,21 @@ impl ToWrite for Held {
     }
 }
 
+impl ToWrite for Named {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// In one.
+    fn pieces(&self, take: &mut dyn FnMut(&[f32]) -> io::Result<()>) -> io::Result<()> {
+        take(&self.values)
+    }
+}
+
 /// All parameters of a module, in the order of its fields, as [`named`](super::named) has them, without their values.
 pub fn held<M: Module>(module: &M) -> Vec<Held> {
     struct Collect(Vec<Held>);

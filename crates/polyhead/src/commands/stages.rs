@@ -109,6 +109,7 @@ fn run(
     }
     if !finished {
         train::train_session(TrainSession {
+            job: None,
             loaded: &loaded,
             run_dir: folder,
             resume: "auto",

@@ -8,6 +8,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
+use polyhead_training::ranks::{Communicator, Ranks};
 use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write, files};
 use polyhead_training::tensorboard::EventWriter;
@@ -17,6 +18,7 @@ use crate::allowed::{allowed, caller};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::console::{Console, bytes, say, talk};
 use crate::profile::Profile;
+use crate::ranks::{check, local_rank, within};
 use crate::signals::{self, Signals};
 use polyhead_recipe::{self as recipe, Loaded};
 use polyhead_runs::Failure;
@@ -30,28 +32,42 @@ use polyhead_runs::pretrained::{locate_checkpoint, tokenizer_files};
 use polyhead_runs::resolve::{self, training_device};
 use polyhead_runs::result;
 
-/// Trains what a recipe says, and writes a profile of it where one is asked for.
+/// Trains what a recipe says, alone or as one of the ranks of a job; rank 0 writes a profile where one is asked for.
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
-    let profile = args.profile.as_deref().map(Profile::begin).transpose()?;
-    let trained = train_unprofiled(args);
-    let written = profile.map_or(Ok(()), Profile::finish);
-    trained.and(written)
+    if args.tui {
+        check_dashboard()?;
+    }
+    within(|job| {
+        let is_first = job.is_none_or(|job| job.rank() == 0);
+        let profile = args.profile.as_deref().filter(|_| is_first).map(Profile::begin).transpose()?;
+        let trained = train_unprofiled(args, job);
+        let written = profile.map_or(Ok(()), Profile::finish);
+        trained.and(written)
+    })
 }
 
 /// Trains what a recipe says, or one after the other the stages of one that has stages.
-fn train_unprofiled(args: TrainArgs) -> Result<(), Failure> {
+fn train_unprofiled(args: TrainArgs, job: Option<&dyn Communicator>) -> Result<(), Failure> {
+    let alone_or = |problem: &str| match job {
+        Some(job) if job.size() > 1 => Err(recipe::Problems::plain(problem.into())),
+        _ => Ok(()),
+    };
     if args.tui {
-        check_dashboard()?;
+        alone_or("--tui shows a run of one process: leave it out")?;
     }
     let signals = signals::listen(args.tui)?;
     let mut overrides = args.recipe.overrides.clone();
     overrides.extend(args.device.iter().map(|device| format!("training.device={device}")));
     if let Some(staged) = polyhead_recipe::stages::read(&args.recipe.recipe, &overrides)? {
+        alone_or(
+            "a recipe in stages is run by one process; train its stages one by one, each from the weights of the one before",
+        )?;
         return super::stages::train(&args, &staged, &signals);
     }
     let loaded = recipe::load(&args.recipe.recipe, &overrides)?;
     let run_dir = args.out.clone().unwrap_or_else(|| default_folder(&args.recipe.recipe));
     train_session(TrainSession {
+        job,
         loaded: &loaded,
         run_dir: &run_dir,
         resume: &args.resume,
@@ -63,6 +79,8 @@ fn train_unprofiled(args: TrainArgs) -> Result<(), Failure> {
 
 /// What is done until a run is at its end, or is told to stop.
 pub struct TrainSession<'a> {
+    /// The other ranks, where a launcher has started some.
+    pub job: Option<&'a dyn Communicator>,
     /// What to train.
     pub loaded: &'a Loaded,
     /// Where the run is written.
@@ -84,24 +102,31 @@ pub struct TrainSession<'a> {
 /// If something is missing or wrong, or a signal came; what was saved before stays whole.
 pub fn train_session(session: TrainSession<'_>) -> Result<(), Failure> {
     let TrainSession { loaded, run_dir, .. } = session;
-    let device = training_device(&loaded.recipe)?;
+    let parallel = loaded.recipe.parallel;
+    let ranks = session.job.map_or_else(|| Ranks::alone(parallel), |job| Ranks::new(job, parallel));
+    check(loaded, ranks.size())?;
+    let device = training_device(&loaded.recipe, (ranks.size() > 1).then(local_rank))?;
     must_not_be_data(&loaded.recipe, run_dir)?;
-    let lock = RunLock::acquire(run_dir)?;
-    for left in clean_leftovers(run_dir)? {
-        talk!("cleaned up after an interrupted save: {}", left.display());
-    }
-    let resume = choose_checkpoint(session.resume, run_dir)?;
+    let mut lock = None;
+    let resume = ranks.from_first(|| {
+        lock = Some(RunLock::acquire(run_dir)?);
+        for left in clean_leftovers(run_dir)? {
+            talk!("cleaned up after an interrupted save: {}", left.display());
+        }
+        choose_checkpoint(session.resume, run_dir)
+    })?;
     let resolved = match &resume {
         Some(checkpoint) => resolve::resume(loaded, checkpoint, caller())?,
         None => resolve::resolve(loaded, caller())?,
     };
-    let task = Task { session, resume, resolved };
+    let task = Task { session, ranks: &ranks, resume, resolved };
     for_kind(&task.resolved.recipe.model, Train { task: &task, lock, device: &device })
 }
 
 /// A session whose beginning is known.
 struct Task<'a> {
     session: TrainSession<'a>,
+    ranks: &'a Ranks<'a>,
     /// The checkpoint to go on from.
     resume: Option<PathBuf>,
     resolved: Resolved,
@@ -110,7 +135,7 @@ struct Task<'a> {
 /// Trains a model of any kind.
 struct Train<'a> {
     task: &'a Task<'a>,
-    lock: RunLock,
+    lock: Option<RunLock>,
     device: &'a Device,
 }
 
@@ -119,12 +144,15 @@ impl ForAnyKind for Train<'_> {
 
     fn run<K: Kind>(self) -> Self::Output {
         let Self { task, lock, device } = self;
-        let data = task.open::<K>()?;
+        let data = task.ranks.first_before_others(|| task.open::<K>())?;
         for note in data.check(task.resolved.recipe.data.name())? {
             talk!("warning: {note}");
         }
         let model: K = task.resolved.first(&data, device)?;
         let outcome = task.learn(lock, model, &data)?;
+        if !task.ranks.is_first() {
+            return Ok(());
+        }
         task.tell_end(&outcome, data.description(), data.floor());
         match (outcome.model.as_decoder(), data.tokenizer()) {
             (Some(model), Some(tokenizer)) if task.session.asked.is_some() => {
@@ -170,7 +198,7 @@ impl Task<'_> {
     }
 
     /// Trains to the end and writes what was reached.
-    fn learn<K: Kind>(&self, lock: RunLock, model: K, data: &K::Data) -> Result<Outcome<K>, Failure> {
+    fn learn<K: Kind>(&self, lock: Option<RunLock>, model: K, data: &K::Data) -> Result<Outcome<K>, Failure> {
         let (train, held_out, known) = (data.train(), data.held_out(), data.known());
         let (recipe, TrainSession { run_dir, signals, .. }) = (&self.resolved.recipe, &self.session);
         self.tell_model(&model);
@@ -185,7 +213,9 @@ impl Task<'_> {
             environment: result::Environment::here(&recipe.training.device),
             sets: Vec::new(),
         };
-        atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
+        if self.ranks.is_first() {
+            atomic_write(&run_dir.join(files::RECIPE), text.as_bytes())?;
+        }
         let mut companions = vec![
             (files::RECIPE.to_owned(), text.clone().into_bytes()),
             (files::DATA.to_owned(), record_text(&data.record())),
@@ -200,6 +230,7 @@ impl Task<'_> {
         let base = self.resolved.base(run_dir)?;
         companions.extend(base.iter().map(Base::file));
         let job = Job {
+            ranks: self.ranks,
             run_dir: run_dir.to_path_buf(),
             lock,
             resume: self.resume.clone(),
@@ -249,6 +280,9 @@ impl Task<'_> {
         if let Some(why) = &outcome.ended {
             let early = if outcome.progress.step < recipe.training.steps { " early" } else { "" };
             talk!("\nended{early} at step {}: {why}", outcome.progress.step);
+        }
+        if !self.ranks.is_first() {
+            return Ok(outcome);
         }
         if let (Some(model), Some(own)) = (outcome.model.as_decoder(), &self.resolved.intervention)
             && !model.intervention_tensors.is_empty()

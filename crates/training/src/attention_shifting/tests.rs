@@ -6,7 +6,9 @@ use polyhead_models::weights::named;
 use polyhead_models::{DecoderConfig, Sources, train_only};
 
 use super::*;
+use crate::config::ParallelConfig;
 use crate::optimizer::Optimizer;
+use crate::ranks::Ranks;
 
 fn model() -> Decoder {
     let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": { "softmax": { "n_heads": 2 } } });
@@ -86,8 +88,9 @@ fn a_step_moves_the_pairs_alone_and_the_attention_to_its_target() {
     let start = model();
     let mut procedure = procedure(AttentionShiftingConfig::default(), &start);
     let (mut model, mut reported) = (start.clone(), Vec::new());
+    let (ranks, targets) = (Ranks::alone(ParallelConfig::default()), batch().target_tokens());
     for step in 1..=60 {
-        let context = StepContext { step, lr: 3e-2, seed: 0, position: step - 1 };
+        let context = StepContext { step, lr: 3e-2, seed: 0, position: step - 1, passes: 1, targets, ranks: &ranks };
         let (next, report) = procedure.step(model, &[batch()], &context).unwrap();
         model = next;
         reported.push(report);

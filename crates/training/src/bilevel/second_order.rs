@@ -22,7 +22,7 @@ pub(super) fn correct(
     config: &BilevelConfig,
     adapted: &Adapted,
     outer: FastWeights,
-    step: &mut Step,
+    step: &mut Step<'_>,
 ) {
     let Some(below) = &adapted.below else { return };
     let mut towards = outer;

@@ -54,8 +54,10 @@ fn train(mut procedure: Box<dyn Procedure>) -> (Decoder, Vec<StepReport>, Box<dy
     for step in 1..=3 {
         let position = 2 * (step - 1);
         let batches = [batch(position as u32), batch(position as u32 + 1)];
+        let (targets, ranks) = (batches.iter().map(Batch::target_tokens).sum(), Ranks::alone(Default::default()));
+        let context = StepContext { step, lr: 1e-2, seed: 9, position, passes: 2, targets, ranks: &ranks };
         let report;
-        (model, report) = procedure.step(model, &batches, &StepContext { step, lr: 1e-2, seed: 9, position }).unwrap();
+        (model, report) = procedure.step(model, &batches, &context).unwrap();
         reports.push(report);
     }
     (model, reports, procedure)
@@ -130,7 +132,8 @@ fn a_batch_that_asks_nothing_adapts_nothing() {
     let adapted = adapt(&model(), &silent, &config(), fresh);
     assert!(adapted.steps.is_empty() && adapted.trajectory.len() == 1);
     let mut procedure = bilevel(BilevelConfig { clip_includes_fast: true, second_order: true, ..config() });
-    let context = StepContext { step: 1, lr: 1e-2, seed: 0, position: 0 };
+    let ranks = Ranks::alone(Default::default());
+    let context = StepContext { step: 1, lr: 1e-2, seed: 0, position: 0, passes: 1, targets: 0, ranks: &ranks };
     let (_, report) = procedure.step(model(), &[silent], &context).unwrap();
     assert_eq!((report.loss, report.targets, report.grad_norm), (0.0, 0, 0.0));
 }

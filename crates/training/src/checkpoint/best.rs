@@ -18,7 +18,7 @@ use crate::run_folder::files::BEST;
 use crate::run_folder::{At, atomic_write};
 
 /// The step with the smallest validation loss so far.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {
     /// The step; its checkpoint is not pruned.
     pub step: u64,

@@ -6,7 +6,8 @@ use polyhead_models::weights::named;
 use polyhead_models::{DecoderConfig, IGNORE};
 
 use super::*;
-use crate::config::{OptimizerConfig, TrainingConfig};
+use crate::config::{OptimizerConfig, ParallelConfig, TrainingConfig};
+use crate::ranks::Ranks;
 
 const LAYERS: usize = 3;
 
@@ -63,8 +64,10 @@ impl Run {
     fn steps(mut self, count: u64) -> Self {
         for _ in 0..count {
             let step = self.reports.len() as u64 + 1;
-            let context = StepContext { step, lr: 1e-2, seed: 1, position: step - 1 };
-            let (model, report) = self.procedure.step(self.model.clone(), &[batch(step)], &context).unwrap();
+            let (batch, ranks) = (batch(step), Ranks::alone(ParallelConfig::default()));
+            let (position, targets) = (step - 1, batch.target_tokens());
+            let context = StepContext { step, lr: 1e-2, seed: 1, position, passes: 1, targets, ranks: &ranks };
+            let (model, report) = self.procedure.step(self.model.clone(), &[batch], &context).unwrap();
             self.model = model;
             self.reports.push(report);
         }

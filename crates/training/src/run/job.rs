@@ -3,23 +3,27 @@
 use std::path::PathBuf;
 
 use polyhead_models::mup::Scalings;
-use polyhead_models::weights::NonFinite;
+use polyhead_models::weights::{NonFinite, held, write_safetensors};
 use polyhead_models::{Decoder, Evaluated, Trainable};
 
 use super::Requests;
+use crate::TrainError;
 use crate::checkpoint::Best;
 use crate::config::{CheckpointConfig, MetricsConfig, OptimizerConfig, TrainingConfig, ValidationConfig};
 use crate::evaluate::Batches;
 use crate::procedures::ProcedureConfig;
+use crate::ranks::Ranks;
 use crate::run_folder::RunLock;
 use crate::state::{Companions, Progress};
 
 /// Everything that a run is made of.
 pub struct Job<'a, M: Trainable = Decoder> {
-    /// Where the run is written; the caller holds its lock.
+    /// Who trains together.
+    pub ranks: &'a Ranks<'a>,
+    /// Where the run is written by rank 0, which holds its lock.
     pub run_dir: PathBuf,
-    /// Proof that nobody else writes there.
-    pub lock: RunLock,
+    /// On rank 0, proof that nobody else writes there.
+    pub lock: Option<RunLock>,
     /// A checkpoint to go on from, already verified; `None` starts afresh.
     pub resume: Option<PathBuf>,
     /// How long, on how much.
@@ -64,6 +68,18 @@ pub struct Job<'a, M: Trainable = Decoder> {
     pub nonfinite: NonFinite,
     /// What is asked for from outside while it runs.
     pub requests: &'a Requests,
+}
+
+impl<M: Trainable> Job<'_, M> {
+    /// A hash of what all ranks must have in common: the recipe, the data, the initial weights.
+    pub(super) fn identity(&self, model: &M) -> Result<String, TrainError> {
+        let mut hasher = blake3::Hasher::new();
+        for (_, bytes) in &self.companions {
+            hasher.update(bytes);
+        }
+        write_safetensors(&held(model), &[], &mut hasher).map_err(|cause| TrainError::Data(Box::new(cause)))?;
+        Ok(hasher.finalize().to_string())
+    }
 }
 
 /// Measures a model, on a device without a tape; `None` once the second argument says that the run is to be saved first.

@@ -71,8 +71,7 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
     if !look.numbers {
         return;
     }
-    let appended = record.metrics.append(&line);
-    record.heed(appended.map_err(Into::into));
+    record.line(&line);
     // One at a time: no copy of the whole model. What is frozen has the same histogram at every step.
     record.write_events(|events| {
         for parameter in weights::held(&model).into_iter().filter(|parameter| !frozen.contains(&parameter.name)) {

@@ -17,13 +17,20 @@ use crate::{TrainError, curve};
 /// The logs of a run.
 pub(crate) struct Record {
     run_dir: PathBuf,
-    pub(crate) metrics: MetricsLog,
+    /// Rank 0 alone has logs.
+    metrics: Option<MetricsLog>,
     pub(crate) events: Option<EventWriter>,
     notes: Vec<String>,
     told: BTreeSet<String>,
 }
 
 impl Record {
+    /// No logs: those of another rank than 0.
+    pub(super) fn none(run_dir: &Path) -> Self {
+        let (notes, told) = (Vec::new(), BTreeSet::new());
+        Self { run_dir: run_dir.to_owned(), metrics: None, events: None, notes, told }
+    }
+
     /// Opens the logs: those of a new run, or of one that goes on behind a step.
     ///
     /// # Errors
@@ -36,7 +43,7 @@ impl Record {
     ) -> Result<Self, TrainError> {
         let metrics = MetricsLog::open(run_dir, resumed)?;
         let notes = metrics.damaged().into_iter().map(|line| format!("warning: {line}")).collect();
-        let mut record = Self { run_dir: run_dir.to_owned(), metrics, events: None, notes, told: BTreeSet::default() };
+        let mut record = Self { notes, metrics: Some(metrics), ..Self::none(run_dir) };
         if tensorboard {
             match EventWriter::create(run_dir, resumed) {
                 Ok(events) => record.events = Some(events),
@@ -70,13 +77,18 @@ impl Record {
         }
     }
 
+    /// Adds a line to the log.
+    pub(super) fn line(&mut self, line: &serde_json::Value) {
+        let appended = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.append(line));
+        self.heed(appended.map_err(Into::into));
+    }
+
     /// Adds numbers to a line of the log, and to the events, whose groups are few: all of these are in `validation`.
     pub(super) fn numbers(&mut self, mut line: serde_json::Value, step: u64, numbers: &[(String, f64)]) {
         for (name, value) in numbers {
             line[name] = json!(value);
         }
-        let appended = self.metrics.append(&line);
-        self.heed(appended.map_err(Into::into));
+        self.line(&line);
         self.write_events(|events| {
             for (name, value) in numbers {
                 events.scalar(&validation_tag(name), step, *value as f32)?;
@@ -103,8 +115,7 @@ impl Record {
         for (name, value) in &report.measured {
             line[name] = json!(value);
         }
-        let appended = self.metrics.append(&line);
-        self.heed(appended.map_err(Into::into));
+        self.line(&line);
         self.write_events(|events| {
             let mut scalar = |tag: &str, value: f64| events.scalar(tag, step, value as f32);
             scalar("loss/train", loss)?;
@@ -163,7 +174,7 @@ impl Record {
 
     /// Makes everything survive a power cut; to be called before a checkpoint is committed.
     pub(super) fn sync(&mut self) {
-        let synced = self.metrics.flush().and_then(|()| self.metrics.sync());
+        let synced = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.flush().and_then(|()| metrics.sync()));
         self.heed(synced.map_err(Into::into));
         let synced = self.events.as_mut().map_or(Ok(()), EventWriter::sync);
         self.heed(synced.map_err(Into::into));
@@ -171,13 +182,15 @@ impl Record {
 
     /// The image of the losses.
     pub(super) fn draw(&mut self) {
-        let drawn = curve::draw(&self.run_dir);
-        self.heed(drawn);
+        if self.metrics.is_some() {
+            let drawn = curve::draw(&self.run_dir);
+            self.heed(drawn);
+        }
     }
 
     /// Why a log is not complete at the end, where one is not.
     pub(super) fn missing(&mut self) -> Option<String> {
-        let metrics = self.metrics.flush().err().map(|error| error.to_string());
+        let metrics = self.metrics.as_mut().and_then(|metrics| metrics.flush().err()).map(|error| error.to_string());
         metrics.or_else(|| self.events.as_mut()?.flush().err().map(|error| error.to_string()))
     }
 }

@@ -1,0 +1,61 @@
+//! Ranks as threads of one process, for tests.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use super::{Communicator, Ranks};
+use crate::config::ParallelConfig;
+
+/// One of several threads; a channel from each to each.
+struct Thread {
+    rank: usize,
+    to: Vec<Sender<Vec<u8>>>,
+    from: Vec<Receiver<Vec<u8>>>,
+}
+
+impl Communicator for Thread {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.to.len()
+    }
+
+    fn host(&self) -> String {
+        format!("thread-{}", self.rank)
+    }
+
+    fn exchange(&self, to_each: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+        assert_eq!(to_each.len(), self.size());
+        self.to.iter().zip(to_each).for_each(|(to, bytes)| to.send(bytes).expect("the other rank lives"));
+        self.from.iter().map(|from| from.recv().expect("the other rank lives")).collect()
+    }
+
+    fn barrier(&self, _patience: Option<Duration>) -> bool {
+        self.gather(Vec::new());
+        true
+    }
+
+    fn abort(&self, code: i32) {
+        panic!("rank {} ends all with {code}", self.rank);
+    }
+}
+
+/// What `run` gives on each of `size` ranks.
+pub(crate) fn on_ranks<T: Send>(size: usize, config: ParallelConfig, run: impl Fn(&Ranks<'_>) -> T + Sync) -> Vec<T> {
+    let mut threads: Vec<Thread> = (0..size).map(|rank| Thread { rank, to: Vec::new(), from: Vec::new() }).collect();
+    for from in 0..size {
+        for to in 0..size {
+            let (sender, receiver) = channel();
+            threads[from].to.push(sender);
+            threads[to].from.push(receiver);
+        }
+    }
+    std::thread::scope(|scope| {
+        let run = &run;
+        let running: Vec<_> =
+            threads.into_iter().map(|thread| scope.spawn(move || run(&Ranks::new(&thread, config)))).collect();
+        running.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}

@@ -1,0 +1,306 @@
+//! Parameters and their owners: each is owned by one rank as a whole, because Muon needs whole matrices. The owner adds up the gradients of
+//! all ranks and hands the sum to all; with `optimizer_sharding = "zero1"` it updates the parameter instead, with the only copy of the
+//! optimizer's state, and hands the new weights to all. Both ways as many bytes travel.
+//!
+//! Sums are taken on the host in f32, element by element, as Burn's accumulator takes them on a device: `((g0 + g1) + g2) + ...` in the
+//! order of passes. A gradient that is missing is told apart from zeros, which would turn -0 into 0.
+
+use std::cmp::Reverse;
+
+use burn::module::{Module, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Gradients, Tensor, TensorData};
+use polyhead_models::weights::{
+    Named, ParameterVisitor, from_safetensors, held, load_with, visit_parameters, write_safetensors,
+};
+use polyhead_models::{Parameter, parameters};
+
+use crate::TrainError;
+use crate::gradients::{Sum, squares};
+use crate::optimizer::Optimizer;
+use crate::ranks::Ranks;
+
+/// Values of parameters on the host, in the order of the model's fields; `None` for those that are not here.
+type Values = Vec<Option<Vec<f32>>>;
+
+/// Who owns which parameter, in the order of the model's fields.
+struct Shares(Vec<Share>);
+
+/// A parameter and its owner.
+struct Share {
+    name: String,
+    elements: usize,
+    /// None where it does not learn.
+    owner: Option<usize>,
+}
+
+impl Shares {
+    /// The largest parameters first, each to the rank that has least.
+    fn of<M: Module>(model: &M, size: usize) -> Self {
+        let all = parameters(model);
+        let mut order: Vec<usize> = (0..all.len()).filter(|&index| all[index].trainable).collect();
+        order.sort_by_key(|&index| Reverse(all[index].elements()));
+        let (mut loads, mut owners) = (vec![0; size], vec![None; all.len()]);
+        for index in order {
+            let least = (0..size).min_by_key(|&rank| loads[rank]).unwrap_or(0);
+            owners[index] = Some(least);
+            loads[least] += all[index].elements();
+        }
+        let share = |(one, owner): (Parameter, _)| Share { elements: one.elements(), name: one.name, owner };
+        Self(all.into_iter().zip(owners).map(share).collect())
+    }
+
+    /// The indices of what a rank owns.
+    fn owned_by(&self, rank: usize) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().filter_map(move |(index, one)| (one.owner == Some(rank)).then_some(index))
+    }
+
+    /// What is to be sent of the parameters of `owner`: for each a byte that says whether it is here, and its values.
+    fn pack(&self, values: &Values, owner: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for index in self.owned_by(owner) {
+            bytes.push(u8::from(values[index].is_some()));
+            bytes.extend(values[index].iter().flatten().flat_map(|value| value.to_le_bytes()));
+        }
+        bytes
+    }
+
+    /// Hands over what [`pack`](Self::pack) has packed, parameter by parameter.
+    fn unpack(&self, mut bytes: &[u8], owner: usize, mut take: impl FnMut(usize, &[[u8; 4]])) {
+        for index in self.owned_by(owner) {
+            let is_here = bytes[0] == 1;
+            let length = if is_here { self.0[index].elements * size_of::<f32>() } else { 0 };
+            let (values, rest) = bytes[1..].split_at(length);
+            bytes = rest;
+            if is_here {
+                take(index, values.as_chunks().0);
+            }
+        }
+    }
+
+    /// Everybody's values, where each rank has those of its own parameters.
+    fn gathered(&self, ranks: &Ranks<'_>, own: &Values) -> Values {
+        let mut all = vec![None; self.0.len()];
+        for (owner, bytes) in ranks.gather(self.pack(own, ranks.rank())).iter().enumerate() {
+            self.unpack(bytes, owner, |index, values| {
+                all[index] = Some(values.iter().map(|&value| f32::from_le_bytes(value)).collect());
+            });
+        }
+        all
+    }
+}
+
+/// The gradients of a step on their way to one sum over all passes of all ranks.
+pub(crate) struct Reduction<'a, M> {
+    ranks: &'a Ranks<'a>,
+    /// Those that have not been sent.
+    local: Sum<M>,
+    /// The sums of what this rank owns.
+    owned: Values,
+    rounds: u64,
+}
+
+/// The sum of the gradients: of one process, all of it; of several, what this rank owns.
+pub(crate) struct Reduced {
+    pub(crate) grads: GradientsParams,
+    owned: Values,
+}
+
+impl<'a, M: Module> Reduction<'a, M> {
+    pub(crate) fn new(ranks: &'a Ranks<'a>) -> Self {
+        Self { ranks, local: Sum::default(), owned: Values::new(), rounds: 0 }
+    }
+
+    /// Adds a backward pass.
+    pub(crate) fn add(&mut self, grads: Gradients, model: &M) {
+        self.local.add(grads, model);
+        if self.ranks.size() > 1 && self.ranks.is_ordered() {
+            self.send(model);
+        }
+    }
+
+    /// Ends a step of so many passes on all ranks together.
+    pub(crate) fn finish(mut self, model: &M, passes: u64) -> Reduced {
+        let size = self.ranks.size() as u64;
+        if size == 1 {
+            return Reduced { grads: self.local.finish(), owned: Values::new() };
+        }
+        // Other ranks may have had a pass more than this one.
+        let rounds = if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 };
+        while self.rounds < rounds {
+            self.send(model);
+        }
+        Reduced { grads: to_device(&self.owned, model), owned: self.owned }
+    }
+
+    /// Sends gradients to their owners, and adds up what comes, in the order of ranks.
+    fn send(&mut self, model: &M) {
+        let shares = Shares::of(model, self.ranks.size());
+        let values = to_host(&std::mem::take(&mut self.local).finish(), model);
+        let to_each = (0..self.ranks.size()).map(|owner| shares.pack(&values, owner)).collect();
+        self.owned.resize(shares.0.len(), None);
+        for bytes in self.ranks.exchange(to_each) {
+            shares.unpack(&bytes, self.ranks.rank(), |index, values| {
+                let values = values.iter().map(|&value| f32::from_le_bytes(value));
+                match &mut self.owned[index] {
+                    Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
+                    none => *none = Some(values.collect()),
+                }
+            });
+        }
+        self.rounds += 1;
+    }
+}
+
+impl Reduced {
+    /// The norm over all parameters, whoever owns them; in the order of parameters, whoever has how many.
+    pub(crate) fn global_norm<M: Module>(&self, model: &M, ranks: &Ranks<'_>) -> f64 {
+        let of_ranks = ranks.share(squares(&self.grads, model));
+        let of_parameter = |index: usize| of_ranks.iter().find_map(|squares| squares[index]);
+        (0..of_ranks[0].len()).filter_map(of_parameter).fold(0.0, |sum, square| sum + square).sqrt()
+    }
+
+    /// What this rank updates parameters by: the gradients of all of them, or where the optimizer is sharded, of its own.
+    pub(crate) fn for_update<M: Module>(self, model: &M, ranks: &Ranks<'_>) -> GradientsParams {
+        match ranks.size() > 1 && !ranks.shards_optimizer() {
+            true => to_device(&Shares::of(model, ranks.size()).gathered(ranks, &self.owned), model),
+            false => self.grads,
+        }
+    }
+}
+
+/// The model after every rank has updated its own parameters.
+pub(crate) fn gather_weights<M: Module>(model: M, ranks: &Ranks<'_>) -> M {
+    let shares = Shares::of(&model, ranks.size());
+    let is_own = |index: usize| shares.0[index].owner == Some(ranks.rank());
+    let own = held(&model).iter().enumerate().map(|(index, one)| is_own(index).then(|| one.values())).collect();
+    let mut all = shares.gathered(ranks, &own).into_iter().enumerate();
+    let others = |next: Option<(usize, Option<Vec<f32>>)>| next.filter(|(index, _)| !is_own(*index))?.1;
+    load_with(model, &mut |_, _| Ok(others(all.next()))).0
+}
+
+/// Gives up the state of parameters that other ranks own.
+pub(crate) fn keep_own<M: Module>(optimizer: &mut Optimizer, model: &M, ranks: &Ranks<'_>) {
+    let shares = Shares::of(model, ranks.size());
+    let own: Vec<&str> = shares.owned_by(ranks.rank()).map(|index| shares.0[index].name.as_str()).collect();
+    optimizer.retain(|name| own.contains(&name));
+}
+
+/// On rank 0, the optimizer's tensors of all ranks; elsewhere nothing.
+///
+/// # Errors
+/// If they cannot be written to memory, which would be our mistake.
+pub(crate) fn gather_state(optimizer: &Optimizer, ranks: &Ranks<'_>) -> Result<Vec<Named>, TrainError> {
+    let mut own = Vec::new();
+    write_safetensors(&optimizer.tensors(), &[], &mut own).map_err(|cause| TrainError::Data(Box::new(cause)))?;
+    let mut to_each = vec![Vec::new(); ranks.size()];
+    to_each[0] = own;
+    let sent = ranks.exchange(to_each).into_iter().filter(|bytes| !bytes.is_empty());
+    let mut all = Vec::new();
+    for bytes in sent {
+        all.extend(from_safetensors(&bytes)?.into_values());
+    }
+    Ok(all)
+}
+
+fn to_host<M: Module>(grads: &GradientsParams, model: &M) -> Values {
+    struct Read<'a>(&'a GradientsParams, Values);
+    impl ParameterVisitor for Read<'_> {
+        fn visit<const D: usize>(&mut self, _name: String, param: &Param<Tensor<D>>) {
+            let values = |grad: Tensor<D>| {
+                let data = grad.into_data().convert_dtype(DType::F32).try_into_vec();
+                data.unwrap_or_else(|error| unreachable!("converted to f32: {error:?}"))
+            };
+            self.1.push(self.0.get::<D>(param.id).map(values));
+        }
+    }
+    visit_parameters(model, Read(grads, Vec::new())).1
+}
+
+fn to_device<M: Module>(values: &Values, model: &M) -> GradientsParams {
+    struct Put<'a>(GradientsParams, std::slice::Iter<'a, Option<Vec<f32>>>);
+    impl ParameterVisitor for Put<'_> {
+        fn visit<const D: usize>(&mut self, _name: String, param: &Param<Tensor<D>>) {
+            if let Some(values) = self.1.next().and_then(Option::as_ref) {
+                let data = TensorData::new(values.clone(), param.dims());
+                self.0.register::<D>(param.id, Tensor::from_data(data, &param.device().inner()));
+            }
+        }
+    }
+    visit_parameters(model, Put(GradientsParams::new(), values.iter())).0
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+    use polyhead_models::{Batch, Decoder, DecoderConfig, Loss, TrainBatch, Trainable, train_only};
+
+    use super::*;
+    use crate::config::{OptimizerConfig, ParallelConfig, ParallelMode};
+    use crate::procedure::StepContext;
+    use crate::ranks::threads::on_ranks;
+    use crate::update::{Step, Updater};
+
+    fn model() -> Decoder {
+        let attention = serde_json::json!({ "softmax": { "n_heads": 2 } });
+        let config = serde_json::json!({ "d_model": 8, "n_layers": 2, "attention": attention });
+        let config: DecoderConfig = serde_json::from_value(config).unwrap();
+        polyhead_kernels::seed_random(1);
+        config.init(11, &Device::flex().autodiff())
+    }
+
+    #[test]
+    fn each_parameter_that_learns_has_one_owner_and_ranks_have_about_as_much() {
+        let model = train_only(model(), |name| !name.starts_with("embedding"));
+        let shares = Shares::of(&model, 3);
+        let owned: Vec<Vec<usize>> = (0..3).map(|rank| shares.owned_by(rank).collect()).collect();
+        let mut all = owned.concat();
+        all.sort_unstable();
+        let learning = parameters(&model).iter().filter(|one| one.trainable).count();
+        all.dedup();
+        assert_eq!((all.len(), owned.concat().len()), (learning, learning));
+        let loads = owned.iter().map(|own| own.iter().map(|&index| shares.0[index].elements).sum::<usize>());
+        let (least, most) = (loads.clone().min().unwrap(), loads.max().unwrap());
+        let largest = shares.0.iter().filter(|one| one.owner.is_some()).map(|one| one.elements).max().unwrap();
+        assert!(most - least <= largest, "{least} {most} {largest}");
+    }
+
+    #[test]
+    fn what_is_not_there_and_a_negative_zero_arrive_as_they_are() {
+        let share = |(elements, owner)| Share { name: String::new(), elements, owner };
+        let shares = Shares([(2, Some(1)), (1, None), (1, Some(1))].map(share).into());
+        let values = vec![Some(vec![-0.0, f32::NAN]), None, None];
+        let mut found = Vec::new();
+        shares.unpack(&shares.pack(&values, 1), 1, |index, values| {
+            found.push((index, values.iter().map(|&value| f32::from_le_bytes(value).to_bits()).collect::<Vec<_>>()));
+        });
+        assert_eq!(found, [(0, vec![(-0.0f32).to_bits(), f32::NAN.to_bits()])]);
+        assert!(shares.pack(&values, 0).is_empty());
+    }
+
+    /// One rank's loss is NaN: all leave the step out, with the weights as they were.
+    #[test]
+    fn a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all() {
+        let config = ParallelConfig { mode: ParallelMode::Data, ..ParallelConfig::default() };
+        let training = serde_json::json!({ "steps": 1, "seq_len": 4, "batch_size": 1, "on_nonfinite": "skip" });
+        let training = serde_json::from_value(training).unwrap();
+        let reports = on_ranks(2, config, |ranks| {
+            let (model, batch) = (model(), Batch::text(vec![1, 2, 3, 4]));
+            let (passes, targets) = (2, 2 * batch.targets());
+            let context = StepContext { step: 1, lr: 0.1, seed: 0, position: 0, passes, targets, ranks };
+            let mut step = Step::new(&context);
+            let loss = model.loss_under(&batch, Default::default());
+            let factor = if ranks.rank() == 1 { f64::NAN } else { 1.0 };
+            let loss = Loss { cross_entropy: loss.cross_entropy * factor, ..loss };
+            let objective = step.objective(loss, &batch, 0.0);
+            step.add(objective.backward(), &model);
+            let before = held(&model).iter().map(|one| one.values()).collect::<Vec<_>>();
+            let mut updater = Updater::new(Optimizer::new(OptimizerConfig::default()), &training);
+            let (after, report) = updater.finish(model, step).unwrap();
+            let stayed = held(&after).iter().map(|one| one.values()).collect::<Vec<_>>() == before;
+            (report.skipped, report.loss.is_nan(), stayed, updater.optimizer.steps())
+        });
+        assert_eq!(reports, [(true, true, true, 0); 2]);
+    }
+}
