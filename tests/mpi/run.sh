@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics.
+#
+#   tests/mpi/run.sh [BINARY]       BINARY: built with --features mpi; without it, it is built in target/mpi
+#
+# Open MPI and libclang are installed where apt-get can. Takes a minute besides the build.
+set -uo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+as_root=""
+[ "$(id -u)" -eq 0 ] || as_root="sudo"
+if ! command -v mpirun > /dev/null || ! command -v mpicc > /dev/null; then
+    $as_root apt-get update -q > /dev/null \
+        && $as_root apt-get install -y -q --no-install-recommends libopenmpi-dev openmpi-bin libclang-dev clang > /dev/null \
+        || { echo "no Open MPI, and apt-get installs none: install libopenmpi-dev, openmpi-bin and libclang-dev" >&2; exit 1; }
+fi
+binary=${1:-}
+if [ -z "$binary" ]; then
+    binary=$root/target/mpi/debug/polyhead
+    CARGO_TARGET_DIR=$root/target/mpi cargo build --manifest-path "$root/Cargo.toml" -p polyhead --features mpi || exit 1
+fi
+binary=$(realpath "$binary")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 RAYON_NUM_THREADS=1
+ranks() { mpirun --oversubscribe --bind-to none -n "$@"; }
+failed=0
+check() { # WHAT, and a command that must succeed
+    local what=$1
+    shift
+    if "$@"; then printf 'ok      %s\n' "$what"; else
+        failed=$((failed + 1))
+        printf 'FAILED  %s\n' "$what"
+        [ -e told ] && tail -n 12 told | sed 's/^/        /'
+    fi
+}
+
+cat > recipe.toml <<'END'
+[model.decoder]
+d_model = 16
+n_layers = 2
+[model.decoder.attention.mixture_of_head]
+n_heads = 4
+shared_heads = 1
+top_k = 2
+[data.markov]
+states = 6
+[training]
+steps = 6
+seq_len = 16
+batch_size = 4
+gradient_accumulation_steps = 4
+dropout = 0.1
+penalty_weight = 0.1
+[lr_scheduler]
+decay = "constant"
+[parallel]
+mode = "data"
+[metrics]
+log_freq = 1
+[validation]
+interval = 2
+batches = 6
+[checkpoint]
+interval = 3
+END
+
+# The bits of a run: weights, state of the optimizer, and what was logged but for times and memory.
+bits() {
+    cat "$1"/step-00000006/{model,optimizer}.safetensors
+    sed -E 's/"(tokens_per_second|memory|throughput\/communication_share)":[^,}]*,?//g; s/,}/}/' "$1/metrics.jsonl"
+}
+same() { cmp -s <(bits "$1") <(bits "$2"); }
+train() { # RANKS, FOLDER, settings
+    local n=$1 out=$2
+    shift 2
+    ranks "$n" "$binary" train recipe.toml --out "$out" "$@" > told 2>&1
+}
+
+# 4 passes of 1 process, 2 of each of 2, 1 of each of 4. Muon's matrices have one owner each.
+for optimizer in adamw muon; do
+    settings=("optimizer.$optimizer.lr=0.01")
+    "$binary" train recipe.toml --out "$optimizer-alone" "${settings[@]}" > told 2>&1
+    check "$optimizer: one process without a launcher" test -e "$optimizer-alone/step-00000006"
+    for n in 1 2 4; do
+        train "$n" "$optimizer-$n" "${settings[@]}"
+        check "$optimizer: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-$n"
+        train "$n" "$optimizer-zero1-$n" "${settings[@]}" parallel.optimizer_sharding=zero1
+        check "$optimizer, zero1: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-zero1-$n"
+    done
+done
+train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast
+check "fast: 2 ranks come to the end" test -e fast/step-00000006
+check "the share of communication is logged" grep -q '"throughput/communication_share":0\.' fast/metrics.jsonl
+check "rank 0 alone speaks" test "$(grep -c '^resume\|^model:' told)" -eq 1
+
+# On another number of ranks, with another [parallel].
+train 4 parts optimizer.adamw.lr=0.01 training.steps=3 parallel.optimizer_sharding=zero1
+train 2 parts optimizer.adamw.lr=0.01 training.steps=5
+train 1 parts optimizer.adamw.lr=0.01 parallel.optimizer_sharding=zero1
+bits_of_weights() { cat "$1"/step-00000006/{model,optimizer}.safetensors; }
+check "4 ranks, then 2, then 1: the bits of one process" cmp -s <(bits_of_weights parts) <(bits_of_weights adamw-alone)
+
+# What is wrong is refused before anything runs.
+refused() { # WORDS, RANKS, settings
+    local words=$1 n=$2
+    shift 2
+    train "$n" refused "$@"
+    [ $? -eq 2 ] && grep -q -- "$words" told && ! ls refused/step-* > /dev/null 2>&1
+}
+check "several ranks without parallel.mode" refused 'set parallel.mode = "data"' 2 parallel.mode=none
+check "more ranks than passes" refused "must be at least the number of ranks (4)" 4 training.gradient_accumulation_steps=2
+
+# Long runs, which do not end by themselves.
+long=(training.steps=1000000 checkpoint.interval=0 validation.interval=0)
+begin() { # FOLDER: two ranks in the background; waits for their first steps
+    out=$1
+    ranks 2 "$binary" train recipe.toml --out "$out" "${long[@]}" > told 2>&1 &
+    job=$!
+    for _ in $(seq 300); do
+        [ "$(cat "$out/metrics.jsonl" 2> /dev/null | wc -l)" -ge 3 ] && return 0
+        sleep 0.1
+    done
+    return 1
+}
+pid_of_rank() { # the process of a rank of this run
+    local pid
+    for pid in $(pgrep -f "$binary train recipe.toml --out $out"); do
+        tr '\0' '\n' < "/proc/$pid/environ" 2> /dev/null | grep -qx "OMPI_COMM_WORLD_RANK=$1" && echo "$pid" && return
+    done
+}
+ends() { # the code that the job ends with, within 10 s
+    local since=$SECONDS
+    while kill -0 "$job" 2> /dev/null; do
+        [ $((SECONDS - since)) -gt 10 ] && kill -KILL "$job" && return 99
+        sleep 0.1
+    done
+    wait "$job"
+}
+for rank in 0 1; do
+    begin "term-$rank"
+    kill -TERM "$(pid_of_rank "$rank")"
+    ends
+    check "SIGTERM to rank $rank: all leave with 143" test $? -eq 143
+    check "SIGTERM to rank $rank: saved" ls "term-$rank"/step-*/manifest.json
+    begin "kill-$rank"
+    kill -KILL "$(pid_of_rank "$rank")"
+    ends
+    code=$?
+    check "SIGKILL of rank $rank: ended ($code)" test $code -ne 0 -a $code -ne 99
+    check "SIGKILL of rank $rank: rank and host are named" grep -Eq "rank $rank .*$(hostname)|rank $rank on|process rank: \[\[[0-9]+,[0-9]+\],$rank\]" told
+done
+check "what was killed goes on" eval "ranks 2 '$binary' train recipe.toml --out kill-1 training.steps=6 > told 2>&1"
+
+# A rank panics where the system gives it no threads.
+mpirun --oversubscribe --bind-to none \
+    -n 1 "$binary" train recipe.toml --out panic "${long[@]}" training.batch_size=64 training.seq_len=128 model.decoder.d_model=128 : \
+    -n 1 sh -c "ulimit -v 3000000; RAYON_NUM_THREADS=20000 exec '$binary' train recipe.toml --out panic ${long[*]} training.batch_size=64 \
+        training.seq_len=128 model.decoder.d_model=128" > told 2>&1 &
+job=$!
+since=$SECONDS
+while kill -0 "$job" 2> /dev/null && [ $((SECONDS - since)) -le 60 ]; do sleep 0.1; done
+kill -KILL "$job" 2> /dev/null
+wait "$job"
+check "a panic of rank 1 ends all with 101" test $? -eq 101
+check "a panic names rank and host" grep -q "rank 1 on $(hostname) panicked" told
+
+# A rank that alone cannot go on says why and ends the others.
+mpirun --oversubscribe --bind-to none -n 1 "$binary" train recipe.toml --out alone "${long[@]}" : \
+    -n 1 "$binary" train recipe.toml --out alone "${long[@]}" training.device=cuda > told 2>&1 &
+job=$!
+ends
+check "a rank that fails alone ends all with its code" test $? -eq 1
+check "a rank that fails alone is named" grep -q "rank 1 on $(hostname): error: device cuda" told
+
+echo
+[ "$failed" -eq 0 ] && echo "all passed" || echo "$failed failed"
+[ "$failed" -eq 0 ]
