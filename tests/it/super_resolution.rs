@@ -65,7 +65,7 @@ fn a_network_learns_resumes_and_enlarges() {
     let (_, err) = world.succeeds(&["preview", RECIPE, "--rows", "1"]);
     assert!(err.contains("wrote 8 images to preview.png"), "{err}");
     let (_, err) = world.succeeds(&["train", RECIPE, "--out", "whole"]);
-    for part in ["1 layers, attention: token_centres", "images/s", "psnr", "upscale IMAGE --model whole"] {
+    for part in ["1 layers, attention: token_centres", "examples/s", "psnr", "upscale IMAGE --model whole"] {
         assert!(err.contains(part), "no {part} in: {err}");
     }
     // Centres belong to the state of a run: in two parts it is the same, to the bit.
@@ -115,7 +115,7 @@ fn mistakes_are_told_before_anything_runs() {
         (1, "text.png", "run", "a.png", "text.png: not a readable image"),
         (1, "cut.png", "run", "a.png", "cut.png"),
         (1, "nowhere.png", "run", "a.png", "nowhere.png"),
-        (1, "good.png", "nowhere", "a.png", "nowhere"),
+        (2, "good.png", "nowhere", "a.png", "nowhere"),
         (2, "good.png", "run", "a.jpg", ".png"),
         (1, "good.png", "run", "good.png", "exists already"),
     ] {

@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(MeanInterval::of(&[1.0], 0), None);
         let same = MeanInterval { mean: 3.0, interval: [3.0, 3.0] };
         assert_eq!(MeanInterval::of(&[3.0; 5], 0), Some(same));
-        let values = [0.1, 0.9, -0.4, 2.0];
+        let values: Vec<f64> = (0..20).map(|at| f64::from(at * at % 17) / 3.0).collect();
         assert_eq!(MeanInterval::of(&values, 7), MeanInterval::of(&values, 7));
         assert_ne!(MeanInterval::of(&values, 7), MeanInterval::of(&values, 8));
     }

@@ -333,6 +333,7 @@ fn equal(comparison: &Comparison, key: &str, target: u64, layers: &[Layer], know
                 classifier.validate(Some(sizes.input)).ok()?;
             }
             (ModelConfig::Decoder { config: Some(decoder), .. }, Known::Ids(_)) => decoder.validate().ok()?,
+            (ModelConfig::SuperResolution(config), _) => config.validate(None).ok()?,
             _ => return None,
         }
         Some(comparison.matched.of(&Totals::of_recipe(&recipe, known)))

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! overlap(a, b) = Σ min(a, b) / Σ (a + b)          over queries and keys: 0 where maps share nothing, 1/2 where they are one
+//!               = 1/2 - Σ |a - b| / 2 Σ (a + b)    which shares the gradient between weights that are equal
 //! ```
 
 use burn::tensor::Tensor;
@@ -18,7 +19,7 @@ pub fn head_overlap(weights: Tensor<4>) -> Tensor<1> {
         // Every head with the one so many further on.
         let pair = |x: &Tensor<4>| [0, distance].map(|first| x.clone().narrow(1, first, heads - distance));
         let ([a, b], [sum_a, sum_b]) = (pair(&weights), pair(&sums));
-        (a.min_pair(b).sum_dim(3).sum_dim(2) / (sum_a + sum_b)).sum()
+        ((a - b).abs().sum_dim(3).sum_dim(2) / (sum_a + sum_b) * -0.5 + 0.5).sum()
     };
     let pairs = (batch * heads * heads.saturating_sub(1) / 2).max(1) as f64;
     let all = (1..heads).map(of_distance).reduce(|sum, more| sum + more);

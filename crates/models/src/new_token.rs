@@ -32,14 +32,10 @@ fn with_row<const D: usize>(param: Param<Tensor<D>>, axis: usize, id: usize) -> 
     let known = weight.dims()[axis];
     let before = weight.clone().narrow(axis, 0, id.min(known));
     let mean = before.clone().mean_dim(axis);
-    let more = (id + 1).max(known) - id.min(known);
-    let rest = weight.narrow(axis, id.min(known), known - id.min(known));
     let mut parts = vec![before];
+    parts.extend(vec![mean; id + 1 - id.min(known)]);
     // A row that there is already gives way; those behind it stay.
-    match known > id {
-        true => parts.extend([mean].into_iter().chain((known > id + 1).then(|| rest.narrow(axis, 1, known - id - 1)))),
-        false => parts.extend(vec![mean; more]),
-    }
+    parts.extend((known > id + 1).then(|| weight.narrow(axis, id + 1, known - id - 1)));
     Param::from_tensor(Tensor::cat(parts, axis))
 }
 

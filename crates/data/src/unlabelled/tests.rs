@@ -91,7 +91,7 @@ fn bad_files_are_told_with_the_way_out() {
     let none = opened(serde_json::json!({ "image_files": { "paths": ["nowhere/*.png"] } })).err().unwrap();
     assert!(none.contains("nowhere/*.png"), "{none}");
     let told = opened(serde_json::json!({ "patterns": { "size": 4 } })).err().unwrap();
-    assert!(told.contains("data.patterns.size (4)"), "{told}");
+    assert!(told.contains("data.patterns.size: size (4) must be 8 to 1024"), "{told}");
 }
 
 #[test]
