@@ -264,6 +264,27 @@ fn tuned_files_are_interventions() {
         assert_eq!(gamma != 1.0, (under - loss(&world, &["run"])).abs() > 1e-6, "{gamma} {under}");
         assert!(world.fails(1, &[&tune[..], &["--out", file]].concat()).contains("exists already"));
     }
+    // Prompts with answers, of which every other one is searched on.
+    let asked = |rows: &[&str]| write(&world, "asked.jsonl", &rows.join("\n"));
+    let tune = ["tune", "sink", "run", "--prompts", "asked.jsonl", "--gammas", "0.5,4", "--out", "asked.toml"];
+    let [cat, mat] = [("the cat", " sat"), ("on the", " mat")]
+        .map(|(prompt, answer)| format!("{{\"prompt\": \"{prompt}\", \"answer\": \"{answer}\"}}"));
+    asked(&[&cat, &mat, &cat]);
+    let (out, _) = world.succeeds(&tune);
+    let told: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(told["batches"], 2);
+    // Bytes of the answers alone: " sat" of each of the first half.
+    let accuracy = told["found"]["plain"]["accuracy"].as_f64().unwrap();
+    assert!((accuracy * 8.0 - (accuracy * 8.0).round()).abs() < 1e-9, "{accuracy}");
+    for (rows, words) in [
+        (vec![&*cat], "1 prompts, and half of them"),
+        (vec![&cat, "{\"prompt\": \"a\"}"], "asked.jsonl:2: needs \"answer\", a text"),
+        (vec![&cat, "{"], "asked.jsonl:2: invalid JSON"),
+    ] {
+        asked(&rows);
+        let told = world.fails(1, &[&tune[..8], &["other.toml"]].concat());
+        assert!(told.contains(words), "{told}");
+    }
     let vhr = ["tune", "vhr", "run", "--prompt", "the cat sat", "--passage"];
     world.succeeds(&[&vhr[..], &["cat", "--out", "vhr.toml"]].concat());
     // Half of the heads of a layer at most are above its median.

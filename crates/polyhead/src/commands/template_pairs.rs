@@ -72,7 +72,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 }
 
 /// The tokens of an option behind a text, and the place of its first. Spaces between both belong to the option, as they do to words.
-fn joined(tokenizer: &Tokenizer, prompt: &str, option: &str) -> Result<(Vec<u32>, usize), Failure> {
+pub fn joined(tokenizer: &Tokenizer, prompt: &str, option: &str) -> Result<(Vec<u32>, usize), Failure> {
     let (text, whole) =
         (tokenizer.encode_prompt(prompt.trim_end())?, tokenizer.encode_prompt(&format!("{prompt}{option}"))?);
     let same = text.iter().zip(&whole).take_while(|(a, b)| a == b).count();

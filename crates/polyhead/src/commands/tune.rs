@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::{Args, Subcommand, ValueEnum};
-use polyhead_models::Batch;
 use polyhead_models::intervention::gift::Deviation;
 use polyhead_models::intervention::sink_search::{
     By, Each, FoundSink, Profiled, SinkScore, SinkSearch, scored_heads, sink_score,
@@ -15,12 +14,14 @@ use polyhead_models::intervention::{
     AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Span, SpanName, TextSpan, task_embedding,
 };
 use polyhead_models::weights::Named;
+use polyhead_models::{Batch, IGNORE};
 use polyhead_recipe::Problems;
 use polyhead_runs::intervention::{decode, write};
 use polyhead_runs::{Failure, Trained, open_trained};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::must_not_exist;
+use super::template_pairs::joined;
 use crate::allowed::caller;
 use crate::cli::at_least_one;
 use crate::console::{progress, put, talk};
@@ -37,6 +38,7 @@ pub enum TuneCommand {
 Examples:
   polyhead tune sink checkpoints/quickstart --out sink.toml
   polyhead tune sink checkpoints/quickstart --by entropy --each head --gammas 0.25,0.5,2,4 --out sink.toml
+  polyhead tune sink HuggingFaceTB/SmolLM2-135M-Instruct --prompts reviews.jsonl --out sink.toml
   polyhead eval checkpoints/quickstart --intervention sink.toml")]
     Sink(SinkArgs),
     /// VHR: find the heads whose output changes most with a passage of a prompt, and make them louder.
@@ -74,6 +76,10 @@ pub struct SinkArgs {
     /// Held-out batches that are searched on; as many others are measured on.
     #[arg(long, default_value_t = 8, value_parser = at_least_one)]
     pub batches: usize,
+    /// Prompts with answers in the place of held-out data, a line of JSON each: {"prompt": "Sky is to blue as grass is to", "answer":
+    /// " green"}. Every other one is searched on, the rest is measured on.
+    #[arg(long, value_name = "FILE", conflicts_with = "batches")]
+    pub prompts: Option<PathBuf>,
     /// Default: the recipe's.
     #[arg(long, value_parser = crate::cli::device())]
     pub device: Option<String>,
@@ -167,11 +173,10 @@ fn sink(args: &SinkArgs) -> Result<(), Failure> {
     let told =
         |error: polyhead_models::ConfigError| Problems::plain(format!("{}: {}", trained.path.display(), error.problem));
     let sizes = scored_heads(model).map_err(told)?;
-    let held_out = trained.data()?.validation;
-    let there = held_out.batches_per_epoch();
-    let count = (args.batches as u64).min(there.div_ceil(2));
-    let read = |range: std::ops::Range<u64>| range.map(|at| held_out.batch(at)).collect::<Result<Vec<Batch>, _>>();
-    let (calibration, others) = (read(0..count)?, read(count..(2 * count).min(there))?);
+    let [calibration, others] = match &args.prompts {
+        Some(file) => answered(&trained, file)?,
+        None => held_out(&trained, args.batches as u64)?,
+    };
     refuse(
         calibration.iter().any(|batch| batch.target_tokens() > 0),
         format!("{}: none of the held-out tokens is a target: there is nothing to measure", trained.path.display()),
@@ -189,7 +194,7 @@ fn sink(args: &SinkArgs) -> Result<(), Failure> {
     let found = search.run(model, &mut |done, all| progress("tuning", done, all)).map_err(told)?;
     write(&args.out, sink_file(&found), &[])?;
     tell_sink(&found);
-    let mut result = json!({ "checkpoint": trained.path, "batches": count, "found": found });
+    let mut result = json!({ "checkpoint": trained.path, "batches": calibration.len(), "found": found });
     if !others.is_empty() {
         let score = |gamma: f64| {
             let found = FoundSink { gamma, ..found.clone() };
@@ -202,6 +207,46 @@ fn sink(args: &SinkArgs) -> Result<(), Failure> {
     }
     talk!("wrote {}", args.out.display());
     put!("{result:#}")
+}
+
+/// Held-out batches to search on, and as many others to measure on where there are.
+fn held_out(trained: &Trained, count: u64) -> Result<[Vec<Batch>; 2], Failure> {
+    let held_out = trained.data()?.validation;
+    let there = held_out.batches_per_epoch();
+    let count = count.min(there.div_ceil(2));
+    let read = |range: std::ops::Range<u64>| range.map(|at| held_out.batch(at)).collect::<Result<Vec<Batch>, _>>();
+    Ok([read(0..count)?, read(count..(2 * count).min(there))?])
+}
+
+/// Prompts with their answers, a batch each whose targets are the answer's tokens: every other one to search on, the rest to measure on.
+fn answered(trained: &Trained, file: &Path) -> Result<[Vec<Batch>; 2], Failure> {
+    let tokenizer = trained.text_tokenizer()?;
+    let text = std::fs::read_to_string(file).map_err(|error| Failure::file("read", file, error))?;
+    let row = |(line, text): (usize, &str)| {
+        let wrong = |problem: String| Failure::Run(format!("{}:{line}: {problem}", file.display()));
+        let row: Value = serde_json::from_str(text).map_err(|error| wrong(format!("invalid JSON: {error}")))?;
+        let field = |key: &str| {
+            let text = row[key].as_str().filter(|text| !text.trim().is_empty());
+            text.ok_or_else(|| wrong(format!("needs \"{key}\", a text")))
+        };
+        let (tokens, first) = joined(tokenizer, field("prompt")?, field("answer")?)?;
+        if tokens.len() > trained.max_positions {
+            let (long, most) = (tokens.len(), trained.max_positions);
+            return Err(wrong(format!("{long} tokens, and the model was made for {most}")));
+        }
+        let mut batch = Batch::text(tokens);
+        // A token is the target of the one before it.
+        batch.targets[..first.saturating_sub(1)].fill(IGNORE);
+        Ok(batch)
+    };
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    let rows = lines.map(row).collect::<Result<Vec<Batch>, Failure>>()?;
+    if rows.len() < 2 {
+        let problem = format!("{}: {} prompts, and half of them are to be measured on", file.display(), rows.len());
+        return Err(Failure::Run(problem));
+    }
+    let half = |odd: usize| rows.iter().skip(odd).step_by(2).cloned().collect();
+    Ok([half(0), half(1)])
 }
 
 fn line(name: &str, score: &SinkScore) {
