@@ -80,7 +80,7 @@ fn a_network_learns_resumes_and_enlarges() {
         let found = world.events("whole").into_iter().filter(|event| event.tag == tag);
         found.filter(|event| matches!(event.value, EventValue::Image { .. })).count()
     };
-    assert_eq!([shown("images/validation"), shown("attention/layer_00/maps")], [2, 2]);
+    assert_eq!([shown("validation/images"), shown("model/attention/layer_00/maps")], [2, 2]);
     assert_eq!(size(&world.read("whole/images.png")), (3 * 6 * 16 + 4, 4 * 6 * 16 + 6));
 
     let (out, _) = world.succeeds(&["eval", "whole"]);

@@ -36,7 +36,7 @@ fn with_row<const D: usize>(param: Param<Tensor<D>>, axis: usize, id: usize) -> 
     parts.extend(vec![mean; id + 1 - id.min(known)]);
     // A row that there is already gives way; those behind it stay.
     parts.extend((known > id + 1).then(|| weight.narrow(axis, id + 1, known - id - 1)));
-    Param::from_tensor(Tensor::cat(parts, axis))
+    Param::from_tensor(Tensor::cat(parts, axis).detach())
 }
 
 #[cfg(test)]

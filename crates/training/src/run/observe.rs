@@ -65,7 +65,7 @@ pub(crate) fn write<M: Trainable>(look: Look, record: &mut Record, (model, batch
             let ImageRows { images, height, width, across } = rows;
             let images: Vec<&[f32]> = images.iter().map(Vec::as_slice).collect();
             let png = sheet(&images, Sheet { channels: 3, height, width, across })?;
-            Ok(events.image_png("images/validation", step, png.width, png.height, &png.bytes)?)
+            Ok(events.image_png("validation/images", step, png.width, png.height, &png.bytes)?)
         });
     }
     if !look.numbers {
