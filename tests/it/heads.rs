@@ -95,6 +95,12 @@ fn heads_are_switched_off_patched_and_compared() {
     world.succeeds(&["inspect", "run", "--copying", "--tokens", "50", "--out", "seen"]);
     let copying = json(&world, "seen/copying.json");
     assert!(column(&copying, "suppressed").len() == 4 && copying["heads"][0]["explained"].is_f64(), "{copying}");
+    // A folder without a recipe has no texts: its weights are told of all the same.
+    world.succeeds(&["export", "run", "--out", "exported"]);
+    world.succeeds(&["inspect", "exported", "--copying", "--tokens", "50", "--out", "bare"]);
+    let bare = json(&world, "bare/copying.json");
+    assert_eq!(column(&bare, "suppressed"), column(&copying, "suppressed"));
+    assert!(bare["heads"][0]["explained"].is_null(), "{bare}");
 }
 
 #[test]

@@ -294,6 +294,8 @@ impl Decoder {
     /// The same of tokens whose first one is at position `start`. Positions behind the last learned one take its vector.
     fn embed_from(&self, start: usize, tokens: Tensor<2, Int>) -> Tensor<3> {
         let ([batch, seq], d_model) = (tokens.dims(), self.config.d_model);
+        // Burn's products of empty matrices read whatever is there.
+        assert!(batch > 0 && seq > 0, "tokens [{batch}, {seq}]: nothing to read");
         let device = tokens.device();
         let rows = embedding(self.embedding.weight.val(), tokens.reshape([batch * seq]));
         let mut rows = rows.reshape([batch, seq, d_model]);

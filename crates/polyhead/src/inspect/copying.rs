@@ -101,8 +101,10 @@ fn texts(rows: &[Batch], vocab: usize) -> Vec<Vec<u32>> {
 fn explained(model: &Decoder, texts: &[Vec<u32>], heads: &[HeadOf], scores: &[(HeadOf, f64)]) -> Vec<Option<f64>> {
     let strongest = largest(scores, STRONGEST);
     let of = |head: &HeadOf| {
-        let apart = texts.len() > 1 && texts[0].len() > 1 && strongest.contains(head);
-        let run = head_runs(model, texts, head.0, &[QueryHead(head.1)]).filter(|_| apart)?;
+        if texts.len() < 2 || texts[0].len() < 2 || !strongest.contains(head) {
+            return None;
+        }
+        let run = head_runs(model, texts, head.0, &[QueryHead(head.1)])?;
         Some(cspa(&run[0], texts, Keep::PUBLISHED, &[]).explained()[0]).filter(|share| share.is_finite())
     };
     heads.iter().map(of).collect()
