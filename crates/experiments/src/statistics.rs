@@ -98,14 +98,15 @@ pub struct EffectSize {
 }
 
 impl EffectSize {
-    /// Of `x` against `y`; `None` where one of them has fewer than two values, or none of them spreads.
+    /// Of `x` against `y`; `None` where one of them has fewer than two values, or none of them spreads by more than rounding.
     pub fn between(x: &[f64], y: &[f64]) -> Option<Self> {
         let (of_x, of_y) = (Summary::of(x)?, Summary::of(y)?);
         let (n, m) = (of_x.n as f64, of_y.n as f64);
         let freedom = n + m - 2.0;
         let squares = (n - 1.0) * of_x.deviation?.powi(2) + (m - 1.0) * of_y.deviation?.powi(2);
         let pooled_deviation = (squares / freedom).sqrt();
-        if pooled_deviation == 0.0 || !pooled_deviation.is_finite() {
+        let rounding = 1e-9 * of_x.mean.abs().max(of_y.mean.abs());
+        if pooled_deviation <= rounding || !pooled_deviation.is_finite() {
             return None;
         }
         let d = (of_x.mean - of_y.mean) / pooled_deviation;
@@ -236,6 +237,8 @@ mod tests {
         }
         assert_eq!(EffectSize::between(&x, &[1.0]), None);
         assert_eq!(EffectSize::between(&[2.0, 2.0], &[1.0, 1.0]), None);
+        // What seeds leave the same differs by rounding at most.
+        assert_eq!(EffectSize::between(&[0.1 + 0.2, 0.3, 0.3], &[0.8, 0.8, 0.8]), None);
     }
 
     #[test]
