@@ -22,6 +22,8 @@ cat > "$work/bin/polyhead" <<END
 case "\$1" in
 train)
     [[ "\$*" == *neuron_dropout* ]] && set -- "\$@" procedure.neuron_dropout.interval=1
+    # All questions about a world are asked with each validation.
+    [[ "\$*" == *recipes/hallucination/facts* ]] && set -- "\$@" data.facts.n_entities=16
     exec "$binary" "\$@" $short generation.sampling.max_new_tokens=8 ;;
 eval | convert) [[ " \$* " == *" --task "* || " \$* " == *" --text "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
 plan) [[ " \$* " == *" --no-probe"* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --no-probe ;;
