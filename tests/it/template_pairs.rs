@@ -70,6 +70,7 @@ fn heads_that_overlap_are_driven_apart() {
         (vec!["training.head_overlap=-1"], "0 (off) to 1e6"),
         (vec!["training.head_overlap=1", "training.activation_checkpointing=\"block\""], "must leave there"),
         (vec!["training.head_overlap=1", "model.decoder.attention.gated_delta_net.n_heads=2"], "takes maps of heads"),
+        (vec!["training.head_overlap=1", "procedure.boundaries={}"], "procedure.boundaries does not train on"),
     ] {
         let err = world.fails(2, &[&["validate", "recipe.toml"], &changes[..]].concat());
         assert!(err.contains(words), "{changes:?}: {err}");

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::gaussian_adaptive_transformer::{
     FeatureSizes, GaussianAdaptiveTransformer, GaussianAdaptiveTransformerConfig,
 };
+use crate::loss::mean;
 use crate::{ActivationCheckpointing, ContextMask, Examples, InputShape, Inputs, Loss, Part, Precision, Trainable};
 
 pub use config::{TextEncoderConfig, VisionTransformerConfig};
@@ -316,9 +317,11 @@ impl Trainable for Classifier {
 
     fn loss_under(&self, batch: &Examples, _context: ContextMask) -> Loss {
         let scored = self.forward(&batch.inputs, Observe::Nothing);
-        let layers = scored.penalties.len();
-        let penalty = scored.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { penalty, seen: scored.seen, ..Loss::of(self.objective.sum(scored.logits, &batch.labels, &batch.groups)) }
+        Loss {
+            penalty: mean(scored.penalties),
+            seen: scored.seen,
+            ..Loss::of(self.objective.sum(scored.logits, &batch.labels, &batch.groups))
+        }
     }
 
     fn totals(&self, batch: &Examples) -> ClassTotals {

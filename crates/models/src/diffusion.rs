@@ -23,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::loss::mean;
 use crate::{Batch, Decoder, Evaluated, IGNORE, Loss, Pass, Sampling};
 
 /// ε, the smallest probability with which a token is masked.
@@ -125,16 +126,15 @@ impl Decoder {
         let seed = seed << 24 | (draw() * f64::from(1u32 << 24)) as u64;
         let noised = Noised::new(batch, self.mask_id(), &mut ChaCha8Rng::seed_from_u64(seed), first);
         let mask = mask(batch);
-        let forward = self.pass(self.tokens(&noised.batch), Pass::new(&mask));
+        let forward = self.training_pass(&noised.batch, Pass::new(&mask));
         let share = batch.target_tokens() as f64 / noised.maskable.max(1) as f64;
         let rows = noised.rates.iter().enumerate().map(|(row, rate)| {
             let hidden = forward.hidden.clone().narrow(0, row, 1);
             self.predict(&noised.batch.row(row), hidden).sum * (share / rate)
         });
         let cross_entropy = rows.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([1], &self.device()));
-        let layers = forward.penalties.len();
-        let penalty = forward.penalties.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64);
-        Loss { penalty, seen: forward.seen, ..Loss::of(cross_entropy) }
+        let (penalty, head_overlap) = (mean(forward.penalties), self.head_overlap(forward.taps));
+        Loss { penalty, seen: forward.seen, head_overlap, ..Loss::of(cross_entropy) }
     }
 
     /// The sums of a batch, with masks that its tokens decide: the bound of its likelihood, and as accuracy the share of masked tokens
@@ -311,6 +311,16 @@ mod tests {
         assert_eq!(sums.targets, 64);
         // Masks are few of 62, and their weights large: near ln 10 on average.
         assert!((sums.mean_loss() - 10f64.ln()).abs() < 1.2, "{}", sums.mean_loss());
+    }
+
+    #[test]
+    fn the_overlap_of_heads_is_in_the_loss_where_it_is_asked_for() {
+        let model = model(&Device::flex());
+        assert!(model.diffusion_loss(&batch()).head_overlap.is_none());
+        let (overlap, weight) = model.with_head_overlap(0.5).diffusion_loss(&batch()).head_overlap.unwrap();
+        // Fresh heads attend to all keys nearly alike, which is one map for both: 1/2.
+        let overlap: f32 = overlap.into_scalar();
+        assert!(weight == 0.5 && (0.4..=0.500_001).contains(&overlap), "{overlap}");
     }
 
     #[test]

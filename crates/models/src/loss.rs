@@ -8,8 +8,8 @@ use polyhead_kernels::{CrossEntropy, Divergence, Targets, cross_entropy, diverge
 use serde::{Deserialize, Serialize};
 
 use crate::intervention::Context;
-use crate::sites::SitePlan;
-use crate::{Batch, ContextMask, Decoder, Pass, head_overlap};
+use crate::sites::{SitePlan, Tap};
+use crate::{Batch, ContextMask, Decoder, Forward, Pass, head_overlap};
 
 /// The training loss of one batch, with its named terms.
 #[derive(Debug)]
@@ -84,8 +84,8 @@ pub struct TokenTotals {
     pub sources: BTreeMap<String, Evaluated>,
 }
 
-/// The mean over layers.
-fn mean(of_layers: Vec<Tensor<1>>) -> Option<Tensor<1>> {
+/// The mean over layers; `None` where no layer has one.
+pub(crate) fn mean(of_layers: Vec<Tensor<1>>) -> Option<Tensor<1>> {
     let layers = of_layers.len();
     of_layers.into_iter().reduce(|a, b| a + b).map(|sum| sum / layers as f64)
 }
@@ -97,19 +97,27 @@ impl Decoder {
     }
 
     /// The loss of a batch under another mask, or with something added to the projections.
-    pub fn loss_of_pass(&self, batch: &Batch, mut pass: Pass<'_>) -> Loss {
-        let (weight, layers) = (self.computing.head_overlap, self.layers.len());
-        if weight > 0.0 {
-            pass.sites.taps.extend(SitePlan::tap_all(layers, QuerySite::Weights).taps);
-        }
-        let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
+    pub fn loss_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> Loss {
+        let forward = self.training_pass(batch, Pass { context: Some(Context::of(batch)), ..pass });
         let out = self.predict(batch, forward.hidden);
         let of_mixture = batch.sources.as_ref().map(|_| out.losses);
-        let (penalty, maps) = (mean(forward.penalties), forward.taps.into_iter().filter(|_| weight > 0.0));
-        let maps = maps.filter(|tap| tap.site == QuerySite::Weights.into());
-        let overlap = mean(maps.map(|tap| head_overlap(tap.values)).collect());
-        let head_overlap = overlap.map(|overlap| (overlap, weight));
+        let (penalty, head_overlap) = (mean(forward.penalties), self.head_overlap(forward.taps));
         Loss { penalty, of_mixture, seen: forward.seen, head_overlap, ..Loss::of(out.sum) }
+    }
+
+    /// A pass that reads the maps of all heads where the loss has their overlap in it.
+    pub(crate) fn training_pass(&self, batch: &Batch, mut pass: Pass<'_>) -> Forward {
+        if self.computing.head_overlap > 0.0 {
+            pass.sites.taps.extend(SitePlan::tap_all(self.layers.len(), QuerySite::Weights).taps);
+        }
+        self.pass(self.tokens(batch), pass)
+    }
+
+    /// `[1]`: the mean over layers of the overlap of heads, and its weight; `None` where the loss is without.
+    pub(crate) fn head_overlap(&self, taps: Vec<Tap>) -> Option<(Tensor<1>, f64)> {
+        let weight = Some(self.computing.head_overlap).filter(|weight| *weight > 0.0)?;
+        let maps = taps.into_iter().filter(|tap| tap.site == QuerySite::Weights.into());
+        mean(maps.map(|tap| head_overlap(tap.values)).collect()).map(|overlap| (overlap, weight))
     }
 
     /// The sums of a batch. Call it on `model.valid()`, whose forward pass keeps no tape.

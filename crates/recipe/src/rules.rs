@@ -160,6 +160,16 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     if training.head_overlap > 0.0 {
         let key = "training.head_overlap";
         rule(matches!(model, ModelConfig::Decoder { .. }), key, format!("{key} is for decoders"));
+        let predicts =
+            !matches!(recipe.procedure, ProcedureConfig::Boundaries(_) | ProcedureConfig::AttentionShifting(_));
+        rule(
+            predicts,
+            key,
+            format!(
+                "{key} is added to the loss of predictions, which procedure.{} does not train on: leave it out",
+                recipe.procedure.name()
+            ),
+        );
         rule(
             training.activation_checkpointing == ActivationCheckpointing::None,
             key,
