@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use polyhead_attention::PerLayerCount;
+use polyhead_attention::{Observe, PerLayerCount};
 use polyhead_models::SuperResolution;
 use polyhead_models::SuperResolutionConfig;
 use polyhead_models::super_resolution::{
@@ -159,8 +159,8 @@ fn check_mixing(golden: &Golden) {
     let pass = Pass::of(golden, &device);
     let training = config["training"].as_bool().unwrap();
     let phase = if training { Phase::Training } else { Phase::Evaluation };
-    let (out, centred) = layer.mix(pass.tokens(), pass.grid, phase);
-    let (found, nearest) = centred.unwrap();
+    let mixed = layer.mix(pass.tokens(), pass.grid, phase, &Observe::Nothing);
+    let (out, (found, nearest)) = (mixed.hidden, mixed.centred.unwrap());
     check_between(golden, mixer, (&pass, &layer), (&found, &nearest), phase);
 
     let n = pass.grid[0] * pass.grid[1];
@@ -258,7 +258,7 @@ fn check_network(golden: &Golden) {
     let model: SuperResolution = loaded(described.init(&device), parameters);
     let x: Tensor<4> = tensor::<4>(file, "x", &device).require_grad();
     assert_eq!(x.dims()[2..], [size(config, "height"), size(config, "width")]);
-    let out = model.forward(x.clone(), Phase::Evaluation).image;
+    let out = model.forward(x.clone(), Phase::Evaluation, &Observe::Nothing).image;
     compare(name, "out", &file["out"].values, &values(out.clone()), NETWORK, false);
     let cotangent: Tensor<4> = tensor(file, "cotangent", &device);
     let grads = (out * cotangent).sum().backward();

@@ -12,25 +12,25 @@
 //! What it learns from are large images: each is reduced by a bicubic filter to steps of 1/255, as files hold it, and the loss is
 //! the mean absolute difference. The mixer is what mechanisms are compared by: [`MixerConfig`].
 
+mod learning;
 mod local;
+mod network;
 mod parts;
 mod quality;
 mod token_centres;
 
-use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData, activation};
+use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{
-    Attention, AttentionConfig, Call, ConfigError, Cost, Dims, Mask, Observation, Observe, PerLayerCount, UNKNOWN_GRID,
-    broken, require, require_range,
+    AttentionConfig, ConfigError, Cost, Dims, PerLayerCount, UNKNOWN_GRID, broken, require, require_range,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::convolution::Convolution;
-use crate::resample::{Filter, resampled};
-use crate::{ContextMask, EvalTotals, Evaluated, ImageRows, Loss, Norm, NormKind, Part, TrainBatch, Trainable};
+use crate::{Part, TrainBatch};
 
+pub use learning::ImageTotals;
 pub use local::{Axis, LocalAttention, Overlap};
+pub use network::{Enlarged, Layer, Mixed, Mixer, SuperResolution};
 pub use parts::{ConvMlp, Projections, Widths};
 pub use quality::{Quality, quality, stored};
 pub use token_centres::{Grouped, Phase, TokenCentres, TokenCentresConfig, order};
@@ -39,8 +39,6 @@ pub use token_centres::{Grouped, Phase, TokenCentres, TokenCentresConfig, order}
 pub const COLOURS: usize = 3;
 /// Inside the square root of the norms; the authors'.
 const NORM_EPS: f64 = 1e-5;
-/// Slope of the leaky ReLU below 0; the authors'.
-const SLOPE: f64 = 0.1;
 
 /// `[model.super_resolution]`: enlarges images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -207,35 +205,6 @@ impl SuperResolutionConfig {
         if self.scale == 4 { vec![2, 2] } else { vec![self.scale] }
     }
 
-    /// A network with fresh weights. Cannot fail after [`validate`](Self::validate).
-    pub fn init(&self, device: &Device) -> SuperResolution {
-        let (d_model, widths) = (self.d_model, self.widths());
-        let conv = |from, to| Convolution::init([to, from, 3, 3], device);
-        let norm = || Norm::init(NormKind::Layer, d_model, device);
-        let layer = |(layer, patch)| Layer {
-            norm: norm(),
-            mixer: match &self.mixer {
-                MixerConfig::TokenCentres(config) => Mixer::TokenCentres(config.init(layer, widths, device)),
-                MixerConfig::Attention(config) => {
-                    Mixer::Attention(config.init(&self.dims(layer, UNKNOWN_GRID), device))
-                }
-            },
-            mlp_norm: norm(),
-            mlp: ConvMlp::init(widths, device),
-            local: LocalAttention::init(patch, self.local_overlap, widths, device),
-            local_mlp_norm: norm(),
-            local_mlp: ConvMlp::init(widths, device),
-            conv: conv(d_model, d_model),
-        };
-        SuperResolution {
-            input: conv(COLOURS, d_model),
-            layers: self.patches().enumerate().map(layer).collect(),
-            enlarge: self.enlargements().into_iter().map(|by| conv(d_model, by * by * d_model)).collect(),
-            output: conv(d_model, COLOURS),
-            config: self.clone(),
-        }
-    }
-
     /// Parameters and costs by part; operations are those of a whole image of this height and width.
     pub fn parts(&self, [height, width]: [usize; 2]) -> Vec<Part> {
         let (layers, grid) = (self.n_layers as u64, [height / self.scale, width / self.scale]);
@@ -333,289 +302,6 @@ impl TokenCentresConfig {
             ((0.0..=1.0).contains(&self.decay), "decay", format!("decay ({}) must be from 0 to 1", self.decay)),
         ];
         broken(rules).into_iter().next().map_or(Ok(()), Err)
-    }
-}
-
-/// A network that enlarges images.
-#[derive(Module, Debug)]
-pub struct SuperResolution {
-    /// From colours to channels
-    pub input: Convolution,
-    /// First to last
-    pub layers: Vec<Layer>,
-    /// From channels to those of several pixels, once or twice
-    pub enlarge: Vec<Convolution>,
-    /// From channels to colours
-    pub output: Convolution,
-    #[module(skip)]
-    config: SuperResolutionConfig,
-}
-
-/// A layer.
-#[derive(Module, Debug)]
-pub struct Layer {
-    /// Before the mixer
-    pub norm: Norm,
-    /// Over the whole image
-    pub mixer: Mixer,
-    /// Before the feed-forward layer
-    pub mlp_norm: Norm,
-    /// Behind the mixer
-    pub mlp: ConvMlp,
-    /// Inside patches
-    pub local: LocalAttention,
-    /// Before the second feed-forward layer
-    pub local_mlp_norm: Norm,
-    /// Behind local attention
-    pub local_mlp: ConvMlp,
-    /// Behind all
-    pub conv: Convolution,
-}
-
-/// What mixes the whole image.
-#[derive(Module, Debug)]
-#[allow(clippy::large_enum_variant)] // a layer has one
-pub enum Mixer {
-    /// See [`MixerConfig::TokenCentres`].
-    TokenCentres(TokenCentres),
-    /// See [`MixerConfig::Attention`].
-    Attention(Attention),
-}
-
-/// What a network made of images.
-#[derive(Debug)]
-pub struct Enlarged {
-    /// `[batch, 3, scale * height, scale * width]`
-    pub image: Tensor<4>,
-    /// Of each layer with token centres.
-    pub centred: Vec<Centred>,
-}
-
-/// The centres of a pass, and the nearest one of each pixel.
-pub type Centred = (Tensor<2>, Vec<usize>);
-
-impl Layer {
-    /// `[batch, d_model, rows, columns]`; centres where there are some.
-    fn forward(&self, x: Tensor<4>, phase: Phase) -> (Tensor<4>, Option<Centred>) {
-        let [_, _, rows, columns] = x.dims();
-        let grid = [rows, columns];
-        let (mixed, centred) = self.mix(parts::tokens(x.clone()), grid, phase);
-        (x + self.conv.forward(parts::image(self.refine(mixed, grid), grid)), centred)
-    }
-
-    /// Over the whole image: `[batch, rows * columns, d_model]`, row by row.
-    pub fn mix(&self, t: Tensor<3>, grid: [usize; 2], phase: Phase) -> (Tensor<3>, Option<Centred>) {
-        let normed = self.norm.forward(t.clone(), NORM_EPS);
-        let (mixed, centred) = match &self.mixer {
-            Mixer::TokenCentres(mixer) => {
-                let Grouped { hidden, centres, nearest } = mixer.forward(normed, phase);
-                (hidden, Some((centres, nearest)))
-            }
-            Mixer::Attention(mixer) => {
-                let mask = Mask::none();
-                let call = Call { grid: Some(grid), ..Call::new(&mask) };
-                (mixer.forward(normed, call).hidden, None)
-            }
-        };
-        let t = t + mixed;
-        (t.clone() + self.mlp.forward(self.mlp_norm.forward(t, NORM_EPS), grid), centred)
-    }
-
-    /// Inside patches, shaped as in [`mix`](Self::mix).
-    pub fn refine(&self, t: Tensor<3>, grid: [usize; 2]) -> Tensor<3> {
-        let t = self.local.forward(t, grid, NORM_EPS);
-        t.clone() + self.local_mlp.forward(self.local_mlp_norm.forward(t, NORM_EPS), grid)
-    }
-}
-
-impl SuperResolution {
-    /// The settings that it was made from.
-    pub fn config(&self) -> &SuperResolutionConfig {
-        &self.config
-    }
-
-    /// Images enlarged.
-    ///
-    /// # Shapes
-    /// - low: `[batch, 3, height, width]`, from 0 to 1
-    ///
-    /// # Panics
-    /// If they are smaller than [`check_image`](SuperResolutionConfig::check_image) allows.
-    pub fn forward(&self, low: Tensor<4>, phase: Phase) -> Enlarged {
-        let first = self.input.forward(low.clone());
-        let (mut x, mut all) = (first.clone(), Vec::new());
-        for layer in &self.layers {
-            let (out, centred) = layer.forward(x, phase);
-            x = out;
-            all.extend(centred);
-        }
-        x = x + first;
-        for (conv, by) in self.enlarge.iter().zip(self.config.enlargements()) {
-            x = activation::leaky_relu(shuffled(conv.forward(x), by), SLOPE);
-        }
-        let [_, _, height, width] = x.dims();
-        let image = self.output.forward(x) + resampled(low, [height, width], Filter::Bilinear);
-        Enlarged { image, centred: all }
-    }
-
-    /// What images are reduced to, in steps of 1/255: `[batch, 3, height / scale, width / scale]`.
-    pub fn reduced(&self, high: Tensor<4>) -> Tensor<4> {
-        let [_, _, height, width] = high.dims();
-        let small = [height, width].map(|length| length / self.config.scale);
-        in_steps(resampled(high, small, Filter::Bicubic))
-    }
-
-    /// Images reduced, and enlarged again.
-    fn compare(&self, high: Tensor<4>) -> Compared {
-        let [n, _, height, width] = high.dims();
-        let low = self.reduced(high.clone());
-        let bicubic = in_steps(resampled(low.clone(), [height, width], Filter::Bicubic));
-        let ours = self.forward(low, Phase::Evaluation).image;
-        let loss = f64::from((ours.clone() - high.clone()).abs().mean().into_scalar::<f32>()) * n as f64;
-        let all = [bicubic, in_steps(ours), high].map(|image| image.into_data().iter::<f32>().collect::<Vec<f32>>());
-        let size = COLOURS * height * width;
-        let image = |at: usize| all.each_ref().map(|all| all[at * size..(at + 1) * size].to_vec());
-        Compared { loss, images: (0..n).map(image).collect() }
-    }
-}
-
-/// What becomes of images that are reduced and enlarged again.
-struct Compared {
-    /// Summed over the images.
-    loss: f64,
-    /// Each enlarged by a bicubic filter, by the network, and as it was: `[3, height, width]`, from 0 to 1.
-    images: Vec<[Vec<f32>; 3]>,
-}
-
-/// Values in steps of 1/255, as files hold them.
-fn in_steps(image: Tensor<4>) -> Tensor<4> {
-    (image.clamp(0.0, 1.0) * 255.0).round() / 255.0
-}
-
-/// `[batch, by² * channels, height, width]` to `[batch, channels, by * height, by * width]`.
-fn shuffled(x: Tensor<4>, by: usize) -> Tensor<4> {
-    let [batch, channels, height, width] = x.dims();
-    let channels = channels / (by * by);
-    let x = x.reshape([batch, channels, by, by, height, width]).permute([0, 1, 4, 2, 5, 3]);
-    x.reshape([batch, channels, height * by, width * by])
-}
-
-/// What an evaluation adds up, over images.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct ImageTotals {
-    loss: f64,
-    images: u64,
-    /// Images that are nearer to the truth by the network than by a bicubic filter.
-    better: u64,
-    ours: Quality,
-    bicubic: Quality,
-}
-
-impl ImageTotals {
-    /// Means over the images: by the network, and by a bicubic filter.
-    pub fn qualities(&self) -> [Quality; 2] {
-        let n = self.images.max(1) as f64;
-        [self.ours, self.bicubic].map(|sum| Quality { psnr: sum.psnr / n, ssim: sum.ssim / n })
-    }
-
-    /// The means by name.
-    pub fn named(&self) -> [(&'static str, f64); 4] {
-        let [ours, bicubic] = self.qualities();
-        [("psnr", ours.psnr), ("ssim", ours.ssim), ("bicubic_psnr", bicubic.psnr), ("bicubic_ssim", bicubic.ssim)]
-    }
-}
-
-impl EvalTotals for ImageTotals {
-    fn add(&mut self, other: Self) {
-        self.loss += other.loss;
-        self.images += other.images;
-        self.better += other.better;
-        for (sum, more) in [(&mut self.ours, other.ours), (&mut self.bicubic, other.bicubic)] {
-            sum.psnr += more.psnr;
-            sum.ssim += more.ssim;
-        }
-    }
-
-    /// Right are the images that are nearer to the truth than by a bicubic filter.
-    fn evaluated(&self) -> Evaluated {
-        Evaluated { loss: self.loss, correct: self.better, targets: self.images, bytes: 0 }
-    }
-
-    fn numbers(&self) -> Vec<(&'static str, f64)> {
-        let [psnr, ssim, bicubic_psnr, bicubic_ssim] = self.named().map(|(_, value)| value);
-        vec![
-            ("psnr/validation", psnr),
-            ("ssim/validation", ssim),
-            ("bicubic_psnr/validation", bicubic_psnr),
-            ("bicubic_ssim/validation", bicubic_ssim),
-        ]
-    }
-}
-
-impl Trainable for SuperResolution {
-    type Batch = Images;
-    type Totals = ImageTotals;
-
-    fn device(&self) -> Device {
-        self.input.weight.val().device()
-    }
-
-    fn n_layers(&self) -> usize {
-        self.layers.len()
-    }
-
-    fn loss_under(&self, batch: &Images, _context: ContextMask) -> Loss {
-        let high = batch.tensor(&self.device());
-        let Enlarged { image, centred } = self.forward(self.reduced(high.clone()), Phase::Training);
-        let difference = (image - high).abs().mean() * batch.len() as f64;
-        let found = centred.into_iter().map(|(centres, _)| centres).collect();
-        Loss { found, ..Loss::of(difference) }
-    }
-
-    fn follow(&mut self, found: Vec<Tensor<2>>) {
-        let mixers = self.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
-            Mixer::TokenCentres(mixer) => Some(mixer),
-            Mixer::Attention(_) => None,
-        });
-        mixers.zip(found).for_each(|(mixer, centres)| mixer.follow(centres));
-    }
-
-    fn totals(&self, batch: &Images) -> ImageTotals {
-        let (size, border) = ([batch.height, batch.width], self.config.scale);
-        let mut sums = ImageTotals { images: batch.len() as u64, ..ImageTotals::default() };
-        let Compared { loss, images } = self.compare(batch.tensor(&self.device()));
-        sums.loss = loss;
-        for [bicubic, ours, truth] in images {
-            let [bicubic, ours] = [bicubic, ours].map(|image| quality(&image, &truth, size, border));
-            sums.better += u64::from(ours.psnr > bicubic.psnr);
-            for (sum, one) in [(&mut sums.ours, ours), (&mut sums.bicubic, bicubic)] {
-                sum.psnr += one.psnr;
-                sum.ssim += one.ssim;
-            }
-        }
-        sums
-    }
-
-    /// Which centre each pixel of the first image is nearest to, as a map.
-    fn observe_layers(&self, batch: &Images, observe: Observe) -> Vec<Observation> {
-        let first = batch.tensor(&self.device()).narrow(0, 0, 1);
-        let low = self.reduced(first);
-        let [_, _, rows, columns] = low.dims();
-        let map = |(_, nearest): Centred| {
-            let nearest: Vec<f32> = nearest.into_iter().map(|centre| centre as f32).collect();
-            let maps = Tensor::from_data(TensorData::new(nearest, [1, rows, columns]), &self.device());
-            Observation { maps: matches!(observe, Observe::Maps).then_some(maps), ..Observation::default() }
-        };
-        self.forward(low, Phase::Evaluation).centred.into_iter().map(map).collect()
-    }
-
-    /// Each row: an image enlarged by a bicubic filter, by the network, and as it is.
-    fn images(&self, batch: &Images) -> Option<ImageRows> {
-        /// Rows; chosen by us.
-        const MOST: usize = 4;
-        let high = batch.tensor(&self.device()).narrow(0, 0, batch.len().min(MOST));
-        let images = self.compare(high).images.into_iter().flatten().collect();
-        Some(ImageRows { images, height: batch.height, width: batch.width, across: 3 })
     }
 }
 

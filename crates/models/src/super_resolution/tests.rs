@@ -1,11 +1,14 @@
 #![allow(clippy::unwrap_used)]
 
+use burn::module::Module;
 use burn::tensor::Distribution;
+use polyhead_attention::Observe;
 use polyhead_kernels::comparison::{Tolerance, assert_close};
 use polyhead_kernels::{random, seed_random};
 
 use super::*;
 use crate::testing::reach_every_parameter;
+use crate::{ContextMask, EvalTotals, Trainable, weights};
 
 const D_MODEL: usize = 8;
 
@@ -92,6 +95,46 @@ fn what_is_counted_is_what_is_made_and_gradients_reach_all_that_is_learned() {
         assert_eq!(parameters.len() - learned, 2 * loss.found.len());
         assert_eq!(reach_every_parameter(&model, &loss.cross_entropy.backward()), learned, "{mixer}");
     }
+}
+
+/// What mechanisms have besides their output counts as it does in other models.
+#[test]
+fn mechanisms_are_penalised_observed_and_moved_on() {
+    let (device, batch) = (Device::flex().autodiff(), images(2, 16));
+    let made = |mixer: &str| {
+        let config = config(mixer, 2, 2);
+        config.validate(Some([16; 2])).unwrap();
+        seed_random(4);
+        config.init(&device)
+    };
+    let mechanism = |attention: &str| made(&format!(r#"{{"attention": {attention}}}"#));
+    let softmax = mechanism(r#"{"softmax": {"n_heads": 2}}"#);
+    assert!(softmax.loss_under(&batch, ContextMask::Causal).penalty.is_none());
+    let routed = mechanism(r#"{"mixture_of_head": {"n_heads": 4, "shared_heads": 1, "top_k": 2}}"#);
+    let penalty: f32 = routed.loss_under(&batch, ContextMask::Causal).penalty.unwrap().into_scalar();
+    assert!(penalty > 0.0, "{penalty}");
+
+    for (model, maps) in [(softmax, [2, 64, 64]), (made(&centres(3, 8, 0.9)), [1, 8, 8])] {
+        let model = model.valid();
+        assert!(model.observe_layers(&batch, Observe::Nothing).is_empty());
+        assert!(model.observe_layers(&batch, Observe::Numbers).iter().all(|seen| seen.maps.is_none()));
+        let seen = model.observe_layers(&batch, Observe::Maps);
+        assert_eq!(seen.into_iter().map(|seen| seen.maps.unwrap().dims()).collect::<Vec<_>>(), [maps; 2]);
+    }
+
+    let evolving = r#"{"key_driven": {"n_heads": 4, "n_kv_heads": 2, "allocation": {"evolving": {"window": 2}}}}"#;
+    let mut model = mechanism(evolving);
+    assert!(!model.is_due(1) && model.is_due(2));
+    let remembered = |model: &SuperResolution| {
+        let all = weights::named(model).into_iter();
+        all.filter(|one| one.name.ends_with("memory.magnitudes")).map(|one| one.values).collect::<Vec<_>>()
+    };
+    let before = remembered(&model);
+    model.before_step(&batch, 1);
+    assert_eq!(remembered(&model), before, "step 1 is not due");
+    model.before_step(&batch, 2);
+    let after = remembered(&model);
+    assert!(after.len() == 2 && after.iter().zip(&before).all(|(after, before)| after != before), "{after:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::{Tensor, TensorData};
 use clap::Args;
+use polyhead_attention::Observe;
 use polyhead_data::read_image;
 use polyhead_models::Trainable;
 use polyhead_models::super_resolution::{COLOURS, Phase};
@@ -53,7 +54,7 @@ pub fn upscale(args: &UpscaleArgs) -> Result<(), Failure> {
     check_memory(device, 4 * config.working_numbers(size), &what, "enlarge a part of the image")?;
     let shape = [1, COLOURS, image.height, image.width];
     let low = Tensor::from_data(TensorData::new(image.planes(), shape), &trained.model.device());
-    let high = trained.model.forward(low, Phase::Evaluation).image;
+    let high = trained.model.forward(low, Phase::Evaluation, &Observe::Nothing).image;
     let [_, _, height, width] = high.dims();
     let png = coloured(&high.into_data().iter::<f32>().collect::<Vec<f32>>(), [height, width]);
     sweep(args.out.parent().unwrap_or(std::path::Path::new("")))?;
