@@ -188,7 +188,7 @@ pub fn grouped(embeddings: &[f32], dim: usize, groups: usize) -> Vec<usize> {
     let start = |seed: usize| {
         let mut group: Vec<usize> = (0..n).map(|text| text * groups / n).collect();
         group.shuffle(&mut ChaCha8Rng::seed_from_u64(seed as u64));
-        let cost = descend(&mut group, &distances);
+        let cost = descend(&mut group, groups, &distances);
         (cost, group)
     };
     let best = (0..STARTS).map(start).min_by(|a, b| a.0.total_cmp(&b.0));
@@ -196,26 +196,33 @@ pub fn grouped(embeddings: &[f32], dim: usize, groups: usize) -> Vec<usize> {
 }
 
 /// Exchanges two texts as long as that brings members nearer to each other; gives the sum of their distances.
-fn descend(group: &mut [usize], distances: &[Vec<f64>]) -> f64 {
+fn descend(group: &mut [usize], groups: usize, distances: &[Vec<f64>]) -> f64 {
     let n = group.len();
-    let to = |group: &[usize], text: usize, target: usize, without: usize| -> f64 {
-        (0..n).filter(|&other| other != without && group[other] == target).map(|other| distances[text][other]).sum()
-    };
+    // Of each text to the members of each group.
+    let mut sums = vec![vec![0.0; groups]; n];
+    for (sums, distances) in sums.iter_mut().zip(distances) {
+        group.iter().zip(distances).for_each(|(&group, distance)| sums[group] += distance);
+    }
     loop {
         let mut moved = false;
         for a in 0..n {
             for b in a + 1..n {
                 let (of_a, of_b) = (group[a], group[b]);
-                let now = to(group, a, of_a, a) + to(group, b, of_b, b);
-                let then = to(group, a, of_b, b) + to(group, b, of_a, a);
-                if of_a != of_b && then < now - 1e-9 {
+                let now = sums[a][of_a] + sums[b][of_b];
+                let then = sums[a][of_b] + sums[b][of_a] - 2.0 * distances[a][b];
+                // By more than what rounding leaves of the changes below.
+                if of_a != of_b && then < now - 1e-9 * (1.0 + now) {
                     group.swap(a, b);
+                    for (sums, distances) in sums.iter_mut().zip(distances) {
+                        let change = distances[b] - distances[a];
+                        (sums[of_a], sums[of_b]) = (sums[of_a] + change, sums[of_b] - change);
+                    }
                     moved = true;
                 }
             }
         }
         if !moved {
-            return (0..n).map(|text| to(group, text, group[text], text)).sum();
+            return sums.iter().zip(&*group).map(|(sums, &group)| sums[group]).sum();
         }
     }
 }
