@@ -70,6 +70,7 @@ fn mistakes_are_told_before_anything_is_trained() {
         ("data.chat.indicator.wait=1", "unknown key `wait`"),
         ("data.chat.paths=[\"chats.jsonl\", \"more.jsonl\"]", "takes scores of one file, and data.chat.paths names 2"),
         ("lora.rank=4", "whose row lora does not train"),
+        ("freeze.parameters=[\"embedding.*\"]", "whose row freeze does not train"),
     ] {
         let err = world.fails(2, &["validate", "marked.toml", change]);
         assert!(err.contains(words), "{change}: {err}");
@@ -77,6 +78,9 @@ fn mistakes_are_told_before_anything_is_trained() {
     let train = ["train", "marked.toml", "--out", "other"];
     let missing = "data.chat.indicator.scores=none.jsonl";
     assert!(world.fails(1, &[&train[..], &[missing]].concat()).contains("none.jsonl"));
+    std::fs::copy(world.dir.path().join("chats.jsonl"), world.dir.path().join("chats2.jsonl")).unwrap();
+    let err = world.fails(1, &[&train[..], &["data.chat.paths=[\"chats*.jsonl\"]"]].concat());
+    assert!(err.contains("takes scores of one file") && err.contains("chats2.jsonl"), "{err}");
     std::fs::write(world.dir.path().join("scores.jsonl"), "{\"row\": 1, \"message\": 1, \"score\": 0.5}\n").unwrap();
     let err = world.fails(1, &train);
     assert!(err.contains("chats.jsonl:2") && err.contains("no score for message 1"), "{err}");

@@ -270,10 +270,9 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         let message = "lora has pairs of its own, of which model.parametrization = \"mup\" knows no learning rate: leave one of them out";
         problems.extend(require(recipe.lora.is_none(), "lora", || message.into()).err());
     }
-    let marks = matches!(&recipe.data, DataConfig::Chat(chat) if chat.indicator.is_some());
-    let message =
-        "data.chat.indicator gives the model a new token, whose row lora does not train: leave one of them out";
-    problems.extend(require(!marks || recipe.lora.is_none(), "lora", || message.into()).err());
+    if matches!(&recipe.data, DataConfig::Chat(chat) if chat.indicator.is_some()) {
+        problems.extend(validate_indicator(recipe));
+    }
     problems.extend(within("lora", recipe.lora.as_ref().map_or(Ok(()), LoraConfig::validate)));
     if let Some(intervention) = &recipe.intervention {
         problems.extend(within("intervention", intervention.validate(&nearest_name)));
@@ -377,6 +376,23 @@ fn validate_trained(recipe: &Recipe, intervention: &InterventionConfig) -> Vec<C
             "procedure",
             format!("intervention.train is for procedure.standard, and the recipe has procedure.{}", procedure.name()),
         ),
+    ])
+}
+
+/// What `data.chat.indicator` asks of other tables: that its token is trained.
+fn validate_indicator(recipe: &Recipe) -> Vec<ConfigError> {
+    let Recipe { lora, intervention, procedure, freeze, .. } = recipe;
+    let rule = |trains: bool, key: &'static str| {
+        let message = format!(
+            "data.chat.indicator gives the model a new token, whose row {key} does not train: leave one of them out"
+        );
+        (trains, key, message)
+    };
+    broken([
+        rule(lora.is_none(), "lora"),
+        rule(intervention.as_ref().is_none_or(|own| own.train.is_empty()), "intervention.train"),
+        rule(!matches!(procedure, ProcedureConfig::Boundaries(_)), "procedure.boundaries"),
+        rule(!freeze.freezes("embedding.weight"), "freeze"),
     ])
 }
 

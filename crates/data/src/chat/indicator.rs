@@ -75,11 +75,11 @@ impl<'a> Scores<'a> {
     pub(super) fn mark(&self, chat: &mut Conversation, line: usize) -> Result<usize, String> {
         let mut marked = 0;
         for answer in 0..chat.messages.len() {
-            if chat.messages[answer]["role"] != "assistant" {
+            if !is_answer(&chat.messages[answer]) {
                 continue;
             }
             let Some(user) = (0..answer).rev().find(|&at| chat.messages[at]["role"] == "user") else { continue };
-            if chat.messages[user + 1..answer].iter().any(|message| message["role"] == "assistant") {
+            if chat.messages[user + 1..answer].iter().any(is_answer) {
                 continue; // what the user said belongs to the answer before
             }
             let score = self.scores.get(&(line as u64, answer as u64)).copied().ok_or_else(|| {
@@ -96,6 +96,11 @@ impl<'a> Scores<'a> {
         }
         Ok(marked)
     }
+}
+
+/// Whether a message has a score: what an assistant says without a text, as in calling a tool, has none.
+fn is_answer(message: &Value) -> bool {
+    message["role"] == "assistant" && message["content"].as_str().is_some_and(|text| !text.trim().is_empty())
 }
 
 /// Line, message and score of a line of the file.
@@ -137,6 +142,12 @@ mod tests {
             (&marked.messages[0]["content"], &marked.messages[2]["content"]),
             (&"Who.".into(), &"Why? [IND]".into())
         );
+        // A call of a tool is no answer: message 3 is the first one to what the user said first.
+        let mut calls = chat();
+        calls.messages[1]["content"] = "".into();
+        calls.messages[2]["role"] = "tool".into();
+        assert_eq!(scores.mark(&mut calls, 2), Ok(1));
+        assert_eq!(calls.messages[0]["content"], "Who. [IND]");
         let error = scores.mark(&mut chat(), 1).unwrap_err();
         assert!(error.contains("no score for message 1") && error.contains("score-context"), "{error}");
     }

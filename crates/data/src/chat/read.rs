@@ -1,5 +1,7 @@
 //! Files of conversations, row by row: what is kept, what is left out, and how many of each.
 
+use std::path::PathBuf;
+
 use super::indicator::Scores;
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
@@ -52,7 +54,8 @@ pub(super) fn read_chats(
     let longest = tokenizer.longest_token();
     let rules = Rules { learn: config.learn, template: &template, tokenizer, room, longest };
     let scores = config.indicator.as_ref().map(Scores::read).transpose()?;
-    let mut reader = Reader { config, rules, scores, seq_len, chats: Vec::new(), counts: Counts::default() };
+    let mut reader =
+        Reader { config, rules, scores, scored: None, seq_len, chats: Vec::new(), counts: Counts::default() };
     limits::on_deep_stack(|| reader.all()).map_err(DataError::Unusable)??;
     let Reader { chats, counts, .. } = reader;
     if chats.is_empty() {
@@ -73,6 +76,8 @@ struct Reader<'a> {
     config: &'a ChatConfig,
     rules: Rules<'a>,
     scores: Option<Scores<'a>>,
+    /// The file that the scores are about.
+    scored: Option<PathBuf>,
     seq_len: usize,
     chats: Vec<ChatTokens>,
     counts: Counts,
@@ -95,6 +100,16 @@ impl Reader<'_> {
     }
 
     fn row(&mut self, row: Row<'_>, place: Place<'_>) -> Result<(), DataError> {
+        if self.scores.is_some() {
+            let scored = self.scored.get_or_insert_with(|| place.path.to_owned());
+            if *scored != place.path {
+                return Err(unusable!(
+                    "data.chat.indicator takes scores of one file, and data.chat.paths finds {} and {}: name one, or join them",
+                    scored.display(),
+                    place.path.display()
+                ));
+            }
+        }
         let number = self.counts.rows;
         self.counts.rows += 1;
         let (texts, said) = match self.read(row, place.line) {

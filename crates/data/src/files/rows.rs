@@ -16,7 +16,7 @@ const KINDS: [&[&str]; 3] = [&["jsonl", "ndjson"], &["parquet"], &["csv", "tsv"]
 /// Where a row is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place<'a> {
-    pub(super) path: &'a Path,
+    pub(crate) path: &'a Path,
     /// From 1.
     pub(crate) line: usize,
     /// Of Parquet, which has rows and no lines.
