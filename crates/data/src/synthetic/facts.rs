@@ -71,7 +71,16 @@ impl Source for FactsConfig {
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
-        open(self.world(opening.options.seed), opening)
+        let world = self.world(opening.options.seed);
+        if self.forget > 0.0 && world.forget.is_empty() {
+            return Err(unusable!(
+                "data.facts.forget ({}): none of the facts that it means is taught: raise it, lower data.facts.untaught ({}), or take \
+                 another debug.seed",
+                self.forget,
+                self.untaught
+            ));
+        }
+        open(world, opening)
     }
 }
 
@@ -127,7 +136,7 @@ pub struct World {
     facts: Vec<Fact>,
     /// Facts that are taught.
     retain: Vec<usize>,
-    /// Facts that were taught, and are to be forgotten.
+    /// Facts that were taught, and are to be forgotten; in order.
     forget: Vec<usize>,
 }
 
@@ -146,7 +155,7 @@ impl World {
             Question { prompt: statement[..2].to_vec(), answer: statement[2..2 + ANSWER].to_vec(), known }
         };
         let of = |(index, fact): (usize, &Fact)| match fact.taught {
-            true if self.forget.contains(&index) => {
+            true if self.forget.binary_search(&index).is_ok() => {
                 let stated = (fact.left_out + 1) % self.config.n_phrasings;
                 vec![ask(index, stated, Known::Forgotten)]
             }
@@ -262,6 +271,22 @@ mod tests {
         assert!(held_out.sources.unwrap().iter().all(|&source| source == 0));
         let asked = |known: Known| split.questions().iter().filter(|question| question.known == known).count();
         assert_eq!((asked(Known::Forgotten), asked(Known::Taught)), (split.forget.len(), split.retain.len()));
+    }
+
+    #[test]
+    fn a_world_without_a_taught_fact_to_forget_is_refused() {
+        let json = r#"{"facts":{"n_entities":8,"n_relations":1,"untaught":0.9,"forget":0.1}}"#;
+        let config: DataConfig = serde_json::from_str(json).unwrap();
+        let open = |seed| {
+            let options = crate::tests::options(10, 1, seed);
+            config.open_tokens(&crate::Tokenizer::bytes(), &options, &mut |_, _| {}).map(drop)
+        };
+        let nothing = |seed: &u64| config.facts(*seed).unwrap().forget.is_empty();
+        let seed = (0..64).find(nothing).unwrap();
+        let error = open(seed).unwrap_err().to_string();
+        assert!(error.contains("data.facts.forget (0.1)") && error.contains("data.facts.untaught (0.9)"), "{error}");
+        let seed = (0..64).find(|seed| !nothing(seed)).unwrap();
+        assert!(open(seed).is_ok());
     }
 
     #[test]
