@@ -53,6 +53,11 @@ fn mistakes_are_told_before_anything_runs() {
         ("data.facts.forget=0", "the data has no source \"forget\" (there are no sources)"),
         ("procedure.attention_shifting.forget=junk", "no source \"junk\" (there are retain, forget)"),
         ("lora.targets=[\"q_proj\", \"v_proj\"]", "\"v_proj\" does not shift the attention of its own layer"),
+        (
+            "lora.train_whole=[\"*norm*\"]",
+            "lora.train_whole changes the model that procedure.attention_shifting compares with",
+        ),
+        ("training.activation_checkpointing=block", "reads the maps of all layers"),
         ("procedure.attention_shifting.lambda=1", "lambda (1) must be 0 or more and below 1"),
         ("procedure.attention_shifting.importance=ids", "ids is empty"),
         ("procedure.attention_shifting.importance=nouns", "nouns"),
@@ -63,6 +68,14 @@ fn mistakes_are_told_before_anything_runs() {
         assert!(err.contains(words), "{change}: {err}");
     }
     let unlearn = String::from_utf8(world.read("unlearn.toml")).unwrap();
+    let (before, after) = unlearn.split_once("[data.facts]").unwrap();
+    let (_, after) = after.split_once("[procedure").unwrap();
+    let sources = "[[data.source]]\nposts.kind = \"control\"\n[[data.source]]\nname = \"forget\"\nweight = 0\n\
+                   posts.kind = \"junk\"\n";
+    std::fs::write(world.dir.path().join("mixed.toml"), format!("{before}{sources}[procedure{after}")).unwrap();
+    let err = world.fails(2, &["validate", "mixed.toml"]);
+    assert!(err.contains("no source \"forget\" (there are posts)") && err.contains("weight is above 0"), "{err}");
+    world.succeeds(&["validate", "mixed.toml", "data.source.1.weight=1"]);
     let (before, after) = unlearn.split_once("[lora]").unwrap();
     let (_, after) = after.split_once("[training]").unwrap();
     std::fs::write(world.dir.path().join("unlearn.toml"), format!("{before}[training]{after}")).unwrap();

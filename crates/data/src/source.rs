@@ -197,10 +197,10 @@ impl DataConfig {
         self.source().validate(seq_len).map_err(own)
     }
 
-    /// What its sources are called, whose losses are told apart; none where it is of one.
-    pub fn source_names(&self) -> Vec<String> {
+    /// What the sources that are trained on are called, whose losses are told apart; none where it is of one.
+    pub fn trained_sources(&self) -> Vec<String> {
         match self {
-            Self::Mixture(mixture) => mixture.names(),
+            Self::Mixture(mixture) => mixture.trained_names(),
             Self::Facts(facts) => facts.source_names(),
             _ => Vec::new(),
         }

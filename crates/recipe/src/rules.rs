@@ -398,18 +398,33 @@ fn validate_indicator(recipe: &Recipe) -> Vec<ConfigError> {
 
 /// What [procedure.attention_shifting] asks of other tables.
 fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig) -> Vec<ConfigError> {
-    let mut problems = Vec::new();
+    let Recipe { lora, model, training, .. } = recipe;
+    let mut problems = broken([
+        (
+            model.pretrained().is_some(),
+            "procedure.attention_shifting",
+            "procedure.attention_shifting unlearns what a model has learnt: name one in model.pretrained".into(),
+        ),
+        (
+            lora.as_ref().is_none_or(|lora| lora.train_whole.is_empty()),
+            "lora.train_whole",
+            "lora.train_whole changes the model that procedure.attention_shifting compares with: leave it out".into(),
+        ),
+        (
+            training.activation_checkpointing == ActivationCheckpointing::None,
+            "training.activation_checkpointing",
+            "procedure.attention_shifting reads the maps of all layers, which training.activation_checkpointing must leave there: \
+             \"none\""
+                .into(),
+        ),
+    ]);
     let mut refuse = |key: &str, message: String| problems.push(ConfigError::new(key, message));
-    if let Err(message) = AttentionShiftingConfig::check_targets(recipe.lora.as_ref().map(|lora| &*lora.targets)) {
-        refuse(if recipe.lora.is_some() { "lora.targets" } else { "procedure.attention_shifting" }, message);
-    }
-    if recipe.model.pretrained().is_none() {
-        let message = "procedure.attention_shifting unlearns what a model has learnt: name one in model.pretrained";
-        refuse("procedure.attention_shifting", message.into());
+    if let Err(message) = AttentionShiftingConfig::check_targets(lora.as_ref().map(|lora| &*lora.targets)) {
+        refuse(if lora.is_some() { "lora.targets" } else { "procedure.attention_shifting" }, message);
     }
     // What is wrong with the data itself is told already.
-    let sound = recipe.data.validate(recipe.training.seq_len).is_ok();
-    let sources = if sound { recipe.data.source_names() } else { Vec::new() };
+    let sound = recipe.data.validate(training.seq_len).is_ok();
+    let sources = if sound { recipe.data.trained_sources() } else { Vec::new() };
     if sound && !sources.contains(&config.forget) {
         let there = match &sources[..] {
             [] => "there are no sources".to_owned(),
@@ -419,7 +434,7 @@ fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig
             "procedure.attention_shifting.forget",
             format!(
                 "procedure.attention_shifting.forget: the data has no source \"{}\" ({there}): data.facts has \"forget\" and \"retain\" \
-                 where data.facts.forget is above 0, a mixture those of its [[data.source]] tables",
+                 where data.facts.forget is above 0, a mixture those of its [[data.source]] tables whose weight is above 0",
                 config.forget
             ),
         );

@@ -143,6 +143,21 @@ impl AttentionShiftingConfig {
         }
     }
 
+    /// Checks the ids of tokens against a vocabulary of this size.
+    fn check_ids(&self, vocab_size: usize) -> Result<(), String> {
+        let (key, ids) = match self.importance {
+            Importance::Ids => ("ids", &self.ids[..]),
+            Importance::Entropy(Masking::Token) => ("mask_id", std::slice::from_ref(&self.mask_id)),
+            Importance::Entropy(Masking::Attention) => return Ok(()),
+        };
+        match ids.iter().find(|id| **id as usize >= vocab_size) {
+            Some(id) => Err(format!(
+                "procedure.attention_shifting.{key}: {id} is no token of the model: ids must be below the vocabulary size ({vocab_size})"
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// How much forgetting counts where both losses are known.
     fn alpha(&self, [forget, retain]: [f64; 2]) -> f64 {
         let dynamic = || (forget / (forget + retain).max(f64::MIN_POSITIVE)).clamp(ALPHA[0], ALPHA[1]);
@@ -181,6 +196,13 @@ fn texts(batch: &Batch, forget: &str) -> Result<Vec<Text>, TrainError> {
     Ok(texts.into_values().collect())
 }
 
+/// The model without what it learns here.
+fn frozen(model: &Decoder) -> Decoder {
+    let mut frozen = model.valid();
+    frozen.lora = None;
+    frozen
+}
+
 /// Unlearning by shifted attention.
 #[derive(Debug)]
 pub struct AttentionShifting {
@@ -194,7 +216,7 @@ impl AttentionShifting {
     /// where a run is resumed, and is the same.
     ///
     /// # Errors
-    /// If the model has no low-rank pairs to train.
+    /// If the model has no low-rank pairs to train, a layer without a map to shift, or lacks a token of the settings.
     pub fn new(
         config: AttentionShiftingConfig,
         optimizer: Optimizer,
@@ -204,13 +226,14 @@ impl AttentionShifting {
         if model.lora.is_none() {
             AttentionShiftingConfig::check_targets(None).map_err(TrainError::Setting)?;
         }
+        config.check_ids(model.vocab_size()).map_err(TrainError::Setting)?;
+        scores(&frozen(model), &[vec![0]], &Mask::causal())?;
         Ok(Self { reference: Reference::new(config.clone()), updater: Updater::new(optimizer, training), config })
     }
 
     /// `[1]` each: the losses of forgetting and of retaining; `None` without such texts.
     fn losses(&mut self, model: &Decoder, texts: &[Text]) -> Result<[Option<Tensor<1>>; 2], TrainError> {
-        let mut frozen = model.valid();
-        frozen.lora = None;
+        let frozen = frozen(model);
         let known: Vec<Known> =
             texts.iter().map(|text| self.reference.of(&frozen, &text.tokens)).collect::<Result<_, _>>()?;
         let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
@@ -283,7 +306,7 @@ impl Procedure for AttentionShifting {
             // A step divides by its targets, which this loss does not count.
             let loss = Loss::of(loss * (targets / count));
             let objective = step.objective(loss, batch, 0.0);
-            step.add(objective.backward(), &model);
+            step.add_backward(objective, &model);
         }
         let names = ["forget_loss", "retain_loss", "alpha"].map(|name| format!("attention_shifting/{name}"));
         step.measured.extend(names.into_iter().zip([both[0], both[1], alphas]));

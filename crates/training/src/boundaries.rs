@@ -131,7 +131,7 @@ impl Procedure for Boundaries {
                 let cross_entropy = self.config.labels.loss(logits, &labels, &counted) * share;
                 let loss = Loss::of(cross_entropy);
                 let objective = step.objective(loss, batch, 0.0);
-                step.add(objective.backward(), &model);
+                step.add_backward(objective, &model);
             }
         }
         self.updater.finish(model, step)

@@ -28,9 +28,9 @@ pub struct MixtureConfig {
 }
 
 impl MixtureConfig {
-    /// What its sources are called.
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.source.iter().map(|source| source.name().to_owned()).collect()
+    /// What the sources that are trained on are called.
+    pub(crate) fn trained_names(&self) -> Vec<String> {
+        self.source.iter().filter(|source| source.weight > 0.0).map(|source| source.name().to_owned()).collect()
     }
 }
 

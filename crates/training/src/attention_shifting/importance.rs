@@ -1,6 +1,8 @@
 //! Which tokens of a text are important: those without which the model's predictions are the least like themselves, by the change
 //! of the entropy of its next-token distributions, or those of a list.
 
+use std::ops::Range;
+
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use polyhead_attention::{Amount, At, Change, Edit, Mask, QuerySite};
@@ -11,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 /// Added to a score whose key is hidden.
 const HIDDEN: f32 = -1e9;
+/// Numbers that copies of a text have at once, at most: logits, or the scores of a layer, taken to have 32 heads. Chosen by us:
+/// 256 MiB.
+const AT_ONCE: usize = 1 << 26;
 
 /// How a token is taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -30,15 +35,26 @@ pub fn entropies(model: &Decoder, tokens: &[u32]) -> Vec<f64> {
 /// `[tokens][tokens]`: the same once the token of the first index is taken away; `mask_id` is what takes its place.
 pub fn masked_entropies(model: &Decoder, tokens: &[u32], masking: Masking, mask_id: u32) -> Vec<Vec<f64>> {
     let count = tokens.len();
-    let copies = vec![tokens.to_vec(); count];
+    let copies = (AT_ONCE / (count * model.vocab_size().max(32 * count)).max(1)).max(1);
+    let without = |first: usize| entropies_without(model, tokens, first..count.min(first + copies), (masking, mask_id));
+    (0..count).step_by(copies).flat_map(without).collect()
+}
+
+/// The same for some of the tokens, in a copy of the text each.
+pub(super) fn entropies_without(
+    model: &Decoder,
+    tokens: &[u32],
+    taken: Range<usize>,
+    (masking, mask_id): (Masking, u32),
+) -> Vec<Vec<f64>> {
+    let (count, copies) = (tokens.len(), vec![tokens.to_vec(); taken.len()]);
     match masking {
         Masking::Attention => {
-            let hidden =
-                |copy: usize, query: usize, key: usize| if key == copy && query != copy { HIDDEN } else { 0.0 };
-            let at =
-                |copy: usize| (0..count).flat_map(move |query| (0..count).map(move |key| hidden(copy, query, key)));
-            let bias: Vec<f32> = (0..count).flat_map(at).collect();
-            let bias = Tensor::from_data(TensorData::new(bias, [count, 1, count, count]), &model.device());
+            let hidden = |at: usize, query: usize, key: usize| if key == at && query != at { HIDDEN } else { 0.0 };
+            let of = |at: usize| (0..count).flat_map(move |query| (0..count).map(move |key| hidden(at, query, key)));
+            let shape = [taken.len(), 1, count, count];
+            let bias: Vec<f32> = taken.flat_map(of).collect();
+            let bias = Tensor::from_data(TensorData::new(bias, shape), &model.device());
             let edit = Edit::new(At::all(QuerySite::Scores.into()), Change::add(Amount::Each(bias)));
             let edits = (0..model.layers.len()).map(|layer| (layer, edit.clone())).collect();
             entropies_of(model, copies, SitePlan { edits, taps: Vec::new() })
@@ -48,7 +64,7 @@ pub fn masked_entropies(model: &Decoder, tokens: &[u32], masking: Masking, mask_
                 copy[at] = mask_id;
                 copy
             };
-            entropies_of(model, copies.into_iter().enumerate().map(replaced).collect(), SitePlan::default())
+            entropies_of(model, taken.zip(copies).map(replaced).collect(), SitePlan::default())
         }
     }
 }

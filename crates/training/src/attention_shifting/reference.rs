@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use polyhead_attention::{Mask, QuerySite};
+use polyhead_kernels::in_type;
 use polyhead_models::sites::SitePlan;
 use polyhead_models::{Decoder, Pass};
 
@@ -130,5 +131,5 @@ pub(super) fn scores(model: &Decoder, rows: &[Vec<u32>], mask: &Mask) -> Result<
                 .into(),
         ));
     }
-    Ok(taps.into_iter().map(|tap| tap.values).collect())
+    Ok(taps.into_iter().map(|tap| in_type(tap.values, DType::F32)).collect())
 }

@@ -11,12 +11,16 @@ use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
 
 fn model() -> Decoder {
-    let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": { "softmax": { "n_heads": 2 } } });
+    model_of("softmax", &["q_proj", "k_proj"])
+}
+
+fn model_of(mechanism: &str, targets: &[&str]) -> Decoder {
+    let config = serde_json::json!({ "d_model": 16, "n_layers": 2, "attention": { mechanism: { "n_heads": 2 } } });
     let config: DecoderConfig = serde_json::from_value(config).unwrap();
     seed_random(3);
     let model = config.init(11, &Device::flex().autodiff());
-    let pairs =
-        LoraConfig { rank: 4, alpha: 8.0, targets: vec!["q_proj".into(), "k_proj".into()], ..LoraConfig::default() };
+    let targets = targets.iter().map(|&target| target.into()).collect();
+    let pairs = LoraConfig { rank: 4, alpha: 8.0, targets, ..LoraConfig::default() };
     train_only(model.with_lora(&pairs, 5).unwrap(), is_pair)
 }
 
@@ -36,9 +40,13 @@ fn batch() -> Batch {
     }
 }
 
-fn procedure(config: AttentionShiftingConfig, model: &Decoder) -> AttentionShifting {
+fn begun(config: AttentionShiftingConfig, model: &Decoder) -> Result<AttentionShifting, TrainError> {
     let training = serde_json::from_str(r#"{"steps":1,"seq_len":7,"batch_size":2}"#).unwrap();
-    AttentionShifting::new(config, Optimizer::new(Default::default()), &training, model).unwrap()
+    AttentionShifting::new(config, Optimizer::new(Default::default()), &training, model)
+}
+
+fn procedure(config: AttentionShiftingConfig, model: &Decoder) -> AttentionShifting {
+    begun(config, model).unwrap()
 }
 
 fn losses(config: AttentionShiftingConfig, model: &Decoder) -> [f64; 2] {
@@ -75,8 +83,7 @@ fn maps_from_disk_are_those_from_memory() {
     let of = |memory_mib| losses(AttentionShiftingConfig { memory_mib, ..Default::default() }, &model);
     assert_eq!(of(0), of(1024));
     let mut procedure = procedure(AttentionShiftingConfig { memory_mib: 0, ..Default::default() }, &model);
-    let mut frozen = model.valid();
-    frozen.lora = None;
+    let frozen = frozen(&model);
     let first = procedure.reference.of(&frozen, &[1, 2, 3]).unwrap();
     procedure.reference.of(&frozen, &[4, 5]).unwrap();
     assert_eq!(procedure.reference.of(&frozen, &[1, 2, 3]).unwrap(), first);
@@ -106,6 +113,42 @@ fn a_step_moves_the_pairs_alone_and_the_attention_to_its_target() {
     for (old, new) in named(&start).into_iter().zip(named(&model)) {
         assert_eq!(old.values != new.values, is_pair(&old.name), "{}", old.name);
     }
+}
+
+#[test]
+fn tokens_are_taken_away_alike_in_any_number_of_copies() {
+    let (model, tokens) = (frozen(&model()), [1, 2, 3, 4, 5]);
+    for masking in [Masking::Attention, Masking::Token] {
+        let of = |taken| importance::entropies_without(&model, &tokens, taken, (masking, 9));
+        let (whole, parts) = (of(0..5), [of(0..2), of(2..5)].concat());
+        assert_eq!((whole.len(), parts.len()), (5, 5));
+        for (whole, parts) in whole.concat().into_iter().zip(parts.concat()) {
+            assert!((whole - parts).abs() < 1e-5, "{masking:?}: {whole} {parts}");
+        }
+        assert_eq!(whole, masked_entropies(&model, &tokens, masking, 9), "so short a text is taken at once");
+    }
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_refused_before_a_step() {
+    let message = |config, model: &Decoder| begun(config, model).unwrap_err().to_string();
+    let ids = |ids: &[u32]| AttentionShiftingConfig {
+        importance: Importance::Ids,
+        ids: ids.into(),
+        ..AttentionShiftingConfig::default()
+    };
+    let masked = |mask_id| AttentionShiftingConfig {
+        importance: Importance::Entropy(Masking::Token),
+        mask_id,
+        ..AttentionShiftingConfig::default()
+    };
+    let model = model();
+    assert!(begun(ids(&[0, 10]), &model).is_ok() && begun(masked(10), &model).is_ok());
+    let error = message(ids(&[0, 11]), &model);
+    assert!(error.contains("attention_shifting.ids: 11 is no token") && error.contains("(11)"), "{error}");
+    assert!(message(masked(12), &model).contains("attention_shifting.mask_id: 12 is no token"));
+    let error = message(AttentionShiftingConfig::default(), &model_of("gated_delta_net", &["o_proj"]));
+    assert!(error.contains("no map of scores to shift"), "{error}");
 }
 
 #[test]
