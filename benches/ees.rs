@@ -7,6 +7,8 @@
 //!
 //! The forms run alternately; times are medians over the rounds.
 
+mod median;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -15,6 +17,8 @@ use nalgebra::DMatrix;
 use polyhead_evaluation::ees::{EesConfig, EesMode, Probes};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+use median::median;
 
 /// Directions that answers have in common; chosen by us.
 const SHARED: usize = 8;
@@ -44,11 +48,6 @@ fn answers(features: usize, count: usize) -> DMatrix<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(count as u64);
     let mut random = |rows, columns| DMatrix::from_fn(rows, columns, |_, _| rng.random::<f64>() - 0.5);
     random(features, SHARED) * random(SHARED, count) + random(features, count) * 0.1
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() -> std::io::Result<()> {

@@ -8,6 +8,8 @@
 //! All variants run alternately, so that whatever else the machine does meets all of them; times are medians over the rounds,
 //! ratios are medians of the ratios to multi-head attention in the same round.
 
+mod median;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -19,6 +21,8 @@ use polyhead_attention::{
     RopeLayout, RouterConfig, Softmax, SoftmaxConfig,
 };
 use polyhead_kernels::{AttentionOptions, attention, linear};
+
+use median::median;
 
 const D_MODEL: usize = 512;
 const HEADS: usize = 8;
@@ -110,11 +114,6 @@ fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     start.elapsed().as_secs_f64()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Training (forward and backward) and prefill (forward without a tape) of every variant, in seconds by round.

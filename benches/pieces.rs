@@ -8,12 +8,16 @@
 //! One product is really computed. The addition is measured by itself, as a share of a block's time: no fusion saves more than
 //! all of it. Variants run alternately; times are medians over the rounds, forward and backward.
 
+mod median;
+
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use polyhead_attention::{Call, Dims, Mask, Mechanism, MechanismConfig, Rope, RopeLayout, SoftmaxConfig};
 use polyhead_kernels::{gated_mlp, linear, rms_norm};
+
+use median::median;
 
 const HEADS: usize = 6;
 
@@ -32,11 +36,6 @@ struct Args {
     /// Passed by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {

@@ -9,11 +9,15 @@
 //! tokens in a step; beside it Burn's own product of the same matrices, in turns, which leaves it to `gemm` to share the work
 //! among threads. A weight is read as it is stored (forwards) and transposed (backwards).
 
+mod median;
+
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use polyhead_kernels::linear;
+
+use median::median;
 
 /// Measures the processor's fused multiply-adds, and products of the shapes of a training step.
 #[derive(Parser)]
@@ -74,11 +78,6 @@ fn main() {
             }
         }
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// The best of so many turns: what else runs can only slow down.

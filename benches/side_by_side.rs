@@ -9,6 +9,8 @@
 //! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured. `--device cuda` measures
 //! a decoder with 350 million parameters in bf16 on a GPU (benches/gpu/stage.sh builds for it).
 
+mod median;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::RecvTimeoutError;
@@ -17,6 +19,8 @@ use std::time::Instant;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
 use serde_json::{Value, json};
+
+use median::median;
 
 mod pretrained;
 
@@ -232,11 +236,6 @@ fn gemm_peak(on_gpu: bool) -> f64 {
         start.elapsed().as_secs_f64()
     });
     2.0 * (size as f64).powi(3) / median(seconds.collect())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn header(peak: f64, torch: Option<&str>) -> String {

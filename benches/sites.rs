@@ -8,6 +8,8 @@
 //! The forms run alternately in one process; what is told are medians over the rounds, and the median of the ratio to the plain
 //! forward of the same round.
 
+mod median;
+
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -17,6 +19,8 @@ use polyhead_attention::Mask;
 use polyhead_kernels::seed_random;
 use polyhead_models::intervention::{Intervention, InterventionConfig};
 use polyhead_models::{Decoder, DecoderConfig, Pass};
+
+use median::median;
 
 /// A decoder of softmax attention with fresh weights.
 #[derive(Parser)]
@@ -46,11 +50,6 @@ struct Args {
 
 /// Turns before those that count.
 const WARM: usize = 3;
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();

@@ -10,6 +10,8 @@
 //! times are medians over the rounds. The error is the largest difference of the output, as a share of its root mean square; of random
 //! numbers attention is nearly uniform, so that errors of a trained model are others.
 
+mod median;
+
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
@@ -19,6 +21,8 @@ use polyhead_attention::sparse::dhsa::DhsaConfig;
 use polyhead_attention::sparse::shifted::ShiftedConfig;
 use polyhead_attention::sparse::{Sparse, SparseConfig};
 use polyhead_kernels::{AttentionOptions, Mask, attention};
+
+use median::median;
 
 /// Measures attention over one row.
 #[derive(Parser)]
@@ -38,11 +42,6 @@ struct Args {
     /// Passed by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {
