@@ -1,14 +1,12 @@
 //! Shifted attention and the importance of tokens; see `tests/golden/attention_shifting/README.md`.
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
-use polyhead_models::DecoderConfig;
 use polyhead_training::attention_shifting::{
     Direction, Masking, divergence, entropies, factors, masked_entropies, mean, most_important, shifted, weights,
 };
-use serde_json::json;
 
 use crate::golden::{GRADIENT, Golden, OUTPUT, compare, files, size, values};
-use crate::golden_decoder::{rows, with_weights};
+use crate::golden_decoder::{llama, rows};
 
 #[test]
 fn golden_attention_shifting() {
@@ -100,18 +98,9 @@ fn check_shift(golden: &Golden) {
 
 fn check_importance(golden: &Golden) {
     let Golden { name, config, tensors: file, .. } = golden;
-    config.is("model", "llama");
-    config.is("rope_layout", "neox");
     config.is("log_base", "e");
     config.is("ranking", "absolute change of the entropy averaged over all positions");
-    let described: DecoderConfig = serde_json::from_value(json!({
-        "d_model": size(config, "d_model"), "n_layers": size(config, "layers"), "d_ff": size(config, "d_ff"),
-        "rope_theta": config["rope_theta"], "norm_eps": config["rms_eps"], "tie_embeddings": false,
-        "attention": { "softmax": { "n_heads": size(config, "num_heads"), "n_kv_heads": size(config, "num_kv_heads"),
-            "head_dim": size(config, "head_dim") } },
-    }))
-    .unwrap();
-    let model = with_weights(&described, size(config, "vocab"), file, "w.", &Device::flex());
+    let model = llama(golden, &Device::flex());
     let (prompts, mask_id) = (rows(file, "tokens"), size(config, "mask_id") as u32);
     assert_eq!((prompts.len(), prompts[0].len()), (size(config, "prompts"), size(config, "tokens")), "{name}");
     let fraction = config["important_fraction"].as_f64().unwrap();
