@@ -84,9 +84,13 @@ impl Report {
         for (&(layer, head), value) in self.heads.iter().zip(values) {
             cells[layer * heads + head] = value.map_or(f32::NAN, |value| value as f32);
         }
-        let known = || values.iter().flatten().copied();
+        let known = || values.iter().flatten().copied().filter(|value| value.is_finite());
         let [low, high] = [known().fold(f64::INFINITY, f64::min), known().fold(f64::NEG_INFINITY, f64::max)];
-        let range = if low < high { (low as f32, high as f32) } else { (low as f32 - 1.0, low as f32 + 1.0) };
+        let range = match known().next() {
+            None => (0.0, 1.0),
+            Some(only) if low == high => (only as f32 - 1.0, only as f32 + 1.0),
+            Some(_) => (low as f32, high as f32),
+        };
         let scale = (288 / layers.max(heads).max(1)).clamp(2, 24) as u32;
         let png = heat_map(&cells, layers, heads, &Options { scale, range: Some(range) });
         let png = png.map_err(|error| Failure::Run(error.to_string()))?;
