@@ -68,7 +68,7 @@ fn sources_are_changed_by_their_place() {
 fn mistakes_in_mixtures_are_told_before_anything_runs() {
     let world = World::new(&recipe());
     for (change, words) in [
-        ("data.source.1.weight=-1", "weight (-1) must be a number, 0 or more"),
+        ("data.source.1.weight=-1", "weight (-1.0) must be 0, or a number from 1e-9 to 1e9"),
         ("data.source.1.weight=much", "expected a number"),
         ("data.source.1.name=junk", "two sources are called \"junk\""),
         ("data.source.1.text.paths=[\"x\"]", "takes one table, and text and posts are there"),

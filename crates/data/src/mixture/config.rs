@@ -91,8 +91,9 @@ impl MixedSource {
             [] => "a source of a mixture takes one table with texts: text, jsonl, rust_docs or posts".into(),
             several => format!("a source of a mixture takes one table, and {} are there", several.join(" and ")),
         })?;
-        let sound = self.weight.is_finite() && self.weight >= 0.0;
-        require(sound, "weight", || format!("weight ({}) must be a number, 0 or more", self.weight))?;
+        // What lies between is more than any text has tokens.
+        let sound = self.weight == 0.0 || (1e-9..=1e9).contains(&self.weight);
+        require(sound, "weight", || format!("weight ({:?}) must be 0, or a number from 1e-9 to 1e9", self.weight))?;
         let named = self.name.as_ref().is_none_or(|name| !name.trim().is_empty());
         require(named, "name", || "name is empty: logs call the source by it".into())?;
         let (name, source) = self.table();

@@ -177,7 +177,12 @@ fn settings_that_cannot_be_are_named() {
         one[key] = value;
         message(json!({ "source": [one, source(&folder, "b", 1.0)] }))
     };
-    assert!(with("weight", json!(-1.0)).contains("data.source.0.weight: weight (-1) must be a number, 0 or more"));
+    assert!(
+        with("weight", json!(-1.0))
+            .contains("data.source.0.weight: weight (-1.0) must be 0, or a number from 1e-9 to 1e9")
+    );
+    // Two of these would add up to infinity, and an epoch to no number of tokens.
+    assert!(with("weight", json!(1e308)).contains("weight (1e308)"));
     assert!(with("name", json!(" ")).contains("name is empty"));
     assert!(with("name", json!("b")).contains("two sources are called \"b\""));
     assert!(with("rust_docs", json!({})).contains("jsonl and rust_docs are there"));
