@@ -2,7 +2,7 @@
 //!
 //! It runs with a backward of its own, and memory grows with the length of the sequence, not with its square: on the CPU
 //! in tiles (`attention/tiles.rs`; those in which the mask hides everything are never computed), on the other backends, and
-//! for dense masks and additive biases, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
+//! for dense masks and trained biases of pairs, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
 //! whole matrix and leaves the backward to Burn, is what both are tested against.
 
 use std::cell::RefCell;
@@ -251,7 +251,9 @@ fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<
     let visible = options.mask.unwrap_or(&everything).visible(batch, options.query_offset, queries, keys);
     match visible {
         _ if options.map.is_some() => plain(q, k, v, options),
-        Some(visible) if cpu::fuses(&q) && options.bias.is_none() => tiles::attention(q, k, v, visible, options),
+        Some(visible) if cpu::fuses(&q) && options.bias.as_ref().is_none_or(tiles::take) => {
+            tiles::attention(q, k, v, visible, options)
+        }
         _ => blocks::attention(q, k, v, options),
     }
 }

@@ -79,6 +79,12 @@ impl<'a> View<'a> {
         &self.values[at..at + self.shape[3]]
     }
 
+    /// The same where each dimension has that size or is 1, which stands for all.
+    pub(crate) fn spread_row(&self, place: [usize; 3]) -> &'a [f32] {
+        let [a, b, c] = std::array::from_fn(|axis| if self.shape[axis] == 1 { 0 } else { place[axis] });
+        self.row(a, b, c)
+    }
+
     /// The last two dimensions at `[a, b]`, `rows` of them.
     pub(crate) fn rows(&self, a: usize, b: usize, rows: std::ops::Range<usize>) -> Matrix<'a> {
         let from = &self.values[self.offset(a, b, rows.start)..];

@@ -3,7 +3,7 @@
 //! Written in the backend's own operations, with the softmax in f32 whatever the type of queries, keys and values. A block
 //! reads only the keys between the first and the last that its mask leaves; the backward computes its weights again from
 //! the log of their sum (Dao 2023, arXiv 2307.08691, section 3.1). It serves the backends that have no tiles of their own,
-//! and on the CPU what the tiles do not take: dense masks and additive biases.
+//! and on the CPU what the tiles do not take: dense masks, and biases of pairs of positions that are trained.
 
 use std::sync::Arc;
 

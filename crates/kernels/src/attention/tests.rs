@@ -191,7 +191,8 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
         let grads = (out.hidden.clone() * Tensor::from_inner(cotangent.clone())).sum().backward();
         let leaves: Vec<Vec<f32>> = [&q, &k, &v].map(|leaf| numbers(leaf.grad(&grads).expect("gradient"))).into();
         let of_sinks = options.sinks.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
-        let grads: Vec<Vec<f32>> = leaves.into_iter().chain(of_sinks).collect();
+        let of_bias = options.bias.iter().map(|leaf| numbers(leaf.grad(&grads).expect("gradient")));
+        let grads: Vec<Vec<f32>> = leaves.into_iter().chain(of_bias).chain(of_sinks).collect();
         let seen = out.statistics.expect("asked for").settled();
         let (sink_mass, weights) = (seen.sink_mass, numbers(seen.weights.expect("asked for")));
         let sink_mass = sink_mass.unwrap_or_else(|| Tensor::zeros([1], &Device::flex()));
@@ -200,7 +201,8 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
     };
     let (got, want) = (run(super::attention), run(plain));
     agree("hidden", &got.0, &want.0);
-    for (name, (got, want)) in ["q", "k", "v", "sinks"].into_iter().zip(got.1.iter().zip(&want.1)) {
+    let names = ["q", "k", "v"].into_iter().chain(options.bias.is_some().then_some("bias")).chain(["sinks"]);
+    for (name, (got, want)) in names.zip(got.1.iter().zip(&want.1)) {
         agree(&format!("gradient of {name}"), got, want);
     }
     for (index, name) in ["entropy", "first_key_mass", "largest_score", "sink_mass"].into_iter().enumerate() {
@@ -212,7 +214,7 @@ fn compare(case: &Case, options: &AttentionOptions<'_>) {
     let [q, k, v] = [q, k, v].map(Tensor::inner);
     let seen = attention(q.clone(), k.clone(), v, &spanned).statistics.expect("asked for");
     // A value that says whether its key is in a set comes out as the weight on the set.
-    let options = AttentionOptions { values: HeadMap::Each(vec![0; heads]), ..options };
+    let options = AttentionOptions { values: HeadMap::Each(vec![0; heads]), bias: spanned.bias, ..options };
     let summed = plain(q, k, spans.inner().unsqueeze_dim(1), &options).hidden;
     agree("span mass", &numbers(seen.span_mass.expect("asked for")), &numbers(summed));
 }
@@ -286,6 +288,52 @@ fn tiles_agree_with_sinks_and_caps() {
             let sinks = (index != 1).then(|| sinks(heads));
             let options = AttentionOptions { mask: Some(mask), sinks, softcap, selected, ..Default::default() };
             compare(&case(batch, heads, key_heads, seq, width), &options);
+        }
+    }
+}
+
+/// Biases of keys: the same for all, of each row of the batch, of each head, of both.
+fn key_bias(index: usize, [batch, heads, keys]: [usize; 3]) -> Option<Tensor<4>> {
+    let shape = [[1, 1], [batch, 1], [1, heads], [batch, heads]][index % 4];
+    let shape = [shape[0], shape[1], 1, keys];
+    Some((normal(shape, &Device::flex().autodiff()) * 2.0).require_grad())
+}
+
+#[test]
+fn tiles_agree_with_biases_of_keys() {
+    for (batch, heads, key_heads, seq, width) in
+        [(1usize, 1, 1, 1, 1), (3, 2, 1, 7, 5), (2, 6, 3, 300, 16), (1, 2, 1, 1030, 8)]
+    {
+        let selected = Some(Arc::new(SelectedRows::new(&choices(batch, seq, heads), [batch, seq, heads])));
+        for (index, mask) in masks(batch, seq).iter().enumerate() {
+            let (softcap, selected) = ([None, Some(2.0)][index / 2 % 2], selected.clone().filter(|_| index % 4 == 3));
+            let (bias, sinks) = (key_bias(index, [batch, heads, seq]), (index % 3 == 0).then(|| sinks(heads)));
+            let options = AttentionOptions { mask: Some(mask), bias, sinks, softcap, selected, ..Default::default() };
+            compare(&case(batch, heads, key_heads, seq, width), &options);
+        }
+    }
+    let mask = Mask::causal();
+    for (queries, cached) in [(1, 700), (140, 600)] {
+        let (case, bias) =
+            (Case { queries, keys: cached + queries, ..case(2, 6, 2, 0, 16) }, key_bias(3, [2, 6, cached + queries]));
+        compare(&case, &AttentionOptions { mask: Some(&mask), bias, query_offset: cached, ..Default::default() });
+    }
+}
+
+#[test]
+fn tiles_agree_with_biases_of_pairs_that_are_not_trained() {
+    let (q, k, v) = (random([2, 4, 200, 8]), random([2, 2, 200, 8]), random([2, 2, 200, 5]));
+    let mask = Mask::causal();
+    for (rows, heads) in [(1, 1), (2, 1), (1, 4), (2, 4)] {
+        let bias = Some(random([rows, heads, 200, 200]));
+        let options = AttentionOptions { mask: Some(&mask), bias, statistics: Measure::Weights, ..Default::default() };
+        let run = |form: fn(Tensor<4>, Tensor<4>, Tensor<4>, &AttentionOptions<'_>) -> Attention| {
+            let out = form(q.clone(), k.clone(), v.clone(), &options);
+            let seen = out.statistics.expect("asked for").settled();
+            [numbers(out.hidden), numbers(seen.entropy), numbers(seen.weights.expect("asked for"))]
+        };
+        for (got, want) in run(super::attention).iter().zip(&run(plain)) {
+            agree("under a bias", got, want);
         }
     }
 }
@@ -495,9 +543,11 @@ fn gradients_are_the_same_whichever_are_asked_for() {
     let selected = Arc::new(SelectedRows::new(&choices(2, 300, 4), [2, 300, 4]));
     for selected in [None, Some(selected)] {
         let options = AttentionOptions { mask: Some(&mask), selected, ..Default::default() };
-        every_subset_of_gradients(&[&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5], &[4]], |[q, k, v, sinks]| {
+        let shapes: [&[usize]; 5] = [&[2, 4, 300, 8], &[2, 2, 300, 8], &[2, 1, 300, 5], &[4], &[2, 300]];
+        every_subset_of_gradients(&shapes, |[q, k, v, sinks, bias]| {
             let (k, v) = (k.reshape([2, 2, 300, 8]), v.reshape([2, 1, 300, 5]));
-            let options = AttentionOptions { sinks: Some(sinks), ..options.clone() };
+            let bias = Some(bias.reshape([2, 1, 1, 300]));
+            let options = AttentionOptions { sinks: Some(sinks), bias, ..options.clone() };
             attention(q.reshape([2, 4, 300, 8]), k, v, &options).hidden.reshape([-1])
         });
     }

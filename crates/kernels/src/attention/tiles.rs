@@ -41,6 +41,8 @@ pub(super) struct Plan {
     softcap: Option<f32>,
     /// Whether `sinks` are some.
     sunk: bool,
+    /// Whether `bias` is one.
+    biased: bool,
     key_of: Vec<usize>,
     value_of: Vec<usize>,
     /// Query heads that share key or value heads, directly or through others.
@@ -55,6 +57,11 @@ impl Plan {
     /// The logits of the sinks, one per head; `None` where there are none.
     fn sinks<'a>(&self, tensor: &'a FlexTensor) -> Option<&'a [f32]> {
         self.sunk.then(|| values(tensor))
+    }
+
+    /// The bias; `None` where there is none.
+    fn bias<'a>(&self, tensor: &'a FlexTensor) -> Option<View<'a>> {
+        self.biased.then(|| View::new(tensor))
     }
 
     /// The blocks of queries that a head computes in a row of the batch.
@@ -79,15 +86,21 @@ impl Plan {
 /// The tiles as an operation of Burn's dispatching backend.
 #[backend_extension(Flex, Autodiff)]
 pub(super) trait TiledAttention: Backend {
-    /// The output, and `[FACTS, batch, heads, queries]` (only the first of them where nothing is measured). Sinks that are
-    /// none are a single number.
+    /// The output, and `[FACTS, batch, heads, queries]` (only the first of them where nothing is measured). Sinks and a bias
+    /// that are none are a single number.
     fn tiled_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         sinks: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
         plan: Arc<Plan>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// Whether tiles take this bias: one row for all queries, or one that has no gradient, which would be a matrix for every head.
+pub(super) fn take(bias: &Tensor<4>) -> bool {
+    bias.dims()[2] == 1 || !bias.is_autodiff()
 }
 
 /// See [`super::attention`].
@@ -105,6 +118,7 @@ pub(super) fn attention(
         scale: options.scale_for(&q) as f32,
         softcap: options.softcap.map(|cap| cap as f32),
         sunk: options.sinks.is_some(),
+        biased: options.bias.is_some(),
         families: families(&key_of, &value_of),
         key_of,
         value_of,
@@ -116,16 +130,20 @@ pub(super) fn attention(
     let weights = matches!(options.statistics, Measure::Weights).then(|| {
         let first = |x: &Tensor<4>| x.clone().narrow(0, 0, 1).detach();
         let sinks = options.sinks.as_ref().map(|sinks| sinks.to_data().iter::<f32>().collect::<Vec<f32>>());
-        weights_of_first_row(first(&q), first(&k), sinks.as_deref(), &plan)
+        let bias = options.bias.as_ref().map(first);
+        weights_of_first_row([first(&q), first(&k)], bias, sinks.as_deref(), &plan)
     });
     let sinks = options.sinks.clone().map(|sinks| in_type(sinks, DType::F32));
     let sinks = sinks.unwrap_or_else(|| Tensor::zeros([1], &q.device()));
+    let bias = options.bias.clone().map(|bias| in_type(bias, DType::F32));
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([1; 4], &q.device()));
     let (measure, counted) = (plan.measure, options.counted(q.dims(), &q.device()).clamp_min(1.0));
     let (hidden, facts) = Dispatch::tiled_attention(
         q.into_dispatch(),
         k.into_dispatch(),
         v.into_dispatch(),
         sinks.into_dispatch(),
+        bias.into_dispatch(),
         Arc::new(plan),
     );
     let statistics = measure.then(|| {
@@ -158,9 +176,15 @@ fn families(key_of: &[usize], value_of: &[usize]) -> Vec<Vec<usize>> {
 }
 
 /// `[heads, queries, keys]`, with zeros where keys are hidden and where queries are not computed.
-fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, sinks: Option<&[f32]>, plan: &Plan) -> Tensor<3> {
+fn weights_of_first_row(
+    [q, k]: [Tensor<4>; 2],
+    bias: Option<Tensor<4>>,
+    sinks: Option<&[f32]>,
+    plan: &Plan,
+) -> Tensor<3> {
     let [_, heads, queries, _] = q.dims();
     let (keys, device) = (k.dims()[2], q.device());
+    let bias = bias.map(|bias| bias.expand([1, heads, queries, keys]));
     let all: Vec<f32> = (0..heads)
         .flat_map(|head| {
             let own = |x: &Tensor<4>, head| x.clone().narrow(1, head, 1).squeeze_dims::<2>(&[0, 1]);
@@ -168,6 +192,9 @@ fn weights_of_first_row(q: Tensor<4>, k: Tensor<4>, sinks: Option<&[f32]>, plan:
             let mut scores: Vec<f32> = scores.into_data().iter::<f32>().collect();
             if let Some(cap) = plan.softcap {
                 soften(&mut scores, cap);
+            }
+            if let Some(bias) = &bias {
+                simd::add(&mut scores, &own(bias, head).into_data().iter::<f32>().collect::<Vec<_>>());
             }
             let mut weights = vec![0.0; queries * keys];
             for query in plan.blocks(0, head).into_iter().flat_map(Rows::queries) {
@@ -211,10 +238,11 @@ impl TiledAttention for Flex {
         k: FlexTensor,
         v: FlexTensor,
         sinks: FlexTensor,
+        bias: FlexTensor,
         plan: Arc<Plan>,
     ) -> (FlexTensor, FlexTensor) {
-        let [q, k, v, sinks] = [q, k, v, sinks].map(row_major);
-        forward([&q, &k, &v].map(View::new), plan.sinks(&sinks), &plan)
+        let [q, k, v, sinks, bias] = [q, k, v, sinks, bias].map(row_major);
+        forward([&q, &k, &v].map(View::new), plan.sinks(&sinks), plan.bias(&bias), &plan)
     }
 }
 
@@ -224,19 +252,22 @@ impl<C: CheckpointStrategy> TiledAttention for Autodiff<Flex, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         sinks: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
         plan: Arc<Plan>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let run = |inputs: [FlexTensor; 4], _: Wanted<4>| {
-            let [q, k, v, sinks] = inputs.map(row_major);
-            let (output, facts) = forward([&q, &k, &v].map(View::new), plan.sinks(&sinks), &plan);
-            (output.clone(), ([q, k, v, sinks, output, facts.clone()], plan), facts)
+        let run = |inputs: [FlexTensor; 5], _: Wanted<5>| {
+            let [q, k, v, sinks, bias] = inputs.map(row_major);
+            let views = [&q, &k, &v].map(View::new);
+            let (output, facts) = forward(views, plan.sinks(&sinks), plan.bias(&bias), &plan);
+            (output.clone(), ([q, k, v, sinks, bias, output, facts.clone()], plan), facts)
         };
-        let back = |(kept, plan): ([FlexTensor; 6], Arc<Plan>), output_grad: FlexTensor, wanted: Wanted<4>| {
-            let ([q, k, v, sinks, output, facts], output_grad) = (kept, row_major(output_grad));
+        let back = |(kept, plan): ([FlexTensor; 7], Arc<Plan>), output_grad: FlexTensor, wanted: Wanted<5>| {
+            let ([q, k, v, sinks, bias, output, facts], output_grad) = (kept, row_major(output_grad));
             let views = [&q, &k, &v, &output, &output_grad].map(View::new);
-            backward(views, plan.sinks(&sinks), values(&facts), &plan, wanted) as InputGrads<Flex, 4>
+            let (sinks, bias) = (plan.sinks(&sinks), plan.bias(&bias));
+            backward(views, sinks, bias, values(&facts), &plan, wanted) as InputGrads<Flex, 5>
         };
-        let (output, facts) = differentiable::<Flex, C, _, _, 4>([q, k, v, sinks], run, back);
+        let (output, facts) = differentiable::<Flex, C, _, _, 5>([q, k, v, sinks, bias], run, back);
         (output, <Self as AutodiffBackend>::from_inner(facts))
     }
 }

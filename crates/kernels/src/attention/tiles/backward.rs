@@ -21,15 +21,16 @@ const TASKS: usize = 16;
 /// Keys of a chunk at least.
 const CHUNK: usize = 256;
 
-/// Gradients of q, k, v and the sinks, as far as they are wanted. A sink is in the kept sums and has no value: the other
-/// gradients need nothing more.
+/// Gradients of q, k, v, the sinks and the bias, as far as they are wanted. A sink is in the kept sums and has no value: the
+/// other gradients need nothing more.
 pub(super) fn backward(
     [q, k, v, output, output_grad]: [View<'_>; 5],
     sinks: Option<&[f32]>,
+    bias: Option<View<'_>>,
     facts: &[f32],
     plan: &Plan,
-    [of_q, of_k, of_v, of_sinks]: Wanted<4>,
-) -> [Option<FlexTensor>; 4] {
+    [of_q, of_k, of_v, of_sinks, of_bias]: Wanted<5>,
+) -> [Option<FlexTensor>; 5] {
     let [batch, heads, queries, width] = q.shape;
     let keys = k.shape[2];
     let n_families = plan.families.len();
@@ -39,15 +40,19 @@ pub(super) fn backward(
     let mut q_grad = of_q.then(|| ScratchBuffer::new(chunks * size));
     let mut k_grad = of_k.then(|| buffer_of_heads(k.shape, &plan.key_of));
     let mut v_grad = of_v.then(|| buffer_of_heads(v.shape, &plan.value_of));
-    let deltas = if of_q || of_k || of_sinks { deltas(output, output_grad, plan) } else { Vec::new() };
+    let mut bias_grad = bias.filter(|_| of_bias).map(|bias| ScratchBuffer::new(batch * heads * bias.shape[2] * keys));
+    let deltas =
+        if of_q || of_k || of_sinks || bias_grad.is_some() { deltas(output, output_grad, plan) } else { Vec::new() };
     let call = Call {
         views: [q, k, v, output_grad],
+        bias,
         facts,
         deltas: &deltas,
         plan,
         q_grad: q_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
         k_grad: k_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
         v_grad: v_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
+        bias_grad: bias_grad.as_mut().map(|buffer| Shared::new(buffer.unwritten())),
     };
     (0..batch * n_families * chunks).into_par_iter().for_each_init(
         || Workspace::new([width, v.shape[3]]),
@@ -64,8 +69,8 @@ pub(super) fn backward(
     );
     // SAFETY: every query head is in one family, and every key and value head that is read too (the others are full of
     // zeros); the chunks cover all keys, each with queries of its own. `Call::run` begins by writing zeros to all of them.
-    let [q_grad, k_grad, v_grad] =
-        [q_grad, k_grad, v_grad].map(|grad| grad.map(|buffer| unsafe { buffer.into_values() }));
+    let [q_grad, k_grad, v_grad, bias_grad] =
+        [q_grad, k_grad, v_grad, bias_grad].map(|grad| grad.map(|buffer| unsafe { buffer.into_values() }));
     let q_grad = q_grad.map(|mut q_grad| {
         let (sum, others) = q_grad.split_at_mut(size);
         for other in others.chunks(size.max(1)) {
@@ -79,7 +84,19 @@ pub(super) fn backward(
         let grads = sink_grads(sinks, facts, &deltas, plan, [batch, queries]);
         cpu::tensor(grads, [heads])
     });
-    [tensor(q_grad, q.shape), tensor(k_grad, k.shape), tensor(v_grad, v.shape), sink_grads]
+    let bias_grad = bias.zip(bias_grad).map(|(bias, grad)| summed(&grad, [batch, heads], bias.shape));
+    [tensor(q_grad, q.shape), tensor(k_grad, k.shape), tensor(v_grad, v.shape), sink_grads, bias_grad]
+}
+
+/// What every row of the batch and head gives to a bias, added up where the bias is shared.
+fn summed(grads: &[f32], [batch, heads]: [usize; 2], shape: [usize; 4]) -> FlexTensor {
+    let size = shape[2] * shape[3];
+    let mut sum = vec![0.0; shape.iter().product()];
+    for (at, grad) in grads.chunks(size.max(1)).enumerate().take(batch * heads) {
+        let (b, h) = (at / heads % shape[0], at % heads % shape[1]);
+        simd::add(&mut sum[(b * shape[1] + h) * size..][..size], grad);
+    }
+    cpu::tensor(sum, shape)
 }
 
 /// `[heads]`: minus the sink's weight times the product of each output with its gradient, summed over queries.
@@ -152,6 +169,7 @@ struct Part<'a> {
 /// The gradients that a task writes, full of zeros at first: by head, those of its queries, keys and values.
 struct Grads<'a> {
     q: Vec<MatrixMut<'a, f32>>,
+    bias: Vec<MatrixMut<'a, f32>>,
     k: ByHead<'a>,
     v: ByHead<'a>,
 }
@@ -168,12 +186,15 @@ fn of_head<'g, 'a>(grads: &'g mut ByHead<'a>, head: usize) -> Option<&'g mut Mat
 struct Call<'a> {
     /// q, k, v and the gradient of the output.
     views: [View<'a>; 4],
+    bias: Option<View<'a>>,
     facts: &'a [f32],
     deltas: &'a [f32],
     plan: &'a Plan,
     q_grad: Option<Shared<'a, MaybeUninit<f32>>>,
     k_grad: Option<Shared<'a, MaybeUninit<f32>>>,
     v_grad: Option<Shared<'a, MaybeUninit<f32>>>,
+    /// `[batch, heads, rows of the bias, keys]`
+    bias_grad: Option<Shared<'a, MaybeUninit<f32>>>,
 }
 
 impl<'a> Call<'a> {
@@ -199,9 +220,16 @@ impl<'a> Call<'a> {
             };
             grad.map(|grad| here.iter().map(|&head| (head, zeroed(grad, head))).collect()).unwrap_or_default()
         };
+        let of_bias = |grad: &Shared<'a, MaybeUninit<f32>>, h: usize| {
+            let (keys, rows) = (k.shape[2], self.bias.map_or(0, |bias| bias.shape[2]));
+            let at = (part.b * heads + h) * rows * keys + part.keys.start;
+            // SAFETY: as for queries, and each chunk has its own keys: nobody else has these columns of the head.
+            unsafe { MatrixMut::of_shared(grad, at, [rows, part.keys.len()], keys) }.zeroed()
+        };
         let of_queries = self.q_grad.as_ref().map(|grad| part.family.iter().map(|&h| of_query_head(grad, h)).collect());
         Grads {
             q: of_queries.unwrap_or_default(),
+            bias: self.bias_grad.iter().flat_map(|grad| part.family.iter().map(|&h| of_bias(grad, h))).collect(),
             k: of_heads(self.k_grad.as_ref(), k, &self.plan.key_of),
             v: of_heads(self.v_grad.as_ref(), v, &self.plan.value_of),
         }
@@ -214,30 +242,28 @@ impl<'a> Call<'a> {
             for (index, &h) in part.family.iter().enumerate() {
                 for rows in self.plan.blocks(part.b, h) {
                     for keys in self.plan.spans([part.b, h], rows, block.clone()) {
-                        let q_grad = grads.q.get_mut(index);
-                        let (k_grads, v_grads) = (&mut grads.k, &mut grads.v);
                         let tile = Tile { b: part.b, h, rows, keys, chunk_from: part.keys.start };
-                        self.tile(tile, workspace, q_grad, k_grads, v_grads);
+                        self.tile(tile, workspace, &mut grads, index);
                     }
                 }
             }
         }
     }
 
-    /// Adds what one tile gives to the gradients that there are.
+    /// Adds what one tile of the family's head `index` gives to the gradients that there are.
     fn tile(
         &self,
         Tile { b, h, rows, keys, chunk_from }: Tile<'_>,
         workspace: &mut Workspace,
-        q_grad: Option<&mut MatrixMut<'_, f32>>,
-        k_grads: &mut ByHead<'_>,
-        v_grads: &mut ByHead<'_>,
+        grads: &mut Grads<'_>,
+        index: usize,
     ) {
         let (plan, [q, k, v, output_grad]) = (self.plan, self.views);
         let [_, heads, queries, _] = q.shape;
         let (key_head, value_head) = (plan.key_of[h], plan.value_of[h]);
-        let (k_grad, v_grad) = (of_head(k_grads, key_head), of_head(v_grads, value_head));
-        let of_scores = q_grad.is_some() || k_grad.is_some();
+        let (q_grad, mut bias_grad) = (grads.q.get_mut(index), grads.bias.get_mut(index));
+        let (k_grad, v_grad) = (of_head(&mut grads.k, key_head), of_head(&mut grads.v, value_head));
+        let of_scores = q_grad.is_some() || k_grad.is_some() || bias_grad.is_some();
         let q_rows = rows.matrix(q, [b, h], workspace.q.unwritten());
         let k_rows = k.rows(b, key_head, keys.clone());
         let grad_rows = rows.matrix(output_grad, [b, h], workspace.output_grad.unwritten());
@@ -265,15 +291,27 @@ impl<'a> Call<'a> {
                 let slope = |score: &f32| 1.0 - (score / cap) * (score / cap);
                 slopes.iter_mut().zip(&*weights).for_each(|(to, score)| *to = slope(score));
             }
-            simd::exp_only(weights, self.facts[fact]);
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
+            if let Some(bias) = self.bias {
+                simd::add(weights, &bias.spread_row([b, h, query])[seen_keys.clone()]);
+            }
+            simd::exp_only(weights, self.facts[fact]);
             plan.visible.hide_inside([b, h], query, seen_keys, weights, 0.0);
             if of_scores {
                 let score_grads = &mut score_grads[row];
                 hide(score_grads);
-                simd::softmax_backward(&mut score_grads[seen.clone()], weights, self.deltas[fact], plan.scale);
+                let score_grads = &mut score_grads[seen.clone()];
+                // A bias is added to scores that are scaled and capped.
+                let factor = if bias_grad.is_some() { 1.0 } else { plan.scale };
+                simd::softmax_backward(score_grads, weights, self.deltas[fact], factor);
+                if let (Some(grad), Some(bias)) = (&mut bias_grad, self.bias) {
+                    let row = grad.row(if bias.shape[2] == 1 { 0 } else { query });
+                    let here = keys.start - chunk_from..keys.end - chunk_from;
+                    simd::add(&mut row[here][seen.clone()], score_grads);
+                    simd::scale(score_grads, plan.scale);
+                }
                 if plan.softcap.is_some() {
-                    score_grads[seen.clone()].iter_mut().zip(&slopes).for_each(|(grad, slope)| *grad *= slope);
+                    score_grads.iter_mut().zip(&slopes).for_each(|(grad, slope)| *grad *= slope);
                 }
             }
         }

@@ -16,7 +16,12 @@ use crate::selected_rows::Rows;
 use crate::simd;
 
 /// The output, and the facts about each query.
-pub(super) fn forward([q, k, v]: [View<'_>; 3], sinks: Option<&[f32]>, plan: &Plan) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward(
+    [q, k, v]: [View<'_>; 3],
+    sinks: Option<&[f32]>,
+    bias: Option<View<'_>>,
+    plan: &Plan,
+) -> (FlexTensor, FlexTensor) {
     let [batch, heads, queries, width] = q.shape;
     let value_width = v.shape[3];
     let mut output = ScratchBuffer::new(batch * queries * heads * value_width);
@@ -35,7 +40,7 @@ pub(super) fn forward([q, k, v]: [View<'_>; 3], sinks: Option<&[f32]>, plan: &Pl
             sums: ScratchBuffer::new(QUERIES * value_width),
         },
         |workspace, (head, rows)| {
-            forward_block(([q, k, v], sinks), plan, head, rows, workspace, &shared, &facts);
+            forward_block(([q, k, v], sinks, bias), plan, head, rows, workspace, &shared, &facts);
         },
     );
     // SAFETY: where some queries are not computed, it was full of zeros. Else the blocks of a head cover all its queries,
@@ -145,7 +150,7 @@ impl Running {
 
 /// One block of queries of one head: writes their rows of the output and their facts.
 fn forward_block(
-    ([q, k, v], sinks): ([View<'_>; 3], Option<&[f32]>),
+    ([q, k, v], sinks, bias): ([View<'_>; 3], Option<&[f32]>, Option<View<'_>>),
     plan: &Plan,
     [b, h]: [usize; 2],
     rows: Rows<'_>,
@@ -181,6 +186,9 @@ fn forward_block(
             let seen_keys = keys.start + seen.start..keys.start + seen.end;
             if let Some(cap) = plan.softcap {
                 soften(&mut row[seen.clone()], cap);
+            }
+            if let Some(bias) = bias {
+                simd::add(&mut row[seen.clone()], &bias.spread_row([b, h, query])[seen_keys.clone()]);
             }
             let keep = advance(&mut running[r], &mut row[seen], plan, [b, h, query], seen_keys, first_key, &mut scores);
             if keep != 1.0 {
