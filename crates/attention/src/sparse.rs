@@ -230,8 +230,12 @@ fn h2o_mask(q: &Tensor<4>, k: &Tensor<4>, config: &H2oConfig, options: &Attentio
 /// The indices of the `count` largest scores, those of the lower index first where they are equal.
 fn largest(scores: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-    order.truncate(count);
+    let before = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]).then(a.cmp(&b));
+    if count < order.len() {
+        order.select_nth_unstable_by(count, before);
+        order.truncate(count);
+    }
+    order.sort_unstable_by(before);
     order
 }
 

@@ -117,12 +117,10 @@ impl BlockSelection {
     /// `[batch, n_heads, query blocks, key blocks]`: which are read.
     pub fn seen(&self, q: Tensor<4>, k: Tensor<4>) -> Vec<bool> {
         let ([_, heads, queries, width], keys) = (q.dims(), k.dims()[2]);
-        let k = repeated(k, heads);
         let [rows, columns] = [queries.div_ceil(self.sizes[0]), keys.div_ceil(self.sizes[1])];
         let scores = || {
-            let means = [(q.clone(), self.sizes[0]), (k.clone(), self.sizes[1])];
-            let [q, k] = means.map(|(x, size)| block_means(x, size));
-            numbers(q.matmul(k.swap_dims(2, 3)))
+            let (q, k) = (block_means(q.clone(), self.sizes[0]), block_means(k.clone(), self.sizes[1]));
+            numbers(q.matmul(repeated(k, heads).swap_dims(2, 3)))
         };
         let last = queries.min(self.sizes[0]).min(keys);
         let weights = || {
@@ -204,15 +202,14 @@ impl BlockSelection {
         let (width, rows) = (self.sizes[1], weights.len() / keys);
         let budget = (self.top_k.min(keys.div_ceil(width)) * width).min(keys);
         let vertical = (budget as f64 * self.vertical_share) as usize;
-        let column = |key: usize| weights.iter().skip(key).step_by(keys).sum::<f32>();
-        let columns: Vec<f32> = (0..keys).map(column).collect();
+        let (mut columns, mut slashes) = (vec![0.0; keys], vec![0.0; keys]);
+        for (row, weights) in weights.chunks(keys).enumerate() {
+            columns.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight);
+            let upto_own = &weights[..=keys - rows + row];
+            slashes.iter_mut().zip(upto_own.iter().rev()).for_each(|(sum, weight)| *sum += weight);
+        }
         let mut blocks = vec![0.0; keys.div_ceil(width)];
         largest(&columns, vertical).into_iter().for_each(|key| blocks[key / width] += columns[key]);
-        let slash = |distance: usize| -> f32 {
-            let own = |row: usize| (keys - rows + row).checked_sub(distance);
-            (0..rows).filter_map(|row| Some(weights[row * keys + own(row)?])).sum()
-        };
-        let slashes: Vec<f32> = (0..keys).map(slash).collect();
         (blocks, largest(&slashes, budget - vertical).into_iter().map(|at| (at, slashes[at])).collect())
     }
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::boundaries::{BoundaryPredictor, BoundarySelection, rows_of};
 use super::rectified::RectifiedConfig;
-use super::{in_blocks, largest, numbers};
+use super::{in_blocks, numbers};
 use crate::{ConfigError, require_range};
 
 /// How the rows of a chunk become one.
@@ -246,13 +246,26 @@ impl TokenSelection {
         let local = allowed.end - self.local_tokens.min(budget)..allowed.end;
         let mut chosen = Chosen { must: vec![false; seq], tied: vec![false; seq], from_tied: 0 };
         chosen.must[local.clone()].fill(true);
-        let others: Vec<f32> = (allowed.start..local.start).map(|token| scores[chunk_of[token]]).collect();
-        let ranked = largest(&others, budget - local.len());
-        let Some(lowest) = ranked.last().map(|&last| others[last]) else { return chosen };
-        for (token, score) in (allowed.start..).zip(&others) {
-            (chosen.must[token], chosen.tied[token]) = (*score > lowest, *score == lowest);
+        // Chunks, as far as they are among the others, from the best: the last one of which anything is left has the lowest score.
+        let others = chunk_of[allowed.start..local.start].chunk_by(|a, b| a == b);
+        let others: Vec<(f32, usize)> = others.map(|run| (scores[run[0]], run.len())).collect();
+        let mut best = others.clone();
+        best.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut left = budget - local.len();
+        let mut taken = Vec::new();
+        for (score, tokens) in best {
+            let some = tokens.min(left);
+            left -= some;
+            taken.extend((some > 0).then_some((score, some)));
         }
-        chosen.from_tied = ranked.iter().filter(|&&at| others[at] == lowest).count();
+        let Some(&(lowest, _)) = taken.last() else { return chosen };
+        let mut at = allowed.start;
+        for (score, tokens) in others {
+            chosen.must[at..at + tokens].fill(score > lowest);
+            chosen.tied[at..at + tokens].fill(score == lowest);
+            at += tokens;
+        }
+        chosen.from_tied = taken.iter().filter(|(score, _)| *score == lowest).map(|(_, tokens)| tokens).sum();
         chosen
     }
 

@@ -150,12 +150,18 @@ impl Pooled {
     pub fn gain(&self) -> Vec<bool> {
         let [_, _, rows, blocks] = self.shares.dims();
         let [gain, error] = self.gain_and_error.clone().map(numbers);
-        let known = |row: usize, block: usize| match self.kind {
-            Kind::CausalToken => block < self.own_block(row),
-            _ => self.may_see(row, block),
-        };
-        let all = gain.iter().zip(error).enumerate();
-        all.map(|(at, (gain, error))| known(at / blocks % rows, at % blocks) && *gain > error).collect()
+        let mut worth = Vec::with_capacity(gain.len());
+        for (at, (gain, error)) in gain.chunks(blocks).zip(error.chunks(blocks)).enumerate() {
+            let own = self.own_block(at % rows);
+            let known = match self.kind {
+                Kind::Bidirectional => blocks,
+                Kind::CausalBlock => (own + 1).min(blocks),
+                Kind::CausalToken => own,
+            };
+            worth.extend(gain[..known].iter().zip(error).map(|(gain, error)| gain > error));
+            worth.resize((at + 1) * blocks, false);
+        }
+        worth
     }
 
     fn own_block(&self, row: usize) -> usize {
