@@ -59,6 +59,9 @@ pub(crate) use tokenize::tokenize;
 pub struct ChatConfig {
     /// Files, folders and patterns.
     pub paths: Vec<String>,
+    /// The same, to validate on. Default: a share of the others, validation.fraction.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation_paths: Vec<String>,
     /// How a row holds its messages. Default: messages.
     #[serde(default)]
     pub columns: ColumnsConfig,
@@ -124,7 +127,7 @@ impl Source for ChatConfig {
     }
 
     fn paths(&self) -> Vec<String> {
-        self.paths.clone()
+        [&self.paths[..], &self.validation_paths].concat()
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {

@@ -51,7 +51,7 @@ fn open(source: &dyn Source, opening: Opening<'_>) -> Result<Data, DataError> {
     let (seq_len, packing) = (options.seq_len, options.packing);
     let file = TokenFile::open_or_build(&documents.texts, tokenizer, &options.cache_dir, progress)?;
     let tracked_share = options.tracking.map_or(0.0, |tracking| tracking.fraction);
-    let split = split(&file, options.validation_fraction, tracked_share)?;
+    let split = split(&file, documents.held_out, options.validation_fraction, tracked_share)?;
     let texts =
         options.tracking.map_or(Ok(Vec::new()), |tracking| file.texts(&split.tracking, seq_len, tracking.texts))?;
     let train = Windows::new(file.clone(), split.train, seq_len, packing, Some(options.seed))?;

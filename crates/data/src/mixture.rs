@@ -58,10 +58,10 @@ impl Source for MixtureConfig {
     }
 
     fn documents(&self, project_root: &Path) -> Result<Option<Documents>, DataError> {
-        let mut all = Documents { texts: Vec::new(), description: String::new(), notes: Vec::new() };
+        let mut all = Documents { texts: Vec::new(), held_out: 0, description: String::new(), notes: Vec::new() };
         for source in &self.source {
             let own = source.documents(project_root)?;
-            all.texts.extend(own.texts);
+            all.texts.extend(own.to_train().iter().cloned());
             all.notes.extend(own.notes);
             let comma = if all.description.is_empty() { "" } else { ", " };
             all.description.push_str(&format!("{comma}{}", own.description));
@@ -78,7 +78,7 @@ impl Source for MixtureConfig {
             let documents = source.documents(&options.project_root)?;
             let named = |error: DataError| unusable!("data.source \"{}\": {error}", source.name());
             let file = TokenFile::open_or_build(&documents.texts, tokenizer, &options.cache_dir, progress)?;
-            let split = split(&file, options.validation_fraction, fraction).map_err(named)?;
+            let split = split(&file, documents.held_out, options.validation_fraction, fraction).map_err(named)?;
             let each = most.div_ceil(self.source.len());
             tracking.extend(file.texts(&split.tracking, options.seq_len, each)?.into_iter().map(Batch::text));
             key.update(source.name().as_bytes()).update(file.key().as_bytes());

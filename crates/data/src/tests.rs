@@ -52,6 +52,61 @@ fn generated_sets_open_with_their_optimum() {
 }
 
 #[test]
+fn files_given_to_validate_on_are_all_of_the_validation() {
+    let dir = crate::testing::Folder::new();
+    let path = |name: &str, contents: String| dir.write(name, contents).display().to_string();
+    let chat = |word: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{word}\"}}, {{\"role\": \"assistant\", \"content\": \"{word}\"}}]}}\n"
+        )
+    };
+    let row = |word: &str| format!("{{\"text\": \"{word}\"}}\n");
+    let files = [
+        ("text", "".into(), path("a.txt", "a".repeat(200)), path("v.txt", "v".repeat(80))),
+        (
+            "jsonl",
+            "".into(),
+            path("a.jsonl", row(&"a".repeat(70)).repeat(3)),
+            path("v.jsonl", row(&"v".repeat(40)).repeat(2)),
+        ),
+        (
+            "chat",
+            r#", "template": "plain""#.to_owned(),
+            path("ac.jsonl", chat("aa").repeat(3)),
+            path("vc.jsonl", chat("vv").repeat(2)),
+        ),
+    ];
+    for (name, more, own, given) in files {
+        for tracking in [None, Some(Tracking { fraction: 0.3, texts: 3 })] {
+            let options = OpenOptions { tracking, cache_dir: dir.path().into(), ..options(16, 1, 3) };
+            let table = format!(r#"{{"{name}": {{"paths": ["{own}"], "validation_paths": ["{given}"]{more}}}}}"#);
+            let data: DataConfig = serde_json::from_str(&table).unwrap();
+            assert_eq!(data.source().paths(), [own.clone(), given.clone()]);
+            let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+            let seen = |loader: &Loader| {
+                let rows = (0..loader.batches_per_epoch()).map(|at| loader.batch(at).unwrap().tokens);
+                rows.flatten().collect::<std::collections::BTreeSet<u32>>()
+            };
+            let [trained, held_out] = [&opened.train, &opened.validation].map(seen);
+            let [a, v] = [u32::from(b'a'), u32::from(b'v')];
+            assert!(trained.contains(&a) && !trained.contains(&v), "{name}: {}", opened.description);
+            assert!(held_out.contains(&v) && !held_out.contains(&a), "{name}: {}", opened.description);
+            assert!(opened.tracking.iter().all(|text| !text.tokens.contains(&v)), "{name}");
+        }
+    }
+    let own = path("more.txt", "a".repeat(200));
+    let table = format!(
+        r#"{{"source": [{{"text": {{"paths": ["{own}"], "validation_paths": ["{}"]}}}}]}}"#,
+        dir.path().join("v.txt").display()
+    );
+    let data: DataConfig = serde_json::from_str(&table).unwrap();
+    assert_eq!(data.documents(dir.path()).unwrap().texts.len(), 1, "a tokenizer learns from what is trained on");
+    let options = OpenOptions { cache_dir: dir.path().into(), ..options(16, 1, 3) };
+    let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+    assert!(opened.validation.batch(0).unwrap().tokens.iter().all(|&id| id == u32::from(b'v')));
+}
+
+#[test]
 fn tracked_rows_are_what_would_be_trained_on() {
     let rows = opened(r#"{"facts":{}}"#, 4).unwrap();
     let learned = rows.train.batch(0).unwrap().row(0);

@@ -23,8 +23,10 @@ pub struct TextDocument {
 /// The documents of a text source.
 #[derive(Debug)]
 pub struct Documents {
-    /// The texts.
+    /// The texts; the last `held_out` of them are for validation alone.
     pub texts: Vec<TextDocument>,
+    /// How many the recipe gives to validate on; 0 where a share of the texts is kept back.
+    pub held_out: usize,
     /// What they are, in words.
     pub description: String,
     /// What was left out or changed, with counts.
@@ -43,7 +45,32 @@ impl Documents {
         let description = format!("{} {what}{plural} ({:.1} MB)", texts.len(), bytes as f64 / 1e6);
         match bytes {
             0 => Err(unusable!("{description} hold no text: name others in data.{name}.paths")),
-            _ => Ok(Self { texts, description, notes }),
+            _ => Ok(Self { texts, held_out: 0, description, notes }),
         }
+    }
+
+    /// Those of `paths`, and with them those of `validation_paths`, where some are named.
+    ///
+    /// # Errors
+    /// As `read`.
+    pub(crate) fn read(
+        paths: &[String],
+        validation_paths: &[String],
+        read: impl Fn(&[String]) -> Result<Self, DataError>,
+    ) -> Result<Option<Self>, DataError> {
+        let own = read(paths)?;
+        Ok(Some(if validation_paths.is_empty() { own } else { own.with_held_out(read(validation_paths)?) }))
+    }
+
+    fn with_held_out(mut self, others: Self) -> Self {
+        self.held_out = others.texts.len();
+        self.texts.extend(others.texts);
+        self.notes.extend(others.notes);
+        Self { description: format!("{}, {} to validate on", self.description, others.description), ..self }
+    }
+
+    /// The texts to train on, which some of are kept back where none are given to validate on.
+    pub fn to_train(&self) -> &[TextDocument] {
+        &self.texts[..self.texts.len() - self.held_out]
     }
 }

@@ -18,16 +18,19 @@ pub(super) fn open(config: &ChatConfig, opening: Opening<'_>) -> Result<Data, Da
     let (chats, counts) = read_chats(config, tokenizer, options.seq_len)?;
     let template = config.template(tokenizer)?;
     let (rows, hashes, hash) = hashes(&chats);
-    let sides =
-        ChatSplit::of(&hashes, options.validation_fraction, options.tracking.map(|tracking| tracking.fraction))?;
+    let own = rows.partition_point(|&row| row < counts.rows - counts.held_out);
+    let fraction = (counts.held_out == 0).then_some(options.validation_fraction);
+    let sides = ChatSplit::of(&hashes[..own], fraction, options.tracking.map(|tracking| tracking.fraction))?;
     let place = |index: usize| rows.partition_point(|&row| row < chats[index].row);
     let chosen =
         |side: &dyn Fn(usize) -> bool| (0..chats.len()).filter(|&index| side(place(index))).collect::<Vec<_>>();
     let train = chosen(&|row| !sides.held_out(row) && !sides.tracked(row));
     let (validation, tracked) = (chosen(&|row| sides.held_out(row)), chosen(&|row| sides.tracked(row)));
-    for (what, empty) in
-        [("to train on", train.is_empty()), ("for tracking", options.tracking.is_some() && tracked.is_empty())]
-    {
+    for (what, empty) in [
+        ("to train on", train.is_empty()),
+        ("to validate on", validation.is_empty()),
+        ("for tracking", options.tracking.is_some() && tracked.is_empty()),
+    ] {
         if empty {
             return Err(unusable!(
                 "data.chat: of {} conversations none is left {what}, as validation and tracking take their own: give more",

@@ -32,8 +32,10 @@ pub(super) struct Counts {
     pub weightless: usize,
     /// What users say that is marked, as the answer depends on the context.
     pub marked: usize,
+    /// How many of the rows are for validation alone, the last ones.
+    pub held_out: usize,
     /// Files that were found and not read, in words.
-    pub left_out: Option<String>,
+    pub left_out: Vec<String>,
 }
 
 /// Reads all conversations.
@@ -95,7 +97,20 @@ struct Said {
 impl Reader<'_> {
     fn all(&mut self) -> Result<(), DataError> {
         let config = self.config;
-        self.counts.left_out = for_each_row(&config.paths, &[], &mut |place, row| self.row(row, place))?.note();
+        self.files(&config.paths)?;
+        if !config.validation_paths.is_empty() {
+            // As they are: scores are about the others.
+            self.scores = None;
+            let before = self.counts.rows;
+            self.files(&config.validation_paths)?;
+            self.counts.held_out = self.counts.rows - before;
+        }
+        Ok(())
+    }
+
+    fn files(&mut self, paths: &[String]) -> Result<(), DataError> {
+        let left_out = for_each_row(paths, &[], &mut |place, row| self.row(row, place))?.note();
+        self.counts.left_out.extend(left_out);
         Ok(())
     }
 

@@ -10,22 +10,23 @@ pub(crate) struct ChatSplit {
 
 impl ChatSplit {
     /// Rows by their hashes, so that more of them move none to another side. Where chance leaves a side of few rows empty, the
-    /// last ones fill it. `tracked` is `None` without tracking.
+    /// last ones fill it. `validation` is `None` where rows behind these are given for it, `tracked` without tracking.
     ///
     /// # Errors
-    /// If there is one row alone.
-    pub(crate) fn of(hashes: &[u64], validation: f64, tracked: Option<f64>) -> Result<Self, DataError> {
-        if hashes.len() < 2 {
+    /// If there is one row alone to train and to validate on.
+    pub(crate) fn of(hashes: &[u64], validation: Option<f64>, tracked: Option<f64>) -> Result<Self, DataError> {
+        if hashes.len() < 2 && validation.is_some() {
             let problem = "data.chat: there is one conversation to train and to validate on, where each takes its own: \
                            give at least 2";
             return Err(DataError::Unusable(problem.into()));
         }
         let below = |hash: u64, share: f64| (hash as f64) < share * u64::MAX as f64;
-        let mut held_out: Vec<bool> = hashes.iter().map(|&hash| below(hash, validation)).collect();
-        if held_out.iter().all(|&out| out == held_out[0]) {
+        let share = validation.unwrap_or(0.0);
+        let mut held_out: Vec<bool> = hashes.iter().map(|&hash| below(hash, share)).collect();
+        if validation.is_some() && held_out.iter().all(|&out| out == held_out[0]) {
             held_out = (1..=hashes.len()).map(|row| row == hashes.len()).collect();
         }
-        let kept_out = validation + tracked.unwrap_or(0.0);
+        let kept_out = share + tracked.unwrap_or(0.0);
         let mut watched: Vec<bool> = hashes
             .iter()
             .zip(&held_out)
@@ -41,14 +42,14 @@ impl ChatSplit {
         Ok(Self { held_out, tracked: watched })
     }
 
-    /// Whether row number `row` is validated on.
+    /// Whether row number `row` is validated on, as all behind those that were split are.
     pub(crate) fn held_out(&self, row: usize) -> bool {
-        self.held_out[row]
+        self.held_out.get(row).copied().unwrap_or(true)
     }
 
     /// Whether row number `row` is for tracking.
     pub(crate) fn tracked(&self, row: usize) -> bool {
-        self.tracked[row]
+        self.tracked.get(row).copied().unwrap_or(false)
     }
 }
 
@@ -60,7 +61,7 @@ mod tests {
     #[test]
     fn every_side_gets_a_row_where_there_are_enough() {
         let sides = |hashes: &[u64], tracked| {
-            let sides = ChatSplit::of(hashes, 0.1, tracked).unwrap();
+            let sides = ChatSplit::of(hashes, Some(0.1), tracked).unwrap();
             let of = |row| match (sides.held_out(row), sides.tracked(row)) {
                 (false, false) => 'l',
                 (true, false) => 'v',
@@ -77,6 +78,8 @@ mod tests {
         assert_eq!(sides(&[at(0.01), at(0.02)], None), "lv");
         assert_eq!(sides(&[at(0.05), at(0.5), at(0.6)], Some(0.1)), "vlt");
         assert_eq!(sides(&[at(0.05), at(0.15), at(0.16)], Some(0.1)), "vlt");
-        assert!(ChatSplit::of(&[1], 0.1, None).is_err());
+        assert!(ChatSplit::of(&[1], Some(0.1), None).is_err());
+        let given = ChatSplit::of(&[at(0.01), at(0.02)], None, None).unwrap();
+        assert_eq!([0, 1, 2].map(|row| given.held_out(row)), [false, false, true]);
     }
 }

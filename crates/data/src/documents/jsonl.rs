@@ -20,6 +20,9 @@ use crate::{Data, DataError, Opening};
 pub struct JsonlConfig {
     /// Files, folders and patterns.
     pub paths: Vec<String>,
+    /// The same, to validate on. Default: a share of the others, validation.fraction.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation_paths: Vec<String>,
     /// The field, or the column, that holds the text. Default: "text".
     #[serde(default = "text_field")]
     pub field: String,
@@ -88,11 +91,13 @@ impl Source for JsonlConfig {
     }
 
     fn paths(&self) -> Vec<String> {
-        self.paths.clone()
+        [&self.paths[..], &self.validation_paths].concat()
     }
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
-        Documents::counted(read_jsonl(self)?, "row", "jsonl").map(Some)
+        Documents::read(&self.paths, &self.validation_paths, |paths| {
+            Documents::counted(read_jsonl(self, paths)?, "row", "jsonl")
+        })
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -104,10 +109,10 @@ impl Source for JsonlConfig {
 ///
 /// # Errors
 /// If a pattern matches nothing, or a row is not an object with the field.
-fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
+fn read_jsonl(config: &JsonlConfig, paths: &[String]) -> Result<FromFiles<TextDocument>, DataError> {
     let (mut documents, mut left_out) = (Vec::new(), 0);
     let columns: Vec<&str> = config.rules.iter().map(|rule| &*rule.field).chain([&*config.field]).collect();
-    let mut notes = for_each_row(&config.paths, &columns, |name, row| {
+    let mut notes = for_each_row(paths, &columns, |name, row| {
         for rule in &config.rules {
             if !rule.keeps_row(row)? {
                 left_out += 1;
@@ -134,7 +139,16 @@ mod tests {
     use crate::testing::{Folder, gzip};
 
     fn config(path: &Path) -> JsonlConfig {
-        JsonlConfig { paths: vec![path.display().to_string()], field: "text".into(), rules: Vec::new() }
+        JsonlConfig {
+            paths: vec![path.display().to_string()],
+            validation_paths: Vec::new(),
+            field: "text".into(),
+            rules: Vec::new(),
+        }
+    }
+
+    fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
+        super::read_jsonl(config, &config.paths)
     }
 
     fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::html::html_to_text;
 use super::text::read_text;
-use super::{Syntax, TextConfig, open};
+use super::{Syntax, open};
 use crate::error::At;
 use crate::files::{Search, walk};
 use crate::texts::{Documents, TextDocument};
@@ -45,7 +45,7 @@ impl Source for RustDocsConfig {
 /// # Errors
 /// If neither the documentation nor the project's own text can be read.
 fn read_rust_docs(project_root: &Path) -> Result<Documents, DataError> {
-    let all = |(texts, description)| Documents { texts, description, notes: Vec::new() };
+    let all = |(texts, description)| Documents { texts, held_out: 0, description, notes: Vec::new() };
     if let Some((root, version)) = installed() {
         let documents = books(&root)?;
         if !documents.is_empty() {
@@ -67,7 +67,7 @@ fn own_text(project_root: &Path) -> Result<(Vec<TextDocument>, String), DataErro
             project's folder, whose own text would serve: set data.text.paths";
         return Err(DataError::Unusable(problem.into()));
     }
-    let documents = read_text(&TextConfig { paths, syntax: Syntax::Any })?.items;
+    let documents = read_text(&paths, Syntax::Any)?.items;
     let words = format!(
         "Polyhead's own text and source ({} files), as the Rust documentation is not installed (rustup component add \
          rust-docs)",

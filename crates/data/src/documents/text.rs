@@ -23,6 +23,9 @@ pub struct TextConfig {
     /// Files, folders (searched to the bottom for text files) and patterns such as "books/*.txt". One document a file;
     /// HTML is stripped; packed files (.gz, .zst) are unpacked.
     pub paths: Vec<String>,
+    /// The same, to validate on. Default: a share of the others, validation.fraction.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation_paths: Vec<String>,
     /// What is text: "prose" (default) refuses files that are JSON rows, JSON files or tables by their content, and leaves
     /// them out where they are found in a folder; "any" takes all that is UTF-8, such as a corpus of source code.
     #[serde(default, skip_serializing_if = "crate::problem::is_default")]
@@ -46,11 +49,13 @@ impl Source for TextConfig {
     }
 
     fn paths(&self) -> Vec<String> {
-        self.paths.clone()
+        [&self.paths[..], &self.validation_paths].concat()
     }
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
-        Documents::counted(read_text(self)?, "text file", "text").map(Some)
+        Documents::read(&self.paths, &self.validation_paths, |paths| {
+            Documents::counted(read_text(paths, self.syntax)?, "text file", "text")
+        })
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -62,13 +67,13 @@ impl Source for TextConfig {
 ///
 /// # Errors
 /// If a pattern matches nothing, a file that is named cannot be read as text, or nothing is left.
-pub fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
-    let Search { files, mut left_out } = search(&config.paths, &[&TEXT_ENDINGS])?;
+pub fn read_text(paths: &[String], syntax: Syntax) -> Result<FromFiles<TextDocument>, DataError> {
+    let Search { files, mut left_out } = search(paths, &[&TEXT_ENDINGS])?;
     let (mut documents, mut marked) = (Vec::new(), 0);
     for (path, named) in files {
         let bytes = Packed::read(&path)?;
         marked += usize::from(without_mark(&bytes).len() < bytes.len());
-        let text = match text_of_file(&bytes, &path, config.syntax) {
+        let text = match text_of_file(&bytes, &path, syntax) {
             Ok(text) => text,
             Err((what, instead)) if named => {
                 let instead = instead.map_or(String::new(), |instead| format!(": {instead}"));
@@ -121,7 +126,15 @@ mod tests {
     use crate::testing::{Folder, gzip};
 
     fn prose(paths: &[&Path]) -> TextConfig {
-        TextConfig { paths: paths.iter().map(|path| path.display().to_string()).collect(), syntax: Syntax::Prose }
+        TextConfig {
+            paths: paths.iter().map(|path| path.display().to_string()).collect(),
+            validation_paths: Vec::new(),
+            syntax: Syntax::Prose,
+        }
+    }
+
+    fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
+        super::read_text(&config.paths, config.syntax)
     }
 
     fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {

@@ -242,19 +242,21 @@ pub struct Split {
 
 /// Keeps back about `fraction` of the documents, each by the hash of its own text, so that adding documents moves none.
 /// With few documents, the last `fraction` of each one is kept back instead (as nanoGPT does with its one file). In the
-/// same way a share of `tracking` is kept out of both, taken from what would be learned from.
+/// same way a share of `tracking` is kept out of both, taken from what would be learned from. Where the last `given` documents
+/// are for validation, the others keep nothing back for it.
 ///
 /// # Errors
 /// If `fraction` is not between 0 and 1, or a side would be empty.
-pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, DataError> {
+pub fn split(file: &TokenFile, given: usize, fraction: f64, tracking: f64) -> Result<Split, DataError> {
     if !(fraction > 0.0 && fraction < 1.0) {
         return Err(unusable!("validation.fraction ({fraction}) must be greater than 0 and less than 1"));
     }
-    let count = file.starts.len();
-    let (mut train, mut validation, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
+    let (count, fraction) = (file.starts.len() - given, if given > 0 { 0.0 } else { fraction });
+    let (mut train, mut tracked) = (Vec::new(), Vec::new());
+    let mut validation: Vec<Range<u64>> = file.documents().skip(count).collect();
     let description = if count >= ENOUGH_DOCUMENTS {
         let [held_out, kept_out] = [fraction, fraction + tracking].map(|share| (share * u64::MAX as f64) as u64);
-        for (range, &hash) in file.documents().zip(&file.hashes) {
+        for (range, &hash) in file.documents().zip(&file.hashes).take(count) {
             let side = match hash {
                 _ if hash < held_out => &mut validation,
                 _ if hash < kept_out => &mut tracked,
@@ -265,18 +267,22 @@ pub fn split(file: &TokenFile, fraction: f64, tracking: f64) -> Result<Split, Da
         let watched = if tracking > 0.0 { format!(", {} for tracking", tracked.len()) } else { String::new() };
         format!("{} documents for training, {} for validation{watched}", train.len(), validation.len())
     } else {
-        for range in file.documents() {
+        for range in file.documents().take(count) {
             // The token that ends the text is not counted, so that the cut is the one nanoGPT makes.
             let text = (range.end - range.start).saturating_sub(u64::from(file.ends));
             let at = |share: f64| range.start + ((text as f64) * (1.0 - share)).floor() as u64;
-            let (first, cut) = (at((fraction + tracking).min(1.0)), at(fraction));
+            let cut = if given > 0 { range.end } else { at(fraction) };
+            let first = if tracking > 0.0 { at((fraction + tracking).min(1.0)) } else { cut };
             train.push(range.start..first);
             tracked.push(first..cut);
             validation.push(cut..range.end);
         }
         let (percent, before) = (fraction * 100.0, tracking * 100.0);
         let watched = if tracking > 0.0 { format!(", the {before:.0} % before for tracking") } else { String::new() };
-        format!("the last {percent:.0} % of each of the {count} documents is kept for validation{watched}")
+        match given {
+            0 => format!("the last {percent:.0} % of each of the {count} documents is kept for validation{watched}"),
+            _ => format!("{count} documents for training, {given} for validation{watched}"),
+        }
     };
     let join = |ranges: Vec<Range<u64>>| ranges.into_iter().filter(|range| !range.is_empty()).collect::<Vec<_>>();
     let (train, validation, tracked) = (join(train), join(validation), join(tracked));
@@ -353,7 +359,7 @@ mod tests {
         // 999 and 1009: the token that ends the text must not move the cut to the next token.
         for (length, cut) in [(1000, 900), (999, 899), (1009, 908)] {
             let text: String = (0..length).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
-            let split = split(&build(&documents([text]), dir.path()), 0.1, 0.0).unwrap();
+            let split = split(&build(&documents([text]), dir.path()), 0, 0.1, 0.0).unwrap();
             assert_eq!((split.train, split.validation), (vec![0..cut], vec![cut..length + 1]));
         }
     }
@@ -363,7 +369,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = build(&documents(["some text".into()]), dir.path());
         for fraction in [-0.5, 0.0, 1.0, 2.0, f64::NAN] {
-            let error = split(&file, fraction, 0.0).unwrap_err().to_string();
+            let error = split(&file, 0, fraction, 0.0).unwrap_err().to_string();
             assert!(error.contains("validation.fraction"), "{error}");
         }
     }
@@ -374,7 +380,7 @@ mod tests {
         let text = |i: usize| format!("document number {i}");
         let kept_back = |n: usize| {
             let file = build(&documents((0..n).map(text)), dir.path());
-            let split = split(&file, 0.3, 0.0).unwrap();
+            let split = split(&file, 0, 0.3, 0.0).unwrap();
             let index = |range: &Range<u64>| file.starts.binary_search(&range.start).unwrap();
             split.validation.iter().map(index).collect::<Vec<_>>()
         };
@@ -389,8 +395,8 @@ mod tests {
         for count in [3, 60] {
             let texts = (0..count).map(|i| format!("{i} ").repeat(40));
             let file = build(&documents(texts), dir.path());
-            let without = split(&file, 0.2, 0.0).unwrap();
-            let Split { train, validation, tracking, .. } = split(&file, 0.2, 0.2).unwrap();
+            let without = split(&file, 0, 0.2, 0.0).unwrap();
+            let Split { train, validation, tracking, .. } = split(&file, 0, 0.2, 0.2).unwrap();
             assert_eq!(validation, without.validation, "tracking takes nothing from validation");
             let mut all: Vec<u64> = [train, validation, tracking.clone()].concat().into_iter().flatten().collect();
             all.sort_unstable();

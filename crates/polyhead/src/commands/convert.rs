@@ -139,8 +139,13 @@ fn batches_of(loader: &Loader, batches: u64) -> impl Iterator<Item = Result<Batc
 
 /// The recipe whose data both models are compared on.
 fn recipe_for(args: &ConvertArgs, parent: &Trained) -> Result<Recipe, Failure> {
-    let text = (!args.text_file.is_empty())
-        .then(|| DataConfig::Text(TextConfig { paths: args.text_file.clone(), syntax: Syntax::Prose }));
+    let text = (!args.text_file.is_empty()).then(|| {
+        DataConfig::Text(TextConfig {
+            paths: args.text_file.clone(),
+            validation_paths: Vec::new(),
+            syntax: Syntax::Prose,
+        })
+    });
     let mut recipe = match (&parent.recipe, &text) {
         (Some(recipe), _) => recipe.clone(),
         (None, Some(_)) => {

@@ -16,7 +16,7 @@ pub fn train(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failu
     let found = loaded.recipe.data.documents(&project_root())?;
     talk!("learning {vocab_size} tokens from {}", found.description);
     found.notes.iter().for_each(|note| talk!("note: {note}"));
-    let learned = train_bpe(found.texts.into_iter().map(|document| document.text), vocab_size, out)?;
+    let learned = train_bpe(found.to_train().iter().map(|document| document.text.clone()), vocab_size, out)?;
     talk!("wrote {learned} tokens to {}", out.display());
     talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())
