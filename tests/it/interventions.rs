@@ -356,6 +356,14 @@ fn every_answer_of_a_conversation_has_a_score() {
     assert_eq!((&lines[0]["marked"], &lines[1]["marked"]), (&"What is 2 and 3. [IND]".into(), &"And 3? [IND]".into()));
     let (out, _) = world.succeeds(&[&ask[..], &["--beta", "1"]].concat());
     assert!(out.lines().all(|line| line.contains("\"depends\":false") && !line.contains("3. [IND]")), "{out}");
+    let label = ["score-context", "run", "--data", "labelled.jsonl", "--label", "depends"];
+    let labelled =
+        |depends: &str| chat("What").replace("\n", "").replacen('{', &format!("{{\"depends\": {depends}, "), 1) + "\n";
+    write(&world, "labelled.jsonl", &(labelled("true") + &labelled("false")));
+    let (_, err) = world.succeeds(&label);
+    assert!(err.contains("AUROC 0.5000: 2 answers of which \"depends\" is true against 2 answers"), "{err}");
+    write(&world, "labelled.jsonl", &labelled("1"));
+    assert!(world.fails(1, &label).contains("labelled.jsonl:1: needs \"depends\", true or false"));
     write(&world, "chats.jsonl", &(chat("x") + "{\"messages\": []}\n"));
     assert!(world.fails(1, &ask).contains("chats.jsonl:2: needs \"messages\""));
     assert!(

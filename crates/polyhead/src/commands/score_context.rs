@@ -7,6 +7,7 @@ use clap::Args;
 use polyhead_attention::{Mask, QuerySite};
 use polyhead_data::Tokenizer;
 use polyhead_evaluation::context_score::{Turns, context_scores, marked_message};
+use polyhead_evaluation::hallucination::auroc;
 use polyhead_models::sites::SitePlan;
 use polyhead_models::{Decoder, Pass, Role};
 use polyhead_recipe::Problems;
@@ -15,7 +16,7 @@ use polyhead_runs::{Failure, open_trained};
 use serde_json::{Value, json};
 
 use crate::allowed::caller;
-use crate::console::{put, talk};
+use crate::console::{progress, put, talk};
 
 /// Which conversations are scored by which layer.
 #[derive(Debug, Args)]
@@ -35,6 +36,10 @@ pub struct ScoreContextArgs {
     /// on the context.
     #[arg(long, value_name = "WORD")]
     pub indicator: Option<String>,
+    /// A field of the rows that is true or false: whether their answers depend on the context. How well scores tell the two apart is
+    /// told at the end, as the area under the curve of true against false positives (AUROC).
+    #[arg(long, value_name = "FIELD")]
+    pub label: Option<String>,
     /// Default: the recipe's.
     #[arg(long, value_parser = crate::cli::device())]
     pub device: Option<String>,
@@ -60,13 +65,14 @@ pub fn score_context(args: &ScoreContextArgs) -> Result<(), Failure> {
     let text = std::fs::read_to_string(&args.data).map_err(|error| Failure::file("read", &args.data, error))?;
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let chats = lines.map(|(at, line)| {
-        conversation(line)
-            .map(|chat| (at, chat))
+        conversation(line, args.label.as_deref())
+            .map(|(chat, label)| (at, chat, label))
             .map_err(|problem| Failure::Run(format!("{}:{at}: {problem}", args.data.display())))
     });
-    let chats: Vec<(usize, Vec<Value>)> = chats.collect::<Result<_, _>>()?;
+    let chats: Vec<(usize, Vec<Value>, Option<bool>)> = chats.collect::<Result<_, _>>()?;
     talk!("{} conversations, layer {layer} of {layers}", chats.len());
-    for (at, messages) in &chats {
+    let mut labelled = Vec::new();
+    for (done, (at, messages, label)) in (1..).zip(&chats) {
         let place = |error: Failure| match error {
             Failure::Run(problem) => Failure::Run(format!("{}:{at}: {problem}", args.data.display())),
             other => other,
@@ -89,6 +95,7 @@ pub fn score_context(args: &ScoreContextArgs) -> Result<(), Failure> {
         for (number, (message, _)) in answers.enumerate() {
             let score = scores.turns.get(number).copied().flatten();
             let tokens = turns.responses.get(number).map_or(0, |own| own.iter().filter(|is| **is).count());
+            labelled.extend(score.zip(*label));
             let depends = score.map(|score| score > args.beta);
             let mut told =
                 json!({ "row": at, "message": message, "tokens": tokens, "score": score, "depends": depends });
@@ -100,19 +107,32 @@ pub fn score_context(args: &ScoreContextArgs) -> Result<(), Failure> {
             }
             put!("{told}")?;
         }
+        progress("scoring", done, chats.len() as u64);
+    }
+    if let Some(field) = &args.label {
+        let depend = labelled.iter().filter(|(_, depends)| *depends).count();
+        let [of, others] = [depend, labelled.len() - depend].map(|count| format!("{count} answers"));
+        match auroc(&labelled) {
+            Some(area) => {
+                talk!("AUROC {area:.4}: {of} of which \"{field}\" is true against {others} of which it is false")
+            }
+            None => talk!("no AUROC: {of} of which \"{field}\" is true, and {others} of which it is false"),
+        }
     }
     Ok(())
 }
 
-/// The messages of a line.
-fn conversation(line: &str) -> Result<Vec<Value>, String> {
+/// The messages of a line, and its label, where one is asked for.
+fn conversation(line: &str, label: Option<&str>) -> Result<(Vec<Value>, Option<bool>), String> {
     let row: Value = serde_json::from_str(line).map_err(|error| format!("invalid JSON: {error}"))?;
     let messages = row["messages"].as_array().cloned().unwrap_or_default();
     let whole = |message: &Value| message["role"].is_string() && message["content"].is_string();
-    match !messages.is_empty() && messages.iter().all(whole) {
-        true => Ok(messages),
-        false => Err("needs \"messages\", a list of {\"role\": \"user\", \"content\": \"...\"}".into()),
+    if messages.is_empty() || !messages.iter().all(whole) {
+        return Err("needs \"messages\", a list of {\"role\": \"user\", \"content\": \"...\"}".into());
     }
+    let labelled =
+        |field: &str| row[field].as_bool().ok_or_else(|| format!("needs \"{field}\", true or false (--label)"));
+    Ok((messages, label.map(labelled).transpose()?))
 }
 
 /// Whose the tokens are: line breaks are nobody's, as in the authors' code; what tools gave back counts as the user's (ours).
