@@ -8,6 +8,8 @@
 //! The forms run alternately in one process; what is told are medians over the rounds, and the median of the ratio to the plain
 //! forward of the same round.
 
+#[path = "../crates/polyhead/src/allocator.rs"]
+mod allocator;
 mod median;
 
 use std::collections::BTreeMap;
@@ -52,6 +54,7 @@ struct Args {
 const WARM: usize = 3;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    allocator::keep_large_buffers();
     let args = Args::parse();
     let config = serde_json::json!({ "d_model": args.d_model, "n_layers": args.layers,
         "attention": { "softmax": { "n_heads": args.heads } } });

@@ -10,6 +10,8 @@
 //! times are medians over the rounds. The error is the largest difference of the output, as a share of its root mean square; of random
 //! numbers attention is nearly uniform, so that errors of a trained model are others.
 
+#[path = "../crates/polyhead/src/allocator.rs"]
+mod allocator;
 mod median;
 
 use std::time::Instant;
@@ -39,12 +41,16 @@ struct Args {
     /// Turns.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Only variants whose row and name, such as "prefill blocks, a_shape", contain this, and the dense one.
+    #[arg(long, default_value = "")]
+    only: String,
     /// Passed by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() {
+    allocator::keep_large_buffers();
     let args = Args::parse();
     let draw = |heads: usize, device: &Device| {
         let shape = [1, heads, args.tokens, args.width];
@@ -68,13 +74,23 @@ fn main() {
         let config = BlocksConfig { pattern, rectify, density: 0.25, key_block: 128, ..BlocksConfig::default() };
         sparse(SparseConfig::Blocks(config))
     };
-    let dhsa = DhsaConfig { chunk_size: Some(32), global_tokens: 0, instruction_tokens: 0, ..DhsaConfig::default() };
+    let dhsa = |block_size| {
+        let config = DhsaConfig {
+            block_size,
+            chunk_size: Some(32),
+            global_tokens: 0,
+            instruction_tokens: 0,
+            ..DhsaConfig::default()
+        };
+        sparse(SparseConfig::Dhsa(config))
+    };
     let prefill = [
         ("dense", None),
         ("blocks, a_shape", blocks(Pattern::AShape, false)),
         ("blocks, a_shape, rectified", blocks(Pattern::AShape, true)),
         ("blocks, vertical_slash", blocks(Pattern::VerticalSlash, false)),
-        ("dhsa, chunks of 32", sparse(SparseConfig::Dhsa(dhsa))),
+        ("dhsa, blocks of 64, chunks of 32", dhsa(64)),
+        ("dhsa, blocks of 128, chunks of 32", dhsa(128)),
     ];
     measure(&args, "prefill", &prefill, &Device::flex(), (&draw, &drifting));
 }
@@ -84,6 +100,11 @@ type Draw<'a> = (&'a dyn Fn(usize, &Device) -> Tensor<4>, &'a dyn Fn(&Device) ->
 fn measure(args: &Args, row: &str, variants: &[(&str, Option<Sparse>)], device: &Device, (draw, keys): Draw<'_>) {
     let (q, k, v) = (draw(args.heads, device), keys(device), draw(args.heads / 2, device));
     let mask = Mask::causal();
+    let asked = |name: &str| format!("{row} {name}").contains(&args.only);
+    let variants: Vec<_> = variants.iter().filter(|(name, sparse)| sparse.is_none() || asked(name)).collect();
+    if variants.len() == 1 {
+        return;
+    }
     let run = |sparse: &Option<Sparse>| {
         let [q, k, v] = [&q, &k, &v].map(|x| if device.is_autodiff() { x.clone().require_grad() } else { x.clone() });
         let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
