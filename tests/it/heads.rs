@@ -181,3 +181,49 @@ fn heads_of_a_run_are_followed_and_nothing_of_it_changes() {
     let told = world.fails(2, &["validate", "recipe.toml", "metrics.heads_interval=-1"]);
     assert!(told.contains("heads_interval"), "{told}");
 }
+
+#[test]
+fn maps_are_swapped_beside_controls_and_models_that_do_not_fit_are_refused() {
+    let world = world();
+    let train = |out: &str, more: &str| {
+        let rate = "optimizer.adamw.lr=0.05";
+        world.succeeds(&["train", "recipe.toml", "lr_scheduler.warmup_steps=1", rate, "--out", out, more]);
+    };
+    train("run", "debug.seed=0");
+    train("other", "debug.seed=1");
+    let swap = ["heads", "swap", "run", "other", "--rows", "2", "--out", "seen"];
+    let (out, told) = world.succeeds(&[&swap[..], &["--shares", "0.5,1"]].concat());
+    assert_eq!(out.lines().count(), 16, "both layers alone and together, two shares and three controls of each: {out}");
+    assert!(
+        told.contains("maps in layers 0+1 accuracy goes from") && told.contains("own maps change nothing"),
+        "{told}"
+    );
+    let result = json(&world, "seen/swap.json");
+    let swaps = result["swaps"].as_array().unwrap();
+    assert_eq!(swaps.len(), 15);
+    for own in swaps.iter().filter(|swap| swap["maps"] == "own") {
+        assert!(own["kl"] == 0.0 && own["loss"] == result["loss"], "{own}");
+    }
+    let together = &swaps[11];
+    assert_eq!((&together["layers"], &together["maps"]), (&serde_json::json!([0, 1]), &"donor".into()));
+    assert!(together["kl"].as_f64().unwrap() > 1e-9, "{together}");
+    assert_whole(&world.dir.path().join("seen/swap.html"));
+    // Of one text there is no other.
+    world.succeeds(&[
+        "heads", "swap", "run", "other", "--text", "the cat", "--layers", "1", "--shares", "1", "--out", "one",
+    ]);
+    let one = json(&world, "one/swap.json")["swaps"].clone();
+    assert!(one[2]["maps"] == "other_text" && one[2]["loss"].is_null() && one[0]["loss"].is_f64(), "{one}");
+
+    train("narrow", "model.decoder.attention.softmax.n_heads=1");
+    train("deep", "model.decoder.n_layers=3");
+    for (args, words) in [
+        (vec!["run", "narrow"], "the receiver has 2 maps in layer 0 and the donor 1"),
+        (vec!["run", "deep"], "the receiver has 2 layers and the donor 3"),
+        (vec!["run", "other", "--layers", "2"], "--layers: 2 is not below 2"),
+        (vec!["run", "other", "--shares", "0"], "0 must be above 0 and at most 1"),
+    ] {
+        let told = world.fails(2, &[&["heads", "swap"], &args[..]].concat());
+        assert!(told.contains(words), "{args:?}: {told}");
+    }
+}

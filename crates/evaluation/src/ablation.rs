@@ -4,17 +4,17 @@
 //! One forward a head, a kind of ablation and a text, from the head's layer on; of the model's other numbers only those of two texts are
 //! there at a time, however many heads it has.
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor};
 use polyhead_attention::{At, Change, Edit, QueryHead, QuerySite, Site, StreamSite};
 use polyhead_kernels::in_type;
 use polyhead_models::intervention::Context;
 use polyhead_models::sites::{SitePlan, Tap};
-use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, IGNORE, Pass};
+use polyhead_models::{Batch, ContextMask, Decoder, Evaluated, Pass};
 use serde::Serialize;
 
 use crate::head_sets::HeadOf;
 use crate::lens::read;
-use crate::next_token::{Predictions, predictions_of};
+use crate::next_token::{Predictions, predictions_of, target_ids, target_logits};
 
 /// What is put in the place of a head's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -79,10 +79,8 @@ impl<'a> Clean<'a> {
             |site: Site| forward.taps.iter().filter(move |tap: &&Tap| tap.site == site).map(|tap| tap.values.clone());
         let stream = of(StreamSite::ResidPre.into()).map(|values| values.squeeze_dim::<3>(1)).collect();
         let z = of(QuerySite::Z.into()).collect();
-        let targets: Vec<i32> = row.targets.iter().filter(|&&id| id != IGNORE).map(|&id| id as i32).collect();
-        let count = targets.len();
-        let targets = Tensor::from_data(TensorData::new(targets, [count]), &model.device());
-        let logits = logits(model, row, forward.hidden);
+        let targets = target_ids(row, &model.device());
+        let logits = target_logits(model, row, forward.hidden);
         let own = predictions_of(&logits, &logits, targets.clone());
         Self { model, row, stream, z, logits, targets, own }
     }
@@ -92,18 +90,9 @@ impl<'a> Clean<'a> {
         let sites = SitePlan { edits, taps: Vec::new() };
         let pass = Pass { sites, context: Some(Context::of(self.row)), ..Pass::new(&mask) };
         let hidden = self.model.run_layers(layer..self.stream.len(), self.stream[layer].clone(), pass).hidden;
-        let logits = logits(self.model, self.row, self.model.normed(hidden));
+        let logits = target_logits(self.model, self.row, self.model.normed(hidden));
         predictions_of(&self.logits, &logits, self.targets.clone())
     }
-}
-
-/// `[targets, vocab]`: the logits at the positions of a text that have a target.
-fn logits(model: &Decoder, row: &Batch, hidden: Tensor<3>) -> Tensor<2> {
-    let with_target = row.targets.iter().enumerate().filter(|(_, id)| **id != IGNORE);
-    let positions: Vec<i32> = with_target.map(|(at, _)| at as i32).collect();
-    let count = positions.len();
-    let positions = Tensor::<1, Int>::from_data(TensorData::new(positions, [count]), &hidden.device());
-    model.logits(hidden.select(1, positions)).squeeze_dim::<2>(0)
 }
 
 /// The rows that have anything to predict.
@@ -139,8 +128,7 @@ pub fn ablate(
     for (at, row) in rows.iter().enumerate() {
         let clean = Clean::new(model, row);
         let share = row.target_tokens() as f64 / all;
-        base.loss += share * clean.own.loss;
-        base.accuracy += share * clean.own.accuracy;
+        base.add(&clean.own, share);
         for (index, (&(layer, head), found)) in heads.iter().zip(&mut found).enumerate() {
             let another = fitted(&other[layer], row.seq);
             let changes = [Change::scale(0.0), Change::replace(means[layer].clone()), Change::replace(another)];

@@ -25,6 +25,7 @@ pub mod saliency;
 pub mod sensitivity;
 pub mod sets;
 pub mod sinks;
+pub mod swap;
 pub mod templates;
 pub mod texts;
 pub mod weight_circuits;

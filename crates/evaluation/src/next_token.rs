@@ -1,7 +1,8 @@
 //! What a change of a model does to its predictions: loss, accuracy, and the distance from what it said before.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use polyhead_models::{Batch, Decoder, IGNORE};
 
 /// Of some predictions.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -12,6 +13,15 @@ pub struct Predictions {
     pub accuracy: f64,
     /// Nats per token: KL(clean || changed).
     pub kl: f64,
+}
+
+impl Predictions {
+    /// Adds those of a text, times its share of all targets.
+    pub(crate) fn add(&mut self, of_text: &Self, share: f64) {
+        self.loss += share * of_text.loss;
+        self.accuracy += share * of_text.accuracy;
+        self.kl += share * of_text.kl;
+    }
 }
 
 /// Compares what was predicted, `[batch, seq, vocab]` logits, with the tokens that follow, `[batch, seq]`, and with the clean logits.
@@ -31,4 +41,22 @@ pub fn predictions_of(clean: &Tensor<2>, changed: &Tensor<2>, targets: Tensor<1,
     let right = changed.clone().argmax(1).equal(targets.clone()).float();
     let kl = (clean.clone().exp() * (clean - changed.clone())).sum_dim(1);
     Predictions { loss: -mean(changed.gather(1, targets)), accuracy: mean(right), kl: mean(kl) }
+}
+
+/// `[targets]`: what is to be predicted in a text.
+pub(crate) fn target_ids(row: &Batch, device: &Device) -> Tensor<1, Int> {
+    numbers(row.targets.iter().filter(|&&id| id != IGNORE).map(|&id| id as i32), device)
+}
+
+/// `[targets, vocab]`: the logits at the positions of a text that have a target, of `hidden`, `[1, seq, d_model]` and normalised.
+pub(crate) fn target_logits(model: &Decoder, row: &Batch, hidden: Tensor<3>) -> Tensor<2> {
+    let with_target = row.targets.iter().enumerate().filter(|(_, id)| **id != IGNORE);
+    let positions = numbers(with_target.map(|(at, _)| at as i32), &hidden.device());
+    model.logits(hidden.select(1, positions)).squeeze_dim::<2>(0)
+}
+
+fn numbers(values: impl Iterator<Item = i32>, device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = values.collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
 }

@@ -1,5 +1,5 @@
-//! `polyhead heads`: which heads a behaviour needs, by switching them off, by putting in what they write elsewhere, and over the
-//! checkpoints of a run.
+//! `polyhead heads`: which heads a behaviour needs, by switching them off, by putting in what they write elsewhere or where another
+//! model's heads look, and over the checkpoints of a run.
 
 mod ablate;
 mod decisions;
@@ -10,6 +10,7 @@ mod pairs;
 mod patch;
 mod repair;
 mod resume_log;
+mod swap;
 
 use std::path::PathBuf;
 
@@ -44,6 +45,11 @@ pub enum HeadsCommand {
     Repair(repair::RepairArgs),
     /// Compare the heads of two results of `heads`: how many their largest have in common.
     Overlap(overlap::OverlapArgs),
+    /// Read with the maps of another model, layer by layer: how much of what a model can do is in where its heads look.
+    ///
+    /// Both have as many layers, heads and ids: two runs of one recipe, two checkpoints of a run, a model and its fine-tuning. Beside
+    /// the donor's maps are controls: the receiver's own maps, the donor's of another text, and those of the head before.
+    Swap(swap::SwapArgs),
     /// Follow heads over the checkpoints of a run: which matter, which are new, which no longer matter.
     History(history::HistoryArgs),
     /// Write pairs of prompts for a behaviour, out of words that are one token of the model's tokenizer.
@@ -62,6 +68,7 @@ pub fn run(command: HeadsCommand) -> Result<(), Failure> {
         HeadsCommand::Decisions(args) => decisions::decisions(&args),
         HeadsCommand::Repair(args) => repair::repair(&args),
         HeadsCommand::Overlap(args) => overlap::overlap(&args),
+        HeadsCommand::Swap(args) => swap::swap(&args),
         HeadsCommand::History(args) => history::history(&args),
         HeadsCommand::Pairs(args) => pairs::pairs(&args),
     }
