@@ -5,7 +5,7 @@ use polyhead_attention::{
     Amount, At, Call, Change, Dims, Edit, LayerSites, Mask, Mechanism, MechanismConfig, Positions, QuerySite, Rope,
     RopeLayout, Sites, SoftmaxConfig,
 };
-use polyhead_models::intervention::span_boost::{Boost, boost_sets, span_boost};
+use polyhead_models::intervention::span_boost::{boost, boost_sets};
 use polyhead_models::weights::load;
 
 use crate::golden::{Golden, PROJECTIONS, compare, files, renamed, size, tensor, values};
@@ -66,23 +66,35 @@ fn check_file(golden: &Golden) {
     let last = |map: Tensor<4>| values(map.narrow(2, seq - 1, 1));
     let span = config["span"][0].as_u64().unwrap() as usize..config["span"][1].as_u64().unwrap() as usize;
     assert_eq!(span.len(), sets.top.len(), "{name}: span");
-    let gains = sets.gains(number("alpha"), number("beta"));
-    let boost = |form: Boost| span_boost(span.clone(), &gains, Positions::only(seq - 1), form);
+    let in_span =
+        |set: &[bool]| -> Vec<bool> { (0..seq).map(|key| span.contains(&key) && set[key - span.start]).collect() };
+    let chosen = [(in_span(&sets.top), number("alpha")), (in_span(&sets.bottom), number("beta"))];
+    // An edit for each set, as in a file.
+    let edits = |change: fn(f64) -> Change| -> Vec<Edit> {
+        let edit = |(set, gain): &(Vec<bool>, f64)| Edit {
+            positions: Positions::only(seq - 1),
+            keys: Positions::Rows { rows: vec![set.clone()].into(), beyond: false },
+            ..Edit::new(At::all(QuerySite::Scores.into()), change(*gain))
+        };
+        chosen.iter().map(edit).collect()
+    };
     let (_, plain, _) = run(Vec::new());
     same("scores.last", last(plain.clone()));
-    let (out, scores, weights) = run(vec![boost(Boost::Size)]);
+    let (out, scores, weights) = run(edits(boost));
     same("scores.boosted", last(scores.clone()));
     same("A", values(weights.clone()));
     same("out", values(out));
-    same("A.log_factor", last(run(vec![boost(Boost::LogFactor)]).2));
+    same("A.log_factor", last(run(edits(|gain| Change::add(Amount::Number(gain.ln_1p())))).2));
     let shift = Edit {
         positions: Positions::only(seq - 1),
         ..Edit::new(At::all(QuerySite::Scores.into()), Change::add(Amount::Number(3.0)))
     };
-    same("A.shifted_by_3", last(run(vec![shift, boost(Boost::Size)]).2));
+    same("A.shifted_by_3", last(run([vec![shift], edits(boost)].concat()).2));
     // The pitfall: a factor moves negative scores down.
     let mut row = vec![1.0; seq];
-    span.clone().zip(&gains).for_each(|(key, gain)| row[key] += *gain as f32);
+    for (set, gain) in &chosen {
+        row.iter_mut().zip(set).filter(|(_, chosen)| **chosen).for_each(|(factor, _)| *factor += *gain as f32);
+    }
     let factor = Tensor::<1>::from_floats(row.as_slice(), &device).reshape([1, 1, 1, seq]);
     let multiplied = Edit {
         positions: Positions::only(seq - 1),

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Amount, At, Change, Edit, KvSite, Positions, QuerySite, Site};
 use polyhead_evaluation::saliency::{Saliency, saliency};
-use polyhead_models::intervention::locore::{SgrsConfig, locore};
+use polyhead_models::intervention::locore::{RecentConfig, SgrsConfig};
 use polyhead_models::sites::SitePlan;
 
 use crate::golden::{Golden, compare, files, size, values};
@@ -69,8 +69,14 @@ fn check_map(golden: &Golden) {
     let how = config.table("locore");
     let (beta, query) = (how["beta"].as_f64().unwrap(), size(&how, "query"));
     let output = (size(&how, "output_start"), size(&how, "window"));
-    for (form, newest) in [("next", query + 1), ("query", query)] {
-        let edits = locore(layers, beta, output, newest, query);
+    // The window is behind the newest token, which for the first form has no key yet.
+    for (form, newest, count) in [("next", query + 1, output.1), ("query", query, output.1 + 1)] {
+        let edit = Edit {
+            positions: Positions::only(query),
+            keys: Positions::Range(output.0..usize::MAX),
+            ..Edit::new(At::all(QuerySite::Scores.into()), RecentConfig { newest: count, beta }.change())
+        };
+        let edits = (0..layers).map(|layer| (layer, edit.clone())).collect();
         let key = |last: &str| format!("locore.{form}.{last}");
         let factor: Vec<f32> = (0..seq)
             .map(

@@ -1,9 +1,11 @@
 //! VAR and secondary sinks by their authors' code; see `tests/golden/var_sinks/README.md`.
 
+use burn::tensor::{Bool, Device, Tensor, TensorData};
+use polyhead_attention::Place;
 use polyhead_evaluation::sinks::{Kind, SinkRule, sinks};
 use polyhead_models::intervention::visual_sinks::{VarConfig, phi};
 
-use crate::golden::{Golden, compare, files, size};
+use crate::golden::{Golden, compare, files, size, values};
 
 /// Relative to the largest number.
 const NUMBERS: f32 = 1e-5;
@@ -33,35 +35,38 @@ fn check_var(golden: &Golden) {
     let Golden { config, tensors: file, .. } = golden;
     let number = |key: &str| config[key].as_f64().unwrap();
     let how = VarConfig {
-        tau: number("tau"),
+        sinks: Vec::new(),
         rho: number("rho"),
         least_mass: number("summ"),
         p: number("p"),
-        eps_phi: number("eps_phi"),
-        eps_share: number("eps_share_per_token"),
+        eps: number("eps_share_per_token"),
     };
     let (seq, heads) = (size(config, "seq"), size(config, "n_heads"));
     let span = config["span"][0].as_u64().unwrap() as usize..config["span"][1].as_u64().unwrap() as usize;
     let channels: Vec<usize> = file["dim_sink"].values.iter().map(|&channel| channel as usize).collect();
     let phis: Vec<f64> =
-        file["hidden"].values.chunks(size(config, "d_model")).map(|x| phi(x, &channels, how.eps_phi)).collect();
+        (file["hidden"].values.chunks(size(config, "d_model"))).map(|x| phi(x, &channels, number("eps_phi"))).collect();
     same(golden, "phi", &phis);
-    let is_sink: Vec<bool> = phis.iter().map(|&phi| phi > how.tau).collect();
+    let is_sink: Vec<bool> = phis.iter().map(|&phi| phi > number("tau")).collect();
     exact(golden, "is_sink", is_sink.iter().copied());
 
-    let rows: Vec<_> = (file["A"].values.chunks(seq).enumerate())
-        .map(|(at, row)| how.redistribute(row, &is_sink, span.clone(), at % seq >= span.end))
-        .collect();
-    same(golden, "share", &rows.iter().map(|row| row.share).collect::<Vec<_>>());
-    same(golden, "mass", &rows.iter().map(|row| row.mass).collect::<Vec<_>>());
-    exact(golden, "edited", rows.iter().map(|row| row.edited));
-    same(golden, "out", &rows.iter().flat_map(|row| row.row.clone()).collect::<Vec<_>>());
-    let decoded: Vec<_> = (file["decode.A"].values.chunks(seq + 1))
-        .map(|row| how.redistribute(row, &is_sink, span.clone(), true))
-        .collect();
-    assert_eq!(decoded.len(), heads);
-    exact(golden, "decode.edited", decoded.iter().map(|row| row.edited));
-    same(golden, "decode.out", &decoded.iter().flat_map(|row| row.row.clone()).collect::<Vec<_>>());
+    let inside: Vec<bool> = (0..seq).map(|at| span.contains(&at)).collect();
+    let redistributed = |key: &str, queries: usize, first: usize, keys: usize| {
+        let weights = TensorData::new(file[key].values.clone(), [1, heads, queries, keys]);
+        let weights = Tensor::<4>::from_data(weights, &Device::flex());
+        let place = Place { first, first_key: Some(0) };
+        how.redistribute(weights, place, std::slice::from_ref(&is_sink), std::slice::from_ref(&inside))
+    };
+    let near = |key: &str, got: Vec<f32>| compare(&golden.name, key, &file[key].values, &got, NUMBERS, true);
+    let flags = |edited: Tensor<4, Bool>| edited.into_data().iter::<bool>().collect::<Vec<_>>();
+    let found = redistributed("A", seq, 0, seq);
+    near("share", values(found.share));
+    near("mass", values(found.mass));
+    exact(golden, "edited", flags(found.edited));
+    near("out", values(found.weights));
+    let decoded = redistributed("decode.A", 1, seq, seq + 1);
+    exact(golden, "decode.edited", flags(decoded.edited));
+    near("decode.out", values(decoded.weights));
 }
 
 fn check_secondary(golden: &Golden) {

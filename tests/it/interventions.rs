@@ -82,6 +82,11 @@ fn mistakes_are_told_with_their_place_before_anything_runs() {
         ("edits = [{ site = \"z\", change = { scale = 0 } },\n{ site = \"z\", heads = [7], change = { scale = 0 } }]".into(), 2, vec![
             "e.toml:2", "heads names head 7"
         ]),
+        (
+            "[[edits]]\nsite = \"weights\"\nkeys = { from = 0, to = 4 }\nchange = { redistribute = { p = 2 } }\n".into(),
+            2,
+            vec!["e.toml:4", "p (2) must be 0 to 1"],
+        ),
         ("file = \"x\"\n".into(), 2, vec!["e.toml:1", "file is for recipes"]),
         ("[train]\ng = { initial = 0 }\n".into(), 2, vec!["e.toml:2", "train.g is for recipes"]),
         ("".into(), 2, vec!["edits is empty"]),

@@ -27,7 +27,7 @@ use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::sparse::Sparse;
 pub use polyhead_attention::sparse::SparseConfig;
-use polyhead_attention::{Amount, ConfigError, Edit, require};
+use polyhead_attention::{Amount, ConfigError, Edit, Positions, require};
 
 pub use attention_swap::attention_swap;
 pub use config::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, TrainedConfig};
@@ -145,8 +145,9 @@ impl Intervention {
     /// Every span with its place in the file.
     fn spans(&self) -> impl Iterator<Item = (String, &Span)> {
         let edits = self.edits.iter().enumerate();
-        let spans =
-            edits.flat_map(|(at, edit)| edit.config.spans().map(|(key, span)| (format!("edits.{at}.{key}"), span)));
+        let spans = edits.flat_map(|(at, edit)| {
+            edit.config.spans().into_iter().map(move |(key, span)| (format!("edits.{at}.{key}"), span))
+        });
         spans.flat_map(|(field, span)| span.parts().into_iter().map(move |part| (field.clone(), part)))
     }
 
@@ -180,9 +181,17 @@ impl Intervention {
         let mut plan = SitePlan::default();
         for ModelEdit { config, at, layers } in &self.edits {
             let positions = |span, phase| spans::positions(span, phase, context, self.decode.as_ref());
-            let (positions, keys) = (positions(&config.tokens, config.phase), positions(&config.keys, Phase::Both));
+            let (positions, mut keys) = (positions(&config.tokens, config.phase), positions(&config.keys, Phase::Both));
+            let mut of_spans = None;
+            if let ChangeConfig::Redistribute(how) = &config.change {
+                // Sinks lose weight wherever they are.
+                keys = Positions::All;
+                let rows = |spans: &[Span]| spans::rows_of_any(spans, context, self.decode.as_ref());
+                of_spans = Some(how.change(rows(&how.sinks), rows(std::slice::from_ref(&config.keys))));
+            }
             for (layer, sources) in layers {
-                let change = config.change.of(sources.iter().map(|source| amount(source, *layer)).collect());
+                let amounts = || config.change.of(sources.iter().map(|source| amount(source, *layer)).collect());
+                let change = of_spans.clone().unwrap_or_else(amounts);
                 let (at, positions, keys) = (at.clone(), positions.clone(), keys.clone());
                 plan.edits.push((*layer, Edit { at, change, positions, keys }));
             }

@@ -8,6 +8,8 @@ use polyhead_attention::{ConfigError, QuerySite, Site, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::locore::RecentConfig;
+use super::visual_sinks::VarConfig;
 use super::{Phase, Span};
 
 /// Changes that are made to a forward on its way, from outside of the weights.
@@ -113,6 +115,12 @@ pub enum ChangeConfig {
     ToIdentity(f64),
     /// Weights times a factor, after which rows have the sum that they had.
     Reweight(AmountConfig),
+    /// Scores raised by this share of their size (the boosts of arXiv 2501.12206, as released).
+    Boost(f64),
+    /// Scores of the newest tokens raised (LocoRE, arXiv 2601.20279).
+    Recent(RecentConfig),
+    /// Weights taken from sinks and given to the keys that the edit names (VAR, arXiv 2503.03321).
+    Redistribute(VarConfig),
     /// The component along a direction becomes a number.
     Clamp {
         /// A tensor of the file, `[width]`; its length does not matter.
@@ -143,7 +151,9 @@ impl ChangeConfig {
             Self::Mix { gate, value } => vec![("mix.gate", gate), ("mix.value", value)],
             Self::Blend { gate, value } => vec![("blend.gate", gate), ("blend.value", value)],
             Self::Reweight(amount) => vec![("reweight", amount)],
-            Self::ToIdentity(_) | Self::Clamp { .. } => Vec::new(),
+            Self::ToIdentity(_) | Self::Clamp { .. } | Self::Boost(_) | Self::Recent(_) | Self::Redistribute(_) => {
+                Vec::new()
+            }
         }
     }
 }
@@ -237,8 +247,13 @@ impl EditConfig {
     }
 
     /// Its spans, each with its key.
-    pub(super) fn spans(&self) -> [(&'static str, &Span); 2] {
-        [("tokens", &self.tokens), ("keys", &self.keys)]
+    pub(super) fn spans(&self) -> Vec<(&'static str, &Span)> {
+        let sinks = match &self.change {
+            ChangeConfig::Redistribute(how) => &how.sinks[..],
+            _ => &[],
+        };
+        let sinks = sinks.iter().map(|span| ("change.redistribute.sinks", span));
+        [("tokens", &self.tokens), ("keys", &self.keys)].into_iter().chain(sinks).collect()
     }
 
     fn validate(&self, nearest: &dyn Fn(&str, &[&str]) -> Option<String>) -> Result<(), ConfigError> {
@@ -265,21 +280,7 @@ impl EditConfig {
             })?;
         }
         self.spans().into_iter().try_for_each(|(field, span)| span.validate(field))?;
-        require(
-            !matches!(self.change, ChangeConfig::Reweight(_)) || site == QuerySite::Weights.into(),
-            "change",
-            || format!("reweight is for weights, whose rows have a sum to keep, and the site is {site}: use scale"),
-        )?;
-        if let ChangeConfig::ToIdentity(share) = self.change {
-            let field = "change.to_identity";
-            require(site == QuerySite::Weights.into(), field, || {
-                format!("to_identity is for weights, and the site is {site}")
-            })?;
-            require((0.0..=1.0).contains(&share), field, || format!("to_identity ({share}) must be 0 to 1"))?;
-        }
-        require(!matches!(self.change, ChangeConfig::Clamp { .. }) || !of_maps, "change", || {
-            format!("clamp needs channels, and {site} has keys: use add or scale")
-        })?;
+        self.validate_change(site)?;
         for (key, amount) in self.change.amounts() {
             if let AmountConfig::Number(number) = amount {
                 let field = format!("change.{key}");
@@ -289,6 +290,44 @@ impl EditConfig {
             }
         }
         Ok(())
+    }
+
+    /// What changes of some kinds need of their site and of their numbers.
+    fn validate_change(&self, site: Site) -> Result<(), ConfigError> {
+        let (scores, weights) = (QuerySite::Scores.into(), QuerySite::Weights.into());
+        let is_for = |key: &str, wanted: Site, why: &str| {
+            require(site == wanted, &format!("change.{key}"), || {
+                format!("{key} is for {wanted}{why}, and the site is {site}")
+            })
+        };
+        match &self.change {
+            ChangeConfig::Reweight(_) => is_for("reweight", weights, ", whose rows have a sum to keep"),
+            ChangeConfig::ToIdentity(share) => {
+                is_for("to_identity", weights, "")?;
+                require((0.0..=1.0).contains(share), "change.to_identity", || {
+                    format!("to_identity ({share}) must be 0 to 1")
+                })
+            }
+            ChangeConfig::Boost(gain) => {
+                is_for("boost", scores, ": in weights it is scale or reweight")?;
+                require(gain.is_finite(), "change.boost", || format!("boost ({gain}) must be a finite number"))
+            }
+            ChangeConfig::Recent(how) => {
+                is_for("recent", scores, "")?;
+                how.validate().map_err(|error| error.within("change.recent"))
+            }
+            ChangeConfig::Redistribute(how) => {
+                is_for("redistribute", weights, "")?;
+                require(self.keys != Span::default(), "change.redistribute", || {
+                    "redistribute needs keys: the span of the prompt that gets what sinks lose".into()
+                })?;
+                how.validate().map_err(|error| error.within("change.redistribute"))
+            }
+            ChangeConfig::Clamp { .. } => require(!site.is_map(), "change", || {
+                format!("clamp needs channels, and {site} has keys: use add or scale")
+            }),
+            _ => Ok(()),
+        }
     }
 }
 

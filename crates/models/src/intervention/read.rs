@@ -6,6 +6,7 @@ use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{Amount, At, Change, ConfigError, KvHead, Mask, QueryHead, Site, require};
 
 use super::soft_pag::to_identity;
+use super::span_boost::boost;
 use super::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, Span, TrainedConfig};
 use crate::sites::SitePlan;
 use crate::weights::Named;
@@ -174,6 +175,9 @@ impl ChangeConfig {
             Self::Blend { .. } => Change::blend(next(), next()),
             Self::ToIdentity(share) => to_identity(*share),
             Self::Reweight(_) => Change::Reweight(next()),
+            Self::Boost(gain) => boost(*gain),
+            Self::Recent(how) => how.change(),
+            Self::Redistribute(_) => unreachable!("made of spans, not of amounts"),
             Self::Clamp { to, .. } => match next() {
                 Amount::Each(direction) => Change::Clamp { direction: direction.flatten(0, 3), to: *to },
                 Amount::Number(_) => unreachable!("a direction is a tensor"),

@@ -5,22 +5,11 @@
 //! s ← s + gain · |s|          gain = α on the top set, β on the bottom set; in the query that generates only
 //! ```
 //! What is raised depends on where the scores have their zero, which softmax does not: ln(1 + gain) added to the scores is the form
-//! that does not ([`Boost::LogFactor`]). Left out: the authors' "spatial" set, which ranks sums that are all 1.
+//! that does not. Left out: the authors' "spatial" set, which ranks sums that are all 1.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData};
-use polyhead_attention::{At, Change, Edit, Place, Positions, QuerySite};
-
-/// The form of a boost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Boost {
-    /// `s + gain |s|`, as released.
-    Size,
-    /// `s + ln(1 + gain)`: weights are multiplied by 1 + gain, then rows normalised.
-    LogFactor,
-}
+use polyhead_attention::Change;
 
 /// The tokens of an image that an encoder looks at, by its class token's rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,37 +47,7 @@ pub fn boost_sets(first: &[Vec<f32>], last_but_one: &[Vec<f32>], top_share: f64)
     BoostSets { top, bottom, threshold }
 }
 
-impl BoostSets {
-    /// `[span]`: the gain of each token.
-    pub fn gains(&self, alpha: f64, beta: f64) -> Vec<f64> {
-        let gain = |(&top, &bottom): (&bool, &bool)| {
-            if top {
-                alpha
-            } else if bottom {
-                beta
-            } else {
-                0.0
-            }
-        };
-        self.top.iter().zip(&self.bottom).map(gain).collect()
-    }
-}
-
-/// The change of one layer's scores: the gains of the tokens of a span, for the queries at `positions`.
-pub fn span_boost(span: Range<usize>, gains: &[f64], positions: Positions, form: Boost) -> Edit {
-    let gains: Vec<f32> = gains.iter().map(|&gain| gain as f32).collect();
-    let keys = Positions::Range(span.clone());
-    let boost = move |scores: Tensor<4>, place: Place| {
-        let first = place.first_key.unwrap_or(0);
-        let own = |key: usize| (key + first).checked_sub(span.start).and_then(|at| gains.get(at)).copied();
-        let row: Vec<f32> = (0..scores.dims()[3]).map(|key| own(key).unwrap_or_default()).collect();
-        let gain = TensorData::new(row, [1, 1, 1, scores.dims()[3]]);
-        let gain = Tensor::<4>::from_data(gain, &scores.device()).cast(scores.dtype());
-        match form {
-            Boost::Size => scores.clone() + scores.abs() * gain,
-            Boost::LogFactor => scores + (gain + 1.0).log(),
-        }
-    };
-    let at = At::all(QuerySite::Scores.into());
-    Edit { positions, keys, ..Edit::new(at, Change::With(Arc::new(boost))) }
+/// The change of scores that raises each by a share of its size.
+pub fn boost(gain: f64) -> Change {
+    Change::With(Arc::new(move |scores, _| scores.clone() + scores.abs() * gain))
 }

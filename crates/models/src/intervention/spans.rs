@@ -162,6 +162,13 @@ pub(super) fn rows_of(span: &Span, context: &Context<'_>, decode: Option<&Decode
     (0..context.rows.max(1)).map(|row| of_row(span, row, context, decode)).collect()
 }
 
+/// The same of several spans together.
+pub(super) fn rows_of_any(spans: &[Span], context: &Context<'_>, decode: Option<&Decode>) -> Vec<Vec<bool>> {
+    let each: Vec<Vec<Vec<bool>>> = spans.iter().map(|span| rows_of(span, context, decode)).collect();
+    let row = |row: usize| (0..context.prompt).map(|at| each.iter().any(|span| span[row][at])).collect();
+    (0..context.rows.max(1)).map(row).collect()
+}
+
 fn of_row(span: &Span, row: usize, context: &Context<'_>, decode: Option<&Decode>) -> Vec<bool> {
     let Context { tokens, roles, documents, prompt, .. } = *context;
     let range = row * prompt..(row + 1) * prompt;

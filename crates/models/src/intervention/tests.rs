@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use polyhead_kernels::seed_random;
 
 use super::*;
-use crate::{DecoderConfig, Past, Sampling};
+use crate::{DecoderConfig, Pass, Past, Sampling};
 
 fn model() -> Decoder {
     let config = r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 4, "n_kv_heads": 2}}}"#;
@@ -34,6 +34,9 @@ fn mistakes_are_named_with_the_way_out() {
     };
     use serde_json::json;
     assert_eq!(edit(json!({})), "");
+    let map = |site: &str, change: serde_json::Value| json!({ "site": site, "change": change });
+    let taken = |how: serde_json::Value| json!({ "site": "weights", "keys": { "from": 0, "to": 4 }, "change": { "redistribute": how } });
+    assert_eq!(edit(taken(json!({}))), "");
     for (more, words) in [
         (json!({ "site": "zz" }), vec!["edits.0.site", "no site \"zz\"", "did you mean", "Sites are"]),
         (json!({ "site": "blocks.1.hook_zz" }), vec!["did you mean \"blocks.1."]),
@@ -53,6 +56,15 @@ fn mistakes_are_named_with_the_way_out() {
         (json!({ "tokens": "contexts" }), vec!["last_prompt_token", "{ text = "]),
         (json!({ "change": { "reweight": 2.0 } }), vec!["reweight is for weights"]),
         (json!({ "change": { "scale": "gamma" } }), vec!["\"gamma\"", "tensors names no file"]),
+        (json!({ "change": { "boost": 0.7 } }), vec!["edits.0.change.boost", "boost is for scores", "the site is z"]),
+        (map("scores", json!({ "to_identity": 0.5 })), vec!["edits.0.change.to_identity", "is for weights"]),
+        (map("scores", json!({ "recent": { "newest": 0 } })), vec!["edits.0.change.recent.newest", "newest (0)"]),
+        (map("scores", json!({ "recent": { "newest": 1, "beta": -1 } })), vec!["beta (-1)", "above -1"]),
+        (map("scores", json!({ "recent": { "beta": 1 } })), vec!["newest"]),
+        (map("weights", json!({ "redistribute": {} })), vec!["edits.0.change.redistribute", "needs keys"]),
+        (taken(json!({ "p": 1.5 })), vec!["edits.0.change.redistribute.p", "p (1.5) must be 0 to 1"]),
+        (taken(json!({ "sinks": [] })), vec!["edits.0.change.redistribute.sinks", "sinks is empty"]),
+        (taken(json!({ "sinks": [{ "from": 2, "to": 1 }] })), vec!["edits.0.change.redistribute.sinks", "from 2 to 1"]),
     ] {
         let told = edit(more.clone());
         assert!(words.iter().all(|word| told.contains(word)), "{more}: {told}");
@@ -259,4 +271,54 @@ fn generation_obeys_phases() {
     assert_eq!(of("prefill", "response"), plain);
     assert_eq!(of("both", "response")[0], plain[0]);
     assert_ne!(of("both", "response")[1..], plain[1..]);
+}
+
+/// What changes of maps do token by token, with a cache, is what they do in a full pass; what they leave alone stays.
+#[test]
+fn changes_of_maps_are_the_same_with_a_cache() {
+    let larger = crate::weights::named(&model()).into_iter().map(|mut tensor| {
+        let matrix = tensor.shape.len() == 2;
+        tensor.values.iter_mut().filter(|_| matrix).for_each(|value| *value *= 10.0);
+        (tensor.name.clone(), tensor)
+    });
+    let plain = crate::weights::load(model(), larger.collect()).unwrap();
+    let tokens = [1_u32, 5, 3, 2, 9, 4];
+    let run = |model: &Decoder, parts: &[usize]| -> Vec<f32> {
+        let context = Context { rows: 1, tokens: &tokens[..4], prompt: 4, ..Context::default() };
+        let (mut cache, mask) = (model.new_cache(), polyhead_attention::Mask::causal());
+        let each = parts.iter().map(|count| {
+            let start = cache.len();
+            let batch = Batch::text(tokens[start..start + count].to_vec());
+            let pass = Pass { cache: Some(&mut cache), context: Some(context), ..Pass::new(&mask) };
+            model.pass(model.tokens(&batch), pass).hidden.into_data().iter::<f32>().collect::<Vec<_>>()
+        });
+        each.collect::<Vec<_>>().concat()
+    };
+    let whole = run(&plain, &[6]);
+    // Of redistributed weights, queries before the end of the span stay as they are.
+    for (site, keys, change, from) in [
+        (
+            "weights",
+            (1, 4),
+            r#"{"redistribute": {"sinks": ["first", {"from": 2, "to": 3}], "rho": 1, "least_mass": 0}}"#,
+            4,
+        ),
+        ("scores", (1, 4), r#"{"boost": 2}"#, 1),
+        ("scores", (0, 9), r#"{"recent": {"newest": 2, "beta": 3}}"#, 2),
+    ] {
+        let change: serde_json::Value = serde_json::from_str(change).unwrap();
+        let keys = serde_json::json!({ "from": keys.0, "to": keys.1 });
+        let edit = serde_json::json!({ "site": site, "keys": keys, "change": change });
+        let model = plain.clone().intervened(Some(open(edit).unwrap()));
+        let (own, parts) = (run(&model, &[6]), run(&model, &[4, 1, 1]));
+        let width = model.config().d_model;
+        let moved = |at: usize, other: &[f32]| {
+            let row = at * width..(at + 1) * width;
+            own[row.clone()].iter().zip(&other[row]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        };
+        for at in 0..6 {
+            assert!(moved(at, &parts) < 2e-5, "{change}: position {at} with a cache");
+            assert_eq!(moved(at, &whole) > 1e-4, at >= from, "{change}: position {at}: {}", moved(at, &whole));
+        }
+    }
 }

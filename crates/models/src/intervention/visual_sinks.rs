@@ -7,32 +7,43 @@
 //! ```
 //! Where share ≤ ρ and mass ≥ the least one, all sink columns are multiplied by p, and what they lose goes to the span's other columns
 //! in proportion to their weight. The authors' code is followed: a layer whose span has no sink is left alone even if there are sinks
-//! elsewhere, and the last layer is changed too (their option for it has no effect).
+//! elsewhere, and the last layer is changed too (their option for it has no effect). Queries before the end of the span stay as they
+//! are, so that in a row of several texts only the last one changes.
 
-use std::ops::Range;
+use std::sync::Arc;
 
+use burn::tensor::{Bool, Tensor, TensorData};
+use polyhead_attention::{Change, ConfigError, Place, require};
 use polyhead_kernels::comparison::largest;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-/// When and how much is redistributed; the defaults are the authors'.
-#[derive(Debug, Clone, Copy, PartialEq)]
+use super::{Span, SpanName};
+
+/// φ of a sink is above this; the authors' number, for models of 4096 channels and more.
+pub const TAU: f64 = 20.0;
+/// Inside φ's square root; the authors' number.
+pub const EPS_PHI: f64 = 1e-6;
+
+/// From which tokens attention is taken, when and how much; the defaults are the authors'.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct VarConfig {
-    /// What φ of a sink is above. Default: 20.
-    pub tau: f64,
-    /// The largest share of sinks. Default: 0.5.
+    /// The sinks, of which one at least must be in the span. Default: ["first"].
+    pub sinks: Vec<Span>,
+    /// The largest share of the span's weight that may be on sinks. Default: 0.5.
     pub rho: f64,
     /// The least weight on the span. Default: 0.2.
     pub least_mass: f64,
     /// What is left of sinks. Default: 0.6.
     pub p: f64,
-    /// Inside φ's square root. Default: 1e-6.
-    pub eps_phi: f64,
     /// Added to each weight of the span in the share's denominator. Default: 1e-6.
-    pub eps_share: f64,
+    pub eps: f64,
 }
 
 impl Default for VarConfig {
     fn default() -> Self {
-        Self { tau: 20.0, rho: 0.5, least_mass: 0.2, p: 0.6, eps_phi: 1e-6, eps_share: 1e-6 }
+        Self { sinks: vec![Span::Named(SpanName::First)], rho: 0.5, least_mass: 0.2, p: 0.6, eps: 1e-6 }
     }
 }
 
@@ -43,39 +54,75 @@ pub fn phi(hidden: &[f32], sink_channels: &[usize], eps: f64) -> f64 {
     largest(0.0, sink_channels.iter().map(|&channel| f64::from(hidden[channel]).abs() / scale))
 }
 
-/// What becomes of a row of weights.
-#[derive(Debug, Clone, PartialEq)]
+/// What becomes of weights.
+#[derive(Debug, Clone)]
 pub struct Redistributed {
-    /// The share of the span's weight that is on sinks; 0 where the span has none.
-    pub share: f64,
-    /// The weight on the span.
-    pub mass: f64,
-    /// Whether the row is changed.
-    pub edited: bool,
-    /// The row.
-    pub row: Vec<f64>,
+    /// `[batch, heads, queries, 1]`: the share of the span's weight that is on sinks.
+    pub share: Tensor<4>,
+    /// `[batch, heads, queries, 1]`: the weight on the span.
+    pub mass: Tensor<4>,
+    /// `[batch, heads, queries, 1]`: whether the row is changed.
+    pub edited: Tensor<4, Bool>,
+    /// `[batch, heads, queries, keys]`
+    pub weights: Tensor<4>,
 }
 
 impl VarConfig {
-    /// Redistributes a row; rows of the prompt before the end of the span are never changed.
-    pub fn redistribute(&self, row: &[f32], is_sink: &[bool], span: Range<usize>, behind_span: bool) -> Redistributed {
-        let sink = |key: usize| is_sink.get(key).copied().unwrap_or(false);
-        let own: Vec<f64> = row.iter().map(|&weight| f64::from(weight)).collect();
-        let of_span = |wanted: bool| span.clone().filter(|&key| sink(key) == wanted).map(|key| own[key]).sum::<f64>();
-        let (on_sinks, on_others) = (of_span(true), of_span(false));
-        let mass = on_sinks + on_others;
-        let there = span.clone().any(sink);
-        let share = if there { on_sinks / (mass + self.eps_share * span.len() as f64) } else { 0.0 };
-        let edited = there && behind_span && share <= self.rho && mass >= self.least_mass;
-        if !edited {
-            return Redistributed { share, mass, edited, row: own };
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        require(!self.sinks.is_empty(), "sinks", || "sinks is empty: leave it out for the first token".into())?;
+        self.sinks.iter().try_for_each(|span| span.validate("sinks"))?;
+        for (field, value) in [("rho", self.rho), ("least_mass", self.least_mass), ("p", self.p)] {
+            require((0.0..=1.0).contains(&value), field, || format!("{field} ({value}) must be 0 to 1"))?;
         }
-        let freed = (0..own.len()).filter(|&key| sink(key)).map(|key| own[key]).sum::<f64>() * (1.0 - self.p);
-        let changed = |(key, &weight): (usize, &f64)| match key {
-            key if sink(key) => weight * self.p,
-            key if span.contains(&key) && on_others > 0.0 => weight + freed * weight / on_others,
-            _ => weight,
+        let eps = self.eps;
+        require(eps.is_finite() && eps >= 0.0, "eps", || format!("eps ({eps}) must be a finite number from 0 on"))
+    }
+
+    /// The change of all weights of a map; `[rows or 1][positions]`: whether each is a sink, and whether it is of the span.
+    pub(super) fn change(&self, sinks: Vec<Vec<bool>>, span: Vec<Vec<bool>>) -> Change {
+        let how = self.clone();
+        Change::With(Arc::new(move |weights, place| how.redistribute(weights, place, &sinks, &span).weights))
+    }
+
+    /// Redistributes weights, `[batch, heads, queries, keys]`. Of each position of the text, `[rows or 1][positions]`, it is told whether
+    /// it is a sink, and whether it is of the span; those behind the end are neither.
+    pub fn redistribute(
+        &self,
+        weights: Tensor<4>,
+        place: Place,
+        sinks: &[Vec<bool>],
+        span: &[Vec<bool>],
+    ) -> Redistributed {
+        let (full, device, dtype) = (weights.dims(), weights.device(), weights.dtype());
+        let [_, _, queries, keys] = full;
+        let first_key = place.first_key.unwrap_or(0);
+        let columns = |of: &[Vec<bool>]| {
+            let is = |row: &Vec<bool>, key: usize| row.get(first_key + key).copied().unwrap_or(false);
+            let flags: Vec<f32> =
+                of.iter().flat_map(|row| (0..keys).map(move |key| f32::from(u8::from(is(row, key))))).collect();
+            Tensor::<4>::from_data(TensorData::new(flags, [of.len(), 1, 1, keys]), &device).cast(dtype)
         };
-        Redistributed { share, mass, edited, row: own.iter().enumerate().map(changed).collect() }
+        let (is_sink, inside) = (columns(sinks), columns(span));
+        let (sinks_inside, others) = (is_sink.clone() * inside.clone(), inside.clone() * (1.0 - is_sink.clone()));
+        let on = |columns: &Tensor<4>| (weights.clone() * columns.clone()).sum_dim(3);
+        let (on_sinks, on_others) = (on(&sinks_inside), on(&others));
+        let mass = on_sinks.clone() + on_others.clone();
+        let share = on_sinks / (mass.clone() + inside.sum_dim(3) * self.eps);
+        // Rows of the prompt before the end of the span are never changed, and none where the span has no sink.
+        let qualifies = |(sinks, span): (&Vec<bool>, &Vec<bool>)| {
+            let end = span.iter().rposition(|&inside| inside).map_or(0, |last| last + 1);
+            let there = sinks.iter().zip(span).any(|(&sink, &inside)| sink && inside);
+            (0..queries).map(move |query| there && place.first + query >= end)
+        };
+        let behind: Vec<bool> = sinks.iter().zip(span).flat_map(qualifies).collect();
+        let behind = Tensor::<4, Bool>::from_data(TensorData::new(behind, [sinks.len(), 1, queries, 1]), &device);
+        let edited =
+            share.clone().lower_equal_elem(self.rho).bool_and(mass.clone().greater_equal_elem(self.least_mass));
+        let edited = edited.bool_and(behind.expand(share.dims()));
+        let freed = on(&is_sink) * (1.0 - self.p);
+        let gain = others * (freed / on_others.clamp_min(f64::from(f32::MIN_POSITIVE)));
+        let changed = weights.clone() * (1.0 - is_sink * (1.0 - self.p) + gain);
+        let weights = weights.mask_where(edited.clone().expand(full), changed);
+        Redistributed { share, mass, edited, weights }
     }
 }
