@@ -335,6 +335,48 @@ fn tuned_files_are_interventions() {
 }
 
 #[test]
+fn heads_of_guidance_are_searched_beside_random_ones() {
+    let recipe = SMALL
+        .replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"text.txt\"]")
+        .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 4");
+    let world = World::new(&recipe);
+    write(&world, "text.txt", &"the cat sat on the mat. ".repeat(80));
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "optimizer.adamw.lr=0.05"]);
+    let tune = ["tune", "guidance", "run", "--batches", "1", "--rounds", "2", "--add", "3", "--out", "guided.toml"];
+    let (out, told) = world.succeeds(&tune);
+    let result: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(told.contains("other batches, random heads"), "{told}");
+    let (found, other) = (&result["found"], &result["other_batches"]);
+    assert_eq!(found["rounds"][0]["each"].as_array().unwrap().len(), 8, "two layers of four heads");
+    assert!([3, 6].contains(&found["heads"].as_array().unwrap().len()));
+    assert!(other["guided"]["loss"] != other["plain"]["loss"] && other["random_heads"]["loss"].is_f64(), "{other}");
+    let text = String::from_utf8(world.read("guided.toml")).unwrap();
+    assert!(text.contains("[guidance]\nweight = 1.0") && text.contains("to_identity = 1.0"), "{text}");
+    // The file does what was measured, and what looks inside of the model takes no notice of it.
+    let plain = loss(&world, &["run"]);
+    assert_ne!(loss(&world, &["run", "--intervention", "guided.toml"]), plain);
+    let seen = |out: &str, more: &[&str]| {
+        let told = world.succeeds(&[&["inspect", "run", "--rows", "1", "--out", out][..], more].concat()).1;
+        (world.read(&format!("{out}/inspect.json")), told)
+    };
+    let (guided, told) = seen("a", &["--intervention", "guided.toml"]);
+    assert!(guided == seen("b", &[]).0 && told.contains("is used with guidance"), "{told}");
+    let generate = ["generate", "run", "--prompt", "the cat", "--max-new-tokens", "3", "--intervention", "guided.toml"];
+    world.succeeds(&generate);
+    for (args, words) in [
+        (["--weight", "0"], "--weight (0) must be a finite number other than 0"),
+        (["--pull", "1.5"], "--pull (1.5) must be above 0, up to 1"),
+        (["--rounds", "0"], "must be at least 1"),
+    ] {
+        let told = world.fails(2, &[&["tune", "guidance", "run", "--out", "x.toml"][..], &args].concat());
+        assert!(told.contains(words), "{told}");
+    }
+    write(&world, "zero.toml", &text.replace("weight = 1.0", "weight = 0"));
+    let told = world.fails(2, &["eval", "run", "--intervention", "zero.toml"]);
+    assert!(told.contains("zero.toml:2") && told.contains("weight (0) must be"), "{told}");
+}
+
+#[test]
 fn every_answer_of_a_conversation_has_a_score() {
     let recipe = SMALL
         .replace("[data.markov]\nstates = 6", "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"chatml\"")

@@ -5,6 +5,7 @@
 //! mlp(norm'(x))`, LayerNorm, GELU with biases, heads that rotate in part.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
@@ -20,7 +21,7 @@ use tracing::info_span;
 
 use crate::adapters::Lora;
 use crate::gate::dropout;
-use crate::intervention::{Context, Intervention};
+use crate::intervention::{Context, GuidanceConfig, Intervention};
 use crate::sites::{SitePlan, Tap};
 use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
@@ -260,11 +261,26 @@ impl Decoder {
         Self { intervention: intervention.map(Arc::new), intervention_tensors, ..self }
     }
 
+    /// The same model without guidance, and without the edits that are for it.
+    pub fn unguided(self) -> Self {
+        match self.intervention.as_ref().and_then(|own| own.unguided()) {
+            Some(unguided) => self.intervened(Some(unguided)),
+            None => self,
+        }
+    }
+
     /// An empty cache, whose layers drop keys where the model's intervention says so.
     pub fn new_cache(&self) -> Cache {
         let sparse = self.intervention.as_ref().and_then(|intervention| intervention.sparse_config());
         let layer = |layer| sparse.map(|sparse| sparse.cache(self.config.mechanism(layer))).unwrap_or_default();
-        Cache { layers: (0..self.layers.len()).map(layer).collect() }
+        let layers = 0..self.layers.len();
+        // The run that guidance steers away from has a cache of its own, behind the other one.
+        let other = self.guidance().map_or(0..0, |_| layers.clone());
+        Cache { layers: layers.chain(other).map(layer).collect() }
+    }
+
+    fn guidance(&self) -> Option<GuidanceConfig> {
+        self.intervention.as_ref().and_then(|intervention| intervention.guidance())
     }
 
     /// Runs all layers over `tokens`, `[batch, seq]`. With a cache, the tokens continue what is in it.
@@ -276,8 +292,32 @@ impl Decoder {
     pub fn pass(&self, tokens: Tensor<2, Int>, pass: Pass<'_>) -> Forward {
         let _span = info_span!("forward").entered();
         let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
-        let forward = self.run_layers(0..self.layers.len(), self.embed_from(start, tokens), pass);
-        Forward { hidden: self.normed(forward.hidden), ..forward }
+        let embedded = self.embed_from(start, tokens);
+        let Some(guidance) = self.guidance() else {
+            let forward = self.run_layers(0..self.layers.len(), embedded, pass);
+            return Forward { hidden: self.normed(forward.hidden), ..forward };
+        };
+        self.guided(embedded, pass, guidance.weight)
+    }
+
+    /// A pass whose predictions are steered away from those under the edits of the model's intervention. Logits are linear in `hidden`:
+    /// `(1 + weight) hidden - weight hidden'` has the logits `(1 + weight) logits - weight logits'`. What is read on the way is of the
+    /// model as it is.
+    fn guided(&self, embedded: Tensor<3>, pass: Pass<'_>, weight: f64) -> Forward {
+        let layers = 0..self.layers.len();
+        let Pass { mask, mut cache, observe, adapters, sites, context, sparse } = pass;
+        let mut other_cache = cache.as_deref_mut().map(|cache| Cache { layers: cache.layers.split_off(layers.end) });
+        let edits = SitePlan { edits: sites.edits.clone(), taps: Vec::new() };
+        let own = Pass { mask, cache: cache.as_deref_mut(), observe, adapters, sites, context, sparse };
+        let forward = self.run_layers(layers.clone(), embedded.clone(), own);
+        let observe = Observe::Nothing;
+        let other = Pass { mask, cache: other_cache.as_mut(), observe, adapters, sites: edits, context, sparse };
+        let other = self.run_edited(layers, embedded, other).hidden;
+        if let (Some(cache), Some(other)) = (cache, other_cache) {
+            cache.layers.extend(other.layers);
+        }
+        let hidden = self.normed(forward.hidden) * (1.0 + weight) - self.normed(other) * weight;
+        Forward { hidden, ..forward }
     }
 
     /// `[batch, seq, d_model]`: the residual stream behind layer `layer` (from 0), before any gate there.
@@ -323,16 +363,30 @@ impl Decoder {
         in_type(normed, self.computing.precision.dtype())
     }
 
-    /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`.
-    pub fn run_layers(&self, layers: std::ops::Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
-        let Pass { mask, mut cache, observe, adapters, mut sites, context, sparse } = pass;
-        let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let [rows, seq, _] = hidden.dims();
-        let ropes = self.ropes(start..start + seq);
-        if let Some(intervention) = &self.intervention {
-            let context = context.unwrap_or(Context { rows, prompt: start + seq, ..Context::default() });
-            sites.edits.extend(intervention.plan(&context, &self.intervention_tensors).edits);
+    /// Runs some layers over what the layer before them wrote, `[batch, seq, d_model]`, without guidance.
+    pub fn run_layers(&self, layers: Range<usize>, hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
+        match self.guidance() {
+            Some(_) => self.run_planned(layers, hidden, pass),
+            None => self.run_edited(layers, hidden, pass),
         }
+    }
+
+    /// The same under the edits of the model's intervention.
+    fn run_edited(&self, layers: Range<usize>, hidden: Tensor<3>, mut pass: Pass<'_>) -> Forward {
+        if let Some(intervention) = &self.intervention {
+            let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
+            let [rows, seq, _] = hidden.dims();
+            let context = pass.context.unwrap_or(Context { rows, prompt: start + seq, ..Context::default() });
+            pass.sites.edits.extend(intervention.plan(&context, &self.intervention_tensors).edits);
+        }
+        self.run_planned(layers, hidden, pass)
+    }
+
+    /// The same under the edits of the pass alone.
+    fn run_planned(&self, layers: Range<usize>, mut hidden: Tensor<3>, pass: Pass<'_>) -> Forward {
+        let Pass { mask, mut cache, observe, adapters, sites, sparse, .. } = pass;
+        let start = cache.as_ref().map_or(0, |cache| cache.len());
+        let ropes = self.ropes(start..start + hidden.dims()[1]);
         let (mut penalties, mut seen, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let pass = LayerPass::new(self.computing.checkpointing);
         let all_layers = self.intervention.as_ref().and_then(|intervention| intervention.sparse());
@@ -388,7 +442,7 @@ impl Decoder {
         if rows == self.vocab_size() { logits } else { logits.narrow(2, 0, self.vocab_size()) }
     }
 
-    fn ropes(&self, positions: std::ops::Range<usize>) -> BTreeMap<usize, Rope> {
+    fn ropes(&self, positions: Range<usize>) -> BTreeMap<usize, Rope> {
         let config = &self.config;
         let make = |layer| {
             let frequencies = frequencies(config.rotated(layer), config.rope_theta);

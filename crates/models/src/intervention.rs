@@ -4,9 +4,11 @@
 //! heads checked. What it means of the tokens of one pass is a [`SitePlan`]. Tensors that are trained are parameters of the
 //! model, [`Decoder::intervention_tensors`].
 
+pub mod answer_score;
 mod attention_swap;
 mod config;
 pub mod gift;
+pub mod head_search;
 pub mod locore;
 mod read;
 pub mod sink_search;
@@ -30,7 +32,7 @@ pub use polyhead_attention::sparse::SparseConfig;
 use polyhead_attention::{Amount, ConfigError, Edit, Positions, require};
 
 pub use attention_swap::attention_swap;
-pub use config::{AmountConfig, ChangeConfig, EditConfig, InterventionConfig, Per, TrainedConfig};
+pub use config::{AmountConfig, ChangeConfig, EditConfig, GuidanceConfig, InterventionConfig, Per, TrainedConfig};
 pub use soft_injection::task_embedding;
 pub use spans::{OutsideSpan, Phase, RangeConfig, Span, SpanName, TextSpan};
 pub use zero_tuning::zero_tuning;
@@ -49,6 +51,7 @@ pub struct Intervention {
     edits: Vec<ModelEdit>,
     trained: Vec<TrainedTensor>,
     sparse: Option<Sparse>,
+    guidance: Option<GuidanceConfig>,
     decode: Option<Decode>,
 }
 
@@ -118,7 +121,17 @@ impl Intervention {
         // Nothing is trained through it but the predictor itself, which does not go through here.
         let predictor = model.boundaries.as_ref().map(|predictor| Arc::new(predictor.valid()));
         let sparse = config.sparse.clone().map(|sparse| Sparse::Config(sparse, predictor));
-        Ok(Self { edits, trained, sparse, decode })
+        Ok(Self { edits, trained, sparse, guidance: config.guidance, decode })
+    }
+
+    /// How far predictions are steered away from those under its edits, where they are.
+    pub fn guidance(&self) -> Option<GuidanceConfig> {
+        self.guidance
+    }
+
+    /// The same without its guidance, and without the edits that are for it; `None` where there is none.
+    pub(crate) fn unguided(&self) -> Option<Self> {
+        self.guidance.map(|_| Self { edits: Vec::new(), trained: Vec::new(), guidance: None, ..self.clone() })
     }
 
     /// Which keys queries read, where it is not all of them.

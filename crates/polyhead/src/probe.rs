@@ -4,7 +4,17 @@ use std::path::{Path, PathBuf};
 
 use polyhead_models::Batch;
 use polyhead_recipe::Problems;
-use polyhead_runs::{Failure, Trained};
+use polyhead_runs::{Failure, Trained, open_trained};
+
+use crate::allowed::caller;
+
+/// A trained model to look inside of.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn open(path: &Path, device: Option<&str>) -> Result<Trained, Failure> {
+    Ok(open_trained(path, device, caller())?.unguided(caller()))
+}
 
 /// The texts that were given, a row each, or else held-out rows of the data that the model learned from.
 ///

@@ -109,6 +109,18 @@ impl Trained {
         self
     }
 
+    /// The model without the guidance of its intervention, where it has some: what looks inside of a model looks at the one that is
+    /// guided. That is told.
+    pub fn unguided(self, caller: Caller) -> Self {
+        if self.model.intervention().is_none_or(|own| own.guidance().is_none()) {
+            return self;
+        }
+        let path = self.path.display();
+        (caller.tell)(&format!("note: {path} is used with guidance, of which nothing is seen here"));
+        let model = self.model.unguided();
+        Self { model, ..self }
+    }
+
     /// Opens the data that its recipe names.
     ///
     /// # Errors

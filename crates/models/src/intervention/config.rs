@@ -29,9 +29,21 @@ pub struct InterventionConfig {
     /// none.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub train: BTreeMap<String, TrainedConfig>,
+    /// Predictions are steered away from those under the edits, which leave the model itself as it is (SoftPAG, arXiv 2506.10978).
+    /// Default: none, the edits change the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance: Option<GuidanceConfig>,
     /// The changes; those of one site are made in this order.
     #[serde(default)]
     pub edits: Vec<EditConfig>,
+}
+
+/// How far predictions are steered away from those under the edits: log p + weight · (log p - log p under the edits).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuidanceConfig {
+    /// The weight. Below 0 predictions are steered towards those under the edits; at -1 they are those.
+    pub weight: f64,
 }
 
 /// A tensor that is trained: for all layers of the model, of which those are trained that an edit names.
@@ -179,6 +191,15 @@ impl InterventionConfig {
     /// # Errors
     /// Names the field, its value, the rule and the way out.
     pub fn validate(&self, nearest: &dyn Fn(&str, &[&str]) -> Option<String>) -> Result<(), ConfigError> {
+        if let Some(GuidanceConfig { weight }) = self.guidance {
+            require(!self.edits.is_empty(), "guidance", || {
+                "guidance needs edits, which make the predictions that it steers away from: give at least one [[edits]]"
+                    .into()
+            })?;
+            require(weight.is_finite() && weight != 0.0, "guidance.weight", || {
+                format!("weight ({weight}) must be a finite number other than 0, which changes nothing")
+            })?;
+        }
         require(!self.edits.is_empty() || self.sparse.is_some(), "edits", || {
             "edits is empty: give at least one [[edits]], or a table of [sparse]".into()
         })?;

@@ -11,15 +11,14 @@
 
 use std::cmp::Ordering;
 
-use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{ConfigError, Edit, QuerySite, Site};
 use serde::Serialize;
 
+use super::answer_score::{AnswerScore, By, answer_score};
 use super::spans::{Phase, Span, SpanName, positions};
-use super::{Context, read, zero_tuning};
-use crate::sites::SitePlan;
-use crate::{Batch, ContextMask, Decoder, IGNORE, Pass};
+use super::{read, zero_tuning};
+use crate::{Batch, Decoder};
 
 /// What a search is told.
 #[derive(Debug, Clone)]
@@ -38,15 +37,6 @@ pub struct SinkSearch<'a> {
     pub share: f64,
 }
 
-/// By what a factor is better.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum By {
-    /// The largest accuracy, then the smallest loss.
-    Accuracy,
-    /// The smallest entropy of what is predicted.
-    Entropy,
-}
-
 /// What is scaled alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Each {
@@ -54,17 +44,6 @@ pub enum Each {
     Index,
     /// One head of one layer.
     Head,
-}
-
-/// What a model predicts where something is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
-pub struct SinkScore {
-    /// Nats per target.
-    pub loss: f64,
-    /// The share that was the first choice.
-    pub accuracy: f64,
-    /// Nats per target: mean entropy of the distributions.
-    pub entropy: f64,
 }
 
 /// Heads that were scaled alone.
@@ -75,9 +54,9 @@ pub struct Profiled {
     /// The head.
     pub head: usize,
     /// With the factor.
-    pub up: SinkScore,
+    pub up: AnswerScore,
     /// With its inverse.
-    pub down: SinkScore,
+    pub down: AnswerScore,
     /// Whether it is of the kind that is scaled, and among the best of these.
     pub chosen: bool,
 }
@@ -86,28 +65,13 @@ pub struct Profiled {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FoundSink {
     /// Without any change.
-    pub plain: SinkScore,
+    pub plain: AnswerScore,
     /// Every head, or index.
     pub profile: Vec<Profiled>,
     /// The heads that are chosen, with each factor of the grid.
-    pub sweep: Vec<(f64, SinkScore)>,
+    pub sweep: Vec<(f64, AnswerScore)>,
     /// The best factor: one of the grid, or 1 where none is better than none.
     pub gamma: f64,
-}
-
-impl By {
-    /// Larger is better; compared in this order.
-    fn of(self, score: &SinkScore) -> [f64; 2] {
-        match self {
-            Self::Accuracy => [score.accuracy, -score.loss],
-            Self::Entropy => [-score.entropy, 0.0],
-        }
-    }
-
-    fn compare(self, a: &SinkScore, b: &SinkScore) -> Ordering {
-        let ([a, b], [c, d]) = (self.of(a), self.of(b));
-        a.total_cmp(&c).then(b.total_cmp(&d))
-    }
 }
 
 /// Layers and query heads whose scores can be scaled, alike in every layer.
@@ -137,39 +101,13 @@ pub fn scored_heads(model: &Decoder) -> Result<[usize; 2], ConfigError> {
 }
 
 /// What a model predicts with `log_gamma`, `[layers, query heads]`, added to the scores of first tokens.
-pub fn sink_score(model: &Decoder, batches: &[Batch], log_gamma: &Tensor<2>) -> SinkScore {
-    let (mut sums, mut targets) = ([0.0; 3], 0);
-    for batch in batches {
-        let (mask, context) = (batch.mask(ContextMask::Causal), Context::of(batch));
-        let keys = positions(&Span::Named(SpanName::First), Phase::Both, &context, None);
-        let edits =
-            zero_tuning(log_gamma, 0..1).into_iter().map(|(layer, edit)| (layer, Edit { keys: keys.clone(), ..edit }));
-        let sites = SitePlan { edits: edits.collect(), taps: Vec::new() };
-        let pass = Pass { sites, context: Some(context), ..Pass::new(&mask) };
-        let hidden = model.pass(model.tokens(batch), pass).hidden;
-        let [rows, seq, d_model] = hidden.dims();
-        let hidden = hidden.reshape([rows * seq, d_model]);
-        let asked: Vec<usize> = (0..rows * seq).filter(|&at| batch.targets[at] != IGNORE).collect();
-        for part in asked.chunks(PART) {
-            let ids =
-                |values: Vec<i32>| Tensor::<1, Int>::from_data(TensorData::new(values, [part.len()]), &model.device());
-            let own = hidden.clone().select(0, ids(part.iter().map(|&at| at as i32).collect()));
-            let log = log_softmax(model.logits(own.unsqueeze_dim::<3>(0)).squeeze_dim::<2>(0), 1);
-            let wanted = ids(part.iter().map(|&at| batch.targets[at] as i32).collect()).unsqueeze_dim::<2>(1);
-            let right = log.clone().argmax(1).equal(wanted.clone()).float();
-            let entropy = (log.clone().exp() * log.clone()).neg();
-            for (sum, values) in sums.iter_mut().zip([log.gather(1, wanted).neg(), right, entropy]) {
-                *sum += values.into_data().iter::<f64>().sum::<f64>();
-            }
-        }
-        targets += asked.len();
-    }
-    let [loss, accuracy, entropy] = sums.map(|sum| sum / targets.max(1) as f64);
-    SinkScore { loss, accuracy, entropy }
+pub fn sink_score(model: &Decoder, batches: &[Batch], log_gamma: &Tensor<2>) -> AnswerScore {
+    answer_score(model, batches, &|context| {
+        let keys = positions(&Span::Named(SpanName::First), Phase::Both, context, None);
+        let edits = zero_tuning(log_gamma, 0..1).into_iter();
+        edits.map(|(layer, edit)| (layer, Edit { keys: keys.clone(), ..edit })).collect()
+    })
 }
-
-/// Targets whose logits are made at a time; chosen by us.
-const PART: usize = 1024;
 
 impl SinkSearch<'_> {
     /// Searches; every measurement is told with their number.
@@ -207,10 +145,10 @@ impl SinkSearch<'_> {
         kind.truncate((self.share * profile.len() as f64).ceil() as usize);
         kind.iter().for_each(|&at| profile[at].chosen = true);
         let chosen: Vec<(Option<usize>, usize)> = kind.iter().map(|&at| units[at]).collect();
-        let sweep: Vec<(f64, SinkScore)> = self.gammas.iter().map(|&gamma| (gamma, score(&chosen, gamma))).collect();
+        let sweep: Vec<(f64, AnswerScore)> = self.gammas.iter().map(|&gamma| (gamma, score(&chosen, gamma))).collect();
         let none = (1.0, plain);
         // Of equal ones the first: none, if that is as good.
-        let better = |best: (f64, SinkScore), other: &(f64, SinkScore)| match self.by.compare(&other.1, &best.1) {
+        let better = |best: (f64, AnswerScore), other: &(f64, AnswerScore)| match self.by.compare(&other.1, &best.1) {
             Ordering::Greater => *other,
             _ => best,
         };

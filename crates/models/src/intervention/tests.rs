@@ -13,6 +13,16 @@ fn model() -> Decoder {
     serde_json::from_str::<DecoderConfig>(config).unwrap().init(11, &Device::flex())
 }
 
+/// The same with weights that make its heads differ.
+fn larger() -> Decoder {
+    let larger = crate::weights::named(&model()).into_iter().map(|mut tensor| {
+        let matrix = tensor.shape.len() == 2;
+        tensor.values.iter_mut().filter(|_| matrix).for_each(|value| *value *= 10.0);
+        (tensor.name.clone(), tensor)
+    });
+    crate::weights::load(model(), larger.collect()).unwrap()
+}
+
 fn words() -> Decode {
     Arc::new(|ids| ids.iter().map(|id| format!(" w{id}")).collect())
 }
@@ -273,15 +283,59 @@ fn generation_obeys_phases() {
     assert_ne!(of("both", "response")[1..], plain[1..]);
 }
 
+/// Guided logits are (1 + w) logits - w logits under the edits, also token by token; a weight of -1 gives those under the edits.
+#[test]
+fn guidance_steers_away_from_what_the_edits_make() {
+    let plain = larger();
+    let tokens = [1_u32, 5, 3, 2, 9, 4];
+    let config = |weight: Option<f64>| -> InterventionConfig {
+        let edits =
+            serde_json::json!([{ "site": "weights", "layers": [0], "heads": [1, 2], "change": { "to_identity": 1 } }]);
+        let guidance = weight.map(|weight| serde_json::json!({ "weight": weight }));
+        serde_json::from_value(serde_json::json!({ "guidance": guidance, "edits": edits })).unwrap()
+    };
+    let under = |weight: Option<f64>| {
+        let config = config(weight);
+        config.validate(&|_, _| None).unwrap();
+        plain.clone().intervened(Some(Intervention::new(&config, &BTreeMap::new(), &plain, None).unwrap()))
+    };
+    let logits = |model: &Decoder, parts: &[usize]| -> Vec<f32> {
+        let (mut cache, mask) = (model.new_cache(), polyhead_attention::Mask::causal());
+        let each = parts.iter().map(|count| {
+            let start = cache.len();
+            let batch = Batch::text(tokens[start..start + count].to_vec());
+            let hidden = model.pass(model.tokens(&batch), Pass { cache: Some(&mut cache), ..Pass::new(&mask) }).hidden;
+            model.logits(hidden).into_data().iter::<f32>().collect::<Vec<_>>()
+        });
+        each.collect::<Vec<_>>().concat()
+    };
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+    let (own, weak) = (logits(&plain, &[6]), logits(&under(None), &[6]));
+    assert!(!close(&own, &weak));
+    let wanted: Vec<f32> = own.iter().zip(&weak).map(|(own, weak)| 2.5 * own - 1.5 * weak).collect();
+    let model = under(Some(1.5));
+    assert!(close(&logits(&model, &[6]), &wanted) && close(&logits(&model, &[3, 1, 2]), &wanted));
+    assert!(close(&logits(&under(Some(-1.0)), &[6]), &weak));
+    // Layers that are run one after the other are those of the model as it is, and so is what looks inside.
+    assert_eq!(logits(&model.clone().unguided(), &[6]), own);
+    let hidden = model
+        .run_layers(
+            0..2,
+            model.embed(model.tokens(&Batch::text(tokens.to_vec()))),
+            Pass::new(&polyhead_attention::Mask::causal()),
+        )
+        .hidden;
+    let alone: Vec<f32> = model.logits(model.normed(hidden)).into_data().iter::<f32>().collect();
+    assert!(close(&alone, &own));
+    let told = |config: InterventionConfig| config.validate(&|_, _| None).unwrap_err().to_string();
+    assert!(told(config(Some(0.0))).contains("guidance.weight: weight (0) must be a finite number other than 0"));
+    assert!(told(InterventionConfig { edits: Vec::new(), ..config(Some(1.0)) }).contains("guidance needs edits"));
+}
+
 /// What changes of maps do token by token, with a cache, is what they do in a full pass; what they leave alone stays.
 #[test]
 fn changes_of_maps_are_the_same_with_a_cache() {
-    let larger = crate::weights::named(&model()).into_iter().map(|mut tensor| {
-        let matrix = tensor.shape.len() == 2;
-        tensor.values.iter_mut().filter(|_| matrix).for_each(|value| *value *= 10.0);
-        (tensor.name.clone(), tensor)
-    });
-    let plain = crate::weights::load(model(), larger.collect()).unwrap();
+    let plain = larger();
     let tokens = [1_u32, 5, 3, 2, 9, 4];
     let run = |model: &Decoder, parts: &[usize]| -> Vec<f32> {
         let context = Context { rows: 1, tokens: &tokens[..4], prompt: 4, ..Context::default() };

@@ -9,14 +9,13 @@ use polyhead_evaluation::head_importance::rank_correlation;
 use polyhead_evaluation::head_sets::HeadOf;
 use polyhead_evaluation::heads::importances;
 use polyhead_recipe::Problems;
-use polyhead_runs::{Failure, open_trained};
+use polyhead_runs::Failure;
 use serde_json::{Map, json};
 
 use super::named;
-use crate::allowed::caller;
 use crate::console::progress;
 use crate::head_report::{Report, most};
-use crate::probe::{choose, folder, probe};
+use crate::probe::{choose, folder, open, probe};
 
 /// Which heads, on which texts.
 #[derive(Debug, Args)]
@@ -45,7 +44,7 @@ pub struct AblateArgs {
 
 /// Writes the table.
 pub fn ablate(args: &AblateArgs) -> Result<(), Failure> {
-    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = open(&args.checkpoint, args.device.as_deref())?;
     let rows = with_targets(&probe(&trained, &args.text, args.rows)?);
     if rows.is_empty() {
         return Err(Problems::plain("no row has anything to predict: more of them (--rows), or a --text".into()).into());

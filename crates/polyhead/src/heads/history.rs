@@ -12,16 +12,15 @@ use polyhead_evaluation::heads::importances;
 use polyhead_experiments::page::table;
 use polyhead_models::Batch;
 use polyhead_recipe::{ModelConfig, Problems};
-use polyhead_runs::{Failure, Trained, open_trained};
+use polyhead_runs::{Failure, Trained};
 use polyhead_training::checkpoint::list;
 use serde_json::{Value, json};
 
 use super::decisions::{count_of, share};
 use super::{mean, named};
-use crate::allowed::caller;
 use crate::console::{progress, talk};
 use crate::head_report::{Report, number};
-use crate::probe::{folder, probe};
+use crate::probe::{folder, open, probe};
 
 /// Sets of random heads that losses are compared with; chosen by us.
 const DRAWS: u64 = 3;
@@ -65,7 +64,7 @@ struct Seen {
 
 /// Writes the table.
 pub fn history(args: &HistoryArgs) -> Result<(), Failure> {
-    let open = |path: &PathBuf| open_trained(path, args.device.as_deref(), caller());
+    let open = |path: &PathBuf| open(path, args.device.as_deref());
     let checkpoints = list(&args.run)?;
     let Some((_, last)) = checkpoints.last() else {
         let problem = format!("{} has no checkpoints: name the folder of a run", args.run.display());

@@ -17,11 +17,10 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use polyhead_data::read_prompt_pairs;
 use polyhead_models::PromptPair;
-use polyhead_runs::{Failure, Trained, open_trained};
+use polyhead_runs::{Failure, Trained};
 
-use crate::allowed::caller;
 use crate::console::talk;
-use crate::probe::folder;
+use crate::probe::{self, folder};
 
 /// What to find out.
 #[derive(Debug, Subcommand)]
@@ -99,7 +98,7 @@ struct Opened {
 impl OnPairs {
     /// Opens model and pairs, and makes the folder.
     fn open(&self) -> Result<Opened, Failure> {
-        let trained = open_trained(&self.checkpoint, self.device.as_deref(), caller())?;
+        let trained = probe::open(&self.checkpoint, self.device.as_deref())?;
         let (paths, vocab) = ([self.pairs.display().to_string()], trained.model.vocab_size());
         let read = read_prompt_pairs(&paths, trained.tokenizer.as_ref(), vocab)?;
         read.notes.iter().for_each(|note| talk!("note: {note}"));

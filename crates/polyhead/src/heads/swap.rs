@@ -8,15 +8,14 @@ use polyhead_evaluation::next_token::Predictions;
 use polyhead_evaluation::swap::{self, Maps, Swap};
 use polyhead_experiments::page::{escape, page, table};
 use polyhead_recipe::Problems;
-use polyhead_runs::{Failure, open_trained};
+use polyhead_runs::Failure;
 use polyhead_training::run_folder::atomic_write;
 use serde_json::{Value, json};
 
 use super::decisions::share;
-use crate::allowed::caller;
 use crate::console::{progress, put, talk};
 use crate::head_report::number;
-use crate::probe::{choose, folder, probe};
+use crate::probe::{choose, folder, open, probe};
 
 /// Which models, on which texts.
 #[derive(Debug, Args)]
@@ -47,7 +46,7 @@ pub struct SwapArgs {
 
 /// Writes the table.
 pub fn swap(args: &SwapArgs) -> Result<(), Failure> {
-    let open = |path: &PathBuf| open_trained(path, args.device.as_deref(), caller());
+    let open = |path: &PathBuf| open(path, args.device.as_deref());
     let (receiver, donor) = (open(&args.receiver)?, open(&args.donor)?);
     let refuse = |problem: String| {
         let [receiver, donor] = [&receiver, &donor].map(|model| model.path.display());

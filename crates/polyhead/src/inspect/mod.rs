@@ -73,7 +73,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         return importance::inspect(args, &classifier);
     }
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
-    let trained = trained.intervened(args.intervention.as_deref())?;
+    let trained = trained.intervened(args.intervention.as_deref())?.unguided(caller());
     if args.copying {
         return copying::inspect(args, trained);
     }
