@@ -1,8 +1,11 @@
 //! GIFT by an own reference; see `tests/golden/gift/README.md`.
 
-use polyhead_models::intervention::gift::{CLAMP_SIGMAS, Deviation, gaze};
+use burn::tensor::{Device, Tensor, TensorData};
+use polyhead_attention::Place;
+use polyhead_models::intervention::RangeConfig;
+use polyhead_models::intervention::gift::{CLAMP_SIGMAS, Deviation, GazeConfig, gaze};
 
-use crate::golden::{Golden, compare, files, size};
+use crate::golden::{Golden, compare, files, size, values};
 
 /// Relative to the largest number.
 const NUMBERS: f32 = 1e-5;
@@ -40,11 +43,15 @@ fn check_file(golden: &Golden) {
         same(&format!("{prefix}.clamped"), found.clamped.clone());
         same(&format!("{prefix}.saliency"), found.saliency.clone());
         same(&format!("{prefix}.multiplier"), found.multiplier.clone());
-        let rows = file["decode.A"].values.chunks(seq + 1);
-        let (rows, gains): (Vec<Vec<f64>>, Vec<f64>) =
-            rows.map(|row| found.shifted(row, (span.clone(), question.clone()))).unzip();
-        same(&format!("{prefix}.decode.out"), rows.concat());
-        same(&format!("{prefix}.question_gain"), gains);
+        let how = GazeConfig {
+            multiplier: found.multiplier.clone(),
+            question: RangeConfig { from: question.start, to: question.end },
+        };
+        let weights = TensorData::new(file["decode.A"].values.clone(), [1, heads, 1, seq + 1]);
+        let weights = Tensor::<4>::from_data(weights, &Device::flex());
+        let (weights, gain) = how.shifted(weights, Place { first: seq, first_key: Some(0) }, span.start);
+        compare(name, "decode.out", &file[&format!("{prefix}.decode.out")].values, &values(weights), NUMBERS, true);
+        compare(name, "gain", &file[&format!("{prefix}.question_gain")].values, &values(gain), NUMBERS, true);
         // What every token of the question looks at alike has its weight, and no more.
         let constant = |key: usize| {
             let column = |map: &Vec<Vec<f32>>| question.clone().map(|query| map[query][key]).collect::<Vec<_>>();

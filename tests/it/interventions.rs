@@ -377,6 +377,60 @@ fn heads_of_guidance_are_searched_beside_random_ones() {
 }
 
 #[test]
+fn a_passage_is_looked_at_more_and_its_answer_is_measured() {
+    let recipe = SMALL
+        .replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"text.txt\"]")
+        .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 4");
+    let world = World::new(&recipe);
+    write(&world, "text.txt", &"the cat sat on the mat. ".repeat(80));
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "optimizer.adamw.lr=0.05"]);
+    let asked = ["run", "--prompt", "the cat sat. what sat?", "--passage", "the cat sat", "--answer", " cat"];
+    let tune = |method: &str, out: &str, more: &[&str]| {
+        let args = [&["tune", method][..], &asked, &["--out", out], more].concat();
+        serde_json::from_str::<serde_json::Value>(&world.succeeds(&args).0).unwrap()
+    };
+    let generate = |file: &str| {
+        let prompt = ["generate", "run", "--prompt", "the cat sat. what sat?", "--max-new-tokens", "3"];
+        world.succeeds(&[&prompt[..], &["--intervention", file]].concat());
+    };
+    for (method, more) in [
+        ("var", vec!["--tau", "0.5", "--rho", "1", "--least-mass", "0"]),
+        ("gift", vec!["--question", "what sat?"]),
+        ("vhr", vec![]),
+    ] {
+        let file = format!("{method}.toml");
+        let told = tune(method, &file, &more);
+        let answer = |key: &str| told["answer"][key].as_f64().unwrap();
+        assert!(answer("plain") != answer("tuned") && answer("elsewhere") > 0.0, "{method}: {told}");
+        generate(&file);
+    }
+    let text = |file: &str| String::from_utf8(world.read(file)).unwrap();
+    assert!(text("var.toml").contains("redistribute") && text("var.toml").contains("layers = [1]"), "the second layer");
+    assert!(text("gift.toml").contains("gaze") && text("gift.toml").contains("from = 22"), "what follows the prompt");
+    for (method, more, words) in [
+        ("var", vec!["--channels", "16"], "--channels: 16 is not below 16"),
+        ("var", vec!["--p", "2"], "--p (2) must be 0 to 1"),
+        ("gift", vec!["--question", "sat. what"], "--question and --passage must be apart"),
+        ("gift", vec!["--question", "who sat?"], "--question (\"who sat?\") is nowhere in the prompt"),
+        ("gift", vec!["--question", "what sat?", "--layers", "2"], "--layers: 2 is not below 2"),
+    ] {
+        let args = [&["tune", method][..], &asked, &["--out", "x.toml"], &more].concat();
+        let told = world.fails(2, &args);
+        assert!(told.contains(words), "{method} {more:?}: {told}");
+    }
+    let none = [&["tune", "var"][..], &asked, &["--out", "x.toml", "--tau", "5"]].concat();
+    assert!(world.fails(1, &none).contains("no channel of the residual stream is above --tau (5)"));
+
+    let (out, told) = world.succeeds(&["inspect", "run", "--sinks", "--tau", "0.5", "--out", "seen"]);
+    assert_eq!(out.lines().count(), 3, "a line for each of two layers, and a head line: {out}");
+    let sinks: serde_json::Value = serde_json::from_slice(&world.read("seen/sinks.json")).unwrap();
+    assert!(told.contains("Sink channels: ") && !sinks["channels"].as_array().unwrap().is_empty(), "{told}");
+    assert_eq!(sinks["layers"].as_array().unwrap().len(), 2);
+    crate::pages::assert_whole(&world.dir.path().join("seen/sinks.html"));
+    assert!(world.fails(2, &["inspect", "run", "--sinks", "--tau", "0"]).contains("--tau (0) must be above 0"));
+}
+
+#[test]
 fn every_answer_of_a_conversation_has_a_score() {
     let recipe = SMALL
         .replace("[data.markov]\nstates = 6", "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"chatml\"")

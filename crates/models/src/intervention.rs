@@ -195,16 +195,21 @@ impl Intervention {
         for ModelEdit { config, at, layers } in &self.edits {
             let positions = |span, phase| spans::positions(span, phase, context, self.decode.as_ref());
             let (positions, mut keys) = (positions(&config.tokens, config.phase), positions(&config.keys, Phase::Both));
-            let mut of_spans = None;
-            if let ChangeConfig::Redistribute(how) = &config.change {
-                // Sinks lose weight wherever they are.
+            let rows = |spans: &[Span]| spans::rows_of_any(spans, context, self.decode.as_ref());
+            // These change more keys than those that they are about.
+            let of_keys = match (&config.change, &config.keys) {
+                (ChangeConfig::Redistribute(how), span) => {
+                    Some(how.change(rows(&how.sinks), rows(std::slice::from_ref(span))))
+                }
+                (ChangeConfig::Gaze(how), Span::Range(RangeConfig { from, .. })) => Some(how.change(*from)),
+                _ => None,
+            };
+            if of_keys.is_some() {
                 keys = Positions::All;
-                let rows = |spans: &[Span]| spans::rows_of_any(spans, context, self.decode.as_ref());
-                of_spans = Some(how.change(rows(&how.sinks), rows(std::slice::from_ref(&config.keys))));
             }
             for (layer, sources) in layers {
                 let amounts = || config.change.of(sources.iter().map(|source| amount(source, *layer)).collect());
-                let change = of_spans.clone().unwrap_or_else(amounts);
+                let change = of_keys.clone().unwrap_or_else(amounts);
                 let (at, positions, keys) = (at.clone(), positions.clone(), keys.clone());
                 plan.edits.push((*layer, Edit { at, change, positions, keys }));
             }

@@ -8,6 +8,7 @@ use polyhead_attention::{ConfigError, QuerySite, Site, require};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::gift::GazeConfig;
 use super::locore::RecentConfig;
 use super::visual_sinks::VarConfig;
 use super::{Phase, Span};
@@ -131,6 +132,8 @@ pub enum ChangeConfig {
     Boost(f64),
     /// Scores of the newest tokens raised (LocoRE, arXiv 2601.20279).
     Recent(RecentConfig),
+    /// Weights of a span and of a question shifted to what the question looks at (GIFT, arXiv 2510.22067).
+    Gaze(GazeConfig),
     /// Weights taken from sinks and given to the keys that the edit names (VAR, arXiv 2503.03321).
     Redistribute(VarConfig),
     /// The component along a direction becomes a number.
@@ -163,9 +166,12 @@ impl ChangeConfig {
             Self::Mix { gate, value } => vec![("mix.gate", gate), ("mix.value", value)],
             Self::Blend { gate, value } => vec![("blend.gate", gate), ("blend.value", value)],
             Self::Reweight(amount) => vec![("reweight", amount)],
-            Self::ToIdentity(_) | Self::Clamp { .. } | Self::Boost(_) | Self::Recent(_) | Self::Redistribute(_) => {
-                Vec::new()
-            }
+            Self::ToIdentity(_)
+            | Self::Clamp { .. }
+            | Self::Boost(_)
+            | Self::Recent(_)
+            | Self::Gaze(_)
+            | Self::Redistribute(_) => Vec::new(),
         }
     }
 }
@@ -336,6 +342,10 @@ impl EditConfig {
             ChangeConfig::Recent(how) => {
                 is_for("recent", scores, "")?;
                 how.validate().map_err(|error| error.within("change.recent"))
+            }
+            ChangeConfig::Gaze(how) => {
+                is_for("gaze", weights, "")?;
+                how.validate(&self.keys).map_err(|error| error.within("change.gaze"))
             }
             ChangeConfig::Redistribute(how) => {
                 is_for("redistribute", weights, "")?;

@@ -8,8 +8,15 @@
 //! The question's own columns are scaled by the gain of the span, so that it keeps its place beside it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use burn::tensor::{Tensor, TensorData};
+use polyhead_attention::{Change, ConfigError, Place, require};
 use polyhead_kernels::comparison::largest;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Decode, RangeConfig, Span};
 
 /// Deviations from the mean at which jumps are clipped; from the description.
 pub const CLAMP_SIGMAS: f64 = 3.0;
@@ -101,22 +108,89 @@ pub fn gaze(
     Gaze { jumps, kept, mean, clamped, saliency, multiplier }
 }
 
-impl Gaze {
-    /// A row of weights with the gaze shifted, and the gain of the question's columns.
-    pub fn shifted(&self, row: &[f32], (span, question): (Range<usize>, Range<usize>)) -> (Vec<f64>, f64) {
-        let weight = |key: usize| f64::from(row[key]);
-        let before: f64 = span.clone().map(weight).sum();
-        let after: f64 = span.clone().zip(&self.multiplier).map(|(key, factor)| weight(key) * factor).sum();
-        let gain = if before > 0.0 { after / before } else { 1.0 };
-        let factor = |key: usize| match key {
-            key if span.contains(&key) => self.multiplier[key - span.start],
-            key if question.contains(&key) => gain,
-            _ => 1.0,
-        };
-        let raised: Vec<f64> = (0..row.len()).map(|key| weight(key) * factor(key)).collect();
-        let sum: f64 = raised.iter().sum();
-        (raised.into_iter().map(|weight| weight / sum.max(f64::MIN_POSITIVE)).collect(), gain)
+/// The gaze that is shifted while an answer is generated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GazeConfig {
+    /// What the weight of each token of the span is multiplied by.
+    pub multiplier: Vec<f64>,
+    /// The question, whose weights are multiplied by the gain of the span.
+    pub question: RangeConfig,
+}
+
+impl GazeConfig {
+    pub(super) fn validate(&self, keys: &Span) -> Result<(), ConfigError> {
+        let count = self.multiplier.len();
+        let fits = matches!(keys, Span::Range(RangeConfig { from, to }) if from + count == *to);
+        require(fits, "multiplier", || {
+            format!(
+                "multiplier has {count} numbers: keys must be a range of as many tokens, such as {{ from = 0, to = {count} }}"
+            )
+        })?;
+        let wrong = self.multiplier.iter().find(|factor| !factor.is_finite() || **factor < 0.0);
+        require(wrong.is_none(), "multiplier", || {
+            format!("multiplier has {}: every number must be finite, from 0 on", wrong.copied().unwrap_or_default())
+        })?;
+        Span::Range(self.question).validate("question")
     }
+
+    /// The change of all weights of a map; the span begins at `start`.
+    pub(super) fn change(&self, start: usize) -> Change {
+        let how = self.clone();
+        Change::With(Arc::new(move |weights, place| how.shifted(weights, place, start).0))
+    }
+
+    /// Weights, `[batch, heads, queries, keys]`, with the gaze shifted and the sums that rows had, and the gain of the question's columns,
+    /// `[batch, heads, queries, 1]`; the span begins at `start`.
+    pub fn shifted(&self, weights: Tensor<4>, place: Place, start: usize) -> (Tensor<4>, Tensor<4>) {
+        let (keys, first) = (weights.dims()[3], place.first_key.unwrap_or(0));
+        let columns = |of: &dyn Fn(usize) -> f64| {
+            let row: Vec<f32> = (first..first + keys).map(|key| of(key) as f32).collect();
+            Tensor::<4>::from_data(TensorData::new(row, [1, 1, 1, keys]), &weights.device()).cast(weights.dtype())
+        };
+        let factor = |key: usize| key.checked_sub(start).and_then(|at| self.multiplier.get(at)).copied();
+        let asks = |key: usize| factor(key).is_none() && (self.question.from..self.question.to).contains(&key);
+        let inside = columns(&|key| f64::from(u8::from(factor(key).is_some())));
+        let multiplier = columns(&|key| factor(key).unwrap_or(1.0));
+        let question = columns(&|key| f64::from(u8::from(asks(key))));
+        let before = (weights.clone() * inside.clone()).sum_dim(3);
+        let after = (weights.clone() * inside * multiplier.clone()).sum_dim(3);
+        let least = f64::from(f32::MIN_POSITIVE);
+        // Where nothing is on the span, there is nothing to keep up with.
+        let empty = before.clone().lower_equal_elem(0.0);
+        let gain = (after / before.clamp_min(least)).mask_fill(empty, 1.0);
+        let raised = weights.clone() * (multiplier + question * (gain.clone() - 1.0));
+        let (sum, own) = (weights.sum_dim(3), raised.clone().sum_dim(3));
+        (raised * (sum / own.clamp_min(least)), gain)
+    }
+}
+
+/// Words that say little by themselves; chosen by us.
+const STOP_WORDS: [&str; 60] = [
+    "a", "about", "all", "an", "and", "are", "as", "at", "be", "been", "but", "by", "can", "could", "did", "do",
+    "does", "for", "from", "had", "has", "have", "he", "her", "his", "how", "i", "if", "in", "is", "it", "its", "me",
+    "my", "no", "not", "of", "on", "or", "our", "she", "so", "than", "that", "the", "their", "them", "they", "this",
+    "to", "was", "we", "were", "what", "when", "which", "who", "will", "with", "you",
+];
+
+/// Which tokens of a text are content words: part of a word that is none of the most frequent ones of English. The description takes
+/// nouns, verbs, adjectives, adverbs and numerals, for which a tagger is needed.
+pub fn content_words(tokens: &[u32], decode: &Decode) -> Vec<bool> {
+    let ends: Vec<usize> = (1..=tokens.len()).map(|count| decode(&tokens[..count]).len()).collect();
+    let text = decode(tokens);
+    let words = text.split(|sign: char| !sign.is_alphanumeric()).filter(|word| !word.is_empty());
+    let content = words.filter(|word| !STOP_WORDS.contains(&word.to_lowercase().as_str()));
+    let places: Vec<Range<usize>> = content
+        .map(|word| {
+            let start = word.as_ptr() as usize - text.as_ptr() as usize;
+            start..start + word.len()
+        })
+        .collect();
+    let token = |at: usize| {
+        let from = if at == 0 { 0 } else { ends[at - 1] };
+        places.iter().any(|word| from < word.end && ends[at] > word.start)
+    };
+    (0..tokens.len()).map(token).collect()
 }
 
 #[cfg(test)]
@@ -130,5 +204,13 @@ mod tests {
         assert!(of(0.9).saliency.iter().all(|value| value.is_finite()));
         let broken = of(f32::NAN);
         assert!(broken.mean[0].is_nan() && broken.saliency[0].is_nan() && broken.multiplier[0].is_nan(), "{broken:?}");
+    }
+
+    #[test]
+    fn frequent_words_and_signs_are_no_content() {
+        let words = ["What", " is", " a", " sl", "ice", "?", " The", " 7th"];
+        let decode: Decode = Arc::new(move |ids: &[u32]| ids.iter().map(|&id| words[id as usize]).collect());
+        let content = content_words(&[0, 1, 2, 3, 4, 5, 6, 7], &decode);
+        assert_eq!(content, [false, false, false, true, true, false, false, true]);
     }
 }

@@ -177,7 +177,7 @@ impl ChangeConfig {
             Self::Reweight(_) => Change::Reweight(next()),
             Self::Boost(gain) => boost(*gain),
             Self::Recent(how) => how.change(),
-            Self::Redistribute(_) => unreachable!("made of spans, not of amounts"),
+            Self::Gaze(_) | Self::Redistribute(_) => unreachable!("made of spans, not of amounts"),
             Self::Clamp { to, .. } => match next() {
                 Amount::Each(direction) => Change::Clamp { direction: direction.flatten(0, 3), to: *to },
                 Amount::Number(_) => unreachable!("a direction is a tensor"),

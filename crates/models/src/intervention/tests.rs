@@ -47,6 +47,11 @@ fn mistakes_are_named_with_the_way_out() {
     let map = |site: &str, change: serde_json::Value| json!({ "site": site, "change": change });
     let taken = |how: serde_json::Value| json!({ "site": "weights", "keys": { "from": 0, "to": 4 }, "change": { "redistribute": how } });
     assert_eq!(edit(taken(json!({}))), "");
+    let gazed = |multiplier: serde_json::Value| {
+        let gaze = json!({ "gaze": { "multiplier": multiplier, "question": { "from": 4, "to": 6 } } });
+        json!({ "site": "weights", "keys": { "from": 0, "to": 4 }, "change": gaze })
+    };
+    assert_eq!(edit(gazed(json!([1, 2, 3, 1]))), "");
     for (more, words) in [
         (json!({ "site": "zz" }), vec!["edits.0.site", "no site \"zz\"", "did you mean", "Sites are"]),
         (json!({ "site": "blocks.1.hook_zz" }), vec!["did you mean \"blocks.1."]),
@@ -72,6 +77,8 @@ fn mistakes_are_named_with_the_way_out() {
         (map("scores", json!({ "recent": { "newest": 1, "beta": -1 } })), vec!["beta (-1)", "above -1"]),
         (map("scores", json!({ "recent": { "beta": 1 } })), vec!["newest"]),
         (map("weights", json!({ "redistribute": {} })), vec!["edits.0.change.redistribute", "needs keys"]),
+        (gazed(json!([1, 2, 3])), vec!["edits.0.change.gaze.multiplier", "3 numbers", "{ from = 0, to = 3 }"]),
+        (gazed(json!([1, 2, 3, -1])), vec!["multiplier has -1"]),
         (taken(json!({ "p": 1.5 })), vec!["edits.0.change.redistribute.p", "p (1.5) must be 0 to 1"]),
         (taken(json!({ "sinks": [] })), vec!["edits.0.change.redistribute.sinks", "sinks is empty"]),
         (taken(json!({ "sinks": [{ "from": 2, "to": 1 }] })), vec!["edits.0.change.redistribute.sinks", "from 2 to 1"]),
@@ -358,6 +365,7 @@ fn changes_of_maps_are_the_same_with_a_cache() {
             4,
         ),
         ("scores", (1, 4), r#"{"boost": 2}"#, 1),
+        ("weights", (1, 3), r#"{"gaze": {"multiplier": [3, 9], "question": {"from": 3, "to": 4}}}"#, 1),
         ("scores", (0, 9), r#"{"recent": {"newest": 2, "beta": 3}}"#, 2),
     ] {
         let change: serde_json::Value = serde_json::from_str(change).unwrap();

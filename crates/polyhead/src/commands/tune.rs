@@ -1,8 +1,11 @@
 //! `polyhead tune`: interventions that are found by measuring, written as files.
 
 mod embedding;
+mod gift;
 mod guidance;
+mod on_prompt;
 mod sink;
+mod var;
 mod vhr;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +40,10 @@ Examples:
     Sink(sink::SinkArgs),
     /// VHR: find the heads whose output changes most with a passage of a prompt, and make them louder.
     Vhr(vhr::VhrArgs),
+    /// VAR: find the sinks of a prompt by channels of the residual stream, and give the passage what they lose.
+    Var(var::VarArgs),
+    /// GIFT: find the tokens of a passage that the question begins to look at, and look at them more in the answer.
+    Gift(gift::GiftArgs),
     /// SoftPAG: find heads whose maps, pulled to the identity, make a weak model that predictions are better steered away from.
     ///
     /// Round by round the best heads are added, on held-out data of the model's recipe. What was found is measured on other held-out
@@ -78,6 +85,8 @@ pub fn tune(command: &TuneCommand) -> Result<(), Failure> {
     match command {
         TuneCommand::Sink(args) => sink::sink(args),
         TuneCommand::Vhr(args) => vhr::vhr(args),
+        TuneCommand::Var(args) => var::var(args),
+        TuneCommand::Gift(args) => gift::gift(args),
         TuneCommand::Guidance(args) => guidance::guidance(args),
         TuneCommand::Embedding(args) => embedding::embedding(args),
     }

@@ -4,6 +4,7 @@
 mod copying;
 mod importance;
 mod maps;
+mod sinks;
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use clap::Args;
 use polyhead_data::Tokenizer;
 use polyhead_models::Batch;
 use polyhead_models::intervention::Context;
+use polyhead_models::intervention::visual_sinks::TAU;
 use polyhead_training::image::{attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
@@ -56,6 +58,12 @@ pub struct InspectArgs {
     /// Tokens of the vocabulary that --copying looks at, spread evenly.
     #[arg(long, default_value_t = 256, value_parser = crate::cli::at_least_one, requires = "copying")]
     pub tokens: usize,
+    /// Show instead the channels of the residual stream that make tokens attention sinks, and which tokens are, over which layers.
+    #[arg(long, conflicts_with = "copying")]
+    pub sinks: bool,
+    /// What the size of a sink channel is above: 20 as published, for models of 4096 channels; it is never above √d_model.
+    #[arg(long, default_value_t = TAU, requires = "sinks")]
+    pub tau: f64,
     /// A file of changes that are made to the model's forward on its way.
     #[arg(long, value_name = "FILE")]
     pub intervention: Option<PathBuf>,
@@ -76,6 +84,9 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let trained = trained.intervened(args.intervention.as_deref())?.unguided(caller());
     if args.copying {
         return copying::inspect(args, trained);
+    }
+    if args.sinks {
+        return sinks::inspect(args, &trained);
     }
     let rows = probe(&trained, &args.text, args.rows)?;
     trained.check_spans(&Context::of(&rows[0]))?;
