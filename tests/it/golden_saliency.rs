@@ -3,7 +3,8 @@
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Amount, At, Change, Edit, KvSite, Positions, QuerySite, Site};
 use polyhead_evaluation::saliency::{Saliency, saliency};
-use polyhead_models::intervention::locore::{RecentConfig, SgrsConfig};
+use polyhead_evaluation::sgrs::SgrsConfig;
+use polyhead_models::intervention::locore::RecentConfig;
 use polyhead_models::sites::SitePlan;
 
 use crate::golden::{Golden, compare, files, size, values};

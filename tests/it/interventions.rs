@@ -421,6 +421,21 @@ fn a_passage_is_looked_at_more_and_its_answer_is_measured() {
     let none = [&["tune", "var"][..], &asked, &["--out", "x.toml", "--tau", "5"]].concat();
     assert!(world.fails(1, &none).contains("no channel of the residual stream is above --tau (5)"));
 
+    let sgrs = ["generate", "run", "--prompt", "the cat", "--max-new-tokens", "3", "--sgrs"];
+    let (out, told) = world.succeeds(&[&sgrs[..], &["0"]].concat());
+    assert!(
+        out.starts_with("the cat") && told.contains("tokens: ") && told.contains(" 0 after rejections, 0 taken"),
+        "{told}"
+    );
+    assert_eq!(world.succeeds(&[&sgrs[..], &["0"]].concat()).0, out);
+    world.succeeds(&[&sgrs[..], &["0.6"]].concat());
+    for (more, words) in
+        [(&["-1"][..], "--sgrs (-1) must be 0 or more"), (&["1", "--top-k", "3"], "cannot be used with")]
+    {
+        let told = world.fails(2, &[&sgrs[..], more].concat());
+        assert!(told.contains(words), "{told}");
+    }
+
     let (out, told) = world.succeeds(&["inspect", "run", "--sinks", "--tau", "0.5", "--out", "seen"]);
     assert_eq!(out.lines().count(), 3, "a line for each of two layers, and a head line: {out}");
     let sinks: serde_json::Value = serde_json::from_slice(&world.read("seen/sinks.json")).unwrap();

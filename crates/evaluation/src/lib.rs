@@ -24,6 +24,7 @@ pub mod perplexity;
 pub mod saliency;
 pub mod sensitivity;
 pub mod sets;
+pub mod sgrs;
 pub mod sinks;
 pub mod swap;
 pub mod templates;

@@ -139,6 +139,15 @@ pub struct GenerateArgs {
     /// A file of changes that are made to the model's forward on its way.
     #[arg(long, value_name = "FILE")]
     pub intervention: Option<PathBuf>,
+    /// Accept tokens by how much they follow from what was written so far (SGRS): of the five likeliest one is drawn whose saliency is at
+    /// least ALPHA times the mean of the last five, 0.6 as published; 0 draws without a threshold. Many times slower.
+    #[arg(
+        long,
+        value_name = "ALPHA",
+        allow_negative_numbers = true,
+        conflicts_with_all = ["prompts", "intervention", "temperature", "top_k", "top_p", "diffusion_steps", "block_length", "stop"]
+    )]
+    pub sgrs: Option<f64>,
     /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingArgs,

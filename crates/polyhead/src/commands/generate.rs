@@ -5,7 +5,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
+use burn::module::Module;
+use polyhead_attention::QuerySite;
 use polyhead_data::Tokenizer;
+use polyhead_evaluation::sgrs::{Accepted, SgrsConfig, Writing, target_layers};
 use polyhead_models::intervention::Context;
 use polyhead_models::{Decoder, DiffusionSampling, Past, Sampling};
 use polyhead_recipe::Problems;
@@ -54,12 +57,61 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     };
     let started = Instant::now();
     let prompt = prompt(&trained, args, text)?;
+    if let Some(alpha) = args.sgrs {
+        return accepted(&trained, (text, &prompt), (alpha, args));
+    }
     let shown = if args.chat { "" } else { text };
     let model = (&trained.model, trained.text_tokenizer()?);
     let answer = write_text(model, (shown, &prompt), (&sampling, &args.sampling.stop))?;
     let count = answer.tokens.len();
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
+    Ok(())
+}
+
+/// Continues a prompt by tokens that are accepted by their saliency.
+fn accepted(
+    trained: &Trained,
+    (text, prompt): (&str, &Prompt),
+    (alpha, args): (f64, &GenerateArgs),
+) -> Result<(), Failure> {
+    let refuse = |problem: String| Err(Problems::plain(problem).into());
+    if !(alpha.is_finite() && alpha >= 0.0) {
+        return refuse(format!("--sgrs ({alpha}) must be 0 or more"));
+    }
+    let (path, config) = (trained.path.display(), trained.model.config());
+    let absent = |layer: usize| config.mechanism(layer).absent(QuerySite::Weights.into());
+    let layers: Vec<usize> =
+        target_layers(trained.model.layers.len()).filter(|&layer| absent(layer).is_none()).collect();
+    if layers.is_empty() || trained.model.is_masked_diffusion() {
+        return refuse(format!(
+            "--sgrs: {path} has no causal maps in the layers {:?}",
+            target_layers(trained.model.layers.len())
+        ));
+    }
+    let tokenizer = trained.text_tokenizer()?;
+    let SamplingArgs { max_new_tokens, seed, .. } = args.sampling;
+    let how = Writing { layers: &layers, max_new_tokens, stops: &prompt.stops, seed };
+    let model = trained.model.clone().fork(&trained.model.device().autodiff()).train();
+    let mut done = 0;
+    let written = SgrsConfig { alpha, ..SgrsConfig::default() }.write(&model, &prompt.ids, how, &mut |_| {
+        done += 1;
+        progress("generating", done, max_new_tokens as u64);
+        ControlFlow::Continue(())
+    });
+    let ids: Vec<u32> =
+        written.iter().map(|own| own.token as u32).filter(|token| !prompt.stops.contains(token)).collect();
+    show(if args.chat { "" } else { text })?;
+    show(&tokenizer.decode(&ids))?;
+    put!("")?;
+    let count = |of: &dyn Fn(&Accepted) -> bool| written.iter().filter(|own| of(own)).count();
+    talk!(
+        "{} tokens: {} accepted at the first draw, {} after rejections, {} taken as the most salient",
+        written.len(),
+        count(&|own| own.passed && own.tries == 1),
+        count(&|own| own.passed && own.tries > 1),
+        count(&|own| !own.passed)
+    );
     Ok(())
 }
 
