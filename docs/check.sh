@@ -25,7 +25,7 @@ train)
     # All questions about a world are asked with each validation.
     [[ "\$*" == *recipes/hallucination/facts* ]] && set -- "\$@" data.facts.n_entities=16
     exec "$binary" "\$@" $short generation.sampling.max_new_tokens=8 ;;
-eval | convert) [[ " \$* " == *" --task "* || " \$* " == *" --text "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
+eval | convert) [[ " \$* " == *" --task "* || " \$* " == *" --text-file "* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --batches 1 ;;
 plan) [[ " \$* " == *" --no-probe"* ]] && exec "$binary" "\$@" || exec "$binary" "\$@" --no-probe ;;
 *) exec "$binary" "\$@" ;;
 esac

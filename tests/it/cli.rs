@@ -141,6 +141,115 @@ fn the_doctor_tells_what_there_is() {
     for part in ["devices    flex", "threads", "instruction set", "text ", "checkpoints can be written"] {
         assert!(out.contains(part), "no {part} in: {out}");
     }
+    assert!(out.matches("cargo build --release --features").count() <= 1, "what is missing is said once: {out}");
+}
+
+/// What they need and whether it is there, what they take, and the first sentence of what they are for.
+#[test]
+fn recipes_are_listed_with_what_they_need_and_take() {
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", "[data.text]\npaths = [\"book.txt\"]"));
+    let write = |name: &str, text: &str| std::fs::write(world.dir.path().join(name), text).unwrap();
+    std::fs::create_dir_all(world.dir.path().join("recipes/more")).unwrap();
+    write("book.txt", "the cat sat on the mat.");
+    write("other.toml", "[package]\n");
+    write(
+        "zoo.toml",
+        "extends = \"recipe.toml\"\nseeds = [0, 1]\n[[arm]]\nname = \"a\"\n[[arm]]\nname = \"b\"\nrecipe.debug.seed = 2\n",
+    );
+    write("recipes/more/broken.toml", "# A recipe of\n# two lines. And more.\n[model]\n");
+    write("recipes/more/gone.toml", "extends = \"../../recipe.toml\"\n[data.text]\npaths = [\"gone/*.txt\"]\n");
+    let (out, err) = world.succeeds(&["ls"]);
+    let rows: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0], ["recipe", "needs", "memory", "time", "what", "it", "does"]);
+    assert_eq!(rows[1][..2], ["recipe.toml", "text"]);
+    assert_eq!(rows[1].last(), Some(&"0:01"), "a small run takes a second at least: {out}");
+    assert_eq!(rows[2][..6], ["zoo.toml", "text;", "2", "arms,", "2", "seeds"]);
+    assert_eq!(out.lines().nth(3).unwrap().trim_end().split("  ").last(), Some("A recipe of two lines."));
+    assert_eq!(rows[3][..5], ["recipes/more/broken.toml", "not", "valid", "–", "–"]);
+    assert_eq!(rows[4][..4], ["recipes/more/gone.toml", "text", "(no", "gone/*.txt)"]);
+    assert!(rows.len() == 5 && err.contains("polyhead plan"), "{out}{err}");
+    assert!(world.succeeds(&["ls", "recipes"]).0.lines().nth(1).unwrap().starts_with("recipes/more/broken.toml"));
+    let listed = json(&world.succeeds(&["ls", "--json"]).0);
+    let of = |key: &str| listed.as_array().unwrap().iter().map(|row| row[key].clone()).collect::<Vec<_>>();
+    assert_eq!(of("ready"), [true, true, false, false].map(serde_json::Value::from));
+    let flops: Vec<f64> = of("training_flops").iter().filter_map(serde_json::Value::as_f64).collect();
+    assert_eq!((flops.len(), flops[1]), (3, 4.0 * flops[0]), "a comparison is all of its runs");
+}
+
+fn json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// With `--json` every command whose output is data prints JSON and nothing beside it; the others refuse it.
+#[test]
+fn data_is_json_where_that_is_asked_for() {
+    let world = World::new(SMALL);
+    let data = |line: &str| {
+        let (out, err) = world.succeeds(&line.split(' ').chain(["--json", "--quiet"]).collect::<Vec<_>>());
+        assert!(err.is_empty(), "{line} --quiet: {err}");
+        json(&out)
+    };
+    assert_eq!(data("validate recipe.toml")["valid"], true);
+    assert_eq!(data("cat recipe.toml training.steps=3")["training"]["steps"], 3);
+    let plan = data("plan recipe.toml --no-probe");
+    assert_eq!((&plan["units"], &plan["unit"]), (&(12 * 16 * 4 * 2).into(), &"token".into()));
+    let sum: u64 =
+        plan["parts"].as_array().unwrap().iter().map(|part| part["costs"]["parameters"].as_u64().unwrap()).sum();
+    assert!(plan["costs"]["parameters"] == sum && plan["measured"].is_null(), "{plan}");
+    assert!(plan["memory"]["peak"].as_u64() > plan["memory"]["weights"].as_u64(), "{plan}");
+    assert_eq!(data("preview recipe.toml --rows 1")["tokens"].as_array().map(Vec::len), Some(16));
+    let trained = data("train recipe.toml --out run");
+    assert_eq!((&trained["result"]["steps"], &trained["sample"]), (&12.into(), &serde_json::Value::Null));
+    data("train recipe.toml debug.seed=3 --out other");
+    let loss = |told: &serde_json::Value| told["loss"].as_f64().unwrap();
+    // Of the same held-out batches.
+    assert!((loss(&data("eval run --batches 2")) - loss(&trained["result"]["validation"])).abs() < 1e-6);
+    let diff = data("diff run other");
+    assert_eq!((&diff["recipe"][0][0], &diff["recipe"][0][1][1]), (&"debug.seed".into(), &"3".into()), "{diff}");
+    assert_eq!(diff["measured"][0]["validation.loss"], trained["result"]["validation"]["loss"]);
+    let heads = data("inspect run --rows 1 --out seen");
+    assert!(heads[0]["layer"] == 0 && heads[0]["importance"].is_f64(), "{heads}");
+    let grown = data("grow run --depth 3 --out grown");
+    assert!(grown["parameters"][1].as_u64() > grown["parameters"][0].as_u64(), "{grown}");
+    assert_eq!(data("doctor")["devices"][0]["device"], "flex");
+    assert!(data("suite --list").as_array().unwrap().iter().any(|suite| suite["suite"] == "mqar-zoology-v1-small"));
+    assert!(data("results").as_object().unwrap().values().all(|record| record["claims"].is_array()));
+    for line in ["--json completions bash", "man --out pages --json", "export run --out exported --json"] {
+        let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
+        assert!(told.contains("--json: this command prints no data"), "{line}: {told}");
+    }
+    assert!(!world.dir.path().join("exported").exists(), "refused before anything is done");
+    assert!(world.fails(2, &["validate", "nowhere.toml", "--quiet"]).contains("nowhere.toml"), "errors are told");
+}
+
+/// A text is typed, or handed over by a flag that says that it is a file.
+#[test]
+fn the_name_of_a_file_is_not_taken_for_a_text() {
+    let world = World::new(SMALL);
+    std::fs::write(world.dir.path().join("notes.txt"), "a note").unwrap();
+    for line in [
+        "inspect run --text notes.txt",
+        "heads ablate run --text notes.txt",
+        "heads history run --text notes.txt",
+        "logits run --text notes.txt --out x",
+        "generate run --prompt notes.txt",
+    ] {
+        let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
+        assert!(told.contains("this is a file") && told.contains("$(cat notes.txt)"), "{line}: {told}");
+    }
+    // Old names of flags work for one version more, and say what they are called now.
+    for (line, now) in [
+        ("eval run --text notes.txt", "--text-file"),
+        ("convert run --to grouped_query --kv-heads 1 --text notes.txt --out x", "--text-file"),
+        ("export run --to x", "--out"),
+        ("heads patch run pairs.jsonl --method path --to 1.0", "--receivers"),
+    ] {
+        let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
+        assert!(
+            told.contains(&format!("is called {now} now")) && told.contains("no such checkpoint"),
+            "{line}: {told}"
+        );
+    }
 }
 
 #[test]
@@ -177,9 +286,6 @@ fn mistakes_are_told_with_a_way_out() {
     std::fs::create_dir_all(world.dir.path().join("recipes/more")).unwrap();
     write("recipes/more/mine.toml", b"# A recipe of\n# two lines. And more.\n[model]\n");
     write("other.toml", b"[package]\n");
-    let listed = format!("{:<45}\n{:<44} A recipe of two lines.\n", "recipe.toml", "recipes/more/mine.toml");
-    assert_eq!(world.succeeds(&["ls"]).0, listed);
-    assert!(world.succeeds(&["ls", "recipes"]).0.starts_with("recipes/more/mine.toml"));
     for (code, arguments, words) in [
         (2, "cp nowhere.toml x.toml", "`polyhead ls` lists"),
         (1, "cp recipe.toml recipe.toml", "exists already"),

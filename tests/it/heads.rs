@@ -35,7 +35,9 @@ fn heads_are_switched_off_patched_and_compared() {
     }
     assert!(ablation["rank_correlation_of_gate_and_kl"]["zero"].is_f64());
     assert_whole(&world.dir.path().join("seen/ablation.html"));
-    world.succeeds(&["heads", "ablate", "run", "--text", "the cat", "--heads", "1", "--out", "one"]);
+    let one = ["heads", "ablate", "run", "--text", "the cat", "--heads", "1", "--out", "one", "--json"];
+    let printed = world.succeeds(&one).0;
+    assert_eq!(printed.as_bytes(), world.read("one/ablation.json"), "what is printed is what is written");
     assert!(json(&world, "one/ablation.json")["heads"][0]["resample_kl"].is_null(), "there is no other text");
 
     for (task, out) in
@@ -57,7 +59,7 @@ fn heads_are_switched_off_patched_and_compared() {
     assert_eq!(String::from_utf8(world.read("seen/patch.log.jsonl")).unwrap(), log);
     assert!(world.fails(1, &["heads", "patch", "run", "io.jsonl", "--out", "seen"]).contains("of other pairs"));
 
-    let path = ["--method", "path", "--to", "1.0", "--input", "k", "--out", "path"];
+    let path = ["--method", "path", "--receivers", "1.0", "--input", "k", "--out", "path"];
     world.succeeds(&[&["heads", "patch", "run", "io.jsonl"][..], &path].concat());
     let effects = column(&json(&world, "path/patch.json"), "effect");
     assert!(effects[2] == 0.0 && effects[3] == 0.0, "heads of the receiver's layer are not below it: {effects:?}");
@@ -116,10 +118,10 @@ fn mistakes_about_heads_and_pairs_are_told_before_anything_runs() {
     }
     pairs(r#"{"clean": "a", "corrupt": "b", "right": "b", "wrong": "c"}"#);
     for (args, words) in [
-        (vec!["patch", "run", "p.jsonl", "--to", "1.0"], "--to is for --method path"),
-        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "2.0"], "no layer 2"),
-        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "1.2"], "no head 2; it has 2, from 0"),
-        (vec!["patch", "run", "p.jsonl", "--method", "path", "--to", "first"], "a layer and a head such as 3.1"),
+        (vec!["patch", "run", "p.jsonl", "--receivers", "1.0"], "--receivers is for --method path"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "2.0"], "no layer 2"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "1.2"], "no head 2; it has 2, from 0"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "first"], "a layer and a head such as 3.1"),
         (vec!["patch", "run", "p.jsonl", "--position", "3"], "3 is in no prompt of 1 tokens"),
         (vec!["patch", "run", "p.jsonl", "--method", "path", "--position", "all"], "last position alone"),
         (vec!["decisions", "run", "p.jsonl", "--threshold", "1.5"], "1.5 must be above 0 and at most 1"),

@@ -31,7 +31,7 @@ fn a_text_is_measured_and_prompts_are_continued() {
     write("other.txt", &"the mat sat on the cat. ".repeat(20));
     let json = |args: &[&str]| serde_json::from_str::<Value>(&world.succeeds(args).0).unwrap();
     let number = |value: &Value, key: &str| value[key].as_f64().unwrap();
-    let measured = json(&["eval", "run", "--text", "other.txt"]);
+    let measured = json(&["eval", "run", "--text-file", "other.txt"]);
     // A byte is a token here, and one that ends the text behind them.
     assert_eq!((number(&measured, "targets"), number(&measured, "texts")), (479.0, 1.0));
     assert_eq!((number(&measured, "window"), number(&measured, "stride")), (16.0, 8.0));
@@ -39,11 +39,11 @@ fn a_text_is_measured_and_prompts_are_continued() {
     assert!((number(&measured, "perplexity") - loss.exp()).abs() < 1e-9);
     let bits = loss / std::f64::consts::LN_2;
     assert!((number(&measured, "bits_per_byte") - bits).abs() < 1e-9, "{measured}");
-    let both = json(&["eval", "run", "--text", "other.txt", "text.txt", "--window", "16", "--stride", "16"]);
+    let both = json(&["eval", "run", "--text-file", "other.txt", "text.txt", "--window", "16", "--stride", "16"]);
     assert_eq!(number(&both, "texts"), 2.0);
     for (code, args, words) in [
-        (2, "eval run --text other.txt --window 4 --stride 5", "--stride (5) must be at most --window (4)"),
-        (1, "eval run --text nowhere.txt", "matches no file"),
+        (2, "eval run --text-file other.txt --window 4 --stride 5", "--stride (5) must be at most --window (4)"),
+        (1, "eval run --text-file nowhere.txt", "matches no file"),
         (2, "eval run --stride 5", "--text"),
         (2, "generate run --prompts p.txt --prompt x", "cannot be used with"),
         (1, "generate run --prompts nowhere.txt", "nowhere.txt"),
@@ -96,7 +96,7 @@ fn a_model_is_named_as_on_the_hub() {
         let (code, out, err) = run(&[&["generate", name], &greedy[..]].concat());
         assert_eq!((code, &out), (Some(0), &own), "{err}");
     }
-    assert_eq!(run(&["eval", "org/name", "--text", "text.txt"]).0, Some(0));
+    assert_eq!(run(&["eval", "org/name", "--text-file", "text.txt"]).0, Some(0));
     let train = ["train", "recipe.toml", "training.steps=2", "model.pretrained=org/name", "--out", "tuned"];
     let (code, _, err) = run(&train);
     assert_eq!(code, Some(0), "{err}");

@@ -156,7 +156,7 @@ pub(crate) fn search(patterns: &[String], kinds: &[&[&str]]) -> Result<Search, D
 /// The paths that one pattern means. A path that exists means itself, even where its name holds signs of a pattern.
 ///
 /// Part by part, not by `glob::glob`: that one follows links to folders in circles, and never ends where `**` meets two of them.
-fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
+pub(crate) fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     if Path::new(pattern).exists() {
         return Ok(vec![pattern.into()]);
     }

@@ -1,10 +1,11 @@
-//! Whether files that are written would be read as data.
+//! Whether files that are written would be read as data, and whether there are files to read.
 
 use std::path::{Component, Path, PathBuf};
 
 use glob::{MatchOptions, Pattern};
 
 use crate::DataConfig;
+use crate::files::matches;
 
 /// Names of what is written into run folders, by which a pattern may take them for data.
 const WRITTEN: [&str; 8] = [
@@ -24,6 +25,11 @@ impl DataConfig {
     pub fn would_read(&self, folder: &Path) -> Option<String> {
         let folder = real(folder);
         self.source().paths().into_iter().find(|source| reads(source, &folder))
+    }
+
+    /// The first path or pattern of its files that nothing is at, if there is one.
+    pub fn missing(&self) -> Option<String> {
+        self.source().paths().into_iter().find(|source| matches(source).is_ok_and(|found| found.is_empty()))
     }
 }
 

@@ -155,19 +155,25 @@ fn read(path: &Path) -> Result<Record, Failure> {
     serde_json::from_slice(&bytes).map_err(|error| Failure::Run(format!("{}: {error}", path.display())))
 }
 
+/// Every recorded comparison, by its file.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn read_all() -> Result<BTreeMap<PathBuf, Record>, Failure> {
+    let folder = folder();
+    let entries = std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>, std::io::Error>>()?;
+    paths.retain(|path| path.extension().is_some_and(|ending| ending == "json"));
+    paths.into_iter().map(|path| Ok((path.clone(), read(&path)?))).collect()
+}
+
 /// The replications as Markdown: a section for each recorded comparison, with its claims.
 ///
 /// # Errors
 /// If a file cannot be read, or names an arm that it does not have.
 pub fn replications() -> Result<String, Failure> {
-    let folder = folder();
-    let entries = std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
-    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>, std::io::Error>>()?;
-    paths.retain(|path| path.extension().is_some_and(|ending| ending == "json"));
-    paths.sort();
     let mut out = String::new();
-    for path in paths {
-        let record = read(&path)?;
+    for (path, record) in read_all()? {
         let name = record.comparison.rsplit('/').next().unwrap_or_default();
         let parameters = record.arms.first().and_then(|arm| *arm.values.get("parameters")?.first()?);
         let parameters = parameters.map_or(String::new(), |count| format!(", {} parameters", thousands(count as u64)));

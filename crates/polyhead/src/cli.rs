@@ -2,7 +2,7 @@
 
 mod args;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Args, Parser, Subcommand};
@@ -27,6 +27,12 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// Print data as JSON, where it is printed as tables or text otherwise.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing on standard error but errors: no notes, no progress.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
     /// Take trained weights that contain NaN or infinite numbers, which are an error otherwise.
     #[arg(long, global = true)]
     pub allow_nonfinite: bool,
@@ -73,18 +79,35 @@ impl TypedValueParser for DeviceParser {
 }
 
 /// Flags that have other names now: of which command, the old name, the new one. The old ones work for one version more.
-const RENAMED: [(&str, &str, &str); 3] =
-    [("export", "--to", "--out"), ("eval", "--new-tokens", "--max-new-tokens"), ("convert", "--text", "--text-file")];
+const RENAMED: [(&str, &str, &str); 5] = [
+    ("export", "--to", "--out"),
+    ("eval", "--new-tokens", "--max-new-tokens"),
+    ("eval", "--text", "--text-file"),
+    ("convert", "--text", "--text-file"),
+    ("heads", "--to", "--receivers"),
+];
 
 /// Warnings about flags among the arguments that have other names now.
 pub fn renamed_flags(arguments: &[String]) -> Vec<String> {
     let is = |argument: &String, old: &str| {
         argument == old || argument.strip_prefix(old).is_some_and(|rest| rest.starts_with('='))
     };
-    let command = arguments.get(1).map(String::as_str);
+    // Flags of every command may stand before it.
+    let command = arguments.iter().skip(1).find(|argument| !argument.starts_with('-')).map(String::as_str);
     let used =
         RENAMED.iter().filter(|(of, old, _)| command == Some(of) && arguments.iter().any(|argument| is(argument, old)));
     used.map(|(_, old, new)| format!("warning: {old} is called {new} now; the old name will be refused")).collect()
+}
+
+/// Reads a text that is typed. A file's name with its ending is a mistake: it would be taken for the text itself.
+pub fn typed_text(text: &str) -> Result<String, String> {
+    let path = Path::new(text);
+    match path.extension().is_some() && path.is_file() {
+        true => Err(format!(
+            "this is a file, and the text itself is taken here: \"$(cat {text})\" hands over what is in it"
+        )),
+        false => Ok(text.to_owned()),
+    }
 }
 
 /// A recipe with overrides.
@@ -240,9 +263,9 @@ Examples:
     Heads(crate::heads::HeadsCommand),
     /// Print the replications: what papers claim and what we measured, from recipes/results.
     Results,
-    /// Measure a trained model: on its held-out data, on a text (--text), or with questions about long texts (--task).
+    /// Measure a trained model: on its held-out data, on a text (--text-file), or with questions about long texts (--task).
     ///
-    /// With --text, loss (nats per token), perplexity and bits per byte of the files, for any checkpoint or folder in Hugging
+    /// With --text-file, loss (nats per token), perplexity and bits per byte of the files, for any checkpoint or folder in Hugging
     /// Face's format. They are read in windows that overlap; every token is predicted once, with at least window - stride tokens
     /// before it.
     ///
@@ -256,7 +279,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   polyhead eval checkpoints/quickstart
-  polyhead eval llama-folder --text book.txt --window 2048 --stride 512
+  polyhead eval llama-folder --text-file book.txt --window 2048 --stride 512
   polyhead eval checkpoints/sft --task all --heatmap sft.svg
   polyhead eval checkpoints/sft --task needles_multi,multi_hop --lengths 1,2,4 --samples 50
   polyhead eval checkpoints/quickstart --task eigenscore --prompts questions.txt
@@ -371,7 +394,7 @@ Examples:
         #[arg(long, value_delimiter = ',', required_unless_present = "text", conflicts_with = "text")]
         tokens: Vec<u32>,
         /// A text instead, behind the token that begins texts where the tokenizer puts one.
-        #[arg(long)]
+        #[arg(long, value_parser = typed_text)]
         text: Option<String>,
         /// The safetensors file to write: `tokens` [1, n] and `logits` [1, n, vocab].
         #[arg(long)]

@@ -30,6 +30,13 @@ pub(crate) use put;
 /// out; a log is looked at on a terminal, too. That nobody listens (a closed pipe, a terminal that is gone) must not end a run:
 /// the standard library's macros panic there.
 pub fn say(line: &str) {
+    if !is_quiet() {
+        say_aloud(line);
+    }
+}
+
+/// [`say`] what went wrong, with `--quiet` too.
+pub fn complain(line: &str) {
     if !is_hushed() {
         say_aloud(line);
     }
@@ -46,6 +53,26 @@ pub fn hush() {
 
 fn is_hushed() -> bool {
     HUSHED.load(Ordering::SeqCst)
+}
+
+/// `--quiet` and `--json`.
+static ONLY_ERRORS: AtomicBool = AtomicBool::new(false);
+static AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Sets whether nothing but errors is said, and whether data is printed as JSON, before anything is done.
+pub fn decide(only_errors: bool, as_json: bool) {
+    ONLY_ERRORS.store(only_errors, Ordering::SeqCst);
+    AS_JSON.store(as_json, Ordering::SeqCst);
+}
+
+/// Whether nothing is said but what went wrong.
+pub fn is_quiet() -> bool {
+    is_hushed() || ONLY_ERRORS.load(Ordering::SeqCst)
+}
+
+/// Whether data is printed as JSON.
+pub fn wants_json() -> bool {
+    AS_JSON.load(Ordering::SeqCst)
 }
 
 /// [`say`], whoever else speaks.
@@ -119,8 +146,8 @@ impl Console {
 }
 
 /// Whether a bar can be shown.
-fn has_terminal() -> bool {
-    std::io::stderr().is_terminal() && !is_hushed()
+pub fn has_terminal() -> bool {
+    std::io::stderr().is_terminal() && !is_quiet()
 }
 
 /// Between two lines about the same work, where there is no terminal; chosen by us.
@@ -150,6 +177,11 @@ pub fn progress(what: &'static str, done: u64, all: u64) {
     if done < all {
         shown.get_or_insert_with(|| Progress::new(what, all)).reach(done);
     }
+}
+
+/// How far data is read and turned into tokens, in bytes.
+pub fn reading(done: u64, all: u64) {
+    progress("reading data", done, all);
 }
 
 impl Progress {

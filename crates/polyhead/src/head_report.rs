@@ -11,7 +11,7 @@ use polyhead_training::image::{Options, Png, heat_map};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::{Map, Value, json};
 
-use crate::console::{put, talk};
+use crate::console::{put, talk, wants_json};
 
 /// Heads in a table.
 pub struct Report {
@@ -38,13 +38,16 @@ impl Report {
     /// If something cannot be drawn or written.
     pub fn write(&self, out: &Path, name: &str) -> Result<(), Failure> {
         let json_path = out.join(format!("{name}.json"));
-        atomic_write(&json_path, format!("{:#}\n", self.json()).as_bytes())?;
+        let json = self.json();
+        atomic_write(&json_path, format!("{json:#}\n").as_bytes())?;
         let page_path = out.join(format!("{name}.html"));
         atomic_write(&page_path, page(&self.title, &self.html()?).as_bytes())?;
-        let head: Vec<String> = self.head();
-        put!("{}", line(&head))?;
-        for at in 0..self.heads.len() {
-            put!("{}", line(&self.cells(at)))?;
+        match wants_json() {
+            true => put!("{json:#}")?,
+            false => {
+                put!("{}", line(&self.head()))?;
+                (0..self.heads.len()).try_for_each(|at| put!("{}", line(&self.cells(at))))?;
+            }
         }
         talk!("\n{}", self.finding);
         talk!("numbers and page: {}, {}", json_path.display(), page_path.display());

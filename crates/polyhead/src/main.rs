@@ -36,10 +36,11 @@ fn main() -> ExitCode {
         // Help and version are our own words; a mistake repeats what was typed.
         Err(told) if !told.use_stderr() => told.exit(),
         Err(mistake) => {
-            console::say(mistake.render().to_string().trim_end());
+            console::complain(mistake.render().to_string().trim_end());
             return ExitCode::from(2);
         }
     };
+    console::decide(cli.quiet, cli.json);
     allowed::decide(Allowed {
         nonfinite: if cli.allow_nonfinite { NonFinite::Allow } else { NonFinite::Refuse },
         too_little_memory: cli.ignore_memory,
@@ -53,7 +54,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Unread) => ExitCode::SUCCESS,
         Err(failure) => {
-            console::talk!("{failure}");
+            console::complain(&failure.to_string());
             ExitCode::from(code(&failure))
         }
     }

@@ -50,7 +50,7 @@ pub struct Costs {
 }
 
 /// Costs of a model or a part of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct Totals {
     /// Weights.
     pub parameters: u64,

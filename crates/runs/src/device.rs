@@ -22,7 +22,8 @@ pub fn open(name: &str) -> Result<Device, String> {
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         (kind, which) if gpu::is_compiled_in(kind) => gpu::open(kind, which, name),
         (kind, _) => Err(format!(
-            "device {name}: this binary was built without it; build with `cargo build --release --features {kind}`, or use flex"
+            "device {name}: this binary was built without it; build with `cargo build --release --features {kind}` (docs: GPUs), or use \
+             flex"
         )),
     }
 }
@@ -78,21 +79,40 @@ pub fn memory_bytes(name: &str) -> Option<u64> {
     None
 }
 
+/// Whether this binary was built with the backend of a kind of device.
+fn is_built_in(kind: &str) -> bool {
+    match kind {
+        "flex" => true,
+        "ndarray" => cfg!(feature = "ndarray"),
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        _ => gpu::is_compiled_in(kind),
+        #[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+        _ => false,
+    }
+}
+
 /// A device that was asked for: its name, and what it calls itself or why it cannot be used.
 pub type Found = (String, Result<Option<String>, String>);
 
-/// Every kind of device, and every GPU of a kind that has some, with what it calls itself or why it cannot be used.
-pub fn all() -> Vec<Found> {
-    let of_kind = |kind: &&str| {
+/// What this binary can run on here.
+pub struct Devices {
+    /// Every device of the kinds that were built in, with what it calls itself or why it cannot be used.
+    pub found: Vec<Found>,
+    /// Kinds that were not built in, which are the names of features, too.
+    pub not_built_in: Vec<&'static str>,
+}
+
+/// Looks for devices of every kind.
+pub fn all() -> Devices {
+    let (built_in, not_built_in): (Vec<&str>, Vec<&str>) = DEVICES.into_iter().partition(|kind| is_built_in(kind));
+    let of_kind = |kind: &str| match kind {
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
-        if gpu::is_compiled_in(kind) {
-            return gpu::names(kind);
-        }
-        vec![kind.to_string()]
+        kind if gpu::is_compiled_in(kind) => gpu::names(kind),
+        kind => vec![kind.to_owned()],
     };
     let found = |name: String| {
         let device = open(&name).map(|device| product(&device));
         (name, device)
     };
-    DEVICES.iter().flat_map(of_kind).map(found).collect()
+    Devices { found: built_in.into_iter().flat_map(of_kind).map(found).collect(), not_built_in }
 }

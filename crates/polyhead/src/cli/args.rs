@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{RecipeArgs, device};
+use super::{RecipeArgs, device, typed_text};
 
 /// How to train.
 #[derive(Debug, Args)]
@@ -43,14 +43,14 @@ pub struct EvalArgs {
     #[arg(long, default_value_t = 0, conflicts_with = "task")]
     pub batches: u64,
     /// Text files, folders or patterns to measure the loss on, instead of the data of the model's recipe.
-    #[arg(long, num_args = 1.., value_name = "PATH", conflicts_with_all = ["task", "batches"])]
-    pub text: Vec<String>,
+    #[arg(long, alias = "text", num_args = 1.., value_name = "PATH", conflicts_with_all = ["task", "batches"])]
+    pub text_file: Vec<String>,
     /// Tokens that are read at a time. Default: as many as the model was made for, 1024 at most.
-    #[arg(long, requires = "text", value_parser = at_least_one)]
+    #[arg(long, requires = "text_file", value_parser = at_least_one)]
     pub window: Option<usize>,
     /// Tokens from one window to the next. Default: half a window. A smaller one gives every prediction more context, and takes
     /// longer.
-    #[arg(long, requires = "text", value_parser = at_least_one)]
+    #[arg(long, requires = "text_file", value_parser = at_least_one)]
     pub stride: Option<usize>,
     /// What is asked, instead of validating.
     #[arg(long, value_delimiter = ',', value_parser = TASKS)]
@@ -124,7 +124,7 @@ pub struct GenerateArgs {
     /// A checkpoint, a run folder, or a folder in Hugging Face's format.
     pub checkpoint: PathBuf,
     /// What the text starts with; - reads it from standard input.
-    #[arg(long, default_value = "", conflicts_with = "prompts")]
+    #[arg(long, default_value = "", conflicts_with = "prompts", value_parser = typed_text)]
     pub prompt: String,
     /// A file of prompts, one a line; of a .jsonl file, the "prompt" of each row.
     #[arg(long, value_name = "FILE")]

@@ -16,16 +16,17 @@ use polyhead_experiments::plan::{self, Plan, Run};
 use polyhead_experiments::prepare::Prepared;
 use polyhead_experiments::processes::Share;
 use polyhead_experiments::runs;
-use polyhead_experiments::{evaluate, html, json, markdown, record};
+use polyhead_experiments::{evaluate, html, json as numbers, markdown, record};
 use polyhead_runs::Resolved;
 use polyhead_runs::kind::{ForAnyKind, Kind, for_kind};
 use polyhead_runs::probe::probe;
 use polyhead_runs::text::quoted;
+use serde_json::json;
 
 use super::train::summary::program;
 use crate::allowed::{caller, flags};
 use crate::cli::Cli;
-use crate::console::{clock, put, say, talk, thousands};
+use crate::console::{clock, put, reading, say, talk, thousands, wants_json};
 use crate::signals;
 use polyhead_recipe::Recipe;
 use polyhead_runs::Failure;
@@ -126,7 +127,11 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     evaluate::evaluate(&mut outcome, &share, requests, say).inspect_err(interrupted)?;
     atomic_write(&out.join("report.md"), markdown::report(&outcome).as_bytes())?;
     atomic_write(&out.join("report.html"), html::report(&outcome)?.as_bytes())?;
-    atomic_write(&out.join("report.json"), format!("{:#}\n", json::report(&outcome)).as_bytes())?;
+    let told = numbers::report(&outcome);
+    atomic_write(&out.join("report.json"), format!("{told:#}\n").as_bytes())?;
+    if wants_json() {
+        put!("{told:#}")?;
+    }
     talk!("\n{}", outcome.finding());
     outcome.warnings().iter().for_each(|warning| talk!("warning: {warning}"));
     talk!("\nreport   {0}/report.html, {0}/report.md and {0}/report.json", out.display());
@@ -178,7 +183,7 @@ fn time_of(run: &Resolved) -> Result<Duration, Failure> {
         type Output = Result<Duration, Failure>;
 
         fn run<K: Kind>(self) -> Self::Output {
-            let data = K::open(self.0, &mut |_, _| {})?;
+            let data = K::open(self.0, &mut reading)?;
             Ok(probe::<K>(self.0, &data)?.whole(&self.0.recipe))
         }
     }
@@ -186,7 +191,7 @@ fn time_of(run: &Resolved) -> Result<Duration, Failure> {
 }
 
 /// What is wrong with flags of `polyhead eval`, in a line.
-fn check_task(flags: &str) -> Result<(), String> {
+pub(super) fn check_task(flags: &str) -> Result<(), String> {
     let words = ["polyhead", "eval", "run"].into_iter().chain(flags.split_whitespace());
     match Cli::try_parse_from(words) {
         Ok(_) => Ok(()),
@@ -240,6 +245,12 @@ fn told_matches(plan: &Plan) {
 /// Prints what would be made before the arms, of which nothing can be told before that.
 fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
     let (all, waiting) = prepared.counts();
+    if wants_json() {
+        return put!(
+            "{:#}",
+            json!({ "prepare": { "models": all, "waiting": waiting, "commands": prepared.commands() } })
+        );
+    }
     put!("prepare    {all} models, {} of them finished; for the first seed:", all - waiting)?;
     for command in prepared.commands() {
         put!("           {command}")?;
@@ -247,8 +258,30 @@ fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
     put!("arms       start from these, and can be counted once they are there")
 }
 
+/// Prints what would run, for programs: every arm with every setting.
+fn show_as_json(plan: &Plan, share: &Share, measure: bool) -> Result<(), Failure> {
+    let mut arms = Vec::new();
+    for (arm, choice) in plan.arms.iter().flat_map(|arm| arm.choices.iter().map(move |choice| (arm, choice))) {
+        let seconds = if measure { Some(time_of(&choice.run)?.as_secs_f64()) } else { None };
+        arms.push(json!({
+            "arm": arm.name, "setting": choice.words, "costs": choice.totals, "seconds_per_run": seconds,
+            "deviation": choice.matched.as_ref().map(|found| found.deviation()),
+        }));
+    }
+    let finished = plan.runs.iter().map(|run| Ok(u64::from(runs::finished(run)?.is_some())));
+    let finished: u64 = finished.sum::<Result<u64, Failure>>()?;
+    put!(
+        "{:#}",
+        json!({ "arms": arms, "seeds": plan.comparison.seeds, "runs": plan.count(), "finished": finished, "jobs": share.jobs,
+            "threads": share.threads, "folder": plan.out })
+    )
+}
+
 /// Prints what would run.
 fn show(plan: &Plan, share: &Share, measure: bool) -> Result<(), Failure> {
+    if wants_json() {
+        return show_as_json(plan, share, measure);
+    }
     // Trials change how a model is trained, as a rule not what it costs: one of them stands for all.
     let tuned = plan.comparison.tune.as_ref();
     let shown = |arm: &'_ plan::ArmPlan| if tuned.is_some() { 1 } else { arm.choices.len() };

@@ -10,7 +10,7 @@ use polyhead_models::{Batch, Decoder};
 use super::must_not_exist;
 use super::new_folder::{NewFolder, must_not_be_data};
 use crate::allowed::caller;
-use crate::console::{Progress, talk};
+use crate::console::{Progress, put, talk, wants_json};
 use polyhead_recipe::Conversion;
 use polyhead_recipe::Problems;
 use polyhead_recipe::Recipe;
@@ -21,6 +21,7 @@ use polyhead_runs::pretrained::tokenizer_files;
 use polyhead_runs::resolve::begin_run;
 use polyhead_runs::{Trained, open_trained};
 use polyhead_training::run_folder::files;
+use serde_json::Value;
 
 mod summary;
 
@@ -70,14 +71,17 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     must_not_be_data(&recipe, &args.out)?;
     let folder = NewFolder::begin(&args.out)?;
     let on = On { text: !args.text_file.is_empty(), batches: args.batches };
-    perform(&args.conversion, &parent, recipe, (folder.path(), on))?;
+    let (_, summary) = perform(&args.conversion, &parent, recipe, (folder.path(), on))?;
     folder.finish()?;
+    if wants_json() {
+        put!("{summary:#}")?;
+    }
     talk!("wrote {0}; next: model.pretrained = \"{0}\" in a recipe, or eval, generate, export", args.out.display());
     Ok(())
 }
 
 /// Converts a model, prints what that did to it on the data of `recipe`, and writes it to a folder: its `conversion.json`
-/// last, which says that all is there.
+/// last, which says that all is there, and which is given too.
 ///
 /// # Errors
 /// If the model cannot become what is asked for, or something cannot be read or written.
@@ -86,7 +90,7 @@ pub fn perform(
     parent: &Trained,
     recipe: Recipe,
     (out, on): (&Path, On),
-) -> Result<Measured, Failure> {
+) -> Result<(Measured, Value), Failure> {
     // A fresh router's weights are a function of the recipe's seed.
     seed_random(recipe.debug.seed);
     let opened = open_tokens(&recipe, parent.tokenizer.as_ref())?;
@@ -105,7 +109,9 @@ pub fn perform(
     };
     let models = [&parent.model, &child];
     let measured = Measured::on(models, &held_out, on.batches)?;
-    summary::print(&measured, models, opened.vocab_size)?;
+    if !wants_json() {
+        summary::print(&measured, models, opened.vocab_size)?;
+    }
 
     let recipe = parent.recipe.clone().unwrap_or(recipe);
     let mut companions = vec![(files::DATA.to_owned(), record_text(&opened.record()))];
@@ -114,8 +120,8 @@ pub fn perform(
     }
     begin_run(out, &child, recipe, companions, caller())?;
     summary::draw(out, models)?;
-    summary::summarize(out, conversion, models, &measured)?;
-    Ok(measured)
+    let summary = summary::summarize(out, conversion, models, &measured)?;
+    Ok((measured, summary))
 }
 
 /// The converted model; keys are measured on batches of `train`, where the conversion asks for it.

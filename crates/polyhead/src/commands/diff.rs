@@ -1,10 +1,11 @@
 //! `polyhead diff`: two runs side by side, by what they were told, where they ran and what they reached.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::console::{put, say};
+use crate::console::{put, say, wants_json};
 use polyhead_recipe::Problems;
 use polyhead_recipe::{self as recipe, Recipe};
 use polyhead_runs::Failure;
@@ -24,10 +25,19 @@ struct Run {
 /// Prints how two runs differ.
 pub fn diff(paths: [&Path; 2]) -> Result<(), Failure> {
     let [a, b] = [read(paths[0])?, read(paths[1])?];
+    let differences = recipe::all_differences(&a.recipe, &b.recipe);
+    if wants_json() {
+        let environment = |run: &Run| run.environment.iter().cloned().collect::<BTreeMap<_, _>>();
+        let numbers = |run: &Run| run.numbers.iter().cloned().collect::<BTreeMap<_, _>>();
+        let (environments, measured) = ([&a, &b].map(environment), [&a, &b].map(numbers));
+        return put!(
+            "{:#}",
+            json!({ "runs": paths, "recipe": differences, "environments": environments, "measured": measured })
+        );
+    }
     let names = paths.map(|path| path.display().to_string());
     line("", &names[0], &names[1], "")?;
     put!("\nrecipe")?;
-    let differences = recipe::all_differences(&a.recipe, &b.recipe);
     for (key, [before, now]) in &differences {
         line(key, before, now, "")?;
     }

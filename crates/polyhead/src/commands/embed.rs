@@ -16,7 +16,7 @@ use super::must_not_exist;
 use super::new_folder::sweep;
 use crate::allowed::caller;
 use crate::cli::at_least_one;
-use crate::console::{put, talk};
+use crate::console::{progress, put, talk};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::embedder::open_embedder;
@@ -78,8 +78,10 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     for start in (0..texts).step_by(args.batch_size) {
         let end = texts.min(start + args.batch_size);
         let data = TensorData::new(features.floats(start * size..end * size)?, [end - start, layers, dim]);
+        progress("embedding", start as u64, texts as u64);
         embeddings.extend(trained.model.embed(Tensor::from_data(data, &device)).into_data().iter::<f32>());
     }
+    progress("embedding", texts as u64, texts as u64);
     if let Some(measure) = measure {
         let of_layer = |layer: usize| -> Result<Value, DataError> {
             let mut rows = Vec::with_capacity(texts * dim);

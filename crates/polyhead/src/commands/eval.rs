@@ -39,7 +39,7 @@ pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
         let most = trained.max_positions;
         talk!("warning: --window ({window}) is longer than the {most} positions that the model was made for");
     }
-    let config = TextConfig { paths: args.text.clone(), validation_paths: Vec::new(), syntax: Syntax::Prose };
+    let config = TextConfig { paths: args.text_file.clone(), validation_paths: Vec::new(), syntax: Syntax::Prose };
     let documents = DataConfig::Text(config).documents(Path::new("."))?;
     documents.notes.iter().for_each(|note| talk!("note: {note}"));
     let (bytes, note) = tokenizer.token_bytes_of(documents.texts.iter().map(|document| document.text.as_str()));

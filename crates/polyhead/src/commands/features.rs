@@ -1,7 +1,6 @@
 //! `polyhead features`: what every layer of a decoder makes of labelled texts, or of texts that belong together.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use polyhead_data::{
@@ -14,7 +13,7 @@ use polyhead_training::run_folder::atomic_write;
 use super::must_not_exist;
 use super::new_folder::sweep;
 use crate::allowed::caller;
-use crate::console::{bytes, talk};
+use crate::console::{bytes, progress, talk};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::open_trained;
@@ -148,7 +147,7 @@ fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failur
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|&index| tokens[index].len());
     let mut values = vec![0.0; texts.len() * size];
-    let (started, mut told, mut done) = (Instant::now(), 0, 0);
+    let mut done = 0;
     for chosen in order.chunks(args.batch_size as usize) {
         let batch: Vec<Vec<u32>> = chosen.iter().map(|&index| tokens[index].clone()).collect();
         let made = trained.model.layer_features(&batch, args.pool.of_tokens()).into_data();
@@ -160,11 +159,7 @@ fn run(args: &FeaturesArgs, texts: Vec<(String, String)>) -> Result<Made, Failur
             values[index * size..(index + 1) * size].copy_from_slice(row);
         }
         done += chosen.len();
-        let seconds = started.elapsed().as_secs() / 5;
-        if seconds > told && done < texts.len() {
-            told = seconds;
-            talk!("{done} of {} texts", texts.len());
-        }
+        progress("reading texts", done as u64, texts.len() as u64);
     }
     Ok(Made { values, n_layers, dim })
 }

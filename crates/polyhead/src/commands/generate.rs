@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::allowed::caller;
 use crate::cli::{ChatArgs, GenerateArgs, SamplingArgs};
-use crate::console::{harmless, print, progress, put, talk};
+use crate::console::{harmless, print, progress, put, talk, wants_json};
 
 impl SamplingArgs {
     /// How tokens are chosen, after a check.
@@ -66,7 +66,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let count = answer.tokens.len();
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
     talk!("{count} tokens, {rate:.1} tokens/s");
-    Ok(())
+    if wants_json() { put!("{:#}", as_json(text, &answer)) } else { Ok(()) }
 }
 
 /// Continues a prompt by tokens that are accepted by their saliency.
@@ -144,16 +144,22 @@ pub fn write_text(
 ) -> Result<Answer, Failure> {
     show(shown)?;
     let answer = answer(model, &mut Past::new(model.0), prompt, how, &mut show)?;
-    put!("")?;
+    show("\n")?;
     Ok(answer)
 }
 
-/// Text on standard output, in which nothing steers a terminal.
+/// Text on standard output, in which nothing steers a terminal. JSON comes as a whole, once all is known.
 fn show(text: &str) -> Result<(), Failure> {
     match std::io::stdout().is_terminal() {
+        _ if wants_json() => Ok(()),
         true => print(format_args!("{}", harmless(text))),
         false => print(format_args!("{text}")),
     }
+}
+
+/// A prompt and what became of it, for programs.
+fn as_json(prompt: &str, Answer { text, tokens, finish, .. }: &Answer) -> Value {
+    json!({ "prompt": prompt, "text": text, "tokens": tokens.len(), "finish": finish.name() })
 }
 
 /// Continues every prompt of a file, and prints a JSON line for each, in their order.
@@ -167,8 +173,8 @@ fn generate_all(trained: &Trained, file: &Path, (args, sampling): (&GenerateArgs
         .collect();
     let (mut written, mut done) = (vec![Value::Null; prompts.len()], 0);
     let mut hear = |at: usize, _: &str, answer: Option<Answer>| {
-        if let Some(Answer { text, tokens, finish, .. }) = answer {
-            written[at] = json!({ "prompt": texts[at], "text": text, "tokens": tokens.len(), "finish": finish.name() });
+        if let Some(answer) = answer {
+            written[at] = as_json(&texts[at], &answer);
             done += 1;
             progress("generating", done, prompts.len() as u64);
         }

@@ -12,11 +12,12 @@ use polyhead_models::surgery::{self, Growth};
 use polyhead_recipe as recipe;
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::state::Companions;
+use serde_json::json;
 
 use super::new_folder::{NewFolder, must_not_be_data};
 use super::{check_memory, must_not_exist};
 use crate::allowed::caller;
-use crate::console::{put, talk, thousands};
+use crate::console::{put, talk, thousands, wants_json};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::open_trained;
@@ -76,7 +77,7 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
         }
         Err(disagreement) => talk!("logits: {disagreement}"),
     }
-    if difference.is_err() || difference.is_ok_and(|most| most > UNCHANGED) {
+    if difference.is_err() || difference.as_ref().is_ok_and(|most| *most > UNCHANGED) {
         let problem =
             "the grown model computes something else; nothing was written\n  hint: less --noise costs fewer digits";
         return Err(Failure::Run(problem.into()));
@@ -93,7 +94,14 @@ pub fn grow(args: &GrowArgs) -> Result<(), Failure> {
     folder.finish()?;
     talk!("the optimiser starts afresh: its state belonged to the parent's weights");
     talk!("next: model.pretrained = {:?} in a recipe, or train {}", args.out, args.out.join(files::RECIPE).display());
-    put!("{}", checkpoint.display())
+    let sizes = [&parent.model, &grown].map(|model| model.num_params());
+    match wants_json() {
+        true => put!(
+            "{:#}",
+            json!({ "checkpoint": checkpoint, "parameters": sizes, "largest_difference": difference.ok() })
+        ),
+        false => put!("{}", checkpoint.display()),
+    }
 }
 
 /// Over one row of tokens.

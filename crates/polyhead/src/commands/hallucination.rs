@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
-use crate::console::{harmless, put, talk};
+use crate::console::{harmless, progress, put, talk};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::data::world;
@@ -74,15 +74,17 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let mut prompts = Vec::new();
     let mut sums = vec![0.0; SCORES.len()];
     talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.max_new_tokens);
-    for prompt in lines(file)? {
-        let ids = tokenizer.encode_prompt(&prompt)?;
+    let asked = lines(file)?;
+    for (done, prompt) in asked.iter().enumerate() {
+        let ids = tokenizer.encode_prompt(prompt)?;
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, stops, layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);
         let mut entry = json!({ "prompt": prompt });
         SCORES.iter().zip(scores).for_each(|((name, _), score)| entry[*name] = json!(score));
-        talk!("{:>9.4}  {}", scores[0], harmless(&prompt));
+        talk!("{:>9.4}  {}", scores[0], harmless(prompt));
         prompts.push(entry);
+        progress("answering", done as u64 + 1, asked.len() as u64);
     }
     let mut mean = json!({});
     SCORES.iter().zip(sums).for_each(|((name, _), sum)| mean[*name] = json!(sum / prompts.len() as f64));

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
-use crate::console::{put, talk};
+use crate::console::{progress, put, talk};
 use polyhead_runs::Failure;
 use polyhead_runs::open_trained;
 
@@ -34,11 +34,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         false => LongTask::ALL.into_iter().filter(|task| args.task.iter().any(|name| name == task.name())).collect(),
     };
     talk!("{} problems each, by length (1x = {trained_on} tokens) and depth", args.samples);
+    let depths_of = |task: LongTask| if task.has_depth() { DEPTHS } else { 1 };
+    let depths: usize = tasks.iter().map(|&task| depths_of(task)).sum();
+    let (all, mut done) = ((depths * lengths.len() * args.samples) as u64, 0);
     let mut rows = Vec::new();
     for task in tasks {
         for &times in lengths {
             let length = times * trained_on;
-            let depths = if task.has_depth() { DEPTHS } else { 1 };
+            let depths = depths_of(task);
             let mut by_depth = Vec::new();
             for depth in 0..depths {
                 let mut right = 0;
@@ -49,6 +52,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
                     let middle = (depth as f64 + 0.5) / depths as f64;
                     let problem = problems.make(task, length, middle, &mut rng)?;
                     right += usize::from(is_right(&trained.model, &problem.tokens.tokens, &problem.answer, begin));
+                    done += 1;
+                    progress("asking", done, all);
                 }
                 by_depth.push(right as f64 / args.samples as f64);
             }

@@ -11,6 +11,7 @@ mod generate;
 pub mod grow;
 mod hallucination;
 mod long_context;
+mod ls;
 mod new;
 mod new_folder;
 mod plan;
@@ -31,7 +32,7 @@ use std::path::Path;
 
 use crate::allowed::allowed;
 use crate::cli::{Command, RecipeArgs, TokenizerCommand};
-use crate::console::{bytes, print, put};
+use crate::console::{bytes, print, put, wants_json};
 use crate::inspect;
 use polyhead_experiments::{comparison, record};
 use polyhead_recipe::Problems;
@@ -39,16 +40,22 @@ use polyhead_recipe::stages::Staged;
 use polyhead_recipe::{self as recipe, Loaded, has_own_memory};
 use polyhead_runs::Failure;
 use polyhead_runs::device::memory_bytes;
+use serde_json::json;
 
 /// Does what was asked.
 ///
 /// # Errors
 /// If it cannot be done; see [`Failure`].
 pub fn run(command: Command) -> Result<(), Failure> {
+    if wants_json() && !has_json(&command) {
+        return Err(
+            Problems::plain("--json: this command prints no data that could be JSON: leave it out".into()).into()
+        );
+    }
     match command {
         Command::Train(args) => train::train(args),
         Command::New { folder } => new::new(&folder),
-        Command::Ls { folder } => recipes::ls(folder.as_deref()),
+        Command::Ls { folder } => ls::ls(folder.as_deref()),
         Command::Cp { recipe, to } => recipes::cp(&recipe, &to),
         Command::Cat(args) => match staged(&args)? {
             Some(staged) => stages::cat(&args.recipe, &staged),
@@ -60,7 +67,10 @@ pub fn run(command: Command) -> Result<(), Failure> {
                 (_, Some(staged)) => stages::validate(&args.recipe, &staged)?,
                 _ => drop(load(&args)?),
             }
-            put!("{}: valid", args.recipe.display())
+            match wants_json() {
+                true => put!("{}", json!({ "file": args.recipe, "valid": true })),
+                false => put!("{}: valid", args.recipe.display()),
+            }
         }
         Command::Plan { mut recipe, no_probe, device } => {
             recipe.on(device.as_deref());
@@ -77,12 +87,13 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Diff { runs } => diff::diff([&runs[0], &runs[1]]),
         Command::Compare(args) => compare::compare(&args),
         Command::Suite(args) => suite::suite(&args),
+        Command::Results if wants_json() => put!("{:#}", json!(record::read_all()?)),
         Command::Results => print(format_args!("{}", record::replications()?)),
         Command::Eval(args) => match args.task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ref tasks if args.file.is_some() && *tasks != ["template_pairs"] => {
                 Err(Problems::plain("a file beside the model is for --task template_pairs: leave it out".into()).into())
             }
-            [] if !args.text.is_empty() => eval::texts(&args),
+            [] if !args.text_file.is_empty() => eval::texts(&args),
             [] => eval::eval(&args),
             ["eigenscore"] => hallucination::eigenscore(&args),
             ["facts"] => hallucination::facts(&args),
@@ -130,6 +141,26 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Reference { out: Some(folder) } => reference::write(&folder),
         Command::Schema { kind } => print(format_args!("{}", reference::schema(kind)?)),
     }
+}
+
+/// Whether a command prints data that is JSON, or becomes JSON with `--json`; others write files, talk, or print pages.
+fn has_json(command: &Command) -> bool {
+    use Command::*;
+    !matches!(
+        command,
+        New { .. }
+            | Cp { .. }
+            | Chat(_)
+            | Serve(_)
+            | Export { .. }
+            | Features(_)
+            | Upscale(_)
+            | Logits { .. }
+            | Tokenizer(_)
+            | Man { .. }
+            | Completions { .. }
+            | Reference { .. }
+    )
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded, Failure> {

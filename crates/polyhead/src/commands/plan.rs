@@ -2,11 +2,12 @@
 
 use burn::tensor::Device;
 use polyhead_kernels::without_drawing;
-use polyhead_models::parameters;
+use polyhead_models::{Part, parameters};
 use polyhead_training::peak_memory_bytes;
+use serde_json::{Value, json};
 
 use crate::allowed::caller;
-use crate::console::{bytes, clock, put, talk, thousands};
+use crate::console::{bytes, clock, put, reading, talk, thousands, wants_json};
 use polyhead_recipe::{Loaded, Recipe, has_own_memory};
 use polyhead_runs::Failure;
 use polyhead_runs::Resolved;
@@ -19,8 +20,49 @@ use polyhead_runs::resolve::resolve;
 
 /// Prints what a recipe costs; with `probe`, trains a few steps to tell the time.
 pub fn plan(loaded: &Loaded, probe: bool) -> Result<(), Failure> {
+    if wants_json() {
+        return put!("{:#}", numbers(loaded, probe)?);
+    }
     let resolved = resolve(loaded, caller())?;
     for_kind(&resolved.recipe.model, Plan { resolved: &resolved, probe })
+}
+
+/// What a recipe costs, for programs.
+pub fn numbers(loaded: &Loaded, probe: bool) -> Result<Value, Failure> {
+    let resolved = resolve(loaded, caller())?;
+    for_kind(&resolved.recipe.model, Numbers { resolved: &resolved, probe })
+}
+
+/// What is known before any step is taken.
+struct Estimate<K: Kind> {
+    data: K::Data,
+    costs: Costs,
+    memory: Memory,
+    /// What there is of memory, where that is known.
+    available: Option<u64>,
+}
+
+impl<K: Kind> Estimate<K> {
+    fn of(resolved: &Resolved) -> Result<Self, Failure> {
+        let recipe = &resolved.recipe;
+        let data = K::open(resolved, &mut reading)?;
+        let costs = Costs::of(recipe, data.known());
+        let available = memory_bytes(&recipe.training.device);
+        let memory = match costs.totals.parameters.saturating_mul(4) < available.unwrap_or(u64::MAX) {
+            // Weights that nobody draws take no memory, and the model knows best what of it is trained.
+            true => {
+                let device = Device::flex().autodiff();
+                costs.memory(recipe, &parameters(&without_drawing(|| resolved.first::<K>(&data, &device))?))
+            }
+            false => costs.memory_of_all(),
+        };
+        Ok(Self { data, costs, memory, available })
+    }
+
+    /// Whether steps can be tried. A plan is made for what may be too large; the system would end us without a word.
+    fn fits(&self) -> bool {
+        self.available.is_none_or(|available| self.memory.peak() <= available)
+    }
 }
 
 struct Plan<'a> {
@@ -32,27 +74,51 @@ impl ForAnyKind for Plan<'_> {
     type Output = Result<(), Failure>;
 
     fn run<K: Kind>(self) -> Self::Output {
-        let (resolved, recipe) = (self.resolved, &self.resolved.recipe);
-        let data = K::open(resolved, &mut |_, _| {})?;
-        let costs = Costs::of(recipe, data.known());
-        let available = memory_bytes(&recipe.training.device);
-        let memory = match costs.totals.parameters.saturating_mul(4) < available.unwrap_or(u64::MAX) {
-            // Weights that nobody draws take no memory, and the model knows best what of it is trained.
-            true => {
-                let device = Device::flex().autodiff();
-                costs.memory(recipe, &parameters(&without_drawing(|| resolved.first::<K>(&data, &device))?))
+        let estimate = Estimate::<K>::of(self.resolved)?;
+        sizes(self.resolved, &estimate.data, &estimate.costs, &estimate.memory)?;
+        match estimate.available {
+            _ if !self.probe => Ok(()),
+            Some(available) if !estimate.fits() => {
+                put!("time       not measured: only {} of memory are available here", bytes(available))
             }
-            false => costs.memory_of_all(),
+            _ => time::<K>(self.resolved, &estimate.data, &estimate.costs),
+        }
+    }
+}
+
+struct Numbers<'a> {
+    resolved: &'a Resolved,
+    probe: bool,
+}
+
+impl ForAnyKind for Numbers<'_> {
+    type Output = Result<Value, Failure>;
+
+    fn run<K: Kind>(self) -> Self::Output {
+        let (resolved, recipe) = (self.resolved, &self.resolved.recipe);
+        let estimate = Estimate::<K>::of(resolved)?;
+        let Estimate { data, costs, memory, available } = &estimate;
+        let seq_len = recipe.training.seq_len as u64;
+        let part = |part: &Part| json!({ "name": part.name, "costs": Totals::of(&part.cost, seq_len) });
+        let probed = match self.probe && estimate.fits() {
+            true => Some(probe::<K>(resolved, data)?),
+            false => None,
         };
-        sizes(resolved, &data, &costs, &memory)?;
-        if !self.probe {
-            return Ok(());
-        }
-        // A plan is made for what may be too large; the system would end us without a word.
-        if let Some(available) = available.filter(|&available| memory.peak() > available) {
-            return put!("time       not measured: only {} of memory are available here", bytes(available));
-        }
-        time::<K>(resolved, &data, &costs)
+        let measured = probed.map(|probed| {
+            let (step, all) = (probed.step.as_secs_f64(), probed.whole(recipe).as_secs_f64());
+            json!({ "steps": probed.steps, "seconds_per_step": step, "seconds_in_all": all })
+        });
+        Ok(json!({
+            "data": data.description(), "unit": data.known().unit(), "seq_len": seq_len,
+            "parts": costs::parts(recipe, data.known()).iter().map(part).collect::<Vec<_>>(),
+            "costs": costs.totals, "steps": recipe.training.steps, "units_per_step": costs.tokens_per_step, "units": costs.tokens,
+            "training_flops": costs.training_flops(), "checkpoints": checkpoints(recipe),
+            "memory": {
+                "weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments,
+                "activations": memory.activations, "peak": memory.peak(), "available": available,
+            },
+            "disk": disk(resolved, memory), "measured": measured,
+        }))
     }
 }
 
@@ -90,14 +156,13 @@ fn sizes<B>(resolved: &Resolved, data: &impl TrainingData<B>, all: &Costs, memor
     let (state, activations) = (bytes(memory.state()), bytes(memory.activations));
     put!("memory     {state} for weights, gradients and optimiser; roughly {activations} for activations")?;
     put!("           at most {} at once: activations go while gradients come", bytes(memory.peak()))?;
-    let kept = checkpoints(recipe);
-    // Beside a base model, what is trained is saved alone: as much as its gradients.
+    put!("disk       {} for {} checkpoints", bytes(disk(resolved, memory)), thousands(checkpoints(recipe)))
+}
+
+/// Bytes of all checkpoints. Beside a base model, what is trained is saved alone: as much as its gradients.
+fn disk(resolved: &Resolved, memory: &Memory) -> u64 {
     let weights = if resolved.saves_adapter_only() { memory.gradients } else { memory.weights };
-    put!(
-        "disk       {} for {} checkpoints",
-        bytes(weights.saturating_add(memory.moments).saturating_mul(kept)),
-        thousands(kept)
-    )
+    weights.saturating_add(memory.moments).saturating_mul(checkpoints(&resolved.recipe))
 }
 
 /// Tells what all steps would take.

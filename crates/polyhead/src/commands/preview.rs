@@ -11,9 +11,10 @@ use polyhead_models::super_resolution::COLOURS;
 use polyhead_models::{Classifier, Decoder, Embedder, Examples, IGNORE, Inputs, Role, SuperResolution};
 use polyhead_training::image::{Sheet, sheet};
 use polyhead_training::run_folder::atomic_write;
+use serde_json::{Value, json};
 
 use crate::allowed::caller;
-use crate::console::{self, harmless, put, talk};
+use crate::console::{self, harmless, is_quiet, put, reading, talk, wants_json};
 use polyhead_recipe::Loaded;
 use polyhead_recipe::ModelConfig;
 use polyhead_runs::Failure;
@@ -69,12 +70,12 @@ impl Shade {
 
 /// Shows rows: as coloured text where colours can be shown, as a table everywhere else.
 pub fn preview(loaded: &Loaded, options: PreviewOptions) -> Result<(), Failure> {
-    let (resolved, quiet) = (resolve(loaded, caller())?, &mut |_, _| {});
+    let (resolved, read) = (resolve(loaded, caller())?, &mut reading);
     match &resolved.recipe.model {
-        ModelConfig::Decoder { .. } => tokens(loaded, &Decoder::open(&resolved, quiet)?, options),
-        ModelConfig::Classifier { .. } => examples(&Classifier::open(&resolved, quiet)?, options),
-        ModelConfig::Embedder(_) => pairs(&Embedder::open(&resolved, quiet)?, options),
-        ModelConfig::SuperResolution(_) => pictures(&SuperResolution::open(&resolved, quiet)?, options),
+        ModelConfig::Decoder { .. } => tokens(loaded, &Decoder::open(&resolved, read)?, options),
+        ModelConfig::Classifier { .. } => examples(&Classifier::open(&resolved, read)?, options),
+        ModelConfig::Embedder(_) => pairs(&Embedder::open(&resolved, read)?, options),
+        ModelConfig::SuperResolution(_) => pictures(&SuperResolution::open(&resolved, read)?, options),
     }
 }
 
@@ -83,8 +84,10 @@ fn tokens(loaded: &Loaded, opened: &Opened, options: PreviewOptions) -> Result<(
     let tokenizer = opened.tokenizer.as_ref();
     talk!("data: {}", opened.description);
     opened.notes.iter().for_each(|note| talk!("note: {note}"));
-    let coloured = !options.table && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;
-    if coloured {
+    let coloured = !options.table && !wants_json() && AutoStream::choice(&std::io::stdout()) != ColorChoice::Never;
+    if wants_json() || is_quiet() {
+        // Without a legend: JSON names its parts.
+    } else if coloured {
         let mut stderr = AutoStream::auto(std::io::stderr());
         let mut legend =
             format!("{TARGET}what the model learns to predict{TARGET:#}, {IGNORED}what it only reads{IGNORED:#}");
@@ -110,9 +113,10 @@ fn tokens(loaded: &Loaded, opened: &Opened, options: PreviewOptions) -> Result<(
                 documents: batch.documents.as_ref().map(|documents| &documents[range.clone()]),
                 roles: batch.roles.as_ref().map(|roles| &roles[range]),
             };
-            match coloured {
-                true => paint(first + row, &shown, tokenizer)?,
-                false => tabulate(first + row, &shown, tokenizer)?,
+            match (wants_json(), coloured) {
+                (true, _) => put!("{}", as_json(first + row, &shown, tokenizer))?,
+                (_, true) => paint(first + row, &shown, tokenizer)?,
+                (_, false) => tabulate(first + row, &shown, tokenizer)?,
             }
         }
     }
@@ -160,7 +164,10 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
                     let mut stream = StreamDecoder::new(tokenizer);
                     ids.iter().filter_map(|&id| stream.push(id)).collect()
                 });
-                put!("{}\t{}", class(example), harmless(&text).replace('\n', " "))?;
+                match wants_json() {
+                    true => put!("{}", json!({ "class": class(example), "text": text }))?,
+                    false => put!("{}\t{}", class(example), harmless(&text).replace('\n', " "))?,
+                }
             }
         }
     }
@@ -168,7 +175,11 @@ fn examples(labelled: &Labelled, options: PreviewOptions) -> Result<(), Failure>
         return Ok(());
     }
     for (row, examples) in all.chunks(ACROSS).enumerate() {
-        put!("row {row}: {}", examples.iter().map(class).collect::<Vec<_>>().join(", "))?;
+        let classes: Vec<String> = examples.iter().map(class).collect();
+        match wants_json() {
+            true => put!("{}", json!({ "row": row, "classes": classes }))?,
+            false => put!("row {row}: {}", classes.join(", "))?,
+        }
     }
     let [channels, height, width] = size;
     write_sheet(&images, Sheet { channels, height, width, across: ACROSS }, &options.out)?;
@@ -218,6 +229,20 @@ fn pairs(paired: &Paired, options: PreviewOptions) -> Result<(), Failure> {
         batch.dim
     );
     Ok(())
+}
+
+/// A row as one line of JSON; nothing is to be predicted where a target is null.
+fn as_json(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Value {
+    let texts = |ids: &[u32]| {
+        tokenizer.map(|tokenizer| ids.iter().map(|&id| tokenizer.token_text(id)).collect::<Vec<String>>())
+    };
+    let targets = row.targets.iter().map(|&target| (target != IGNORE).then_some(target));
+    let roles =
+        row.roles.map(|roles| roles.iter().map(|role| format!("{role:?}").to_lowercase()).collect::<Vec<String>>());
+    json!({
+        "row": number, "tokens": row.tokens, "texts": texts(row.tokens), "targets": targets.collect::<Vec<_>>(),
+        "documents": row.documents, "roles": roles,
+    })
 }
 
 fn tabulate(number: usize, row: &Row<'_>, tokenizer: Option<&Tokenizer>) -> Result<(), Failure> {

@@ -1,5 +1,6 @@
 //! `polyhead score-context`: how much the answers of conversations depend on what came before them (arXiv 2411.02688).
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use burn::tensor::{Int, Tensor, TensorData};
@@ -71,6 +72,8 @@ pub fn score_context(args: &ScoreContextArgs) -> Result<(), Failure> {
     });
     let chats: Vec<(usize, Vec<Value>, Option<bool>)> = chats.collect::<Result<_, _>>()?;
     talk!("{} conversations, layer {layer} of {layers}", chats.len());
+    // Lines on a terminal tell how far it is themselves.
+    let watched = !std::io::stdout().is_terminal();
     let mut labelled = Vec::new();
     for (done, (at, messages, label)) in (1..).zip(&chats) {
         let place = |error: Failure| match error {
@@ -107,7 +110,9 @@ pub fn score_context(args: &ScoreContextArgs) -> Result<(), Failure> {
             }
             put!("{told}")?;
         }
-        progress("scoring", done, chats.len() as u64);
+        if watched {
+            progress("scoring", done, chats.len() as u64);
+        }
     }
     if let Some(field) = &args.label {
         let depend = labelled.iter().filter(|(_, depends)| *depends).count();

@@ -6,6 +6,7 @@ use burn::module::Module;
 use polyhead_training::checkpoint::newest_good;
 use polyhead_training::run_folder::{RunLock, atomic_write, files};
 use polyhead_training::state;
+use serde_json::{Value, json};
 
 use super::convert::{self, Measured, cached_bytes};
 use super::new_folder::must_not_be_data;
@@ -13,7 +14,7 @@ use super::plan;
 use super::train::{self, TrainSession};
 use crate::allowed::caller;
 use crate::cli::TrainArgs;
-use crate::console::{put, talk, thousands};
+use crate::console::{put, talk, thousands, wants_json};
 use crate::signals::Signals;
 use polyhead_recipe::Loaded;
 use polyhead_recipe::Problems;
@@ -79,6 +80,9 @@ pub fn train(args: &TrainArgs, staged: &Staged, signals: &Signals) -> Result<(),
     if last.exists() {
         atomic_write(&out.join(files::RESULT), &std::fs::read(&last)?)?;
     }
+    if wants_json() {
+        put!("{:#}", json!(records))?;
+    }
     tell(&records);
     talk!(
         "\nsaved in {0}, which stands for its last stage; next: {1} generate {0}, eval, export",
@@ -105,7 +109,7 @@ fn run(
         }
         let parent = open_trained(from, None, caller())?.unmasked(caller());
         let on = convert::On { text: false, batches: convert::BATCHES };
-        return convert::perform(conversion, &parent, loaded.recipe, (folder, on));
+        return Ok(convert::perform(conversion, &parent, loaded.recipe, (folder, on))?.0);
     }
     if !finished {
         train::train_session(TrainSession {
@@ -219,6 +223,12 @@ pub fn validate(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
 /// # Errors
 /// As [`validate`].
 pub fn cat(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
+    if wants_json() {
+        return list(recipe, staged, |at, loaded| match &staged.stages[at].convert {
+            Some(conversion) => Ok(("conversion", json!(conversion))),
+            None => Ok(("recipe", json!(loaded.recipe))),
+        });
+    }
     each(recipe, staged, |at, loaded| {
         let stage = &staged.stages[at];
         put!("# stage {} of {}: {}", at + 1, staged.stages.len(), stage.name)?;
@@ -237,18 +247,25 @@ pub fn cat(recipe: &Path, staged: &Staged) -> Result<(), Failure> {
 /// # Errors
 /// As [`validate`]; or if the data cannot be read.
 pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> {
+    let waits = |loaded: &Loaded| loaded.recipe.model.pretrained().is_some_and(|from| !from.exists());
+    if wants_json() {
+        return list(recipe, staged, |at, loaded| match &staged.stages[at].convert {
+            Some(conversion) => Ok(("conversion", json!(conversion))),
+            None if waits(&loaded) => Ok(("plan", Value::Null)),
+            None => Ok(("plan", plan::numbers(&loaded, probe)?)),
+        });
+    }
     each(recipe, staged, |at, loaded| {
         let stage = &staged.stages[at];
         put!("{}stage {} of {}: {}", if at > 0 { "\n" } else { "" }, at + 1, staged.stages.len(), stage.name)?;
         let training = &loaded.recipe.training;
         let tokens = tokens_per_step(&loaded.recipe);
-        let waits = loaded.recipe.model.pretrained().is_some_and(|from| !from.exists());
         match &stage.convert {
             Some(conversion) => {
                 let text = toml::Value::try_from(conversion).map_err(|error| Failure::Run(error.to_string()))?;
                 put!("conversion {text}")
             }
-            None if waits => {
+            None if waits(&loaded) => {
                 let steps = thousands(training.steps);
                 put!(
                     "steps      {steps} of {} tokens: {} in all",
@@ -260,6 +277,21 @@ pub fn plan(recipe: &Path, staged: &Staged, probe: bool) -> Result<(), Failure> 
             None => plan::plan(&loaded, probe),
         }
     })
+}
+
+/// Prints a JSON list of all stages, each with what `what` gives for it.
+fn list(
+    recipe: &Path,
+    staged: &Staged,
+    mut what: impl FnMut(usize, Loaded) -> Result<(&'static str, Value), Failure>,
+) -> Result<(), Failure> {
+    let mut all = Vec::new();
+    each(recipe, staged, |at, loaded| {
+        let (key, value) = what(at, loaded)?;
+        all.push(json!({ "stage": staged.stages[at].name, (key): value }));
+        Ok(())
+    })?;
+    put!("{:#}", Value::Array(all))
 }
 
 fn each(

@@ -16,10 +16,11 @@ use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::result;
 use polyhead_training::run_folder::{RunLock, files::RESULT};
+use serde_json::{Value, json};
 
 use super::compare::progress::Progress;
 use crate::allowed::{caller, flags};
-use crate::console::{put, talk, thousands};
+use crate::console::{put, talk, thousands, wants_json};
 use crate::signals;
 
 /// Which suite, and how.
@@ -117,7 +118,7 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
     }
     let reached = run(&asked, &planned, &out, args.jobs)?;
     talk!("\nresult   {}", out.join(RESULT).display());
-    put!("{}", reached.table().trim_end())?;
+    print_result(&reached)?;
     if args.record {
         let path = references_folder().join(format!("{name}.json"));
         std::fs::create_dir_all(references_folder())?;
@@ -130,6 +131,14 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
             "{failed} of {} runs failed, and {RESULT} tells why; the same command tries them again",
             planned.runs.len()
         ))),
+    }
+}
+
+/// Prints what was reached: the table of the paper, or all numbers for programs.
+fn print_result(reached: &SuiteResult) -> Result<(), Failure> {
+    match wants_json() {
+        true => put!("{:#}", json!(reached)),
+        false => put!("{}", reached.table().trim_end()),
     }
 }
 
@@ -160,6 +169,11 @@ fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: u32) -> Result<
 
 /// Prints every suite with what it asks.
 fn list() -> Result<(), Failure> {
+    if wants_json() {
+        let runs = |suite: &Suite| suite.questions.is_none().then(|| (suite.points)().len());
+        let told = |suite: &Suite| json!({ "suite": suite.name, "about": suite.about, "runs": runs(suite) });
+        return put!("{:#}", SUITES.iter().map(told).collect::<Value>());
+    }
     for suite in &SUITES {
         let runs = match suite.questions {
             Some(_) => "asks".to_owned(),
@@ -172,6 +186,15 @@ fn list() -> Result<(), Failure> {
 
 /// Prints what would run.
 fn show(suite: &Suite, planned: &SuitePlan) -> Result<(), Failure> {
+    if wants_json() {
+        let mut points = Vec::new();
+        for (PlannedPoint { point, totals, .. }, run) in planned.points.iter().zip(&planned.runs) {
+            let finished = runs::finished(run)?.is_some();
+            points.push(json!({ "point": point.name(), "costs": totals, "steps": run.steps, "finished": finished }));
+        }
+        let (name, differs) = (suite.name, suite.differs);
+        return put!("{:#}", json!({ "suite": name, "paper": suite.paper, "differs": differs, "points": points }));
+    }
     put!("{}: {}\n{}", suite.name, suite.about, suite.paper)?;
     for words in suite.differs {
         put!("differs: {words}")?;
@@ -194,16 +217,23 @@ fn check(args: &SuiteArgs) -> Result<(), Failure> {
         let problem = format!("no reference of {name} is stored in {}", references_folder().display());
         return Err(Failure::Run(format!("{problem}\n  hint: --record stores one")));
     }
-    let mut wrong = Vec::new();
+    let (mut wrong, mut told) = (Vec::new(), Vec::new());
     for (path, stored) in &all {
-        match check_one(stored, args) {
-            Ok(words) => put!("{:<28} {words}", stored.suite)?,
+        let (holds, words) = match check_one(stored, args) {
+            Ok(words) => (true, words),
             Err(Failure::Run(problem)) => {
-                put!("{:<28} WRONG: {problem}", stored.suite)?;
                 wrong.push(path.display().to_string());
+                (false, format!("WRONG: {problem}"))
             }
             Err(other) => return Err(other),
+        };
+        match wants_json() {
+            true => told.push(json!({ "suite": stored.suite, "holds": holds, "words": words })),
+            false => put!("{:<28} {words}", stored.suite)?,
         }
+    }
+    if wants_json() {
+        put!("{:#}", json!(told))?;
     }
     let failure = || format!("{} of {} references do not hold: {}", wrong.len(), all.len(), wrong.join(", "));
     if wrong.is_empty() { Ok(()) } else { Err(Failure::Run(failure())) }

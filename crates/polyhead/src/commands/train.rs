@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
+use polyhead_data::Tokenizer;
+use polyhead_models::{Decoder, Trainable};
 use polyhead_training::TrainError;
 use polyhead_training::checkpoint::{clean_leftovers, list, newest_good};
 use polyhead_training::ranks::{Communicator, Ranks};
 use polyhead_training::run::{Job, Outcome, View, run};
 use polyhead_training::run_folder::{RunLock, atomic_write, files};
 use polyhead_training::tensorboard::EventWriter;
+use serde_json::json;
 
 use super::new_folder::must_not_be_data;
 use crate::allowed::{allowed, caller};
 use crate::cli::{RecipeArgs, TrainArgs};
-use crate::console::{Console, bytes, say, talk};
+use crate::console::{Console, put, reading, say, talk, wants_json};
 use crate::profile::Profile;
 use crate::ranks::{check, local_rank, within};
 use crate::signals::{self, Signals};
@@ -154,21 +157,16 @@ impl ForAnyKind for Train<'_> {
             return Ok(());
         }
         task.tell_end(&outcome, data.description(), data.floor());
-        match (outcome.model.as_decoder(), data.tokenizer()) {
-            (Some(model), Some(tokenizer)) if task.session.asked.is_some() => {
-                let recipe = &task.resolved.recipe;
-                let sample = || summary::sample(recipe, model, tokenizer);
-                let sample = tracing::info_span!("sample").in_scope(sample)?;
-                // A run that was at its end already has one.
-                if recipe.metrics.tensorboard && outcome.validation.is_some() {
-                    let step = outcome.progress.step;
-                    let mut events = EventWriter::create(task.session.run_dir, Some(step)).map_err(TrainError::from)?;
-                    events.text("sample", step, &format!("```text\n{sample}\n```")).map_err(TrainError::from)?;
-                    events.flush().map_err(TrainError::from)?;
-                }
-                Ok(())
-            }
-            _ => Ok(()),
+        if task.session.asked.is_none() {
+            return Ok(());
+        }
+        let sample = match (outcome.model.as_decoder(), data.tokenizer()) {
+            (Some(model), Some(tokenizer)) => Some(task.sample(&outcome, model, tokenizer)?),
+            _ => None,
+        };
+        match wants_json() {
+            true => put!("{:#}", json!({ "result": result::read(task.session.run_dir)?, "sample": sample })),
+            false => Ok(()),
         }
     }
 }
@@ -177,7 +175,7 @@ impl Task<'_> {
     /// Opens the data, which must be what a run that goes on has been trained on.
     fn open<K: Kind>(&self) -> Result<K::Data, Failure> {
         let started = Instant::now();
-        let data = K::open(&self.resolved, &mut tokenizing())?;
+        let data = K::open(&self.resolved, &mut reading)?;
         talk!("data: {} ({:.1} s)", data.description(), started.elapsed().as_secs_f64());
         data.notes().iter().for_each(|note| talk!("note: {note}"));
         if let Some(checkpoint) = &self.resume
@@ -188,6 +186,25 @@ impl Task<'_> {
         }
         self.check_memory(data.known())?;
         Ok(data)
+    }
+
+    /// A sample of what the model writes, for the screen and, where the run has just come to its end, for TensorBoard.
+    fn sample<M: Trainable>(
+        &self,
+        outcome: &Outcome<M>,
+        model: &Decoder,
+        tokenizer: &Tokenizer,
+    ) -> Result<String, Failure> {
+        let recipe = &self.resolved.recipe;
+        let sample = || summary::sample(recipe, model, tokenizer);
+        let sample = tracing::info_span!("sample").in_scope(sample)?;
+        if recipe.metrics.tensorboard && outcome.validation.is_some() {
+            let step = outcome.progress.step;
+            let mut events = EventWriter::create(self.session.run_dir, Some(step)).map_err(TrainError::from)?;
+            events.text("sample", step, &format!("```text\n{sample}\n```")).map_err(TrainError::from)?;
+            events.flush().map_err(TrainError::from)?;
+        }
+        Ok(sample)
     }
 
     /// Refuses what does not fit the memory of the device.
@@ -318,19 +335,6 @@ fn check_dashboard() -> Result<(), Failure> {
 /// Where a recipe's run is written if nothing else is said.
 pub fn default_folder(recipe: &Path) -> PathBuf {
     Path::new("checkpoints").join(recipe.file_stem().unwrap_or("run".as_ref()))
-}
-
-/// A bar for turning text into tokens, shown only where it takes a while.
-fn tokenizing() -> impl FnMut(u64, u64) {
-    let started = Instant::now();
-    let mut told = 0;
-    move |done, all| {
-        let seconds = started.elapsed().as_secs();
-        if seconds > told && done < all {
-            told = seconds;
-            talk!("tokens: {} of {}", bytes(done), bytes(all));
-        }
-    }
 }
 
 /// The checkpoint to go on from.

@@ -23,7 +23,7 @@ pub struct AblateArgs {
     /// A checkpoint, a run folder, or a folder in Hugging Face's format.
     checkpoint: PathBuf,
     /// The texts. Default: held-out rows of the data that the model learned from.
-    #[arg(long, num_args = 1..)]
+    #[arg(long, num_args = 1.., value_parser = crate::cli::typed_text)]
     text: Vec<String>,
     /// Held-out rows at most.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]

@@ -32,12 +32,12 @@ pub struct HistoryArgs {
     run: PathBuf,
     /// What its heads are compared with. Default: the model that it started from (model.pretrained), else its first checkpoint.
     #[arg(long)]
-    base: Option<PathBuf>,
+    against: Option<PathBuf>,
     /// The share of heads that counts as those that matter, one at least.
     #[arg(long, default_value_t = 0.1, value_parser = share)]
     share: f64,
     /// Texts instead of held-out rows of the run's data.
-    #[arg(long, num_args = 1..)]
+    #[arg(long, num_args = 1.., value_parser = crate::cli::typed_text)]
     text: Vec<String>,
     /// Held-out rows at most.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
@@ -76,12 +76,12 @@ pub fn history(args: &HistoryArgs) -> Result<(), Failure> {
         return Err(Problems::plain("no row has anything to predict: more of them (--rows), or a --text".into()).into());
     }
     let heads = all_heads(&trained.model);
-    let base = args.base.clone().or_else(|| started_from(&trained));
+    let base = args.against.clone().or_else(|| started_from(&trained));
     let base = base.map(|path| ("base".to_owned(), 0, path));
     let steps = checkpoints.iter().map(|(step, path)| (step.to_string(), *step, path.clone()));
     let all: Vec<(String, u64, PathBuf)> = base.into_iter().chain(steps).collect();
     if all.len() < 2 {
-        let problem = "there is one checkpoint alone: give what it is compared with (--base), or train with checkpoint.keep_latest_k = 0";
+        let problem = "there is one checkpoint alone: give what it is compared with (--against), or train with checkpoint.keep_latest_k = 0";
         return Err(Problems::plain(problem.into()).into());
     }
     let out = folder(args.out.as_deref(), &args.run, "heads")?;

@@ -27,7 +27,7 @@ pub const TOKENS: usize = 512;
 pub struct PatchArgs {
     #[command(flatten)]
     on: OnPairs,
-    /// activation: a head's output itself; path: its effect by what the receivers of --to read, all other heads held; attribution: the
+    /// activation: a head's output itself; path: its effect by what the --receivers read, all other heads held; attribution: the
     /// first-order estimate, one backward pass for all heads.
     #[arg(long, value_enum, default_value_t = Method::Activation)]
     method: Method,
@@ -35,8 +35,8 @@ pub struct PatchArgs {
     #[arg(long, allow_hyphen_values = true, value_parser = position)]
     position: Option<At>,
     /// Receivers of paths: logits, or heads such as 3.1,4.0 (layer and head).
-    #[arg(long, value_delimiter = ',', default_value = "logits", value_parser = receiver)]
-    to: Vec<To>,
+    #[arg(long, alias = "to", value_delimiter = ',', default_value = "logits", value_parser = receiver)]
+    receivers: Vec<To>,
     /// What of the receiving heads.
     #[arg(long, value_enum, default_value_t = Input::Q)]
     input: Input,
@@ -115,10 +115,10 @@ impl PatchArgs {
         let one = |to: &To| -> Result<Receiver, Failure> {
             match *to {
                 To::Logits => Ok(Receiver::Stream(layers - 1, StreamSite::ResidPost)),
-                To::Head(layer, _) if layer >= layers => {
-                    Err(Problems::plain(format!("--to: the model has no layer {layer}; it has {layers}, from 0"))
-                        .into())
-                }
+                To::Head(layer, _) if layer >= layers => Err(Problems::plain(format!(
+                    "--receivers: the model has no layer {layer}; it has {layers}, from 0"
+                ))
+                .into()),
                 To::Head(layer, head) => {
                     let [queries, keys] = head_sizes(model, layer);
                     // The key/value head that the head reads.
@@ -132,20 +132,21 @@ impl PatchArgs {
                     match head < queries {
                         true => Ok(site),
                         false => {
-                            let problem = format!("--to: layer {layer} has no head {head}; it has {queries}, from 0");
+                            let problem =
+                                format!("--receivers: layer {layer} has no head {head}; it has {queries}, from 0");
                             Err(Problems::plain(problem).into())
                         }
                     }
                 }
             }
         };
-        self.to.iter().map(one).collect()
+        self.receivers.iter().map(one).collect()
     }
 
     fn check(&self) -> Result<(), Failure> {
         let path = self.method == Method::Path;
         for (given, option) in [
-            (self.to != [To::Logits], "--to"),
+            (self.receivers != [To::Logits], "--receivers"),
             (self.input != Input::Q, "--input"),
             (self.freeze_mlps, "--freeze-mlps"),
         ] {

@@ -7,16 +7,18 @@ use polyhead_models::{ClassifierConfig, Matrix};
 use polyhead_training::evaluate::evaluate;
 use polyhead_training::image::matrix;
 use polyhead_training::run_folder::atomic_write;
+use serde_json::{Value, json};
 
 use super::InspectArgs;
-use crate::console::{put, talk};
+use crate::allowed::caller;
+use crate::console::{put, talk, wants_json};
 use crate::head_report::embedded;
 use crate::probe::{choose, folder};
 use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_recipe::{ModelConfig, Problems};
 use polyhead_runs::Failure;
 use polyhead_runs::classifier::TrainedClassifier;
-use polyhead_runs::data::Source;
+use polyhead_runs::data::{Source, Watched};
 
 /// Writes the map and a page, and prints the table of layers, the most important first.
 ///
@@ -28,7 +30,7 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
         return Err(Problems::plain(problem.into()).into());
     }
     let labelled = trained.data()?;
-    let sums = evaluate(&trained.model, &Source(&labelled.validation), 0)?;
+    let sums = evaluate(&trained.model, &Watched::first(&Source(&labelled.validation), 0, caller()), 0)?;
     let Some(importance) = sums.importance() else {
         let problem = format!(
             "{} has no gate over layers: of classifiers, inspect shows the gates of gaussian_adaptive_transformer (gates \
@@ -75,9 +77,15 @@ pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Fa
     );
     atomic_write(&out.join("inspect.html"), page(&title, &body).as_bytes())?;
 
-    put!("{:>5}  {:>9}", HEAD[0], HEAD[1])?;
-    for at in &order {
-        put!("{:>5}  {:>9.2}", names[*at], 100.0 * shares[*at])?;
+    match wants_json() {
+        true => {
+            let layers = order.iter().map(|&at| json!({ "layer": names[at], "share": shares[at] }));
+            put!("{:#}", layers.collect::<Value>())?;
+        }
+        false => {
+            put!("{:>5}  {:>9}", HEAD[0], HEAD[1])?;
+            order.iter().try_for_each(|&at| put!("{:>5}  {:>9.2}", names[at], 100.0 * shares[at]))?;
+        }
     }
     talk!("\n{finding} {parts}");
     talk!("map and page: {}", out.join("inspect.html").display());

@@ -19,7 +19,7 @@ use polyhead_training::image::{attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
-use crate::console::{put, talk};
+use crate::console::{put, talk, wants_json};
 use crate::head_report::embedded;
 use crate::probe::{choose, folder, probe};
 use polyhead_experiments::page::{escape, figure, page, table};
@@ -37,7 +37,7 @@ pub struct InspectArgs {
     pub checkpoint: PathBuf,
     /// The text to look at; further ones count for what is averaged over texts. Default: held-out rows of the data that the model
     /// learned from.
-    #[arg(long, num_args = 1..)]
+    #[arg(long, num_args = 1.., value_parser = crate::cli::typed_text)]
     pub text: Vec<String>,
     /// Held-out rows that importance is averaged over.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
@@ -168,9 +168,12 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         });
         cells.collect::<Vec<_>>().join(" ")
     };
-    put!("{}", line(&HEAD.map(String::from)))?;
-    for row in table_rows {
-        put!("{}", line(&row))?;
+    match wants_json() {
+        true => put!("{numbers:#}")?,
+        false => {
+            put!("{}", line(&HEAD.map(String::from)))?;
+            table_rows.iter().try_for_each(|row| put!("{}", line(row)))?;
+        }
     }
     talk!("\n{}", summary(&layers));
     talk!("maps and page: {}", out.join("inspect.html").display());

@@ -1,13 +1,13 @@
 //! What a person sees while a comparison runs: how far all runs are together, and when they will be done.
 
-use std::io::{IsTerminal, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
-use crate::console::{clock, harmless, talk};
+use crate::console::{clock, harmless, has_terminal, talk};
 use polyhead_runs::result::RunResult;
 
 use polyhead_experiments::plan::{Plan, Run};
@@ -90,7 +90,7 @@ impl Watch for Progress<'_> {
         }
         self.before = self.steps.iter().sum();
         let all = self.runs.iter().map(|run| run.steps).sum();
-        self.bar = (std::io::stderr().is_terminal() && finished < self.runs.len()).then(|| {
+        self.bar = (has_terminal() && finished < self.runs.len()).then(|| {
             let bar = ProgressBar::with_draw_target(Some(all), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template("{bar:24} {percent:>3} %  {msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));

@@ -9,7 +9,7 @@ use polyhead_models::{Batch, Decoder, Evaluated, ModelCosts};
 use polyhead_training::image::{ImageError, Options, Png, attention_grid, heat_map};
 use polyhead_training::run_folder::{atomic_write, files::CONVERSION};
 use polyhead_training::tensorboard::EventWriter;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{batch_count, batches_of};
 use crate::console::{Progress, put, thousands};
@@ -135,13 +135,13 @@ fn head_map(split: HeadSplit) -> serde_json::Value {
     json!({ "shared": (0..shared).collect::<Vec<_>>(), "routed": (shared..all).collect::<Vec<_>>(), "top_k": split.top_k })
 }
 
-/// Writes `conversion.json`.
+/// Writes `conversion.json`; gives what is in it.
 pub fn summarize(
     out: &Path,
     conversion: &Conversion,
     [parent, child]: [&Decoder; 2],
     measured: &Measured,
-) -> Result<(), Failure> {
+) -> Result<Value, Failure> {
     let sums = |sums: &Evaluated| json!({ "loss": sums.mean_loss(), "bits_per_byte": sums.bits_per_byte() });
     let (mut allocation, mut heads) = (Vec::new(), Vec::new());
     for shared in head_counts(child) {
@@ -160,7 +160,8 @@ pub fn summarize(
         "targets": measured.before.targets, "kv_bytes_per_token": measured.cached,
         "allocation": allocation, "heads": heads,
     });
-    Ok(atomic_write(&out.join(CONVERSION), format!("{summary:#}\n").as_bytes())?)
+    atomic_write(&out.join(CONVERSION), format!("{summary:#}\n").as_bytes())?;
+    Ok(summary)
 }
 
 /// Images of how alike the parent's heads are and of what each layer was given.

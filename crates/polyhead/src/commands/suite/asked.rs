@@ -13,10 +13,11 @@ use polyhead_runs::pretrained::Pretrained;
 use polyhead_runs::result::{self, Environment};
 use polyhead_runs::{Caller, Failure, Trained, open_trained};
 use polyhead_training::run_folder::{RunLock, files::RESULT};
+use serde_json::json;
 
 use super::SuiteArgs;
 use crate::allowed::caller;
-use crate::console::{progress, put, talk};
+use crate::console::{progress, put, talk, wants_json};
 
 /// Asks a model everything that a suite asks, and writes what it reached; what was asked before is kept.
 pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(), Failure> {
@@ -39,6 +40,12 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
             args.only.join(" "),
             names.join(", ")
         ));
+    }
+    if args.dry_run && wants_json() {
+        let names: Vec<&str> = tasks.iter().map(|task| task.name()).collect();
+        let asked = json!({ "suite": suite.name, "paper": suite.paper, "differs": suite.differs, "tasks": names, "lengths": lengths,
+            "questions": rows });
+        return put!("{asked:#}");
     }
     if args.dry_run {
         put!("{}: {}\n{}", suite.name, suite.about, suite.paper)?;
@@ -96,7 +103,7 @@ pub fn ask(suite: &Suite, questions: &Questions, args: &SuiteArgs) -> Result<(),
     }
     reached.publish(&out)?;
     talk!("\nresult   {}", file.display());
-    put!("{}", reached.table().trim_end())
+    super::print_result(&reached)
 }
 
 /// What a task was answered at a length.

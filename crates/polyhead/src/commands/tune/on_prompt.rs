@@ -26,7 +26,7 @@ pub struct OnPrompt {
     /// A checkpoint or a run folder.
     checkpoint: PathBuf,
     /// The prompt.
-    #[arg(long)]
+    #[arg(long, value_parser = crate::cli::typed_text)]
     prompt: String,
     /// The passage of it, to the letter.
     #[arg(long)]
