@@ -120,6 +120,43 @@ fn every_page_is_listed_and_every_method_has_one() {
     }
 }
 
+/// What each method is, its equations, a picture, its recipe keys, what it costs, where paper and code differ, what we found, and a command.
+#[test]
+fn pages_of_methods_have_all_parts() {
+    let mut count = 0;
+    for folder in ["mechanisms", "procedures"] {
+        for entry in std::fs::read_dir(project().join("docs/src").join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_str().unwrap();
+            if name == "index" {
+                continue;
+            }
+            let page = std::fs::read_to_string(&path).unwrap();
+            let picture = format!("](../images/methods/{name}.svg)");
+            let parts = [
+                "```text",
+                &picture,
+                "```toml",
+                "](../reference/",
+                "**Cost.**",
+                "**Paper and code.**",
+                "**Replication.**",
+                "```sh",
+            ];
+            let missing: Vec<&str> = parts.into_iter().filter(|part| !page.contains(part)).collect();
+            assert!(missing.is_empty(), "{}: no {missing:?}", path.display());
+            let drawn = std::fs::read_to_string(project().join(format!("docs/src/images/methods/{name}.svg"))).unwrap();
+            let about = page.split(&picture).next().unwrap().rsplit("![").next().unwrap();
+            assert!(
+                !about.is_empty() && drawn.contains("role=\"img\" aria-label="),
+                "{name}: a picture says what it shows"
+            );
+            count += 1;
+        }
+    }
+    assert!(count >= 25, "{count}");
+}
+
 /// Every recipe and every comparison that a page shows is valid: a whole one, or changes of the quickstart.
 #[test]
 fn recipes_in_the_documentation_are_valid() {
