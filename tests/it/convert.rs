@@ -323,7 +323,10 @@ fn a_folder_in_hugging_faces_format_is_compared_on_a_text() {
     let convert = ["convert", "folder", "--to", "grouped_query", "--kv-heads", "2", "--out", "lean"];
     assert!(world.fails(2, &convert).contains("--text"));
     assert!(!world.dir.path().join("lean").exists());
-    let (table, err) = world.succeeds(&[&convert[..], &["--text", "book.txt", "--batches", "0"]].concat());
+    let (table, err) = world.succeeds(&[&convert[..], &["--text-file", "book.txt", "--batches", "0"]].concat());
+    let again = ["--out", "again", "--text-file", "book.txt", "--json"];
+    let printed = world.succeeds(&[&convert[..6], &again[..]].concat()).0;
+    assert_eq!(printed.as_bytes(), world.read("again/conversion.json"), "what is printed is what is written");
     let [before, after] = row(&table, "loss");
     assert!(before > 0.0 && after > 0.0 && err.contains("1 text file"), "{table}{err}");
     // All of the text is read, but for what fills no row.

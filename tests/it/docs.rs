@@ -120,6 +120,32 @@ fn every_page_is_listed_and_every_method_has_one() {
     }
 }
 
+/// Pages that errors and help name are there: `(docs: TITLE)`.
+#[test]
+fn pages_that_errors_name_are_there() {
+    let summary = std::fs::read_to_string(project().join("docs/src/SUMMARY.md")).unwrap();
+    let (mut named, mut folders) = (BTreeSet::new(), vec![project().join("crates")]);
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                for rest in text.split("docs: ").skip(1).filter(|rest| rest.starts_with(char::is_uppercase)) {
+                    named.extend(rest.split(')').next().unwrap().split(", ").map(str::to_owned));
+                }
+            }
+        }
+    }
+    assert!(named.contains("GPUs") && named.len() >= 8, "{named:?}");
+    for title in named {
+        assert!(
+            summary.contains(&format!("[{title}](")),
+            "an error names the page {title:?}, which is not in SUMMARY.md"
+        );
+    }
+}
+
 /// What each method is, its equations, a picture, its recipe keys, what it costs, where paper and code differ, what we found, and a command.
 #[test]
 fn pages_of_methods_have_all_parts() {
@@ -187,7 +213,13 @@ fn recipes_in_the_documentation_are_valid() {
 #[test]
 fn what_runs_log_is_explained() {
     let read = |name: &str| std::fs::read_to_string(project().join("docs/src/reference").join(name)).unwrap();
-    let explained = read("metrics.md") + &read("observations.md");
+    let metrics = read("metrics.md");
+    let first = metrics.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let mut names = BTreeSet::new();
+    for name in first.filter(|name| *name != "metrics.jsonl`") {
+        assert!(names.insert(name), "metrics.md explains {name} twice");
+    }
+    let explained = metrics.clone() + &read("observations.md");
     let world = World::new(SMALL);
     world.succeeds(&["train", "recipe.toml", "--out", "run"]);
     let facts = project().join("recipes/hallucination/facts_neuron_dropout.toml");
@@ -207,8 +239,10 @@ fn what_runs_log_is_explained() {
         let lines = String::from_utf8(world.read(&format!("{run}/metrics.jsonl"))).unwrap();
         let lines = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         let logged = lines.flat_map(|line| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>());
-        let tags = world.events(run).into_iter().map(|event| event.tag);
-        let shown: Vec<String> = tags.filter(|tag| !tag.is_empty() && !tag.starts_with("_hparams_/")).collect();
+        let tags: Vec<String> = world.events(run).into_iter().map(|event| event.tag).collect();
+        assert!(tags.iter().any(|tag| tag.starts_with("_hparams_/")), "no row in HPARAMS: {tags:?}");
+        let shown: Vec<String> =
+            tags.into_iter().filter(|tag| !tag.is_empty() && !tag.starts_with("_hparams_/")).collect();
         // TensorBoard sorts groups by their names: losses come first, and a page of groups is none.
         let groups: BTreeSet<&str> = shown.iter().filter_map(|tag| Some(tag.split_once('/')?.0)).collect();
         assert!(groups.first() == Some(&"loss") && groups.len() <= 7, "{groups:?}");

@@ -44,7 +44,9 @@ impl Documents {
         let plural = if texts.len() == 1 { "" } else { "s" };
         let description = format!("{} {what}{plural} ({:.1} MB)", texts.len(), bytes as f64 / 1e6);
         match bytes {
-            0 => Err(unusable!("{description} hold no text: name others in data.{name}.paths")),
+            0 => Err(unusable!(
+                "{description} hold no text: name others in data.{name}.paths (docs: Bring your own data)"
+            )),
             _ => Ok(Self { texts, held_out: 0, description, notes }),
         }
     }

@@ -243,7 +243,7 @@ pub fn read(path: &Path, check_task: CheckTask) -> Result<Read, Problems> {
     let mut layer = expanded(path, recipe::read_layer(path)?)?;
     if !layer.values().contains_key("arm") {
         let problem = format!(
-            "{}: no comparison, for it has no [[arm]]\n  hint: `polyhead train` runs a recipe; recipes/compare holds comparisons",
+            "{}: no comparison, for it has no [[arm]]\n  hint: `polyhead train` runs a recipe; recipes/compare holds comparisons (docs: Comparisons)",
             path.display()
         );
         return Err(Problems::plain(problem));

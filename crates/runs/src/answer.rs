@@ -42,7 +42,7 @@ impl Prompt {
     pub fn chat(tokenizer: &Tokenizer, messages: &[Value]) -> Result<Self, Failure> {
         if tokenizer.chat_template().is_none() {
             let problem = "the model has no chat template: it has not been fine-tuned on conversations\n  hint: \
-                           `polyhead generate --prompt` continues plain text";
+                           `polyhead generate --prompt` continues plain text (docs: Fine-tune on chats)";
             return Err(Problems::plain(problem.into()).into());
         }
         let template = chat_template("chat template", "tokenizer", tokenizer)?;

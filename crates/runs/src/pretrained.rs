@@ -129,7 +129,7 @@ impl Pretrained {
         let told = if others.is_empty() { format!("not found ({looked})") } else { others.join("; ") };
         Err(Failure::Run(format!(
             "{} has what was trained beside the weights; its base model {} is needed besides: {told}\n  hint: put the model back that it was \
-             trained from, or name its folder with --base",
+             trained from, or name its folder with --base (docs: LoRA)",
             checkpoint.display(),
             base.named().display()
         )))
@@ -301,7 +301,8 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
             }
             None => "",
         };
-        let problem = format!("{}: no such checkpoint or run folder{hub}\n  hint: {hint}", path.display());
+        let problem =
+            format!("{}: no such checkpoint or run folder{hub}\n  hint: {hint} (docs: Use a model)", path.display());
         return Err(Problems::plain(problem).into());
     }
     loop {

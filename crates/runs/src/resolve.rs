@@ -148,7 +148,7 @@ pub fn resume(loaded: &Loaded, checkpoint: &Path, caller: Caller) -> Result<Reso
     if !changed.is_empty() {
         let problem = format!(
             "the recipe differs from the one in {}:\n  {}\n  hint: these decide what the run is; start another one with \
-             --out, or put them back. {} may change",
+             --out, or put them back. {} may change (docs: Runs)",
             checkpoint.display(),
             changed.join("\n  "),
             recipe::MAY_CHANGE.join(", ")

@@ -323,8 +323,8 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, ImportError> {
     names.sort();
     match names.iter().find(|name| pickled(name)) {
         Some(name) => Err(no_weights(format!(
-            "{name} is a pickle, which can run any program when it is read; only safetensors files are. Convert it once where \
-             you trust it: python -c \"from transformers import AutoModelForCausalLM as M; \
+            "{name} is a pickle, which can run any program when it is read; only safetensors files are (docs: From and to Hugging Face). \
+             Convert it once where you trust it: python -c \"from transformers import AutoModelForCausalLM as M; \
              M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
             folder.display()
         ))),

@@ -118,7 +118,9 @@ fn any_softmax_of(model: &Decoder, layer: usize) -> Result<&SoftmaxConfig, Surge
         AttentionConfig::conversions().filter(|to| to.from.contains(&name)).map(|to| to.name).collect();
     refused(match targets.is_empty() {
         true => {
-            format!("layer {layer} has {name} attention, which no conversion takes; softmax attention can be converted")
+            format!(
+                "layer {layer} has {name} attention, which no conversion takes; softmax attention can be converted (docs: Convert a checkpoint)"
+            )
         }
         false => format!("layer {layer} has {name} attention, which can be converted to: {}", targets.join(", ")),
     })

@@ -29,6 +29,10 @@ pub fn ls(folder: Option<&Path>) -> Result<(), Failure> {
     if wants_json() {
         return put!("{:#}", rows.iter().map(Row::as_json).collect::<Value>());
     }
+    if rows.is_empty() {
+        talk!("no recipes here; `polyhead new NAME` makes a project with one (docs: Quickstart)");
+        return Ok(());
+    }
     let width = |of: fn(&Row) -> &str| rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0);
     let (name, needs) = (width(|row| &row.name).max(6), width(|row| &row.needs).max(5));
     put!("{:<name$}  {:<needs$}  {:>9}  {:>8}  what it does", "recipe", "needs", "memory", "time")?;

@@ -179,7 +179,7 @@ fn check_memory(device: &str, needed: u64, what: &str, hint: &str) -> Result<(),
     match needed <= available || allowed().too_little_memory {
         true => Ok(()),
         false => Err(Failure::Run(format!(
-            "{what} takes about {} of memory, and {} are available{place}\n  hint: {hint}; --ignore-memory tries all the same",
+            "{what} takes about {} of memory, and {} are available{place}\n  hint: {hint}; --ignore-memory tries all the same (docs: Runs)",
             bytes(needed),
             bytes(available)
         ))),
