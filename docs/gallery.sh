@@ -39,8 +39,9 @@ if command -v tensorboard >/dev/null; then
     tensorboard --logdir . --port 6099 --host 127.0.0.1 > "$work/tensorboard.log" 2>&1 &
     server=$!
     for _ in $(seq 60); do curl --silent --output /dev/null http://127.0.0.1:6099 && break; sleep 0.5; done
-    for dark in false true; do
-        browse --screenshot="$out/tensorboard-dark-$dark.png" --window-size=1400,1000 --virtual-time-budget=15000 \
+    for scheme in light dark; do
+        dark=$([ "$scheme" = dark ] && echo true || echo false)
+        browse --screenshot="$out/tensorboard-$scheme.png" --window-size=1400,1000 --virtual-time-budget=15000 \
             "http://127.0.0.1:6099/?darkMode=$dark#timeseries"
     done
 fi

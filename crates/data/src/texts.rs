@@ -42,7 +42,11 @@ impl Documents {
         let FromFiles { items: texts, notes } = read;
         let bytes: usize = texts.iter().map(|document| document.text.len()).sum();
         let plural = if texts.len() == 1 { "" } else { "s" };
-        let description = format!("{} {what}{plural} ({:.1} MB)", texts.len(), bytes as f64 / 1e6);
+        let size = match bytes {
+            0..100_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+            _ => format!("{:.1} MB", bytes as f64 / 1e6),
+        };
+        let description = format!("{} {what}{plural} ({size})", texts.len());
         match bytes {
             0 => Err(unusable!(
                 "{description} hold no text: name others in data.{name}.paths (docs: Bring your own data)"

@@ -1,5 +1,6 @@
 //! `polyhead doctor`: what this machine and this binary can do, and what to do about the rest.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use polyhead_runs::Failure;
@@ -15,6 +16,13 @@ use crate::console::{bytes, put, wants_json};
 const FOLDERS: [(&str, &str, &str); 2] = [
     ("runs", "checkpoints", "train with --out DIR"),
     ("tokens", "datasets/cache", "text is turned into tokens anew each time"),
+];
+
+/// Features of the build beside devices, each with whether this binary has it and what it is for.
+const FEATURES: [(&str, bool, &str); 3] = [
+    ("download", cfg!(feature = "download"), "--download"),
+    ("mpi", cfg!(feature = "mpi"), "several machines"),
+    ("tui", cfg!(feature = "tui"), "train --tui"),
 ];
 
 /// Prints it.
@@ -33,6 +41,7 @@ pub fn doctor() -> Result<(), Failure> {
             json!({
                 "version": env!("CARGO_PKG_VERSION"), "debug_build": cfg!(debug_assertions),
                 "devices": devices.found.iter().map(device_as_json).collect::<Value>(), "not_built_in": devices.not_built_in,
+                "features": FEATURES.iter().map(|(name, built_in, _)| (*name, *built_in)).collect::<BTreeMap<_, _>>(),
                 "cores": cores, "threads": threads, "instruction_set": set, "memory_bytes": memory,
                 "text": text.as_ref().ok(), "text_problem": text.as_ref().err(), "recipes": recipes.is_dir().then_some(&recipes),
                 "folders": FOLDERS.map(folder),
@@ -57,10 +66,12 @@ pub fn doctor() -> Result<(), Failure> {
             Some(problem) => put!("{name:<10} {folder} cannot be written ({problem}): {way_out}")?,
         }
     }
-    Ok(())
+    put!(
+        "beside     `pip install tensorboard` shows the curves of runs, `pip install transformers torch` loads what `export` writes"
+    )
 }
 
-/// What can be used, what cannot though it was built in, and in one line what was not.
+/// What can be used, what cannot though it was built in, and together what was left out of the build.
 fn print_devices(Devices { found, not_built_in }: &Devices) -> Result<(), Failure> {
     let usable = found.iter().filter_map(|(name, found)| Some((name, found.as_ref().ok()?)));
     let usable = usable.map(|(name, product)| match product {
@@ -71,11 +82,14 @@ fn print_devices(Devices { found, not_built_in }: &Devices) -> Result<(), Failur
     for problem in found.iter().filter_map(|(_, found)| found.as_ref().err()) {
         put!("           {problem}")?;
     }
-    if not_built_in.is_empty() {
+    let features = FEATURES.iter().filter(|(_, built_in, _)| !built_in);
+    let features = features.map(|(name, _, what)| format!("{name} ({what})"));
+    let missing: Vec<String> = not_built_in.iter().map(|&kind| kind.to_owned()).chain(features).collect();
+    if missing.is_empty() {
         return Ok(());
     }
-    put!("           not built in: {}", not_built_in.join(", "))?;
-    put!("           (`cargo build --release --features NAME`; docs: GPUs)")
+    put!("left out   {}:", missing.join(", "))?;
+    put!("           `cargo build --release --features NAME` builds one in (docs: GPUs, Several machines)")
 }
 
 fn device_as_json((name, found): &device::Found) -> Value {
