@@ -213,7 +213,14 @@ fn data_is_json_where_that_is_asked_for() {
     assert!(grown["parameters"][1].as_u64() > grown["parameters"][0].as_u64(), "{grown}");
     assert_eq!(data("doctor")["devices"][0]["device"], "flex");
     assert!(data("suite --list").as_array().unwrap().iter().any(|suite| suite["suite"] == "mqar-zoology-v1-small"));
-    assert!(data("results").as_object().unwrap().values().all(|record| record["claims"].is_array()));
+    let schema = |kind: &str| data(&format!("schema {kind}"));
+    let (of_result, of_record) = (schema("result"), schema("record"));
+    let known = |schema: &serde_json::Value, file: &serde_json::Value| {
+        let described = |key: &String| schema["properties"].get(key).is_some();
+        file.as_object().unwrap().keys().all(described) && schema["required"].is_array()
+    };
+    assert!(known(&of_result, &trained["result"]), "{of_result}");
+    assert!(data("results").as_object().unwrap().values().all(|record| known(&of_record, record)), "{of_record}");
     for line in ["--json completions bash", "man --out pages --json", "export run --out exported --json"] {
         let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
         assert!(told.contains("--json: this command prints no data"), "{line}: {told}");

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use polyhead_training::checkpoint::now_utc;
 use polyhead_training::run_folder::atomic_write;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use polyhead_runs::Failure;
@@ -24,7 +25,7 @@ use super::outcome::Outcome;
 use super::statistics::Summary;
 
 /// What a comparison measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
     /// The comparison's file.
@@ -46,7 +47,7 @@ pub struct Record {
 }
 
 /// An arm with its numbers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecordedArm {
     /// Its name.
@@ -59,7 +60,7 @@ pub struct RecordedArm {
 }
 
 /// A claim with our verdict.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecordedClaim {
     /// What they found.
@@ -74,6 +75,11 @@ pub struct RecordedClaim {
     pub metric: Looked,
     /// What the numbers say, in a person's words.
     pub verdict: String,
+}
+
+/// The schema of the file.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(Record).to_value()
 }
 
 /// Writes what a comparison measured; gives the file.

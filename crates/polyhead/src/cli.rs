@@ -437,13 +437,13 @@ Examples:
     /// Print the recipe reference: every key with its type and meaning, as Markdown.
     ///
     /// With --out, write the generated pages of the documentation into a folder: recipe keys, comparison keys, the numbers
-    /// that layers log, the command line, the replications, and the JSON Schemas of recipes and comparisons.
+    /// that layers log, the command line, the replications, and the JSON Schemas of recipes, comparisons and results.
     Reference {
         /// The folder to write, docs/src/reference in the project's own.
         #[arg(long)]
         out: Option<PathBuf>,
     },
-    /// Print the JSON Schema of a kind of file, with which editors complete and check it.
+    /// Print the JSON Schema of a kind of file, with which editors complete and programs check it.
     Schema {
         /// Which kind.
         kind: SchemaKind,
@@ -457,8 +457,12 @@ pub enum SchemaKind {
     Recipe,
     /// A comparison.
     Comparison,
-    /// What a suite reached.
+    /// What a suite reached: its result.json.
     Suite,
+    /// What a run reached: its result.json.
+    Result,
+    /// What a comparison measured: recipes/results/NAME.json.
+    Record,
 }
 
 /// What to do with tokenizers.

@@ -20,7 +20,7 @@ use crate::costs::Costs;
 use crate::error::Failure;
 
 /// What a finished run reached and what it took.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RunResult {
     /// See [`id`].
     pub id: String,
@@ -68,7 +68,7 @@ pub struct RunResult {
 }
 
 /// How well a model does on some batches.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Score {
     /// Nats per target.
     pub loss: f64,
@@ -97,7 +97,7 @@ fn token() -> String {
 }
 
 /// How well each class is told.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ClassTable {
     /// Each class's name and numbers.
     pub scores: Vec<NamedScore>,
@@ -110,7 +110,7 @@ pub struct ClassTable {
 }
 
 /// How well the examples of a group are told.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct GroupScore {
     /// Its name.
     pub name: String,
@@ -121,7 +121,7 @@ pub struct GroupScore {
 }
 
 /// A class.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct NamedScore {
     /// Its name.
     pub name: String,
@@ -146,6 +146,11 @@ impl ClassTable {
             groups: groups.iter().zip(0..).map(group).collect(),
         }
     }
+}
+
+/// The schema of the file.
+pub fn schema() -> Value {
+    schemars::schema_for!(RunResult).to_value()
 }
 
 /// Where a run ran.

@@ -56,7 +56,7 @@ impl GroupCount {
 }
 
 /// How well one class is told.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ClassScore {
     /// Examples of the class.
     pub examples: u64,

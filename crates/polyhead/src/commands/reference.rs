@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::CommandFactory;
 use polyhead_experiments::{comparison, record, suite_runs, suites};
 use polyhead_recipe::{reference, schema, stages};
-use polyhead_runs::Failure;
+use polyhead_runs::{Failure, result};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::{Value, json};
 
@@ -72,10 +72,18 @@ pub fn schema(kind: SchemaKind) -> Result<String, Failure> {
             comparison["$defs"]["Recipe"] = recipe;
             reference::for_editors(comparison, "A comparison of Polyhead")
         }
-        SchemaKind::Suite => reference::for_editors(suite_runs::result::schema(), "What a suite of Polyhead reached"),
+        SchemaKind::Suite => titled(suite_runs::result::schema(), "What a suite of Polyhead reached"),
+        SchemaKind::Result => titled(result::schema(), "What a run of Polyhead reached"),
+        SchemaKind::Record => titled(record::schema(), "What a comparison of Polyhead measured"),
     };
     let text = serde_json::to_string_pretty(&schema).map_err(|error| Failure::Run(error.to_string()))?;
     Ok(text + "\n")
+}
+
+/// Of a file that is written by us, in which nothing may be missing.
+fn titled(mut schema: Value, title: &str) -> Value {
+    schema["title"] = json!(title);
+    schema
 }
 
 fn move_entries(from: &mut Value, to: &mut Value, key: &str) {
@@ -158,6 +166,8 @@ pub fn write(folder: &Path) -> Result<(), Failure> {
         ("recipe.schema.json", schema(SchemaKind::Recipe)?),
         ("comparison.schema.json", schema(SchemaKind::Comparison)?),
         ("suite.schema.json", schema(SchemaKind::Suite)?),
+        ("result.schema.json", schema(SchemaKind::Result)?),
+        ("record.schema.json", schema(SchemaKind::Record)?),
     ];
     for (name, text) in pages {
         let path = folder.join(name);
