@@ -142,6 +142,7 @@ fn the_doctor_tells_what_there_is() {
         assert!(out.contains(part), "no {part} in: {out}");
     }
     assert!(out.matches("cargo build --release --features").count() <= 1, "what is missing is said once: {out}");
+    assert_eq!(data(&World::new(SMALL), "doctor")["devices"][0]["device"], "flex");
 }
 
 /// What they need and whether it is there, what they take, and the first sentence of what they are for.
@@ -154,7 +155,7 @@ fn recipes_are_listed_with_what_they_need_and_take() {
     write("other.toml", "[package]\n");
     write(
         "zoo.toml",
-        "extends = \"recipe.toml\"\nseeds = [0, 1]\n[[arm]]\nname = \"a\"\n[[arm]]\nname = \"b\"\nrecipe.debug.seed = 2\n",
+        "extends = \"recipe.toml\"\nseeds = [0, 1]\n[[arm]]\nname = \"a\"\n[[arm]]\nname = \"b\"\nrecipe.training.max_norm = 0.5\n",
     );
     write("recipes/more/broken.toml", "# A recipe of\n# two lines. And more.\n[model]\n");
     write("recipes/more/gone.toml", "extends = \"../../recipe.toml\"\n[data.text]\npaths = [\"gone/*.txt\"]\n");
@@ -180,26 +181,52 @@ fn json(text: &str) -> serde_json::Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// With `--json` every command whose output is data prints JSON and nothing beside it; the others refuse it.
+/// What a command prints with `--json --quiet`: JSON, and nothing beside it.
+fn data(world: &World, line: &str) -> serde_json::Value {
+    let (out, err) = world.succeeds(&line.split(' ').chain(["--json", "--quiet"]).collect::<Vec<_>>());
+    assert!(err.is_empty(), "{line} --quiet: {err}");
+    json(&out)
+}
+
+/// With `--json` every command whose output is data prints JSON; the others refuse it.
 #[test]
 fn data_is_json_where_that_is_asked_for() {
     let world = World::new(SMALL);
-    let data = |line: &str| {
-        let (out, err) = world.succeeds(&line.split(' ').chain(["--json", "--quiet"]).collect::<Vec<_>>());
-        assert!(err.is_empty(), "{line} --quiet: {err}");
-        json(&out)
-    };
+    let data = |line: &str| data(&world, line);
     assert_eq!(data("validate recipe.toml")["valid"], true);
     assert_eq!(data("cat recipe.toml training.steps=3")["training"]["steps"], 3);
     let plan = data("plan recipe.toml --no-probe");
     assert_eq!((&plan["units"], &plan["unit"]), (&(12 * 16 * 4 * 2).into(), &"token".into()));
-    let sum: u64 =
-        plan["parts"].as_array().unwrap().iter().map(|part| part["costs"]["parameters"].as_u64().unwrap()).sum();
+    let parts = plan["parts"].as_array().unwrap().iter();
+    let sum: u64 = parts.map(|part| part["costs"]["parameters"].as_u64().unwrap()).sum();
     assert!(plan["costs"]["parameters"] == sum && plan["measured"].is_null(), "{plan}");
     assert!(plan["memory"]["peak"].as_u64() > plan["memory"]["weights"].as_u64(), "{plan}");
     assert_eq!(data("preview recipe.toml --rows 1")["tokens"].as_array().map(Vec::len), Some(16));
+    assert!(data("suite --list").as_array().unwrap().iter().any(|suite| suite["suite"] == "mqar-zoology-v1-small"));
+    let of_record = data("schema record");
+    assert!(data("results").as_object().unwrap().values().all(|record| described(&of_record, record)), "{of_record}");
+    for line in ["--json completions bash", "man --out pages --json", "export run --out exported --json"] {
+        let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
+        assert!(told.contains("--json: this command prints no data"), "{line}: {told}");
+    }
+    assert!(!world.dir.path().join("exported").exists(), "refused before anything is done");
+    assert!(world.fails(2, &["validate", "nowhere.toml", "--quiet"]).contains("nowhere.toml"), "errors are told");
+}
+
+/// Whether a schema says what must be there, and knows every key of a file.
+fn described(schema: &serde_json::Value, file: &serde_json::Value) -> bool {
+    let known = |key: &String| schema["properties"].get(key).is_some();
+    file.as_object().unwrap().keys().all(known) && schema["required"].is_array()
+}
+
+#[test]
+fn what_runs_reached_is_json_too() {
+    let world = World::new(SMALL);
+    let data = |line: &str| data(&world, line);
     let trained = data("train recipe.toml --out run");
     assert_eq!((&trained["result"]["steps"], &trained["sample"]), (&12.into(), &serde_json::Value::Null));
+    let of_result = data("schema result");
+    assert!(described(&of_result, &trained["result"]), "{of_result}");
     data("train recipe.toml debug.seed=3 --out other");
     let loss = |told: &serde_json::Value| told["loss"].as_f64().unwrap();
     // Of the same held-out batches.
@@ -211,22 +238,6 @@ fn data_is_json_where_that_is_asked_for() {
     assert!(heads[0]["layer"] == 0 && heads[0]["importance"].is_f64(), "{heads}");
     let grown = data("grow run --depth 3 --out grown");
     assert!(grown["parameters"][1].as_u64() > grown["parameters"][0].as_u64(), "{grown}");
-    assert_eq!(data("doctor")["devices"][0]["device"], "flex");
-    assert!(data("suite --list").as_array().unwrap().iter().any(|suite| suite["suite"] == "mqar-zoology-v1-small"));
-    let schema = |kind: &str| data(&format!("schema {kind}"));
-    let (of_result, of_record) = (schema("result"), schema("record"));
-    let known = |schema: &serde_json::Value, file: &serde_json::Value| {
-        let described = |key: &String| schema["properties"].get(key).is_some();
-        file.as_object().unwrap().keys().all(described) && schema["required"].is_array()
-    };
-    assert!(known(&of_result, &trained["result"]), "{of_result}");
-    assert!(data("results").as_object().unwrap().values().all(|record| known(&of_record, record)), "{of_record}");
-    for line in ["--json completions bash", "man --out pages --json", "export run --out exported --json"] {
-        let told = world.fails(2, &line.split(' ').collect::<Vec<_>>());
-        assert!(told.contains("--json: this command prints no data"), "{line}: {told}");
-    }
-    assert!(!world.dir.path().join("exported").exists(), "refused before anything is done");
-    assert!(world.fails(2, &["validate", "nowhere.toml", "--quiet"]).contains("nowhere.toml"), "errors are told");
 }
 
 /// A text is typed, or handed over by a flag that says that it is a file.

@@ -43,9 +43,10 @@ pub struct Head {
     pub patterns: [f32; 3],
 }
 
-/// Looks at all layers. Maps are of the first row; importance is the mean over all rows.
-pub fn observe_layers(model: &Decoder, rows: &[Batch]) -> Vec<Layer> {
-    let importance = importances(model, rows);
+/// Looks at all layers. Maps are of the first row; importance is the mean over all rows, of which `progress` gets those done and all
+/// there are.
+pub fn observe_layers(model: &Decoder, rows: &[Batch], progress: &mut dyn FnMut(u64, u64)) -> Vec<Layer> {
+    let importance = importances(model, rows, progress);
     let plain = model.valid();
     let mask = Mask::causal();
     let pass = Pass { observe: Observe::Maps, context: Some(Context::of(&rows[0])), ..Pass::new(&mask) };
@@ -92,13 +93,14 @@ fn distance(map: &[f32], length: usize) -> f32 {
     (sum / weight.max(1e-30)) as f32
 }
 
-/// `[layers][heads]`: the importance of every head, in nats per target, for a model on a device with autodiff.
-pub fn importances(model: &Decoder, rows: &[Batch]) -> Vec<Vec<f32>> {
+/// `[layers][heads]`: the importance of every head, in nats per target, for a model on a device with autodiff. `progress` gets the rows
+/// done and all there are.
+pub fn importances(model: &Decoder, rows: &[Batch], progress: &mut dyn FnMut(u64, u64)) -> Vec<Vec<f32>> {
     // Without dropout, which draws numbers: what is looked at is the model, and nothing of a run may depend on it.
     let model = &model.clone().with_dropout(0.0).with_embedding_dropout(None).no_grad();
     let counts = head_counts(model);
     let mut sums: Vec<Vec<f32>> = counts.iter().map(|&heads| vec![0.0; heads]).collect();
-    for row in rows {
+    for (done, row) in rows.iter().enumerate() {
         let gates: Vec<Tensor<4>> =
             counts.iter().map(|&heads| Tensor::ones([1, heads, 1, 1], &model.device()).require_grad()).collect();
         let gated = |(layer, gate): (usize, &Tensor<4>)| {
@@ -116,6 +118,7 @@ pub fn importances(model: &Decoder, rows: &[Batch]) -> Vec<Vec<f32>> {
             let slopes = gate.grad(&grads).map_or_else(Vec::new, |grad| grad.into_data().iter::<f32>().collect());
             sums.iter_mut().zip(slopes).for_each(|(sum, slope)| *sum += slope.abs() / rows.len() as f32);
         }
+        progress(done as u64 + 1, rows.len() as u64);
     }
     sums
 }
@@ -173,7 +176,7 @@ mod tests {
             ["softmax]\nn_heads = 4", "grouped_differential]\nn_heads = 4\nn_noise_heads = 1\nhead_dim = 4"]
         {
             let model = model(attention);
-            let layers = observe_layers(&model, &[row()]);
+            let layers = observe_layers(&model, &[row()], &mut |_, _| {});
             let mut largest = 0.0;
             let heads = layers[0].heads.len();
             assert_eq!(heads, if attention.starts_with("soft") { 4 } else { 3 });

@@ -193,7 +193,7 @@ const HEAD_ROWS: usize = 4;
 fn head_scores(model: &Decoder, rows: &[Batch]) -> Vec<(String, f64)> {
     let trained = model.clone().fork(&model.device().autodiff()).train();
     let mut numbers = Vec::new();
-    for (layer, seen) in observe_layers(&trained, rows).into_iter().enumerate() {
+    for (layer, seen) in observe_layers(&trained, rows, &mut |_, _| {}).into_iter().enumerate() {
         for (head, of) in seen.heads.into_iter().enumerate() {
             let told = [("importance", of.importance), ("first_key", of.first_key)];
             let patterns = Pattern::ALL.iter().zip(of.patterns).map(|(pattern, share)| (pattern.name(), Some(share)));

@@ -59,7 +59,9 @@ pub fn ablate(args: &AblateArgs) -> Result<(), Failure> {
     let (base, effects) =
         ablation::ablate(&trained.model, &rows, &heads, &mut |done, all| progress("switching off heads", done, all));
     let device = trained.model.device().autodiff();
-    let gates = importances(&trained.model.clone().fork(&device).train(), &rows);
+    let gates = importances(&trained.model.clone().fork(&device).train(), &rows, &mut |done, all| {
+        progress("importance of heads", done, all)
+    });
     let gate = |&(layer, head): &HeadOf| gates.get(layer).and_then(|of| of.get(head)).map(|&gate| f64::from(gate));
     let gates: Vec<Option<f64>> = heads.iter().map(gate).collect();
 

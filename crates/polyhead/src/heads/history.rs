@@ -121,7 +121,7 @@ fn started_from(trained: &Trained) -> Option<PathBuf> {
 fn look(trained: &Trained, rows: &[Batch], (name, step): (&str, u64), (heads, count): (&[HeadOf], usize)) -> Seen {
     let model = &trained.model;
     let device = model.device().autodiff();
-    let found = importances(&model.clone().fork(&device).train(), rows);
+    let found = importances(&model.clone().fork(&device).train(), rows, &mut |_, _| {});
     let scores: Vec<(HeadOf, f64)> =
         heads.iter().map(|&(layer, head)| ((layer, head), f64::from(found[layer][head]))).collect();
     let set = largest(&scores, count);

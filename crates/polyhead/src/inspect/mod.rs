@@ -19,7 +19,7 @@ use polyhead_training::image::{attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
-use crate::console::{put, talk, wants_json};
+use crate::console::{progress, put, talk, wants_json};
 use crate::head_report::embedded;
 use crate::probe::{choose, folder, probe};
 use polyhead_experiments::page::{escape, figure, page, table};
@@ -92,7 +92,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     trained.check_spans(&Context::of(&rows[0]))?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
-    let layers = heads::observe_layers(&model, &rows);
+    let layers = heads::observe_layers(&model, &rows, &mut |done, all| progress("importance of heads", done, all));
     let chosen = choose("--layers", &args.layers, layers.len())?;
     let out = folder(args.out.as_deref(), &trained.path, "inspect")?;
 
