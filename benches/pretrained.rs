@@ -192,7 +192,7 @@ impl Bench<'_> {
             Kind::Load => [&greedy[..], &["1"]].concat(),
             Kind::Generate => [&greedy[..], &[new.as_str()]].concat(),
             Kind::Evaluate => {
-                vec!["eval", text(self.model), "--text", text(&short), "--window", &window, "--stride", &window]
+                vec!["eval", text(self.model), "--text-file", text(&short), "--window", &window, "--stride", &window]
             }
         };
         let start = Instant::now();

@@ -25,12 +25,14 @@ mkdir "$work/home" && cd "$work/home"
 clean() { env -i PATH="$work/venv/bin:/usr/bin:/bin" HOME="$work/home" "$@"; }
 if clean sh -c 'command -v cargo' >/dev/null; then echo "there is a Rust on the path" >&2; exit 1; fi
 
+installed=$SECONDS
 clean polyhead --version
 [ "$(clean python -m polyhead --version)" = "$(clean polyhead --version)" ]
 # A project out of nothing, and the quickstart of the clone, which finds no Rust documentation here and takes the project's texts.
 clean polyhead new mine
 (cd mine && clean polyhead train pretrain.toml training.steps=20 lr_scheduler.warmup_steps=2 --out run)
 clean polyhead train "$root/recipes/quickstart.toml" training.steps=4 lr_scheduler.warmup_steps=1 metrics.log_freq=1 validation.batches=1 --out quickstart
+[ $((SECONDS - installed)) -lt 60 ] || { echo "the first losses took $((SECONDS - installed)) s after the installation" >&2; exit 1; }
 clean python - <<'END'
 import json
 first = json.loads(open("quickstart/metrics.jsonl").readline())

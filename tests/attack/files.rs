@@ -136,7 +136,7 @@ fn models(case: &mut Case) -> Held<Vec<Specimen>> {
                 "grouped_query",
                 "--kv-heads",
                 "1",
-                "--text",
+                "--text-file",
                 "book.txt",
                 "--out",
                 "fewer",
