@@ -45,8 +45,9 @@ fn settings_that_mean_nothing_are_refused() {
     let told = |settings: &[&str]| world.fails(2, &[&["validate", "recipe.toml"], settings].concat());
     let err = told(&["parallel.optimizer_sharding=zero1"]);
     assert!(err.contains("parallel.optimizer_sharding") && err.contains("parallel.mode = \"data\""), "{err}");
-    let err = told(&["parallel.mode=data", "procedure.bilevel.rank=2"]);
-    assert!(err.contains("procedure.bilevel trains on one rank"), "{err}");
+    let err = told(&["parallel.mode=data", "procedure.boundaries={}"]);
+    assert!(err.contains("procedure.boundaries trains on one rank"), "{err}");
+    world.succeeds(&["validate", "recipe.toml", "parallel.mode=data", "procedure.bilevel.rank=2"]);
     let err = told(&["parallel.mode=pipeline"]);
     assert!(err.contains("`none` or `data`"), "{err}");
     let err = told(&["parallel.modes=data"]);

@@ -189,7 +189,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
             .into(),
     );
     let alone = match (&recipe.procedure, model) {
-        (ProcedureConfig::Bilevel(_) | ProcedureConfig::Boundaries(_) | ProcedureConfig::AttentionShifting(_), _) => {
+        (ProcedureConfig::Boundaries(_) | ProcedureConfig::AttentionShifting(_), _) => {
             Some(format!("procedure.{}", recipe.procedure.name()))
         }
         // It follows statistics of each pass.

@@ -162,28 +162,30 @@ impl Bilevel {
         let ranks = Ranks::alone(ParallelConfig::default());
         let targets = batch.target_tokens();
         let context = StepContext { step: 1, lr: 0.0, seed: 0, position: 0, passes: 1, targets, ranks: &ranks };
-        let (mut step, mut beside) = (Step::new(&context), FastWeights::default());
-        self.batch(model, batch, adapted, &mut step, &mut beside);
+        let mut step = Step::new(&context);
+        let beside = self.batch(model, batch, adapted, &mut step);
         (step.gradients(model), beside)
     }
 
-    /// Forward and backward of one batch: adds its gradients to `step`, and the fast weights' own to `beside`.
-    fn batch(&self, model: &Decoder, batch: &Batch, adapted: &Adapted, step: &mut Step<'_>, beside: &mut FastWeights) {
+    /// Forward and backward of one batch: adds its gradients to `step`; gives the fast weights' own where they count.
+    fn batch(&self, model: &Decoder, batch: &Batch, adapted: &Adapted, step: &mut Step<'_>) -> FastWeights {
         let BilevelConfig { clip_includes_fast, second_order, context_mask, .. } = self.config;
         let fast = adapted.last().lifted(clip_includes_fast || second_order);
         let mask = batch.mask(context_mask);
         let loss = model.loss_of_pass(batch, Pass { adapters: &fast, ..Pass::new(&mask) });
         let grads = backward(step.objective(loss, batch, self.updater.penalty_weight));
+        let mut beside = FastWeights::default();
         if !adapted.last().is_empty() && (clip_includes_fast || second_order) {
             let slopes = inner::slopes(&fast, &grads);
             if clip_includes_fast {
-                *beside = if beside.is_empty() { slopes.clone() } else { beside.zip(&slopes, |a, b| a + b) };
+                beside = slopes.clone();
             }
             if second_order {
                 second_order::correct(model, batch, &self.config, adapted, slopes, step);
             }
         }
         step.add(grads, model);
+        beside
     }
 }
 
@@ -194,17 +196,24 @@ impl Procedure for Bilevel {
         batches: &[Batch],
         context: &StepContext<'_>,
     ) -> Result<(Decoder, StepReport), TrainError> {
-        let (mut step, mut beside) = (Step::new(context), FastWeights::default());
-        let mut losses = vec![0.0; self.config.steps()];
-        for (position, batch) in (context.position..).zip(batches) {
-            let fresh = self.config.fresh(&model, context.seed, position)?;
+        let StepContext { seed, position, passes, ranks, .. } = *context;
+        let mut step = Step::new(context);
+        let (mut of_passes, mut beside) = (Vec::new(), FastWeights::default());
+        for (pass, batch) in ranks.own(passes).zip(batches) {
+            step.begin_pass(&model);
+            let fresh = self.config.fresh(&model, seed, position + pass)?;
             let adapted = adapt(&model, batch, &self.config, fresh);
-            for (sum, inner) in losses.iter_mut().zip(&adapted.steps) {
-                *sum += inner.loss / batches.len() as f64;
-            }
-            self.batch(&model, batch, &adapted, &mut step, &mut beside);
+            beside = self.batch(&model, batch, &adapted, &mut step);
+            let losses: Vec<f64> = adapted.steps.iter().map(|inner| inner.loss).collect();
+            of_passes.push((losses, beside.numbers()));
         }
-        step.square_beside = beside.square().map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()));
+        let (mut losses, mut slopes) = (vec![0.0; self.config.steps()], Vec::new());
+        for (of_pass, numbers) in ranks.in_order(of_passes) {
+            losses.iter_mut().zip(of_pass).for_each(|(sum, loss)| *sum += loss / passes as f64);
+            slopes.push(beside.with(numbers));
+        }
+        let square = slopes.into_iter().reduce(|sum, more| sum.zip(&more, |a, b| a + b)).and_then(|sum| sum.square());
+        step.square_beside = square.map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()));
         let named = losses.iter().enumerate().map(|(k, &loss)| (format!("bilevel/inner_loss_{k}"), loss));
         step.measured.extend(named);
         self.updater.finish(model, step)

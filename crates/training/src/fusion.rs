@@ -185,7 +185,7 @@ impl Procedure for Fusion {
         };
         let mut step = Step::new(context);
         for batch in batches {
-            step.begin_pass();
+            step.begin_pass(&model);
             let loss = model.loss_of_pass(batch, Pass::new(&batch.mask(ContextMask::Causal)));
             let objective = step.objective(loss, batch, weight);
             step.add_backward(objective, &model);

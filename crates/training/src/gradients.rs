@@ -21,6 +21,11 @@ impl<M: Module> Sum<M> {
         self.sum.accumulate(model, GradientsParams::from_grads(grads, model));
     }
 
+    /// Adds another sum.
+    pub(crate) fn add_sum(&mut self, other: Self, model: &M) {
+        self.sum.accumulate(model, other.finish());
+    }
+
     /// The sum.
     pub fn finish(mut self) -> GradientsParams {
         self.sum.grads()

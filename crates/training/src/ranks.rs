@@ -131,12 +131,18 @@ impl<'a> Ranks<'a> {
         self.rank() == 0
     }
 
-    /// Whether numbers are drawn by the place of a pass in its step, so that they do not depend on how many ranks there are.
-    pub(crate) fn draws_by_pass(&self) -> bool {
+    /// Whether the passes of a step are kept apart, in what they draw and in how their gradients are added up, so that nothing depends
+    /// on how many ranks there are.
+    pub(crate) fn divides_passes(&self) -> bool {
         self.config.mode == ParallelMode::Data
     }
 
-    /// Whether gradients go to their owners after every pass.
+    /// Which of a step's `passes`, counted from 0, are those of this rank.
+    pub(crate) fn own(&self, passes: u64) -> impl Iterator<Item = u64> + use<> {
+        (self.rank() as u64..passes).step_by(self.size())
+    }
+
+    /// Whether the gradients of every pass go to their owners by themselves.
     pub(crate) fn is_ordered(&self) -> bool {
         self.config.gradient_reduction == GradientReduction::Ordered
     }

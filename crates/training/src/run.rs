@@ -182,9 +182,8 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
     /// What the next step learns from.
     fn read(&self, model: &M) -> Result<Read<M::Batch>, TrainError> {
         let (ranks, train, start) = (self.job.ranks, self.job.train, self.progress.position);
-        let end = start + self.job.training.gradient_accumulation_steps as u64;
-        let mine = (start + ranks.rank() as u64..end).step_by(ranks.size());
-        let batches = mine.map(|position| train.batch(position)).collect::<Result<_, _>>()?;
+        let mine = ranks.own(self.job.training.gradient_accumulation_steps as u64);
+        let batches = mine.map(|pass| train.batch(start + pass)).collect::<Result<_, _>>()?;
         let lacks_first = !ranks.is_first() && model.is_due(self.progress.step);
         let first = lacks_first.then(|| train.batch(start)).transpose()?;
         Ok((batches, first))

@@ -93,8 +93,10 @@ impl Shares {
 /// The gradients of a step on their way to one sum over all passes of all ranks.
 pub(crate) struct Reduction<'a, M> {
     ranks: &'a Ranks<'a>,
-    /// Those that have not been sent.
-    local: Sum<M>,
+    /// Those of the pass that is at work; of all passes where these are not kept apart.
+    pass: Sum<M>,
+    /// In one process, those of the passes before.
+    before: Sum<M>,
     /// The sums of what this rank owns.
     owned: Values,
     rounds: u64,
@@ -108,13 +110,19 @@ pub(crate) struct Reduced {
 
 impl<'a, M: Module> Reduction<'a, M> {
     pub(crate) fn new(ranks: &'a Ranks<'a>) -> Self {
-        Self { ranks, local: Sum::default(), owned: Values::new(), rounds: 0 }
+        Self { ranks, pass: Sum::default(), before: Sum::default(), owned: Values::new(), rounds: 0 }
     }
 
-    /// Adds a backward pass.
+    /// Adds a backward pass, of which a forward pass may have several.
     pub(crate) fn add(&mut self, grads: Gradients, model: &M) {
-        self.local.add(grads, model);
-        if self.ranks.size() > 1 && self.ranks.is_ordered() {
+        self.pass.add(grads, model);
+    }
+
+    /// Ends a forward pass: what it adds up to is one term of the sum, on whichever rank it was.
+    pub(crate) fn end_pass(&mut self, model: &M) {
+        if self.ranks.size() == 1 {
+            self.before.add_sum(std::mem::take(&mut self.pass), model);
+        } else if self.ranks.is_ordered() {
             self.send(model);
         }
     }
@@ -123,7 +131,8 @@ impl<'a, M: Module> Reduction<'a, M> {
     pub(crate) fn finish(mut self, model: &M, passes: u64) -> Reduced {
         let size = self.ranks.size() as u64;
         if size == 1 {
-            return Reduced { grads: self.local.finish(), owned: Values::new() };
+            self.end_pass(model);
+            return Reduced { grads: self.before.finish(), owned: Values::new() };
         }
         // Other ranks may have had a pass more than this one.
         let rounds = if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 };
@@ -136,7 +145,7 @@ impl<'a, M: Module> Reduction<'a, M> {
     /// Sends gradients to their owners, and adds up what comes, in the order of ranks.
     fn send(&mut self, model: &M) {
         let shares = Shares::of(model, self.ranks.size());
-        let values = to_host(&std::mem::take(&mut self.local).finish(), model);
+        let values = to_host(&std::mem::take(&mut self.pass).finish(), model);
         let to_each = (0..self.ranks.size()).map(|owner| shares.pack(&values, owner)).collect();
         self.owned.resize(shares.0.len(), None);
         for bytes in self.ranks.exchange(to_each) {
@@ -237,9 +246,11 @@ mod tests {
     use polyhead_models::{Batch, Decoder, DecoderConfig, Loss, TrainBatch, Trainable, train_only};
 
     use super::*;
-    use crate::config::{OptimizerConfig, ParallelConfig, ParallelMode};
+    use crate::config::{GradientReduction, OptimizerConfig, OptimizerSharding, ParallelConfig, ParallelMode};
+    use crate::gradients::backward;
+    use crate::optimizer::Update;
     use crate::procedure::StepContext;
-    use crate::ranks::threads::on_ranks;
+    use crate::ranks::threads::{counted, on_ranks};
     use crate::update::{Step, Updater};
 
     fn model() -> Decoder {
@@ -277,6 +288,54 @@ mod tests {
         });
         assert_eq!(found, [(0, vec![(-0.0f32).to_bits(), f32::NAN.to_bits()])]);
         assert!(shares.pack(&values, 0).is_empty());
+    }
+
+    /// What the guide says that a step costs, counted: gradients go to their owners after every pass or once, then sums or weights to
+    /// all. One byte more says whether a parameter is there.
+    #[test]
+    fn bytes_and_memory_of_a_step_are_those_of_the_formulas() {
+        const RANKS: u64 = 3;
+        const PASSES: u64 = 6;
+        let sizes: Vec<u64> = parameters(&model()).iter().map(|one| one.elements() as u64).collect();
+        let (elements, largest) = (sizes.iter().sum::<u64>(), sizes.iter().copied().max().unwrap());
+        let step = |ranks: &Ranks<'_>| {
+            let (mut model, mut sum, mut optimizer) =
+                (model(), Reduction::new(ranks), Optimizer::new(Default::default()));
+            for pass in ranks.own(PASSES) {
+                if pass >= RANKS {
+                    sum.end_pass(&model);
+                }
+                let loss = model.loss_under(&Batch::text(vec![1, 2, 3, pass as u32]), Default::default());
+                sum.add(backward(loss.cross_entropy), &model);
+            }
+            let mut grads = sum.finish(&model, PASSES).for_update(&model, ranks);
+            model = optimizer.step(model, &mut grads, Update { lr: 0.1, scale: 1.0 });
+            if ranks.shards_optimizer() {
+                model = gather_weights(model, ranks);
+            }
+            let state: usize = optimizer.tensors().iter().map(|one| one.values().len()).sum();
+            (state as u64, held(&model).iter().flat_map(|one| one.values()).collect::<Vec<f32>>())
+        };
+        for (gradient_reduction, exchanges) in
+            [(GradientReduction::Ordered, PASSES / RANKS + 1), (GradientReduction::Fast, 2)]
+        {
+            for optimizer_sharding in [OptimizerSharding::None, OptimizerSharding::Zero1] {
+                let config = ParallelConfig { mode: ParallelMode::Data, optimizer_sharding, gradient_reduction };
+                let at_begin = counted(RANKS as usize, config, |_| ()).1;
+                let (ended, sent) = counted(RANKS as usize, config, step);
+                let formula = (RANKS - 1) * exchanges * (4 * elements + sizes.len() as u64);
+                assert_eq!(sent - at_begin, formula, "{config:?}");
+                assert!(ended.iter().all(|rank| rank.1 == ended[0].1), "{config:?}: weights differ");
+                let states = ended.iter().map(|rank| rank.0);
+                match optimizer_sharding {
+                    OptimizerSharding::None => assert!(states.clone().all(|state| state == 2 * elements)),
+                    OptimizerSharding::Zero1 => {
+                        assert_eq!(states.clone().sum::<u64>(), 2 * elements);
+                        assert!(states.max().unwrap() <= 2 * (elements / RANKS + largest));
+                    }
+                }
+            }
+        }
     }
 
     /// One rank's loss is NaN: all leave the step out, with the weights as they were.

@@ -43,7 +43,7 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
     ) -> Result<(M, StepReport), TrainError> {
         let mut step = Step::new(context);
         for batch in batches {
-            step.begin_pass();
+            step.begin_pass(&model);
             let mut loss = model.loss_under(batch, self.context_mask);
             let found = std::mem::take(&mut loss.found);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);

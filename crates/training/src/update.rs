@@ -45,12 +45,18 @@ impl<'a, M: Trainable> Step<'a, M> {
         Self { context, losses: Vec::new(), grads, square_beside: 0.0, measured: Vec::new() }
     }
 
-    /// To be called before each forward pass: what it draws depends on where it is in the step, not on which rank it runs. The first
-    /// pass goes on where the step has begun.
-    pub(crate) fn begin_pass(&self) {
+    /// To be called before each forward pass: what it draws and adds to the gradients depends on where it is in the step, not on which
+    /// rank it runs. The first pass goes on where the step has begun.
+    pub(crate) fn begin_pass(&mut self, model: &M) {
         let StepContext { ranks, .. } = self.context;
+        if !ranks.divides_passes() {
+            return;
+        }
+        if !self.losses.is_empty() {
+            self.grads.end_pass(model);
+        }
         let pass = self.losses.len() * ranks.size() + ranks.rank();
-        if ranks.draws_by_pass() && pass > 0 {
+        if pass > 0 {
             self.context.seed_pass(pass as u64);
         }
     }

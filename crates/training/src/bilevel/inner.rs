@@ -1,7 +1,7 @@
 //! Fast weights, and the steps that adapt them to a batch.
 
 use burn::module::Module;
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor, TensorData};
 use polyhead_attention::{Adapter, Mask};
 use polyhead_models::{Batch, Decoder, Pass};
 
@@ -46,6 +46,17 @@ impl FastWeights {
     pub(super) fn zip(&self, other: &Self, each: impl Fn(Tensor<2>, Tensor<2>) -> Tensor<2>) -> Self {
         let mut others = other.tensors().cloned().collect::<Vec<_>>().into_iter();
         self.map(|x| each(x.clone(), others.next().expect("the same shape")))
+    }
+
+    /// Its numbers, matrix by matrix.
+    pub(super) fn numbers(&self) -> Vec<TensorData> {
+        self.tensors().map(Tensor::to_data).collect()
+    }
+
+    /// The same with other [`numbers`](Self::numbers).
+    pub(super) fn with(&self, numbers: Vec<TensorData>) -> Self {
+        let mut numbers = numbers.into_iter();
+        self.map(|x| Tensor::from_data(numbers.next().expect("the same shape"), &x.device()))
     }
 
     /// Its matrices, layer by layer: A before B.

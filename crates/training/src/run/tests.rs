@@ -85,7 +85,7 @@ fn model() -> Decoder {
 /// A rank's part of a run of four passes a step; how it ended, the step it reached, and its weights.
 type Ended = (Result<Option<usize>, String>, Vec<f32>);
 
-fn train(ranks: &Ranks<'_>, folder: &Path, optimizer: &Value, steps: u64, fate: Fate) -> Ended {
+fn train(ranks: &Ranks<'_>, folder: &Path, settings: &Value, steps: u64, fate: Fate) -> Ended {
     let checkpoint = checkpoint::newest_good(folder).unwrap().0.map(|(path, _)| path);
     let of_rank = |what: Option<(usize, u64)>| what.filter(|(rank, _)| *rank == ranks.rank()).map(|(_, at)| at);
     let (rows, requests) = (Rows { fails_at: of_rank(fate.torn) }, Requests::default());
@@ -99,8 +99,10 @@ fn train(ranks: &Ranks<'_>, folder: &Path, optimizer: &Value, steps: u64, fate: 
             "steps": steps, "seq_len": 7, "batch_size": 2, "gradient_accumulation_steps": 4, "penalty_weight": 0.5,
         }))
         .unwrap(),
-        procedure: Default::default(),
-        optimizer: serde_json::from_value::<OptimizerConfig>(optimizer.clone()).unwrap(),
+        procedure: settings
+            .get("procedure")
+            .map_or_else(Default::default, |own| serde_json::from_value(own.clone()).unwrap()),
+        optimizer: serde_json::from_value::<OptimizerConfig>(settings["optimizer"].clone()).unwrap(),
         scalings: Scalings::default(),
         lr_scheduler: serde_json::from_value(json!({ "decay": "constant" })).unwrap(),
         validation: serde_json::from_value(json!({ "interval": 2, "batches": 5 })).unwrap(),
@@ -112,7 +114,7 @@ fn train(ranks: &Ranks<'_>, folder: &Path, optimizer: &Value, steps: u64, fate: 
         probe: None,
         heads: None,
         validate_first: false,
-        tracking: &[],
+        tracking: &[vec![3, 1, 4, 1, 5], vec![9, 2, 6], vec![2, 7, 1, 8]].map(Batch::text),
         companions: Vec::new(),
         adapter_only: false,
         recipe: String::new(),
@@ -145,35 +147,56 @@ fn kept(folder: &Path, step: u64) -> [Vec<u8>; 3] {
 }
 
 fn adamw() -> Value {
-    json!({ "adamw": { "lr": 1e-2 } })
+    json!({ "optimizer": { "adamw": { "lr": 1e-2 } } })
+}
+
+/// Trains on one process, and on several ranks in each of these ways: all must come to the same bits, which are given.
+fn same_on_ranks(settings: &Value, steps: u64, ways: &[(usize, Value)]) -> [Vec<u8>; 3] {
+    let alone = tempfile::tempdir().unwrap();
+    let ended = train(&Ranks::alone(parallel(json!({}))), alone.path(), settings, steps, Fate::default());
+    assert_eq!(ended.0, Ok(None));
+    let expected = kept(alone.path(), steps);
+    for (size, way) in ways {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |ranks: &Ranks<'_>| train(ranks, folder.path(), settings, steps, Fate::default());
+        let ended = on_ranks(*size, parallel(way.clone()), run);
+        let found = kept(folder.path(), steps);
+        assert_eq!(String::from_utf8_lossy(&found[2]), String::from_utf8_lossy(&expected[2]), "{size} {way}");
+        assert!(found == expected, "{size} ranks, {settings} {way}: weights or state differ");
+        assert!(ended.iter().all(|rank| rank.0 == Ok(None) && rank.1 == ended[0].1), "{size}: ranks differ");
+    }
+    expected
 }
 
 /// The law, with dropout, a penalty, validation and unequal numbers of targets; three ranks have unequal numbers of passes.
 #[test]
 fn any_number_of_ranks_gives_the_bits_of_one() {
-    let muon = json!({ "muon": { "lr": 1e-2 } });
-    for (optimizer, settings, sizes) in [
-        (adamw(), json!({}), &[1, 2, 3, 4][..]),
-        (adamw(), json!({ "optimizer_sharding": "zero1" }), &[4]),
-        (muon.clone(), json!({}), &[1]),
-        (muon, json!({ "optimizer_sharding": "zero1" }), &[2]),
-    ] {
-        let alone = tempfile::tempdir().unwrap();
-        let ended = train(&Ranks::alone(parallel(json!({}))), alone.path(), &optimizer, 2, Fate::default());
-        assert_eq!(ended.0, Ok(None));
-        let expected = kept(alone.path(), 2);
-        let log = String::from_utf8_lossy(&expected[2]);
-        assert!(log.contains("\"penalty\":") && !log.contains("\"penalty\":null"), "{log}");
-        for &size in sizes {
-            let folder = tempfile::tempdir().unwrap();
-            let run = |ranks: &Ranks<'_>| train(ranks, folder.path(), &optimizer, 2, Fate::default());
-            let ended = on_ranks(size, parallel(settings.clone()), run);
-            let found = kept(folder.path(), 2);
-            assert_eq!(String::from_utf8_lossy(&found[2]), String::from_utf8_lossy(&expected[2]), "{size} {settings}");
-            assert!(found == expected, "{size} ranks, {optimizer} {settings}: weights or state differ");
-            assert!(ended.iter().all(|rank| rank.0 == Ok(None) && rank.1 == ended[0].1), "{size}: ranks differ");
-        }
-    }
+    let (whole, zero1) = (json!({}), json!({ "optimizer_sharding": "zero1" }));
+    let ways = [1, 2, 3, 4].map(|size| (size, whole.clone())).into_iter().chain([(4, zero1.clone())]);
+    let [_, _, log] = same_on_ranks(&adamw(), 2, &Vec::from_iter(ways));
+    let log = String::from_utf8_lossy(&log);
+    assert!(log.contains("\"penalty\":") && !log.contains("\"penalty\":null"), "{log}");
+    same_on_ranks(&json!({ "optimizer": { "muon": { "lr": 1e-2 } } }), 2, &[(1, whole), (2, zero1)]);
+}
+
+/// Passes with fast weights of their own, which count when clipping, and with several backwards each.
+#[test]
+fn focusft_has_the_bits_of_one_process() {
+    let mut settings = adamw();
+    settings["procedure"] = json!({ "bilevel": {
+        "rank": 2, "alpha": 4.0, "inner_lr": 0.3, "layer_fraction": 0.5, "clip_includes_fast": true, "second_order": true,
+    } });
+    let [_, _, log] = same_on_ranks(&settings, 2, &[(2, json!({})), (3, json!({ "optimizer_sharding": "zero1" }))]);
+    assert!(String::from_utf8_lossy(&log).contains("bilevel/inner_loss_1"));
+}
+
+/// Every rank watches the same texts, and drops the same units from the third step on.
+#[test]
+fn send_has_the_bits_of_one_process() {
+    let mut settings = adamw();
+    settings["procedure"] = json!({ "neuron_dropout": { "interval": 1, "window": 2, "refresh": 2, "k": 0.25 } });
+    let [_, _, log] = same_on_ranks(&settings, 3, &[(2, json!({})), (4, json!({ "optimizer_sharding": "zero1" }))]);
+    assert!(String::from_utf8_lossy(&log).contains("neuron_dropout/loss_jump"));
 }
 
 #[test]
