@@ -170,7 +170,13 @@ fn a_sweep_chooses_on_one_half_and_reports_the_other_and_failures_are_told() {
 #[cfg(unix)]
 fn killed_or_interrupted_it_goes_on_where_it_was() {
     let steps = "steps = 12";
-    let run = |world: &World| world.command(&COMPARE).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // By a launcher, which signals have to pass; with the threads that runs have without one.
+    let launched = [&COMPARE[..], &["--launcher", "env"]].concat();
+    let threads = (std::thread::available_parallelism().unwrap().get() / 2).max(1).to_string();
+    let run = |world: &World| {
+        let mut command = world.command(&launched);
+        command.env("RAYON_NUM_THREADS", &threads).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
     let long = World::new(&SMALL.replace(steps, "steps = 150").replace("interval = 4", "interval = 20"));
     write(&long, TINY);
     let logged = |world: &World| {
@@ -205,6 +211,45 @@ fn killed_or_interrupted_it_goes_on_where_it_was() {
     for ((name, a), (other, b)) in interrupted.iter().zip(&results(&whole)) {
         assert_eq!((name, &a["validation"]), (other, &b["validation"]));
     }
+}
+
+/// One that has no machine for a run the first time, under two names.
+#[test]
+#[cfg(unix)]
+fn a_launcher_starts_every_run_and_what_it_lost_runs_the_next_time() {
+    use std::os::unix::fs::PermissionsExt;
+    let world = world(TINY);
+    let here = world.dir.path();
+    let script = "#!/bin/sh\necho \"$*\" >> launched\nshift 2\n\
+        case \"$*\" in *diff-seed-4*) [ -e lost ] || { touch lost; echo no machine >&2; exit 137; };; esac\nexec \"$@\"\n";
+    for name in ["launch", "srun"] {
+        std::fs::write(here.join(name), script).unwrap();
+        std::fs::set_permissions(here.join(name), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let with = |launcher: &'static str| [&COMPARE[..], &["--launcher", launcher]].concat();
+
+    let missing = world.fails(2, &with("srun-of-nobody -n 1"));
+    assert!(missing.contains("--launcher") && missing.contains("no program `srun-of-nobody`"), "{missing}");
+    let (out, _) = world.succeeds(&[&with("./launch -n 1")[..], &["--dry-run", "--no-probe"]].concat());
+    assert!(out.contains("2 at a time, each started by `./launch -n 1`"), "{out}");
+    assert!(!here.join("checkpoints").exists() && !here.join("launched").exists());
+
+    let err = world.fails(1, &with("./launch -n 1"));
+    assert!(err.contains("exit status: 137") && err.contains("no machine"), "{err}");
+    assert!(err.contains("1 of 4 runs failed") && markdown(&world).contains("**FAILED"), "{err}");
+    assert_eq!(results(&world).len(), 3);
+
+    let path = std::env::join_paths([here.to_owned(), "/usr/bin".into(), "/bin".into()]).unwrap();
+    let output = world.command(&with("slurm")).env("PATH", path).output().unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && err.contains("4 runs, 3 of them have finished before"), "{err}");
+    assert_eq!(results(&world).len(), 4);
+    let launched = String::from_utf8(world.read("launched")).unwrap();
+    let words: Vec<&str> = launched.lines().filter_map(|line| line.split_once(" /")).map(|(words, _)| words).collect();
+    assert_eq!(words, ["-n 1", "-n 1", "-n 1", "-n 1", "--ntasks=1 --exclusive"], "{launched}");
+
+    let err = world.fails(1, &["compare", "zoo.toml", "--out", "idle", "--launcher", "true"]);
+    assert!(err.contains("4 of 4 runs failed") && err.contains("ended without a result"), "{err}");
 }
 
 /// A parent for every seed, and a wider model made of it.

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics.
+# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics; and
+# comparisons whose runs mpirun starts.
 #
 #   tests/mpi/run.sh [BINARY]       BINARY: built with --features mpi; without it, it is built in target/mpi
 #
-# Open MPI and libclang are installed where apt-get can. Takes a minute besides the build.
+# Open MPI and libclang are installed where apt-get can. Takes two minutes besides the build.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 as_root=""
@@ -90,6 +91,20 @@ for optimizer in adamw muon; do
         check "$optimizer, zero1: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-zero1-$n"
     done
 done
+
+# FocuSFT, whose passes have several backwards each and fast weights that count when clipping; SenD, which drops units from the third step on.
+bilevel="rank=2, alpha=4.0, inner_lr=0.3, layer_fraction=0.5, clip_includes_fast=true, second_order=true"
+neuron_dropout="interval=1, window=2, refresh=2, k=0.25, tracking_texts=4"
+for procedure in bilevel neuron_dropout; do
+    settings=("procedure.$procedure={${!procedure}}")
+    "$binary" train recipe.toml --out "$procedure-alone" "${settings[@]}" parallel.mode=data > told 2>&1
+    check "$procedure: one process without a launcher" test -e "$procedure-alone/step-00000006"
+    train 2 "$procedure-2" "${settings[@]}" parallel.optimizer_sharding=zero1
+    check "$procedure, zero1: 2 ranks have the bits of one process" same "$procedure-alone" "$procedure-2"
+    train 4 "$procedure-4" "${settings[@]}"
+    check "$procedure: 4 ranks have the bits of one process" same "$procedure-alone" "$procedure-4"
+done
+
 train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast
 check "fast: 2 ranks come to the end" test -e fast/step-00000006
 check "the share of communication is logged" grep -q '"throughput/communication_share":0\.' fast/metrics.jsonl
@@ -173,6 +188,34 @@ job=$!
 ends
 check "a rank that fails alone ends all with its code" test $? -eq 1
 check "a rank that fails alone is named" grep -q "rank 1 on $(hostname): error: device cuda" told
+
+# Comparisons: every arm and seed is a job of its own.
+cat > arms.toml << 'END'
+extends = "recipe.toml"
+seeds = [1, 2]
+[recipe]
+parallel.mode = "none"
+[[arm]]
+name = "a"
+[[arm]]
+name = "b"
+recipe.training.penalty_weight = 0.2
+END
+check "a comparison in processes of this machine" eval "'$binary' compare arms.toml --out here --launcher env > told 2>&1"
+check "a comparison with --launcher mpirun" eval "'$binary' compare arms.toml --out jobs --jobs 2 --launcher mpirun > told 2>&1"
+check "its runs have the same bits" test \
+    "$(cat here/runs/*/step-00000006/model.safetensors | sha256sum)" = "$(cat jobs/runs/*/step-00000006/model.safetensors | sha256sum)"
+sed 's/^\[recipe\]$/&\ntraining.steps = 1000000\ncheckpoint.interval = 0\nvalidation.interval = 0/' arms.toml > long.toml
+"$binary" compare long.toml --out long --jobs 2 --launcher mpirun > told 2>&1 &
+job=$!
+for _ in $(seq 300); do
+    [ "$(cat long/runs/*/metrics.jsonl 2> /dev/null | wc -l)" -ge 6 ] && break
+    sleep 0.1
+done
+kill -TERM "$job"
+ends
+check "SIGTERM to a comparison: ends with 143" test $? -eq 143
+check "SIGTERM to a comparison: the runs that mpirun started have saved" test "$(ls long/runs/*/step-*/manifest.json | wc -l)" -eq 2
 
 echo
 [ "$failed" -eq 0 ] && echo "all passed" || echo "$failed failed"

@@ -16,7 +16,7 @@ use polyhead_training::run_folder::{atomic_write, files};
 use serde::{Deserialize, Serialize};
 
 use super::matching::Match;
-use super::processes::{Jobs, Share, end_of_log, run_jobs, spawn};
+use super::processes::{Jobs, Share, ended_without, run_jobs, spawn};
 use super::statistics::Summary;
 
 /// Rounds at least, and at most; chosen by us.
@@ -44,7 +44,7 @@ pub struct Pace {
 /// What was measured, by the key of what it was measured for.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Paces {
-    /// Runs at a time, and threads of each: with others, steps take other times.
+    /// Runs at a time, and threads of each, 0 with a launcher: with others, steps take other times.
     shared: [usize; 2],
     paces: BTreeMap<String, Pace>,
 }
@@ -100,7 +100,7 @@ impl Paces {
     /// # Errors
     /// If there is a file that cannot be read.
     pub fn read(out: &Path, share: &Share) -> Result<Self, Failure> {
-        let (path, shared) = (out.join(FILE), [share.jobs, share.threads]);
+        let (path, shared) = (out.join(FILE), [share.jobs, share.threads.unwrap_or(0)]);
         let empty = Self { shared, paces: BTreeMap::new() };
         if !path.exists() {
             return Ok(empty);
@@ -248,7 +248,7 @@ impl<'a> Jobs for Round<'a> {
         match took {
             Some(took) if status.success() => self.seconds.push((text, took)),
             _ if stopped => {}
-            _ => self.failed = Some(format!("calibration: {status}\n{}", end_of_log(&folder.join(files::LOG)))),
+            _ => self.failed = Some(format!("calibration: {}", ended_without(status, &folder.join(files::LOG)))),
         }
         Ok(())
     }
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn what_was_measured_is_kept_for_the_same_share() {
         let folder = tempfile::tempdir().unwrap();
-        let share = |jobs| Share { jobs, threads: 1, flags: Vec::new() };
+        let share = |jobs| Share { jobs, threads: Some(1), launcher: None, flags: Vec::new() };
         let mut paces = Paces::read(folder.path(), &share(2)).unwrap();
         let seconds = BTreeMap::from([("own", vec![0.3; 3]), ("base", vec![0.2; 3])]);
         paces.paces.insert(timing().key, pace(&timing(), &seconds).unwrap());

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 
 use polyhead_training::run::Requests;
@@ -13,7 +13,7 @@ use polyhead_runs::Failure;
 use polyhead_runs::result;
 
 use super::outcome::Outcome;
-use super::processes::{Jobs, Share, end_of_log, run_jobs, spawn};
+use super::processes::{Jobs, Share, ended_without, run_jobs, spawn};
 
 /// One task for one run.
 struct Question {
@@ -43,10 +43,7 @@ pub fn evaluate(outcome: &mut Outcome, share: &Share, requests: &Requests, tell:
         return Err(Failure::Run(problem));
     }
     for Question { arm, run, answer, .. } in questions {
-        let text = std::fs::read_to_string(&answer).map_err(|error| Failure::file("read", &answer, error))?;
-        let value =
-            serde_json::from_str(&text).map_err(|error| Failure::Run(format!("{}: {error}", answer.display())))?;
-        outcome.arms[arm].runs[run].evaluated.extend(numbers(&value));
+        outcome.arms[arm].runs[run].evaluated.extend(numbers(&read(&answer)?));
     }
     Ok(())
 }
@@ -73,15 +70,16 @@ impl<'a> Jobs for Asking<'a> {
     fn ended(&mut self, question: &'a Question, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
         let arm = &self.outcome.arms[question.arm];
         let name = format!("{}, seed {}", arm.name, arm.runs[question.run].seed);
-        match status.success() {
+        let part = question.answer.with_extension("part");
+        match status.success() && read(&part).is_ok() {
             true => {
-                std::fs::rename(question.answer.with_extension("part"), &question.answer)?;
+                std::fs::rename(part, &question.answer)?;
                 (self.tell)(&format!("evaluated {name}: {}", question.flags));
             }
             false if stopped => {} // left
             false => {
-                let log = end_of_log(&question.answer.with_extension("log"));
-                self.failed = Some(format!("{name}: eval {}: {status}\n{log}", question.flags));
+                let problem = ended_without(status, &question.answer.with_extension("log"));
+                self.failed = Some(format!("{name}: eval {}: {problem}", question.flags));
             }
         }
         Ok(())
@@ -111,6 +109,11 @@ impl Question {
         let arguments: Vec<String> = ["eval".to_owned(), folder].into_iter().chain(words).collect();
         spawn(&arguments, &self.answer.with_extension("log"), Some(output), share)
     }
+}
+
+fn read(answer: &Path) -> Result<Value, Failure> {
+    let text = std::fs::read_to_string(answer).map_err(|error| Failure::file("read", answer, error))?;
+    serde_json::from_str(&text).map_err(|error| Failure::Run(format!("{}: {error}", answer.display())))
 }
 
 /// The numbers of what `eval` printed, by name: `needles_multi/4x`, `facts/wrong`, `eigenscore/ees`.

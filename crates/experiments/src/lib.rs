@@ -2,7 +2,7 @@
 //!
 //! In order: the file says what is compared (`comparison.rs`, `tune.rs`), what arms start from is made (`prepare.rs`), every arm
 //! gets a recipe of the same cost (`matching.rs`, `calibration.rs`, `plan.rs`), every run is a process of its own (`runs.rs`,
-//! `processes.rs`) and so is every task that it is evaluated on (`evaluate.rs`), what they reached is put together (`outcome.rs`,
+//! `processes.rs`, elsewhere by `launcher.rs`) and so is every task that it is evaluated on (`evaluate.rs`), what they reached is put together (`outcome.rs`,
 //! `metric.rs`, `extra_metrics.rs`, `statistics.rs`, `verdict.rs`, `best_of.rs`, `ladder.rs`, `law.rs`) and written for people
 //! (`finding.rs`, `notes.rs`, `tables.rs`, `markdown.rs`, `html.rs`, `figures.rs`, `page.rs`), for programs (`json.rs`) and for the replication table
 //! (`record.rs`). `simulation.rs` tries on made-up runs what the statistics promise.
@@ -19,6 +19,7 @@ mod finding;
 pub mod html;
 pub mod json;
 mod ladder;
+pub mod launcher;
 mod law;
 pub mod markdown;
 mod matching;

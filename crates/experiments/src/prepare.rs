@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::Instant;
 
+use polyhead_training::TrainError;
+use polyhead_training::checkpoint::list;
 use polyhead_training::run::Requests;
 use polyhead_training::run_folder::{atomic_write, files};
 use serde_json::json;
@@ -24,7 +26,7 @@ use polyhead_recipe::folder_name;
 
 use super::calibration::Paces;
 use super::comparison::{Preparation, Read, in_braces};
-use super::processes::{Jobs, Share, end_of_log, run_jobs, spawn};
+use super::processes::{Jobs, Share, ended_without, run_jobs, spawn};
 
 /// What is made, a chain for each seed, and what is measured.
 pub struct Prepared {
@@ -151,7 +153,7 @@ impl<'a> Jobs for Making<'a> {
 
     fn ended(&mut self, was: Running<'a>, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
         let Step { name, seed, .. } = was.step;
-        match status.success() {
+        match status.success() && was.step.has_model()? {
             true => {
                 was.step.mark()?;
                 (self.tell)(&format!("finished  {name}, seed {seed}, {}", clock(was.since.elapsed())));
@@ -159,8 +161,8 @@ impl<'a> Jobs for Making<'a> {
             }
             false if stopped => {} // saved and left
             false => {
-                let log = end_of_log(&was.step.log());
-                self.failed = Some(format!("prepare `{name}`, seed {seed}: {status}\n{log}"));
+                let problem = ended_without(status, &was.step.log());
+                self.failed = Some(format!("prepare `{name}`, seed {seed}: {problem}"));
             }
         }
         Ok(())
@@ -185,6 +187,10 @@ impl Step {
 
     fn complete(&self) -> bool {
         self.folder.join(files::PREPARED).exists()
+    }
+
+    fn has_model(&self) -> Result<bool, Failure> {
+        Ok(!list(&self.folder).map_err(TrainError::from)?.is_empty())
     }
 
     fn log(&self) -> PathBuf {

@@ -1,6 +1,7 @@
-//! Runs and tasks as processes of their own: started with a share of the cores, and ended with this one.
+//! Runs and tasks as processes of their own: started with a share of the cores, or by a launcher, and ended with this one.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
@@ -9,27 +10,39 @@ use std::time::Duration;
 use polyhead_runs::Failure;
 use polyhead_training::run::Requests;
 
+use super::launcher::Launcher;
+
 /// Between two looks at the children; chosen by us.
 pub const LOOK: Duration = Duration::from_millis(100);
 /// Last lines of a failed run's log that are told.
 const LAST_LINES: usize = 6;
 
-/// What child processes share: how many there are at a time, how many threads each has, and what this one was allowed.
+/// What child processes share: how many there are at a time, how many threads each has, what starts them, and what this one was allowed.
 #[derive(Debug, Clone)]
 pub struct Share {
     /// Runs at a time.
     pub jobs: usize,
-    /// Threads of each.
-    pub threads: usize,
+    /// Threads of each; `None` where a launcher decides.
+    pub threads: Option<usize>,
+    /// What starts them elsewhere.
+    pub launcher: Option<Launcher>,
     /// Flags that every child is given: those of this command line that say what is allowed.
     pub flags: Vec<String>,
 }
 
 impl Share {
-    /// All cores, divided among `jobs` runs.
-    pub fn of(jobs: usize, flags: Vec<String>) -> Self {
+    /// All cores of this machine, divided among `jobs` runs; or what a launcher gives to each.
+    pub fn of(jobs: usize, launcher: Option<Launcher>, flags: Vec<String>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { jobs, threads: (cores / jobs).max(1), flags }
+        let threads = launcher.is_none().then_some((cores / jobs).max(1));
+        Self { jobs, threads, launcher, flags }
+    }
+
+    /// How each is run, in words.
+    pub fn words(&self) -> String {
+        let threads = self.threads.map(|threads| format!("{threads} threads each"));
+        let launched = self.launcher.as_ref().map(|launcher| format!("each started by `{}`", launcher.words()));
+        threads.or(launched).unwrap_or_default()
     }
 }
 
@@ -73,7 +86,9 @@ pub fn run_jobs(jobs: &mut impl Jobs, share: &Share, requests: &Requests) -> Res
         let signal = stop.load(Ordering::SeqCst);
         if signal != told {
             told = signal;
-            running.iter().for_each(|(_, child)| children::send(child, signal));
+            // A launcher may ask back at SIGINT; SIGTERM it passes on.
+            let passed = if share.launcher.is_some() { children::TERM } else { signal };
+            running.iter().for_each(|(_, child)| children::send(child, passed));
         }
         if jobs.saves() {
             children::save_if_asked(requests, running.iter().map(|(_, child)| child));
@@ -104,17 +119,32 @@ pub fn run_jobs(jobs: &mut impl Jobs, share: &Share, requests: &Requests) -> Res
 /// Starts this program with other arguments and a share of the threads; what it says goes to a log, what it puts out to
 /// `output` or there too.
 pub fn spawn(arguments: &[String], log: &Path, output: Option<File>, share: &Share) -> Result<Child, Failure> {
-    let file = File::options().create(true).append(true).open(log);
-    let file = file.map_err(|error| Failure::file("open", log, error))?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(arguments).args(&share.flags).env("RAYON_NUM_THREADS", share.threads.to_string());
+    let unopened = |error| Failure::file("open", log, error);
+    let mut file = File::options().create(true).append(true).open(log).map_err(unopened)?;
+    let program = std::env::current_exe()?;
+    let mut command = match &share.launcher {
+        Some(launcher) => {
+            writeln!(file, "started by {}", launcher.words()).map_err(unopened)?;
+            launcher.command(&program)
+        }
+        None => Command::new(&program),
+    };
+    command.args(arguments).args(&share.flags);
+    command.envs(share.threads.map(|threads| ("RAYON_NUM_THREADS", threads.to_string())));
     command.stdin(Stdio::null()).stdout(output.map_or_else(|| file.try_clone(), Ok)?).stderr(file);
     children::bind(&mut command);
-    Ok(command.spawn()?)
+    let starter = command.get_program().to_owned();
+    command.spawn().map_err(|error| Failure::file("start", Path::new(&starter), error))
+}
+
+/// How a child ended that has not done its work: a launcher may say that all went well.
+pub fn ended_without(status: ExitStatus, log: &Path) -> String {
+    let how = if status.success() { "ended without a result".into() } else { status.to_string() };
+    format!("{how}\n{}", end_of_log(log))
 }
 
 /// The last lines of a log, and where it is.
-pub fn end_of_log(path: &Path) -> String {
+fn end_of_log(path: &Path) -> String {
     let log = std::fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     format!("{} ends with:\n{}", path.display(), lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"))
@@ -128,6 +158,9 @@ pub mod children {
     use std::sync::atomic::Ordering;
 
     use polyhead_training::run::Requests;
+
+    /// The signal that ends a process in an orderly way.
+    pub const TERM: usize = libc::SIGTERM as usize;
 
     /// Ctrl-C on a terminal reaches a whole process group; a second signal would end a run before it has saved. So each
     /// run is in a group of its own. Should we be killed, the system tells it to save and leave (on Linux).
@@ -171,6 +204,9 @@ pub mod children {
     use std::process::{Child, Command};
 
     use polyhead_training::run::Requests;
+
+    /// No signal is sent here.
+    pub const TERM: usize = 0;
 
     /// Elsewhere Ctrl-C reaches every process of the console.
     pub fn bind(_command: &mut Command) {}

@@ -15,7 +15,7 @@ use polyhead_runs::Failure;
 use polyhead_runs::result::{self, RunResult};
 
 use super::plan::Run;
-use super::processes::{Jobs, LOOK, Share, end_of_log, run_jobs, spawn};
+use super::processes::{Jobs, LOOK, Share, ended_without, run_jobs, spawn};
 
 /// How long runs of an earlier call may take to save and leave; chosen by us.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -93,7 +93,7 @@ impl Jobs for Training<'_> {
             }
             None if stopped => {} // saved and left
             None => {
-                let problem = format!("{status}\n{}", end_of_log(&log_of(self.runs[at])));
+                let problem = ended_without(status, &log_of(self.runs[at]));
                 self.progress.failed(at, &problem);
                 self.ends[at] = Some(End::Failed(problem));
             }

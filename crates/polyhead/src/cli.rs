@@ -8,7 +8,7 @@ use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Args, Parser, Subcommand};
 use polyhead_recipe::{DEVICES, device_name, parse_device};
 
-pub use args::{ChatArgs, EvalArgs, GenerateArgs, SamplingArgs, TrainArgs, at_least_one};
+pub use args::{ChatArgs, EvalArgs, GenerateArgs, JobsArgs, SamplingArgs, TrainArgs, at_least_one};
 
 /// Train, inspect and export attention mechanisms, from TOML recipes.
 #[derive(Debug, Parser)]
@@ -214,7 +214,8 @@ Examples:
     #[command(after_help = "\
 Examples:
   polyhead compare recipes/compare/attention-zoo.toml --dry-run
-  polyhead compare recipes/compare/attention-zoo.toml --jobs 2")]
+  polyhead compare recipes/compare/attention-zoo.toml --jobs 2
+  polyhead compare recipes/compare/attention-zoo.toml --jobs 15 --launcher slurm")]
     Compare(crate::commands::compare::CompareArgs),
     /// Run a published suite of tasks under its published settings, and report as its paper does.
     ///

@@ -78,10 +78,10 @@ mod job {
     /// What a process exits with after a panic.
     const PANICKED: i32 = 101;
 
-    /// Runs `train` as one of the processes that a launcher has started; without a launcher, alone. Rank 0 speaks for all; another is
-    /// heard where it alone fails.
+    /// Runs `train` as one of the processes that a launcher has started; alone, which takes no MPI, where it has started one. Rank 0 speaks
+    /// for all; another is heard where it alone fails.
     pub fn within(train: impl FnOnce(Option<&dyn Communicator>) -> Result<(), Failure>) -> Result<(), Failure> {
-        let Some((name, size)) = number(SIZES) else { return train(None) };
+        let Some((name, size)) = number(SIZES).filter(|(_, size)| *size > 1) else { return train(None) };
         let job = Mpi::join().ok_or_else(|| Failure::Run("this process has joined an MPI job before".into()))?;
         if job.size() != size {
             return Err(Problems::plain(format!(
@@ -94,9 +94,7 @@ mod job {
         if job.rank() > 0 {
             hush();
         }
-        if size > 1 {
-            end_all_on_panic(&job);
-        }
+        end_all_on_panic(&job);
         let outcome = train(Some(&job));
         leave(&job, outcome)
     }

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use polyhead_experiments::launcher::Launcher;
+use polyhead_experiments::processes::Share;
 
 use super::{RecipeArgs, device, typed_text};
+use crate::allowed::flags;
 
 /// How to train.
 #[derive(Debug, Args)]
@@ -29,6 +32,25 @@ pub struct TrainArgs {
     /// Write down what the time is spent on, as a trace that ui.perfetto.dev and chrome://tracing open: about 2 KB a step.
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
+}
+
+/// How runs are started, each as a process of its own.
+#[derive(Debug, Args)]
+pub struct JobsArgs {
+    /// Runs at a time; without --launcher, the cores are divided among them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Start every run as a job on a cluster: slurm (srun --ntasks=1 --exclusive), mpirun (mpirun -n 1 --bind-to none), or another
+    /// command that is put before that of a run and starts it once, such as "srun --ntasks=1 --gpus=1 --time=4:00:00".
+    #[arg(long, value_name = "COMMAND", value_parser = Launcher::parse)]
+    pub launcher: Option<Launcher>,
+}
+
+impl JobsArgs {
+    /// What the processes share.
+    pub fn share(&self) -> Share {
+        Share::of(self.jobs as usize, self.launcher.clone(), flags())
+    }
 }
 
 /// How to evaluate.

@@ -11,6 +11,7 @@ use polyhead_training::run_folder::{RunLock, atomic_write};
 use clap::{Args, Parser};
 use polyhead_experiments::calibration::Paces;
 use polyhead_experiments::comparison::{self, Read};
+use polyhead_experiments::launcher::Launcher;
 use polyhead_experiments::outcome::{self, Outcome};
 use polyhead_experiments::plan::{self, Plan, Run};
 use polyhead_experiments::prepare::Prepared;
@@ -24,8 +25,8 @@ use polyhead_runs::text::quoted;
 use serde_json::json;
 
 use super::train::summary::program;
-use crate::allowed::{caller, flags};
-use crate::cli::Cli;
+use crate::allowed::caller;
+use crate::cli::{Cli, JobsArgs};
 use crate::console::{clock, put, reading, say, talk, thousands, wants_json};
 use crate::signals;
 use polyhead_recipe::Recipe;
@@ -37,9 +38,9 @@ use polyhead_runs::costs::tokens_per_step;
 pub struct CompareArgs {
     /// The comparison, a TOML file with [[arm]] tables.
     pub comparison: PathBuf,
-    /// Runs at a time; the cores are divided among them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub jobs: u32,
+    /// How runs are started.
+    #[command(flatten)]
+    pub jobs: JobsArgs,
     /// Where runs and report are written. Default: checkpoints/compare/<name of the comparison>.
     #[arg(long)]
     pub out: Option<PathBuf>,
@@ -70,7 +71,7 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
     read.warnings.iter().for_each(|warning| talk!("warning: {warning}"));
     let places = (args.comparison.as_path(), out.as_path());
     let mut prepared = Prepared::plan(&read, places)?;
-    let share = Share::of(args.jobs as usize, flags());
+    let share = args.jobs.share();
     prepared.paces = Paces::read(&out, &share)?;
     let mut plan = |read: &Read, prepared: &Prepared| {
         plan::plan(read.clone(), prepared, places, &mut |recipe| text_hash(recipe, &mut known), caller())
@@ -207,6 +208,7 @@ fn default_folder(comparison: &Path) -> PathBuf {
 fn again((file, out): (&Path, &Path), share: &Share, device: Option<&str>) -> String {
     let mut words = vec![program(), "compare".into(), quoted(&file.display().to_string())];
     words.push(format!("--jobs {}", share.jobs));
+    words.extend(share.launcher.as_ref().map(Launcher::flag));
     if out != default_folder(file) {
         words.push(format!("--out {}", quoted(&out.display().to_string())));
     }
@@ -322,7 +324,6 @@ fn show(plan: &Plan, share: &Share, measure: bool) -> Result<(), Failure> {
             "steps      of the arms are set once they have been timed, so that all take equally long; here they are the base arm's"
         )?;
     }
-    let Share { jobs, threads, .. } = share;
     let (runs, seeds, arms) = (plan.count(), plan.comparison.seeds.len(), plan.arms.len());
     if let Some(tune) = tuned {
         let seeds = plan.comparison.trial_seeds().len();
@@ -332,7 +333,7 @@ fn show(plan: &Plan, share: &Share, measure: bool) -> Result<(), Failure> {
         }
     }
     let trials = tuned.map(|_| format!("{} trials first; ", plan.choosing().len())).unwrap_or_default();
-    put!("runs       {runs}: {trials}{arms} arms, {seeds} seeds; {jobs} at a time, {threads} threads each")?;
+    put!("runs       {runs}: {trials}{arms} arms, {seeds} seeds; {} at a time, {}", share.jobs, share.words())?;
     let tokens = |run: &Run| {
         let per_step = tokens_per_step(&plan.arms[run.arm].choices[run.choice].run.recipe);
         per_step.saturating_mul(run.steps)

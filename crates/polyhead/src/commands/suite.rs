@@ -5,7 +5,6 @@ mod asked;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use polyhead_experiments::processes::Share;
 use polyhead_experiments::runs;
 use polyhead_experiments::suite_runs::plan::{Asked, PlannedPoint, SuitePlan, plan};
 use polyhead_experiments::suite_runs::result::{
@@ -19,7 +18,8 @@ use polyhead_training::run_folder::{RunLock, files::RESULT};
 use serde_json::{Value, json};
 
 use super::compare::progress::Progress;
-use crate::allowed::{caller, flags};
+use crate::allowed::caller;
+use crate::cli::JobsArgs;
 use crate::console::{put, talk, thousands, wants_json};
 use crate::signals;
 
@@ -56,9 +56,9 @@ pub struct SuiteArgs {
     /// Decides weights and rows. Default: 0; of questions to trained models 42, as published.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Trainings at a time; the cores are divided among them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub jobs: u32,
+    /// How trainings are started.
+    #[command(flatten)]
+    pub jobs: JobsArgs,
     /// Where runs and results are written. Default: checkpoints/suite/<name>.
     #[arg(long)]
     pub out: Option<PathBuf>,
@@ -116,7 +116,7 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
     if args.dry_run {
         return show(suite, &planned);
     }
-    let reached = run(&asked, &planned, &out, args.jobs)?;
+    let reached = run(&asked, &planned, &out, &args.jobs)?;
     talk!("\nresult   {}", out.join(RESULT).display());
     print_result(&reached)?;
     if args.record {
@@ -148,14 +148,13 @@ fn overrides(args: &SuiteArgs) -> Vec<String> {
 }
 
 /// Runs what has not finished yet, and writes what was reached.
-fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: u32) -> Result<SuiteResult, Failure> {
+fn run(asked: &Asked<'_>, planned: &SuitePlan, out: &Path, jobs: &JobsArgs) -> Result<SuiteResult, Failure> {
     let _lock = RunLock::acquire(out)?;
     let signals = signals::listen(false)?;
     let _busy = signals.busy();
     let names = planned.points.iter().map(|planned| planned.point.name()).collect();
     let mut progress = Progress::new(planned.runs.iter().collect(), names);
-    let share = Share::of(jobs as usize, flags());
-    let ended = runs::run_all(planned.runs.iter().collect(), (&share, &signals.requests), &mut progress);
+    let ended = runs::run_all(planned.runs.iter().collect(), (&jobs.share(), &signals.requests), &mut progress);
     drop(progress);
     let ends = ended.inspect_err(|failure| {
         if matches!(failure, Failure::Interrupted(_)) {
@@ -264,7 +263,7 @@ fn check_one(stored: &SuiteResult, args: &SuiteArgs) -> Result<String, Failure> 
             return Err(Failure::Run(format!("{name}: {what} the hash {found}, stored is {stored}")));
         }
     }
-    let reached = run(&asked, &alone, &out, args.jobs)?;
+    let reached = run(&asked, &alone, &out, &args.jobs)?;
     let [SuiteRow { score: Some(now), .. }] = reached.rows[..] else {
         let problem = reached.rows.iter().flat_map(|row| &row.failed).next();
         return Err(Failure::Run(problem.cloned().unwrap_or_default()));
