@@ -131,7 +131,7 @@ fn pages_that_errors_name_are_there() {
                 folders.push(path);
             } else if path.extension().is_some_and(|ending| ending == "rs") {
                 let text = std::fs::read_to_string(&path).unwrap();
-                for rest in text.split("docs: ").skip(1).filter(|rest| rest.starts_with(char::is_uppercase)) {
+                for rest in text.split("(docs: ").skip(1).filter(|rest| rest.starts_with(char::is_uppercase)) {
                     named.extend(rest.split(')').next().unwrap().split(", ").map(str::to_owned));
                 }
             }

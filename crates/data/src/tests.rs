@@ -78,7 +78,7 @@ fn files_given_to_validate_on_are_all_of_the_validation() {
     ];
     for (name, more, own, given) in files {
         for tracking in [None, Some(Tracking { fraction: 0.3, texts: 3 })] {
-            let options = OpenOptions { tracking, cache_dir: dir.path().into(), ..options(16, 1, 3) };
+            let options = OpenOptions { tracking, cache_dir: dir.path().into(), ..options(32, 1, 3) };
             let table = format!(r#"{{"{name}": {{"paths": ["{own}"], "validation_paths": ["{given}"]{more}}}}}"#);
             let data: DataConfig = serde_json::from_str(&table).unwrap();
             assert_eq!(data.source().paths(), [own.clone(), given.clone()]);
@@ -101,7 +101,7 @@ fn files_given_to_validate_on_are_all_of_the_validation() {
     );
     let data: DataConfig = serde_json::from_str(&table).unwrap();
     assert_eq!(data.documents(dir.path()).unwrap().texts.len(), 1, "a tokenizer learns from what is trained on");
-    let options = OpenOptions { cache_dir: dir.path().into(), ..options(16, 1, 3) };
+    let options = OpenOptions { cache_dir: dir.path().into(), ..options(32, 1, 3) };
     let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
     assert!(opened.validation.batch(0).unwrap().tokens.iter().all(|&id| id == u32::from(b'v')));
 }
