@@ -62,17 +62,17 @@ fn files_given_to_validate_on_are_all_of_the_validation() {
     };
     let row = |word: &str| format!("{{\"text\": \"{word}\"}}\n");
     let files = [
-        ("text", "".into(), path("a.txt", "a".repeat(200)), path("v.txt", "v".repeat(80))),
+        ("text", "".into(), path("a.txt", "q".repeat(200)), path("v.txt", "v".repeat(80))),
         (
             "jsonl",
             "".into(),
-            path("a.jsonl", row(&"a".repeat(70)).repeat(3)),
+            path("a.jsonl", row(&"q".repeat(70)).repeat(3)),
             path("v.jsonl", row(&"v".repeat(40)).repeat(2)),
         ),
         (
             "chat",
             r#", "template": "plain""#.to_owned(),
-            path("ac.jsonl", chat("aa").repeat(3)),
+            path("ac.jsonl", chat("qq").repeat(3)),
             path("vc.jsonl", chat("vv").repeat(2)),
         ),
     ];
@@ -88,13 +88,13 @@ fn files_given_to_validate_on_are_all_of_the_validation() {
                 rows.flatten().collect::<std::collections::BTreeSet<u32>>()
             };
             let [trained, held_out] = [&opened.train, &opened.validation].map(seen);
-            let [a, v] = [u32::from(b'a'), u32::from(b'v')];
-            assert!(trained.contains(&a) && !trained.contains(&v), "{name}: {}", opened.description);
-            assert!(held_out.contains(&v) && !held_out.contains(&a), "{name}: {}", opened.description);
+            let [q, v] = [u32::from(b'q'), u32::from(b'v')];
+            assert!(trained.contains(&q) && !trained.contains(&v), "{name}: {}", opened.description);
+            assert!(held_out.contains(&v) && !held_out.contains(&q), "{name}: {}", opened.description);
             assert!(opened.tracking.iter().all(|text| !text.tokens.contains(&v)), "{name}");
         }
     }
-    let own = path("more.txt", "a".repeat(200));
+    let own = path("more.txt", "q".repeat(200));
     let table = format!(
         r#"{{"source": [{{"text": {{"paths": ["{own}"], "validation_paths": ["{}"]}}}}]}}"#,
         dir.path().join("v.txt").display()
