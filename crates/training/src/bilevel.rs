@@ -207,6 +207,7 @@ impl Procedure for Bilevel {
             let losses: Vec<f64> = adapted.steps.iter().map(|inner| inner.loss).collect();
             of_passes.push((losses, beside.numbers()));
         }
+        step.end_passes(&model);
         let (mut losses, mut slopes) = (vec![0.0; self.config.steps()], Vec::new());
         for (of_pass, numbers) in ranks.in_order(of_passes) {
             losses.iter_mut().zip(of_pass).for_each(|(sum, loss)| *sum += loss / passes as f64);

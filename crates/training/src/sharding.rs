@@ -127,18 +127,22 @@ impl<'a, M: Module> Reduction<'a, M> {
         }
     }
 
+    /// Ends the last pass of this rank in a step of so many on all ranks together: others may have had one more.
+    pub(crate) fn end_passes(&mut self, model: &M, passes: u64) {
+        let size = self.ranks.size() as u64;
+        let rounds = if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 };
+        while size > 1 && self.rounds < rounds {
+            self.send(model);
+        }
+    }
+
     /// Ends a step of so many passes on all ranks together.
     pub(crate) fn finish(mut self, model: &M, passes: u64) -> Reduced {
-        let size = self.ranks.size() as u64;
-        if size == 1 {
+        if self.ranks.size() == 1 {
             self.end_pass(model);
             return Reduced { grads: self.before.finish(), owned: Values::new() };
         }
-        // Other ranks may have had a pass more than this one.
-        let rounds = if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 };
-        while self.rounds < rounds {
-            self.send(model);
-        }
+        self.end_passes(model, passes);
         Reduced { grads: to_device(&self.owned, model), owned: self.owned }
     }
 

@@ -61,6 +61,11 @@ impl<'a, M: Trainable> Step<'a, M> {
         }
     }
 
+    /// To be called behind the last forward pass where ranks have something else to tell each other before [`Updater::finish`].
+    pub(crate) fn end_passes(&mut self, model: &M) {
+        self.grads.end_passes(model, self.context.passes);
+    }
+
     /// `[1]`: a batch's part in the mean over the step's targets. Weighted by targets, so that how rows are divided over
     /// forward passes changes nothing.
     pub(crate) fn objective(&mut self, loss: Loss, batch: &M::Batch, penalty_weight: f64) -> Tensor<1> {
