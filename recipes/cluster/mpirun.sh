@@ -8,10 +8,10 @@ if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
     where=(--hostfile "$1")
     shift
 fi
-# mpirun kills a second after it has passed SIGTERM on, which is too short to save.
+# So many seconds mpirun waits after SIGTERM before it passes it on, and again before it kills; its own second is too short to save.
 case "$(mpirun --version | head -1)" in
-    *") "[1-4].*) grace=(--mca odls_base_sigkill_timeout 120) ;;
-    *) grace=(--prtemca odls_base_sigkill_timeout 120) ;;
+    *") "[1-4].*) grace=(--mca odls_base_sigkill_timeout 30) ;;
+    *) grace=(--prtemca odls_base_sigkill_timeout 30) ;;
 esac
 cores=$(($(nproc) / ranks))
 exec mpirun -n "$ranks" "${where[@]}" "${grace[@]}" --bind-to none -x RAYON_NUM_THREADS=$((cores > 0 ? cores : 1)) \

@@ -206,7 +206,7 @@ check "a comparison with --launcher mpirun" eval "'$binary' compare arms.toml --
 check "its runs have the same bits" test \
     "$(cat here/runs/*/step-00000006/model.safetensors | sha256sum)" = "$(cat jobs/runs/*/step-00000006/model.safetensors | sha256sum)"
 sed 's/^\[recipe\]$/&\ntraining.steps = 1000000\ncheckpoint.interval = 0\nvalidation.interval = 0/' arms.toml > long.toml
-"$binary" compare long.toml --out long --jobs 2 --launcher mpirun > told 2>&1 &
+OMPI_MCA_odls_base_sigkill_timeout=2 "$binary" compare long.toml --out long --jobs 2 --launcher mpirun > told 2>&1 &
 job=$!
 for _ in $(seq 300); do
     [ "$(cat long/runs/*/metrics.jsonl 2> /dev/null | wc -l)" -ge 6 ] && break

@@ -8,9 +8,10 @@ use polyhead_runs::text::quoted;
 /// Launchers by name. One process gets a task of its own; mpirun would bind every one of them to the first core.
 const NAMED: [(&str, &str); 2] = [("slurm", "srun --ntasks=1 --exclusive"), ("mpirun", "mpirun -n 1 --bind-to none")];
 
-/// How many seconds mpirun lets a run save before it kills it: Open MPI up to version 4, and from 5 on. Its own second is too short.
+/// How many seconds Open MPI's mpirun (up to version 4, and from 5 on) lets a run save before it passes SIGTERM on, and again before it kills it.
+/// Its own second is too short; chosen by us.
 const PATIENCE: [(&str, &str); 2] =
-    [("OMPI_MCA_odls_base_sigkill_timeout", "120"), ("PRTE_MCA_odls_base_sigkill_timeout", "120")];
+    [("OMPI_MCA_odls_base_sigkill_timeout", "10"), ("PRTE_MCA_odls_base_sigkill_timeout", "10")];
 
 /// A command that starts another once, somewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -86,9 +86,8 @@ pub fn run_jobs(jobs: &mut impl Jobs, share: &Share, requests: &Requests) -> Res
         let signal = stop.load(Ordering::SeqCst);
         if signal != told {
             told = signal;
-            // A launcher may ask back at SIGINT; SIGTERM it passes on.
-            let passed = if share.launcher.is_some() { children::TERM } else { signal };
-            running.iter().for_each(|(_, child)| children::send(child, passed));
+            let passed = if share.launcher.is_some() { children::LAUNCHED.to_vec() } else { vec![signal] };
+            running.iter().for_each(|(_, child)| passed.iter().for_each(|signal| children::send(child, *signal)));
         }
         if jobs.saves() {
             children::save_if_asked(requests, running.iter().map(|(_, child)| child));
@@ -159,8 +158,8 @@ pub mod children {
 
     use polyhead_training::run::Requests;
 
-    /// The signal that ends a process in an orderly way.
-    pub const TERM: usize = libc::SIGTERM as usize;
+    /// The signals that have a launched run save and leave: srun asks back at SIGINT, and mpirun passes SIGUSR1 on at once, SIGTERM later.
+    pub const LAUNCHED: [usize; 2] = [libc::SIGUSR1 as usize, libc::SIGTERM as usize];
 
     /// Ctrl-C on a terminal reaches a whole process group; a second signal would end a run before it has saved. So each
     /// run is in a group of its own. Should we be killed, the system tells it to save and leave (on Linux).
@@ -206,7 +205,7 @@ pub mod children {
     use polyhead_training::run::Requests;
 
     /// No signal is sent here.
-    pub const TERM: usize = 0;
+    pub const LAUNCHED: [usize; 0] = [];
 
     /// Elsewhere Ctrl-C reaches every process of the console.
     pub fn bind(_command: &mut Command) {}
