@@ -224,12 +224,14 @@ impl Procedure for Bilevel {
     /// generated with is never that good. Under `plain/` without fast weights, causal, as the validation loss is.
     fn measure(&self, model: &Decoder, held_out: HeldOut<'_>) -> Result<Vec<(String, f64)>, TrainError> {
         let plain = model.valid();
+        // Dropout would depend on what was drawn last.
+        let learning = model.clone().with_dropout(0.0).with_embedding_dropout(None);
         let (mut sums, mut first) = (Evaluated::default(), FastWeights::default());
         for position in 0..held_out.count {
             let batch = held_out.batches.batch(position)?;
             // Counted from the other end, so that no batch of training draws the same.
             let fresh = self.config.fresh(model, held_out.seed, u64::MAX - position)?;
-            let adapted = adapt(model, &batch, &self.config, fresh);
+            let adapted = adapt(&learning, &batch, &self.config, fresh);
             let mask = batch.mask(self.config.context_mask);
             sums.add(plain.evaluate_pass(&batch, Pass { adapters: &adapted.last().0, ..Pass::new(&mask) }));
             if position == 0 {
