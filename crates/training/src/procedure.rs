@@ -104,24 +104,16 @@ impl StepContext<'_> {
     /// From here on numbers are drawn as they are in this pass of the step, counted over all ranks: a function of the seed, the step and
     /// the pass, so that a resumed run, or one on other ranks, draws the same.
     pub(crate) fn seed_pass(&self, pass: u64) {
-        seed_draws(self.seed, self.step, pass);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"polyhead step");
+        hasher.update(&self.seed.to_le_bytes());
+        hasher.update(&self.step.to_le_bytes());
+        if pass > 0 {
+            hasher.update(&pass.to_le_bytes());
+        }
+        let bytes = *hasher.finalize().as_bytes();
+        seed_random(u64::from_le_bytes(std::array::from_fn(|i| bytes[i])));
     }
-}
-
-/// The pass that a validation draws as.
-pub(crate) const VALIDATION: u64 = u64::MAX;
-
-/// See [`StepContext::seed_pass`].
-pub(crate) fn seed_draws(seed: u64, step: u64, pass: u64) {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"polyhead step");
-    hasher.update(&seed.to_le_bytes());
-    hasher.update(&step.to_le_bytes());
-    if pass > 0 {
-        hasher.update(&pass.to_le_bytes());
-    }
-    let bytes = *hasher.finalize().as_bytes();
-    seed_random(u64::from_le_bytes(std::array::from_fn(|i| bytes[i])));
 }
 
 /// What a step tells.

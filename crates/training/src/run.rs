@@ -14,7 +14,7 @@ use crate::checkpoint::{self, Best, recover_best, write_best};
 use crate::evaluate::{self, Batches, evaluate_on_ranks};
 use crate::memory::peak_memory_bytes;
 use crate::optimizer::Optimizer;
-use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport, VALIDATION, seed_draws};
+use crate::procedure::{HeldOut, Parts, Procedure, StepContext, StepReport};
 use crate::procedures::TrainableModel;
 use crate::schedule;
 use crate::sharding::{gather_state, keep_own};
@@ -339,10 +339,6 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         let observe = self.job.metrics.observe;
         let held_out = HeldOut { batches: &held_out, count, seed: self.job.seed, observe };
         let measured = self.job.ranks.on_first(|| {
-            // Which passes this rank has had must not matter.
-            if self.job.ranks.divides_passes() {
-                seed_draws(self.job.seed, step, VALIDATION);
-            }
             let mut measured = self.procedure.measure(model, held_out)?;
             measured.extend(self.probe(model)?);
             Ok(measured)
