@@ -342,7 +342,9 @@ impl Change {
                     None => changed,
                 };
                 let (before, after) = (x.clone().sum_dim(3), changed.clone().sum_dim(3));
-                let renormalised = changed * (before / after.clamp_min(f64::from(f32::MIN_POSITIVE)));
+                // A quotient by next to nothing has no gradient.
+                let nothing = after.clone().lower_elem(f32::MIN_POSITIVE);
+                let renormalised = changed * (before / after.mask_fill(nothing, 1.0));
                 match chosen {
                     // To the bit as it was in the rows of other heads and queries.
                     Some(chosen) => {

@@ -155,13 +155,14 @@ impl GazeConfig {
         let question = columns(&|key| f64::from(u8::from(asks(key))));
         let before = (weights.clone() * inside.clone()).sum_dim(3);
         let after = (weights.clone() * inside * multiplier.clone()).sum_dim(3);
-        let least = f64::from(f32::MIN_POSITIVE);
-        // Where nothing is on the span, there is nothing to keep up with.
-        let empty = before.clone().lower_equal_elem(0.0);
-        let gain = (after / before.clamp_min(least)).mask_fill(empty, 1.0);
+        // Where nothing is on the span, there is nothing to keep up with; a quotient by next to nothing has no gradient.
+        let nothing = |x: &Tensor<4>| x.clone().lower_elem(f32::MIN_POSITIVE);
+        let empty = nothing(&before);
+        let gain = (after / before.mask_fill(empty.clone(), 1.0)).mask_fill(empty, 1.0);
         let raised = weights.clone() * (multiplier + question * (gain.clone() - 1.0));
         let (sum, own) = (weights.sum_dim(3), raised.clone().sum_dim(3));
-        (raised * (sum / own.clamp_min(least)), gain)
+        let empty = nothing(&own);
+        (raised * (sum / own.mask_fill(empty, 1.0)), gain)
     }
 }
 

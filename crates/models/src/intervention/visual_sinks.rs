@@ -118,11 +118,43 @@ impl VarConfig {
         let behind = Tensor::<4, Bool>::from_data(TensorData::new(behind, [sinks.len(), 1, queries, 1]), &device);
         let edited =
             share.clone().lower_equal_elem(self.rho).bool_and(mass.clone().greater_equal_elem(self.least_mass));
-        let edited = edited.bool_and(behind.expand(share.dims()));
+        // Nor is a row that gives the span nothing but to its sinks.
+        let given = on_others.clone().greater_equal_elem(f32::MIN_POSITIVE);
+        let edited = edited.bool_and(given).bool_and(behind.expand(share.dims()));
         let freed = on(&is_sink) * (1.0 - self.p);
-        let gain = others * (freed / on_others.clamp_min(f64::from(f32::MIN_POSITIVE)));
+        // Elsewhere a quotient would be infinite, and its gradient no number, though it is not used.
+        let gain = others * (freed / on_others.mask_fill(edited.clone().bool_not(), 1.0));
         let changed = weights.clone() * (1.0 - is_sink * (1.0 - self.p) + gain);
         let weights = weights.mask_where(edited.clone().expand(full), changed);
         Redistributed { share, mass, edited, weights }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use burn::tensor::Device;
+
+    #[test]
+    fn rows_that_are_left_alone_have_finite_gradients() {
+        // The span is keys 0 and 1 of 3. The first query sees nothing of it but the sink, as if weights were masked; the second and the
+        // third are behind it: one looks at the sink alone, one at both.
+        let rows = [[[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.4, 0.4, 0.2]]];
+        let weights = Tensor::<4>::from_floats([rows], &Device::flex().autodiff()).require_grad();
+        let how = VarConfig { rho: 1.0, ..VarConfig::default() };
+        let (sinks, span) = (vec![vec![true, false, false]], vec![vec![true, true, false]]);
+        let place = Place { first: 1, first_key: Some(0) };
+        let found = how.redistribute(weights.clone(), place, &sinks, &span);
+        assert_eq!(found.edited.into_data().iter::<bool>().collect::<Vec<_>>(), [false, false, true]);
+        let numbers = |x: Tensor<4>| x.into_data().iter::<f32>().collect::<Vec<_>>();
+        let changed = numbers(found.weights.clone());
+        assert_eq!(changed[..6], [1.0, 0.0, 0.0, 0.5, 0.0, 0.5]);
+        let apart = changed[6..].iter().zip([0.24, 0.56, 0.2]).map(|(got, want)| (got - want).abs());
+        assert!(apart.fold(0.0, f32::max) < 1e-6, "{changed:?}");
+        let grads = found.weights.square().sum().backward();
+        let slopes = numbers(weights.grad(&grads).unwrap());
+        assert!(slopes.iter().all(|slope| slope.is_finite()), "{slopes:?}");
+        assert_eq!(slopes[..6], [2.0, 0.0, 0.0, 1.0, 0.0, 1.0]);
     }
 }
