@@ -383,7 +383,7 @@ fn a_passage_is_looked_at_more_and_its_answer_is_measured() {
         .replace("grouped_differential]\nn_heads = 4\nn_noise_heads = 2", "softmax]\nn_heads = 4");
     let world = World::new(&recipe);
     write(&world, "text.txt", &"the cat sat on the mat. ".repeat(80));
-    world.succeeds(&["train", "recipe.toml", "--out", "run", "optimizer.adamw.lr=0.05"]);
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "optimizer.adamw.lr=0.01"]);
     let asked = ["run", "--prompt", "the cat sat. what sat?", "--passage", "the cat sat", "--answer", " cat"];
     let tune = |method: &str, out: &str, more: &[&str]| {
         let args = [&["tune", method][..], &asked, &["--out", out], more].concat();
@@ -394,7 +394,7 @@ fn a_passage_is_looked_at_more_and_its_answer_is_measured() {
         world.succeeds(&[&prompt[..], &["--intervention", file]].concat());
     };
     for (method, more) in [
-        ("var", vec!["--tau", "0.5", "--rho", "1", "--least-mass", "0"]),
+        ("var", vec!["--channels", "2", "--tau", "1", "--rho", "1", "--least-mass", "0"]),
         ("gift", vec!["--question", "what sat?"]),
         ("vhr", vec![]),
     ] {
