@@ -2,6 +2,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::Device;
+use polyhead_kernels::comparison::largest;
 use polyhead_kernels::seed_random;
 
 use super::*;
@@ -376,7 +377,7 @@ fn changes_of_maps_are_the_same_with_a_cache() {
         let width = model.config().d_model;
         let moved = |at: usize, other: &[f32]| {
             let row = at * width..(at + 1) * width;
-            own[row.clone()].iter().zip(&other[row]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+            largest(0.0, own[row.clone()].iter().zip(&other[row]).map(|(a, b)| f64::from((a - b).abs())))
         };
         for at in 0..6 {
             assert!(moved(at, &parts) < 2e-5, "{change}: position {at} with a cache");
