@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks exports in transformers: golden numbers of the PyTorch classes, every mechanism, lm-eval. Not part of `cargo test`.
+# Checks exports in transformers: golden numbers of the PyTorch classes, every mechanism, the page "From the hub and back", lm-eval. Not part of `cargo test`.
 #   tests/hf/run.sh BINARY PYTHON...       e.g. tests/hf/run.sh target/release/polyhead venv4/bin/python venv5/bin/python
 # Each PYTHON has torch, transformers (4.57 or 5) and safetensors; where it has lm-eval too, that runs on an export of each.
 set -euo pipefail
@@ -11,5 +11,6 @@ HF_MODULES_CACHE=$(mktemp -d); trap 'rm -rf "$HF_MODULES_CACHE"' EXIT
 for python in "$@"; do
   "$python" -W ignore "$here/check_golden.py"
   "$python" -W ignore "$here/check_export.py" "$binary"
+  "$python" -W ignore "$here/check_page.py" "$binary"
   if "$python" -c 'import lm_eval' 2>/dev/null; then "$python" -W ignore "$here/check_lm_eval.py" "$binary" 2>/dev/null; fi
 done

@@ -57,9 +57,10 @@ pub(crate) use tokenize::tokenize;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChatConfig {
-    /// Files, folders and patterns.
+    /// Files, folders and patterns. Of a folder whose files are called train, validation and test, as those of the Hugging Face
+    /// hub, train is trained on, validation is held out, and test is left out.
     pub paths: Vec<String>,
-    /// The same, to validate on. Default: a share of the others, validation.fraction.
+    /// The same, to validate on. Default: the validation files of folders, or a share of the others, validation.fraction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation_paths: Vec<String>,
     /// How a row holds its messages. Default: messages.

@@ -4,6 +4,7 @@ mod packed;
 mod parquet;
 mod rows;
 mod sniff;
+mod splits;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -20,8 +21,9 @@ use crate::DataError;
 use crate::error::At;
 
 pub(crate) use packed::{Packed, ending};
-pub(crate) use rows::{Place, Row, for_each_row, invalid};
+pub(crate) use rows::{Place, Row, for_each_row, invalid, rows_of};
 pub(crate) use sniff::{kind, not_text, structured};
+pub(crate) use splits::{Sides, sides};
 pub(crate) use table::Table;
 
 /// What is done with a file or a row that cannot be used.

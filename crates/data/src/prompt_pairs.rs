@@ -112,11 +112,12 @@ pub fn read_prompt_pairs(
     vocab: usize,
 ) -> Result<FromFiles<PromptPair>, DataError> {
     let mut items = Vec::new();
-    let left_out = files::for_each_row(paths, &["clean", "corrupt", "right", "wrong"], &mut |place, row| {
-        let pair = row.value().and_then(|row| WrittenPair::read(&row)?.ids(tokenizer, vocab));
-        items.push(pair.map_err(|problem| place.wrong(problem))?);
-        Ok(())
-    })?;
+    let left_out =
+        files::for_each_row(&files::rows_of(paths)?, &["clean", "corrupt", "right", "wrong"], &mut |place, row| {
+            let pair = row.value().and_then(|row| WrittenPair::read(&row)?.ids(tokenizer, vocab));
+            items.push(pair.map_err(|problem| place.wrong(problem))?);
+            Ok(())
+        })?;
     match items.is_empty() {
         true => Err(unusable!("{} holds no pair: give at least one", paths.join(", "))),
         false => Ok(FromFiles { items, notes: left_out.note().into_iter().collect() }),

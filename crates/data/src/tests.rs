@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 use std::path::PathBuf;
 
-use polyhead_models::{Batch, IGNORE, Role};
+use polyhead_models::{Batch, IGNORE, Inputs, Role};
 
 use super::*;
 
@@ -128,6 +128,54 @@ fn tracked_rows_are_what_would_be_trained_on() {
             let answer = roles.get(at + 1) == Some(&Role::Assistant);
             assert_eq!(target != IGNORE, answer, "{at}: {roles:?}");
         }
+    }
+}
+
+#[test]
+fn folders_of_the_hub_are_trained_on_by_their_splits() {
+    let text = |letter: &str| format!("{{\"text\": \"{}\", \"label\": \"x\"}}\n", letter.repeat(40));
+    let chat = |letter: &str| {
+        let message = |role: &str| format!("{{\"role\": \"{role}\", \"content\": \"{letter}\"}}");
+        format!("{{\"messages\": [{}, {}]}}\n", message("user"), message("assistant"))
+    };
+    let (q, v, t) = (u32::from(b'q'), u32::from(b'v'), u32::from(b't'));
+    for (name, more, row) in [
+        ("jsonl", "", &text as &dyn Fn(&str) -> String),
+        ("chat", r#", "template": "plain""#, &chat),
+        ("labelled_text", "", &text),
+    ] {
+        let dir = testing::Folder::new();
+        for (file, letter) in [("train-0", "q"), ("train-1", "q"), ("validation", "v"), ("test", "t")] {
+            dir.write(&format!("data/{file}.jsonl"), row(letter).repeat(3));
+        }
+        let config = format!(r#"{{"{name}": {{"paths": ["{}"]{more}}}}}"#, dir.path().display());
+        let data: DataConfig = serde_json::from_str(&config).unwrap();
+        let options = OpenOptions { tracking: None, cache_dir: dir.path().join("cache"), ..options(32, 1, 3) };
+        let (trained, held_out, notes) = match name {
+            "labelled_text" => {
+                let opened = data.open_examples(&Tokenizer::bytes(), &options).unwrap();
+                let seen = |loader: &ExampleLoader| {
+                    let rows = (0..loader.batches_per_epoch()).map(|at| match loader.batch(at).unwrap().inputs {
+                        Inputs::Tokens { tokens, .. } => tokens,
+                        other => panic!("{other:?}"),
+                    });
+                    rows.flatten().collect::<std::collections::BTreeSet<u32>>()
+                };
+                (seen(&opened.train), seen(&opened.validation), opened.notes)
+            }
+            _ => {
+                let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+                let seen = |loader: &Loader| {
+                    let rows = (0..loader.batches_per_epoch()).map(|at| loader.batch(at).unwrap().tokens);
+                    rows.flatten().collect::<std::collections::BTreeSet<u32>>()
+                };
+                (seen(&opened.train), seen(&opened.validation), opened.notes)
+            }
+        };
+        assert!(trained.contains(&q) && !trained.contains(&v) && !trained.contains(&t), "{name}: {notes:?}");
+        assert!(held_out.contains(&v) && !held_out.contains(&q) && !held_out.contains(&t), "{name}: {notes:?}");
+        let note = "train (2 files) is trained on, validation (1 file) is held out; left out: test (1 file)";
+        assert!(notes.iter().any(|found| found.ends_with(note)), "{name}: {notes:?}");
     }
 }
 

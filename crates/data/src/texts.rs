@@ -68,7 +68,8 @@ impl Documents {
         Ok(Some(if validation_paths.is_empty() { own } else { own.with_held_out(read(validation_paths)?) }))
     }
 
-    fn with_held_out(mut self, others: Self) -> Self {
+    /// The same with others, to validate on.
+    pub(crate) fn with_held_out(mut self, others: Self) -> Self {
         self.held_out = others.texts.len();
         self.texts.extend(others.texts);
         self.notes.extend(others.notes);

@@ -6,7 +6,7 @@ use super::indicator::Scores;
 use super::tokenize::{Room, Rules, Text, texts};
 use super::weights::weight;
 use super::{ChatConfig, ChatTemplate, ChatTokens, TooLong, columns, limits, numbers};
-use crate::files::{OnBad, Place, Row, for_each_row};
+use crate::files::{OnBad, Place, Row, Search, Sides, for_each_row, sides};
 use crate::{DataError, Tokenizer};
 
 /// What became of the rows of a data set.
@@ -34,7 +34,7 @@ pub(super) struct Counts {
     pub marked: usize,
     /// How many of the rows are for validation alone, the last ones.
     pub held_out: usize,
-    /// Files that were found and not read, in words.
+    /// Which files were read and which were left out, in words.
     pub left_out: Vec<String>,
 }
 
@@ -97,19 +97,21 @@ struct Said {
 impl Reader<'_> {
     fn all(&mut self) -> Result<(), DataError> {
         let config = self.config;
-        self.files(&config.paths)?;
-        if !config.validation_paths.is_empty() {
+        let Sides { train, validation, notes } = sides(&config.paths, &config.validation_paths)?;
+        self.counts.left_out.extend(notes);
+        self.files(&train)?;
+        if let Some(files) = validation {
             // As they are: scores are about the others.
             self.scores = None;
             let before = self.counts.rows;
-            self.files(&config.validation_paths)?;
+            self.files(&files)?;
             self.counts.held_out = self.counts.rows - before;
         }
         Ok(())
     }
 
-    fn files(&mut self, paths: &[String]) -> Result<(), DataError> {
-        let left_out = for_each_row(paths, &[], &mut |place, row| self.row(row, place))?.note();
+    fn files(&mut self, files: &Search) -> Result<(), DataError> {
+        let left_out = for_each_row(files, &[], &mut |place, row| self.row(row, place))?.note();
         self.counts.left_out.extend(left_out);
         Ok(())
     }

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::open;
 use super::rows::{for_each_row, text_of};
+use crate::files::{Search, Sides, sides};
 use crate::problem::{Problem, require, some_path};
 use crate::source::Source;
 use crate::texts::{Documents, FromFiles, TextDocument};
@@ -18,9 +19,10 @@ use crate::{Data, DataError, Opening};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JsonlConfig {
-    /// Files, folders and patterns.
+    /// Files, folders and patterns. Of a folder whose files are called train, validation and test, as those of the Hugging Face
+    /// hub, train is trained on, validation is held out, and test is left out.
     pub paths: Vec<String>,
-    /// The same, to validate on. Default: a share of the others, validation.fraction.
+    /// The same, to validate on. Default: the validation files of folders, or a share of the others, validation.fraction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation_paths: Vec<String>,
     /// The field, or the column, that holds the text. Default: "text".
@@ -95,9 +97,14 @@ impl Source for JsonlConfig {
     }
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
-        Documents::read(&self.paths, &self.validation_paths, |paths| {
-            Documents::counted(read_jsonl(self, paths)?, "row", "jsonl")
-        })
+        let Sides { train, validation, notes } = sides(&self.paths, &self.validation_paths)?;
+        let read = |files| Documents::counted(read_jsonl(self, files)?, "row", "jsonl");
+        let mut documents = read(&train)?;
+        documents.notes.splice(0..0, notes);
+        Ok(Some(match validation {
+            None => documents,
+            Some(files) => documents.with_held_out(read(&files)?),
+        }))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -109,10 +116,10 @@ impl Source for JsonlConfig {
 ///
 /// # Errors
 /// If a pattern matches nothing, or a row is not an object with the field.
-fn read_jsonl(config: &JsonlConfig, paths: &[String]) -> Result<FromFiles<TextDocument>, DataError> {
+fn read_jsonl(config: &JsonlConfig, files: &Search) -> Result<FromFiles<TextDocument>, DataError> {
     let (mut documents, mut left_out) = (Vec::new(), 0);
     let columns: Vec<&str> = config.rules.iter().map(|rule| &*rule.field).chain([&*config.field]).collect();
-    let mut notes = for_each_row(paths, &columns, |name, row| {
+    let mut notes = for_each_row(files, &columns, |name, row| {
         for rule in &config.rules {
             if !rule.keeps_row(row)? {
                 left_out += 1;
@@ -148,7 +155,7 @@ mod tests {
     }
 
     fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
-        super::read_jsonl(config, &config.paths)
+        super::read_jsonl(config, &sides(&config.paths, &[])?.train)
     }
 
     fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {

@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 
+use crate::DataError;
+use crate::files::{self, Search, rows_of};
 use crate::texts::FromFiles;
-use crate::{DataError, files};
 
 /// A text with what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,9 +35,14 @@ pub struct LabelledFields<'a> {
 /// # Errors
 /// If a pattern matches nothing, or a row lacks one of them.
 pub fn read_labelled(paths: &[String], fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
+    read_labelled_of(&rows_of(paths)?, fields)
+}
+
+/// The same of files that were found.
+pub(crate) fn read_labelled_of(files: &Search, fields: LabelledFields) -> Result<FromFiles<LabelledText>, DataError> {
     let mut texts = Vec::new();
     let columns: Vec<&str> = [fields.text, fields.label].into_iter().chain(fields.group).collect();
-    let notes = for_each_row(paths, &columns, |name, row| {
+    let notes = for_each_row(files, &columns, |name, row| {
         let text = text_of(row, fields.text)
             .map_err(|problem| format!("{problem}; text_field names another field"))?
             .to_owned();
@@ -67,7 +73,7 @@ pub fn read_pairs(
     [query, positive, negative]: [&str; 3],
 ) -> Result<FromFiles<PairedText>, DataError> {
     let mut pairs: Vec<PairedText> = Vec::new();
-    let notes = for_each_row(paths, &[query, positive, negative], |name, row| {
+    let notes = for_each_row(&rows_of(paths)?, &[query, positive, negative], |name, row| {
         let mut parts = vec![text_of(row, query)?.to_owned(), text_of(row, positive)?.to_owned()];
         if row.get(negative).is_some() {
             parts.push(text_of(row, negative)?.to_owned());
@@ -105,7 +111,7 @@ const PLACE: &str = "{}";
 /// If a pattern matches nothing, or a row lacks one of them.
 pub fn read_templates(paths: &[String]) -> Result<FromFiles<Template>, DataError> {
     let mut templates = Vec::new();
-    let notes = for_each_row(paths, &["template", "attributes", "options"], |name, row| {
+    let notes = for_each_row(&rows_of(paths)?, &["template", "attributes", "options"], |name, row| {
         let text = text_of(row, "template")?;
         if !text.contains(PLACE) {
             return Err(format!("template \"{text}\" has no {PLACE}, where the attributes come"));
@@ -174,11 +180,11 @@ fn found(row: &Value, field: &str) -> String {
 /// Hands these fields of every row of files to `take`, with its place; what `take` finds wrong is reported with that place. Gives
 /// what was not read, in words.
 pub(super) fn for_each_row(
-    paths: &[String],
+    files: &Search,
     columns: &[&str],
     mut take: impl FnMut(String, &Value) -> Result<(), String>,
 ) -> Result<Vec<String>, DataError> {
-    let left_out = files::for_each_row(paths, columns, &mut |place, row| {
+    let left_out = files::for_each_row(files, columns, &mut |place, row| {
         let taken = row.value().and_then(|value| take(place.to_string(), &value));
         taken.map_err(|problem| place.wrong(problem))
     })?;

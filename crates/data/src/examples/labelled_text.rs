@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Found;
 use crate::batches::{Content, Example};
-use crate::documents::{LabelledFields, LabelledText, distinct_names, read_labelled};
+use crate::documents::{LabelledFields, LabelledText, distinct_names, read_labelled_of};
+use crate::files::{Search, Sides, sides};
 use crate::problem::{Problem, some_path};
 use crate::source::Source;
 use crate::texts::FromFiles;
@@ -19,9 +20,10 @@ use crate::{Data, DataError, Opening};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelledTextConfig {
-    /// Files, folders and patterns.
+    /// Files, folders and patterns. Of a folder whose files are called train, validation and test, as those of the Hugging Face
+    /// hub, train is trained on, validation is held out, and test is left out.
     pub paths: Vec<String>,
-    /// Files to validate on. Default: a share of the others, validation.fraction.
+    /// Files to validate on. Default: the validation files of folders, or a share of the others, validation.fraction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation_paths: Vec<String>,
     /// The field that holds the text. Default: "text".
@@ -55,11 +57,13 @@ impl Source for LabelledTextConfig {
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
         let (tokenizer, seq_len) = (opening.tokenizer, opening.options.seq_len);
-        let FromFiles { items: mut rows, mut notes } = self.rows(&self.paths)?;
+        let Sides { train, validation, mut notes } = sides(&self.paths, &self.validation_paths)?;
+        let FromFiles { items: mut rows, notes: own } = self.rows(&train)?;
+        notes.extend(own);
         let to_train = rows.len();
         let classes = distinct_names(rows.iter().map(|row| &row.label));
-        if !self.validation_paths.is_empty() {
-            let FromFiles { items, notes: more } = self.rows(&self.validation_paths)?;
+        if let Some(files) = &validation {
+            let FromFiles { items, notes: more } = self.rows(files)?;
             rows.extend(items);
             notes.extend(more);
         }
@@ -70,9 +74,10 @@ impl Source for LabelledTextConfig {
             for part in [&text, &label].into_iter().chain(&group) {
                 hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
             }
-            let label = places.get(label.as_str()).copied().ok_or_else(|| {
-                unusable!("{name}: class \"{label}\" occurs in data.labelled_text.validation_paths only")
-            })?;
+            let label = places
+                .get(label.as_str())
+                .copied()
+                .ok_or_else(|| unusable!("{name}: class \"{label}\" occurs in what is held out only"))?;
             let mut tokens = tokenizer.encode(&text)?;
             cut += usize::from(tokens.len() > seq_len);
             tokens.truncate(seq_len);
@@ -100,8 +105,8 @@ impl Source for LabelledTextConfig {
 }
 
 impl LabelledTextConfig {
-    fn rows(&self, paths: &[String]) -> Result<FromFiles<LabelledText>, DataError> {
+    fn rows(&self, files: &Search) -> Result<FromFiles<LabelledText>, DataError> {
         let Self { text_field, label_field, group_field, .. } = self;
-        read_labelled(paths, LabelledFields { text: text_field, label: label_field, group: group_field.as_deref() })
+        read_labelled_of(files, LabelledFields { text: text_field, label: label_field, group: group_field.as_deref() })
     }
 }

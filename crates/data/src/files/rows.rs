@@ -73,12 +73,24 @@ pub(crate) fn invalid(error: &serde_json::Error) -> String {
 /// What takes rows, each with its place.
 pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError> + 'a;
 
+/// The files of rows that paths mean.
+///
+/// # Errors
+/// If a pattern matches nothing or cannot be searched.
+pub(crate) fn rows_of(paths: &[String]) -> Result<Search, DataError> {
+    search(paths, &KINDS)
+}
+
 /// Hands every row of files to `take`; of Parquet with these columns, or all if there are none here. Gives what was not read.
 ///
 /// # Errors
-/// If a pattern matches nothing, a file is broken, or `take` finds something wrong.
-pub(crate) fn for_each_row(paths: &[String], columns: &[&str], take: &mut Take<'_>) -> Result<LeftOut, DataError> {
-    let Search { files, mut left_out } = search(paths, &KINDS)?;
+/// If a file is broken, or `take` finds something wrong.
+pub(crate) fn for_each_row(
+    Search { files, left_out }: &Search,
+    columns: &[&str],
+    take: &mut Take<'_>,
+) -> Result<LeftOut, DataError> {
+    let mut left_out = left_out.clone();
     for path in files.keys() {
         let mut file = Packed::open(path)?;
         if file.length().is_some() && file.content.fill_buf().is_ok_and(|head| head.starts_with(b"PAR1")) {
@@ -211,7 +223,8 @@ mod tests {
             rows.push((place.line, row.value().map_err(|problem| place.wrong(problem))?));
             Ok(())
         };
-        for_each_row(&[path.display().to_string()], &[], &mut take).map_err(|error| error.to_string())?;
+        for_each_row(&rows_of(&[path.display().to_string()]).unwrap(), &[], &mut take)
+            .map_err(|error| error.to_string())?;
         Ok(rows)
     }
 
