@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics; and
-# comparisons whose runs mpirun starts.
+# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics, a rank without memory;
+# and comparisons whose runs mpirun starts.
 #
 #   tests/mpi/run.sh [BINARY]       BINARY: built with --features mpi; without it, it is built in target/mpi
+#
+# tests/mpi/hosts.sh does the same for two machines.
 #
 # Open MPI and libclang are installed where apt-get can. Takes two minutes besides the build.
 set -uo pipefail
@@ -95,6 +97,7 @@ done
 train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast
 check "fast: 2 ranks come to the end" test -e fast/step-00000006
 check "the share of communication is logged" grep -q '"throughput/communication_share":0\.' fast/metrics.jsonl
+check "the memory of every rank is logged" grep -q '"memory/rank_0":[0-9].*"memory/rank_1":[0-9]' fast/metrics.jsonl
 check "rank 0 alone speaks" test "$(grep -c '^resume\|^model:' told)" -eq 1
 
 # On another number of ranks, with another [parallel].
@@ -157,7 +160,10 @@ limited() { # FOLDER, LIMITS: rank 1 alone runs within limits of the shell
     job=$!
 }
 ends_once_said() { # WORDS: the code that the job ends with, within 10 s after them
-    until grep -q "$1" told || ! kill -0 "$job" 2> /dev/null; do sleep 0.1; done
+    for _ in $(seq 600); do
+        grep -q "$1" told || ! kill -0 "$job" 2> /dev/null && break
+        sleep 0.1
+    done
     ends
 }
 # The system gives it no threads.
@@ -166,7 +172,8 @@ ends_once_said "panicked at"
 check "a panic of rank 1 ends all within 10 s, with 101" test $? -eq 101
 check "a panic names rank and host" grep -q "rank 1 on $(hostname) panicked" told
 # The system gives it no memory.
-limited memory "ulimit -v 600000"
+large+=(training.batch_size=256 --ignore-memory)
+limited memory "ulimit -v 700000"
 ends_once_said "memory allocation of .* failed"
 code=$?
 check "rank 1 without memory: ends all within 10 s ($code)" test $code -ne 0 -a $code -ne 99
