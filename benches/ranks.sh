@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two ranks of one thread beside one process of two threads, alternately: tokens a second, the share of communication, peak memory.
+# Two ranks of one thread beside one process of two threads, alternately: tokens a second, the share of communication, peak memory of each rank.
 #
 #   benches/ranks.sh [BINARY] [ROUNDS] [STEPS]      BINARY: built with --features mpi; without it, a release build in target/mpi
 #
@@ -52,6 +52,10 @@ ways=(
     "2 ranks, 2 passes each|2|1|2|"
     "2 ranks, 2 passes each, fast|2|1|2|parallel.gradient_reduction=fast"
 )
+# What a log says last of a number.
+last() { # KEY, LOG
+    grep -o "\"$1\":[0-9.e+-]*" "$2" | tail -n 1 | cut -d: -f2
+}
 # The median of a number in the lines of a log after the first, which has the warm-up.
 median() { # KEY, LOG
     tail -n +2 "$2" | grep -o "\"$1\":[0-9.e+-]*" | cut -d: -f2 | sort -g \
@@ -64,16 +68,22 @@ for round in $(seq "$rounds"); do
             "$binary" train recipe.toml --out run training.batch_size="$rows" training.gradient_accumulation_steps=$((8 / rows)) $settings \
             > told 2>&1 || { cat told >&2; exit 1; }
         log=run/metrics.jsonl
-        echo "$(median tokens_per_second $log) $(median throughput/communication_share $log) $(median memory $log)" >> "way-$at"
+        # One process writes its memory under another name.
+        peaks=("$(last memory $log)")
+        [ "$ranks" -eq 1 ] || for rank in $(seq 0 $((ranks - 1))); do peaks[rank]=$(last "memory/rank_$rank" $log); done
+        echo "$(median tokens_per_second $log) $(median throughput/communication_share $log) ${peaks[*]}" >> "way-$at"
         rm -rf run
     done
     echo "round $round of $rounds" >&2
 done
 
 of() { cut -d' ' -f"$2" "way-$1" | sort -g | awk '{ all[NR] = $1 } END { print (all[int((NR + 1) / 2)] + all[int((NR + 2) / 2)]) / 2 }'; }
-echo "| way | tokens/s | against one process | communication | peak MiB of rank 0 |"
+echo "| way | tokens/s | against one process | communication | peak MiB of each rank |"
 echo "|---|---|---|---|---|"
 for at in "${!ways[@]}"; do
-    awk -v name="${ways[$at]%%|*}" -v speed="$(of "$at" 1)" -v base="$(of 0 1)" -v share="$(of "$at" 2)" -v memory="$(of "$at" 3)" \
-        'BEGIN { printf "| %s | %.0f | %.2fx | %.1f %% | %.0f |\n", name, speed, speed / base, 100 * share, memory / 1048576 }'
+    IFS='|' read -r name ranks _ <<< "${ways[$at]}"
+    memory=""
+    for rank in $(seq "$ranks"); do memory+=" $(of "$at" $((rank + 2)) | awk '{ printf "%.0f", $1 / 1048576 }')"; done
+    awk -v name="$name" -v speed="$(of "$at" 1)" -v base="$(of 0 1)" -v share="$(of "$at" 2)" -v memory="$memory" \
+        'BEGIN { printf "| %s | %.0f | %.2fx | %.1f %% |%s |\n", name, speed, speed / base, 100 * share, memory }'
 done

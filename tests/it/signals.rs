@@ -92,7 +92,7 @@ fn a_validation_is_put_off_and_made_up_for() {
     let text: String = (0..400_000u32).map(|i| format!("{} ", i.wrapping_mul(2_654_435_761) >> 12)).collect();
     std::fs::write(world.dir.path().join("book.txt"), text).unwrap();
     world.succeeds(&[&all[..], &["--out", "whole"]].concat());
-    for (signal, code) in [("-TERM", 143), ("-INT", 130)] {
+    for (signal, code) in [("-TERM", 143), ("-INT", 130), ("-USR2", 140)] {
         let run = format!("run{signal}");
         let mut child =
             world.command(&[&all[..], &["--out", &run, long]].concat()).stderr(Stdio::null()).spawn().unwrap();

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics; and
-# comparisons whose runs mpirun starts.
+# Several ranks with Open MPI on this machine: the same bits on 1, 2 and 4 of them, a change of their number, signals, kills, panics, a rank without memory;
+# and comparisons whose runs mpirun starts.
 #
 #   tests/mpi/run.sh [BINARY]       BINARY: built with --features mpi; without it, it is built in target/mpi
+#
+# tests/mpi/hosts.sh does the same for two machines.
 #
 # Open MPI and libclang are installed where apt-get can. Takes two minutes besides the build.
 set -uo pipefail
@@ -24,18 +26,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
 
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 RAYON_NUM_THREADS=1
+. "$root/tests/mpi/checks.sh"
+export RAYON_NUM_THREADS=1
 ranks() { mpirun --oversubscribe --bind-to none -n "$@"; }
-failed=0
-check() { # WHAT, and a command that must succeed
-    local what=$1
-    shift
-    if "$@"; then printf 'ok      %s\n' "$what"; else
-        failed=$((failed + 1))
-        printf 'FAILED  %s\n' "$what"
-        [ -e told ] && tail -n 12 told | sed 's/^/        /'
-    fi
-}
 
 cat > recipe.toml <<'END'
 [model.decoder]
@@ -67,12 +60,6 @@ batches = 6
 interval = 3
 END
 
-# The bits of a run: weights, state of the optimizer, and what was logged but for times and memory.
-bits() {
-    cat "$1"/step-00000006/{model,optimizer}.safetensors
-    sed -E 's/"(tokens_per_second|memory|throughput\/communication_share)":[^,}]*,?//g; s/,}/}/' "$1/metrics.jsonl"
-}
-same() { cmp -s <(bits "$1") <(bits "$2"); }
 train() { # RANKS, FOLDER, settings
     local n=$1 out=$2
     shift 2
@@ -93,7 +80,9 @@ for optimizer in adamw muon; do
 done
 
 # FocuSFT, whose passes have several backwards each and fast weights that count when clipping; SenD, which drops units from the third step on.
+# shellcheck disable=SC2034 # both are read by name
 bilevel="rank=2, alpha=4.0, inner_lr=0.3, layer_fraction=0.5, clip_includes_fast=true, second_order=true"
+# shellcheck disable=SC2034
 neuron_dropout="interval=1, window=2, refresh=2, k=0.25, tracking_texts=4"
 for procedure in bilevel neuron_dropout; do
     settings=("procedure.$procedure={${!procedure}}")
@@ -108,6 +97,7 @@ done
 train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast
 check "fast: 2 ranks come to the end" test -e fast/step-00000006
 check "the share of communication is logged" grep -q '"throughput/communication_share":0\.' fast/metrics.jsonl
+check "the memory of every rank is logged" grep -q '"memory/rank_0":[0-9].*"memory/rank_1":[0-9]' fast/metrics.jsonl
 check "rank 0 alone speaks" test "$(grep -c '^resume\|^model:' told)" -eq 1
 
 # On another number of ranks, with another [parallel].
@@ -131,27 +121,15 @@ check "more ranks than passes" refused "must be at least the number of ranks (4)
 long=(training.steps=1000000 checkpoint.interval=0 validation.interval=0)
 begin() { # FOLDER: two ranks in the background; waits for their first steps
     out=$1
-    ranks 2 "$binary" train recipe.toml --out "$out" "${long[@]}" > told 2>&1 &
+    mpirun --oversubscribe --bind-to none -n 2 "$binary" train recipe.toml --out "$out" "${long[@]}" > told 2>&1 &
     job=$!
-    for _ in $(seq 300); do
-        [ "$(cat "$out/metrics.jsonl" 2> /dev/null | wc -l)" -ge 3 ] && return 0
-        sleep 0.1
-    done
-    return 1
+    steps_begin "$out"
 }
 pid_of_rank() { # the process of a rank of this run
     local pid
     for pid in $(pgrep -f "$binary train recipe.toml --out $out"); do
         tr '\0' '\n' < "/proc/$pid/environ" 2> /dev/null | grep -qx "OMPI_COMM_WORLD_RANK=$1" && echo "$pid" && return
     done
-}
-ends() { # the code that the job ends with, within 10 s
-    local since=$SECONDS
-    while kill -0 "$job" 2> /dev/null; do
-        [ $((SECONDS - since)) -gt 10 ] && kill -KILL "$job" && return 99
-        sleep 0.1
-    done
-    wait "$job"
 }
 for rank in 0 1; do
     begin "term-$rank"
@@ -163,23 +141,44 @@ for rank in 0 1; do
     kill -KILL "$(pid_of_rank "$rank")"
     ends
     code=$?
-    check "SIGKILL of rank $rank: ended ($code)" test $code -ne 0 -a $code -ne 99
-    check "SIGKILL of rank $rank: rank and host are named" grep -Eq "rank $rank .*$(hostname)|rank $rank on|process rank: \[\[[0-9]+,[0-9]+\],$rank\]" told
+    check "SIGKILL of rank $rank, as by the kernel without memory: ended ($code)" test $code -ne 0 -a $code -ne 99
+    check "SIGKILL of rank $rank: rank and host are named" grep -q "rank $rank .*on node $(hostname) exited on signal 9" told
 done
+begin usr2
+kill -USR2 "$job"
+ends
+check "SIGUSR2 to mpirun: all leave with 140" test $? -eq 140
+check "SIGUSR2 to mpirun: saved" ls usr2/step-*/manifest.json
 check "what was killed goes on" eval "ranks 2 '$binary' train recipe.toml --out kill-1 training.steps=6 > told 2>&1"
 
-# A rank panics where the system gives it no threads.
-mpirun --oversubscribe --bind-to none \
-    -n 1 "$binary" train recipe.toml --out panic "${long[@]}" training.batch_size=64 training.seq_len=128 model.decoder.d_model=128 : \
-    -n 1 sh -c "ulimit -v 3000000; RAYON_NUM_THREADS=20000 exec '$binary' train recipe.toml --out panic ${long[*]} training.batch_size=64 \
-        training.seq_len=128 model.decoder.d_model=128" > told 2>&1 &
-job=$!
-since=$SECONDS
-while kill -0 "$job" 2> /dev/null && [ $((SECONDS - since)) -le 60 ]; do sleep 0.1; done
-kill -KILL "$job" 2> /dev/null
-wait "$job"
-check "a panic of rank 1 ends all with 101" test $? -eq 101
+# What one of two ranks meets, whose work is larger.
+large=("${long[@]}" training.batch_size=64 training.seq_len=128 model.decoder.d_model=128)
+limited() { # FOLDER, LIMITS: rank 1 alone runs within limits of the shell
+    mpirun --oversubscribe --bind-to none \
+        -n 1 "$binary" train recipe.toml --out "$1" "${large[@]}" : \
+        -n 1 sh -c "$2; exec '$binary' train recipe.toml --out $1 ${large[*]}" > told 2>&1 &
+    job=$!
+}
+ends_once_said() { # WORDS: the code that the job ends with, within 10 s after them
+    for _ in $(seq 600); do
+        grep -q "$1" told || ! kill -0 "$job" 2> /dev/null && break
+        sleep 0.1
+    done
+    ends
+}
+# The system gives it no threads.
+limited panic "ulimit -v 3000000; export RAYON_NUM_THREADS=20000"
+ends_once_said "panicked at"
+check "a panic of rank 1 ends all within 10 s, with 101" test $? -eq 101
 check "a panic names rank and host" grep -q "rank 1 on $(hostname) panicked" told
+# The system gives it no memory.
+large+=(training.batch_size=256 --ignore-memory)
+limited memory "ulimit -v 700000"
+ends_once_said "memory allocation of .* failed"
+code=$?
+check "rank 1 without memory: ends all within 10 s ($code)" test $code -ne 0 -a $code -ne 99
+check "rank 1 without memory: said" grep -q "memory allocation of .* bytes failed" told
+check "rank 1 without memory: rank and host are named" grep -q "rank 1 .*on node $(hostname) exited on signal 6" told
 
 # A rank that alone cannot go on says why and ends the others.
 mpirun --oversubscribe --bind-to none -n 1 "$binary" train recipe.toml --out alone "${long[@]}" : \
@@ -216,7 +215,4 @@ kill -TERM "$job"
 ends
 check "SIGTERM to a comparison: ends with 143" test $? -eq 143
 check "SIGTERM to a comparison: the runs that mpirun started have saved" test "$(ls long/runs/*/step-*/manifest.json | cut -d/ -f3 | sort -u | wc -l)" -eq 2
-
-echo
-[ "$failed" -eq 0 ] && echo "all passed" || echo "$failed failed"
-[ "$failed" -eq 0 ]
+conclude

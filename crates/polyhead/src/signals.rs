@@ -1,5 +1,6 @@
-//! Signals to a run: save and leave (SIGINT, SIGTERM, and SIGHUP of a connection that drops), or save and go on (SIGUSR1, as
-//! schedulers send it). A thread of its own waits for them, so that they are answered whatever the run is busy with.
+//! Signals to a run: save and leave (SIGINT, SIGTERM, SIGHUP of a connection that drops, and SIGUSR2, which mpirun passes on at
+//! once), or save and go on (SIGUSR1, as schedulers send it). A thread of its own waits for them, so that they are answered
+//! whatever the run is busy with.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,7 +72,7 @@ mod system {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
     use signal_hook::low_level::{exit, signal_name};
 
     use super::Signals;
@@ -80,7 +81,7 @@ mod system {
 
     /// `armed` is true from the first signal to leave on.
     pub fn wait(signals: Signals, armed: Arc<AtomicBool>, dashboard: bool) -> Result<(), Failure> {
-        let mut waiting = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
+        let mut waiting = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGUSR2])?;
         // Whoever starts a run under `nohup` means it to outlive the connection.
         if !is_ignored(SIGHUP) {
             waiting.add_signal(SIGHUP)?;

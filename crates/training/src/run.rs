@@ -246,6 +246,10 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             if ranks.size() > 1 {
                 let share = self.waited_since.as_micros() as f64 / self.micros_since.max(1) as f64;
                 report.measured.push(("throughput/communication_share".into(), share));
+                let peaks = ranks.share(logged.memory).into_iter().enumerate();
+                report
+                    .measured
+                    .extend(peaks.filter_map(|(rank, peak)| Some((format!("memory/rank_{rank}"), peak? as f64))));
             }
             self.record.step(&logged, &report);
             (self.tokens_since, self.micros_since, self.waited_since) = (0, 0, Duration::ZERO);

@@ -138,7 +138,8 @@ fn kept(folder: &Path, step: u64) -> [Vec<u8>; 3] {
     let lines = std::fs::read_to_string(folder.join(METRICS)).unwrap();
     let timeless = |line: &str| {
         let mut values: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
-        values.retain(|key, _| !["tokens_per_second", "memory", "throughput/communication_share"].contains(&&**key));
+        let of_a_process = ["tokens_per_second", "memory", "throughput/communication_share"];
+        values.retain(|key, _| !of_a_process.contains(&&**key) && !key.starts_with("memory/"));
         serde_json::to_string(&values).unwrap()
     };
     let lines: Vec<String> = lines.lines().map(timeless).collect();
@@ -226,6 +227,17 @@ fn adding_up_fast_differs_in_the_last_digits_alone() {
     for (name, one) in fast {
         assert_close(&name, &one.values, &ordered[&name].values, Tolerance::absolute(1e-7));
     }
+}
+
+#[test]
+fn the_log_has_the_memory_of_every_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    on_ranks(3, parallel(json!({})), |ranks| train(ranks, folder.path(), &adamw(), 1, Fate::default()));
+    let log = std::fs::read_to_string(folder.path().join(METRICS)).unwrap();
+    let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    let of_rank = |rank: usize| line[format!("memory/rank_{rank}")].as_f64();
+    assert_eq!(of_rank(0), line["memory"].as_f64(), "{line}");
+    assert!((0..3).all(|rank| of_rank(rank) > Some(1e6)) && of_rank(3).is_none(), "{line}");
 }
 
 #[test]
