@@ -3,7 +3,7 @@
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 use polyhead_attention::Place;
 use polyhead_evaluation::sinks::{Kind, SinkRule, sinks};
-use polyhead_models::intervention::visual_sinks::{VarConfig, phi};
+use polyhead_models::intervention::visual_sinks::{Marks, VarConfig, phi};
 
 use crate::golden::{Golden, compare, files, size, values};
 
@@ -55,7 +55,8 @@ fn check_var(golden: &Golden) {
         let weights = TensorData::new(file[key].values.clone(), [1, heads, queries, keys]);
         let weights = Tensor::<4>::from_data(weights, &Device::flex());
         let place = Place { first, first_key: Some(0) };
-        how.redistribute(weights, place, std::slice::from_ref(&is_sink), std::slice::from_ref(&inside))
+        let marks = Marks { sinks: is_sink.clone(), span: inside.clone(), documents: Vec::new() };
+        how.redistribute(weights, place, &[marks])
     };
     let near = |key: &str, got: Vec<f32>| compare(&golden.name, key, &file[key].values, &got, NUMBERS, true);
     let flags = |edited: Tensor<4, Bool>| edited.into_data().iter::<bool>().collect::<Vec<_>>();

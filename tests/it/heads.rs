@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::classify::SHAPES;
 use crate::pages::assert_whole;
 use crate::world::{SMALL, World};
 
@@ -24,6 +25,109 @@ fn column(result: &Value, name: &str) -> Vec<f64> {
 }
 
 #[test]
+fn heads_of_classifiers_are_switched_off_with_their_distances() {
+    let world = World::new(SHAPES);
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "metrics.tensorboard=false"]);
+    let (out, told) = world.succeeds(&["heads", "ablate", "run", "--out", "seen"]);
+    assert_eq!(out.lines().count(), 5, "four heads, and a head line: {out}");
+    assert!(told.contains("matters most") && told.contains("rank correlation"), "{told}");
+    let found = json(&world, "seen/ablation.json");
+    assert_eq!(found["examples"], 72, "whole batches of 24");
+    for (name, most) in
+        [("jensen_shannon", 2f64.ln()), ("embedding_change", 2.0), ("gate", f64::MAX), ("distance", 3.0)]
+    {
+        assert!(column(&found, name).iter().all(|&value| value > 0.0 && value < most), "{name}: {found}");
+    }
+    assert!(column(&found, "true_class_drop").iter().any(|&drop| drop > 0.0), "{found}");
+    for (profile, distance) in found["profiles"].as_array().unwrap().iter().zip(column(&found, "distance")) {
+        let shares: Vec<f64> =
+            profile["renormalised"].as_array().unwrap().iter().map(|share| share.as_f64().unwrap()).collect();
+        // Patches of 4 x 4 are 3 steps apart at most, and there is no class token.
+        assert!(shares.len() == 4 && (shares.iter().sum::<f64>() - 1.0).abs() < 1e-5, "{profile}");
+        let mean: f64 = shares.iter().enumerate().map(|(steps, share)| steps as f64 * share).sum();
+        assert!((mean - distance).abs() < 1e-6);
+    }
+    assert_whole(&world.dir.path().join("seen/ablation.html"));
+    assert!(world.fails(2, &["heads", "ablate", "run", "--text", "a"]).contains("--text is for decoders"));
+
+    // Heads in windows have no map of positions, and all the rest.
+    let hilo = SHAPES.replace("softmax]", "hilo]\nwindow = 2");
+    std::fs::write(world.dir.path().join("hilo.toml"), hilo).unwrap();
+    world.succeeds(&["train", "hilo.toml", "--out", "hilo", "training.steps=2", "lr_scheduler.warmup_steps=1"]);
+    world.succeeds(&["heads", "ablate", "hilo", "--rows", "24", "--heads", "0,3", "--out", "windows"]);
+    let found = json(&world, "windows/ablation.json");
+    assert!(column(&found, "jensen_shannon").iter().all(|&value| value > 0.0) && found["examples"] == 24);
+    assert!(found["heads"].as_array().unwrap().iter().all(|head| head["distance"].is_null()));
+}
+
+#[test]
+fn the_parts_of_a_logit_add_up_to_it() {
+    let world = world();
+    world.succeeds(&["train", "recipe.toml", "--out", "run", "optimizer.adamw.lr=0.01"]);
+    let look = |more: &[&str]| {
+        let (out, told) = world.succeeds(&[&["inspect", "run", "--lens", "--out", "seen"], more].concat());
+        assert_whole(&world.dir.path().join("seen/lens.html"));
+        (out, told, json(&world, "seen/lens.json"))
+    };
+    let (out, told, found) = look(&["--text", "the cat sat on the", "--answer", " mat", "--instead", "x"]);
+    assert!(told.contains("Logit of \" \", less that of \"x\""), "{told}");
+    // Five points, seven parts and the sum, four heads; three lines of heads and two that are empty.
+    assert_eq!(out.lines().count(), 5 + 9 + 4 + 3 + 2, "{out}");
+    let logit = |text: &str| {
+        world.succeeds(&["logits", "run", "--text", "the cat sat on the", "--out", "logits"]);
+        let bytes = world.read("logits");
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let last: Vec<f64> = file
+            .tensor("logits")
+            .unwrap()
+            .data()
+            .chunks(4)
+            .map(|four| f64::from(f32::from_le_bytes(four.try_into().unwrap())))
+            .collect();
+        last[last.len() - 258 + usize::from(text.as_bytes()[0])]
+    };
+    let text = &found["texts"][0];
+    let sum: f64 = ["embedding", "bias"].iter().map(|part| text[part].as_f64().unwrap()).sum::<f64>()
+        + ["attention", "mlp"]
+            .iter()
+            .flat_map(|part| text[part].as_array().unwrap())
+            .map(|part| part.as_f64().unwrap())
+            .sum::<f64>();
+    assert!((sum - (logit(" ") - logit("x"))).abs() < 1e-5, "{sum} {} {}", logit(" "), logit("x"));
+    assert!(
+        (text["lens"][4]["logit"].as_f64().unwrap() - logit(" ")).abs() < 1e-5
+            && text["lens"][4]["point"] == "final_post"
+    );
+    assert!(found["largest_difference"].as_f64().unwrap() < 1e-5);
+    // Of layers without biases attention is its heads.
+    let of_heads: f64 = text["heads"][1].as_array().unwrap().iter().map(|head| head.as_f64().unwrap()).sum();
+    assert!((of_heads - text["attention"][1].as_f64().unwrap()).abs() < 1e-5);
+    assert_eq!(column(&found, "logit").len(), 4);
+
+    let (_, _, rows) = look(&["--rows", "3", "--layers", "1"]);
+    assert_eq!((rows["texts"].as_array().unwrap().len(), column(&rows, "logit").len()), (3, 2));
+    assert!(rows["largest_difference"].as_f64().unwrap() < 1e-5);
+    // A head that is switched off adds nothing.
+    std::fs::write(
+        world.dir.path().join("off.toml"),
+        "[[edits]]\nsite = \"z\"\nlayers = [1]\nheads = [0]\nchange = { scale = 0 }\n",
+    )
+    .unwrap();
+    let (_, _, off) = look(&["--text", "the cat", "--intervention", "off.toml"]);
+    assert_eq!(
+        column(&off, "logit").iter().map(|&logit| logit == 0.0).collect::<Vec<_>>(),
+        [false, false, true, false]
+    );
+    for (args, words) in [
+        (&["--lens", "--sinks"][..], "cannot be used with"),
+        (&["--answer", "a"], "--lens"),
+        (&["--lens", "--instead", "a"], "--answer"),
+    ] {
+        assert!(world.fails(2, &[&["inspect", "run"], args].concat()).contains(words), "{args:?}");
+    }
+}
+
+#[test]
 fn heads_are_switched_off_patched_and_compared() {
     let world = world();
     world.succeeds(&["train", "recipe.toml", "--out", "run", "training.steps=4"]);
@@ -35,6 +139,16 @@ fn heads_are_switched_off_patched_and_compared() {
     }
     assert!(ablation["rank_correlation_of_gate_and_kl"]["zero"].is_f64());
     assert_whole(&world.dir.path().join("seen/ablation.html"));
+    // A file that replaces a head by its mean does what the table says of the same rows.
+    world.succeeds(&["heads", "ablate", "run", "--out", "seen", "--write-means", "means.safetensors"]);
+    let mean = "tensors = \"means.safetensors\"\n[[edits]]\nsite = \"z\"\nlayers = [0]\nheads = [1]\nchange = { replace = \"mean\" }\n";
+    std::fs::write(world.dir.path().join("mean.toml"), mean).unwrap();
+    let eval = |more: &[&str]| {
+        let (out, _) = world.succeeds(&[&["eval", "run", "--batches", "1"], more].concat());
+        serde_json::from_str::<Value>(&out).unwrap()["loss"].as_f64().unwrap()
+    };
+    let moved = eval(&["--intervention", "mean.toml"]) - eval(&[]);
+    assert!((moved - column(&ablation, "mean_loss")[1]).abs() < 1e-5 && moved != 0.0, "{moved} {ablation}");
     let one = ["heads", "ablate", "run", "--text", "the cat", "--heads", "1", "--out", "one", "--json"];
     let printed = world.succeeds(&one).0;
     assert_eq!(printed.as_bytes(), world.read("one/ablation.json"), "what is printed is what is written");
@@ -120,7 +234,7 @@ fn mistakes_about_heads_and_pairs_are_told_before_anything_runs() {
     for (args, words) in [
         (vec!["patch", "run", "p.jsonl", "--receivers", "1.0"], "--receivers is for --method path"),
         (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "2.0"], "no layer 2"),
-        (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "1.2"], "no head 2; it has 2, from 0"),
+        (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "1.2"], "has no head 2; it has 2, from 0"),
         (vec!["patch", "run", "p.jsonl", "--method", "path", "--receivers", "first"], "a layer and a head such as 3.1"),
         (vec!["patch", "run", "p.jsonl", "--position", "3"], "3 is in no prompt of 1 tokens"),
         (vec!["patch", "run", "p.jsonl", "--method", "path", "--position", "all"], "last position alone"),

@@ -83,6 +83,7 @@ mod resume;
 mod serve;
 mod signals;
 mod sizes;
+mod spans;
 mod sparse;
 mod stages;
 mod suite;

@@ -37,7 +37,7 @@ use crate::softmax::{HeadNorm, check_heads, normed, own_width};
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
     Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, KvSite, Mechanism, MechanismConfig,
-    Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig,
+    Observation, Observed, Published, Setting, SharedHeads, SoftmaxConfig, Wiring,
 };
 
 /// Decoupled heads under LLaMA's names, the maps in config.json.
@@ -278,6 +278,14 @@ impl MechanismConfig for DecoupledHeadConfig {
         }
         let softmax = SoftmaxConfig { n_kv_heads: None, ..self.unshared() };
         Ok(SharedHeads { softmax, maps: [self.key_map.clone(), self.value_map.clone()] })
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        if self.fusing {
+            return Ok(Wiring::even(self.n_heads, self.heads_to_fuse()));
+        }
+        let maps = self.key_map.iter().zip(&self.value_map).enumerate();
+        Ok(maps.map(|(head, (&key, &value))| Wiring::new(head, key, value)).collect())
     }
 
     fn example() -> Self {

@@ -25,7 +25,9 @@ use crate::projection::{INIT_STD, linear, residual_std, split_heads};
 use crate::settings::head_settings;
 use crate::softmax::check_width;
 use crate::window::{Within, window_of, within};
-use crate::{Attended, Call, ConfigError, Cost, Dims, KvSite, Mechanism, MechanismConfig, Observation, Observed};
+use crate::{
+    Attended, Call, ConfigError, Cost, Dims, KvSite, Mechanism, MechanismConfig, Observation, Observed, Wiring,
+};
 
 const LAMBDA: Observed =
     Observed::new("lambda", "λ, by which the second head of a pair is multiplied, mean over tokens", "");
@@ -85,6 +87,12 @@ impl MechanismConfig for DiffV2Config {
     fn observes() -> &'static [Observed] {
         const ALL: [Observed; 7] = [SCORES[0], SCORES[1], SCORES[2], NOISE[0], NOISE[1], NOISE[2], LAMBDA];
         &ALL
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        let kv_heads = self.n_kv_heads.unwrap_or(self.n_heads);
+        let of = |(head, own): (usize, Wiring)| Wiring { outputs: head / 2..head / 2 + 1, ..own };
+        Ok(Wiring::even(2 * self.n_heads, kv_heads).into_iter().enumerate().map(of).collect())
     }
 
     fn example() -> Self {

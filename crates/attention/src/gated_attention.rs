@@ -25,7 +25,7 @@ use crate::observe::SCORES;
 use crate::projection::{INIT_STD, linear};
 use crate::settings::head_settings;
 use crate::softmax::Softmax;
-use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig};
+use crate::{Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, Wiring};
 
 const SIGMOID_GATE: Observed = Observed::new("sigmoid_gate", "gate of a head or channel, mean over tokens", "");
 
@@ -134,6 +134,10 @@ impl MechanismConfig for GatedAttentionConfig {
         &ALL
     }
 
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        self.plain().wiring()
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 4,
@@ -210,8 +214,10 @@ mod tests {
             (Heads, Granularity::Headwise),
             (Values, Granularity::Elementwise),
             (Values, Granularity::Headwise),
+            (Keys, Granularity::Elementwise),
             (Keys, Granularity::Headwise),
             (Queries, Granularity::Elementwise),
+            (Queries, Granularity::Headwise),
             (Output, Granularity::Elementwise),
         ] {
             let example = GatedAttentionConfig { gated, granularity, ..GatedAttentionConfig::example() };

@@ -25,7 +25,7 @@ use crate::projection::{INIT_STD, linear, residual_std};
 use crate::softmax::check_width;
 use crate::{
     Attended, Call, ConfigError, Cost, Dims, KvSite, Mask, Mechanism, MechanismCache, MechanismConfig, Observation,
-    Observed, QuerySite, Site,
+    Observed, QuerySite, Site, Wiring,
 };
 
 /// Inside the square root of the norms of queries and keys; from the authors' code.
@@ -153,6 +153,11 @@ impl MechanismConfig for GatedDeltaNetConfig {
             state_elements: state + mixed * (kernel - 1),
             ..Cost::default()
         }
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        let share = self.n_heads / self.n_key_heads.unwrap_or(self.n_heads).max(1);
+        Ok((0..self.n_heads).map(|head| Wiring::new(head, head / share.max(1), head)).collect())
     }
 
     fn example() -> Self {

@@ -36,7 +36,7 @@ use crate::softmax::{check_heads, own_width};
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
     Attended, Call, ConfigError, Cost, Dims, Family, Form, HeadChannels, KvSite, Mechanism, MechanismConfig,
-    Observation, Observed, Published, Setting,
+    Observation, Observed, Published, Setting, Wiring,
 };
 
 /// The authors' models, whose class also has an activation of its own (PolyNorm), which is not supported here.
@@ -353,6 +353,21 @@ impl MechanismConfig for GroupedDifferentialConfig {
         Self { lambda_init, window: moved_window(self.window, sources), ..self }
     }
 
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        let stripe = self.n_heads / self.n_noise_heads.max(1);
+        let signals = stripe - 1;
+        let keys = key_heads(self.n_heads, self.n_noise_heads, self.kv_heads() / 2).into_iter().enumerate();
+        let of = |(head, key): (usize, usize)| {
+            let first = head / stripe * signals;
+            let outputs = match head % stripe {
+                noise if noise == signals => first..first + signals,
+                signal => first + signal..first + signal + 1,
+            };
+            Wiring { outputs, ..Wiring::new(head, key, key / 2) }
+        };
+        Ok(keys.map(of).collect())
+    }
+
     fn example() -> Self {
         Self {
             n_heads: 6,
@@ -402,19 +417,17 @@ pub struct GroupedDifferential {
     window: Option<usize>,
 }
 
+/// The key head of each (striped) query head: of a pair, the even one serves signals and the odd one noises.
+fn key_heads(n_heads: usize, n_noise: usize, n_pairs: usize) -> Vec<usize> {
+    let (stripe, per_pair) = (n_heads / n_noise, n_noise / n_pairs);
+    (0..n_heads).map(|head| 2 * (head / stripe / per_pair) + usize::from(head % stripe == stripe - 1)).collect()
+}
+
 impl GroupedDifferential {
     /// `[1]`: λ, in f32 whatever the compute type.
     pub fn lambda(&self) -> Tensor<1> {
         let exp_dot = |q: &Param<Tensor<1>>, k: &Param<Tensor<1>>| (q.val() * k.val()).sum().exp();
         exp_dot(&self.lambda_q1, &self.lambda_k1) - exp_dot(&self.lambda_q2, &self.lambda_k2) + self.lambda_init
-    }
-
-    /// The key head of each (striped) query head: of a pair, the even one serves signals and the odd one noises.
-    fn key_heads(&self) -> Vec<usize> {
-        let (stripe, per_pair) = (self.n_heads / self.n_noise, self.n_noise / self.n_pairs);
-        (0..self.n_heads)
-            .map(|head| 2 * (head / stripe / per_pair) + usize::from(head % stripe == stripe - 1))
-            .collect()
     }
 
     /// The signals (or noises) among the striped heads.
@@ -457,7 +470,7 @@ impl Mechanism for GroupedDifferential {
         let q = sites.query(call.rope, split_heads(q, self.n_heads));
         let k = sites.key(call.rope, split_heads(k, 2 * self.n_pairs));
         let v = sites.at(KvSite::V, split_heads(v, self.n_pairs)); // [batch, n_pairs, seq, 2 * head_dim]
-        let keys = self.key_heads();
+        let keys = key_heads(self.n_heads, self.n_noise, self.n_pairs);
         let values = keys.iter().map(|key_head| key_head / 2).collect();
         let Within { keys: k, values: v, mask, query_offset } = within(self.window, call.mask, call.cache, [k, v]);
         let options = AttentionOptions {

@@ -25,7 +25,7 @@ use crate::config::require;
 use crate::projection::{INIT_STD, join_heads, linear, split_heads};
 use crate::{
     Adapters, Attended, Call, ConfigError, Cost, Dims, Mechanism, MechanismConfig, NoCache, Observation, Observed,
-    QuerySite, Site, Sites,
+    QuerySite, Site, Sites, Wiring,
 };
 
 /// Settings of HiLo attention.
@@ -156,6 +156,10 @@ impl MechanismConfig for HiloConfig {
 
     fn observes() -> &'static [Observed] {
         &[]
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        Err("attend inside windows and to the means of windows: they have no keys and values by positions")
     }
 
     fn example() -> Self {

@@ -41,7 +41,7 @@ use crate::rope::rotate;
 use crate::settings::head_settings;
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, KvSite, Mask, Mechanism,
-    MechanismConfig, Observation, Observed, SharedHeads, SoftmaxConfig,
+    MechanismConfig, Observation, Observed, SharedHeads, SoftmaxConfig, Wiring,
 };
 
 pub mod allocation;
@@ -206,6 +206,15 @@ impl MechanismConfig for KeyDrivenConfig {
             _ => return Err("what changes with the text is no other attention"),
         };
         Ok(SharedHeads { softmax: SoftmaxConfig { n_kv_heads: None, ..self.even() }, maps: [map.clone(), map] })
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        let heads = match &self.allocation {
+            AllocationConfig::Fixed(FixedConfig { query_heads }) => allocation::head_map(query_heads),
+            AllocationConfig::Even(_) => allocation::head_map(&allocation::even(self.n_kv_heads, self.n_heads)),
+            _ => return Err("read the keys that the text gives them: freeze that with allocation.fixed"),
+        };
+        Ok(heads.into_iter().enumerate().map(|(head, own)| Wiring::new(head, own, own)).collect())
     }
 
     fn example() -> Self {

@@ -70,7 +70,7 @@ pub use rope::{Rope, frequencies};
 pub use sink::{Sink, SinkConfig};
 pub use sites::{
     Amount, At, Change, Edit, Function, KvHead, KvSite, LayerSites, Place, Positions, QueryHead, QuerySite, Site,
-    Sites, StreamSite,
+    Sites, StreamSite, Wiring,
 };
 pub use softmax::{Softmax, SoftmaxConfig};
 
@@ -214,6 +214,12 @@ pub trait MechanismConfig: Sized {
     fn absent(_site: Site) -> Option<&'static str> {
         None
     }
+
+    /// Of each query head, which key head and value head it reads, and which head outputs it is part of.
+    ///
+    /// # Errors
+    /// Why nobody can tell, as what heads do: "attend inside windows".
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str>;
 
     /// A small valid description for a model of [`Dims::example`], for the laws.
     fn example() -> Self;
@@ -359,6 +365,14 @@ macro_rules! mechanisms {
             /// See [`MechanismConfig::absent`].
             pub fn absent(&self, site: Site) -> Option<&'static str> {
                 match self { $(Self::$Layer(_) => $Config::absent(site),)+ }
+            }
+
+            /// See [`MechanismConfig::wiring`].
+            ///
+            /// # Errors
+            /// Why nobody can tell.
+            pub fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+                match self { $(Self::$Layer(config) => config.wiring(),)+ }
             }
 
             /// See [`MechanismConfig::example`]; of every mechanism.

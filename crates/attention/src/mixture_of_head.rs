@@ -32,7 +32,7 @@ use crate::softmax::{HeadNorm, normed};
 use crate::window::{Within, window_of, within};
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, HeadCounts, KvSite, Mechanism, MechanismConfig,
-    Observation, Observed, QuerySite, Site,
+    Observation, Observed, QuerySite, Site, Wiring,
 };
 use router::{GATE, LOAD};
 
@@ -197,6 +197,10 @@ impl MechanismConfig for MixtureOfHeadConfig {
     fn observes() -> &'static [Observed] {
         const ALL: [Observed; 8] = [SCORES[0], SCORES[1], SCORES[2], GATE, LOAD[0], LOAD[1], LOAD[2], LOAD[3]];
         &ALL
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        Ok(Wiring::even(self.n_heads, self.kv_heads()))
     }
 
     fn example() -> Self {

@@ -28,7 +28,7 @@ use crate::rope::rotate;
 use crate::softmax::{HeadNorm, check_width};
 use crate::{
     Adapters, Attended, Call, ConfigError, Cost, Dims, KvSite, Mechanism, MechanismCache, MechanismConfig, Observation,
-    QuerySite, Site, Sites,
+    QuerySite, Site, Sites, Wiring,
 };
 
 /// Inside the square root of the latents' norms, whatever the model's other norms have; from the authors' code.
@@ -147,6 +147,10 @@ impl MechanismConfig for MlaConfig {
     fn absent(site: Site) -> Option<&'static str> {
         let rotated = "a key is partly one of all heads until it has been rotated: use rot_k";
         (site == KvSite::K.into()).then_some(rotated)
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        Ok(Wiring::even(self.n_heads, self.n_heads))
     }
 
     fn example() -> Self {

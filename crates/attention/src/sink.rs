@@ -18,7 +18,7 @@ use crate::config::{PerLayerCount, require};
 use crate::observe::{SCORES, SINK_MASS};
 use crate::settings::head_settings;
 use crate::softmax::Softmax;
-use crate::{Attended, Call, ConfigError, Cost, Dims, KvCache, Mechanism, MechanismConfig};
+use crate::{Attended, Call, ConfigError, Cost, Dims, KvCache, Mechanism, MechanismConfig, Wiring};
 
 head_settings! {
     /// Settings of softmax attention with sinks.
@@ -64,6 +64,10 @@ impl MechanismConfig for SinkConfig {
     fn observes() -> &'static [Observed] {
         const ALL: [Observed; 4] = [SCORES[0], SCORES[1], SCORES[2], SINK_MASS];
         &ALL
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        self.plain().wiring()
     }
 
     fn example() -> Self {

@@ -15,7 +15,7 @@ use burn::tensor::{Bool, Tensor};
 use polyhead_kernels::{Attention, AttentionOptions, MapAccess, attention, in_type};
 
 pub use edit::{Amount, At, Change, Edit, Function, Place, Positions};
-pub use names::{KvHead, KvSite, QueryHead, QuerySite, Site, StreamSite};
+pub use names::{KvHead, KvSite, QueryHead, QuerySite, Site, StreamSite, Wiring};
 
 use crate::projection::{join_heads, split_heads};
 use crate::rope::rotate;

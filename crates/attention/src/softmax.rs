@@ -18,7 +18,7 @@ use crate::settings::head_settings;
 use crate::window::{Within, check_window, moved_window, window_of, within};
 use crate::{
     Adapters, Attended, Call, ConfigError, Conversion, Cost, Dims, Family, Form, HeadCounts, KvSite, Mechanism,
-    MechanismConfig, Observation, Projection, Published, Setting, SharedHeads, Window,
+    MechanismConfig, Observation, Projection, Published, Setting, SharedHeads, Window, Wiring,
 };
 
 head_settings! {
@@ -207,6 +207,10 @@ impl MechanismConfig for SoftmaxConfig {
         let share = self.n_heads / self.kv_heads();
         let map: Vec<usize> = (0..self.n_heads).map(|head| head / share).collect();
         Ok(SharedHeads { softmax: Self { n_kv_heads: None, ..self.clone() }, maps: [map.clone(), map] })
+    }
+
+    fn wiring(&self) -> Result<Vec<Wiring>, &'static str> {
+        Ok(Wiring::even(self.n_heads, self.kv_heads()))
     }
 
     fn example() -> Self {

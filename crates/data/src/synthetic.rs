@@ -16,7 +16,7 @@ mod state_tracking;
 
 use std::sync::Arc;
 
-use polyhead_models::IGNORE;
+use polyhead_models::{IGNORE, Role};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -155,6 +155,20 @@ fn answers_only(tokens: Vec<u32>, answers: &[(usize, u32)]) -> Sample {
     Sample { tokens, targets, ..Sample::default() }
 }
 
+/// The same of a row that shows `shown` tokens and then asks: behind these, questions are what answers are behind, and what is neither
+/// fills the row up.
+fn asked_only(tokens: Vec<u32>, shown: usize, questions: usize, answers: &[(usize, u32)]) -> Sample {
+    let mut roles = vec![Role::Padding; tokens.len()];
+    roles[..shown].fill(Role::Tool);
+    for &(position, _) in answers {
+        roles[position + 1 - questions..=position].fill(Role::Question);
+        if let Some(answer) = roles.get_mut(position + 1) {
+            *answer = Role::Assistant;
+        }
+    }
+    Sample { roles: Some(roles), ..answers_only(tokens, answers) }
+}
+
 /// `count` different numbers below `n`, in random order.
 fn distinct(rng: &mut ChaCha8Rng, n: usize, count: usize) -> Vec<u32> {
     some(&(0..n as u32).collect::<Vec<_>>(), count, rng)
@@ -227,6 +241,30 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// What is shown is context, what is asked a question, and an answer is what a question has as its target.
+    #[test]
+    fn tasks_say_what_is_context_question_and_answer() {
+        for (name, shown, asked) in [
+            ("associative_recall", 16, [Role::Question, Role::Assistant].repeat(8)),
+            ("needles", 58, [Role::Question, Role::Question, Role::Assistant].repeat(2)),
+            ("induction", 32, [vec![Role::Question], vec![Role::Assistant; 31]].concat()),
+        ] {
+            let config: DataConfig = serde_json::from_str(&format!(r#"{{"{name}":{{}}}}"#)).unwrap();
+            let row = opened(&config, 3).train.batch(0).unwrap();
+            let roles = row.roles.as_ref().unwrap();
+            let mut want = [vec![Role::Tool; shown], asked].concat();
+            want.resize(64, Role::Padding);
+            assert_eq!(roles, &want, "{name}");
+            for at in (1..64).filter(|&at| row.targets[at - 1] != IGNORE) {
+                assert_eq!(
+                    (roles[at], i64::from(row.tokens[at])),
+                    (Role::Assistant, row.targets[at - 1]),
+                    "{name} {at}"
+                );
             }
         }
     }

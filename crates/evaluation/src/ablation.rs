@@ -160,8 +160,8 @@ pub fn loss_without(model: &Decoder, rows: &[Batch], heads: &[HeadOf]) -> f64 {
     sums.mean_loss()
 }
 
-/// `[1, heads, 1, width]` of each layer: the mean over all positions of all texts.
-fn means(model: &Decoder, rows: &[Batch]) -> Vec<Tensor<4>> {
+/// `[1, heads, 1, width]` of each layer: the mean of what heads write over all positions of all texts.
+pub fn means(model: &Decoder, rows: &[Batch]) -> Vec<Tensor<4>> {
     let mut sums: Vec<Tensor<4>> = Vec::new();
     let positions: usize = rows.iter().map(|row| row.seq).sum();
     for row in rows {

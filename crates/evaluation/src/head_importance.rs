@@ -1,11 +1,12 @@
 //! What every head of a classifier matters: what changes once it is switched off, the gradient of a gate on it as a cheap proxy, and
 //! how far it looks (after arXiv 2303.13731, whose code is not published; the measures are ours).
 
+use burn::module::Module;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Amount, At, Change, Edit, Observe, QueryHead, QuerySite, Site};
 use polyhead_models::sites::SitePlan;
-use polyhead_models::{Encoder, Inputs};
+use polyhead_models::{Encoder, Examples, Inputs};
 
 /// What changes once a head is switched off, means over examples.
 #[derive(Debug, Clone, PartialEq)]
@@ -118,14 +119,16 @@ pub fn grid_distance(a: usize, b: usize, columns: usize) -> usize {
     (a / columns).abs_diff(b / columns).max((a % columns).abs_diff(b % columns))
 }
 
-/// How far every head looks, by layers; `front` positions, such as a class token, come before the patches of the grid.
+/// How far every head looks, by layers, of which those without maps have none; `front` positions, such as a class token, come before the
+/// patches of the grid.
 pub fn reach(encoder: &Encoder, inputs: &Inputs, [down, across]: [usize; 2], front: usize) -> Vec<Vec<Reach>> {
     let plan = SitePlan::tap_all(encoder.layers.len(), Site::from(QuerySite::Weights));
     let taps = encoder.read(inputs, Observe::Nothing, &plan).taps;
     let patches = down * across;
     let farthest = down.max(across);
-    taps.into_iter()
-        .map(|tap| {
+    let mut layers = vec![Vec::new(); encoder.layers.len()];
+    for tap in taps {
+        layers[tap.layer] = {
             let [batch, heads, _, keys] = tap.values.dims();
             let all: Vec<f64> = tap.values.into_data().iter::<f64>().collect();
             let of_head = |head: usize| {
@@ -144,8 +147,72 @@ pub fn reach(encoder: &Encoder, inputs: &Inputs, [down, across]: [usize; 2], fro
                 Reach { profile, renormalised, mean_distance }
             };
             (0..heads).map(of_head).collect()
-        })
-        .collect()
+        };
+    }
+    layers
+}
+
+/// What a head of a classifier matters, means over examples.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Importance {
+    /// How much less probable the label is without it.
+    pub drop: f64,
+    /// Jensen-Shannon divergence, in nats, between the probabilities with and without it.
+    pub divergence: f64,
+    /// How much less often the label is the first choice.
+    pub accuracy_drop: f64,
+    /// One minus the cosine between what the last layer reads with and without it.
+    pub embedding_change: f64,
+    /// The size of the gradient at a gate of 1 on it.
+    pub gate: f64,
+    /// How far it looks, where there is a grid of patches and a map.
+    pub reach: Option<Reach>,
+}
+
+impl Importance {
+    /// Adds the mean over a share of the examples.
+    fn add(&mut self, share: f64, of: &Ablated, gate: f64, reach: Option<&Reach>) {
+        self.drop += share * of.drop;
+        self.divergence += share * of.divergence;
+        self.accuracy_drop += share * of.accuracy_drop;
+        self.embedding_change += share * of.embedding_change;
+        self.gate += share * gate;
+        let Some(reach) = reach else { return };
+        let zeros = vec![0.0; reach.profile.len()];
+        let nothing = Reach { profile: zeros.clone(), renormalised: zeros, mean_distance: 0.0 };
+        let sum = self.reach.get_or_insert(nothing);
+        for (sum, own) in [(&mut sum.profile, &reach.profile), (&mut sum.renormalised, &reach.renormalised)] {
+            sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += share * own);
+        }
+        sum.mean_distance += share * reach.mean_distance;
+    }
+}
+
+/// What every head matters over batches of examples, by layers; `progress` gets the batches done and all there are. `encoder` is on a
+/// plain device.
+pub fn importance(encoder: &Encoder, batches: &[Examples], progress: &mut dyn FnMut(u64, u64)) -> Vec<Vec<Importance>> {
+    let trained = encoder.clone().fork(&encoder.device().autodiff());
+    let all: usize = batches.iter().map(|batch| batch.labels.len()).sum();
+    let mut found: Vec<Vec<Importance>> = Vec::new();
+    for (at, Examples { inputs, labels, .. }) in batches.iter().enumerate() {
+        let share = labels.len() as f64 / all as f64;
+        let ablated = ablate(encoder, inputs, labels);
+        let gates = gate_gradients(&trained, inputs, labels);
+        let front = usize::from(encoder.class_token.is_some());
+        let reach = encoder.patch_grid().map(|grid| reach(encoder, inputs, grid, front));
+        found.resize_with(ablated.len(), Vec::new);
+        for (layer, heads) in ablated.iter().enumerate() {
+            found[layer].resize_with(heads.len(), Importance::default);
+            for (head, of) in heads.iter().enumerate() {
+                let size = |example: &Vec<Vec<f64>>| example[layer][head].abs();
+                let gate = gates.iter().map(size).sum::<f64>() / labels.len().max(1) as f64;
+                let reach = reach.as_ref().and_then(|layers| layers[layer].get(head));
+                found[layer][head].add(share, of, gate, reach);
+            }
+        }
+        progress(at as u64 + 1, batches.len() as u64);
+    }
+    found
 }
 
 /// Spearman's rank correlation: 1 where two measures order alike; equal values share the mean of their ranks.

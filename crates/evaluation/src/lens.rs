@@ -4,8 +4,10 @@
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use polyhead_attention::{Edit, Mask, QuerySite, Site, StreamSite};
 use polyhead_kernels::in_type;
+use polyhead_models::intervention::Context;
 use polyhead_models::sites::{SitePlan, Tap};
 use polyhead_models::{Decoder, Pass};
+use serde::Serialize;
 
 use crate::weight_circuits::rows_of;
 
@@ -25,22 +27,64 @@ pub fn read(model: &Decoder, rows: &[Vec<u32>], sites: &[Site]) -> Vec<Tap> {
 pub fn read_under(model: &Decoder, rows: &[Vec<u32>], sites: &[Site], edits: Vec<(usize, Edit)>) -> Vec<Tap> {
     let taps = (0..model.layers.len()).flat_map(|layer| sites.iter().map(move |&site| (layer, site))).collect();
     let sites = SitePlan { edits, taps };
-    model.pass(ids(model, rows), Pass { sites, ..Pass::new(&Mask::causal()) }).taps
+    let tokens = rows.concat();
+    let context =
+        Context { rows: rows.len(), tokens: &tokens, prompt: rows.first().map_or(0, Vec::len), ..Context::default() };
+    model.pass(ids(model, rows), Pass { sites, context: Some(context), ..Pass::new(&Mask::causal()) }).taps
 }
 
 /// `[batch, seq, vocab]` for each point of the residual stream: before every layer, in the middle of every layer, behind the last.
 /// The last norm is computed anew at each of them.
 pub fn logit_lens(model: &Decoder, rows: &[Vec<u32>]) -> Vec<(String, Tensor<3>)> {
+    let logits = |stream| model.logits(model.normed(stream));
+    points(model, rows).map(|(name, stream)| (name, logits(stream))).collect()
+}
+
+/// What the residual stream says of one token, at one of its points.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Lens {
+    /// The point: `0_pre`, `0_mid`, ..., `final_post`.
+    pub point: String,
+    /// The token's logit.
+    pub logit: f64,
+    /// Its probability.
+    pub probability: f64,
+    /// How many tokens are likelier, plus 1.
+    pub rank: usize,
+    /// The likeliest token.
+    pub first: u32,
+}
+
+/// The same of one row and one token, at the last position.
+pub fn token_lens(model: &Decoder, row: &[u32], token: u32) -> Vec<Lens> {
+    let last = row.len() - 1;
+    let of = |(point, stream): (String, Tensor<3>)| {
+        let logits = model.logits(model.normed(stream.narrow(1, last, 1)));
+        let logits: Vec<f64> = logits.into_data().iter::<f64>().collect();
+        let (logit, most) = (logits[token as usize], logits.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        let sum: f64 = logits.iter().map(|other| (other - most).exp()).sum();
+        Lens {
+            point,
+            logit,
+            probability: (logit - most).exp() / sum,
+            rank: 1 + logits.iter().filter(|&&other| other > logit).count(),
+            first: logits.iter().position(|&other| other == most).unwrap_or_default() as u32,
+        }
+    };
+    points(model, &[row.to_vec()]).map(of).collect()
+}
+
+/// `[batch, seq, d_model]`: the residual stream at each of its points.
+fn points(model: &Decoder, rows: &[Vec<u32>]) -> impl Iterator<Item = (String, Tensor<3>)> {
     let points = [StreamSite::ResidPre, StreamSite::ResidMid, StreamSite::ResidPost].map(Site::from);
     let last = model.layers.len() - 1;
-    let name = |tap: &Tap| match tap.site {
+    let name = move |tap: &Tap| match tap.site {
         Site::Stream(StreamSite::ResidPre) => Some(format!("{}_pre", tap.layer)),
         Site::Stream(StreamSite::ResidMid) => Some(format!("{}_mid", tap.layer)),
         _ => (tap.layer == last).then(|| "final_post".into()),
     };
     let taps = read(model, rows, &points);
-    let of = |tap: Tap| Some((name(&tap)?, model.logits(model.normed(tap.values.squeeze_dim::<3>(1)))));
-    taps.into_iter().filter_map(of).collect()
+    taps.into_iter().filter_map(move |tap| Some((name(&tap)?, tap.values.squeeze_dim::<3>(1))))
 }
 
 /// The parts of the logit of one token (or of the difference of two) at the last position, each `[batch]`, with the scale of the
@@ -67,6 +111,12 @@ impl DirectLogits {
         let parts = || std::iter::once(&self.embedding).chain(&self.attention).chain(&self.mlp);
         let of = |row: usize| parts().map(|part| f64::from(part[row])).sum::<f64>() + f64::from(self.bias[row]);
         (0..self.embedding.len()).map(of).collect()
+    }
+
+    /// `[batch]`: what attention of a layer adds that belongs to none of its heads, the bias of its output projection.
+    pub fn beside_heads(&self, layer: usize) -> Vec<f64> {
+        let heads = |row: usize| self.heads[layer].iter().map(|head| f64::from(head[row])).sum::<f64>();
+        self.attention[layer].iter().enumerate().map(|(row, &all)| f64::from(all) - heads(row)).collect()
     }
 }
 
@@ -181,5 +231,15 @@ mod tests {
         close("logits", total(None), [want(0, 5), want(1, 2)]);
         let differences = [want(0, 5) - want(0, 0), want(1, 2) - want(1, 3)];
         close("differences", total(Some(&minus)), differences);
+        let lens = token_lens(&model, &rows[1], 2);
+        let points: Vec<&str> = lens.iter().map(|lens| lens.point.as_str()).collect();
+        assert_eq!(points, ["0_pre", "0_mid", "1_pre", "1_mid", "final_post"]);
+        let end = &lens[4];
+        close("the last point", vec![end.logit, end.logit], [want(1, 2); 2]);
+        let all: Vec<f64> = (0..7).map(|token| want(1, token)).collect();
+        let probability = all[2].exp() / all.iter().map(|logit| logit.exp()).sum::<f64>();
+        close("probability", vec![end.probability; 2], [probability; 2]);
+        assert_eq!(end.rank, 1 + all.iter().filter(|&&other| other > all[2]).count());
+        assert!(all.iter().all(|&other| other <= all[end.first as usize]));
     }
 }

@@ -55,6 +55,35 @@ pub enum Receiver {
 }
 
 impl Receiver {
+    /// A site of a head of a layer: of `k`, `rot_k` and `v` that of the key or value head that query head `head` reads.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn of_head(model: &Decoder, layer: usize, site: Site, head: usize) -> Result<Self, String> {
+        let layers = model.layers.len();
+        if layer >= layers {
+            return Err(format!("the model has no layer {layer}; it has {layers}, from 0"));
+        }
+        let mechanism = model.config().mechanism(layer);
+        let name = mechanism.name();
+        if let Some(reason) = mechanism.absent(site) {
+            return Err(format!("{name} in layer {layer} has no {site}: {reason}"));
+        }
+        let wiring = mechanism.wiring().map_err(|reason| format!("{name} in layer {layer}: its heads {reason}"))?;
+        // Outputs are fewer than query heads where some are subtracted.
+        let outputs = wiring.iter().map(|own| own.outputs.end).max().unwrap_or(0);
+        let heads = if matches!(site, Site::Query(QuerySite::Z | QuerySite::Result)) { outputs } else { wiring.len() };
+        if head >= heads {
+            return Err(format!("{site} of layer {layer} ({name}) has no head {head}; it has {heads}, from 0"));
+        }
+        Ok(match site {
+            Site::Stream(site) => Self::Stream(layer, site),
+            Site::Query(site) => Self::Query(layer, site, QueryHead(head)),
+            Site::Kv(KvSite::V) => Self::Kv(layer, KvSite::V, wiring[head].value),
+            Site::Kv(site) => Self::Kv(layer, site, wiring[head].key),
+        })
+    }
+
     fn layer(self) -> usize {
         match self {
             Self::Query(layer, ..) | Self::Kv(layer, ..) | Self::Stream(layer, _) => layer,
@@ -249,4 +278,74 @@ pub(crate) fn gradients(
     let logits = model.logits(model.normed(hidden.narrow(1, seq - 1, 1))).squeeze_dim::<2>(1);
     let grads = difference(&logits, pairs).mean().backward();
     leaves.iter().map(|leaf| leaf.grad(&grads).unwrap_or_else(|| leaf.clone().inner().zeros_like())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+    use polyhead_attention::{AttentionConfig, Dims};
+    use polyhead_kernels::seed_random;
+    use polyhead_models::DecoderConfig;
+
+    use super::*;
+
+    const SITES: [Site; 6] = [
+        Site::Query(QuerySite::Q),
+        Site::Query(QuerySite::RotQ),
+        Site::Kv(KvSite::K),
+        Site::Kv(KvSite::RotK),
+        Site::Kv(KvSite::V),
+        Site::Query(QuerySite::Z),
+    ];
+
+    /// Every head of every mechanism receives at every site that it has, those of keys and values at the heads that it reads; a site
+    /// or a head that is not there is refused by name.
+    #[test]
+    fn every_mechanism_receives_at_the_heads_that_its_query_heads_read() {
+        let pair = PromptPair { clean: vec![1, 2, 3, 4], corrupt: vec![1, 5, 3, 4], right: 2, wrong: 6 };
+        let mut seen = 0;
+        for attention in AttentionConfig::examples() {
+            // What looks ahead is no decoder's.
+            if attention.check_causal().is_err() {
+                continue;
+            }
+            let name = attention.name();
+            let Dims { d_model, n_layers, .. } = Dims::example();
+            let config = serde_json::json!({ "d_model": d_model, "n_layers": n_layers, "attention": attention });
+            seed_random(5);
+            let model = serde_json::from_value::<DecoderConfig>(config).unwrap().init(9, &Device::flex());
+            let runs = Runs::new(&model, std::slice::from_ref(&pair));
+            let wiring = attention.wiring().unwrap();
+            for site in SITES {
+                let read = crate::lens::read(&model, &[vec![1, 2]], &[site]);
+                let heads = match site {
+                    Site::Query(QuerySite::Z) => runs.heads(1),
+                    _ => wiring.len(),
+                };
+                let Some(there) = read.iter().find(|tap| tap.layer == 1).map(|tap| tap.values.dims()[1]) else {
+                    let told = Receiver::of_head(&model, 1, site, 0).unwrap_err();
+                    assert!(told.contains(&format!("{name} in layer 1 has no {site}: ")), "{told}");
+                    continue;
+                };
+                for head in 0..heads {
+                    let receiver = Receiver::of_head(&model, 1, site, head).unwrap();
+                    let index = receiver.at().heads()[0];
+                    assert!(index < there, "{name} {site}: {index} of {there}");
+                    let want = match site {
+                        Site::Kv(KvSite::V) => wiring[head].value.0,
+                        Site::Kv(_) => wiring[head].key.0,
+                        _ => head,
+                    };
+                    assert_eq!(index, want, "{name} {site} of head {head}");
+                    let effect = runs.patch_path((0, QueryHead(0)), &[receiver], false);
+                    assert!(effect[0].is_finite(), "{name} {site} {head}");
+                    seen += 1;
+                }
+                let told = Receiver::of_head(&model, 1, site, heads).unwrap_err();
+                assert!(told.contains(&format!("has no head {heads}; it has {heads}, from 0")), "{told}");
+            }
+        }
+        assert!(seen > 150, "{seen}");
+    }
 }

@@ -12,16 +12,18 @@ use crate::Evaluated;
 /// Marks a position whose prediction is not asked for: no loss, no gradient, no accuracy.
 pub const IGNORE: i64 = -100;
 
-/// Whose a token of a conversation is.
+/// Whose a token of a conversation, or of a generated task, is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Instructions that come before.
     System,
     /// What is asked.
     User,
+    /// One of several questions about the same, in a generated task.
+    Question,
     /// What is answered: from behind the header of the turn to its end.
     Assistant,
-    /// What a tool gave back.
+    /// What a tool gave back, or a generated task shows.
     Tool,
     /// What the template writes around: headers, separators, the prompt for an answer.
     Template,
@@ -54,7 +56,7 @@ pub struct Batch {
     /// `[batch, seq]`: which document of its row a token belongs to; attention does not cross documents. Padding is a
     /// document of its own. `None` where each row is one stream.
     pub documents: Option<Vec<u32>>,
-    /// `[batch, seq]`: whose each token is, where the data is conversations.
+    /// `[batch, seq]`: whose each token is, where the data is conversations, or a generated task that tells.
     pub roles: Option<Vec<Role>>,
     /// Which source each target comes from, where the data is a mixture.
     pub sources: Option<Sources>,

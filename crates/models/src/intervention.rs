@@ -10,6 +10,7 @@ mod config;
 pub mod gift;
 pub mod head_search;
 pub mod locore;
+mod presence;
 mod read;
 pub mod sink_search;
 pub mod soft_injection;
@@ -33,6 +34,7 @@ use polyhead_attention::{Amount, ConfigError, Edit, Positions, require};
 
 pub use attention_swap::attention_swap;
 pub use config::{AmountConfig, ChangeConfig, EditConfig, GuidanceConfig, InterventionConfig, Per, TrainedConfig};
+pub use presence::Presence;
 pub use soft_injection::task_embedding;
 pub use spans::{OutsideSpan, Phase, RangeConfig, Span, SpanName, TextSpan};
 pub use zero_tuning::zero_tuning;
@@ -41,6 +43,7 @@ use crate::sites::SitePlan;
 use crate::weights::Named;
 use crate::{Batch, Decoder, Role};
 use read::{ModelEdit, Reader, Source, TrainedTensor};
+use visual_sinks::Marks;
 
 /// Turns ids into the text that they stand for.
 pub type Decode = Arc<dyn Fn(&[u32]) -> String + Send + Sync>;
@@ -157,28 +160,23 @@ impl Intervention {
 
     /// Every span with its place in the file.
     fn spans(&self) -> impl Iterator<Item = (String, &Span)> {
-        let edits = self.edits.iter().enumerate();
-        let spans = edits.flat_map(|(at, edit)| {
-            edit.config.spans().into_iter().map(move |(key, span)| (format!("edits.{at}.{key}"), span))
-        });
-        spans.flat_map(|(field, span)| span.parts().into_iter().map(move |part| (field.clone(), part)))
+        self.whole_spans().flat_map(|(field, span)| span.parts().into_iter().map(move |part| (field.clone(), part)))
     }
 
-    /// Refuses tokens in which a text that is searched is nowhere.
-    ///
-    /// # Errors
-    /// Names the text.
-    pub fn check_tokens(&self, context: &Context<'_>) -> Result<(), ConfigError> {
-        for (field, span) in self.spans() {
-            let Span::Text(TextSpan { text }) = span else { continue };
-            let found = spans::rows_of(span, context, self.decode.as_ref());
-            if let Some(row) = found.iter().position(|row| !row.contains(&true)) {
-                let place = if context.rows > 1 { format!("row {row} of ") } else { String::new() };
-                let problem = format!("text ({text:?}) is nowhere in {place}the text: it is searched to the letter");
-                return Err(ConfigError::new(field, problem));
-            }
-        }
-        Ok(())
+    /// The spans that text must have: of those that an edit is outside of, texts and ranges.
+    fn counted_spans(&self) -> impl Iterator<Item = (String, &Span)> {
+        self.whole_spans().flat_map(|(field, span)| {
+            let outside = matches!(span, Span::Outside(_));
+            let parts = span.parts().into_iter().filter(move |part| !(outside && matches!(part, Span::Named(_))));
+            parts.map(move |part| (field.clone(), part))
+        })
+    }
+
+    /// The spans as edits have them, each with its place in the file.
+    fn whole_spans(&self) -> impl Iterator<Item = (String, &Span)> {
+        self.edits.iter().enumerate().flat_map(|(at, edit)| {
+            edit.config.spans().into_iter().map(move |(key, span)| (format!("edits.{at}.{key}"), span))
+        })
     }
 
     /// What it means of the tokens of a pass, with the tensors that are trained.
@@ -195,12 +193,9 @@ impl Intervention {
         for ModelEdit { config, at, layers } in &self.edits {
             let positions = |span, phase| spans::positions(span, phase, context, self.decode.as_ref());
             let (positions, mut keys) = (positions(&config.tokens, config.phase), positions(&config.keys, Phase::Both));
-            let rows = |spans: &[Span]| spans::rows_of_any(spans, context, self.decode.as_ref());
             // These change more keys than those that they are about.
             let of_keys = match (&config.change, &config.keys) {
-                (ChangeConfig::Redistribute(how), span) => {
-                    Some(how.change(rows(&how.sinks), rows(std::slice::from_ref(span))))
-                }
+                (ChangeConfig::Redistribute(how), span) => Some(how.change(self.marks(&how.sinks, span, context))),
                 (ChangeConfig::Gaze(how), Span::Range(RangeConfig { from, .. })) => Some(how.change(*from)),
                 _ => None,
             };
@@ -215,6 +210,16 @@ impl Intervention {
             }
         }
         plan
+    }
+
+    /// Which tokens of each row are sinks, and which are of a span.
+    fn marks(&self, sinks: &[Span], span: &Span, context: &Context<'_>) -> Vec<Marks> {
+        let decode = self.decode.as_ref();
+        let sinks = spans::rows_of_any(sinks, context, decode);
+        let rows = sinks.into_iter().zip(spans::rows_of(span, context, decode)).enumerate();
+        let texts = |row: usize| context.documents.get(row * context.prompt..(row + 1) * context.prompt);
+        let marks = |(row, (sinks, span))| Marks { sinks, span, documents: texts(row).unwrap_or_default().to_vec() };
+        rows.map(marks).collect()
     }
 
     /// Its tensors that are trained, flattened, with their initial numbers.
@@ -252,5 +257,7 @@ impl Decoder {
     }
 }
 
+#[cfg(test)]
+mod laws;
 #[cfg(test)]
 mod tests;

@@ -54,33 +54,12 @@ impl SitePlan {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::{Device, Int, TensorData};
-    use polyhead_attention::{AttentionConfig, Cache, Mask, Positions, QuerySite, StreamSite};
+    use polyhead_attention::{Cache, Mask, Positions, QuerySite, StreamSite};
     use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, largest_difference};
-    use polyhead_kernels::seed_random;
 
     use super::*;
-    use crate::weights::{load, named};
-    use crate::{Decoder, DecoderConfig, Pass};
-
-    /// A decoder of every mechanism that a decoder can have, with weights that make its heads differ.
-    fn decoders() -> impl Iterator<Item = Decoder> {
-        let causal = |config: &AttentionConfig| config.check_causal().is_ok();
-        AttentionConfig::examples().into_iter().filter(causal).map(|attention| {
-            let attention = serde_json::to_value(&attention).unwrap();
-            let config = serde_json::json!({ "d_model": 24, "n_layers": 4, "attention": attention });
-            let config: DecoderConfig = serde_json::from_value(config).unwrap();
-            config.validate().unwrap();
-            seed_random(7);
-            let fresh = config.init(11, &Device::flex());
-            let larger = named(&fresh).into_iter().map(|mut tensor| {
-                let matrix = tensor.shape.len() == 2;
-                tensor.values.iter_mut().filter(|_| matrix).for_each(|value| *value *= 10.0);
-                (tensor.name.clone(), tensor)
-            });
-            let larger = larger.collect();
-            load(fresh, larger).unwrap()
-        })
-    }
+    use crate::testing::decoders;
+    use crate::{Decoder, Pass};
 
     fn ids(ids: &[i32]) -> Tensor<2, Int> {
         Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &Device::flex())

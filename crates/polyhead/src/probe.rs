@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use polyhead_models::Batch;
 use polyhead_recipe::Problems;
+use polyhead_runs::intervention::Rows;
 use polyhead_runs::{Failure, Trained, open_trained};
 
 use crate::allowed::caller;
+use crate::console::talk;
 
 /// A trained model to look inside of.
 ///
@@ -19,8 +21,25 @@ pub fn open(path: &Path, device: Option<&str>) -> Result<Trained, Failure> {
 /// The texts that were given, a row each, or else held-out rows of the data that the model learned from.
 ///
 /// # Errors
-/// If a text is too short or too long, or there is neither.
+/// If a text is too short or too long, or there is neither; or if none has a span of the model's intervention.
 pub fn probe(trained: &Trained, texts: &[String], rows: u32) -> Result<Vec<Batch>, Failure> {
+    let rows = rows_of(trained, texts, rows)?;
+    check_rows(trained, if texts.is_empty() { "held-out rows" } else { "texts" }, &rows)?;
+    Ok(rows)
+}
+
+/// Refuses rows of which none has a span of the model's intervention; tells of each span that some of them lack.
+///
+/// # Errors
+/// Names the span.
+pub fn check_rows(trained: &Trained, called: &str, rows: &[Batch]) -> Result<(), Failure> {
+    let batch = |at: u64| Ok(rows[at as usize].clone());
+    let notes = trained.check_rows(&Rows { called, batches: rows.len() as u64, batch: &batch })?;
+    notes.iter().for_each(|note| talk!("note: {note}"));
+    Ok(())
+}
+
+fn rows_of(trained: &Trained, texts: &[String], rows: u32) -> Result<Vec<Batch>, Failure> {
     if texts.is_empty() {
         let batch = trained.data()?.validation.batch(0)?;
         return Ok((0..batch.batch.min(rows as usize)).map(|row| batch.row(row)).collect());

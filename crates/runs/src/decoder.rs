@@ -21,7 +21,7 @@ use polyhead_training::{NamePatterns, ProcedureConfig};
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
-use crate::intervention::{check_roles, trains_intervention};
+use crate::intervention::{Rows, check_rows, note_rows, trains_intervention};
 use crate::kind::Kind;
 use crate::pretrained::{Pretrained, add_lora, with_boundaries};
 use crate::resolve::{Resolved, scalings};
@@ -122,7 +122,14 @@ impl Kind for Decoder {
         let model = match &resolved.intervention {
             Some(intervention) => {
                 let model = intervention.apply(model, data.tokenizer.as_ref())?;
-                check_roles(&model, Some(&intervention.stated), data.train.batch(0)?.roles.is_some())?;
+                let train = |at| -> Result<Batch, Failure> { Ok(data.train.batch(at)?) };
+                let batches = data.train.batches_per_epoch();
+                let rows = Rows { called: "rows to learn from", batches, batch: &train };
+                let mut notes = check_rows(&model, Some(&intervention.stated), &rows)?;
+                let held_out = |at| -> Result<Batch, Failure> { Ok(data.validation.batch(at)?) };
+                let batches = data.validation.batches_per_epoch();
+                notes.extend(note_rows(&model, &Rows { called: "held-out rows", batches, batch: &held_out })?);
+                notes.iter().for_each(|note| (resolved.caller.tell)(&format!("note: {note}")));
                 model
             }
             None => model,

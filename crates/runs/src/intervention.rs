@@ -1,16 +1,20 @@
 //! Interventions in a trained model: of a file, of the recipe of a run, or of that of a checkpoint.
 
+mod spans;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use polyhead_data::Tokenizer;
-use polyhead_models::intervention::{Context, Decode, Intervention, InterventionConfig};
+use polyhead_models::intervention::{Decode, Intervention, InterventionConfig};
 use polyhead_models::weights::{Named, from_safetensors, to_safetensors};
 use polyhead_models::{ConfigError, Decoder};
 use polyhead_recipe::{Problems, Recipe, StatedIntervention};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::run_folder::{atomic_write, files};
+
+pub use spans::{Rows, check_rows, note_rows};
 
 use crate::{Failure, Trained};
 
@@ -170,17 +174,6 @@ impl Trained {
     pub fn check_roles(&self, known: bool) -> Result<(), Failure> {
         check_roles(&self.model, self.intervention.as_ref(), known)
     }
-
-    /// Refuses tokens in which the model's intervention finds none of what it is to change: a text that is nowhere, or roles that
-    /// nobody states.
-    ///
-    /// # Errors
-    /// Names the span and the way out.
-    pub fn check_spans(&self, context: &Context<'_>) -> Result<(), Failure> {
-        self.check_roles(!context.roles.is_empty())?;
-        let checked = self.model.intervention().map_or(Ok(()), |own| own.check_tokens(context));
-        checked.map_err(|error| placed(self.intervention.as_ref(), &error))
-    }
 }
 
 /// Refuses an intervention that depends on whose tokens are whose, where that is not known.
@@ -193,7 +186,7 @@ pub fn check_roles(model: &Decoder, stated: Option<&StatedIntervention>, known: 
     let span = serde_json::to_string(&span).unwrap_or_default();
     let problem = format!(
         "the intervention names the span {span}, and nobody says whose tokens are whose here: conversations do (a model \
-         fine-tuned on them, generate --chat); a range or a text needs no roles"
+         fine-tuned on them, generate --chat), and associative_recall, needles and induction; a range or a text needs no roles"
     );
     Err(placed(stated, &ConfigError::new(field, problem)))
 }

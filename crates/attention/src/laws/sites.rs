@@ -6,6 +6,7 @@ use polyhead_kernels::comparison::{largest_difference, numbers};
 use super::{Law, World, close, draw};
 use crate::{
     Amount, At, Change, Edit, KvHead, KvSite, LayerCache, LayerSites, Mask, Positions, QueryHead, QuerySite, Site,
+    Wiring,
 };
 
 pub(super) const LAWS: &[Law] = &[
@@ -13,6 +14,7 @@ pub(super) const LAWS: &[Law] = &[
     ("sites_zeroed", zeroed_heads_write_nothing),
     ("sites_patched", patching_everything_gives_the_other_run),
     ("sites_heads", an_edit_of_a_head_stays_with_it),
+    ("sites_wiring", an_edit_of_a_key_head_reaches_the_heads_that_read_it),
     ("sites_no_look_ahead", nobody_looks_ahead_through_an_edit),
     ("sites_cached_decoding", cached_decoding_equals_the_full_pass_under_edits),
     ("sites_bias", a_bias_is_a_factor_of_weights),
@@ -106,54 +108,57 @@ fn patching_everything_gives_the_other_run(world: &World) {
     close(z, want);
 }
 
+/// The heads of one site in which two runs differ.
+fn changed(a: &Tensor<4>, b: &Tensor<4>) -> Vec<usize> {
+    let of = |x: &Tensor<4>, head: usize| numbers(x.clone().narrow(1, head, 1));
+    (0..a.dims()[1]).filter(|&head| of(a, head) != of(b, head)).collect()
+}
+
+/// An edit of an output changes this output; one of a query head the outputs that it is part of.
 fn an_edit_of_a_head_stays_with_it(world: &World) {
     let x = world.input(1, 5);
     let clean = world.z(&x, &[]);
-    let n_heads = clean.dims()[1];
-    let changed = |edit: &Edit| -> Vec<usize> {
-        let edited = world.z(&x, std::slice::from_ref(edit));
-        let of = |z: &Tensor<4>, head: usize| numbers(z.clone().narrow(1, head, 1));
-        (0..n_heads).filter(|&head| of(&edited, head) != of(&clean, head)).collect()
-    };
-    for (head, edit) in world.of_each_head(&x, QuerySite::Z).iter().enumerate() {
-        assert!(changed(edit).iter().all(|&other| other == head), "z of head {head}: {:?}", changed(edit));
+    for (head, edit) in world.of_each_head(&x, QuerySite::Z).into_iter().enumerate() {
+        assert_eq!(changed(&world.z(&x, &[edit]), &clean), [head], "z of head {head}");
     }
+    let Ok(wiring) = world.config.wiring() else { return };
     for site in [QuerySite::Q, QuerySite::RotQ, QuerySite::Scores, QuerySite::Weights, QuerySite::Attended] {
-        // With the map as a matrix in both runs, so that bits can be compared.
-        let edits = world.of_each_head(&x, site);
-        let mut touched = vec![0; n_heads];
-        for (head, edit) in edits.iter().enumerate() {
-            let changed = match site {
-                QuerySite::Scores | QuerySite::Weights => {
-                    let keep = Edit { change: Change::With(std::sync::Arc::new(|x, _| x)), ..edit.clone() };
-                    let (a, b) = (world.z(&x, &[keep]), world.z(&x, std::slice::from_ref(edit)));
-                    let of = |z: &Tensor<4>, head: usize| numbers(z.clone().narrow(1, head, 1));
-                    (0..n_heads).filter(|&head| of(&a, head) != of(&b, head)).collect()
-                }
-                _ => changed(edit),
-            };
-            changed.iter().for_each(|&head| touched[head] += 1);
-            match edits.len() == n_heads {
-                true => assert!(changed.iter().all(|&other| other == head), "{site:?} of head {head}: {changed:?}"),
-                // A head that is subtracted belongs to those that it is subtracted from.
-                false => assert!(changed.len() < n_heads, "{site:?} of head {head}: {changed:?}"),
-            }
-        }
-        assert!(edits.is_empty() || touched.iter().all(|&times| times > 0), "{site:?}: {touched:?}");
-    }
-    // What a key/value head serves: fewer than all query heads where there are several.
-    let attended = |edits: &[Edit]| world.edited(x.clone(), edits, &[QuerySite::Attended.into()]).1;
-    for site in [KvSite::K, KvSite::V] {
-        let (_, read) = world.edited(x.clone(), &[], &[site.into()]);
-        if read.first().is_none_or(|(_, values)| values.dims()[1] == 1) {
+        if world.config.absent(site.into()).is_some() {
             continue;
         }
-        let edit = Edit::new(At::Kv(site, vec![KvHead(0)]), Change::scale(3.0));
-        let (clean, edited) = (&attended(&[])[0].1, &attended(&[edit])[0].1);
-        let n_heads = clean.dims()[1];
-        let of = |z: &Tensor<4>, head: usize| numbers(z.clone().narrow(1, head, 1));
-        let changed = (0..n_heads).filter(|&head| of(clean, head) != of(edited, head)).count();
-        assert!((1..n_heads).contains(&changed), "{site:?} of head 0 changes {changed} of {n_heads} heads");
+        let edits = world.of_each_head(&x, site);
+        assert_eq!(edits.len(), wiring.len(), "{site:?}: a wire for each head");
+        for (head, edit) in edits.into_iter().enumerate() {
+            let got = match site {
+                // With the map as a matrix in both runs, so that bits can be compared.
+                QuerySite::Scores | QuerySite::Weights => {
+                    let keep = Edit { change: Change::With(std::sync::Arc::new(|x, _| x)), ..edit.clone() };
+                    changed(&world.z(&x, &[keep]), &world.z(&x, &[edit]))
+                }
+                _ => changed(&world.z(&x, &[edit]), &clean),
+            };
+            assert_eq!(got, wiring[head].outputs.clone().collect::<Vec<_>>(), "{site:?} of head {head}");
+        }
+    }
+}
+
+/// An edit of a key or value head changes what those query heads attend to that read it, and no other.
+fn an_edit_of_a_key_head_reaches_the_heads_that_read_it(world: &World) {
+    let Ok(wiring) = world.config.wiring() else { return };
+    let x = world.input(2, 6);
+    let attended = |edits: &[Edit]| world.edited(x.clone(), edits, &[QuerySite::Attended.into()]).1.remove(0).1;
+    let clean = attended(&[]);
+    for site in [KvSite::K, KvSite::RotK, KvSite::V] {
+        let (_, read) = world.edited(x.clone(), &[], &[site.into()]);
+        let heads = read.first().map_or(0, |(_, values)| values.dims()[1]);
+        assert_eq!(heads == 0, world.config.absent(site.into()).is_some());
+        for head in (0..heads).map(KvHead) {
+            let reads = |own: &Wiring| if site == KvSite::V { own.value == head } else { own.key == head };
+            let want: Vec<usize> = (0..wiring.len()).filter(|&query| reads(&wiring[query])).collect();
+            assert!(!want.is_empty(), "{site:?} of {head:?} is read by nobody");
+            let edit = Edit::new(At::Kv(site, vec![head]), Change::scale(3.0));
+            assert_eq!(changed(&attended(&[edit]), &clean), want, "{site:?} of {head:?}");
+        }
     }
 }
 
@@ -165,6 +170,13 @@ fn all_kinds(world: &World, seq: usize) -> Vec<Edit> {
     let marks: Vec<bool> = (0..seq).map(|position| position % 3 != 1).collect();
     let marked = Positions::Rows { rows: vec![marks].into(), beyond: true };
     let gate = random([1, 1, 1, 1]);
+    let clamped = |site: Site| {
+        let (_, read) = world.edited(world.input(1, 2), &[], &[site]);
+        let width = read.first().map_or(1, |(_, values)| values.dims()[3]);
+        let direction: Tensor<1> = draw([width], [0.0, 1.0], &world.device);
+        let length = direction.clone().square().sum().sqrt();
+        Edit::new(At::all(site), Change::Clamp { direction: direction / length, to: 0.5 })
+    };
     vec![
         of_span(Edit::new(query(QuerySite::Scores, 1), Change::add(Amount::Number(1.5)))),
         Edit::new(At::all(QuerySite::Scores.into()), Change::add(random([1, 1, seq, seq]))),
@@ -177,6 +189,9 @@ fn all_kinds(world: &World, seq: usize) -> Vec<Edit> {
         Edit::new(At::Kv(KvSite::RotK, vec![KvHead(0)]), Change::add(random([1, 1, seq, 1]))),
         Edit::new(query(QuerySite::Q, 1), Change::scale(0.5)),
         of_span(Edit::new(At::all(QuerySite::Result.into()), Change::scale(1.25))),
+        of_span(clamped(KvSite::V.into())),
+        of_span(clamped(QuerySite::Attended.into())),
+        clamped(QuerySite::Z.into()),
     ]
 }
 

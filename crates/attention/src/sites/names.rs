@@ -1,6 +1,7 @@
 //! The places of a layer where a forward can be read and changed, and their names.
 
 use std::fmt;
+use std::ops::Range;
 
 /// A query head of a layer, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -9,6 +10,30 @@ pub struct QueryHead(pub usize);
 /// A key/value head of a layer, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KvHead(pub usize);
+
+/// What a query head of a layer reads, and what is made of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wiring {
+    /// The head of its keys.
+    pub key: KvHead,
+    /// The head of its values.
+    pub value: KvHead,
+    /// The head outputs (`z`) that it is part of, counted as they are there.
+    pub outputs: Range<usize>,
+}
+
+impl Wiring {
+    /// Of a query head that has an output of its own.
+    pub(crate) fn new(head: usize, key: usize, value: usize) -> Self {
+        Self { key: KvHead(key), value: KvHead(value), outputs: head..head + 1 }
+    }
+
+    /// Of query heads of which as many in a row share each key/value head.
+    pub(crate) fn even(n_heads: usize, n_kv_heads: usize) -> Vec<Self> {
+        let shared = |head: usize| head / (n_heads / n_kv_heads.max(1)).max(1);
+        (0..n_heads).map(|head| Self::new(head, shared(head), shared(head))).collect()
+    }
+}
 
 /// Places in the residual stream: `[batch, 1, seq, d_model]`, scales `[batch, 1, seq, 1]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

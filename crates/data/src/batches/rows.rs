@@ -17,7 +17,7 @@ pub struct Sample {
     pub targets: Vec<i64>,
     /// Which document each token belongs to, where rows hold several.
     pub documents: Option<Vec<u32>>,
-    /// Whose each token is, where rows are conversations.
+    /// Whose each token is, where rows are conversations or say it of a generated task.
     pub roles: Option<Vec<Role>>,
     /// Which source each target comes from, where samples are of a mixture: numbers in [`Samples::sources`].
     pub sources: Option<Vec<u16>>,

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{MOST_IDS, Side, Task, answers_only, below, distinct, open};
+use super::{MOST_IDS, Side, Task, asked_only, below, distinct, open};
 use crate::batches::Sample;
 use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
@@ -76,7 +76,7 @@ impl Task for AssociativeRecallConfig {
             tokens.extend([key, value]);
         }
         tokens.resize(seq_len, (self.n_ids() - 1) as u32);
-        answers_only(tokens, &answers)
+        asked_only(tokens, 2 * self.n_pairs, 1, &answers)
     }
 }
 

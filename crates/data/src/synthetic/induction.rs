@@ -1,6 +1,9 @@
 //! Induction: a random sequence, then the same again. The second half follows from the first (Olsson et al. 2022,
 //! arXiv 2209.11895).
 
+use std::cmp::Ordering;
+
+use polyhead_models::Role;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,7 +53,13 @@ impl Task for InductionConfig {
         let tokens: Vec<u32> = first.iter().copied().cycle().take(seq_len).collect();
         // The first token of the second half cannot be predicted; the rest can.
         let answers: Vec<(usize, u32)> = (half..seq_len - 1).map(|at| (at, tokens[at + 1])).collect();
-        answers_only(tokens, &answers)
+        // What is asked is what the sequence begins with; every token behind it is an answer, and what the next one follows from.
+        let roles = (0..seq_len).map(|at| match at.cmp(&half) {
+            Ordering::Less => Role::Tool,
+            Ordering::Equal => Role::Question,
+            Ordering::Greater => Role::Assistant,
+        });
+        Sample { roles: Some(roles.collect()), ..answers_only(tokens, &answers) }
     }
 }
 

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{MOST_IDS, Side, Task, answers_only, below, distinct, open};
+use super::{MOST_IDS, Side, Task, asked_only, below, distinct, open};
 use crate::batches::Sample;
 use crate::problem::{Problem, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
@@ -98,12 +98,12 @@ impl Task for NeedlesConfig {
         }
         tokens.extend((filled..filler as u32).map(|_| (first_filler as u32) + below(rng, self.n_filler)));
         needles.shuffle(rng);
-        let mut answers = Vec::new();
+        let (shown, mut answers) = (tokens.len(), Vec::new());
         for &[_, key, value] in &needles[..self.n_queried] {
             answers.push((tokens.len() + 1, value));
             tokens.extend([query, key, value]);
         }
-        answers_only(tokens, &answers)
+        asked_only(tokens, shown, 2, &answers)
     }
 }
 

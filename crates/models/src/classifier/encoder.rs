@@ -132,6 +132,14 @@ impl Encoder {
         self.positions.val().device()
     }
 
+    /// Rows and columns of the patches, which come behind a class token; `None` for texts.
+    pub fn patch_grid(&self) -> Option<[usize; 2]> {
+        match self.config.source {
+            Source::Patches { grid, .. } => Some(grid),
+            Source::Tokens { .. } => None,
+        }
+    }
+
     /// Scores of the classes.
     ///
     /// # Panics

@@ -99,11 +99,11 @@ pub enum SpanName {
     All,
     /// Instructions that come before, in conversations and generated tasks
     System,
-    /// What an answer can be read off: what a tool gave back, and what users said before their last turn
+    /// What an answer can be read off: what a tool gave back, what users said before their last turn, what a generated task shows
     Context,
-    /// The last turn of the user
+    /// The last turn of the user; in generated tasks everything that is asked
     Question,
-    /// What the assistant says, and what is generated
+    /// What the assistant says, answers of generated tasks, and what is generated
     Response,
     /// Every token that is not generated
     Prompt,
@@ -169,7 +169,7 @@ pub(super) fn rows_of_any(spans: &[Span], context: &Context<'_>, decode: Option<
     (0..context.rows.max(1)).map(row).collect()
 }
 
-fn of_row(span: &Span, row: usize, context: &Context<'_>, decode: Option<&Decode>) -> Vec<bool> {
+pub(super) fn of_row(span: &Span, row: usize, context: &Context<'_>, decode: Option<&Decode>) -> Vec<bool> {
     let Context { tokens, roles, documents, prompt, .. } = *context;
     let range = row * prompt..(row + 1) * prompt;
     let roles = roles.get(range.clone());
@@ -221,12 +221,12 @@ fn of_name(name: SpanName, length: usize, roles: Option<&[Role]>) -> Vec<bool> {
 fn of_role(name: SpanName, roles: &[Role]) -> Vec<bool> {
     // The last turn of the user: a run of tokens, in which a template may write.
     let last = roles.iter().rposition(|&role| role == Role::User).map_or(0, |last| last + 1);
-    let other = |&role: &Role| matches!(role, Role::System | Role::Assistant | Role::Tool | Role::Padding);
+    let other = |&role: &Role| !matches!(role, Role::User | Role::Template);
     let first = roles[..last].iter().rposition(other).map_or(0, |other| other + 1);
     let question = |at: usize| (first..last).contains(&at) && roles[at] == Role::User;
     let belongs = |at: usize| match name {
         SpanName::System => roles[at] == Role::System,
-        SpanName::Question => question(at),
+        SpanName::Question => question(at) || roles[at] == Role::Question,
         SpanName::Context => roles[at] == Role::Tool || (roles[at] == Role::User && !question(at)),
         _ => roles[at] == Role::Assistant,
     };

@@ -136,12 +136,41 @@ fn spans_are_found_by_role_name_and_text() {
     for keys in [r#"{ "text": "w77" }"#, r#"{ "outside": ["first", { "text": "w77" }] }"#] {
         let keys: serde_json::Value = serde_json::from_str(keys).unwrap();
         let searching = open(serde_json::json!({ "site": "scores", "keys": keys, "change": { "add": 1 } })).unwrap();
-        let told = searching.check_tokens(&context).unwrap_err().to_string();
-        assert!(told.contains("edits.0.keys") && told.contains("\"w77\""), "{told}");
+        let found = searching.presence(&context, 10);
+        assert_eq!((found[1].field.as_str(), found[1].rows), ("edits.0.keys", 0));
+        assert!(found[1].missing("the text").contains("\"w77\""), "{found:?}");
     }
     let named =
         open(serde_json::json!({ "site": "z", "tokens": { "outside": ["question"] }, "change": { "scale": 0 } }));
     assert_eq!(named.unwrap().needs_roles(), Some(("edits.0.tokens".to_owned(), SpanName::Question)));
+}
+
+/// Of two rows of five tokens, in how many each span is; what is generated counts for ranges and answers.
+#[test]
+fn spans_are_counted_by_the_rows_that_have_them() {
+    use Role::{Assistant, System, User};
+    let roles = [System, User, User, User, Assistant, User, User, User, User, User];
+    let tokens: Vec<u32> = (0..10).collect();
+    let context = Context { rows: 2, tokens: &tokens, roles: &roles, prompt: 5, ..Context::default() };
+    let of = |span: &str, length: usize| -> Vec<usize> {
+        let keys: serde_json::Value = serde_json::from_str(span).unwrap();
+        let edit = open(serde_json::json!({ "site": "scores", "keys": keys, "change": { "add": 1 } })).unwrap();
+        edit.presence(&context, length).iter().skip(1).map(|span| span.rows).collect()
+    };
+    for (span, rows) in [
+        (r#"{"text": "w2 w3"}"#, vec![1]),
+        (r#"{"text": "w4 w5"}"#, vec![0]),
+        (r#"{"from": 4, "to": 9}"#, vec![2]),
+        (r#"{"from": 5, "to": 9}"#, vec![0]),
+        (r#""system""#, vec![1]),
+        (r#""context""#, vec![0]),
+        (r#""response""#, vec![1]),
+        (r#""last_prompt_token""#, vec![2]),
+        (r#"{"outside": ["context", {"text": "w6"}, {"from": 9, "to": 10}]}"#, vec![1, 0]),
+    ] {
+        assert_eq!(of(span, 5), rows, "{span}");
+    }
+    assert_eq!((of(r#"{"from": 5, "to": 9}"#, 6), of(r#""response""#, 6)), (vec![2], vec![2]));
 }
 
 /// Two conversations in one row, behind them padding: each has a first token and a question of its own.

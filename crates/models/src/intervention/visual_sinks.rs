@@ -8,8 +8,9 @@
 //! Where share ≤ ρ and mass ≥ the least one, all sink columns are multiplied by p, and what they lose goes to the span's other columns
 //! in proportion to their weight. The authors' code is followed: a layer whose span has no sink is left alone even if there are sinks
 //! elsewhere, and the last layer is changed too (their option for it has no effect). Queries before the end of the span stay as they
-//! are, so that in a row of several texts only the last one changes.
+//! are. In a row of several texts each has a span of its own.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Bool, Tensor, TensorData};
@@ -67,6 +68,41 @@ pub struct Redistributed {
     pub weights: Tensor<4>,
 }
 
+/// What is known of the positions of a row; those behind its end are neither sinks nor of the span.
+#[derive(Debug, Clone, Default)]
+pub struct Marks {
+    /// Whether each is a sink.
+    pub sinks: Vec<bool>,
+    /// Whether each is of the span.
+    pub span: Vec<bool>,
+    /// Which text each belongs to; empty where the row is one.
+    pub documents: Vec<u32>,
+}
+
+impl Marks {
+    /// The positions of the text that a position is of; what is generated is of the last.
+    fn text(&self, position: usize) -> Range<usize> {
+        let mut from = 0;
+        for text in self.documents.chunk_by(|a, b| a == b) {
+            let to = from + text.len();
+            match to == self.documents.len() {
+                true => return from..usize::MAX,
+                false if position < to => return from..to,
+                false => from = to,
+            }
+        }
+        0..usize::MAX
+    }
+
+    /// Whether a query is behind the span of its text, and the span has a sink.
+    fn qualifies(&self, query: usize) -> bool {
+        let Range { start, end } = self.text(query);
+        let own = start..end.min(self.span.len());
+        let last = own.clone().rev().find(|&at| self.span[at]);
+        last.is_some_and(|last| query > last) && own.clone().any(|at| self.sinks[at] && self.span[at])
+    }
+}
+
 impl VarConfig {
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         require(!self.sinks.is_empty(), "sinks", || "sinks is empty: leave it out for the first token".into())?;
@@ -78,44 +114,43 @@ impl VarConfig {
         require(eps.is_finite() && eps >= 0.0, "eps", || format!("eps ({eps}) must be a finite number from 0 on"))
     }
 
-    /// The change of all weights of a map; `[rows or 1][positions]`: whether each is a sink, and whether it is of the span.
-    pub(super) fn change(&self, sinks: Vec<Vec<bool>>, span: Vec<Vec<bool>>) -> Change {
+    /// The change of all weights of a map.
+    pub(super) fn change(&self, marks: Vec<Marks>) -> Change {
         let how = self.clone();
-        Change::With(Arc::new(move |weights, place| how.redistribute(weights, place, &sinks, &span).weights))
+        Change::With(Arc::new(move |weights, place| how.redistribute(weights, place, &marks).weights))
     }
 
-    /// Redistributes weights, `[batch, heads, queries, keys]`. Of each position of the text, `[rows or 1][positions]`, it is told whether
-    /// it is a sink, and whether it is of the span; those behind the end are neither.
-    pub fn redistribute(
-        &self,
-        weights: Tensor<4>,
-        place: Place,
-        sinks: &[Vec<bool>],
-        span: &[Vec<bool>],
-    ) -> Redistributed {
+    /// Redistributes weights, `[batch, heads, queries, keys]`, with the marks of every row of the batch, or of one for all.
+    pub fn redistribute(&self, weights: Tensor<4>, place: Place, marks: &[Marks]) -> Redistributed {
         let (full, device, dtype) = (weights.dims(), weights.device(), weights.dtype());
         let [_, _, queries, keys] = full;
         let first_key = place.first_key.unwrap_or(0);
-        let columns = |of: &[Vec<bool>]| {
-            let is = |row: &Vec<bool>, key: usize| row.get(first_key + key).copied().unwrap_or(false);
-            let flags: Vec<f32> =
-                of.iter().flat_map(|row| (0..keys).map(move |key| f32::from(u8::from(is(row, key))))).collect();
-            Tensor::<4>::from_data(TensorData::new(flags, [of.len(), 1, 1, keys]), &device).cast(dtype)
+        // [rows or 1, 1, queries or 1, keys]; in a row of several texts, of each query's own.
+        let several = marks.iter().any(|row| !row.documents.is_empty());
+        let texts =
+            |row: &Marks| (0..if several { queries } else { 1 }).map(|query| row.text(place.first + query)).collect();
+        let texts: Vec<Vec<Range<usize>>> = marks.iter().map(texts).collect();
+        let columns = |of: fn(&Marks) -> &Vec<bool>| {
+            let mut flags: Vec<f32> = Vec::new();
+            for (row, texts) in marks.iter().zip(&texts) {
+                for text in texts {
+                    let is = |key: usize| text.contains(&key) && of(row).get(key) == Some(&true);
+                    flags.extend((first_key..first_key + keys).map(|key| f32::from(u8::from(is(key)))));
+                }
+            }
+            let shape = [marks.len(), 1, texts[0].len(), keys];
+            Tensor::<4>::from_data(TensorData::new(flags, shape), &device).cast(dtype)
         };
-        let (is_sink, inside) = (columns(sinks), columns(span));
+        let (is_sink, inside) = (columns(|row| &row.sinks), columns(|row| &row.span));
         let (sinks_inside, others) = (is_sink.clone() * inside.clone(), inside.clone() * (1.0 - is_sink.clone()));
         let on = |columns: &Tensor<4>| (weights.clone() * columns.clone()).sum_dim(3);
         let (on_sinks, on_others) = (on(&sinks_inside), on(&others));
         let mass = on_sinks.clone() + on_others.clone();
         let share = on_sinks / (mass.clone() + inside.sum_dim(3) * self.eps);
         // Rows of the prompt before the end of the span are never changed, and none where the span has no sink.
-        let qualifies = |(sinks, span): (&Vec<bool>, &Vec<bool>)| {
-            let end = span.iter().rposition(|&inside| inside).map_or(0, |last| last + 1);
-            let there = sinks.iter().zip(span).any(|(&sink, &inside)| sink && inside);
-            (0..queries).map(move |query| there && place.first + query >= end)
-        };
-        let behind: Vec<bool> = sinks.iter().zip(span).flat_map(qualifies).collect();
-        let behind = Tensor::<4, Bool>::from_data(TensorData::new(behind, [sinks.len(), 1, queries, 1]), &device);
+        let behind = marks.iter().flat_map(|row| (0..queries).map(move |query| row.qualifies(place.first + query)));
+        let behind = TensorData::new(behind.collect::<Vec<bool>>(), [marks.len(), 1, queries, 1]);
+        let behind = Tensor::<4, Bool>::from_data(behind, &device);
         let edited =
             share.clone().lower_equal_elem(self.rho).bool_and(mass.clone().greater_equal_elem(self.least_mass));
         // Nor is a row that gives the span nothing but to its sinks.
@@ -143,9 +178,9 @@ mod tests {
         let rows = [[[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.4, 0.4, 0.2]]];
         let weights = Tensor::<4>::from_floats([rows], &Device::flex().autodiff()).require_grad();
         let how = VarConfig { rho: 1.0, ..VarConfig::default() };
-        let (sinks, span) = (vec![vec![true, false, false]], vec![vec![true, true, false]]);
+        let (sinks, span) = (vec![true, false, false], vec![true, true, false]);
         let place = Place { first: 1, first_key: Some(0) };
-        let found = how.redistribute(weights.clone(), place, &sinks, &span);
+        let found = how.redistribute(weights.clone(), place, &[Marks { sinks, span, ..Marks::default() }]);
         assert_eq!(found.edited.into_data().iter::<bool>().collect::<Vec<_>>(), [false, false, true]);
         let numbers = |x: Tensor<4>| x.into_data().iter::<f32>().collect::<Vec<_>>();
         let changed = numbers(found.weights.clone());
@@ -156,5 +191,40 @@ mod tests {
         let slopes = numbers(weights.grad(&grads).unwrap());
         assert!(slopes.iter().all(|slope| slope.is_finite()), "{slopes:?}");
         assert_eq!(slopes[..6], [2.0, 0.0, 0.0, 1.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn texts_of_a_row_are_redistributed_each_as_if_it_were_alone() {
+        let [first, second] = [[0.5, 0.25, 0.25, 0.0], [0.3, 0.4, 0.2, 0.1]];
+        let how = VarConfig { rho: 1.0, least_mass: 0.0, ..VarConfig::default() };
+        let row = |documents: &[u32]| {
+            let times = documents.len() / 4;
+            Marks {
+                sinks: [true, false, false, false].repeat(times),
+                span: [true, true, false, false].repeat(times),
+                documents: if times == 1 { Vec::new() } else { documents.to_vec() },
+            }
+        };
+        let run = |cells: &[f32], marks: Marks| -> Vec<f32> {
+            let seq = marks.span.len();
+            let weights =
+                Tensor::from_data(TensorData::new(cells.to_vec(), [1, 1, cells.len() / seq, seq]), &Device::flex());
+            let place = Place { first: seq - cells.len() / seq, first_key: Some(0) };
+            how.redistribute(weights, place, &[marks]).weights.into_data().iter::<f32>().collect()
+        };
+        // The last two queries of a text of four; and of two such texts in a row, all queries from there on.
+        let alone = run(&[first, second].concat(), row(&[0; 4]));
+        let nothing = [0.0; 4];
+        let cells =
+            [first, nothing, second, nothing, nothing, nothing, nothing, nothing, nothing, first, nothing, second];
+        let packed = run(&cells.concat(), row(&[0, 0, 0, 0, 1, 1, 1, 1]));
+        let [a, b] = [&alone[..4], &alone[4..]];
+        let nothing = &nothing[..];
+        let want = [a, nothing, b, nothing, nothing, nothing, nothing, nothing, nothing, a, nothing, b].concat();
+        let moved = |got: &[f32], from: &[f32]| {
+            largest(0.0, got.iter().zip(from).map(|(got, from)| f64::from((got - from).abs())))
+        };
+        assert!(moved(&alone, &[first, second].concat()) > 0.05);
+        assert!(packed.len() == want.len() && moved(&packed, &want) < 1e-6, "{packed:?} {want:?}");
     }
 }

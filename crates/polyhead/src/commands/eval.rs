@@ -4,12 +4,13 @@ use std::path::Path;
 
 use polyhead_data::{DataConfig, Syntax, TextConfig};
 use polyhead_evaluation::perplexity::{Windows, text_loss};
-use polyhead_models::{ClassScore, EvalTotals, Evaluated};
+use polyhead_models::{Batch, ClassScore, EvalTotals, Evaluated};
 use polyhead_recipe::Problems;
 use polyhead_runs::classifier::{TrainedClassifier, open_classifier};
 use polyhead_runs::data::{Source, Watched, changed_text};
 use polyhead_runs::decoder::set_scores;
 use polyhead_runs::embedder::{TrainedEmbedder, open_embedder, paired};
+use polyhead_runs::intervention::Rows;
 use polyhead_runs::result::{ClassTable, GroupScore, NamedScore, Score};
 use polyhead_runs::super_resolution::{TrainedSuperResolution, image_set, open_super_resolution};
 use polyhead_runs::{Failure, open_decoder, open_trained};
@@ -19,6 +20,7 @@ use serde_json::json;
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{progress, put, talk};
+use crate::probe::check_rows;
 
 /// Tokens that are read at a time where nothing is said; chosen by us.
 const WINDOW: usize = 1024;
@@ -27,7 +29,6 @@ const WINDOW: usize = 1024;
 pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let window = args.window.unwrap_or(trained.max_positions.min(WINDOW));
     let stride = args.stride.unwrap_or(window.div_ceil(2));
@@ -49,6 +50,10 @@ pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
     let read: usize = tokens.iter().map(Vec::len).sum();
     talk!("data: {}: {read} tokens, windows of {window} every {stride}", documents.description);
     let windows = Windows { window, stride };
+    if trained.model.intervention().is_some() {
+        let rows: Vec<Batch> = tokens.iter().flat_map(|text| windows.of(text)).collect();
+        check_rows(&trained, "windows", &rows)?;
+    }
     let sums = text_loss(&trained.model, &tokens, windows, bytes.as_deref(), &mut |done, all| {
         progress("evaluating", done, all)
     });
@@ -79,12 +84,12 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     }
     let trained = open_decoder(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
     let opened = trained.data()?;
-    if trained.model.intervention().is_some() {
-        trained.check_roles(opened.validation.batch(0)?.roles.is_some())?;
-    }
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let validation = Source(&opened.validation);
     let watched = Watched::first(&validation, batches, caller());
+    let batch = |at| -> Result<Batch, Failure> { Ok(opened.validation.batch(at)?) };
+    let notes = trained.check_rows(&Rows { called: "held-out rows", batches: watched.per_epoch(), batch: &batch })?;
+    notes.iter().for_each(|note| talk!("note: {note}"));
     let totals = evaluate(&trained.model, &watched, 0)?;
     let sums = totals.all;
     if sums.targets == 0 {

@@ -124,7 +124,7 @@ fn prompt(trained: &Trained, args: &GenerateArgs, text: &str) -> Result<Prompt, 
     };
     let context =
         Context { rows: 1, tokens: &prompt.ids, roles: &prompt.roles, prompt: prompt.ids.len(), ..Context::default() };
-    trained.check_spans(&context)?;
+    trained.check_spans(&context, prompt.ids.len().saturating_add(args.sampling.max_new_tokens))?;
     Ok(trained.ending(prompt))
 }
 

@@ -60,7 +60,7 @@ impl Shade {
         match self {
             Self::Target => TARGET,
             Self::Read(Some(Role::System)) => SYSTEM,
-            Self::Read(Some(Role::User)) => USER,
+            Self::Read(Some(Role::User | Role::Question)) => USER,
             Self::Read(Some(Role::Tool)) => TOOL,
             Self::Read(Some(Role::Assistant)) => ANSWER,
             Self::Read(_) => IGNORED,

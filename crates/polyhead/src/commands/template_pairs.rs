@@ -3,6 +3,7 @@
 use polyhead_data::{Tokenizer, read_templates};
 use polyhead_evaluation::likelihood::{Likelihood, likelihoods};
 use polyhead_evaluation::templates::{MeanInterval, OptionScore, difference};
+use polyhead_models::Batch;
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
 use polyhead_runs::open_trained;
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{put, talk};
+use crate::probe::check_rows;
 
 /// Prints the mean difference of preferences over the templates of a file with its interval, as JSON.
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
@@ -39,7 +41,6 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     }
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let mut texts = Vec::new();
     for template in &templates {
@@ -50,6 +51,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
     }
     let tokens: Vec<Vec<u32>> = texts.iter().map(|(tokens, _)| tokens.clone()).collect();
+    check_rows(&trained, "prompts", &tokens.iter().cloned().map(Batch::text).collect::<Vec<_>>())?;
     let found = likelihoods(&trained.model, &tokens, 0, &|| true).unwrap_or_default();
     let scores: Vec<OptionScore> = found.iter().zip(&texts).map(|(of, (_, first))| score(of, *first)).collect();
     let differences = |per_token: bool| -> Vec<f64> {

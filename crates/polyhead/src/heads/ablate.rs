@@ -1,19 +1,26 @@
 //! `polyhead heads ablate`: what every head is needed for, by switching it off.
 
-use std::path::PathBuf;
+mod classifier;
+
+use std::path::{Path, PathBuf};
 
 use burn::module::Module;
+use burn::tensor::Tensor;
 use clap::Args;
 use polyhead_evaluation::ablation::{self, Ablation, Effect, head_counts, with_targets};
 use polyhead_evaluation::head_importance::rank_correlation;
 use polyhead_evaluation::head_sets::HeadOf;
 use polyhead_evaluation::heads::importances;
+use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_recipe::Problems;
 use polyhead_runs::Failure;
+use polyhead_runs::classifier::open_classifier;
+use polyhead_training::run_folder::atomic_write;
 use serde_json::{Map, json};
 
 use super::named;
-use crate::console::progress;
+use crate::allowed::caller;
+use crate::console::{progress, talk};
 use crate::head_report::{Report, most};
 use crate::probe::{choose, folder, open, probe};
 
@@ -22,18 +29,21 @@ use crate::probe::{choose, folder, open, probe};
 pub struct AblateArgs {
     /// A checkpoint, a run folder, or a folder in Hugging Face's format.
     checkpoint: PathBuf,
-    /// The texts. Default: held-out rows of the data that the model learned from.
+    /// The texts. Default: held-out rows (of a classifier: examples) of the data that the model learned from.
     #[arg(long, num_args = 1.., value_parser = crate::cli::typed_text)]
     text: Vec<String>,
-    /// Held-out rows at most.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
-    rows: u32,
+    /// Held-out rows at most; of a classifier examples, in whole batches. Default: 8 rows, 64 examples.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "text")]
+    rows: Option<u32>,
     /// Layers, counted from 0. Default: all.
     #[arg(long, value_delimiter = ',')]
     layers: Vec<usize>,
     /// Heads of each layer, counted from 0. Default: all.
     #[arg(long, value_delimiter = ',')]
     heads: Vec<usize>,
+    /// Also write the mean outputs of all heads, a safetensors file that edits of interventions take for `replace = "mean"` at z.
+    #[arg(long, value_name = "FILE")]
+    write_means: Option<PathBuf>,
     /// Where the result is written. Default: a folder `heads` beside the checkpoint.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -42,10 +52,16 @@ pub struct AblateArgs {
     device: Option<String>,
 }
 
+/// Rows where nothing is said; chosen by us.
+const ROWS: u32 = 8;
+
 /// Writes the table.
 pub fn ablate(args: &AblateArgs) -> Result<(), Failure> {
+    if let Some(classifier) = open_classifier(&args.checkpoint, args.device.as_deref(), caller())? {
+        return classifier::ablate(args, &classifier);
+    }
     let trained = open(&args.checkpoint, args.device.as_deref())?;
-    let rows = with_targets(&probe(&trained, &args.text, args.rows)?);
+    let rows = with_targets(&probe(&trained, &args.text, args.rows.unwrap_or(ROWS))?);
     if rows.is_empty() {
         return Err(Problems::plain("no row has anything to predict: more of them (--rows), or a --text".into()).into());
     }
@@ -56,6 +72,9 @@ pub fn ablate(args: &AblateArgs) -> Result<(), Failure> {
         heads.extend(chosen.into_iter().map(|head| (layer, head)));
     }
     let out = folder(args.out.as_deref(), &trained.path, "heads")?;
+    if let Some(file) = &args.write_means {
+        write_means(file, ablation::means(&trained.model, &rows))?;
+    }
     let (base, effects) =
         ablation::ablate(&trained.model, &rows, &heads, &mut |done, all| progress("switching off heads", done, all));
     let device = trained.model.device().autodiff();
@@ -100,6 +119,25 @@ pub fn ablate(args: &AblateArgs) -> Result<(), Failure> {
     let more = more.as_object().cloned().unwrap_or_default();
     let title = format!("Heads switched off: {}", trained.path.display());
     Report { title, finding, about, heads, columns, more, body: String::new() }.write(&out, "ablation")
+}
+
+/// Writes the tensor `mean`, `[layers, heads, width]`, out of `[1, heads, 1, width]` of each layer.
+fn write_means(file: &Path, means: Vec<Tensor<4>>) -> Result<(), Failure> {
+    let shapes: Vec<[usize; 4]> = means.iter().map(Tensor::dims).collect();
+    let [_, heads, _, width] = shapes[0];
+    if let Some(other) = shapes.iter().position(|shape| *shape != shapes[0]) {
+        let problem = format!(
+            "--write-means: layer {other} has {} heads of width {}, and layer 0 has {heads} of {width}: one tensor of all layers needs \
+             them alike",
+            shapes[other][1], shapes[other][3]
+        );
+        return Err(Problems::plain(problem).into());
+    }
+    let values = means.iter().flat_map(|mean| mean.to_data().iter::<f32>().collect::<Vec<_>>()).collect();
+    let mean = Named { name: "mean".into(), shape: vec![shapes.len(), heads, width], values };
+    atomic_write(file, &to_safetensors(&[mean], &[("format", "polyhead".into())])?)?;
+    talk!("mean outputs of heads: {}", file.display());
+    Ok(())
 }
 
 fn names(ablation: Ablation) -> [&'static str; 3] {

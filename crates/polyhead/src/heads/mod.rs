@@ -112,7 +112,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 /// A head as it is written: layer and head, each from 0.
-fn named((layer, head): (usize, usize)) -> String {
+pub fn named((layer, head): (usize, usize)) -> String {
     format!("{layer}.{head}")
 }
 

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use polyhead_attention::{KvHead, KvSite, Positions, QueryHead, QuerySite, StreamSite};
+use polyhead_attention::{KvSite, Positions, QueryHead, QuerySite, Site, StreamSite};
 use polyhead_evaluation::ablation::all_heads;
 use polyhead_evaluation::head_importance::rank_correlation;
 use polyhead_evaluation::head_sets::HeadOf;
@@ -37,7 +37,7 @@ pub struct PatchArgs {
     /// Receivers of paths: logits, or heads such as 3.1,4.0 (layer and head).
     #[arg(long, alias = "to", value_delimiter = ',', default_value = "logits", value_parser = receiver)]
     receivers: Vec<To>,
-    /// What of the receiving heads.
+    /// What of the receiving heads, each counted from 0 among the query heads of its layer.
     #[arg(long, value_enum, default_value_t = Input::Q)]
     input: Input,
     /// Hold feed-forward layers as well, on the way of a path.
@@ -58,12 +58,31 @@ enum Method {
 enum Input {
     /// Its queries.
     Q,
-    /// Its keys.
+    /// The same after rotation.
+    #[value(name = "rot_q")]
+    RotQ,
+    /// The keys that it reads.
     K,
-    /// Its values.
+    /// The same after rotation.
+    #[value(name = "rot_k")]
+    RotK,
+    /// The values that it reads.
     V,
-    /// Its output.
+    /// Its output, counted as outputs are where some heads are subtracted from others.
     Z,
+}
+
+impl Input {
+    fn site(self) -> Site {
+        match self {
+            Self::Q => QuerySite::Q.into(),
+            Self::RotQ => QuerySite::RotQ.into(),
+            Self::K => KvSite::K.into(),
+            Self::RotK => KvSite::RotK.into(),
+            Self::V => KvSite::V.into(),
+            Self::Z => QuerySite::Z.into(),
+        }
+    }
 }
 
 /// A position of a prompt.
@@ -111,34 +130,10 @@ fn receiver(text: &str) -> Result<To, String> {
 impl PatchArgs {
     /// The receivers in a model.
     fn receivers(&self, model: &Decoder) -> Result<Vec<Receiver>, Failure> {
-        let layers = model.layers.len();
-        let one = |to: &To| -> Result<Receiver, Failure> {
-            match *to {
-                To::Logits => Ok(Receiver::Stream(layers - 1, StreamSite::ResidPost)),
-                To::Head(layer, _) if layer >= layers => Err(Problems::plain(format!(
-                    "--receivers: the model has no layer {layer}; it has {layers}, from 0"
-                ))
-                .into()),
-                To::Head(layer, head) => {
-                    let [queries, keys] = head_sizes(model, layer);
-                    // The key/value head that the head reads.
-                    let own = KvHead(head * keys / queries.max(1));
-                    let site = match self.input {
-                        Input::Q => Receiver::Query(layer, QuerySite::Q, QueryHead(head)),
-                        Input::Z => Receiver::Query(layer, QuerySite::Z, QueryHead(head)),
-                        Input::K => Receiver::Kv(layer, KvSite::K, own),
-                        Input::V => Receiver::Kv(layer, KvSite::V, own),
-                    };
-                    match head < queries {
-                        true => Ok(site),
-                        false => {
-                            let problem =
-                                format!("--receivers: layer {layer} has no head {head}; it has {queries}, from 0");
-                            Err(Problems::plain(problem).into())
-                        }
-                    }
-                }
-            }
+        let one = |to: &To| match *to {
+            To::Logits => Ok(Receiver::Stream(model.layers.len() - 1, StreamSite::ResidPost)),
+            To::Head(layer, head) => Receiver::of_head(model, layer, self.input.site(), head)
+                .map_err(|problem| Problems::plain(format!("--receivers: {problem}")).into()),
         };
         self.receivers.iter().map(one).collect()
     }
@@ -161,16 +156,6 @@ impl PatchArgs {
             _ => Ok(()),
         }
     }
-}
-
-/// Query heads and key/value heads of a layer, as its sites have them.
-fn head_sizes(model: &Decoder, layer: usize) -> [usize; 2] {
-    let taps = polyhead_evaluation::lens::read(model, &[vec![0]], &[QuerySite::Q.into(), KvSite::V.into()]);
-    let of = |query: bool| {
-        let tap = taps.iter().find(|tap| tap.layer == layer && (tap.site == QuerySite::Q.into()) == query);
-        tap.map_or(0, |tap| tap.values.dims()[1])
-    };
-    [of(true), of(false)]
 }
 
 /// Patches every head.

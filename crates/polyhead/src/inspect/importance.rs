@@ -25,8 +25,14 @@ use polyhead_runs::data::{Source, Watched};
 /// # Errors
 /// If the model has no gate.
 pub fn inspect(args: &InspectArgs, trained: &TrainedClassifier) -> Result<(), Failure> {
-    if !args.text.is_empty() || !args.heads.is_empty() || args.intervention.is_some() || args.copying || args.sinks {
-        let problem = "--text, --heads, --copying, --sinks and --intervention are for decoders; of a classifier the layers that its gate lets through are shown";
+    if !args.text.is_empty()
+        || !args.heads.is_empty()
+        || args.intervention.is_some()
+        || args.copying
+        || args.sinks
+        || args.lens
+    {
+        let problem = "--text, --heads, --copying, --sinks, --lens and --intervention are for decoders; of a classifier the layers that its gate lets through are shown";
         return Err(Problems::plain(problem.into()).into());
     }
     let labelled = trained.data()?;

@@ -3,6 +3,7 @@
 
 mod copying;
 mod importance;
+mod lens;
 mod maps;
 mod sinks;
 
@@ -13,7 +14,6 @@ use burn::module::Module;
 use clap::Args;
 use polyhead_data::Tokenizer;
 use polyhead_models::Batch;
-use polyhead_models::intervention::Context;
 use polyhead_models::intervention::visual_sinks::TAU;
 use polyhead_training::image::{attention_grid, head_gates};
 use polyhead_training::run_folder::atomic_write;
@@ -64,6 +64,17 @@ pub struct InspectArgs {
     /// What the size of a sink channel is above: 20 as published, for models of 4096 channels; it is never above √d_model.
     #[arg(long, default_value_t = TAU, requires = "sinks")]
     pub tau: f64,
+    /// Show instead what makes the logit of a token at the end of each text: the residual stream read on its way (logit lens), and the
+    /// part of the embedding, of each head and of each feed-forward layer, which add up to it (direct logit attribution).
+    #[arg(long, conflicts_with_all = ["copying", "sinks"])]
+    pub lens: bool,
+    /// The token of --lens: the first of a text, or the id of one where the model has no tokenizer. Default: what comes next in rows of
+    /// the data, and behind a --text what the model finds likeliest.
+    #[arg(long, value_name = "TEXT", requires = "lens", value_parser = crate::cli::typed_text)]
+    pub answer: Option<String>,
+    /// Another token, whose logit is subtracted from that of --answer.
+    #[arg(long, value_name = "TEXT", requires = "answer", value_parser = crate::cli::typed_text)]
+    pub instead: Option<String>,
     /// A file of changes that are made to the model's forward on its way.
     #[arg(long, value_name = "FILE")]
     pub intervention: Option<PathBuf>,
@@ -88,8 +99,10 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     if args.sinks {
         return sinks::inspect(args, &trained);
     }
+    if args.lens {
+        return lens::inspect(args, &trained);
+    }
     let rows = probe(&trained, &args.text, args.rows)?;
-    trained.check_spans(&Context::of(&rows[0]))?;
     let device = trained.model.device().autodiff();
     let model = trained.model.clone().fork(&device).train();
     let layers = heads::observe_layers(&model, &rows, &mut |done, all| progress("importance of heads", done, all));
