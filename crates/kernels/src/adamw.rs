@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::{cpu, gpu, in_type, simd};
 
 /// Elements of a task.
 const CHUNK: usize = 1 << 14;
@@ -48,7 +48,7 @@ pub fn adamw(
     assert_shapes!("adamw", value, grad, first, second;
         "the gradient and both moments must be as long as the values":
             [&grad, &first, &second].iter().all(|x| x.dims() == value.dims()));
-    if !cpu::fuses(&value) {
+    if !(cpu::fuses(&value) || gpu::fuses(&value) && value.dtype() == DType::F32) {
         return plain(value, grad, [first, second], step);
     }
     let [grad, first, second] = [grad, first, second].map(|x| in_type(x, DType::F32));
@@ -71,7 +71,7 @@ fn plain(value: Tensor<1>, grad: Tensor<1>, moments: [Tensor<1>; 2], step: Adamw
     (value * keep - direction * rate, [first, second])
 }
 
-#[backend_extension(Flex)]
+#[backend_extension(Flex, Cube: cfg(feature = "gpu"))]
 trait Adamw: Backend {
     fn adamw(
         value: FloatTensor<Self>,
@@ -115,6 +115,19 @@ impl Adamw for Flex {
             .into_par_iter()
             .for_each(|(value, first, second, grad)| simd::adamw(value, first, second, grad, &numbers));
         (value, first, second)
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl Adamw for burn::backend::Cube {
+    fn adamw(
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        gpu::elementwise::adamw(value, grad, [first, second], step)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Every operation on other backends against the fused ones of the CPU: outputs and all gradients, in f32 and, where the device
-//! computes in it, with bf16 states. Only with `--features ndarray`, `--features cuda` (which needs a GPU) or `--features wgpu` (which needs a
+//! computes in them, with f16 and bf16 states. Only with `--features ndarray`, `--features cuda` (which needs a GPU) or `--features wgpu` (which needs a
 //! Vulkan driver: a GPU's, or Mesa's for the processor, as `benches/gpu/check.sh` installs it).
 
 use std::sync::Arc;
@@ -13,6 +13,8 @@ use crate::*;
 
 /// Allowed difference in f32, relative to the largest entry; GPUs add in another order.
 const F32: Tolerance = Tolerance::relative(1e-4).of_at_least(1e-3);
+/// The same where states are f16, whose numbers have 11 bits.
+const F16: Tolerance = Tolerance::relative(4e-3).of_at_least(2e-2);
 /// The same where states are bf16, whose numbers have 8 bits.
 const BF16: Tolerance = Tolerance::relative(2e-2).of_at_least(1e-1);
 
@@ -60,14 +62,21 @@ fn operation(
     Operation { name: name.into(), sizes: sizes.to_vec(), states, run: Box::new(run) }
 }
 
-/// Compares them all and tells of each; fails with those that do not agree.
+/// Compares them all, or those with `OPERATION` of the environment in their names, and tells of each; fails with those that do not agree.
 fn all_operations_agree(other: &Device) {
     let mut problems = Vec::new();
     let mut types = vec![(DType::F32, F32)];
+    if other.supports_dtype(DType::F16) && !cfg!(feature = "ndarray") {
+        types.push((DType::F16, F16));
+    }
     if other.supports_dtype(DType::BF16) && !cfg!(feature = "ndarray") {
         types.push((DType::BF16, BF16));
     }
-    for operation in products().into_iter().chain(others()).chain(attentions()) {
+    let only = std::env::var("OPERATION").unwrap_or_default();
+    let all = products().into_iter().chain(others()).chain(attentions()).chain(wide_attentions());
+    let asked: Vec<Operation> = all.filter(|operation| operation.name.contains(&only)).collect();
+    assert!(!asked.is_empty(), "no operation is called {only}");
+    for operation in asked {
         for &(dtype, tolerance) in &types {
             let start = Instant::now();
             let name = format!("{} {dtype:?}", operation.name);
@@ -146,6 +155,11 @@ fn products() -> Vec<Operation> {
             let targets = Targets::new(&[3, 0, -100, 19, 5, 5, -100, 7, 1]);
             cross_entropy(matrix(&x[0], [9, 6]), matrix(&x[1], [6, 20]), &targets).sum
         }),
+        operation("cross_entropy over 1,501", &[5 * 6, 6 * 1501], 1, |x| {
+            let targets = Targets::new(&[3, 1500, -100, 1024, 0]);
+            let made = cross_entropy(matrix(&x[0], [5, 6]), matrix(&x[1], [6, 1501]), &targets);
+            made.sum + made.losses.sum() + made.correct.sum()
+        }),
         operation("delta_rule", &[2 * 9 * 2 * 4, 2 * 9 * 2 * 4, 2 * 9 * 2 * 3, 2 * 9 * 2, 2 * 9 * 2], 0, |x| {
             let share = |i: usize| burn::tensor::activation::sigmoid(rows(&x[i], [2, 9, 2]));
             let short = |i: usize, width| heads(&x[i], [2, 9, 2, width]) * 0.5;
@@ -162,8 +176,18 @@ fn others() -> Vec<Operation> {
         operation("rms_norm", &[3 * 7 * 16, 16], 1, |x| {
             rms_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), 1e-5).reshape([-1])
         }),
+        operation("rms_norm of long rows", &[3 * 2500, 2500], 1, |x| {
+            rms_norm(matrix(&x[0], [3, 2500]), x[1].clone(), 1e-5).reshape([-1])
+        }),
+        operation("rms_norm of odd rows, across", &[257 * 70, 257], 1, |x| {
+            rms_norm(matrix(&x[0], [257, 70]).transpose(), x[1].clone(), 1e-5).reshape([-1])
+        }),
         operation("layer_norm", &[3 * 7 * 16, 16, 16], 1, |x| {
             layer_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), x[2].clone(), 1e-5).reshape([-1])
+        }),
+        operation("swiglu of an odd number, across", &[3 * 7 * 5, 3 * 7 * 5], 2, |x| {
+            let [gate, up] = [0, 1].map(|i| rows(&x[i], [3, 7, 5]).swap_dims(1, 2));
+            swiglu(gate, up).reshape([-1])
         }),
         operation("swiglu", &[3 * 7 * 16, 3 * 7 * 16], 2, |x| {
             swiglu(rows(&x[0], [3, 7, 16]), rows(&x[1], [3, 7, 16])).reshape([-1])
@@ -202,23 +226,55 @@ fn others() -> Vec<Operation> {
             let angles = Tensor::<2>::from_data(angles.clone(), &x[0].device());
             rope(heads(&x[0], [2, 3, 7, 8]), angles.clone().cos(), angles.sin(), layout).reshape([-1])
         }));
+        let angles = normal::<2>([7, 3], &Device::flex()).into_data();
+        all.push(operation(format!("rope by position of odd halves, {layout:?}"), &[2 * 5 * 7 * 6], 1, move |x| {
+            let angles = Tensor::<2>::from_data(angles.clone(), &x[0].device());
+            let by_position = heads(&x[0], [2, 7, 5, 6]).swap_dims(1, 2);
+            rope(by_position, angles.clone().cos(), angles.sin(), layout).reshape([-1])
+        }));
     }
     all
 }
 
 const BATCH: usize = 2;
-const SEQ: usize = 40;
+/// Two whole tiles of a GPU and a part of one.
+const SEQ: usize = 150;
+
+/// Of the widths of models, and of a single query, as in decoding.
+fn wide_attentions() -> Vec<Operation> {
+    let wide = |name: &str, [queries, keys]: [usize; 2], [width, value_width]: [usize; 2]| {
+        let sizes = [4 * queries * width, 2 * keys * width, keys * value_width];
+        operation(format!("attention, {name}"), &sizes, 3, move |x| {
+            let (mask, offset) = (Mask::causal(), keys - queries);
+            let options = AttentionOptions { mask: Some(&mask), query_offset: offset, ..Default::default() };
+            let q = heads(&x[0], [1, 4, queries, width]);
+            let [k, v] = [(1, 2, width), (2, 1, value_width)].map(|(i, n, width)| heads(&x[i], [1, n, keys, width]));
+            attention(q, k, v, &options).hidden.reshape([-1])
+        })
+    };
+    vec![
+        wide("width 64", [70, 70], [64, 64]),
+        wide("ragged widths", [70, 70], [40, 100]),
+        wide("width 128", [65, 129], [128, 128]),
+        wide("some queries behind a cache", [17, 90], [64, 64]),
+        wide("one query", [1, 67], [64, 64]),
+        wide("a width that is not of fours", [9, 9], [6, 10]),
+    ]
+}
 
 /// Attention with 6 query heads of 8 channels, 3 key heads and 2 value heads of 12 channels: every mask and every option.
 fn attentions() -> Vec<Operation> {
-    let documents: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 9 % 3) as u32).collect();
-    let turns: Vec<bool> = (0..BATCH * SEQ).map(|i| i / 7 % 2 == 0).collect();
+    let documents: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 37) as u32).collect();
+    let pieces: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 9 % 3) as u32).collect();
+    let turns: Vec<bool> = (0..BATCH * SEQ).map(|i| i / 41 % 2 == 0).collect();
     let masks = [
         ("no mask", Mask::none()),
         ("causal", Mask::causal()),
-        ("lengths", Mask::none().with_lengths(&[0, 31])),
+        ("lengths", Mask::none().with_lengths(&[0, 131])),
         ("window", Mask::causal().with_window(5)),
+        ("window on both sides", Mask::none().with_window(70)),
         ("documents", Mask::causal().with_documents(&documents)),
+        ("documents in pieces", Mask::causal().with_documents(&pieces)),
         ("turns", Mask::turns(&turns, SEQ)),
     ];
     let mut all: Vec<Operation> =

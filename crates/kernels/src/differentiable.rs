@@ -70,33 +70,59 @@ where
 }
 
 /// Makes an operation of some tensors, and perhaps of something else, for the CPU backend and its tape: `$run` takes the inputs in
-/// order and gives the output with what the backward needs, `$backward` is a [`BackwardOf`] that, or of what `$keep` makes of it for the gradients that
-/// are wanted.
+/// order and gives the output with what the backward needs, `$backward` is a [`BackwardOf`] that, or of what `$keep` makes of it for the
+/// gradients that are wanted. Behind `gpu:` the same two for GPUs, where they have kernels of their own.
 macro_rules! fused {
-    ($Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr $(, $keep:expr)?) => {
+    (
+        $Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr $(, $keep:expr)?
+    ) => {
         #[burn::backend::backend_extension(Flex, Autodiff)]
         trait $Trait: burn::backend::Backend {
             fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self>;
         }
 
-        impl $Trait for Flex {
-            fn $name($($input: FlexTensor,)+ $($more: $More)?) -> FlexTensor {
+        $crate::differentiable::fused! {
+            @on Flex, $Trait: $name($($input),+ $(; $more: $More)?), $run, $backward $(, $keep)?
+        }
+    };
+    (
+        $Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr;
+        gpu: $gpu_run:expr, $gpu_backward:expr
+    ) => {
+        #[burn::backend::backend_extension(Flex, Cube: cfg(feature = "gpu"), Autodiff)]
+        trait $Trait: burn::backend::Backend {
+            fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self>;
+        }
+
+        $crate::differentiable::fused! { @on Flex, $Trait: $name($($input),+ $(; $more: $More)?), $run, $backward }
+        #[cfg(feature = "gpu")]
+        $crate::differentiable::fused! {
+            @on burn::backend::Cube, $Trait: $name($($input),+ $(; $more: $More)?), $gpu_run, $gpu_backward
+        }
+    };
+    // On one backend.
+    (
+        @on $On:ty, $Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr
+        $(, $keep:expr)?
+    ) => {
+        impl $Trait for $On {
+            fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self> {
                 $run([$($input),+] $(, $more)?).0
             }
         }
 
-        impl<C> $Trait for Autodiff<Flex, C>
+        impl<C> $Trait for Autodiff<$On, C>
         where
             C: burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy,
         {
             fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self> {
                 const N: usize = [$(stringify!($input)),+].len();
-                let run = |inputs: [FlexTensor; N], _wanted: [bool; N]| {
+                let run = |inputs: [FloatTensor<$On>; N], _wanted: [bool; N]| {
                     let (output, kept) = $run(inputs $(, $more)?);
                     $(let kept = ($keep)(kept, _wanted);)?
                     (output, kept, ())
                 };
-                $crate::differentiable::differentiable::<Flex, C, _, _, N>([$($input),+], run, $backward).0
+                $crate::differentiable::differentiable::<$On, C, _, _, N>([$($input),+], run, $backward).0
             }
         }
     };

@@ -25,6 +25,7 @@ mod differentiable;
 mod divergence;
 mod embedding;
 mod gated_mlp;
+mod gpu;
 mod layer_norm;
 mod linear;
 mod mask;

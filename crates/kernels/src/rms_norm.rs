@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::scratch::{write_chunks, write_rows};
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::{cpu, gpu, in_type, simd};
 
 /// Rows that one task normalises.
 const ROWS: usize = 64;
@@ -25,7 +25,7 @@ const ROWS: usize = 64;
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     assert_shapes!("rms_norm", x, weight;
         "weight must have a value per channel of x": weight.dims()[0] == x.dims()[D - 1]);
-    if cpu::fuses(&x) {
+    if cpu::fuses(&x) || gpu::fuses(&x) {
         let weight = in_type(weight, DType::F32);
         return Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps as f32));
     }
@@ -40,7 +40,7 @@ fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D>
     if dtype == DType::F32 { y } else { y.cast(dtype) }
 }
 
-fused!(RmsNorm: rms_norm(x, weight; eps: f32), forward, backward);
+fused!(RmsNorm: rms_norm(x, weight; eps: f32), forward, backward; gpu: gpu::rms_norm::forward, gpu::rms_norm::backward);
 
 /// What the backward needs: x, the weight, and per row the reciprocal of its root mean square.
 type Kept = (FlexTensor, FlexTensor, Vec<f32>);

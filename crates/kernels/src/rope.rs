@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::differentiable::{Wanted, differentiable};
 use crate::scratch::{write_chunks, write_rows};
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::{cpu, gpu, in_type, simd};
 
 /// The layout of the pairs of channels that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) ->
         "cos must be [seq, head_dim / 2]": cos.dims() == [seq, head_dim / 2],
         "sin must be [seq, head_dim / 2]": sin.dims() == [seq, head_dim / 2],
     );
-    if cpu::fuses(&x) {
+    if cpu::fuses(&x) || gpu::fuses(&x) {
         let [cos, sin] = [cos, sin].map(|table| in_type(table, DType::F32));
         let turned = Dispatch::rope(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), layout);
         return Tensor::from_dispatch(turned);
@@ -75,7 +75,7 @@ fn plain(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Te
     in_type(rotated, dtype)
 }
 
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Flex, Cube: cfg(feature = "gpu"), Autodiff)]
 trait Rotary: Backend {
     fn rope(
         x: FloatTensor<Self>,
@@ -108,6 +108,39 @@ impl<C: CheckpointStrategy> Rotary for Autodiff<Flex, C> {
             [of_x.then(|| turn(y_grad, &cos, &sin, layout, -1.0))]
         };
         differentiable::<Flex, C, _, _, 1>([x], run, back).0
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl Rotary for burn::backend::Cube {
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        layout: RopeLayout,
+    ) -> FloatTensor<Self> {
+        gpu::rope::turn(x, &gpu::rope::tables([cos, sin]), layout, 1.0)
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl<C: CheckpointStrategy> Rotary for Autodiff<burn::backend::Cube, C> {
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        layout: RopeLayout,
+    ) -> FloatTensor<Self> {
+        use burn::backend::Cube;
+        let tables = gpu::rope::tables([cos, sin].map(|table| table.into_primitive()));
+        let run = |[x]: [FloatTensor<Cube>; 1], _: Wanted<1>| {
+            let y = gpu::rope::turn(x, &tables, layout, 1.0);
+            (y, (tables, layout), ())
+        };
+        let back = |(tables, layout), y_grad, [of_x]: Wanted<1>| {
+            [of_x.then(|| gpu::rope::turn(y_grad, &tables, layout, -1.0))]
+        };
+        differentiable::<Cube, C, _, _, 1>([x], run, back).0
     }
 }
 

@@ -2,14 +2,14 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch, Flex};
-use burn::tensor::{DType, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::scratch::{write_chunks, write_two_in_chunks};
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::{cpu, gpu, in_type, simd};
 
 /// Elements of a task.
 const CHUNK: usize = 1 << 14;
@@ -23,8 +23,8 @@ const CHUNK: usize = 1 << 14;
 /// If the shapes differ.
 pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     assert_shapes!("swiglu", gate, up; "gate and up must be of one shape": gate.dims() == up.dims());
-    if cpu::fuses(&gate) {
-        let up = in_type(up, DType::F32);
+    if cpu::fuses(&gate) || gpu::fuses(&gate) {
+        let up = in_type(up, gate.dtype());
         return Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()));
     }
     plain(gate, up)
@@ -34,7 +34,7 @@ fn plain(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     activation::silu(gate) * up
 }
 
-fused!(Swiglu: swiglu(gate, up), run, back);
+fused!(Swiglu: swiglu(gate, up), run, back; gpu: gpu::elementwise::swiglu, gpu::elementwise::swiglu_back);
 
 fn run(inputs: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
     let inputs = inputs.map(|input| input.to_contiguous());

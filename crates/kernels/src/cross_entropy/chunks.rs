@@ -11,6 +11,8 @@ use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, Tensor};
 
 use super::{CrossEntropy, Targets};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::precision::cast;
 
 /// Logits of a chunk at most: 256 MiB in f32. Chosen by us.
@@ -35,6 +37,62 @@ fn in_chunks(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets, logits: usiz
     CrossEntropy { sum: Tensor::from_dispatch(sum), losses: per_token(losses), correct: per_token(correct) }
 }
 
+/// What a chunk's logits come to.
+struct RowLosses<B: Backend> {
+    /// `[rows, 1]` in f32.
+    losses: FloatTensor<B>,
+    correct: FloatTensor<B>,
+    /// `[rows, vocab]`, of the logits for a gradient of 1, in their type; only if it is wanted.
+    grad: Option<FloatTensor<B>>,
+}
+
+/// The losses of rows of logits, in tensor operations unless a backend has something better.
+trait LossOfRows: Backend {
+    /// # Shapes
+    /// - logits: `[rows, vocab]`, ids and counted: `[rows, 1]`
+    fn row_losses(
+        logits: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        counted: FloatTensor<Self>,
+        with_grads: bool,
+    ) -> RowLosses<Self> {
+        let (dtype, settings) = (logits.dtype(), get_or_init_device_settings::<Self>(&logits.device()));
+        let logits = cast::<Self>(logits, DType::F32);
+        let best = Self::float_argmax(logits.clone(), 1, settings.int_dtype);
+        let hits = Self::int_equal(best, ids.clone(), settings.bool_dtype);
+        let correct = Self::float_mul(Self::bool_into_float(hits, FloatDType::F32), counted.clone());
+        let shifted = Self::float_sub(logits.clone(), Self::float_max_dim(logits, 1));
+        let picked = Self::float_gather(1, shifted.clone(), ids.clone());
+        let exponentials = Self::float_exp(shifted);
+        let total = Self::float_sum_dim(exponentials.clone(), 1);
+        let losses = Self::float_mul(Self::float_sub(Self::float_log(total.clone()), picked), counted.clone());
+        let grad = with_grads.then(|| {
+            let weights = Self::float_mul(exponentials, Self::float_div(counted.clone(), total));
+            let grad = Self::float_scatter(1, weights, ids, Self::float_neg(counted), IndexingUpdateOp::Add);
+            cast::<Self>(grad, dtype)
+        });
+        RowLosses { losses, correct, grad }
+    }
+}
+
+impl LossOfRows for Flex {}
+
+#[cfg(feature = "ndarray")]
+impl LossOfRows for burn::backend::NdArray {}
+
+#[cfg(feature = "gpu")]
+impl LossOfRows for burn::backend::Cube {
+    fn row_losses(
+        logits: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        counted: FloatTensor<Self>,
+        with_grads: bool,
+    ) -> RowLosses<Self> {
+        let (losses, correct, grad) = gpu::cross_entropy::row_losses(logits, ids, counted, with_grads);
+        RowLosses { losses, correct, grad: with_grads.then_some(grad) }
+    }
+}
+
 /// The loss as an operation of Burn's dispatching backend.
 #[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "gpu"), Autodiff)]
 trait ChunkedCrossEntropy: Backend {
@@ -48,21 +106,33 @@ trait ChunkedCrossEntropy: Backend {
         ids: IntTensor<Self>,
         counted: FloatTensor<Self>,
         rows: usize,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let made = forward::<Self>(Inputs { hidden, head, ids, counted }, rows, [false; 2]);
-        (made.sum, made.losses, made.correct)
-    }
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
-impl ChunkedCrossEntropy for Flex {}
+macro_rules! chunked {
+    ($($On:ty),+) => {
+        $(impl ChunkedCrossEntropy for $On {
+            fn chunked_cross_entropy(
+                hidden: FloatTensor<Self>,
+                head: FloatTensor<Self>,
+                ids: IntTensor<Self>,
+                counted: FloatTensor<Self>,
+                rows: usize,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                let made = forward::<Self>(Inputs { hidden, head, ids, counted }, rows, [false; 2]);
+                (made.sum, made.losses, made.correct)
+            }
+        })+
+    };
+}
 
+chunked!(Flex);
 #[cfg(feature = "ndarray")]
-impl ChunkedCrossEntropy for burn::backend::NdArray {}
-
+chunked!(burn::backend::NdArray);
 #[cfg(feature = "gpu")]
-impl ChunkedCrossEntropy for burn::backend::Cube {}
+chunked!(burn::backend::Cube);
 
-impl<B: ChunkedCrossEntropy, C: CheckpointStrategy> ChunkedCrossEntropy for Autodiff<B, C> {
+impl<B: ChunkedCrossEntropy + LossOfRows, C: CheckpointStrategy> ChunkedCrossEntropy for Autodiff<B, C> {
     fn chunked_cross_entropy(
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,
@@ -107,11 +177,10 @@ struct Made<B: Backend> {
 }
 
 /// `of_hidden`, `of_head`: whose gradients to make right with it.
-fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, [of_hidden, of_head]: Wanted<2>) -> Made<B> {
+fn forward<B: LossOfRows>(inputs: Inputs<B>, rows: usize, [of_hidden, of_head]: Wanted<2>) -> Made<B> {
     let Inputs { hidden, head, ids, counted } = inputs;
     let [tokens, d_model] = hidden.shape().dims::<2>();
     let (dtype, head_dtype, device) = (hidden.dtype(), head.dtype(), hidden.device());
-    let settings = get_or_init_device_settings::<B>(&device);
     let head = cast::<B>(head, dtype);
     let (mut losses, mut correct, mut hidden_grads, mut head_grad) = (Vec::new(), Vec::new(), Vec::new(), None);
     for from in (0..tokens).step_by(rows) {
@@ -122,19 +191,11 @@ fn forward<B: Backend>(inputs: Inputs<B>, rows: usize, [of_hidden, of_head]: Wan
         };
         let (hidden, counted) = (chunk(&hidden), chunk(&counted));
         let ids = B::int_slice(ids.clone(), &[Slice::from(from..from + count), Slice::from(0..1)]);
-        let logits = cast::<B>(B::float_matmul(hidden.clone(), head.clone()), DType::F32);
-        let best = B::float_argmax(logits.clone(), 1, settings.int_dtype);
-        let hits = B::int_equal(best, ids.clone(), settings.bool_dtype);
-        correct.push(B::float_mul(B::bool_into_float(hits, FloatDType::F32), counted.clone()));
-        let shifted = B::float_sub(logits.clone(), B::float_max_dim(logits, 1));
-        let picked = B::float_gather(1, shifted.clone(), ids.clone());
-        let exponentials = B::float_exp(shifted);
-        let total = B::float_sum_dim(exponentials.clone(), 1);
-        losses.push(B::float_mul(B::float_sub(B::float_log(total.clone()), picked), counted.clone()));
-        if of_hidden || of_head {
-            let weights = B::float_mul(exponentials, B::float_div(counted.clone(), total));
-            let grad = B::float_scatter(1, weights, ids, B::float_neg(counted), IndexingUpdateOp::Add);
-            let grad = cast::<B>(grad, dtype);
+        let logits = B::float_matmul(hidden.clone(), head.clone());
+        let made = B::row_losses(logits, ids, counted, of_hidden || of_head);
+        losses.push(made.losses);
+        correct.push(made.correct);
+        if let Some(grad) = made.grad {
             if of_hidden {
                 hidden_grads.push(B::float_matmul(grad.clone(), B::float_swap_dims(head.clone(), 0, 1)));
             }

@@ -1,0 +1,33 @@
+//! Operations with kernels of their own on GPUs, written in CubeCL, which makes CUDA, WGSL, SPIR-V and Metal of them.
+//!
+//! Operands are f32, f16 or bf16; what is added up is f32. Reductions go through shared memory, and through planes (warps)
+//! where a device has them. Sizes are numbers at run time, widths of heads and the like are known when a kernel is compiled.
+
+use burn::tensor::Tensor;
+
+#[cfg(feature = "gpu")]
+pub(crate) mod cross_entropy;
+#[cfg(feature = "gpu")]
+pub(crate) mod elementwise;
+#[cfg(feature = "gpu")]
+mod launch;
+#[cfg(feature = "gpu")]
+pub(crate) mod rms_norm;
+#[cfg(feature = "gpu")]
+pub(crate) mod rope;
+
+/// Whether tensors like this one go through kernels of our own: floats of 16 or 32 bits on a GPU. The one place that decides it, as
+/// [`crate::cpu::fuses`] is for the CPU.
+#[cfg(feature = "gpu")]
+pub(crate) fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+    use burn::tensor::DType;
+    matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16)
+        && matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Cube(_))
+}
+
+/// There is none without the feature `gpu`.
+#[cfg(not(feature = "gpu"))]
+pub(crate) fn fuses<const D: usize>(_: &Tensor<D>) -> bool {
+    false
+}
