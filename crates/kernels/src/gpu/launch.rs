@@ -1,7 +1,7 @@
 //! What every kernel needs: tensors of results, numbers of cubes, a sum over the units that share a row.
 
-use burn::backend::ops::FloatTensorOps;
 use burn::backend::Cube;
+use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape, bf16, f16};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
