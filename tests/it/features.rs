@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::pages::assert_whole;
 use crate::resume::fingerprint;
-use crate::world::{SMALL, World};
+use crate::world::{SMALL, World, project};
 
 /// A small run on generated features.
 const FEATURES: &str = r#"
@@ -300,6 +300,12 @@ fn an_embedder_learns_which_texts_belong_together() {
         (Some(2), Some(2))
     );
     assert!(told["embedder"]["ami"].as_f64().unwrap() <= 1.0 && told["layers"][0]["wasserstein"] == 0.0, "{told:#}");
+    // The walls that are shipped.
+    let walls = project().join("datasets/walls.jsonl");
+    world.succeeds(&["features", "decoder", "--data", walls.to_str().unwrap(), "--out", "walls.safetensors"]);
+    let told = world.succeeds(&["embed", "run", "--features", "walls.safetensors", "--walls", "16"]).0;
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert!(told["walls"] == 12 && told["embedder"]["ari"].as_f64().unwrap().abs() <= 1.0, "{told}");
 
     for (code, arguments, words) in [
         (2, "embed run --features words.safetensors --walls 5", "--walls 5"),

@@ -1,9 +1,11 @@
 //! A decoder with the weights of a file, under the names of transformers' LlamaForCausalLM.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use polyhead_attention::Mask;
 use polyhead_models::sites::{SitePlan, Tap};
-use polyhead_models::weights::load;
+use polyhead_models::weights::{Named, load};
 use polyhead_models::{Decoder, DecoderConfig, Pass};
 use serde_json::json;
 
@@ -15,14 +17,17 @@ pub fn decoder(model: &Config, file: &Tensors, prefix: &str, device: &Device) ->
     model.is("rope_layout", "neox");
     model.is("tie_word_embeddings", false);
     let layers = size(model, "num_hidden_layers");
+    let diffuses = model.get("masked_diffusion").is_some_and(|diffuses| diffuses == true);
     let config: DecoderConfig = serde_json::from_value(json!({
         "d_model": size(model, "hidden_size"), "n_layers": layers, "d_ff": size(model, "intermediate_size"),
         "rope_theta": model["rope_theta"], "norm_eps": model["rms_norm_eps"], "tie_embeddings": false,
+        "masked_diffusion": diffuses,
         "attention": { "softmax": { "n_heads": size(model, "num_attention_heads"),
             "n_kv_heads": size(model, "num_key_value_heads"), "head_dim": size(model, "head_dim") } },
     }))
     .unwrap();
-    with_weights(&config, size(model, "vocab_size"), file, prefix, device)
+    // The mask of a masked diffusion model is one id more than the data has.
+    with_weights(&config, size(model, "vocab_size") - usize::from(diffuses), file, prefix, device)
 }
 
 /// The small Llama of a file that describes it beside its numbers, its weights under `w.`.
@@ -43,12 +48,17 @@ pub fn llama(golden: &Golden, device: &Device) -> Decoder {
 /// A decoder with the weights under `prefix`.
 pub fn with_weights(config: &DecoderConfig, vocab: usize, file: &Tensors, prefix: &str, device: &Device) -> Decoder {
     config.validate().unwrap();
+    load(config.init(vocab, device), of_decoder(config.n_layers, file, prefix)).unwrap()
+}
+
+/// The tensors under `prefix`, or their gradients, under the names and in the layout of here.
+pub fn of_decoder(n_layers: usize, file: &Tensors, prefix: &str) -> BTreeMap<String, Named> {
     let mut names = vec![
         ("model.embed_tokens.weight".to_owned(), "embedding.weight".to_owned(), Layout::Same),
         ("model.norm.weight".into(), "norm.weight".into(), Layout::Same),
         ("lm_head.weight".into(), "head.weight".into(), Layout::Linear),
     ];
-    for layer in 0..config.n_layers {
+    for layer in 0..n_layers {
         let parts = [("self_attn", "attention", "qkvo"), ("mlp", "mlp", "")];
         for (theirs, ours, letters) in parts {
             let of_attention = letters.chars().map(|letter| format!("{letter}_proj"));
@@ -66,7 +76,7 @@ pub fn with_weights(config: &DecoderConfig, vocab: usize, file: &Tensors, prefix
     }
     let names: Vec<(&str, &str, Layout)> =
         names.iter().map(|(a, b, layout)| (a.as_str(), b.as_str(), *layout)).collect();
-    load(config.init(vocab, device), renamed(file, prefix, &names)).unwrap()
+    renamed(file, prefix, &names)
 }
 
 /// `[batch, seq]` ids of a file.

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use polyhead_kernels::comparison::{Tolerance, assert_close};
 use safetensors::SafeTensors;
 
 use crate::world::{SMALL, World};
@@ -59,6 +60,22 @@ fn the_token_is_learned_saved_and_exported() {
     assert_eq!(embedding("more/step-00000001/model.safetensors"), [259, 16]);
     let (out, _) = world.succeeds(&["generate", "whole", "--prompt", "7. [IND]", "--max-new-tokens", "3"]);
     assert!(out.starts_with("7. [IND]"), "{out}");
+    // What is exported knows the token and its row, and says the same.
+    world.succeeds(&["export", "whole", "--out", "exported"]);
+    let tokenizer: serde_json::Value = serde_json::from_slice(&world.read("exported/tokenizer.json")).unwrap();
+    let added = tokenizer["added_tokens"].as_array().unwrap();
+    assert!(added.iter().any(|token| token["id"] == 258 && token["content"] == "[IND]"), "{added:?}");
+    let again = world.succeeds(&["generate", "exported", "--prompt", "7. [IND]", "--max-new-tokens", "3"]).0;
+    assert_eq!(again, out);
+    let logits = |folder: &str, out: &str| {
+        world.succeeds(&["logits", folder, "--tokens", "60,258,61", "--out", out]);
+        let bytes = world.read(out);
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let logits = tensors.tensor("logits").unwrap();
+        assert_eq!(logits.shape().last(), Some(&259));
+        logits.data().as_chunks::<4>().0.iter().map(|&four| f32::from_le_bytes(four)).collect::<Vec<_>>()
+    };
+    assert_close("logits", &logits("exported", "a"), &logits("whole", "b"), Tolerance::absolute(1e-5));
 }
 
 #[test]

@@ -39,6 +39,7 @@ mod golden_image_quality;
 mod golden_imbalanced;
 mod golden_kdgqa;
 mod golden_layer;
+mod golden_masked_diffusion;
 mod golden_mla;
 mod golden_moh;
 mod golden_optimizer;

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use polyhead_attention::AttentionConfig;
+
 use crate::world::World;
 
 /// Steps, validation, observation and a checkpoint after each.
@@ -25,6 +27,26 @@ batches = 1
 log_freq = 1
 image_interval = 1
 observe = OBSERVE
+"#;
+
+/// A step of a masked diffusion model, validated, observed and saved.
+const DIFFUSION: &str = r#"
+[model.decoder]
+d_model = 24
+n_layers = 4
+masked_diffusion = true
+[data.markov]
+states = 6
+[training]
+steps = 1
+seq_len = 12
+batch_size = 2
+[validation]
+interval = 1
+batches = 1
+[metrics]
+log_freq = 1
+image_interval = 1
 "#;
 
 const CLASSIFIER: &str = r#"
@@ -142,4 +164,50 @@ fn every_decoder_that_is_valid_trains() {
 fn every_classifier_that_is_valid_trains() {
     // In f32 only.
     assert!(train_all(CLASSIFIER, &[&[]]) >= 2 * 10);
+}
+
+#[test]
+fn masked_diffusion_trains_with_every_mechanism_that_reads_both_sides() {
+    let world = World::new(DIFFUSION);
+    let mut refused = Vec::new();
+    for mechanism in AttentionConfig::examples() {
+        let name = mechanism.name();
+        // An inline table of TOML.
+        let settings = serde_json::to_string(&mechanism).unwrap().replace("\":", "\" = ");
+        let attention = format!("model.decoder.attention={settings}");
+        if trains_if_valid(&world, name, &[attention.as_str()]) {
+            let lines = String::from_utf8(world.read(&format!("{name}/metrics.jsonl"))).unwrap();
+            assert!(lines.contains("\"loss/validation\""), "{name}: {lines}");
+        } else {
+            let told = world.fails(2, &["validate", "recipe.toml", &attention]);
+            assert!(told.contains(&format!("{name} ")), "{told}");
+            refused.push(name);
+        }
+    }
+    assert_eq!(refused, ["hilo", "gated_delta_net"]);
+}
+
+/// Gated DeltaNet reads one token after the other.
+#[test]
+fn recurrent_layers_are_refused_where_both_sides_are_read() {
+    let one_sided = "gated_delta_net reads positions one after the other";
+    let recurrent = |template: &str| {
+        let recipe = template.replace("MECHANISM", "gated_delta_net").replace("SETTINGS", "n_heads = 4");
+        World::new(&recipe.replace("PRECISION", "f32").replace("OBSERVE", "false"))
+    };
+    let told = recurrent(CLASSIFIER).fails(2, &["validate", "recipe.toml"]);
+    assert!(told.contains(one_sided), "{told}");
+    let decoder = recurrent(DECODER);
+    decoder.succeeds(&["validate", "recipe.toml"]);
+    for procedure in ["standard", "bilevel", "neuron_dropout"] {
+        let mask = |mask: &str| format!("procedure.{procedure}.context_mask={mask}");
+        let told = decoder.fails(2, &["validate", "recipe.toml", &mask("bidirectional")]);
+        assert!(told.contains("which gated_delta_net reads one after the other: take \"causal\""), "{told}");
+        decoder.succeeds(&["validate", "recipe.toml", &mask("causal")]);
+    }
+    // Of a model that exists its layers are known once it has been read.
+    decoder.succeeds(&["train", "recipe.toml", "--out", "run"]);
+    let more = ["train", "recipe.toml", "--out", "more", "model.pretrained=run"];
+    let told = decoder.fails(1, &[&more[..], &["procedure.bilevel.rank=2"]].concat());
+    assert!(told.contains("procedure.bilevel.context_mask"), "{told}");
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::world::{SMALL, World};
+use crate::world::{SMALL, World, project};
 
 const TEMPLATES: &str = r#"{"template": "{} is a", "attributes": ["he", "she"], "options": [" smith.", " nurse."]}
 {"template": "then {} was", "attributes": ["he", "she"], "options": [" late.", " early, as always."]}
@@ -36,6 +36,9 @@ fn templates_with_exchanged_attributes_or_options_give_the_opposite() {
         assert!(low <= mean && mean <= high && low < high, "{plain:#}");
     }
     assert_eq!(plain["nats"]["mean"].as_f64().unwrap(), values.iter().sum::<f64>() / 3.0);
+    // Those that are shipped.
+    let shipped = project().join("datasets/template_pairs.jsonl");
+    assert_eq!(rows(&ask(shipped.to_str().unwrap())).len(), 24);
     for (code, arguments, words) in [
         (2, "eval run --task template_pairs", "takes a file of templates"),
         (2, "eval run --task template_pairs plain.jsonl --lengths 1", "--lengths"),

@@ -110,6 +110,12 @@ impl MechanismConfig for GatedDeltaNetConfig {
         })
     }
 
+    fn check_bidirectional(&self) -> Result<(), ConfigError> {
+        let problem = "gated_delta_net reads positions one after the other, and this model reads those behind a position too: \
+                       take another mechanism";
+        Err(ConfigError::new("", problem))
+    }
+
     fn init(&self, dims: &Dims, device: &Device) -> GatedDeltaNet {
         let (d_model, sizes) = (dims.d_model, self.sizes(dims));
         let heads = sizes.heads();

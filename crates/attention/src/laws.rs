@@ -21,6 +21,7 @@ type Law = (&'static str, fn(&World));
 const LAWS: &[Law] = &[
     ("awkward_shapes", awkward_shapes_work),
     ("no_look_ahead", nobody_looks_ahead),
+    ("both_sides", both_sides_are_read_or_refused),
     ("cached_decoding", cached_decoding_equals_the_full_pass),
     ("padding", padding_does_not_leak),
     ("documents", documents_do_not_leak),
@@ -145,6 +146,14 @@ fn nobody_looks_ahead(world: &World) {
     let (a, b) = (world.causal(x), world.causal(other));
     close(a.clone().narrow(1, 0, 4), b.clone().narrow(1, 0, 4));
     assert!(largest_difference(a.narrow(1, 4, 3), b.narrow(1, 4, 3)) > 1e-3, "the change must be visible behind");
+}
+
+fn both_sides_are_read_or_refused(world: &World) {
+    let x = world.input(2, 7);
+    let other = Tensor::cat(vec![x.clone().narrow(1, 0, 1), world.input(2, 6)], 1);
+    let first = |x| world.run(x, &Mask::none(), None, Observe::Nothing).hidden.narrow(1, 0, 1);
+    let apart = largest_difference(first(x), first(other));
+    assert_eq!(apart > 1e-3, world.config.check_bidirectional().is_ok(), "the first position changes by {apart}");
 }
 
 fn cached_decoding_equals_the_full_pass(world: &World) {

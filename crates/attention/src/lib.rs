@@ -119,6 +119,15 @@ pub trait MechanismConfig: Sized {
         Ok(())
     }
 
+    /// Refuses what reads positions one after the other, where those behind a position are to be read too. Most mechanisms read all
+    /// that the mask leaves them.
+    ///
+    /// # Errors
+    /// Names the mechanism and the way out.
+    fn check_bidirectional(&self) -> Result<(), ConfigError> {
+        Ok(())
+    }
+
     /// A layer with fresh weights. Cannot fail after [`validate`](Self::validate).
     fn init(&self, dims: &Dims, device: &Device) -> Self::Layer;
 
@@ -438,6 +447,14 @@ macro_rules! mechanisms {
             /// Names the field and the way out.
             pub fn check_causal(&self) -> Result<(), ConfigError> {
                 match self { $(Self::$Layer(config) => config.check_causal().map_err(|e| e.within(self.name())),)+ }
+            }
+
+            /// See [`MechanismConfig::check_bidirectional`].
+            ///
+            /// # Errors
+            /// Names the mechanism and the way out.
+            pub fn check_bidirectional(&self) -> Result<(), ConfigError> {
+                match self { $(Self::$Layer(config) => config.check_bidirectional().map_err(|e| e.within(self.name())),)+ }
             }
 
             /// See [`MechanismConfig::init`].

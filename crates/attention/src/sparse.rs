@@ -13,11 +13,15 @@ pub mod shifted;
 pub mod sparsed;
 #[cfg(test)]
 mod tests;
+mod texts;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use polyhead_kernels::{Attention, AttentionOptions, HeadMap, Mask, attention, attention_weights, in_type};
+use polyhead_kernels::{
+    Attention, AttentionOptions, HeadMap, Mask, attention, attention_weights, in_parallel, in_type,
+};
 pub use polyhead_kernels::{BlockMask, QueryBlock};
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +33,7 @@ use h2o::{H2oConfig, local_mask, with_recent};
 use rectified::{RectifiedConfig, rectified_attention};
 use shifted::ShiftedConfig;
 use sparsed::{SparsedConfig, SparsedSelection};
+use texts::Texts;
 
 /// Which keys queries read, where that is not all that the mask leaves them: one of its tables.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -153,7 +158,7 @@ pub struct KeptBlocks {
 impl Sparse {
     /// [`attention`] of rotated queries, keys and values.
     pub fn attend(&self, [q, k, v]: [Tensor<4>; 3], options: &AttentionOptions<'_>) -> Attention {
-        let ([_, heads, seq, _], everything) = (q.dims(), Mask::none());
+        let ([batch, heads, seq, _], everything) = (q.dims(), Mask::none());
         let mask = options.mask.unwrap_or(&everything);
         let whole = options.query_offset == 0 && k.dims()[2] == seq && seq > 0;
         // As Burn's dropout, training is known by its tape.
@@ -166,27 +171,33 @@ impl Sparse {
             Self::Kept(kept) if whole => return kept.attend([q, k, v], mask, options),
             _ => return attention(q, k, v, options),
         };
+        // What is read of a text does not depend on others in its row.
+        let in_one_piece = Texts::of(mask, batch, seq);
+        let rectifies = in_one_piece.is_some() && mask.is_causal_in_documents();
+        let texts = in_one_piece.unwrap_or_else(|| Texts::whole(batch, seq));
+        let choose = |choice: &dyn Fn(Tensor<4>, Tensor<4>) -> BlockMask| {
+            texts.joined_masks(texts.parts([&q, &k]).map(|[q, k]| choice(q, k)))
+        };
         let (blocks, rectified) = match config {
             SparseConfig::Shifted(config) if config.leak => {
                 let mask = mask.ordered_by(config.shift(seq, heads).leaking_mask(seq, heads));
                 return attention(q, k, v, &AttentionOptions { mask: Some(&mask), ..options.clone() });
             }
-            SparseConfig::Shifted(config) => (config.shift(seq, heads).mask(seq, heads), None),
+            SparseConfig::Shifted(config) => (Some(config.shift(seq, heads).mask(seq, heads)), None),
             SparseConfig::Blocks(config) => {
-                (config.mask(q.clone(), of_query_heads(&k, &options.keys)), config.rectified())
+                (Some(choose(&|q, k| config.mask(q, of_query_heads(&k, &options.keys)))), config.rectified())
             }
-            SparseConfig::Dhsa(config) => (config.mask(q.clone(), k.clone(), predictor), config.rectified()),
-            SparseConfig::Rectified(config) if mask.is_plainly_causal() => {
-                return rectified_attention([q, k, v], config, None, options);
-            }
-            SparseConfig::Rectified(_) => return attention(q, k, v, options),
-            SparseConfig::H2o(config) => (h2o_mask(&q, &k, config, options), None),
+            SparseConfig::Dhsa(config) => (Some(choose(&|q, k| config.mask(q, k, predictor))), config.rectified()),
+            SparseConfig::Rectified(config) => (None, Some(*config)),
+            SparseConfig::H2o(config) => (Some(h2o_mask(&q, &k, config, &texts, options)), None),
             // Its steps are told by whoever generates.
-            SparseConfig::Sparsed(_) => return attention(q, k, v, options),
+            SparseConfig::Sparsed(_) => (None, None),
         };
-        match rectified {
-            Some(config) if mask.is_plainly_causal() => rectified_attention([q, k, v], &config, Some(blocks), options),
-            _ => under([q, k, v], mask, blocks, options),
+        match (blocks, rectified) {
+            (blocks, Some(config)) if rectifies => rectified_attention([q, k, v], &config, blocks, options),
+            // The means of blocks say nothing where queries see later keys, or texts are in pieces.
+            (_, Some(_)) | (None, None) => attention(q, k, v, options),
+            (Some(blocks), None) => under([q, k, v], mask, blocks, options),
         }
     }
 }
@@ -214,17 +225,28 @@ fn under(
     attention(q, k, v, &AttentionOptions { mask: Some(&mask), ..options.clone() })
 }
 
-/// What each head would have kept, had the text been read token by token.
-fn h2o_mask(q: &Tensor<4>, k: &Tensor<4>, config: &H2oConfig, options: &AttentionOptions<'_>) -> BlockMask {
+/// What each head would have kept, had each text been read token by token.
+fn h2o_mask(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    config: &H2oConfig,
+    texts: &Texts,
+    options: &AttentionOptions<'_>,
+) -> BlockMask {
     let ([batch, heads, seq, _], kv_heads) = (q.dims(), k.dims()[1]);
     let weights = attention_weights(q.clone(), k.clone(), options);
     let of_groups = weights.reshape([batch, kv_heads, heads / kv_heads, seq * seq]).sum_dim(2);
-    let of_groups = numbers(of_groups);
-    let seen = of_groups.chunks(seq * seq).flat_map(|weights| {
-        let own = local_mask(weights, config.heavy);
-        with_recent(|query, key| own[query * seq + key], seq, config.recent).repeat(heads / kv_heads)
-    });
-    BlockMask::of_blocks(&seen.collect::<Vec<_>>(), [batch, heads], [seq, seq], [1, 1])
+    let of_groups = of_groups.reshape([batch, kv_heads, seq, seq]);
+    let of_text = |[rows, tokens]: &[Range<usize>; 2]| {
+        let seq = tokens.len();
+        let own = numbers(of_groups.clone().slice([rows.clone(), 0..kv_heads, tokens.clone(), tokens.clone()]));
+        let seen = in_parallel(rows.len() * kv_heads, |at| {
+            let own = local_mask(&own[at * seq * seq..(at + 1) * seq * seq], config.heavy);
+            with_recent(|query, key| own[query * seq + key], seq, config.recent).repeat(heads / kv_heads)
+        });
+        BlockMask::of_blocks(&seen.concat(), [rows.len(), heads], [seq, seq], [1, 1])
+    };
+    texts.joined_masks(texts.places().map(of_text))
 }
 
 /// The indices of the `count` largest scores, those of the lower index first where they are equal.

@@ -74,6 +74,44 @@ impl BlockMask {
         Self::new(heads, keys, lists.collect())
     }
 
+    /// The masks of texts that follow one another in the rows of a batch, each `[1, heads]` with as many keys as positions: every query
+    /// sees keys of its own text.
+    ///
+    /// # Panics
+    /// If a mask is of several rows, has other heads or more keys than positions, or the rows have not as many positions.
+    pub fn of_texts(rows: Vec<Vec<Self>>) -> Self {
+        let (batch, first) = (rows.len(), rows.iter().flatten().next());
+        let heads = first.map_or(1, |first| first.shape[1]);
+        let length = |texts: &Vec<Self>| texts.iter().map(|text| text.positions).sum::<usize>();
+        let positions = rows.first().map_or(0, length);
+        let mut patterns = vec![Pattern { ends: Vec::new(), runs: Vec::new() }; batch * heads];
+        for (texts, patterns) in rows.iter().zip(patterns.chunks_mut(heads)) {
+            assert!(
+                length(texts) == positions,
+                "block mask: texts of {} and {positions} tokens in rows",
+                length(texts)
+            );
+            let mut from = 0;
+            for text in texts {
+                let [rows, own, tokens, keys] = text.dims();
+                assert!(
+                    [rows, own, keys] == [1, heads, tokens],
+                    "block mask: a text of {:?}, {heads} heads",
+                    text.dims()
+                );
+                for (pattern, text) in patterns.iter_mut().zip(&text.patterns) {
+                    pattern.ends.extend(text.ends.iter().map(|end| from + end));
+                    let moved = |runs: &Vec<Range<usize>>| -> Vec<Range<usize>> {
+                        runs.iter().map(|run| from + run.start..from + run.end).collect()
+                    };
+                    pattern.runs.extend(text.runs.iter().map(moved));
+                }
+                from += tokens;
+            }
+        }
+        Self { shape: [batch, heads], positions, keys: positions, patterns }
+    }
+
     /// `[batch or 1, heads or 1]`, positions and keys.
     pub(crate) fn dims(&self) -> [usize; 4] {
         [self.shape[0], self.shape[1], self.positions, self.keys]
@@ -228,6 +266,17 @@ mod tests {
         assert_eq!(mask.spans([3, 7], 1..3, 0..100), [0..30, 50..60, 90..99]);
         assert!(mask.spans([0, 0], 2..3, 0..40).is_empty());
         assert_eq!((mask.block_end([0, 0], 1), mask.block_end([0, 0], 2)), (2, 3));
+    }
+
+    #[test]
+    fn texts_in_a_row_see_keys_of_their_own() {
+        let text = |keys: usize, blocks: Vec<QueryBlock>| BlockMask::new([1, 1], keys, vec![blocks]);
+        let (long, short) =
+            (text(3, vec![block(2, &[(0, 1)]), block(1, &[(1, 3)])]), text(2, vec![block(2, &[(0, 2)])]));
+        let mask = BlockMask::of_texts(vec![vec![long.clone(), short.clone()], vec![short, long]]);
+        let first = vec![block(2, &[(0, 1)]), block(1, &[(1, 3)]), block(2, &[(3, 5)])];
+        let second = vec![block(2, &[(0, 2)]), block(2, &[(2, 3)]), block(1, &[(3, 5)])];
+        assert_eq!(mask, BlockMask::new([2, 1], 5, vec![first, second]));
     }
 
     #[test]

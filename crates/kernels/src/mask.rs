@@ -162,11 +162,26 @@ impl Mask {
         Self { window: Some(self.window.map_or(window, |own| own.min(window))), ..self }.afresh()
     }
 
-    /// Whether it says that queries see the keys up to their own position, and nothing else.
-    pub fn is_plainly_causal(&self) -> bool {
-        let Self { causal, window, lengths, documents, turn_ends, blocks, dense, .. } = self;
-        let more = window.is_some() || lengths.is_some() || documents.is_some() || turn_ends.is_some();
+    /// Whether it says that queries see the keys of their own document up to their own position, and nothing else.
+    pub fn is_causal_in_documents(&self) -> bool {
+        let Self { causal, window, lengths, turn_ends, blocks, dense, .. } = self;
+        let more = window.is_some() || lengths.is_some() || turn_ends.is_some();
         *causal && !more && blocks.is_none() && dense.is_none()
+    }
+
+    /// The documents of each row of `keys` tokens, one after the other: whole rows where there are none; `None` where a document is
+    /// interrupted by another.
+    pub fn texts(&self, batch: usize, keys: usize) -> Option<Vec<Vec<Range<usize>>>> {
+        let Some(documents) = &self.documents else { return Some(vec![std::iter::once(0..keys).collect(); batch]) };
+        let of_row = |ids: &[u32]| {
+            let texts = ids.chunk_by(|a, b| a == b).scan(0, |from, text| {
+                let range = *from..*from + text.len();
+                *from = range.end;
+                Some(range)
+            });
+            (!Spans::of(ids).in_pieces).then(|| texts.collect())
+        };
+        documents.chunks(keys.max(1)).map(of_row).collect()
     }
 
     /// Its window, where it has one.
@@ -520,6 +535,19 @@ mod tests {
         assert_eq!(rows(&documents, 1, 0, 4, 4), [".###", "..##", "##.#", "##.."]);
         let lengths = Mask::none().with_lengths(&[1, 3]);
         assert_eq!(rows(&lengths, 2, 0, 2, 3), [".##", ".##", "...", "..."]);
+    }
+
+    #[test]
+    fn texts_are_documents_in_one_piece() {
+        // As rows and where their texts end.
+        let ends = |mask: Mask| -> Option<Vec<Vec<usize>>> {
+            let of_row = |row: Vec<Range<usize>>| row.into_iter().map(|text| text.end).collect();
+            mask.texts(2, 4).map(|rows| rows.into_iter().map(of_row).collect())
+        };
+        assert_eq!(ends(Mask::causal()), Some(vec![vec![4], vec![4]]));
+        let documents = |ids: [u32; 8]| ends(Mask::causal().with_documents(&ids));
+        assert_eq!(documents([7, 7, 7, 2, 1, 1, 1, 1]), Some(vec![vec![3, 4], vec![4]]));
+        assert_eq!(documents([7, 7, 7, 7, 1, 2, 1, 1]), None);
     }
 
     #[test]

@@ -62,36 +62,52 @@ impl DiffusionSampling {
 }
 
 /// A batch whose tokens are masked.
-struct Noised {
+#[derive(Debug, Clone)]
+pub struct MaskedBatch {
     batch: Batch,
     /// Of each row, the probability with which a token was masked.
     rates: Vec<f64>,
     /// Tokens that could have been masked.
     maskable: u64,
+    /// Targets of the batch before.
+    targets: u64,
 }
 
-impl Noised {
-    /// `rng` draws what is masked; of rates one for each row in even steps, beginning at `first` of one.
-    fn new(batch: &Batch, mask_id: u32, rng: &mut ChaCha8Rng, first: f64) -> Self {
-        let (mut tokens, mut targets) = (batch.tokens.clone(), vec![IGNORE; batch.tokens.len()]);
-        let (mut rates, mut maskable) = (Vec::with_capacity(batch.batch), 0);
-        for row in 0..batch.batch {
-            let t = (first + row as f64 / batch.batch as f64).fract();
-            let rate = (1.0 - LEAST) * t + LEAST;
-            rates.push(rate);
+impl MaskedBatch {
+    /// From the probability with which tokens of each row were masked, and what says of each token that can be masked, by its place in
+    /// `[batch, seq]` and its row's probability, whether it is. A token can be where it is to be predicted from the one before it.
+    ///
+    /// # Panics
+    /// If there are not as many rates as rows.
+    pub fn new(batch: &Batch, mask_id: u32, rates: Vec<f64>, mut masked: impl FnMut(usize, f64) -> bool) -> Self {
+        assert!(rates.len() == batch.batch, "masked batch: {} rates for {} rows", rates.len(), batch.batch);
+        let (mut tokens, mut targets, mut maskable) = (batch.tokens.clone(), vec![IGNORE; batch.tokens.len()], 0);
+        for (row, &rate) in rates.iter().enumerate() {
             for at in row * batch.seq + 1..(row + 1) * batch.seq {
-                // A token is a target where it is to be predicted from the one before it.
-                let drawn = rng.random::<f64>();
                 if batch.targets[at - 1] == IGNORE {
                     continue;
                 }
                 maskable += 1;
-                if drawn < rate {
+                if masked(at, rate) {
                     (tokens[at], targets[at]) = (mask_id, i64::from(batch.tokens[at]));
                 }
             }
         }
-        Self { batch: Batch { tokens, targets, ..batch.clone() }, rates, maskable }
+        Self { batch: Batch { tokens, targets, ..batch.clone() }, rates, maskable, targets: batch.target_tokens() }
+    }
+
+    /// `rng` draws what is masked; of rates one for each row in even steps, beginning at `first` of one.
+    fn drawn(batch: &Batch, mask_id: u32, rng: &mut ChaCha8Rng, first: f64) -> Self {
+        let rate = |row: usize| (1.0 - LEAST) * (first + row as f64 / batch.batch as f64).fract() + LEAST;
+        // The first token of a row is predicted from nothing.
+        let draw = |at: usize| if at.is_multiple_of(batch.seq) { 1.0 } else { rng.random() };
+        let draws: Vec<f64> = (0..batch.tokens.len()).map(draw).collect();
+        Self::new(batch, mask_id, (0..batch.batch).map(rate).collect(), |at, rate| draws[at] < rate)
+    }
+
+    /// Targets of the batch for each token that could have been masked: what makes a mean over those a sum over these.
+    fn share(&self) -> f64 {
+        self.targets as f64 / self.maskable.max(1) as f64
     }
 }
 
@@ -109,8 +125,8 @@ impl Decoder {
         self.config().masked_diffusion
     }
 
-    /// The id of the mask.
-    fn mask_id(&self) -> u32 {
+    /// The id of the mask: one behind those of the data.
+    pub fn mask_id(&self) -> u32 {
         self.vocab_size() as u32
     }
 
@@ -124,13 +140,18 @@ impl Decoder {
         };
         let (seed, first) = ((draw() * f64::from(1u32 << 24)) as u64, draw());
         let seed = seed << 24 | (draw() * f64::from(1u32 << 24)) as u64;
-        let noised = Noised::new(batch, self.mask_id(), &mut ChaCha8Rng::seed_from_u64(seed), first);
-        let mask = mask(batch);
-        let forward = self.training_pass(&noised.batch, Pass::new(&mask));
-        let share = batch.target_tokens() as f64 / noised.maskable.max(1) as f64;
-        let rows = noised.rates.iter().enumerate().map(|(row, rate)| {
+        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
+        self.loss_of_masked(&MaskedBatch::drawn(batch, self.mask_id(), rng, first))
+    }
+
+    /// The training loss of a batch with these masks: a sum as over the targets of the batch, so that its mean over them is the bound of
+    /// the likelihood, in nats per token that can be masked.
+    pub fn loss_of_masked(&self, masked: &MaskedBatch) -> Loss {
+        let mask = mask(&masked.batch);
+        let forward = self.training_pass(&masked.batch, Pass::new(&mask));
+        let rows = masked.rates.iter().enumerate().map(|(row, rate)| {
             let hidden = forward.hidden.clone().narrow(0, row, 1);
-            self.predict(&noised.batch.row(row), hidden).sum * (share / rate)
+            self.predict(&masked.batch.row(row), hidden).sum * (masked.share() / rate)
         });
         let cross_entropy = rows.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([1], &self.device()));
         let (penalty, head_overlap) = (mean(forward.penalties), self.head_overlap(forward.taps));
@@ -145,20 +166,18 @@ impl Decoder {
             .tokens
             .iter()
             .fold(0xcbf2_9ce4_8422_2325u64, |hash, &id| (hash ^ u64::from(id)).wrapping_mul(0x0100_0000_01b3));
-        let noised =
-            Noised::new(batch, self.mask_id(), &mut ChaCha8Rng::seed_from_u64(seed), 0.5 / batch.batch.max(1) as f64);
-        let out = self.predict(&noised.batch, self.pass(self.tokens(&noised.batch), Pass::new(&mask(batch))).hidden);
-        let (targets, masked) = (batch.target_tokens(), noised.batch.target_tokens().max(1) as f64);
+        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
+        let masked = MaskedBatch::drawn(batch, self.mask_id(), rng, 0.5 / batch.batch.max(1) as f64);
+        let out = self.predict(&masked.batch, self.pass(self.tokens(&masked.batch), Pass::new(&mask(batch))).hidden);
         let losses = out.losses.into_data();
         let losses: Vec<f64> = losses.iter::<f64>().collect();
         let weighted =
-            losses.chunks(batch.seq.max(1)).zip(&noised.rates).map(|(row, rate)| row.iter().sum::<f64>() / rate);
-        let share = targets as f64 / noised.maskable.max(1) as f64;
+            losses.chunks(batch.seq.max(1)).zip(&masked.rates).map(|(row, rate)| row.iter().sum::<f64>() / rate);
         let correct: f64 = out.correct.into_data().iter::<f64>().sum();
         Evaluated {
-            loss: weighted.sum::<f64>() * share,
-            correct: (correct / masked * targets as f64).round() as u64,
-            targets,
+            loss: weighted.sum::<f64>() * masked.share(),
+            correct: (correct / masked.batch.target_tokens().max(1) as f64 * masked.targets as f64).round() as u64,
+            targets: masked.targets,
             bytes: batch.target_bytes,
         }
     }
@@ -275,6 +294,7 @@ impl SparsePhase {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::tensor::Device;
+    use polyhead_attention::AttentionConfig;
     use polyhead_kernels::seed_random;
 
     use super::*;
@@ -303,9 +323,9 @@ mod tests {
         let mut tokens = batch();
         // What is no target is never masked.
         tokens.targets[..16].fill(IGNORE);
-        let noised = Noised::new(&tokens, 9, &mut ChaCha8Rng::seed_from_u64(1), 0.99);
-        assert_eq!(noised.batch.tokens[..17], tokens.tokens[..17]);
-        assert!(noised.batch.tokens[17..32].contains(&9) && noised.maskable == 15 + 31);
+        let masked = MaskedBatch::drawn(&tokens, 9, &mut ChaCha8Rng::seed_from_u64(1), 0.99);
+        assert_eq!(masked.batch.tokens[..17], tokens.tokens[..17]);
+        assert!(masked.batch.tokens[17..32].contains(&9) && masked.maskable == 15 + 31);
         let sums = model.evaluate(&batch());
         assert_eq!(sums, model.evaluate(&batch()));
         assert_eq!(sums.targets, 64);
@@ -323,11 +343,26 @@ mod tests {
         assert!(weight == 0.5 && (0.4..=0.500_001).contains(&overlap), "{overlap}");
     }
 
+    /// Every mechanism of the table reads tokens behind a mask, or is refused by name.
     #[test]
-    fn every_token_reads_both_sides() {
-        let model = model(&Device::flex());
-        let logits = |last: u32| model.masked_logits(&[1, 9, 3, last], &[])[9..18].to_vec();
-        assert!(logits(4).iter().zip(logits(5)).any(|(a, b)| (a - b).abs() > 1e-6));
+    fn every_token_reads_both_sides_whatever_the_mechanism() {
+        let mut refused = Vec::new();
+        for mechanism in AttentionConfig::examples() {
+            let name = mechanism.name();
+            let config =
+                serde_json::json!({ "d_model": 24, "n_layers": 4, "masked_diffusion": true, "attention": mechanism });
+            let config: DecoderConfig = serde_json::from_value(config).unwrap();
+            if let Err(error) = config.validate() {
+                assert!(error.to_string().contains(name), "{name}: {error}");
+                refused.push(name);
+                continue;
+            }
+            seed_random(5);
+            let model = config.init(9, &Device::flex());
+            let logits = |last: u32| model.masked_logits(&[1, 9, 3, last], &[])[9..18].to_vec();
+            assert!(logits(4).iter().zip(logits(5)).any(|(a, b)| (a - b).abs() > 1e-6), "{name}");
+        }
+        assert_eq!(refused, ["hilo", "gated_delta_net"]);
     }
 
     #[test]

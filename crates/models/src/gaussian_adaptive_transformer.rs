@@ -156,7 +156,8 @@ impl GaussianAdaptiveTransformerConfig {
                 gate.validate(&read).map_err(|error| error.within("mixer.gaussian_adaptive"))?;
             }
             FeatureMixerConfig::Attention(FeatureAttentionConfig { mechanism, .. }) => {
-                mechanism.validate(&dims(d_model)).map_err(|error| error.within("mixer.attention.mechanism"))?;
+                let checked = mechanism.validate(&dims(d_model)).and_then(|()| mechanism.check_bidirectional());
+                checked.map_err(|error| error.within("mixer.attention.mechanism"))?;
             }
             FeatureMixerConfig::Gqdaam(config) => {
                 config.validate(&read).map_err(|error| error.within("mixer.gqdaam"))?;

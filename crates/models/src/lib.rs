@@ -51,7 +51,7 @@ pub use classifier::{
 pub use contrastive::{CONTRASTIVE_SCALE, contrastive_loss};
 pub use convolution::Convolution;
 pub use decoder::{Decoder, DecoderConfig, Forward, ModelCosts, Pass};
-pub use diffusion::DiffusionSampling;
+pub use diffusion::{DiffusionSampling, MaskedBatch};
 pub use embedder::{EmbedTotals, Embedder, EmbedderConfig, Pairs};
 pub use examples::{Examples, InputShape, Inputs};
 pub use gate::{Gate, GateKind};

@@ -27,6 +27,14 @@ impl<T> PerLayer<T> {
         }
     }
 
+    /// The settings as they are written: one for all layers, or one for each.
+    pub fn written(&self) -> &[T] {
+        match self {
+            Self::Same(setting) => std::slice::from_ref(setting),
+            Self::Each(settings) => settings,
+        }
+    }
+
     /// The same for something made of each setting.
     pub fn map<U>(self, make: impl FnMut(T) -> U) -> PerLayer<U> {
         let mut make = make;

@@ -263,6 +263,7 @@ impl MixerConfig {
             Self::TokenCentres(config) => config.validate(&dims(0)).map_err(|error| error.within("token_centres")),
             Self::Attention(config) => {
                 let checked = (0..n_layers).try_for_each(|layer| config.validate(&dims(layer)));
+                let checked = checked.and_then(|()| config.check_bidirectional());
                 checked.map_err(|error| error.within("attention"))
             }
         }

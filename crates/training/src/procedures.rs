@@ -3,7 +3,10 @@
 //! A procedure is a file with its settings and its step, a variant of [`ProcedureConfig`] and an arm where a [`TrainableModel`]
 //! makes them. Most are for decoders only; what a step of the others does is [`Standard`].
 
-use polyhead_models::{Classifier, ConfigError, Decoder, DecoderConfig, Embedder, Gate, SuperResolution};
+use polyhead_attention::AttentionConfig;
+use polyhead_models::{
+    Classifier, ConfigError, ContextMask, Decoder, DecoderConfig, Embedder, Gate, SuperResolution, require,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -46,7 +49,7 @@ impl ProcedureConfig {
     /// Checks the numbers, against a run, and against a model where it is known: the fields, from the name of the table on,
     /// with the rules that they break.
     pub fn validate(&self, decoder: Option<&DecoderConfig>, training: &TrainingConfig) -> Vec<ConfigError> {
-        let problems = match self {
+        let mut problems = match self {
             Self::Standard(_) => Vec::new(),
             Self::Bilevel(config) => Vec::from_iter(config.validate().err()),
             Self::Fusion(config) => Vec::from_iter(config.validate(decoder).err()),
@@ -54,7 +57,28 @@ impl ProcedureConfig {
             Self::NeuronDropout(config) => config.validate(decoder, training),
             Self::AttentionShifting(config) => Vec::from_iter(config.validate().err()),
         };
+        problems.extend(decoder.and_then(|decoder| self.check_context_mask(decoder).err()));
         problems.into_iter().map(|error| error.within(self.name())).collect()
+    }
+
+    /// Refuses layers that read tokens one after the other where those of a turn of context see each other.
+    fn check_context_mask(&self, decoder: &DecoderConfig) -> Result<(), ConfigError> {
+        let context_mask = match self {
+            Self::Standard(config) => config.context_mask,
+            Self::Bilevel(config) => config.context_mask,
+            Self::NeuronDropout(config) => config.context_mask,
+            Self::Fusion(_) | Self::Boundaries(_) | Self::AttentionShifting(_) => ContextMask::Causal,
+        };
+        let mut mechanisms = decoder.attention.written().iter();
+        let ordered = mechanisms.find(|mechanism| mechanism.check_bidirectional().is_err()).map(AttentionConfig::name);
+        let ordered = ordered.filter(|_| context_mask == ContextMask::Bidirectional);
+        require(ordered.is_none(), "context_mask", || {
+            format!(
+                "context_mask (\"bidirectional\") lets tokens of a turn see later ones, which {} reads one after the other: take \
+                 \"causal\"",
+                ordered.unwrap_or_default()
+            )
+        })
     }
 
     /// The name of its table.
@@ -128,6 +152,8 @@ impl TrainableModel for Decoder {
         parts: Parts<'_>,
         state: &serde_json::Value,
     ) -> Result<Box<dyn Procedure>, TrainError> {
+        let setting = |error: ConfigError| TrainError::Setting(format!("procedure.{}.{error}", config.name()));
+        config.check_context_mask(parts.model.config()).map_err(setting)?;
         match config {
             ProcedureConfig::Standard(config) => Ok(Box::new(Standard::new(config, parts.optimizer, parts.training))),
             ProcedureConfig::Bilevel(config) => {

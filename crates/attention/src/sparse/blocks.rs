@@ -12,7 +12,7 @@
 //! What differs: the last blocks may be shorter, where the code refuses them.
 
 use burn::tensor::Tensor;
-use polyhead_kernels::{AttentionOptions, BlockMask, Mask, attention_weights};
+use polyhead_kernels::{AttentionOptions, BlockMask, Mask, attention_weights, in_parallel};
 use serde::{Deserialize, Serialize};
 
 use super::rectified::RectifiedConfig;
@@ -116,50 +116,49 @@ impl BlockSelection {
 
     /// `[batch, n_heads, query blocks, key blocks]`: which are read.
     pub fn seen(&self, q: Tensor<4>, k: Tensor<4>) -> Vec<bool> {
-        let ([_, heads, queries, width], keys) = (q.dims(), k.dims()[2]);
+        let ([batch, heads, queries, width], [_, kv_heads, keys, _]) = (q.dims(), k.dims());
         let [rows, columns] = [queries.div_ceil(self.sizes[0]), keys.div_ceil(self.sizes[1])];
         let scores = || {
             let (q, k) = (block_means(q.clone(), self.sizes[0]), block_means(k.clone(), self.sizes[1]));
             numbers(q.matmul(repeated(k, heads).swap_dims(2, 3)))
         };
         let last = queries.min(self.sizes[0]).min(keys);
-        let weights = || {
-            let options = AttentionOptions {
-                mask: Some(&Mask::causal()),
-                query_offset: keys - last,
-                ..AttentionOptions::default()
-            };
-            numbers(attention_weights(q.clone().narrow(2, queries - last, last), k.clone(), &options))
+        // Of one head at a time: the weights of all of them are many.
+        let weights = |row: usize, head: usize| {
+            let mask = Mask::causal();
+            let options =
+                AttentionOptions { mask: Some(&mask), query_offset: keys - last, ..AttentionOptions::default() };
+            let key_head = head / (heads / kv_heads);
+            let q = q.clone().slice([row..row + 1, head..head + 1, queries - last..queries, 0..width]);
+            let k = k.clone().slice([row..row + 1, key_head..key_head + 1, 0..keys, 0..width]);
+            numbers(attention_weights(q, k, &options))
         };
-        let mut seen = Vec::new();
-        match self.pattern {
+        let size = rows * columns;
+        let seen = match self.pattern {
             Pattern::TopK | Pattern::AShape => {
-                for scores in scores().chunks(rows * columns) {
-                    seen.extend(
-                        self.head([rows, columns], &|row, _| scores[row * columns..(row + 1) * columns].to_vec()),
-                    );
-                }
+                let scores = scores();
+                in_parallel(batch * heads, |at| {
+                    let scores = &scores[at * size..(at + 1) * size];
+                    self.head([rows, columns], &|row, _| scores[row * columns..(row + 1) * columns].to_vec())
+                })
             }
-            Pattern::VerticalSlash => {
-                for weights in weights().chunks(last * keys) {
-                    let lines = self.lines(weights, keys);
-                    seen.extend(
-                        self.head([rows, columns], &|row, newest| self.lines_in_row(&lines, (row, newest), keys)),
-                    );
-                }
-            }
+            Pattern::VerticalSlash => in_parallel(batch * heads, |at| {
+                let lines = self.lines(&weights(at / heads, at % heads), keys);
+                self.head([rows, columns], &|row, newest| self.lines_in_row(&lines, (row, newest), keys))
+            }),
             Pattern::VerticalSlashBlocks => {
-                for scores in scores().chunks(rows * columns) {
-                    let scale = (width as f32).powf(-0.5);
-                    let last: Vec<f32> = scores[(rows - 1) * columns..].iter().map(|score| score * scale).collect();
-                    seen.extend(self.head([rows, columns], &|row, newest| {
+                let (scores, scale) = (scores(), (width as f32).powf(-0.5));
+                in_parallel(batch * heads, |at| {
+                    let last = &scores[(at + 1) * size - columns..(at + 1) * size];
+                    let last: Vec<f32> = last.iter().map(|score| score * scale).collect();
+                    self.head([rows, columns], &|row, newest| {
                         let own = (row * self.sizes[0] / self.sizes[1]).min(columns - 1);
                         self.block_lines_in_row(&last, [own, newest])
-                    }));
-                }
+                    })
+                })
             }
-        }
-        seen
+        };
+        seen.concat()
     }
 
     /// `[rows, columns]`: the blocks of one head, ranked by what `ranking` gives for a row and its newest block.

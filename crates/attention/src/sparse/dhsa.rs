@@ -13,7 +13,7 @@
 //! The code keeps lists of indices, in which global tokens replace the first ones and may be counted twice; here a selection is a set.
 
 use burn::tensor::Tensor;
-use polyhead_kernels::{BlockMask, QueryBlock};
+use polyhead_kernels::{BlockMask, QueryBlock, in_parallel};
 use serde::{Deserialize, Serialize};
 
 use super::boundaries::{BoundaryPredictor, BoundarySelection, rows_of};
@@ -286,14 +286,16 @@ impl TokenSelection {
         };
         let row = |(starts, scores): (&Vec<usize>, Vec<f32>)| {
             let (chunk_of, chunks) = (chunk_of_tokens(starts), starts.len() - 1);
-            let block = |(block, len): (usize, usize)| {
+            let lengths = super::block_lengths(queries, self.block_size);
+            let block = |block: usize| {
+                let len = lengths[block];
                 let own = &scores[block * chunks..(block + 1) * chunks];
                 let seen = self.choose(block, own, &chunk_of).seen();
                 QueryBlock { len, keys: runs(&seen).into_iter().chain([self.global(block, seq)]).collect() }
             };
             let last =
                 (queries < seq).then(|| QueryBlock { len: seq - queries, keys: std::iter::once(0..seq).collect() });
-            super::block_lengths(queries, self.block_size).into_iter().enumerate().map(block).chain(last).collect()
+            in_parallel(lengths.len(), block).into_iter().chain(last).collect()
         };
         BlockMask::new([starts.len(), 1], seq, starts.iter().zip(scores).map(row).collect())
     }

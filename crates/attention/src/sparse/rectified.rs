@@ -14,11 +14,14 @@
 //! - [`Kind::CausalToken`], for language models: every query for itself, P over its logits q · mean(k_j) / √d + ln(length) of past blocks
 //!   and the sum over its own block up to itself. It looks at nothing later.
 
+use std::ops::Range;
+
 use burn::tensor::activation::softmax;
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 use polyhead_kernels::{Attention, AttentionOptions, BlockMask, Mask, attention};
 use serde::{Deserialize, Serialize};
 
+use super::texts::Texts;
 use super::{as_column, block_lengths, block_means, in_blocks, largest, numbers, repeated};
 use crate::{ConfigError, require_range};
 
@@ -201,43 +204,55 @@ impl Pooled {
     }
 }
 
-/// Attention of a decoder in which every query reads few blocks exactly and knows the others by their means; strictly causal. The
-/// critical blocks are those of `mask`, or where there is none, those that the settings choose for each query.
+/// Attention of a decoder in which every query reads few blocks of its text exactly and knows the others by their means; strictly
+/// causal. The critical blocks are those of `mask`, or where there is none, those that the settings choose for each query.
+///
+/// # Panics
+/// If the mask of the options hides more than later keys and those of other documents, or a document is in pieces.
 pub fn rectified_attention(
     [q, k, v]: [Tensor<4>; 3],
     config: &RectifiedConfig,
     mask: Option<BlockMask>,
     options: &AttentionOptions<'_>,
 ) -> Attention {
-    let size = config.block_size;
-    let scale = options.scale.unwrap_or_else(|| (q.dims()[3] as f64).powf(-0.5));
-    let dtype = q.dtype();
-    let pooled = Pooled::new(Kind::CausalToken, [q.clone(), k.clone(), v.clone()], size, scale);
-    let (critical, mask) = match mask {
-        Some(mask) => (whole_blocks(&mask, pooled.shares.dims(), size), mask),
+    let (causal, [batch, _, seq, width]) = (options.mask.cloned().unwrap_or_else(Mask::causal), q.dims());
+    assert!(causal.is_causal_in_documents(), "rectified attention: {causal:?} hides more than what is later");
+    let texts = Texts::of(&causal, batch, seq).expect("rectified attention: documents in one piece");
+    let (size, scale, dtype) =
+        (config.block_size, options.scale.unwrap_or_else(|| (width as f64).powf(-0.5)), q.dtype());
+    let pooled = texts.parts([&q, &k, &v]).map(|inputs| Pooled::new(Kind::CausalToken, inputs, size, scale));
+    let pooled: Vec<Pooled> = pooled.collect();
+    let critical: Vec<Vec<bool>> = match &mask {
+        Some(mask) => texts.places().zip(&pooled).map(|(place, pooled)| whole_blocks(mask, place, pooled)).collect(),
         None => {
             let always = |_: usize, block: usize| config.first_block && block == 0;
-            let critical = pooled.critical(config.prob_threshold, config.top_k, &always);
-            let mask = pooled.mask(&critical);
-            (critical, mask)
+            pooled.iter().map(|pooled| pooled.critical(config.prob_threshold, config.top_k, &always)).collect()
         }
     };
-    let causal = Mask::causal().with_blocks(mask);
-    let attended = attention(q, k, v, &AttentionOptions { mask: Some(&causal), ..options.clone() });
-    let hidden = pooled.rectify(attended.hidden, &critical, &pooled.gain()).hidden;
+    let chosen = || texts.joined_masks(pooled.iter().zip(&critical).map(|(pooled, critical)| pooled.mask(critical)));
+    let mask = causal.with_blocks(mask.unwrap_or_else(chosen));
+    let attended = attention(q, k, v, &AttentionOptions { mask: Some(&mask), ..options.clone() });
+    let parts = texts.parts([&attended.hidden]).zip(pooled.iter().zip(&critical));
+    let hidden =
+        texts.joined(parts.map(|([part], (pooled, critical))| pooled.rectify(part, critical, &pooled.gain()).hidden));
     Attention { hidden: polyhead_kernels::in_type(hidden, dtype), ..attended }
 }
 
-/// `[batch, heads, seq, blocks]`: which blocks a query reads anything of.
-fn whole_blocks(mask: &BlockMask, [batch, heads, seq, blocks]: [usize; 4], size: usize) -> Vec<bool> {
-    let mut critical = Vec::with_capacity(batch * heads * seq * blocks);
-    for row in 0..batch {
+/// `[rows, heads, tokens, blocks]`: which blocks of its text a query reads anything of.
+fn whole_blocks(mask: &BlockMask, [rows, tokens]: &[Range<usize>; 2], pooled: &Pooled) -> Vec<bool> {
+    let (size, [_, heads, _, blocks]) = (pooled.block_size, pooled.shares.dims());
+    let mut critical = Vec::with_capacity(rows.len() * heads * tokens.len() * blocks);
+    for row in rows.clone() {
         for head in 0..heads {
-            for query in 0..seq {
+            for query in tokens.clone() {
                 let start = critical.len();
                 critical.resize(start + blocks, false);
                 for run in mask.runs([row, head], query) {
-                    critical[start + run.start / size..start + run.end.div_ceil(size)].fill(true);
+                    let own = run.start.max(tokens.start)..run.end.min(tokens.end);
+                    if !own.is_empty() {
+                        let [from, to] = [own.start, own.end].map(|key| key - tokens.start);
+                        critical[start + from / size..start + to.div_ceil(size)].fill(true);
+                    }
                 }
             }
         }

@@ -95,6 +95,50 @@ fn rectified_attention_looks_at_nothing_later() {
     }
 }
 
+/// Texts of 11, 6 and 20 tokens in one row, of 30 and 7 in the other.
+#[test]
+fn packed_texts_are_read_as_if_each_were_a_row() {
+    let inputs = inputs(&Device::flex());
+    let rows = [vec![0..11, 11..17, 17..37], vec![0..30, 30..37]];
+    let ids = |texts: &Vec<Range<usize>>| {
+        (0..37).map(|at| texts.iter().position(|text| text.contains(&at)).expect("a text") as u32).collect()
+    };
+    let documents: Vec<u32> = rows.iter().flat_map(|texts| -> Vec<u32> { ids(texts) }).collect();
+    let packed = Mask::causal().with_documents(&documents);
+    let dhsa = |rectify| {
+        let (block_size, chunk_size) = (4, Some(3));
+        let few = DhsaConfig {
+            global_tokens: 0,
+            local_tokens: 2,
+            instruction_tokens: 3,
+            density: 0.2,
+            ..DhsaConfig::default()
+        };
+        SparseConfig::Dhsa(DhsaConfig { block_size, chunk_size, rectify, ..few })
+    };
+    let rectified = RectifiedConfig { block_size: 4, prob_threshold: 0.0, top_k: 1, first_block: false };
+    for config in [
+        blocks(Pattern::AShape, 0.3, false),
+        blocks(Pattern::AShape, 0.3, true),
+        blocks(Pattern::VerticalSlash, 0.3, true),
+        dhsa(false),
+        dhsa(true),
+        SparseConfig::Rectified(rectified),
+        SparseConfig::H2o(H2oConfig { heavy: 2, recent: 2 }),
+    ] {
+        let options = AttentionOptions { mask: Some(&packed), ..AttentionOptions::default() };
+        let together = Sparse::Config(config.clone(), None).attend(inputs.clone(), &options).hidden;
+        for (row, text) in rows.iter().enumerate().flat_map(|(row, texts)| texts.iter().map(move |text| (row, text))) {
+            let own = |x: &Tensor<4>| x.clone().slice([row..row + 1, 0..x.dims()[1], text.clone(), 0..8]);
+            let alone = attend(config.clone(), inputs.each_ref().map(own));
+            let apart = largest_difference(own(&together), alone);
+            assert!(apart < 1e-6, "{config:?}, row {row}, {text:?}: {apart}");
+        }
+        let [q, k, v] = inputs.clone();
+        assert!(largest_difference(together, attention(q, k, v, &options).hidden) > 1e-3, "{config:?} is dense");
+    }
+}
+
 /// Later queries attend to one topic: boundaries are where it begins and where it ends.
 #[test]
 fn boundaries_are_where_topics_change() {

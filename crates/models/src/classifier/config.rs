@@ -150,7 +150,7 @@ impl EncoderConfig {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        self.transformer.validate(|_, _| Ok(()))?;
+        self.transformer.validate(|_, mechanism| mechanism.check_bidirectional())?;
         self.pooling.validate(self.transformer.d_model).map_err(|error| error.within("pooling"))
     }
 }

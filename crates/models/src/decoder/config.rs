@@ -201,9 +201,7 @@ impl DecoderConfig {
         })?;
         self.transformer().validate(|_, mechanism| match self.masked_diffusion {
             false => mechanism.check_causal(),
-            true => require(mechanism.name() != "gated_delta_net", "gated_delta_net", || {
-                "gated_delta_net reads tokens one after the other, and masked_diffusion needs both sides: take another mechanism".into()
-            }),
+            true => mechanism.check_bidirectional(),
         })?;
         (0..self.n_layers).try_for_each(|layer| self.check_rotation(layer))
     }
