@@ -184,6 +184,26 @@ fn folders_of_the_hub_are_trained_on_by_their_splits() {
     }
 }
 
+#[test]
+fn columns_that_no_chat_is_made_of_are_not_read() {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rows/chats.parquet"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let reader = SerializedFileReader::new(std::fs::File::open(&path).unwrap()).unwrap();
+    for group in reader.metadata().row_groups() {
+        let image = group.columns().iter().find(|column| column.column_path().string() == "image").unwrap();
+        let (start, length) = image.byte_range();
+        bytes[start as usize..(start + length) as usize].fill(0xff);
+    }
+    let dir = testing::Folder::new();
+    let damaged = dir.write("chats.parquet", bytes);
+    let data = serde_json::json!({ "chat": { "paths": [damaged], "template": "plain" } });
+    let options = OpenOptions { tracking: None, ..options(32, 1, 3) };
+    let data: DataConfig = serde_json::from_value(data).unwrap();
+    let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+    assert!(opened.description.starts_with("3 rows of chat"), "{}", opened.description);
+}
+
 /// So many conversations in a file, from a number on.
 fn chats(first: usize, count: usize) -> tempfile::NamedTempFile {
     let row = |i| {
