@@ -80,7 +80,22 @@ pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError
 /// # Errors
 /// If a pattern matches nothing or cannot be searched.
 pub(crate) fn rows_of(paths: &[String]) -> Result<Search, DataError> {
-    search(paths, &KINDS)
+    search(paths, &KINDS).map_err(|error| paths.iter().find_map(|path| saved_to_disk(path)).unwrap_or(error))
+}
+
+/// What is said of a folder that `datasets.save_to_disk` wrote; `None` of another one.
+fn saved_to_disk(folder: &str) -> Option<DataError> {
+    let has = |name: &str| Path::new(folder).join(name).is_file();
+    let write = match has("dataset_dict.json") {
+        true => format!("[d.to_parquet(f'{folder}/{{s}}.parquet') for s, d in load_from_disk('{folder}').items()]"),
+        false => format!("load_from_disk('{folder}').to_parquet('{folder}/rows.parquet')"),
+    };
+    (has("dataset_dict.json") || has("state.json") && has("dataset_info.json")).then(|| {
+        unusable!(
+            "\"{folder}\" is a data set that datasets.save_to_disk wrote, whose .arrow files are not read: python -c \"from datasets \
+             import load_from_disk; {write}\" writes it as Parquet, which is"
+        )
+    })
 }
 
 /// Hands every row of files to `take`; of Parquet with these columns, or all if there are none here. Gives what was not read.
@@ -308,6 +323,23 @@ mod tests {
         }
         assert_eq!(rows("r.json", "[]"), []);
         assert_eq!(rows("r.json", "[ [1], \"]\", 2]").len(), 3);
+    }
+
+    #[test]
+    fn what_datasets_saved_to_disk_is_refused_with_the_way_out() {
+        let dir = Folder::new();
+        for (files, words) in [
+            (&["one/state.json", "one/dataset_info.json", "one/data-00000-of-00001.arrow"][..], "/one').to_parquet("),
+            (&["all/dataset_dict.json", "all/train/state.json", "all/train/data.arrow"], "/all').items()]"),
+        ] {
+            files.iter().for_each(|file| drop(dir.write(file, b"\xff\xff\xff\xff\x10\x01\0\0")));
+            let folder = dir.path().join(files[0].split('/').next().unwrap()).display().to_string();
+            let error = rows_of(&[folder]).unwrap_err().to_string();
+            assert!(error.contains("datasets.save_to_disk wrote") && error.contains(words), "{error}");
+            let file = dir.path().join(files.last().unwrap()).display().to_string();
+            let error = for_each_row(&rows_of(&[file]).unwrap(), &[], &mut |_, _| Ok(())).unwrap_err().to_string();
+            assert!(error.contains(".arrow is an Arrow stream") && error.contains("load_from_disk"), "{error}");
+        }
     }
 
     #[test]
