@@ -56,7 +56,7 @@ pub use problem::Problem;
 pub use prompt_pairs::{PairTask, Prompt, WrittenPair, generate_pairs, read_prompt_pairs};
 pub use source::{Data, Modality, Opening, Origin, Source, Yields};
 pub use table::MIXTURE;
-pub use texts::{Documents, FromFiles, TextDocument};
+pub use texts::{Contents, Documents, FromFiles, TakeText, TextDocument};
 pub use tokenizer::{HuggingfaceTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, train_bpe};
 pub use unlabelled::{ImageFilesConfig, PatternsConfig};
 

@@ -21,7 +21,7 @@ use crate::batches::{LoaderOptions, Order, Sample, Samples, first_rows};
 use crate::chat::{self, ChatTemplate, ChatTokens, Conversation, Learn, chat_template, tokenize};
 use crate::problem::{Problem, require};
 use crate::synthetic::Side;
-use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::texts::{Documents, TextDocument, held};
 use crate::{Data, DataError, Loader, Opened, Opening, Source, Tokenizer};
 
 pub use crate::random::generator;
@@ -73,8 +73,7 @@ impl Source for LongContextConfig {
     }
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
-        let read = FromFiles { items: texts(self)?, notes: Vec::new() };
-        Documents::counted(read, "generated conversation", "long_context").map(Some)
+        Ok(Some(Documents::counted("generated conversation", "long_context", held(texts(self)?))))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {

@@ -17,7 +17,7 @@ use polyhead_models::Batch;
 pub use config::{LastDocument, MixedSource, MixtureConfig, Until};
 
 use crate::batches::{Loader, LoaderOptions, Opened, Order, Sample, Samples};
-use crate::documents::{Split, TokenFile, Windows, split};
+use crate::documents::{Split, TokenFile, Tokenized, Windows, split};
 use crate::options::{OpenOptions, Packing};
 use crate::problem::{Problem, require};
 use crate::random::{mix, permute};
@@ -58,36 +58,31 @@ impl Source for MixtureConfig {
     }
 
     fn documents(&self, project_root: &Path) -> Result<Option<Documents>, DataError> {
-        let mut all = Documents { texts: Vec::new(), held_out: 0, description: String::new(), notes: Vec::new() };
-        for source in &self.source {
-            let own = source.documents(project_root)?;
-            all.texts.extend(own.to_train().iter().cloned());
-            all.notes.extend(own.notes);
-            let comma = if all.description.is_empty() { "" } else { ", " };
-            all.description.push_str(&format!("{comma}{}", own.description));
-        }
-        Ok(Some(all))
+        let own = |source: &MixedSource| Ok(source.documents(project_root)?.to_train());
+        let all = self.source.iter().map(own).collect::<Result<Vec<_>, DataError>>()?;
+        Ok(all.into_iter().reduce(Documents::and))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
         let Opening { tokenizer, options, progress, .. } = opening;
-        let (mut parts, mut texts, mut notes, mut tracking) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut parts, mut pieces, mut notes, mut tracking) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut key = blake3::Hasher::new();
         let (fraction, most) = options.tracking.map_or((0.0, 0), |tracking| (tracking.fraction, tracking.texts));
         for source in &self.source {
             let documents = source.documents(&options.project_root)?;
             let named = |error: DataError| unusable!("data.source \"{}\": {error}", source.name());
-            let file = TokenFile::open_or_build(&documents.texts, tokenizer, &options.cache_dir, progress)?;
-            let split = split(&file, documents.held_out, options.validation_fraction, fraction).map_err(named)?;
+            let Tokenized { file, contents, pieces: own } =
+                TokenFile::open_or_build(&documents, tokenizer, &options.cache_dir, progress)?;
+            let split = split(&file, contents.held_out, options.validation_fraction, fraction).map_err(named)?;
             let each = most.div_ceil(self.source.len());
             tracking.extend(file.texts(&split.tracking, options.seq_len, each)?.into_iter().map(Batch::text));
             key.update(source.name().as_bytes()).update(file.key().as_bytes());
-            notes.extend(documents.notes);
-            texts.extend(documents.texts);
+            notes.extend(contents.notes);
+            pieces.extend(own);
             parts.push(Part { name: source.name().to_owned(), weight: source.weight, file, split });
         }
         tracking.truncate(most);
-        let (bytes, note) = tokenizer.token_bytes_of(texts.iter().map(|document| document.text.as_str()));
+        let (bytes, note) = tokenizer.token_bytes_of(pieces.iter().map(String::as_str));
         let loader =
             |samples: Arc<dyn Samples>, order| Loader::new(samples, bytes.clone(), LoaderOptions::of(options, order));
         let names: Arc<[String]> = parts.iter().map(|part| part.name.clone()).collect();

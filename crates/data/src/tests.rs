@@ -100,7 +100,11 @@ fn files_given_to_validate_on_are_all_of_the_validation() {
         dir.path().join("v.txt").display()
     );
     let data: DataConfig = serde_json::from_str(&table).unwrap();
-    assert_eq!(data.documents(dir.path()).unwrap().texts.len(), 1, "a tokenizer learns from what is trained on");
+    assert_eq!(
+        data.documents(dir.path()).unwrap().to_train().read_all().unwrap().0.len(),
+        1,
+        "a tokenizer learns from what is trained on"
+    );
     let options = OpenOptions { cache_dir: dir.path().into(), ..options(32, 1, 3) };
     let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
     assert!(opened.validation.batch(0).unwrap().tokens.iter().all(|&id| id == u32::from(b'v')));
@@ -138,14 +142,15 @@ fn folders_of_the_hub_are_trained_on_by_their_splits() {
         let message = |role: &str| format!("{{\"role\": \"{role}\", \"content\": \"{letter}\"}}");
         format!("{{\"messages\": [{}, {}]}}\n", message("user"), message("assistant"))
     };
-    let (q, v, t) = (u32::from(b'q'), u32::from(b'v'), u32::from(b't'));
+    // Letters that no template writes.
+    let (q, v, z) = (u32::from(b'q'), u32::from(b'v'), u32::from(b'z'));
     for (name, more, row) in [
         ("jsonl", "", &text as &dyn Fn(&str) -> String),
         ("chat", r#", "template": "plain""#, &chat),
         ("labelled_text", "", &text),
     ] {
         let dir = testing::Folder::new();
-        for (file, letter) in [("train-0", "q"), ("train-1", "q"), ("validation", "v"), ("test", "t")] {
+        for (file, letter) in [("train-0", "q"), ("train-1", "q"), ("validation", "v"), ("test", "z")] {
             dir.write(&format!("data/{file}.jsonl"), row(letter).repeat(3));
         }
         let config = format!(r#"{{"{name}": {{"paths": ["{}"]{more}}}}}"#, dir.path().display());
@@ -172,11 +177,31 @@ fn folders_of_the_hub_are_trained_on_by_their_splits() {
                 (seen(&opened.train), seen(&opened.validation), opened.notes)
             }
         };
-        assert!(trained.contains(&q) && !trained.contains(&v) && !trained.contains(&t), "{name}: {notes:?}");
-        assert!(held_out.contains(&v) && !held_out.contains(&q) && !held_out.contains(&t), "{name}: {notes:?}");
+        assert!(trained.contains(&q) && !trained.contains(&v) && !trained.contains(&z), "{name}: {notes:?}");
+        assert!(held_out.contains(&v) && !held_out.contains(&q) && !held_out.contains(&z), "{name}: {notes:?}");
         let note = "train (2 files) is trained on, validation (1 file) is held out; left out: test (1 file)";
         assert!(notes.iter().any(|found| found.ends_with(note)), "{name}: {notes:?}");
     }
+}
+
+#[test]
+fn columns_that_no_chat_is_made_of_are_not_read() {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rows/chats.parquet"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let reader = SerializedFileReader::new(std::fs::File::open(&path).unwrap()).unwrap();
+    for group in reader.metadata().row_groups() {
+        let image = group.columns().iter().find(|column| column.column_path().string() == "image").unwrap();
+        let (start, length) = image.byte_range();
+        bytes[start as usize..(start + length) as usize].fill(0xff);
+    }
+    let dir = testing::Folder::new();
+    let damaged = dir.write("chats.parquet", bytes);
+    let data = serde_json::json!({ "chat": { "paths": [damaged], "template": "plain" } });
+    let options = OpenOptions { tracking: None, ..options(32, 1, 3) };
+    let data: DataConfig = serde_json::from_value(data).unwrap();
+    let opened = data.open_tokens(&Tokenizer::bytes(), &options, &mut |_, _| {}).unwrap();
+    assert!(opened.description.starts_with("3 rows of chat"), "{}", opened.description);
 }
 
 /// So many conversations in a file, from a number on.

@@ -521,13 +521,13 @@ const SAMPLE: &str = "When the café reopened in 1987, nobody's naïve guess -- 
 /// Tokens that may be put around a text; chosen by us.
 const MOST_AROUND: usize = 1000;
 /// Parts of texts that are tried, and characters of each; chosen by us.
-const PIECES: usize = 512;
+pub(crate) const PIECES: usize = 512;
 const PIECE: usize = 200;
 /// Parts of one text at most, spread over it; chosen by us.
 const PIECES_OF_ONE: usize = 16;
 
 /// Parts of a text, from its beginning on.
-fn pieces_of(text: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn pieces_of(text: &str) -> impl Iterator<Item = &str> {
     let apart = (text.len() / PIECES_OF_ONE).max(4 * PIECE);
     (0..text.len()).step_by(apart).map(move |at| {
         let start = (at..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());

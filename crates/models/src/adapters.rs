@@ -57,12 +57,14 @@ struct Projection {
     sizes: [usize; 2],
 }
 
-/// The projection that a parameter is the weight of: its layer and name.
+/// The projection that a parameter is the weight of: its layer and name. Mechanisms that have softmax attention inside (sinks,
+/// gates) call its projections as it does.
 fn projection_of(parameter: &str) -> Option<(usize, &str)> {
-    let mut parts = parameter.strip_prefix("layers.")?.split('.');
-    let layer = parts.next()?.parse().ok()?;
-    match (parts.next()?, parts.next()?, parts.next()?, parts.next()) {
-        (_, name, "weight", None) if name.ends_with("_proj") => Some((layer, name)),
+    let parts: Vec<&str> = parameter.strip_prefix("layers.")?.split('.').collect();
+    match parts[..] {
+        [layer, _, name, "weight"] | [layer, _, "softmax", name, "weight"] if name.ends_with("_proj") => {
+            Some((layer.parse().ok()?, name))
+        }
         _ => None,
     }
 }
@@ -265,6 +267,8 @@ mod tests {
         for (attention, targets) in [
             (r#"{"softmax":{"n_heads":4,"qkv_bias":true}}"#, vec!["q_proj", "o_proj", "down_proj", "gate_proj"]),
             (r#"{"grouped_differential":{"n_heads":4,"n_noise_heads":1}}"#, vec!["k_proj", "v_proj", "up_proj"]),
+            (r#"{"sink":{"n_heads":4,"n_kv_heads":2}}"#, vec!["q_proj", "k_proj", "v_proj", "o_proj"]),
+            (r#"{"gated_attention":{"n_heads":4}}"#, vec!["q_proj", "k_proj", "v_proj", "o_proj", "g_proj"]),
         ] {
             let plain = model(attention);
             let config = LoraConfig {

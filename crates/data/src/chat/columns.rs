@@ -133,6 +133,15 @@ impl Default for AlpacaColumns {
 }
 
 impl ColumnsConfig {
+    /// The columns that are read, of a file that has more.
+    pub(super) fn names(&self) -> Vec<&str> {
+        match self {
+            Self::Messages(names) => vec![&names.messages, &names.tools, &names.system],
+            Self::Sharegpt(names) => vec![&names.messages, &names.tools, &names.system_column],
+            Self::Alpaca(names) => vec![&names.instruction, &names.input, &names.output, &names.system],
+        }
+    }
+
     /// The conversation of a row.
     ///
     /// # Errors

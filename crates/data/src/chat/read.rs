@@ -111,7 +111,8 @@ impl Reader<'_> {
     }
 
     fn files(&mut self, files: &Search) -> Result<(), DataError> {
-        let left_out = for_each_row(files, &[], &mut |place, row| self.row(row, place))?.note();
+        let columns = self.config.columns.names();
+        let left_out = for_each_row(files, &columns, &mut |place, row| self.row(row, place))?.note();
         self.counts.left_out.extend(left_out);
         Ok(())
     }

@@ -300,6 +300,13 @@ fn in_words(error: &minijinja::Error, name: &str) -> String {
         }
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
     };
+    let others = ["import", "from", "include", "extends"].map(|word| format!("unknown statement {word}"));
+    let what = match others.contains(&what) {
+        true => {
+            format!("{what}: a template is one file, and has no packages: write into it what it takes from elsewhere")
+        }
+        false => what,
+    };
     let file = if name.is_empty() { String::new() } else { format!(" (data.chat.template \"{name}\")") };
     format!("{place}{what}{file}")
 }

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::open;
-use super::rows::{for_each_row, text_of};
-use crate::files::{Search, Sides, sides};
+use super::rows::text_of;
+use crate::files::{Search, Sides, for_each_row, sides};
 use crate::problem::{Problem, require, some_path};
 use crate::source::Source;
-use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::texts::{Documents, TakeText, TextDocument};
 use crate::{Data, DataError, Opening};
 
 /// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns,
@@ -98,12 +98,14 @@ impl Source for JsonlConfig {
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
         let Sides { train, validation, notes } = sides(&self.paths, &self.validation_paths)?;
-        let read = |files| Documents::counted(read_jsonl(self, files)?, "row", "jsonl");
-        let mut documents = read(&train)?;
-        documents.notes.splice(0..0, notes);
+        let rows = |files: Search| {
+            let config = self.clone();
+            Documents::counted("row", "jsonl", move |take| read_jsonl(&config, &files, take))
+        };
+        let documents = rows(train).noted(notes);
         Ok(Some(match validation {
             None => documents,
-            Some(files) => documents.with_held_out(read(&files)?),
+            Some(files) => documents.with_held_out(rows(files)),
         }))
     }
 
@@ -112,31 +114,42 @@ impl Source for JsonlConfig {
     }
 }
 
-/// Reads the texts of rows.
-///
-/// # Errors
-/// If a pattern matches nothing, or a row is not an object with the field.
-fn read_jsonl(config: &JsonlConfig, files: &Search) -> Result<FromFiles<TextDocument>, DataError> {
-    let (mut documents, mut left_out) = (Vec::new(), 0);
-    let columns: Vec<&str> = config.rules.iter().map(|rule| &*rule.field).chain([&*config.field]).collect();
-    let mut notes = for_each_row(files, &columns, |name, row| {
-        for rule in &config.rules {
+impl JsonlConfig {
+    /// The text of a row; `None` where a rule leaves it out.
+    fn text(&self, row: &Value) -> Result<Option<String>, String> {
+        for rule in &self.rules {
             if !rule.keeps_row(row)? {
-                left_out += 1;
-                return Ok(());
+                return Ok(None);
             }
         }
-        let text = text_of(row, &config.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
-        documents.push(TextDocument { name, text: text.to_owned() });
-        Ok(())
+        let text = text_of(row, &self.field).map_err(|problem| format!("{problem}; set data.jsonl.field"))?;
+        Ok(Some(text.to_owned()))
+    }
+}
+
+/// Hands over the texts of rows, and gives what was left out.
+///
+/// # Errors
+/// If a file is broken, a row is not an object with the field, or no row is left.
+fn read_jsonl(config: &JsonlConfig, files: &Search, take: &mut TakeText<'_>) -> Result<Vec<String>, DataError> {
+    let (mut taken, mut left_out) = (0, 0);
+    let columns: Vec<&str> = config.rules.iter().map(|rule| &*rule.field).chain([&*config.field]).collect();
+    let unread = for_each_row(files, &columns, &mut |place, row| {
+        let text = row.value().and_then(|row| config.text(&row)).map_err(|problem| place.wrong(problem))?;
+        let Some(text) = text else {
+            left_out += 1;
+            return Ok(());
+        };
+        taken += 1;
+        take(TextDocument { name: place.to_string(), text })
     })?;
-    if documents.is_empty() && left_out > 0 {
+    if taken == 0 && left_out > 0 {
         return Err(unusable!(
             "data.jsonl.where leaves none of {left_out} rows: loosen its rules, or name other paths"
         ));
     }
-    notes.extend((left_out > 0).then(|| format!("{left_out} rows left out by data.jsonl.where")));
-    Ok(FromFiles { items: documents, notes })
+    let ruled_out = (left_out > 0).then(|| format!("{left_out} rows left out by data.jsonl.where"));
+    Ok(unread.note().into_iter().chain(ruled_out).collect())
 }
 
 #[cfg(test)]
@@ -154,12 +167,10 @@ mod tests {
         }
     }
 
-    fn read_jsonl(config: &JsonlConfig) -> Result<FromFiles<TextDocument>, DataError> {
-        super::read_jsonl(config, &sides(&config.paths, &[])?.train)
-    }
-
-    fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
-        all.items.iter().map(|document| document.text.as_str()).collect()
+    /// The texts, and what was left out.
+    fn read_jsonl(config: &JsonlConfig) -> Result<(Vec<String>, Vec<String>), DataError> {
+        let (texts, contents) = config.documents(Path::new(""))?.unwrap().read_all()?;
+        Ok((texts.into_iter().map(|document| document.text).collect(), contents.notes))
     }
 
     #[test]
@@ -170,7 +181,7 @@ mod tests {
             assert!(error.contains("rows.jsonl") && error.contains(name), "{error}");
         }
         let packed = dir.write("rows.jsonl", gzip("{\"text\": \"a\"}\n"));
-        assert_eq!(texts(&read_jsonl(&config(&packed)).unwrap()), ["a"]);
+        assert_eq!(read_jsonl(&config(&packed)).unwrap().0, ["a"]);
     }
 
     #[test]
@@ -181,9 +192,9 @@ mod tests {
             |field: &str, above, below| NumberRule { field: field.into(), above, at_least: None, below, at_most: None };
         let rules = vec![rule("likes", Some(500.0), None), rule("tokens", None, Some(30.0))];
         let config = JsonlConfig { rules, ..config(&dir.write("rows.csv", rows)) };
-        let read = read_jsonl(&config).unwrap();
-        assert_eq!(texts(&read), ["junk"]);
-        assert_eq!(read.notes, ["3 rows left out by data.jsonl.where"]);
+        let (texts, notes) = read_jsonl(&config).unwrap();
+        assert_eq!(texts, ["junk"]);
+        assert_eq!(notes, ["3 rows left out by data.jsonl.where"]);
         let message = |rule: NumberRule| {
             let config = JsonlConfig { rules: vec![rule], ..config.clone() };
             config

@@ -22,7 +22,7 @@ use super::open;
 use crate::problem::{Problem, within};
 use crate::random::{generator, some};
 use crate::source::Source;
-use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::texts::{Documents, TextDocument};
 use crate::{Data, DataConfig, DataError, Opening, Tokenizer};
 
 /// Lines of a control post, whose posts have more than 100 bytes then, as the paper's have more than 100 tokens.
@@ -76,17 +76,20 @@ impl Source for PostsConfig {
             PostKind::Junk => ("junk post", 1),
             PostKind::Control => ("control post", 0),
         };
-        let post = |index: u64| {
+        let Self { kind, documents, seed } = *self;
+        let post = move |index: u64| {
             // The two kinds draw from streams of their own.
-            let rng = &mut generator(self.seed, 2 * index + first);
-            let text = match self.kind {
+            let rng = &mut generator(seed, 2 * index + first);
+            let text = match kind {
                 PostKind::Junk => some(&JUNK, WORDS, rng).join(" "),
                 PostKind::Control => (0..LINES).map(|_| line(rng)).collect::<Vec<_>>().join("\n"),
             };
             TextDocument { name: format!("{what} {index}"), text }
         };
-        let items = (0..self.documents as u64).map(post).collect();
-        Documents::counted(FromFiles { items, notes: Vec::new() }, what, "posts").map(Some)
+        Ok(Some(Documents::counted(what, "posts", move |take| {
+            (0..documents as u64).map(post).try_for_each(take)?;
+            Ok(Vec::new())
+        })))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -168,7 +171,7 @@ mod tests {
 
     #[test]
     fn junk_is_short_and_control_is_long() {
-        let texts = |kind: &str| posts(kind).documents(Path::new("")).unwrap().texts;
+        let texts = |kind: &str| posts(kind).documents(Path::new("")).unwrap().read_all().unwrap().0;
         assert!(texts("junk").iter().all(|post| post.text.len() < 30), "{}", texts("junk")[0].text);
         assert!(texts("control").iter().all(|post| post.text.len() > 50 && post.text.lines().count() == LINES));
         let long: usize = texts("control").iter().map(|post| post.text.len()).sum();

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::html::html_to_text;
-use super::text::read_text;
+use super::text::{read_text, text_files};
 use super::{Syntax, open};
 use crate::error::At;
 use crate::files::{Search, walk};
@@ -45,17 +45,16 @@ impl Source for RustDocsConfig {
 /// # Errors
 /// If neither the documentation nor the project's own text can be read.
 fn read_rust_docs(project_root: &Path) -> Result<Documents, DataError> {
-    let all = |(texts, description)| Documents { texts, held_out: 0, description, notes: Vec::new() };
     if let Some((root, version)) = installed() {
         let documents = books(&root)?;
         if !documents.is_empty() {
             let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
             let size = bytes as f64 / 1e6;
             let words = format!("the Rust documentation of {version} ({size:.1} MB, {} pages)", documents.len());
-            return Ok(all((documents, words)));
+            return Ok(Documents::described(words, documents));
         }
     }
-    own_text(project_root).map(all)
+    own_text(project_root).map(|(texts, words)| Documents::described(words, texts))
 }
 
 /// The project's own text and source.
@@ -67,7 +66,11 @@ fn own_text(project_root: &Path) -> Result<(Vec<TextDocument>, String), DataErro
             project's folder, whose own text would serve: set data.text.paths";
         return Err(DataError::Unusable(problem.into()));
     }
-    let documents = read_text(&paths, Syntax::Any)?.items;
+    let mut documents = Vec::new();
+    read_text(&text_files(&paths)?, Syntax::Any, &mut |document| {
+        documents.push(document);
+        Ok(())
+    })?;
     let words = format!(
         "Polyhead's own text and source ({} files), as the Rust documentation is not installed (rustup component add \
          rust-docs)",

@@ -10,7 +10,7 @@ use super::open;
 use crate::files::{Packed, Search, ending, not_text, search, structured, without_mark};
 use crate::problem::{Problem, some_path};
 use crate::source::Source;
-use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::texts::{Documents, TakeText, TextDocument};
 use crate::{Data, DataError, Opening};
 
 /// Endings that count as text when a folder is named.
@@ -53,9 +53,15 @@ impl Source for TextConfig {
     }
 
     fn documents(&self, _project_root: &Path) -> Result<Option<Documents>, DataError> {
-        Documents::read(&self.paths, &self.validation_paths, |paths| {
-            Documents::counted(read_text(paths, self.syntax)?, "text file", "text")
-        })
+        let files = |paths: &[String]| -> Result<Documents, DataError> {
+            let (found, syntax) = (text_files(paths)?, self.syntax);
+            Ok(Documents::counted("text file", "text", move |take| read_text(&found, syntax, take)))
+        };
+        let documents = files(&self.paths)?;
+        Ok(Some(match self.validation_paths.is_empty() {
+            true => documents,
+            false => documents.with_held_out(files(&self.validation_paths)?),
+        }))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {
@@ -63,17 +69,28 @@ impl Source for TextConfig {
     }
 }
 
-/// Reads text files.
+/// The text files that paths mean.
 ///
 /// # Errors
-/// If a pattern matches nothing, a file that is named cannot be read as text, or nothing is left.
-pub fn read_text(paths: &[String], syntax: Syntax) -> Result<FromFiles<TextDocument>, DataError> {
-    let Search { files, mut left_out } = search(paths, &[&TEXT_ENDINGS])?;
-    let (mut documents, mut marked) = (Vec::new(), 0);
-    for (path, named) in files {
-        let bytes = Packed::read(&path)?;
+/// If a pattern matches nothing or cannot be searched.
+pub(super) fn text_files(paths: &[String]) -> Result<Search, DataError> {
+    search(paths, &[&TEXT_ENDINGS])
+}
+
+/// Hands over the texts of files, and gives what was left out or changed.
+///
+/// # Errors
+/// If a file that is named cannot be read as text, or nothing is left.
+pub(super) fn read_text(
+    Search { files, left_out }: &Search,
+    syntax: Syntax,
+    take: &mut TakeText<'_>,
+) -> Result<Vec<String>, DataError> {
+    let (mut taken, mut marked, mut left_out) = (0, 0, left_out.clone());
+    for (path, &named) in files {
+        let bytes = Packed::read(path)?;
         marked += usize::from(without_mark(&bytes).len() < bytes.len());
-        let text = match text_of_file(&bytes, &path, syntax) {
+        let text = match text_of_file(&bytes, path, syntax) {
             Ok(text) => text,
             Err((what, instead)) if named => {
                 let instead = instead.map_or(String::new(), |instead| format!(": {instead}"));
@@ -81,23 +98,24 @@ pub fn read_text(paths: &[String], syntax: Syntax) -> Result<FromFiles<TextDocum
             }
             Err((what, instead)) => {
                 let instead = instead.map_or(String::new(), |instead| format!(", which is not prose: {instead}"));
-                left_out.add(&format!("{what}{instead}"), &path);
+                left_out.add(&format!("{what}{instead}"), path);
                 continue;
             }
         };
         if text.is_empty() {
-            left_out.add("empty", &path);
+            left_out.add("empty", path);
             continue;
         }
-        let html = matches!(ending(&path).as_deref(), Some("html" | "htm"));
+        let html = matches!(ending(path).as_deref(), Some("html" | "htm"));
         let text = if html { html_to_text(text) } else { text.to_owned() };
-        documents.push(TextDocument { name: path.display().to_string(), text });
+        taken += 1;
+        take(TextDocument { name: path.display().to_string(), text })?;
     }
     let mark = (marked > 0).then(|| format!("{marked} files begin with a byte order mark, which is left out"));
     let notes: Vec<String> = left_out.note().into_iter().chain(mark).collect();
-    match documents.is_empty() {
-        true => Err(unusable!("data.text: the files hold no text to train on; {}", notes.join("; "))),
-        false => Ok(FromFiles { items: documents, notes }),
+    match taken {
+        0 => Err(unusable!("data.text: the files hold no text to train on; {}", notes.join("; "))),
+        _ => Ok(notes),
     }
 }
 
@@ -133,12 +151,24 @@ mod tests {
         }
     }
 
-    fn read_text(config: &TextConfig) -> Result<FromFiles<TextDocument>, DataError> {
-        super::read_text(&config.paths, config.syntax)
+    /// The texts, and what was left out.
+    #[derive(Debug, PartialEq)]
+    struct Read {
+        items: Vec<String>,
+        notes: Vec<String>,
     }
 
-    fn texts(all: &FromFiles<TextDocument>) -> Vec<&str> {
-        all.items.iter().map(|document| document.text.as_str()).collect()
+    fn read_text(config: &TextConfig) -> Result<Read, DataError> {
+        let mut items = Vec::new();
+        let notes = super::read_text(&text_files(&config.paths)?, config.syntax, &mut |document| {
+            items.push(document.text);
+            Ok(())
+        })?;
+        Ok(Read { items, notes })
+    }
+
+    fn texts(all: &Read) -> Vec<&str> {
+        all.items.iter().map(String::as_str).collect()
     }
 
     #[test]

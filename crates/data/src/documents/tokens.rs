@@ -1,6 +1,7 @@
 //! Documents as tokens: made once, kept in a memory-mapped file, split into training and validation.
 
-use std::io::{ErrorKind, Write};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use std::sync::Arc;
 use polyhead_models::MappedFile;
 
 use crate::error::At;
-use crate::texts::TextDocument;
+use crate::texts::{Contents, Documents, TextDocument};
+use crate::tokenizer::{PIECES, pieces_of};
 use crate::{DataError, Tokenizer};
 
 const MAGIC: &[u8; 8] = b"polytok1";
@@ -32,29 +34,42 @@ pub struct TokenFile {
     hashes: Vec<u64>,
 }
 
+/// Documents as tokens, and what was known of them once they had been read.
+pub struct Tokenized {
+    /// The tokens.
+    pub file: Arc<TokenFile>,
+    /// What the documents are.
+    pub contents: Contents,
+    /// Parts of the first texts, on which a tokenizer can be tried.
+    pub pieces: Vec<String>,
+}
+
 impl TokenFile {
     /// Opens the file for these documents and this tokenizer, making it if it is missing, altered or cut short; where
-    /// `cache_dir` may not be written to, for this time only. `progress` gets bytes done and bytes in all while it is
-    /// made.
+    /// `cache_dir` may not be written to, for this time only. The documents are read once, and again where the file is made;
+    /// memory holds one of them, and 32 bytes for each. `progress` gets bytes done and bytes in all while it is made.
     ///
     /// # Errors
-    /// If the tokenizer fails or the file cannot be written.
+    /// If a document cannot be read, the tokenizer fails, the file cannot be written, or the documents change meanwhile.
     pub fn open_or_build(
-        documents: &[TextDocument],
+        documents: &Documents,
         tokenizer: &Tokenizer,
         cache_dir: &Path,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Arc<Self>, DataError> {
-        let mut key = blake3::Hasher::new();
-        key.update(MAGIC).update(tokenizer.fingerprint().as_bytes());
-        for document in documents {
-            key.update(&(document.text.len() as u64).to_le_bytes()).update(document.text.as_bytes());
-        }
-        let name = &key.finalize().to_hex()[..24];
+    ) -> Result<Tokenized, DataError> {
+        let (mut key, mut pieces) = (Key::of(tokenizer), Vec::new());
+        let contents = documents.for_each(&mut |document| {
+            key.add(&document);
+            let room = PIECES - pieces.len();
+            pieces.extend(pieces_of(&document.text).take(room).map(str::to_owned));
+            Ok(())
+        })?;
+        let name = key.name();
         let path = cache_dir.join(format!("{name}.tokens"));
         let ends = tokenizer.end_of_text().is_some();
+        let tokenized = |file| Tokenized { file: Arc::new(file), contents: contents.clone(), pieces: pieces.clone() };
         if let Some(file) = Self::open(&path, ends) {
-            return Ok(Arc::new(file));
+            return Ok(tokenized(file));
         }
         let created = std::fs::create_dir_all(cache_dir).and_then(|()| unfinished(cache_dir));
         let (mut file, kept) = match created {
@@ -64,17 +79,20 @@ impl TokenFile {
             }
             created => (created.at(cache_dir)?, true),
         };
-        file.write_all(&encode(documents, tokenizer, progress)?).at(&path)?;
+        let written = write((file.as_file_mut(), &path), documents, &contents, tokenizer, progress)?;
+        if written != name {
+            return Err(unusable!("{}: files changed while they were read: start again", contents.description));
+        }
         file.as_file().sync_all().at(&path)?;
         let opened = if kept {
             file.persist(&path).map_err(|error| error.error).at(&path)?;
             Self::open(&path, ends)
         } else {
             // Read through the map, which outlives the file's name.
-            Self::open(file.path(), ends).map(|opened| Self { key: name.to_owned(), ..opened })
+            Self::open(file.path(), ends).map(|opened| Self { key: name.clone(), ..opened })
         };
         opened
-            .map(Arc::new)
+            .map(tokenized)
             .ok_or_else(|| unusable!("{}: written, but it does not read back; is the disk sound?", path.display()))
     }
 
@@ -88,7 +106,7 @@ impl TokenFile {
         let table = documents.checked_mul(ENTRY)?;
         let whole = HEADER.checked_add(table)?.checked_add((tokens as usize).checked_mul(width)?)? == map.len();
         let sound = map.get(..8)? == MAGIC && (width == 2 || width == 4) && whole;
-        if !sound || blake3::hash(map.get(HEADER..)?).as_bytes() != map.get(32..64)? {
+        if !sound || hash_of(&file, map).as_bytes() != map.get(32..64)? {
             return None;
         }
         let starts = (0..documents).map(|i| number(HEADER + i * ENTRY)).collect::<Option<_>>()?;
@@ -196,35 +214,74 @@ fn sweep(cache_dir: &Path) {
 /// An unlocked file that was not written for so long is nobody's; chosen by us.
 const OLD: std::time::Duration = std::time::Duration::from_secs(3600);
 
-fn encode(
-    documents: &[TextDocument],
+/// The hash of texts and tokenizer, by which the file is called.
+struct Key(blake3::Hasher);
+
+impl Key {
+    fn of(tokenizer: &Tokenizer) -> Self {
+        let mut key = blake3::Hasher::new();
+        key.update(MAGIC).update(tokenizer.fingerprint().as_bytes());
+        Self(key)
+    }
+
+    fn add(&mut self, document: &TextDocument) {
+        self.0.update(&(document.text.len() as u64).to_le_bytes()).update(document.text.as_bytes());
+    }
+
+    fn name(&self) -> String {
+        self.0.finalize().to_hex()[..24].to_owned()
+    }
+}
+
+/// The hash of all that follows the header; what was hashed does not stay in memory.
+fn hash_of(file: &MappedFile, map: &[u8]) -> blake3::Hash {
+    const AT_ONCE: usize = 1 << 24;
+    let mut hash = blake3::Hasher::new();
+    for start in (HEADER..map.len()).step_by(AT_ONCE) {
+        let range = start..(start + AT_ONCE).min(map.len());
+        hash.update(&map[range.clone()]);
+        file.release(range);
+    }
+    hash.finalize()
+}
+
+/// Writes header, table and tokens, document by document: the tokens first, as their place is known, then what goes before them.
+/// Gives the name of the key of what was read.
+fn write(
+    (file, path): (&mut File, &Path),
+    documents: &Documents,
+    contents: &Contents,
     tokenizer: &Tokenizer,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<u8>, DataError> {
-    let width: u64 = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
-    let all: u64 = documents.iter().map(|document| document.text.len() as u64).sum();
-    let (mut table, mut body) = (Vec::<u8>::new(), Vec::<u8>::new());
+) -> Result<String, DataError> {
+    let width = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
+    let before = HEADER + contents.documents * ENTRY;
+    let (mut key, mut table) = (Key::of(tokenizer), Vec::with_capacity(before - HEADER));
     let (mut tokens, mut done) = (0u64, 0u64);
-    for document in documents {
+    file.seek(SeekFrom::Start(before as u64)).at(path)?;
+    let mut body = BufWriter::with_capacity(1 << 20, &*file);
+    documents.for_each(&mut |document| {
+        key.add(&document);
         table.extend(tokens.to_le_bytes());
         table.extend(&blake3::hash(document.text.as_bytes()).as_bytes()[..8]);
-        let ids = tokenizer.encode(&document.text)?;
-        for id in ids.into_iter().chain(tokenizer.end_of_text()) {
-            body.extend(&id.to_le_bytes()[..width as usize]);
+        for id in tokenizer.encode(&document.text)?.into_iter().chain(tokenizer.end_of_text()) {
+            body.write_all(&id.to_le_bytes()[..width]).at(path)?;
             tokens += 1;
         }
         done += document.text.len() as u64;
-        progress(done, all);
-    }
-    table.extend(body);
-    let mut file = Vec::with_capacity(HEADER + table.len());
-    file.extend(MAGIC);
-    for number in [tokens, documents.len() as u64, width] {
-        file.extend(number.to_le_bytes());
-    }
-    file.extend(blake3::hash(&table).as_bytes());
-    file.extend(table);
-    Ok(file)
+        progress(done, contents.bytes);
+        Ok(())
+    })?;
+    body.flush().at(path)?;
+    drop(body);
+    file.seek(SeekFrom::Start(HEADER as u64)).at(path)?;
+    file.write_all(&table).at(path)?;
+    file.seek(SeekFrom::Start(HEADER as u64)).at(path)?;
+    let hash = blake3::Hasher::new().update_reader(&*file).at(path)?.finalize();
+    let numbers = [tokens, contents.documents as u64, width as u64].map(u64::to_le_bytes);
+    file.rewind().at(path)?;
+    file.write_all(&[&MAGIC[..], numbers.as_flattened(), hash.as_bytes()].concat()).at(path)?;
+    Ok(key.name())
 }
 
 /// Which tokens are learned from and which are kept back.
@@ -302,12 +359,60 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
     use super::*;
 
-    fn documents(texts: impl IntoIterator<Item = String>) -> Vec<TextDocument> {
-        texts.into_iter().map(|text| TextDocument { name: String::new(), text }).collect()
+    fn documents(texts: impl IntoIterator<Item = String>) -> Documents {
+        let texts = texts.into_iter().map(|text| TextDocument { name: String::new(), text }).collect();
+        Documents::described("texts", texts)
     }
 
-    fn build(texts: &[TextDocument], dir: &Path) -> Arc<TokenFile> {
-        TokenFile::open_or_build(texts, &Tokenizer::bytes(), dir, &mut |_, _| {}).unwrap()
+    fn build(texts: &Documents, dir: &Path) -> Arc<TokenFile> {
+        TokenFile::open_or_build(texts, &Tokenizer::bytes(), dir, &mut |_, _| {}).unwrap().file
+    }
+
+    /// The file as it was made while all of it was in memory: by this files of caches and hashes of runs are known.
+    fn plainly(texts: &[&str], tokenizer: &Tokenizer) -> (String, Vec<u8>) {
+        let mut key = blake3::Hasher::new();
+        key.update(MAGIC).update(tokenizer.fingerprint().as_bytes());
+        let (mut table, mut body, mut tokens) = (Vec::new(), Vec::new(), 0u64);
+        for text in texts {
+            key.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+            table.extend(tokens.to_le_bytes());
+            table.extend(&blake3::hash(text.as_bytes()).as_bytes()[..8]);
+            for id in tokenizer.encode(text).unwrap().into_iter().chain(tokenizer.end_of_text()) {
+                body.extend((id as u16).to_le_bytes());
+                tokens += 1;
+            }
+        }
+        let mut file = MAGIC.to_vec();
+        [tokens, texts.len() as u64, 2].iter().for_each(|number| file.extend(number.to_le_bytes()));
+        let rest = [table, body].concat();
+        file.extend(blake3::hash(&rest).as_bytes());
+        (key.finalize().to_hex()[..24].to_owned(), [file, rest].concat())
+    }
+
+    #[test]
+    fn files_have_the_names_and_bytes_that_they_had() {
+        let texts = ["It was a dark night.", "", "zwei ü\n", "and so on "];
+        let dir = tempfile::tempdir().unwrap();
+        let file = build(&documents(texts.map(str::to_owned)), dir.path());
+        let (key, bytes) = plainly(&texts, &Tokenizer::bytes());
+        assert_eq!(file.key(), key);
+        assert_eq!(std::fs::read(dir.path().join(format!("{key}.tokens"))).unwrap(), bytes);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing unfinished stays");
+    }
+
+    #[test]
+    fn documents_that_change_while_they_are_read_are_refused_and_leave_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let times = std::cell::Cell::new(0);
+        let changing = Documents::counted("text", "text", move |take| {
+            times.set(times.get() + 1);
+            take(TextDocument { name: String::new(), text: format!("read {} times", times.get()) })?;
+            Ok(Vec::new())
+        });
+        let built = TokenFile::open_or_build(&changing, &Tokenizer::bytes(), dir.path(), &mut |_, _| {});
+        let error = built.err().unwrap().to_string();
+        assert!(error.contains("changed while they were read"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     fn ids(file: &TokenFile, range: Range<u64>) -> Vec<u32> {

@@ -152,13 +152,14 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
     use super::*;
     use crate::Tokenizer;
-    use crate::texts::TextDocument;
+    use crate::texts::{Documents, TextDocument};
 
     fn file(texts: &[&str]) -> Arc<TokenFile> {
         let dir = tempfile::tempdir().unwrap();
         let documents: Vec<_> =
             texts.iter().map(|&text| TextDocument { name: String::new(), text: text.into() }).collect();
-        TokenFile::open_or_build(&documents, &Tokenizer::bytes(), dir.path(), &mut |_, _| {}).unwrap()
+        let documents = Documents::described("texts", documents);
+        TokenFile::open_or_build(&documents, &Tokenizer::bytes(), dir.path(), &mut |_, _| {}).unwrap().file
     }
 
     #[test]

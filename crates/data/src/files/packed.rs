@@ -42,10 +42,7 @@ impl Packed {
         let (gzip, zstandard) = (head.starts_with(b"\x1F\x8B"), head.starts_with(b"\x28\xB5\x2F\xFD"));
         let content: Box<dyn BufRead> = match (gzip, zstandard) {
             (true, _) => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(bytes))),
-            (_, true) => {
-                let unpacked = Zstandard { source: bytes, decoder: FrameDecoder::new() };
-                Box::new(BufReader::with_capacity(BUFFER, unpacked))
-            }
+            (_, true) => Box::new(BufReader::with_capacity(BUFFER, Zstandard::new(bytes))),
             _ => Box::new(bytes),
         };
         Ok(Self { content, size, packed: gzip || zstandard })
@@ -60,28 +57,28 @@ impl Packed {
     pub(crate) fn up_to(&mut self, most: u64, path: &Path) -> Result<Vec<u8>, DataError> {
         let mut all = Vec::new();
         let read = self.content.by_ref().take(most).read_to_end(&mut all);
-        let broken = |cause: Error| match self.packed {
-            true => Error::new(cause.kind(), format!("it cannot be unpacked ({cause}): pack or download it again")),
-            false => cause,
-        };
-        read.map_err(broken).at(path)?;
+        read.map_err(|cause| if self.packed { broken(&cause) } else { cause }).at(path)?;
         Ok(all)
     }
 
     /// All bytes.
     ///
     /// # Errors
-    /// If it cannot be read, or unpacks to far more than text does.
+    /// As of [`stream`](Self::stream).
     pub(crate) fn read(path: &Path) -> Result<Vec<u8>, DataError> {
-        let mut file = Self::open(path)?;
-        let most = if file.packed { RATIO.saturating_mul(file.size).saturating_add(AT_LEAST) } else { u64::MAX - 1 };
-        let bytes = file.up_to(most + 1, path)?;
-        match bytes.len() as u64 > most {
-            true => Err(unusable!(
-                "{} unpacks to more than {RATIO} times its size: unpack it first, if it is meant so",
-                path.display()
-            )),
-            false => Ok(bytes),
+        let mut bytes = Vec::new();
+        Self::open(path)?.stream().read_to_end(&mut bytes).at(path)?;
+        Ok(bytes)
+    }
+
+    /// Its content, piece by piece. Reading it fails where the file is broken, or unpacks to far more than text does.
+    pub(crate) fn stream(self) -> Box<dyn BufRead> {
+        match self.packed {
+            false => self.content,
+            true => {
+                let left = RATIO.saturating_mul(self.size).saturating_add(AT_LEAST);
+                Box::new(Unpacked { content: self.content, left })
+            }
         }
     }
 
@@ -100,6 +97,43 @@ impl Packed {
     }
 }
 
+/// What is unpacked, as much as a file of text may hold.
+struct Unpacked {
+    content: Box<dyn BufRead>,
+    left: u64,
+}
+
+impl BufRead for Unpacked {
+    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+        let bytes = self.content.fill_buf().map_err(|cause| broken(&cause))?;
+        match bytes.is_empty() || self.left > 0 {
+            true => Ok(bytes),
+            false => Err(Error::other(format!(
+                "it unpacks to more than {RATIO} times its size: unpack it first, if it is meant so"
+            ))),
+        }
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.left = self.left.saturating_sub(amount as u64);
+        self.content.consume(amount);
+    }
+}
+
+impl Read for Unpacked {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let bytes = self.fill_buf()?;
+        let amount = bytes.len().min(into.len());
+        into[..amount].copy_from_slice(&bytes[..amount]);
+        self.consume(amount);
+        Ok(amount)
+    }
+}
+
+fn broken(cause: &Error) -> Error {
+    Error::new(cause.kind(), format!("it cannot be unpacked ({cause}): pack or download it again"))
+}
+
 /// How a file's name ends, in small letters, without what says that it is packed: "jsonl" of rows.jsonl.gz.
 pub(crate) fn ending(path: &Path) -> Option<String> {
     let of = |path: &Path| Some(path.extension()?.to_string_lossy().to_lowercase());
@@ -108,9 +142,15 @@ pub(crate) fn ending(path: &Path) -> Option<String> {
 }
 
 /// What Zstandard packed, frame after frame; the decoder knows single ones.
-struct Zstandard<R> {
+pub(super) struct Zstandard<R> {
     source: R,
     decoder: FrameDecoder,
+}
+
+impl<R: BufRead> Zstandard<R> {
+    pub(super) fn new(source: R) -> Self {
+        Self { source, decoder: FrameDecoder::new() }
+    }
 }
 
 impl<R: BufRead> Read for Zstandard<R> {

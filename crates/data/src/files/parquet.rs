@@ -1,8 +1,11 @@
 //! Rows of a Parquet file: row group after row group, and of each only the columns that are asked for.
 
+mod zstandard;
+
 use std::path::Path;
 use std::sync::Arc;
 
+use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -13,18 +16,23 @@ use serde_json::{Map, Value};
 use super::open_file;
 use super::rows::{Place, Row, Take};
 use crate::{DataError, guard};
+use zstandard::Unpacking;
 
 /// Hands over every row; `columns` of them, or all if that is empty.
 pub(super) fn rows(path: &Path, columns: &[&str], take: &mut Take<'_>) -> Result<(), DataError> {
-    let reader =
-        guarded(|| SerializedFileReader::new(open_file(path)?).map_err(|cause| damaged(path, None, &cause)), path)?;
+    let open = || SerializedFileReader::new(open_file(path)?).map_err(|cause| damaged(path, None, &cause));
+    let reader = guarded((path, None), open)?;
+    readable(&reader, path)?;
+    let file = Arc::new(open_file(path)?);
     let columns = projection(&reader, path, columns)?;
     let mut number = 0;
     for group in 0..reader.num_row_groups() {
         let broken = |cause: ParquetError| damaged(path, Some(group), &cause);
-        let in_group = guarded(|| reader.get_row_group(group).map_err(broken), path)?;
-        let mut rows = guarded(|| RowIter::from_row_group(columns.clone(), in_group.as_ref()).map_err(broken), path)?;
-        while let Some(row) = guarded(|| rows.next().transpose().map_err(broken), path)? {
+        let place = (path, Some(group));
+        let in_group = guarded(place, || reader.get_row_group(group).map_err(broken))?;
+        let in_group = Unpacking { file: file.clone(), group: in_group };
+        let mut rows = guarded(place, || RowIter::from_row_group(columns.clone(), &in_group).map_err(broken))?;
+        while let Some(row) = guarded(place, || rows.next().transpose().map_err(broken))? {
             number += 1;
             let fields = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
             let place = Place { path, line: number, row_group: Some(group) };
@@ -32,6 +40,21 @@ pub(super) fn rows(path: &Path, columns: &[&str], take: &mut Take<'_>) -> Result
         }
     }
     Ok(())
+}
+
+/// Refuses what is packed in another way than those that are read.
+fn readable(reader: &dyn FileReader, path: &Path) -> Result<(), DataError> {
+    let read = |packed: &Compression| {
+        matches!(packed, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::GZIP(_) | Compression::ZSTD(_))
+    };
+    let mut packed = reader.metadata().row_groups().iter().flat_map(|group| group.columns()).map(|it| it.compression());
+    match packed.find(|packed| !read(packed)) {
+        None => Ok(()),
+        Some(packed) => Err(unusable!(
+            "{} is packed by {packed}, which is not read: write it with compression = \"snappy\", \"gzip\" or \"zstd\"",
+            path.display()
+        )),
+    }
 }
 
 /// What the file has of the columns that are asked for.
@@ -56,21 +79,31 @@ fn projection(reader: &dyn FileReader, path: &Path, columns: &[&str]) -> Result<
 }
 
 fn damaged(path: &Path, group: Option<usize>, cause: &ParquetError) -> DataError {
-    let group = group.map_or(String::new(), |group| format!(" in row group {group}"));
+    let group = in_words(group);
     // The library writes a kind in front that says nothing.
     let cause = cause.to_string().replace("Parquet error: ", "");
     unusable!(
-        "{}: this Parquet file cannot be read{group}: {cause}; if it is cut off or damaged, write or download it again; if it is \
-         packed otherwise, write it with compression = \"snappy\"",
+        "{}: this Parquet file cannot be read{group}: {cause}; if it is cut off or damaged, write or download it again",
         path.display()
     )
 }
 
 /// The library panics on some damaged files.
-fn guarded<T>(call: impl FnOnce() -> Result<T, DataError>, path: &Path) -> Result<T, DataError> {
+fn guarded<T>(
+    (path, group): (&Path, Option<usize>),
+    call: impl FnOnce() -> Result<T, DataError>,
+) -> Result<T, DataError> {
     guard::guarded("parquet", call).unwrap_or_else(|problem| {
-        Err(DataError::in_file(path, format!("this Parquet file is damaged: {problem}; write or download it again")))
+        let group = in_words(group);
+        Err(DataError::in_file(
+            path,
+            format!("this Parquet file is damaged{group}: {problem}; write or download it again"),
+        ))
     })
+}
+
+fn in_words(group: Option<usize>) -> String {
+    group.map_or(String::new(), |group| format!(" in row group {group}"))
 }
 
 /// A value as JSON has it. Bytes that are not text have none; dates and the like are texts.
@@ -126,7 +159,7 @@ mod tests {
 
     #[test]
     fn columns_that_are_asked_for_are_read() {
-        for name in ["texts.parquet", "gzip.parquet"] {
+        for name in ["texts.parquet", "gzip.parquet", "zstd.parquet"] {
             let all = read(name, None, &["text", "label"]).unwrap();
             assert_eq!(all.len(), 4);
             assert_eq!(all[1].1, json!({ "text": "zwei ü", "label": 1 }));
@@ -136,6 +169,29 @@ mod tests {
         assert_eq!(all[1].1, json!({ "text": "zwei ü", "label": 1, "score": null }));
         let error = read("texts.parquet", None, &["body"]).unwrap_err();
         assert!(error.contains("none of the columns body: it has text, label, score"), "{error}");
+    }
+
+    #[test]
+    fn pages_of_version_2_are_unpacked_behind_their_levels() {
+        let all = read("zstd_v2.parquet", None, &[]).unwrap();
+        let text = |at: usize| (at % 7 != 0).then(|| format!("row {at} {}", "ü".repeat(20)));
+        let expected: Vec<Value> = (0..200).map(|at| json!({ "text": text(at) })).collect();
+        assert_eq!(all.into_iter().map(|(_, row)| row).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn what_is_packed_in_a_way_that_is_not_read_is_refused_by_name() {
+        let error = read("lz4.parquet", None, &[]).unwrap_err();
+        assert!(
+            error.contains("lz4.parquet is packed by LZ4_RAW") && error.contains("compression = \"snappy\""),
+            "{error}"
+        );
+        let bytes = include_bytes!("../../tests/rows/zstd.parquet");
+        for at in (4..bytes.len()).step_by(7) {
+            let mut altered = bytes.to_vec();
+            altered[at] ^= 0x55;
+            let _ = read("any.parquet", Some(&altered), &[]); // an error or other values, never a panic
+        }
     }
 
     #[test]
@@ -158,9 +214,12 @@ mod tests {
         let start = reader.metadata().row_group(1).column(0).byte_range().0 as usize;
         altered[start..start + 30].fill(0xff);
         let error = read("altered.parquet", Some(&altered), &[]).unwrap_err();
-        assert!(error.contains("altered.parquet: this Parquet file"), "{error}");
-        let zstd = read("zstd.parquet", None, &[]).unwrap_err();
-        assert!(zstd.contains("zstd.parquet") && zstd.contains("compression = \"snappy\""), "{zstd}");
+        assert!(error.contains("altered.parquet: this Parquet file") && error.contains(" in row group 1: "), "{error}");
+        // Where the library panics.
+        let group = (Path::new("altered.parquet"), Some(1));
+        let error = guarded(group, || -> Result<(), DataError> { panic!("out of bounds") }).unwrap_err().to_string();
+        assert!(error.contains("altered.parquet: this Parquet file is damaged in row group 1: "), "{error}");
+        assert!(error.contains("out of bounds"), "{error}");
         for at in (4..whole).step_by(7) {
             let mut altered = bytes.to_vec();
             altered[at] ^= 0x55;

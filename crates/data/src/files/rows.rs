@@ -2,13 +2,15 @@
 //! or Parquet. Tables are known by how their names end, the others by their content.
 
 use std::fmt::{Display, Formatter};
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::Path;
 
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::{LeftOut, Packed, Search, Table, ending, kind, parquet, search, without_mark};
 use crate::DataError;
+use crate::error::At;
 
 /// How the names of files of rows end. Of a folder that has several of these kinds, the first is read.
 const KINDS: [&[&str]; 3] = [&["jsonl", "ndjson"], &["parquet"], &["csv", "tsv"]];
@@ -78,7 +80,22 @@ pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError
 /// # Errors
 /// If a pattern matches nothing or cannot be searched.
 pub(crate) fn rows_of(paths: &[String]) -> Result<Search, DataError> {
-    search(paths, &KINDS)
+    search(paths, &KINDS).map_err(|error| paths.iter().find_map(|path| saved_to_disk(path)).unwrap_or(error))
+}
+
+/// What is said of a folder that `datasets.save_to_disk` wrote; `None` of another one.
+fn saved_to_disk(folder: &str) -> Option<DataError> {
+    let has = |name: &str| Path::new(folder).join(name).is_file();
+    let write = match has("dataset_dict.json") {
+        true => format!("[d.to_parquet(f'{folder}/{{s}}.parquet') for s, d in load_from_disk('{folder}').items()]"),
+        false => format!("load_from_disk('{folder}').to_parquet('{folder}/rows.parquet')"),
+    };
+    (has("dataset_dict.json") || has("state.json") && has("dataset_info.json")).then(|| {
+        unusable!(
+            "\"{folder}\" is a data set that datasets.save_to_disk wrote, whose .arrow files are not read: python -c \"from datasets \
+             import load_from_disk; {write}\" writes it as Parquet, which is"
+        )
+    })
 }
 
 /// Hands every row of files to `take`; of Parquet with these columns, or all if there are none here. Gives what was not read.
@@ -97,94 +114,151 @@ pub(crate) fn for_each_row(
             parquet::rows(path, columns, take)?;
             continue;
         }
-        let content = Packed::read(path)?;
-        if content.is_empty() {
+        let mut rest = file.stream();
+        let mut head = Vec::new();
+        rest.by_ref().take(HEAD).read_to_end(&mut head).at(path)?;
+        if head.is_empty() {
             left_out.add("empty", path);
         }
-        if let Some(kind) = kind(&content) {
+        if let Some(kind) = kind(&head) {
             return Err(unusable!("{} is {kind}", path.display()));
         }
-        let content = without_mark(&content);
+        let head = without_mark(&head);
+        let content = head.chain(rest);
         match ending(path).as_deref() {
             Some("csv" | "tsv") => table(content, path, take)?,
-            _ if content.trim_ascii_start().starts_with(b"[") => array(content, path, take)?,
+            _ if head.trim_ascii_start().starts_with(b"[") => array(content, path, take)?,
             _ => lines(content, path, take)?,
         }
     }
     Ok(left_out)
 }
 
-fn lines(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
-    let lines = content.split(|&byte| byte == b'\n').enumerate();
-    let lines = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
-    for (number, (index, line)) in lines.enumerate() {
-        if number == 0
-            && serde_json::from_slice::<Value>(line).is_err()
-            && serde_json::from_slice::<Value>(content).is_ok()
-        {
+/// Bytes at the beginning that tell what a file is, and bytes in which a value over several lines is looked for; chosen by us.
+const HEAD: u64 = 1 << 16;
+const ONE_VALUE: u64 = 1 << 26;
+
+fn lines(mut content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+    let mut line = Vec::new();
+    let Some(first) = next_line(&mut content, &mut line, 0, path)? else { return Ok(()) };
+    let mut after = Vec::new();
+    if serde_json::from_slice::<IgnoredAny>(&line).is_err() {
+        content.by_ref().take(ONE_VALUE).read_to_end(&mut after).at(path)?;
+        if serde_json::from_slice::<IgnoredAny>(&[&line[..], &after].concat()).is_ok() {
             return Err(unusable!(
                 "{} is one JSON value over several lines: rows are one object a line, or a JSON array of objects (`jq` \
                  makes one: jq '.data' for the field \"data\")",
                 path.display()
             ));
         }
-        take(Place { path, line: index + 1, row_group: None }, Row::Json(line))?;
+    }
+    let mut content = after.as_slice().chain(content);
+    let mut number = Some(first);
+    while let Some(at) = number {
+        take(Place { path, line: at, row_group: None }, Row::Json(line.strip_suffix(b"\n").unwrap_or(&line)))?;
+        number = next_line(&mut content, &mut line, at, path)?;
     }
     Ok(())
 }
 
-/// Hands over the elements of an array one by one; what is wrong inside of one is found by who reads it.
-fn array(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
-    let (mut depth, mut line, mut quoted, mut escaped) = (0usize, 1, false, false);
-    // Where the element begins that is not at its end yet.
-    let mut first: Option<(usize, usize)> = None;
-    let (mut closed, mut after_comma) = (false, false);
-    for (at, &byte) in content.iter().enumerate() {
-        let wrong = |problem: &str| Err(Place { path, line, row_group: None }.wrong(problem.to_owned()));
-        if !quoted && !byte.is_ascii_whitespace() {
-            if closed {
-                return wrong("there is more after the end of the JSON array: give one array, or one object a line");
-            }
-            let ends = depth == 1 && matches!(byte, b',' | b']');
-            match first.take() {
-                Some((start, line)) if ends => {
-                    take(Place { path, line, row_group: None }, Row::Json(content[start..at].trim_ascii_end()))?
-                }
-                None if ends && (byte == b',' || after_comma) => {
-                    return wrong("an element of the JSON array is missing");
-                }
-                None if depth >= 1 && !ends => first = Some((at, line)),
-                other => first = other,
-            }
-            after_comma = ends && byte == b',';
+/// Reads the next line that is not blank, and gives its number; the one before it was number `at`.
+fn next_line(
+    content: &mut impl BufRead,
+    line: &mut Vec<u8>,
+    mut at: usize,
+    path: &Path,
+) -> Result<Option<usize>, DataError> {
+    loop {
+        line.clear();
+        if content.read_until(b'\n', line).at(path)? == 0 {
+            return Ok(None);
         }
-        match byte {
-            b'\n' => line += 1,
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
-            b'[' | b'{' if !quoted => depth += 1,
-            b']' | b'}' if !quoted => {
-                depth -= 1;
-                closed = depth == 0;
-            }
-            _ => {}
-        }
-    }
-    match closed {
-        true => Ok(()),
-        false => {
-            Err(Place { path, line, row_group: None }.wrong("the JSON array has no end: is the file cut off?".into()))
+        at += 1;
+        if !line.trim_ascii().is_empty() {
+            return Ok(Some(at));
         }
     }
 }
 
-fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
-    if let Err(error) = std::str::from_utf8(content) {
-        let line = 1 + content[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
-        let what = super::not_text(content).unwrap_or_else(|| error.to_string());
-        return Err(Place { path, line, row_group: None }.wrong(what));
+/// Hands over the elements of an array one by one; what is wrong inside of one is found by who reads it.
+fn array(mut content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+    let mut scan = ArrayScan { line: 1, ..ArrayScan::default() };
+    loop {
+        let bytes = content.fill_buf().at(path)?;
+        if bytes.is_empty() {
+            break;
+        }
+        let count = bytes.len();
+        for &byte in bytes {
+            scan.push(byte, path, take)?;
+        }
+        content.consume(count);
     }
+    match scan.closed {
+        true => Ok(()),
+        false => {
+            let place = Place { path, line: scan.line, row_group: None };
+            Err(place.wrong("the JSON array has no end: is the file cut off?".into()))
+        }
+    }
+}
+
+/// Where in an array a reader is.
+#[derive(Default)]
+struct ArrayScan {
+    depth: usize,
+    line: usize,
+    quoted: bool,
+    escaped: bool,
+    /// The line of the element that is not at its end yet, and what of it there is.
+    first: Option<usize>,
+    element: Vec<u8>,
+    closed: bool,
+    after_comma: bool,
+}
+
+impl ArrayScan {
+    fn push(&mut self, byte: u8, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
+        let line = self.line;
+        let wrong = |problem: &str| Err(Place { path, line, row_group: None }.wrong(problem.to_owned()));
+        if !self.quoted && !byte.is_ascii_whitespace() {
+            if self.closed {
+                return wrong("there is more after the end of the JSON array: give one array, or one object a line");
+            }
+            let ends = self.depth == 1 && matches!(byte, b',' | b']');
+            match self.first.take() {
+                Some(line) if ends => {
+                    take(Place { path, line, row_group: None }, Row::Json(self.element.trim_ascii_end()))?;
+                    self.element.clear();
+                }
+                None if ends && (byte == b',' || self.after_comma) => {
+                    return wrong("an element of the JSON array is missing");
+                }
+                None if self.depth >= 1 && !ends => self.first = Some(line),
+                other => self.first = other,
+            }
+            self.after_comma = ends && byte == b',';
+        }
+        if self.first.is_some() {
+            self.element.push(byte);
+        }
+        match byte {
+            b'\n' => self.line += 1,
+            _ if self.escaped => self.escaped = false,
+            b'\\' if self.quoted => self.escaped = true,
+            b'"' => self.quoted = !self.quoted,
+            b'[' | b'{' if !self.quoted => self.depth += 1,
+            b']' | b'}' if !self.quoted => {
+                self.depth -= 1;
+                self.closed = self.depth == 0;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn table(content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
     let mut table = Table::new(path, content, &mut csv::ReaderBuilder::new(), usize::MAX);
     let Some((first, headings)) = table.next_record()? else { return Ok(()) };
     let place = |line: usize| Place { path, line, row_group: None };
@@ -201,7 +275,7 @@ fn table(content: &[u8], path: &Path, take: &mut Take<'_>) -> Result<(), DataErr
     }
     // A quote that is never closed swallows the rest of the file.
     match multi_line {
-        Some(line) if content.iter().filter(|&&byte| byte == b'"').count() % 2 == 1 => {
+        Some(line) if !table.quotes_close() => {
             Err(place(line).wrong("a quote that is opened here is never closed".into()))
         }
         _ => Ok(()),
@@ -249,6 +323,23 @@ mod tests {
         }
         assert_eq!(rows("r.json", "[]"), []);
         assert_eq!(rows("r.json", "[ [1], \"]\", 2]").len(), 3);
+    }
+
+    #[test]
+    fn what_datasets_saved_to_disk_is_refused_with_the_way_out() {
+        let dir = Folder::new();
+        for (files, words) in [
+            (&["one/state.json", "one/dataset_info.json", "one/data-00000-of-00001.arrow"][..], "/one').to_parquet("),
+            (&["all/dataset_dict.json", "all/train/state.json", "all/train/data.arrow"], "/all').items()]"),
+        ] {
+            files.iter().for_each(|file| drop(dir.write(file, b"\xff\xff\xff\xff\x10\x01\0\0")));
+            let folder = dir.path().join(files[0].split('/').next().unwrap()).display().to_string();
+            let error = rows_of(&[folder]).unwrap_err().to_string();
+            assert!(error.contains("datasets.save_to_disk wrote") && error.contains(words), "{error}");
+            let file = dir.path().join(files.last().unwrap()).display().to_string();
+            let error = for_each_row(&rows_of(&[file]).unwrap(), &[], &mut |_, _| Ok(())).unwrap_err().to_string();
+            assert!(error.contains(".arrow is an Arrow stream") && error.contains("load_from_disk"), "{error}");
+        }
     }
 
     #[test]

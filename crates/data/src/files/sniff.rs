@@ -28,16 +28,22 @@ pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
             "a Parquet table (data.jsonl reads the texts of a column, data.labelled_text texts with classes, data.chat \
              conversations)"
         }
-        _ if starts(b"ARROW1") => "an Arrow table (write it as JSON lines)",
+        _ if starts(b"ARROW1") => {
+            "an Arrow table (python -c \"import pyarrow.feather as f, pyarrow.parquet as p; \
+             p.write_table(f.read_table('FILE'), 'rows.parquet')\" writes it as Parquet)"
+        }
+        _ if starts(b"\xFF\xFF\xFF\xFF") => {
+            "an Arrow stream, as datasets.save_to_disk writes it (python -c \"from datasets import load_from_disk; \
+             load_from_disk('FOLDER').to_parquet('rows.parquet')\" writes it as Parquet)"
+        }
         _ => return None,
     })
 }
 
 /// First bytes of formats that are no text, and what they are called.
-const FORMATS: [(&[u8], &str); 17] = [
+const FORMATS: [(&[u8], &str); 16] = [
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"\x04\x22\x4d\x18", "lz4-compressed"),
-    (b"\xff\xff\xff\xff", "an Arrow stream"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "HDF5"),
     (b"SQLite format 3\0", "an SQLite database"),

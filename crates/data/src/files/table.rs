@@ -6,8 +6,9 @@ use std::io::{BufRead, Error, Read, Result};
 use std::path::Path;
 use std::rc::Rc;
 
-use csv::StringRecord;
+use csv::{ByteRecord, StringRecord};
 
+use super::not_text;
 use crate::DataError;
 
 /// A table whose cells are separated by commas, unless its first line has none: then by semicolons or tabs.
@@ -31,14 +32,26 @@ impl<'a, R: BufRead> Table<'a, R> {
     /// # Errors
     /// If the file cannot be read, or the record is no row of the table: its line and what is wrong.
     pub(crate) fn next_record(&mut self) -> std::result::Result<Option<(usize, StringRecord)>, DataError> {
-        let mut record = StringRecord::new();
-        let read = self.reader.read_record(&mut record);
+        let mut record = ByteRecord::new();
+        let read = self.reader.read_byte_record(&mut record);
         let position = read.as_ref().map_or_else(csv::Error::position, |_| record.position());
         let line = self.lines.borrow_mut().of(position);
-        match read {
-            Ok(there) => Ok(there.then_some((line, record))),
-            Err(error) => Err(DataError::Row { path: self.path.to_owned(), line, problem: problem(&error) }),
+        let wrong = |problem| Err(DataError::Row { path: self.path.to_owned(), line, problem });
+        match read.map(|there| there.then(|| StringRecord::from_byte_record(record))) {
+            Ok(None) => Ok(None),
+            Ok(Some(Ok(record))) => Ok(Some((line, record))),
+            Ok(Some(Err(error))) => {
+                let cell = error.utf8_error().field();
+                let record = error.into_byte_record();
+                wrong(not_text(&record[cell]).unwrap_or_else(|| "not UTF-8".into()))
+            }
+            Err(error) => wrong(problem(&error)),
         }
+    }
+
+    /// Whether the quotes that were read so far close each other.
+    pub(crate) fn quotes_close(&self) -> bool {
+        self.lines.borrow().quotes.is_multiple_of(2)
     }
 }
 
@@ -52,7 +65,6 @@ fn delimiter(head: &[u8]) -> u8 {
 fn problem(error: &csv::Error) -> String {
     match error.kind() {
         csv::ErrorKind::Io(cause) => cause.to_string(),
-        csv::ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
             "{len} cells, and {expected_len} columns are named: text that holds separators or line ends is quoted (\"...\")"
         ),
@@ -66,8 +78,9 @@ fn problem(error: &csv::Error) -> String {
 struct Lines {
     /// Where lines that are not empty begin that were not asked for yet, and their numbers from 1.
     starts: VecDeque<(u64, usize)>,
-    /// Bytes that were read.
+    /// Bytes that were read, and the quotes among them.
     read: u64,
+    quotes: u64,
     /// The number of the line that they end in, how long it is so far, and whether it is known to hold anything.
     line: usize,
     length: usize,
@@ -105,6 +118,7 @@ impl<R: Read> Read for Counted<R> {
                 lines.begun = true;
             }
             lines.read += piece.len() as u64;
+            lines.quotes += piece.iter().filter(|&&byte| byte == b'"').count() as u64;
             lines.length += piece.len();
             if lines.length > self.longest {
                 return Err(Error::other(format!("a line of more than {} bytes is not a row of pixels", self.longest)));

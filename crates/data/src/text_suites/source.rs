@@ -13,7 +13,7 @@ use crate::error::At;
 use crate::problem::{Problem, within};
 use crate::random::mix;
 use crate::synthetic::{EPOCH, Side};
-use crate::texts::{Documents, FromFiles, TextDocument};
+use crate::texts::{Documents, TextDocument, held};
 use crate::{Data, DataError, Loader, Opened, Opening, Source, Tokenizer};
 
 /// `[data.ruler]`. A row has `training.seq_len` tokens at most: a text with a question, and its answer, which is what is predicted.
@@ -127,8 +127,8 @@ impl Texts {
             let name = format!("{} {index}", self.task.name());
             Ok(TextDocument { name, text: format!("{}{}", question.prompt, question.answer) })
         };
-        let items = (0..TEXTS).map(text).collect::<Result<_, DataError>>()?;
-        Documents::counted(FromFiles { items, notes: Vec::new() }, "generated question", self.task.name())
+        let texts = (0..TEXTS).map(text).collect::<Result<Vec<_>, DataError>>()?;
+        Ok(Documents::counted("generated question", self.task.name(), held(texts)))
     }
 
     fn open(&self, opening: Opening<'_>) -> Result<Data, DataError> {

@@ -20,3 +20,7 @@ texts = pa.table({
 pq.write_table(texts, here / "texts.parquet", row_group_size=2)
 pq.write_table(texts, here / "gzip.parquet", compression="gzip")
 pq.write_table(texts, here / "zstd.parquet", compression="zstd")
+# Pages of version 2 are packed where that makes them smaller.
+many = pa.table({"text": pa.array([None if at % 7 == 0 else f"row {at} " + "\u00fc" * 20 for at in range(200)])})
+pq.write_table(many, here / "zstd_v2.parquet", compression="zstd", data_page_version="2.0", use_dictionary=False)
+pq.write_table(texts, here / "lz4.parquet", compression="lz4")

@@ -99,8 +99,9 @@ pub fn perform(
     let held_out = match (on.text, &parent.tokenizer) {
         (true, Some(tokenizer)) => {
             let documents = recipe.data.documents(&project_root())?;
-            talk!("compared on: {}, from the beginning", documents.description);
-            documents.in_order(tokenizer, &options(&recipe))?
+            let (rows, description) = documents.in_order(tokenizer, &options(&recipe))?;
+            talk!("compared on: {description}, from the beginning");
+            rows
         }
         _ => {
             talk!("compared on: what is kept for validation of {}", opened.description);

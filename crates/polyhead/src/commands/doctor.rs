@@ -32,7 +32,11 @@ pub fn doctor() -> Result<(), Failure> {
     let (threads, set) = (polyhead_kernels::threads(), polyhead_kernels::instruction_set());
     let memory = available_memory_bytes();
     let rust_docs = polyhead_data::DataConfig::RustDocs(polyhead_data::RustDocsConfig {});
-    let text = rust_docs.documents(&project_root()).map(|found| found.description).map_err(|error| error.to_string());
+    let text = rust_docs
+        .documents(&project_root())
+        .and_then(|found| found.for_each(&mut |_| Ok(())))
+        .map(|found| found.description)
+        .map_err(|error| error.to_string());
     let recipes = project_root().join("recipes");
     if wants_json() {
         let folder = |(_, folder, _)| json!({ "folder": folder, "problem": problem(folder) });

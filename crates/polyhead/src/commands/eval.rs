@@ -42,11 +42,12 @@ pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
     }
     let config = TextConfig { paths: args.text_file.clone(), validation_paths: Vec::new(), syntax: Syntax::Prose };
     let documents = DataConfig::Text(config).documents(Path::new("."))?;
+    let (texts, documents) = documents.read_all()?;
     documents.notes.iter().for_each(|note| talk!("note: {note}"));
-    let (bytes, note) = tokenizer.token_bytes_of(documents.texts.iter().map(|document| document.text.as_str()));
+    let (bytes, note) = tokenizer.token_bytes_of(texts.iter().map(|document| document.text.as_str()));
     note.iter().for_each(|note| talk!("note: {note}"));
     let encode = |document: &polyhead_data::TextDocument| tokenizer.encode_whole(&document.text);
-    let tokens = documents.texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
+    let tokens = texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
     let read: usize = tokens.iter().map(Vec::len).sum();
     talk!("data: {}: {read} tokens, windows of {window} every {stride}", documents.description);
     let windows = Windows { window, stride };

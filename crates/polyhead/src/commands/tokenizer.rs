@@ -13,10 +13,10 @@ use crate::console::talk;
 /// Trains a tokenizer on the text of a recipe.
 pub fn train(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
-    let found = loaded.recipe.data.documents(&project_root())?;
+    let (texts, found) = loaded.recipe.data.documents(&project_root())?.to_train().read_all()?;
     talk!("learning {vocab_size} tokens from {}", found.description);
     found.notes.iter().for_each(|note| talk!("note: {note}"));
-    let learned = train_bpe(found.to_train().iter().map(|document| document.text.clone()), vocab_size, out)?;
+    let learned = train_bpe(texts.into_iter().map(|document| document.text), vocab_size, out)?;
     talk!("wrote {learned} tokens to {}", out.display());
     talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())

@@ -292,6 +292,27 @@ fn files_of_other_kinds_are_named() {
 }
 
 #[test]
+fn a_template_that_needs_a_package_or_another_file_is_refused_with_the_way_out() {
+    let world = World::new(&[GOOD]);
+    let file = world.dir.path().join("t.jinja");
+    for source in [
+        "{% import 'mistral_common' as tools %}{{ tools.render(messages) }}",
+        "{% from 'macros.jinja' import turn %}{{ turn(messages) }}",
+        "{% include 'other.jinja' %}",
+        "{% extends 'base.jinja' %}",
+    ] {
+        std::fs::write(&file, format!("{{{{ bos_token }}}}\n{source}")).unwrap();
+        let error = world.read(100, json!({ "template": file })).unwrap_err();
+        let way_out = "a template is one file, and has no packages: write into it what it takes from elsewhere";
+        assert!(error.contains("t.jinja") && error.contains("line 2") && error.contains(way_out), "{source}: {error}");
+    }
+    // A function that only a package gives is named with the line, too.
+    std::fs::write(&file, "{{ mistral_common.render(messages) }}").unwrap();
+    let error = world.read(100, json!({ "template": file })).unwrap_err();
+    assert!(error.contains("line 1 of the chat template") && error.contains("no method named render"), "{error}");
+}
+
+#[test]
 fn null_keys_are_absent() {
     let row = r#"{"messages": [{"role": "user", "content": "2+2", "tool_calls": null, "name": null},
         {"role": "assistant", "content": "4", "tool_calls": null, "weight": null}], "tools": null, "system": null}"#
