@@ -1,8 +1,9 @@
 //! Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1): the one place where scores meet a softmax.
 //!
 //! It runs with a backward of its own, and memory grows with the length of the sequence, not with its square: on the CPU
-//! in tiles (`attention/tiles.rs`; those in which the mask hides everything are never computed), on the other backends, and
-//! for dense masks and trained biases of pairs, in blocks of queries (`attention/blocks.rs`). The plain form below, which makes the
+//! in tiles (`attention/tiles.rs`; those in which the mask hides everything are never computed), on GPUs in tiles of another kind
+//! (`gpu/attention.rs`), on the other backends, and for dense masks and trained biases of pairs, in blocks of queries
+//! (`attention/blocks.rs`). The plain form below, which makes the
 //! whole matrix and leaves the backward to Burn, is what both are tested against.
 
 use std::cell::RefCell;
@@ -10,6 +11,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::shapes::{assert_shapes, spreads};
 use crate::{Mask, SelectedRows, cpu, in_type};
 
@@ -254,6 +257,12 @@ fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<
         Some(visible) if cpu::fuses(&q) && options.bias.as_ref().is_none_or(tiles::take) => {
             tiles::attention(q, k, v, visible, options)
         }
+        #[cfg(feature = "gpu")]
+        Some(visible) if gpu::attention::takes([&q, &k, &v], &visible, options) => {
+            let statistics = blocks::statistics([&q, &k, &v], options);
+            let hidden = gpu::attention::attention([q, k, v], &visible, options);
+            Attention { hidden: options.of_selected(hidden), statistics }
+        }
         _ => blocks::attention(q, k, v, options),
     }
 }
@@ -331,9 +340,17 @@ impl Statistics {
 
 impl AttentionOptions<'_> {
     /// The factor of the scores of these queries.
-    fn scale_for(&self, q: &Tensor<4>) -> f64 {
+    pub(crate) fn scale_for(&self, q: &Tensor<4>) -> f64 {
         // Without channels all scores are 0, whatever the factor; but it has to be a number.
         self.scale.unwrap_or_else(|| (q.dims()[3].max(1) as f64).powf(-0.5))
+    }
+
+    /// `[batch, query heads, queries, width]`: zeros for queries that are not selected.
+    fn of_selected(&self, hidden: Tensor<4>) -> Tensor<4> {
+        let Some(selected) = &self.selected else { return hidden };
+        let full = hidden.dims();
+        let inactive = selected.hidden(&hidden.device());
+        hidden.mask_fill(inactive.expand(full), 0.0)
     }
 
     /// `[heads]`: of how many queries statistics are the mean.
@@ -346,7 +363,7 @@ impl AttentionOptions<'_> {
 
 impl HeadMap {
     /// The head, of `n`, of each of `heads` query heads.
-    fn of(&self, heads: usize, n: usize) -> Vec<usize> {
+    pub(crate) fn of(&self, heads: usize, n: usize) -> Vec<usize> {
         match self {
             Self::Even => {
                 assert!(heads.is_multiple_of(n), "attention: {heads} query heads cannot share {n} heads evenly");

@@ -6,6 +6,8 @@
 use burn::tensor::Tensor;
 
 #[cfg(feature = "gpu")]
+pub(crate) mod attention;
+#[cfg(feature = "gpu")]
 pub(crate) mod cross_entropy;
 #[cfg(feature = "gpu")]
 pub(crate) mod elementwise;

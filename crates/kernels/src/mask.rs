@@ -106,6 +106,23 @@ impl Visible {
         Some(self.rows(queries).flat_map(inside).collect())
     }
 
+    /// For every row of the batch that has ranges of its own: the span of each tile of queries, then the range of each query.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn in_tiles(&self, tile: usize) -> impl Iterator<Item = i32> {
+        let spans = |ranges: &[[u32; 2]]| {
+            let seen = ranges.iter().copied().filter(|[from, to]| from < to);
+            seen.reduce(|[a, b], [from, to]| [a.min(from), b.max(to)]).unwrap_or([0, 0])
+        };
+        let rows = self.ranges.chunks(self.queries.max(1));
+        rows.flat_map(move |row| row.chunks(tile).map(spans).chain(row.iter().copied())).flatten().map(|key| key as i32)
+    }
+
+    /// Numbers of [`Self::in_tiles`] from one row of the batch to the next; 0 where all share them.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn plan_row(&self, tile: usize) -> usize {
+        if self.shared { 0 } else { 2 * (self.queries.div_ceil(tile) + self.queries) }
+    }
+
     fn rows(&self, queries: Range<usize>) -> impl Iterator<Item = [u32; 2]> {
         self.ranges.chunks(self.queries.max(1)).flat_map(move |row| &row[queries.clone()]).copied()
     }

@@ -32,32 +32,48 @@ pub(super) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &Atte
 }
 
 fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<'_>, scores: usize) -> Attention {
+    let hidden = of_parts([&q, &k, &v], options, scores, |part, q, k, v| part.attend(q, k, v));
+    Attention {
+        hidden: options.of_selected(Tensor::cat(hidden, 2)),
+        statistics: statistics_in_blocks([&q, &k, &v], options, scores),
+    }
+}
+
+/// The statistics that are asked for, in blocks.
+pub(super) fn statistics(inputs: [&Tensor<4>; 3], options: &AttentionOptions<'_>) -> Option<Statistics> {
+    statistics_in_blocks(inputs, options, SCORES)
+}
+
+fn statistics_in_blocks(inputs: [&Tensor<4>; 3], options: &AttentionOptions<'_>, scores: usize) -> Option<Statistics> {
+    if options.statistics.is_nothing() {
+        return None;
+    }
+    join(of_parts(inputs, options, scores, |part, q, k, v| part.measure(q, k, v)))
+}
+
+/// What `of` gives for every block of queries.
+fn of_parts<T>(
+    [q, k, v]: [&Tensor<4>; 3],
+    options: &AttentionOptions<'_>,
+    scores: usize,
+    of: impl Fn(&Part<'_>, &Tensor<4>, &Tensor<4>, &Tensor<4>) -> T,
+) -> Vec<T> {
     let [batch, heads, queries, _] = q.dims();
     let keys = k.dims()[2];
-    let (k, v) = (chosen(k, &options.keys), chosen(v, &options.values));
+    let (k, v) = (chosen(k.clone(), &options.keys), chosen(v.clone(), &options.values));
     let everything = Mask::none();
     let mask = options.mask.unwrap_or(&everything);
     let visible = mask.visible(batch, options.query_offset, queries, keys).filter(|visible| !visible.in_pieces());
     let rows = (scores / (batch * heads * keys).max(1)).clamp(1, queries.max(1));
     let rows = mask.window().map_or(rows, |window| rows.min(window.max(WINDOW_ROWS)));
-    let (mut hidden, mut seen) = (Vec::new(), Vec::new());
-    for start in (0..queries).step_by(rows) {
-        let part = Part { start, rows: rows.min(queries - start), options, mask, visible: visible.as_deref() };
-        hidden.push(part.attend(&q, &k, &v));
-        if !options.statistics.is_nothing() {
-            seen.push(part.measure(&q, &k, &v));
-        }
-    }
-    let hidden = Tensor::cat(hidden, 2);
-    let full = hidden.dims();
-    let hidden = match &options.selected {
-        Some(selected) => {
-            let inactive = selected.hidden(&hidden.device());
-            hidden.mask_fill(inactive.expand(full), 0.0)
-        }
-        None => hidden,
-    };
-    Attention { hidden, statistics: join(seen) }
+    let parts = (0..queries).step_by(rows).map(|start| Part {
+        start,
+        rows: rows.min(queries - start),
+        options,
+        mask,
+        visible: visible.as_deref(),
+    });
+    parts.map(|part| of(&part, q, &k, &v)).collect()
 }
 
 /// The heads that a map names; heads that are shared evenly stay as they are.

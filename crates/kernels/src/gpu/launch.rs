@@ -1,8 +1,8 @@
 //! What every kernel needs: tensors of results, numbers of cubes, a sum over the units that share a row.
 
-use burn::backend::Cube;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Shape, bf16, f16};
+use burn::backend::{Cube, DispatchDevice};
+use burn::tensor::{DType, Shape, Tensor, bf16, f16};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::Client;
@@ -34,6 +34,14 @@ pub(super) fn element_of(dtype: DType) -> ElemType {
 /// The type of addresses that reaches everything in these tensors.
 pub(super) fn addresses(tensors: &[&CubeTensor]) -> AddressType {
     tensors.iter().map(|tensor| tensor.required_address_type()).max().unwrap_or_default()
+}
+
+/// Bytes of shared memory of a cube, on the device of `tensor`.
+pub(super) fn shared_memory<const D: usize>(tensor: &Tensor<D>) -> usize {
+    match tensor.device().inner().as_dispatch() {
+        DispatchDevice::Cube(device) => device.client().properties().hardware.max_shared_memory_size,
+        _ => 0,
+    }
 }
 
 /// A contiguous tensor without values, on the device of `like`.
