@@ -40,6 +40,7 @@ fn in_blocks(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOption
 }
 
 /// The statistics that are asked for, in blocks.
+#[cfg(feature = "gpu")]
 pub(super) fn statistics(inputs: [&Tensor<4>; 3], options: &AttentionOptions<'_>) -> Option<Statistics> {
     statistics_in_blocks(inputs, options, SCORES)
 }
