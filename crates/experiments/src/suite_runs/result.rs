@@ -290,6 +290,7 @@ mod tests {
             progress: |_, _, _| {},
             base: None,
             hub: |_| Ok(None),
+            hub_cache: PathBuf::new,
         };
         for (path, stored) in references().unwrap() {
             let suite = Suite::find(&stored.suite).unwrap();
