@@ -315,7 +315,10 @@ fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak:
 
 fn recipe_of(work: &Work, steps: usize) -> String {
     let Work { mechanism, d_model, n_layers, d_ff, n_heads, seq, batch, device, precision, .. } = *work;
-    let noise = if mechanism == "softmax" { String::new() } else { format!("n_noise_heads = {}\n", n_heads / 4) };
+    let noise = match mechanism {
+        "grouped_differential" => format!("n_noise_heads = {}\n", n_heads / 4),
+        _ => String::new(),
+    };
     format!(
         "[model.decoder]\nd_model = {d_model}\nn_layers = {n_layers}\nd_ff = {d_ff}\ntie_embeddings = false\n\
          [model.decoder.attention.{mechanism}]\nn_heads = {n_heads}\n{noise}\
@@ -420,22 +423,27 @@ fn flops_per_step(work: &Work, recipe: &Path) -> Outcome<f64> {
 
 /// Peak memory over the length of the sequence: it has to grow with the length, not with its square.
 fn long_sequences(folder: &Path) -> Outcome<String> {
-    let mut table =
-        "One row, 2 layers of d_model 256, peak memory of training by length:\n\n| tokens | ms a step | peak MiB \
-                     | more than at half the length, MiB |\n|---|---|---|---|\n"
-            .to_owned();
-    let mut before: Option<f64> = None;
+    let mut table = "One row, 2 layers of d_model 256, 8 heads, time and peak memory of training by length, softmax and Gated DeltaNet in \
+                     turn:\n\n| tokens | softmax, ms a step | Gated DeltaNet, ms a step | softmax, peak MiB | more than at half the \
+                     length | Gated DeltaNet, peak MiB | more than at half the length |\n|---|---|---|---|---|---|---|\n"
+        .to_owned();
+    let mut before: [Option<f64>; 2] = [None; 2];
     for seq in [512, 1024, 2048, 4096, 8192] {
-        eprintln!("long: {seq} tokens ...");
-        let work = Work { n_layers: 2, seq, batch: 1, ..SMALL };
-        let recipe = folder.join("recipe.toml");
-        std::fs::write(&recipe, recipe_of(&work, 4))?;
-        let mut measured = Measured::default();
-        train(&work, &recipe, folder, &mut measured)?;
-        let peak = measured.peak_bytes / 1048576.0;
-        let more = before.map_or("-".into(), |before| format!("{:.0}", peak - before));
-        table += &format!("| {seq} | {:.0} | {peak:.0} | {more} |\n", 1e3 * median(measured.seconds));
-        before = Some(peak);
+        let (mut times, mut memory) = (String::new(), String::new());
+        for (mechanism, before) in ["softmax", "gated_delta_net"].into_iter().zip(&mut before) {
+            eprintln!("long: {mechanism}, {seq} tokens ...");
+            let work = Work { mechanism, n_layers: 2, seq, batch: 1, ..SMALL };
+            let recipe = folder.join("recipe.toml");
+            std::fs::write(&recipe, recipe_of(&work, 4))?;
+            let mut measured = Measured::default();
+            train(&work, &recipe, folder, &mut measured)?;
+            let peak = measured.peak_bytes / 1048576.0;
+            let more = before.map_or("-".into(), |before| format!("{:.0}", peak - before));
+            times += &format!(" {:.0} |", 1e3 * median(measured.seconds));
+            memory += &format!(" {peak:.0} | {more} |");
+            *before = Some(peak);
+        }
+        table += &format!("| {seq} |{times}{memory}\n");
     }
     Ok(table)
 }

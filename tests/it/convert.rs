@@ -31,6 +31,15 @@ fn close(a: &[f32], b: &[f32]) {
     assert_close("logits", b, a, Tolerance::absolute(1e-5));
 }
 
+/// The query heads of each key/value head, in every list of them that a recipe has.
+fn query_heads(recipe: &str) -> Vec<Vec<usize>> {
+    let lists = recipe.split("query_heads = [").skip(1).map(|rest| rest.split(']').next().unwrap());
+    let sizes = |list: &str| list.split(',').filter_map(|size| size.trim().parse().ok()).collect();
+    let found: Vec<Vec<usize>> = lists.map(sizes).collect();
+    assert!(!found.is_empty(), "{recipe}");
+    found
+}
+
 /// A line of the printed table, as before and after.
 fn row(out: &str, name: &str) -> [f64; 2] {
     let line = out.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {out}"));
@@ -227,6 +236,15 @@ fn from_grouped_queries(kv_heads: usize) {
             assert_eq!(logits(&world, &name), parent, "heads that are repeated change nothing");
         }
         convert("parent", &format!("key_driven --kv-heads {groups} --allocation proportion --out driven-{groups}"));
+        // Groups of equal sizes compute what grouped queries do, and of a parent with one head any sizes what it does.
+        let sizes = query_heads(&String::from_utf8(world.read(&format!("driven-{groups}/recipe.toml"))).unwrap());
+        assert!(sizes.iter().all(|sizes| sizes.len() == groups && sizes.iter().sum::<usize>() == 6), "{sizes:?}");
+        let alike = kv_heads == 1 || sizes.iter().flatten().all(|&size| size == 6 / groups);
+        let (driven, of_equal_groups) = (logits(&world, &format!("driven-{groups}")), logits(&world, &name));
+        match alike {
+            true => close(&driven, &of_equal_groups),
+            false => assert_ne!(driven, of_equal_groups, "{sizes:?}"),
+        }
     }
     convert("parent", &format!("grouped_query --kv-heads {kv_heads} --pool ward --out ward"));
     close(&logits(&world, "ward"), &parent);

@@ -136,6 +136,48 @@ fn scores_are_those_of_the_logits_and_text_that_of_generate() {
 }
 
 #[test]
+fn a_chat_is_answered_as_generate_answers_it_at_once_and_streamed() {
+    let data = "[data.chat]\npaths = [\"chats.jsonl\"]\ntemplate = \"plain\"";
+    let world = World::new(&SMALL.replace("[data.markov]\nstates = 6", data));
+    let row = |i: usize| {
+        let message = |role: &str, content: usize| json!({ "role": role, "content": format!("{content} and {i}") });
+        json!({ "messages": [message("user", i), message("assistant", 2 * i)] }).to_string()
+    };
+    let rows: Vec<String> = (0..40).map(row).collect();
+    std::fs::write(world.dir.path().join("chats.jsonl"), rows.join("\n")).unwrap();
+    world.succeeds(&["train", "recipe.toml", "training.seq_len=64", "optimizer.adamw.lr=1e-2", "--out", "run"]);
+    let server = Server::of(&world, "run");
+    for (system, question) in [(None, "3 and 3"), (Some("be short"), "5")] {
+        let greedy = ["generate", "run", "--chat", "--temperature", "0", "--max-new-tokens", "9", "--prompt", question];
+        let told: Vec<&str> = system.iter().flat_map(|system| ["--system", *system]).collect();
+        let (written, _) = world.succeeds(&[&greedy[..], &told].concat());
+        let written = written.strip_suffix('\n').unwrap();
+        assert!(!written.is_empty());
+        let mut messages: Vec<Value> =
+            system.iter().map(|system| json!({ "role": "system", "content": system })).collect();
+        messages.push(json!({ "role": "user", "content": question }));
+        let mut ask = json!({ "messages": messages, "max_tokens": 9, "temperature": 0 });
+        let (status, answer) = server.post("/v1/chat/completions", &ask);
+        assert_eq!((status, &answer["object"]), (200, &json!("chat.completion")), "{answer}");
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["message"], json!({ "role": "assistant", "content": written }));
+        let finish = choice["finish_reason"].clone();
+        assert!(finish == "length" || finish == "stop", "{answer}");
+
+        ask["stream"] = json!(true);
+        let (status, events) = server.ask("POST", "/v1/chat/completions", &ask.to_string());
+        let data: Vec<&str> = events.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        let (end, pieces) = data.split_last().unwrap();
+        assert_eq!((status, *end), (200, "[DONE]"), "{events}");
+        let pieces: Vec<Value> = pieces.iter().map(|piece| serde_json::from_str(piece).unwrap()).collect();
+        assert!(pieces.iter().all(|piece| piece["object"] == "chat.completion.chunk"), "{events}");
+        let said = pieces.iter().filter_map(|piece| piece["choices"][0]["delta"]["content"].as_str());
+        assert_eq!(said.collect::<String>(), written);
+        assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], finish);
+    }
+}
+
+#[test]
 fn what_is_not_known_is_refused_and_a_signal_ends_it() {
     let world = trained();
     let mut server = Server::of(&world, "run");

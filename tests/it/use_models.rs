@@ -101,8 +101,8 @@ fn a_model_is_named_as_on_the_hub() {
     let (code, _, err) = run(&train);
     assert_eq!(code, Some(0), "{err}");
     for (name, words) in [
-        ("org/other", "cache of the Hugging Face hub"),
-        ("org/name@v2", "no model of that name in the cache"),
+        ("org/other", "cache of the Hugging Face hub (cache/hub/models--org--other; HF_HUB_CACHE or HF_HOME"),
+        ("org/name@v2", "no model of that name in the cache of the Hugging Face hub (cache/hub/models--org--name;"),
         ("org/..", "no such checkpoint"),
         ("../name", "no such checkpoint"),
     ] {

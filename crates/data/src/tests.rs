@@ -137,7 +137,10 @@ fn tracked_rows_are_what_would_be_trained_on() {
 
 #[test]
 fn folders_of_the_hub_are_trained_on_by_their_splits() {
-    let text = |letter: &str| format!("{{\"text\": \"{}\", \"label\": \"x\"}}\n", letter.repeat(40));
+    let text = |letter: &str| {
+        let row = |label| format!("{{\"text\": \"{}\", \"label\": \"{label}\"}}\n", letter.repeat(40));
+        row("one") + &row("two")
+    };
     let chat = |letter: &str| {
         let message = |role: &str| format!("{{\"role\": \"{role}\", \"content\": \"{letter}\"}}");
         format!("{{\"messages\": [{}, {}]}}\n", message("user"), message("assistant"))

@@ -50,5 +50,5 @@ pub fn flags() -> Vec<String> {
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
     let Allowed { nonfinite, base, .. } = allowed();
-    Caller { nonfinite, tell: say, progress, base, hub: crate::hub::locate }
+    Caller { nonfinite, tell: say, progress, base, hub: crate::hub::locate, hub_cache: crate::hub::cache }
 }

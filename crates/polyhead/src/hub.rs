@@ -34,7 +34,7 @@ fn fetch(reference: &Reference, _: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Where the tools of Hugging Face keep what they fetch.
-fn cache() -> PathBuf {
+pub fn cache() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let of_home = |home: PathBuf| home.join("hub");
     let default = || {

@@ -43,7 +43,7 @@ impl Reference {
     /// # Errors
     /// If the cache is damaged, or a download was not finished: names the file and the way out.
     pub fn cached(&self, cache: &Path) -> Result<Option<PathBuf>, Failure> {
-        let home = cache.join(format!("models--{}", self.name.replace('/', "--")));
+        let home = self.folder(cache);
         let (named, of_commit) = (home.join("refs").join(&self.revision), home.join("snapshots").join(&self.revision));
         let snapshot = match std::fs::read_to_string(&named) {
             Ok(commit) => {
@@ -71,6 +71,11 @@ impl Reference {
             Some(name) => Err(missing(&name)),
             None => Ok(Some(snapshot)),
         }
+    }
+
+    /// Where a cache keeps it, if it does.
+    pub fn folder(&self, cache: &Path) -> PathBuf {
+        cache.join(format!("models--{}", self.name.replace('/', "--")))
     }
 
     /// What completes it.

@@ -173,7 +173,14 @@ mod tests {
                                     n_heads = 2\n[data.patterns]\nsize = 16\n[training]\nsteps = 2\nbatch_size = 3\n";
 
     fn caller() -> Caller {
-        Caller { nonfinite: NonFinite::Refuse, tell: |_| {}, progress: |_, _, _| {}, base: None, hub: |_| Ok(None) }
+        Caller {
+            nonfinite: NonFinite::Refuse,
+            tell: |_| {},
+            progress: |_, _, _| {},
+            base: None,
+            hub: |_| Ok(None),
+            hub_cache: std::path::PathBuf::new,
+        }
     }
 
     fn resolved(recipe: &str) -> Resolved {

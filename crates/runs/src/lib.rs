@@ -46,6 +46,8 @@ pub struct Caller {
     pub base: Option<&'static Path>,
     /// The folder of a model that is not named by a path, such as `org/name` of a hub; `None` where the name can only be one.
     pub hub: fn(&Path) -> Result<Option<PathBuf>, Failure>,
+    /// The cache that it looks into, which messages name.
+    pub hub_cache: fn() -> PathBuf,
 }
 
 impl Caller {

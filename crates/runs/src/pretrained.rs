@@ -296,10 +296,12 @@ pub fn locate_checkpoint(path: &Path, caller: Caller) -> Result<(PathBuf, Option
     if !path.is_dir() {
         let hint = meant(path);
         let hub = match path.to_str().and_then(Reference::parse) {
-            Some(_) => {
-                ", and no model of that name in the cache of the Hugging Face hub (HF_HOME); --download fetches one"
-            }
-            None => "",
+            Some(reference) => format!(
+                ", and no model of that name in the cache of the Hugging Face hub ({}; HF_HUB_CACHE or HF_HOME name another \
+                 cache); --download fetches one",
+                reference.folder(&(caller.hub_cache)()).display()
+            ),
+            None => String::new(),
         };
         let problem =
             format!("{}: no such checkpoint or run folder{hub}\n  hint: {hint} (docs: Use a model)", path.display());

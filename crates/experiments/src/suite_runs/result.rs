@@ -281,6 +281,7 @@ mod tests {
 
     use super::super::plan::plan;
     use super::*;
+    use crate::suites::SUITES;
 
     #[test]
     fn stored_references_are_of_todays_recipes_and_rows() {
@@ -290,8 +291,19 @@ mod tests {
             progress: |_, _, _| {},
             base: None,
             hub: |_| Ok(None),
+            hub_cache: PathBuf::new,
         };
-        for (path, stored) in references().unwrap() {
+        let stored = references().unwrap();
+        if references_folder().exists() {
+            let found: Vec<&str> = stored.iter().map(|(_, stored)| &*stored.suite).collect();
+            let small: Vec<&str> =
+                SUITES.iter().map(|suite| suite.name).filter(|name| name.ends_with("-small")).collect();
+            assert_eq!(small.len(), 5);
+            for name in small {
+                assert!(found.contains(&name), "no reference of {name} is stored, but of {found:?}");
+            }
+        }
+        for (path, stored) in stored {
             let suite = Suite::find(&stored.suite).unwrap();
             let asked = Asked { suite, model: None, overrides: &[], only: &[], seed: stored.seed };
             let planned = plan(&asked, Path::new("nowhere"), caller).unwrap();
