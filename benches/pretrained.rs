@@ -78,7 +78,9 @@ pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super:
          | against eager | first loss |\n|---|---|---|---|---|---|---|---|\n",
         model.display()
     );
-    for (task, kind, shape) in TASKS.into_iter().filter(|(task, ..)| task.contains(&args.only)) {
+    for (task, kind, shape) in
+        TASKS.into_iter().filter(|(task, ..)| args.only.as_ref().is_none_or(|only| task.contains(only)))
+    {
         for threads in [1, 2] {
             let bench = Bench { model, python, folder, steps, threads };
             let spec = bench.specify(task, kind, shape)?;

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
-//! all rounds, the first two steps of a process left out. Without PyTorch only Polyhead is measured. `--device cuda` measures
-//! a decoder with 350 million parameters in bf16 on a GPU (benches/gpu/stage.sh builds for it).
+//! all rounds, the first two steps of a process left out. Every row is printed as soon as it is known, those of torch.compile
+//! last, so that a run that is cut short leaves what it found. Without PyTorch only Polyhead is measured. `--device cuda`
+//! measures a decoder with 350 million parameters in bf16 on a GPU (benches/gpu/stage.sh builds for it).
 
 mod median;
+mod section;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,9 +43,9 @@ struct Args {
     /// Steps of a turn.
     #[arg(long, default_value_t = 8)]
     steps: usize,
-    /// Only works whose name contains this.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only the work of this name; of a pretrained model, the tasks whose names contain it.
+    #[arg(long)]
+    only: Option<String>,
     /// Where to train: flex or cuda.
     #[arg(long, default_value = "flex", value_parser = ["flex", "cuda"])]
     device: String,
@@ -56,7 +58,7 @@ struct Args {
     /// Leave torch.compile out.
     #[arg(long)]
     no_compile: bool,
-    /// Write the tables to this file as well.
+    /// Write the tables to this file as well, in place of those of the same kind; what else is in it stays.
     #[arg(long)]
     out: Option<PathBuf>,
     /// Passed by `cargo bench`.
@@ -141,41 +143,58 @@ fn main() -> Outcome<()> {
     }
     let on_gpu = args.device == "cuda";
     let peak = args.peak_tflops.map_or_else(|| gemm_peak(on_gpu), |peak| peak * 1e12);
-    let mut report = header(peak, torch.as_deref());
-    let mut rows = Vec::new();
+    let python = args.python.as_deref().filter(|_| torch.is_some());
+    let mut report = Report::default();
+    report.tell(header(peak, torch.as_deref()));
     if let Some(model) = &args.model {
-        let python = args.python.as_deref().filter(|_| torch.is_some());
-        report += &pretrained::compare(model, python, folder.path(), &args)?;
-        return write(&report, args.out.as_deref());
+        report.tell(pretrained::compare(model, python, folder.path(), &args)?);
+        return report.keep("pretrained", args.out.as_deref());
     }
     let works = if on_gpu { vec![GPU, GPU_GDA] } else { WORKS.to_vec() };
-    for work in works.iter().filter(|work| work.name.contains(&args.only)) {
-        let python = args.python.as_deref().filter(|_| torch.is_some());
-        rows.extend(compare(work, python, &args, folder.path(), peak)?);
+    let chosen = |name: &str| args.only.as_ref().is_none_or(|only| only == name);
+    let names = Vec::from_iter(
+        works.iter().map(|work| work.name).chain(["long", "generation"].into_iter().filter(|_| !on_gpu)),
+    );
+    if !names.iter().any(|name| chosen(name)) {
+        return Err(format!("--only takes one of {names:?}").into());
     }
-    if !rows.is_empty() {
-        report += "| work | side | ms a step | tokens/s | against eager | peak MiB | against eager | GFLOP/s | first loss |\n";
-        report += "|---|---|---|---|---|---|---|---|---|\n";
-        report += &rows.join("\n");
-        report += "\n\n";
+    if works.iter().any(|work| chosen(work.name)) {
+        report.tell(
+            "| work | side | ms a step | tokens/s | against eager | peak MiB | against eager | GFLOP/s | first loss |",
+        );
+        report.tell("|---|---|---|---|---|---|---|---|---|");
+        for work in works.iter().filter(|work| chosen(work.name)) {
+            compare(work, python, &args, folder.path(), peak, &mut report)?;
+        }
+        report.tell("");
     }
-    if !on_gpu && "long".contains(&args.only) {
-        report += &long_sequences(folder.path())?;
+    if !on_gpu && chosen("long") {
+        report.tell(long_sequences(folder.path())?);
     }
-    if !on_gpu && "generation".contains(&args.only) {
-        let python = args.python.as_deref().filter(|_| torch.is_some());
-        report += &generation(python, args.rounds, folder.path())?;
+    if !on_gpu && chosen("generation") {
+        report.tell(generation(python, args.rounds, folder.path())?);
     }
-    write(&report, args.out.as_deref())
+    report.keep("side_by_side", args.out.as_deref())
 }
 
-fn write(report: &str, out: Option<&Path>) -> Outcome<()> {
-    println!("{report}");
-    if let Some(out) = out {
-        std::fs::write(out, report)?;
-        eprintln!("wrote {}", out.display());
+/// What was found so far; it is on standard output already.
+#[derive(Default)]
+struct Report(String);
+
+impl Report {
+    fn tell(&mut self, lines: impl AsRef<str>) {
+        println!("{}", lines.as_ref());
+        self.0 += lines.as_ref();
+        self.0 += "\n";
     }
-    Ok(())
+
+    fn keep(&self, kind: &str, out: Option<&Path>) -> Outcome<()> {
+        if let Some(out) = out {
+            section::replace(out, kind, &self.0)?;
+            eprintln!("wrote {}", out.display());
+        }
+        Ok(())
+    }
 }
 
 fn torch_version(python: &Path) -> Option<String> {
@@ -245,11 +264,11 @@ fn header(peak: f64, torch: Option<&str>) -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load: String = load.split_whitespace().take(3).collect::<Vec<_>>().join(" ");
     format!(
-        "# Results of the benchmark\n\nMade by `cargo bench --bench side_by_side`. {}, {} threads, {model} ({wide}), load before \
+        "Made by `cargo bench --bench side_by_side`. {}, {} threads, {model} ({wide}), load before \
          {load}; Polyhead {}, {}. A product of 2048 x 2048 matrices reaches {:.0} GFLOP/s.\n\nVocabulary {VOCAB}, untied; \
          small: d_model 256, 6 layers, 8 heads, 8 rows of 256 tokens; big: d_model 512, 8 layers, 8 heads, 4 rows of 512. \
          GFLOP/s are the model's useful operations (three forward passes, half of the causal square), not what was \
-         computed.\n\n",
+         computed.\n",
         date(),
         threads(),
         env!("CARGO_PKG_VERSION"),
@@ -263,15 +282,22 @@ fn date() -> String {
     output.map_or_else(|_| "unknown date".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Rows of the table, one per side.
-fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak: f64) -> Outcome<Vec<String>> {
+/// Measures all sides of a work in turns. The row of each is told in the last of them.
+fn compare(
+    work: &Work,
+    python: Option<&Path>,
+    args: &Args,
+    folder: &Path,
+    peak: f64,
+    report: &mut Report,
+) -> Outcome<()> {
     eprintln!("{} ...", work.name);
     let recipe = folder.join("recipe.toml");
     std::fs::write(&recipe, recipe_of(work, args.steps))?;
     let mut sides: Vec<(&str, Measured)> = vec![("Polyhead", Measured::default())];
     let spec = match python {
         Some(_) => {
-            sides.push(("PyTorch", Measured::default()));
+            sides.insert(0, ("PyTorch", Measured::default())); // what the others are set against
             if !args.no_compile {
                 sides.push(("torch.compile", Measured::default()));
             }
@@ -279,7 +305,9 @@ fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak:
         }
         None => None,
     };
-    for round in 0..args.rounds {
+    let flops = flops_per_step(work, &recipe)?;
+    let mut eager = None;
+    for round in 1..=args.rounds {
         for (side, measured) in &mut sides {
             match (*side, python, &spec) {
                 ("Polyhead", ..) => train(work, &recipe, folder, measured)?,
@@ -288,29 +316,30 @@ fn compare(work: &Work, python: Option<&Path>, args: &Args, folder: &Path, peak:
                 }
                 _ => {}
             }
-            eprintln!("  round {} {side}: {:.0} ms", round + 1, 1e3 * median(measured.seconds.clone()));
+            let seconds = median(measured.seconds.clone());
+            eprintln!("  round {round} {side}: {:.0} ms", 1e3 * seconds);
+            if round < args.rounds {
+                continue;
+            }
+            if *side == "PyTorch" {
+                eager = Some((seconds, measured.peak_bytes));
+            }
+            let against = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
+            report.tell(format!(
+                "| {} | {side} | {:.0} | {:.0} | {} | {:.0} | {} | {:.0} ({:.0} %) | {:.4} |",
+                work.name,
+                1e3 * seconds,
+                (work.batch * work.seq) as f64 / seconds,
+                against(eager.map(|(time, _)| time / seconds)),
+                measured.peak_bytes / 1048576.0,
+                against(eager.map(|(_, bytes)| measured.peak_bytes / bytes)),
+                flops / seconds / 1e9,
+                100.0 * flops / seconds / peak,
+                measured.first_loss
+            ));
         }
     }
-    let flops = flops_per_step(work, &recipe)?;
-    let eager =
-        sides.iter().find(|(side, _)| *side == "PyTorch").map(|(_, m)| (median(m.seconds.clone()), m.peak_bytes));
-    let row = |(side, measured): &(&str, Measured)| {
-        let seconds = median(measured.seconds.clone());
-        let against = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
-        format!(
-            "| {} | {side} | {:.0} | {:.0} | {} | {:.0} | {} | {:.0} ({:.0} %) | {:.4} |",
-            work.name,
-            1e3 * seconds,
-            (work.batch * work.seq) as f64 / seconds,
-            against(eager.map(|(time, _)| time / seconds)),
-            measured.peak_bytes / 1048576.0,
-            against(eager.map(|(_, bytes)| measured.peak_bytes / bytes)),
-            flops / seconds / 1e9,
-            100.0 * flops / seconds / peak,
-            measured.first_loss
-        )
-    };
-    Ok(sides.iter().map(row).collect())
+    Ok(())
 }
 
 fn recipe_of(work: &Work, steps: usize) -> String {

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::world::{SMALL, World, project};
 
+#[path = "../../benches/section.rs"]
+mod section;
+
 /// What `polyhead reference --out` writes is what is in the repository.
 #[test]
 fn generated_pages_are_up_to_date() {
@@ -19,6 +22,34 @@ fn generated_pages_are_up_to_date() {
         assert!(!made.contains("not judged yet"), "a verdict is missing in recipes/results");
     }
     assert!(files.lines().count() >= 7, "{files}");
+}
+
+/// Measuring again must not erase what was measured by hand, or by other benchmarks.
+#[test]
+fn a_benchmark_rewrites_its_own_tables_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("RESULTS.md");
+    let kept = std::fs::read_to_string(project().join("benches/RESULTS.md")).unwrap();
+    std::fs::write(&file, &kept).unwrap();
+    section::replace(&file, "side_by_side", "anew\n\n").unwrap();
+    let (begin, end) = ("<!-- side_by_side -->\n", "<!-- end of side_by_side -->\n");
+    let (head, tail) = (kept.split_once(begin).unwrap().0, kept.split_once(end).unwrap().1);
+    assert!(tail.contains("## Two ranks beside two threads"));
+    let once = format!("{head}{begin}anew\n{end}{tail}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), once);
+
+    section::replace(&file, "other", "first").unwrap();
+    section::replace(&file, "other", "second").unwrap();
+    let other = "\n\n<!-- other -->\nsecond\n<!-- end of other -->\n";
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), format!("{}{other}", once.trim_end()));
+
+    std::fs::write(&file, end).unwrap();
+    let told = section::replace(&file, "side_by_side", "anew").unwrap_err().to_string();
+    assert!(
+        told.contains("RESULTS.md: <!-- side_by_side --> and <!-- end of side_by_side --> must come as a pair"),
+        "{told}"
+    );
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), end);
 }
 
 /// All Markdown files of the project.
