@@ -69,12 +69,12 @@ fn the_parts_of_a_logit_add_up_to_it() {
         assert_whole(&world.dir.path().join("seen/lens.html"));
         (out, told, json(&world, "seen/lens.json"))
     };
-    let (out, told, found) = look(&["--text", "the cat sat on the", "--answer", " mat", "--instead", "x"]);
+    let (out, told, found) = look(&["--text", "the cat sat on", "--answer", " mat", "--instead", "x"]);
     assert!(told.contains("Logit of \" \", less that of \"x\""), "{told}");
     // Five points, seven parts and the sum, four heads; three lines of heads and two that are empty.
     assert_eq!(out.lines().count(), 5 + 9 + 4 + 3 + 2, "{out}");
     let logit = |text: &str| {
-        world.succeeds(&["logits", "run", "--text", "the cat sat on the", "--out", "logits"]);
+        world.succeeds(&["logits", "run", "--text", "the cat sat on", "--out", "logits"]);
         let bytes = world.read("logits");
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let last: Vec<f64> = file

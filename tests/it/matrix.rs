@@ -171,14 +171,16 @@ fn every_decoder_that_is_valid_trains() {
     // Gated DeltaNet has no q_proj for fast weights, which a validation without a model does not know; HiLo is for images.
     let [attention, rest] = [&NEWER[..4], &NEWER[4..]];
     assert_eq!(train_all(DECODER, attention, &PROCEDURES[..4]), 2 * 2 * 4 * 4);
-    assert_eq!(train_all(DECODER, rest, &PROCEDURES[..3]), 2 * 2 * 3);
+    // Gated DeltaNet reads one way, HiLo reads grids.
+    assert_eq!(train_all(DECODER, rest, &PROCEDURES[..3]), 2 * 2 * 2);
 }
 
 #[test]
 fn every_classifier_that_is_valid_trains() {
     // In f32 only.
     assert!(train_all(CLASSIFIER, &MECHANISMS, &[&[]]) >= 2 * 10);
-    assert_eq!(train_all(CLASSIFIER, &NEWER, &[&[]]), 2 * 2 * NEWER.len());
+    // All but Gated DeltaNet read both ways.
+    assert_eq!(train_all(CLASSIFIER, &NEWER, &[&[]]), 2 * 2 * (NEWER.len() - 1));
 }
 
 #[test]

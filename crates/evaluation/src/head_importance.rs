@@ -191,7 +191,7 @@ impl Importance {
 /// What every head matters over batches of examples, by layers; `progress` gets the batches done and all there are. `encoder` is on a
 /// plain device.
 pub fn importance(encoder: &Encoder, batches: &[Examples], progress: &mut dyn FnMut(u64, u64)) -> Vec<Vec<Importance>> {
-    let trained = encoder.clone().fork(&encoder.device().autodiff());
+    let trained = encoder.clone().fork(&encoder.device().autodiff()).train();
     let all: usize = batches.iter().map(|batch| batch.labels.len()).sum();
     let mut found: Vec<Vec<Importance>> = Vec::new();
     for (at, Examples { inputs, labels, .. }) in batches.iter().enumerate() {

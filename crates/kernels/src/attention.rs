@@ -2,7 +2,7 @@
 //!
 //! It runs with a backward of its own, and memory grows with the length of the sequence, not with its square: on the CPU
 //! in tiles (`attention/tiles.rs`; those in which the mask hides everything are never computed), on GPUs in tiles of another kind
-//! (`gpu/attention.rs`), on the other backends, and for dense masks and trained biases of pairs, in blocks of queries
+//! (`attention/gpu.rs`), on the other backends, and for dense masks and trained biases of pairs, in blocks of queries
 //! (`attention/blocks.rs`). The plain form below, which makes the
 //! whole matrix and leaves the backward to Burn, is what both are tested against.
 
@@ -11,12 +11,12 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use crate::shapes::{assert_shapes, spreads};
 use crate::{Mask, SelectedRows, cpu, in_type};
 
 mod blocks;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod tiles;
 
 #[cfg(test)]
@@ -258,9 +258,9 @@ fn forward(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions<
             tiles::attention(q, k, v, visible, options)
         }
         #[cfg(feature = "gpu")]
-        Some(visible) if gpu::attention::takes([&q, &k, &v], &visible, options) => {
+        Some(visible) if gpu::takes([&q, &k, &v], &visible, options) => {
             let statistics = blocks::statistics([&q, &k, &v], options);
-            let hidden = gpu::attention::attention([q, k, v], &visible, options);
+            let hidden = gpu::attention([q, k, v], &visible, options);
             Attention { hidden: options.of_selected(hidden), statistics }
         }
         _ => blocks::attention(q, k, v, options),

@@ -6,13 +6,11 @@
 use burn::tensor::Tensor;
 
 #[cfg(feature = "gpu")]
-pub(crate) mod attention;
-#[cfg(feature = "gpu")]
 pub(crate) mod cross_entropy;
 #[cfg(feature = "gpu")]
 pub(crate) mod elementwise;
 #[cfg(feature = "gpu")]
-mod launch;
+pub(crate) mod launch;
 #[cfg(feature = "gpu")]
 pub(crate) mod rms_norm;
 #[cfg(feature = "gpu")]

@@ -12,15 +12,15 @@ use cubecl::prelude::*;
 use cubecl::server::CubeCountSelection;
 
 /// Units of a cube.
-pub(super) const UNITS: u32 = 256;
+pub(crate) const UNITS: u32 = 256;
 
 /// The type of a tensor's elements in a kernel.
-pub(super) fn element(tensor: &CubeTensor) -> ElemType {
+pub(crate) fn element(tensor: &CubeTensor) -> ElemType {
     element_of(tensor.dtype)
 }
 
 /// The same of numbers of that type.
-pub(super) fn element_of(dtype: DType) -> ElemType {
+pub(crate) fn element_of(dtype: DType) -> ElemType {
     match dtype {
         DType::I32 => i32::elem_type_native(),
         DType::I64 => i64::elem_type_native(),
@@ -32,12 +32,12 @@ pub(super) fn element_of(dtype: DType) -> ElemType {
 }
 
 /// The type of addresses that reaches everything in these tensors.
-pub(super) fn addresses(tensors: &[&CubeTensor]) -> AddressType {
+pub(crate) fn addresses(tensors: &[&CubeTensor]) -> AddressType {
     tensors.iter().map(|tensor| tensor.required_address_type()).max().unwrap_or_default()
 }
 
 /// Bytes of shared memory of a cube, on the device of `tensor`.
-pub(super) fn shared_memory<const D: usize>(tensor: &Tensor<D>) -> usize {
+pub(crate) fn shared_memory<const D: usize>(tensor: &Tensor<D>) -> usize {
     match tensor.device().inner().as_dispatch() {
         DispatchDevice::Cube(device) => device.client().properties().hardware.max_shared_memory_size,
         _ => 0,
@@ -45,13 +45,13 @@ pub(super) fn shared_memory<const D: usize>(tensor: &Tensor<D>) -> usize {
 }
 
 /// A contiguous tensor without values, on the device of `like`.
-pub(super) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
+pub(crate) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
     let (client, device) = (like.client.clone(), like.device.clone());
     burn_cubecl::ops::numeric::empty_device_contiguous_dtype(client, device, shape.into(), dtype)
 }
 
 /// The tensor with rows of whole vectors that start at whole vectors; copies only where it has to.
-pub(super) fn in_fours(tensor: CubeTensor) -> CubeTensor {
+pub(crate) fn in_fours(tensor: CubeTensor) -> CubeTensor {
     let strides = tensor.meta.strides();
     let fits = strides[3] == 1 && (0..3).all(|axis| strides[axis].is_multiple_of(4));
     let starts = (tensor.handle.offset_start.unwrap_or(0) as usize).is_multiple_of(4 * tensor.elem_size());
@@ -59,24 +59,24 @@ pub(super) fn in_fours(tensor: CubeTensor) -> CubeTensor {
 }
 
 /// An empty tensor `[batch, heads, seq, width]` laid out as `[batch, seq, heads, width]`: joining its heads costs no copy.
-pub(super) fn by_position(like: &CubeTensor, [batch, heads, seq, width]: [usize; 4]) -> CubeTensor {
+pub(crate) fn by_position(like: &CubeTensor, [batch, heads, seq, width]: [usize; 4]) -> CubeTensor {
     Cube::float_swap_dims(empty(like, [batch, seq, heads, width], like.dtype), 1, 2)
 }
 
 /// Channels that a unit reads at once: 4 where rows are multiples of it.
-pub(super) fn vector(channels: usize) -> usize {
+pub(crate) fn vector(channels: usize) -> usize {
     if channels.is_multiple_of(4) { 4 } else { 1 }
 }
 
 /// At least so many cubes, in as many dimensions as the device needs for them.
-pub(super) fn cubes(client: &Client, count: usize) -> CubeCount {
+pub(crate) fn cubes(client: &Client, count: usize) -> CubeCount {
     let count = u32::try_from(count).unwrap_or_else(|_| panic!("{count} cubes are more than a kernel can have"));
     CubeCountSelection::new(client, count).cube_count()
 }
 
 /// How the units of a cube share rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Lanes {
+pub(crate) struct Lanes {
     /// Units of a row: a power of two.
     pub row: u32,
     /// Units of a plane; 0 where sums go through shared memory.
@@ -85,7 +85,7 @@ pub(super) struct Lanes {
 
 impl Lanes {
     /// For rows of so many vectors.
-    pub(super) fn of(client: &Client, vectors: usize) -> Self {
+    pub(crate) fn of(client: &Client, vectors: usize) -> Self {
         let hardware = &client.properties().hardware;
         let row = (vectors as u32).next_power_of_two().clamp(8, UNITS);
         let sizes = (hardware.plane_size_min, hardware.plane_size_max);
@@ -94,7 +94,7 @@ impl Lanes {
     }
 
     /// Rows of a cube.
-    pub(super) fn rows(self) -> u32 {
+    pub(crate) fn rows(self) -> u32 {
         UNITS / self.row
     }
 }
@@ -102,7 +102,7 @@ impl Lanes {
 /// The sum of `value` over the `row` units of a row, or the largest; all of them get it. Every unit of the cube has to call it; `shared` has
 /// a number per unit and can be used again after a `sync_cube`.
 #[cube]
-pub(super) fn reduce_row(
+pub(crate) fn reduce_row(
     value: f32,
     shared: &mut Shared<[f32]>,
     #[comptime] row: u32,

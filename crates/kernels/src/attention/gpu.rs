@@ -18,9 +18,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::{AddressType, CubeCount, CubeDim};
 
-use super::launch::{addresses, by_position, element, empty, in_fours};
-use crate::attention::{AttentionOptions, HeadMap};
+use super::{AttentionOptions, HeadMap};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::gpu::launch::{addresses, by_position, element, empty, in_fours, shared_memory};
 use crate::in_type;
 use crate::mask::Visible;
 use crate::precision::cast;
@@ -42,13 +42,13 @@ const SHARED: usize = 29 << 10;
 /// Whether this call goes through tiles.
 pub(crate) fn takes([q, k, v]: [&Tensor<4>; 3], visible: &Visible, options: &AttentionOptions<'_>) -> bool {
     let widths = [q.dims()[3], v.dims()[3]];
-    super::fuses(q)
+    crate::gpu::fuses(q)
         && [k.dtype(), v.dtype()] == [q.dtype(); 2]
         && q.dims()[2] >= FEWEST
         && widths.iter().all(|width| width.is_multiple_of(4) && *width <= WIDEST)
         && options.bias.is_none()
         && !visible.in_pieces()
-        && super::launch::shared_memory(q) >= SHARED
+        && shared_memory(q) >= SHARED
 }
 
 /// `[batch, query heads, queries, value width]`. See [`crate::attention()`].
