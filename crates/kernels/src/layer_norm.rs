@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 
-use crate::rms_norm;
 use crate::shapes::assert_shapes;
+use crate::{in_type, rms_norm};
 
 /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the last dimension.
 ///
@@ -22,6 +22,7 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, bias: Tensor<
     if channels == [0] {
         return x;
     }
+    let bias = in_type(bias, x.dtype());
     let centred = x.clone() - x.mean_dim(D - 1);
     rms_norm(centred, weight, eps) + bias.unsqueeze::<D>()
 }

@@ -89,6 +89,7 @@ fn out_of_heads_plain(
 ) -> Tensor<3> {
     let [batch, seq, channels] = heads.dims();
     let n_heads = gates.dims()[2];
+    let gates = in_type(gates, heads.dtype());
     let by_head = heads.reshape([batch, seq, n_heads, channels / n_heads]) * gates.unsqueeze_dim::<4>(3);
     linear(zero_where_unselected(by_head.reshape([batch, seq, channels]), selected), weight, None)
 }
