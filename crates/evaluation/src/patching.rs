@@ -317,6 +317,7 @@ mod tests {
             let model = serde_json::from_value::<DecoderConfig>(config).unwrap().init(9, &Device::flex());
             let runs = Runs::new(&model, std::slice::from_ref(&pair));
             let wiring = attention.wiring().unwrap();
+            let reads = |head: usize| &wiring[head];
             for site in SITES {
                 let read = crate::lens::read(&model, &[vec![1, 2]], &[site]);
                 let heads = match site {
@@ -333,8 +334,8 @@ mod tests {
                     let index = receiver.at().heads()[0];
                     assert!(index < there, "{name} {site}: {index} of {there}");
                     let want = match site {
-                        Site::Kv(KvSite::V) => wiring[head].value.0,
-                        Site::Kv(_) => wiring[head].key.0,
+                        Site::Kv(KvSite::V) => reads(head).value.0,
+                        Site::Kv(_) => reads(head).key.0,
                         _ => head,
                     };
                     assert_eq!(index, want, "{name} {site} of head {head}");
