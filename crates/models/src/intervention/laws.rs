@@ -119,6 +119,7 @@ fn changes_of_a_head_reach_the_outputs_that_it_is_part_of() {
                 continue;
             }
             let clean = z(&plain, site);
+            let outputs = |head: usize| wiring[head].outputs.clone().collect();
             let heads = if site == QuerySite::Z { clean.len() } else { wiring.len() };
             for head in 0..heads {
                 let model = plain.clone().intervened(Some(open(&plain, &kind, Some(head)).unwrap()));
@@ -126,7 +127,7 @@ fn changes_of_a_head_reach_the_outputs_that_it_is_part_of() {
                 let changed: Vec<usize> = (0..clean.len()).filter(|&other| clean[other] != edited[other]).collect();
                 let want: Vec<usize> = match site {
                     QuerySite::Z => vec![head],
-                    _ => wiring[head].outputs.clone().collect(),
+                    _ => outputs(head),
                 };
                 let about = format!("{}: {} at {} of head {head}", mechanism.name(), kind.2, kind.0);
                 match mechanism.name() {
