@@ -96,8 +96,10 @@ else:
             start = time.perf_counter()
             model.generate(prompt, min_new_tokens=work["new"], max_new_tokens=work["new"], **options)
         elif task == "prefill":
+            prompt = AutoTokenizer.from_pretrained(folder)(open(work["prompt"]).read(), return_tensors="pt").input_ids
+            model.generate(prompt[:, :16], max_new_tokens=1, do_sample=False, pad_token_id=0)
             start = time.perf_counter()
-            model(input_ids=prompt, use_cache=True)
+            model.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
         elif task == "evaluate":
             loss = evaluate(model)
         else:  # load: to the first token

@@ -1,6 +1,6 @@
 //! A pretrained model in Hugging Face's format: fine-tuned, loaded and run by Polyhead and by transformers, in alternating runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ const TASKS: [(&str, Kind, [usize; 2]); 7] = [
     ("pretrain", Kind::Train { adapters: false }, [1, 1024]),
     ("load", Kind::Load, [1, 16]),
     ("generate", Kind::Generate, [1, 16]),
-    ("prefill", Kind::Prefill, [1, 2048]),
+    ("prefill", Kind::Prefill, [1, 16]),
     ("evaluate", Kind::Evaluate, [1, 512]),
 ];
 /// New tokens of a generation.
@@ -24,6 +24,8 @@ const NEW: usize = 64;
 const RANK: usize = 8;
 const ALPHA: usize = 16;
 const SENTENCE: &str = "What is written here does not matter, only that it is text. ";
+/// Times that it stands in the long prompt.
+const REPEATED: usize = 136;
 
 /// What a process does.
 #[derive(Clone, Copy, PartialEq)]
@@ -66,14 +68,24 @@ struct Bench<'a> {
     threads: usize,
 }
 
+/// A folder with fresh weights in the shape of a published model.
+pub fn shaped(shape: &str, python: Option<&Path>, folder: &Path) -> Outcome<PathBuf> {
+    let (python, made) = (python.ok_or("--shape needs --python")?, folder.join(shape));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/shape.py");
+    let output = Command::new(python).arg(script).arg(shape).arg(&made).output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(made) } else { Err(format!("{}: {told}", python.display()).into()) }
+}
+
 /// A table of all tasks whose names contain `only`, with 1 and with 2 threads.
 pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super::Args) -> Outcome<String> {
     std::fs::write(folder.join("text.txt"), SENTENCE.repeat(4000))?;
     std::fs::write(folder.join("short.txt"), SENTENCE.repeat(400))?;
+    std::fs::write(folder.join("prompt.txt"), SENTENCE.repeat(REPEATED))?;
     let super::Args { rounds, steps, .. } = *args;
     let mut table = format!(
         "\n{}: LoRA of rank {RANK} on q, k, v and o (lora: 4 rows of 128 tokens), all weights (full: 4 rows of 128; pretrain: \
-         1 row of 1024), loading to the first token, {NEW} new tokens, a prompt of 2048 tokens, the loss of a text in windows of \
+         1 row of 1024), loading to the first token, {NEW} new tokens, a prompt of about 2000 tokens up to the first new one, the loss of a text in windows of \
          512. Medians of {rounds} alternating runs of {steps} steps.\n\n| task | threads | side | ms | against eager | peak MiB \
          | against eager | first loss |\n|---|---|---|---|---|---|---|---|\n",
         model.display()
@@ -151,7 +163,7 @@ impl Bench<'_> {
         let mut spec = json!({
             "task": task, "adapters": adapters, "batch": batch, "seq": seq, "steps": self.steps, "threads": self.threads,
             "new": NEW, "rank": RANK, "alpha": ALPHA, "targets_of_lora": ["q_proj", "k_proj", "v_proj", "o_proj"],
-            "text": text(&self.folder.join("short.txt")),
+            "text": text(&self.folder.join("short.txt")), "prompt": text(&self.folder.join("prompt.txt")),
         });
         let recipe = self.folder.join("recipe.toml");
         std::fs::write(&recipe, self.recipe(kind, &spec))?;
@@ -182,17 +194,19 @@ impl Bench<'_> {
     fn ours(&self, kind: Kind, spec: &Value, measured: &mut Measured) -> Outcome<()> {
         let run = self.folder.join("run");
         let _ = std::fs::remove_dir_all(&run);
-        let (recipe, logits, new) = (self.folder.join("recipe.toml"), self.folder.join("logits"), NEW.to_string());
-        let ids: Vec<String> = spec["tokens"].as_array().into_iter().flatten().map(Value::to_string).collect();
-        let ids = ids.join(",");
-        let greedy =
-            ["generate", text(self.model), "--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens"];
+        let (recipe, new, prompt) = (self.folder.join("recipe.toml"), NEW.to_string(), SENTENCE.repeat(REPEATED));
+        let tokens = spec["tokens"].as_array().map_or(0, Vec::len) as f64;
+        let greedy = |prompt, tokens| {
+            let model = text(self.model);
+            vec!["generate", model, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", tokens]
+        };
+        const SHORT: &str = "Once upon a time";
         let (short, window) = (self.folder.join("short.txt"), spec["seq"].to_string());
         let args = match kind {
             Kind::Train { .. } => vec!["train", text(&recipe), "--out", text(&run)],
-            Kind::Prefill => vec!["logits", text(self.model), "--tokens", &ids, "--out", text(&logits)],
-            Kind::Load => [&greedy[..], &["1"]].concat(),
-            Kind::Generate => [&greedy[..], &[new.as_str()]].concat(),
+            Kind::Prefill => greedy(&prompt, "1"),
+            Kind::Load => greedy(SHORT, "1"),
+            Kind::Generate => greedy(SHORT, &new),
             Kind::Evaluate => {
                 vec!["eval", text(self.model), "--text-file", text(&short), "--window", &window, "--stride", &window]
             }
@@ -213,10 +227,7 @@ impl Bench<'_> {
                 let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
                 let steps: Vec<&Value> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
                 let number = |line: &Value, key: &str| line[key].as_f64().unwrap_or(f64::NAN);
-                let seconds: Vec<f64> = steps
-                    .iter()
-                    .map(|line| ids.split(',').count() as f64 / number(line, "tokens_per_second"))
-                    .collect();
+                let seconds: Vec<f64> = steps.iter().map(|line| tokens / number(line, "tokens_per_second")).collect();
                 measured.add(&seconds, steps.first().map_or(f64::NAN, |line| number(line, "loss")), peak);
             }
             Kind::Generate => {
@@ -229,7 +240,11 @@ impl Bench<'_> {
                 let told: Value = serde_json::from_slice(&output.stdout)?;
                 measured.add(&[wall], told["loss"].as_f64().unwrap_or(f64::NAN), peak);
             }
-            Kind::Load | Kind::Prefill => measured.add(&[wall], f64::NAN, peak),
+            Kind::Prefill => {
+                let seconds = told.lines().find_map(|line| line.rsplit_once("read in ")?.1.strip_suffix(" s"));
+                measured.add(&[seconds.ok_or_else(|| told.clone())?.parse()?], f64::NAN, peak);
+            }
+            Kind::Load => measured.add(&[wall], f64::NAN, peak),
         }
         Ok(())
     }

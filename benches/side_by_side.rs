@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo bench --bench side_by_side -- --python venv/bin/python --out benches/RESULTS.md
 //! cargo bench --bench side_by_side -- --python venv/bin/python --model DIR   # a pretrained model, beside transformers
+//! cargo bench --bench side_by_side -- --python venv/bin/python --shape 135m  # the same with fresh weights
 //! ```
 //!
 //! Every measurement is a process of its own, so that peak memory belongs to it alone. Times are medians over the steps of
@@ -55,6 +56,10 @@ struct Args {
     /// Measure a pretrained model in Hugging Face's format instead: fine-tuning, loading, generating, reading a long prompt.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// The same with fresh weights in the shape of a published model with 135 million parameters, or of 12 layers of one with
+    /// 360 million; needs transformers.
+    #[arg(long, conflicts_with = "model", value_parser = ["135m", "360m"])]
+    shape: Option<String>,
     /// Leave torch.compile out.
     #[arg(long)]
     no_compile: bool,
@@ -146,7 +151,8 @@ fn main() -> Outcome<()> {
     let python = args.python.as_deref().filter(|_| torch.is_some());
     let mut report = Report::default();
     report.tell(header(peak, torch.as_deref()));
-    if let Some(model) = &args.model {
+    let shaped = args.shape.as_deref().map(|shape| pretrained::shaped(shape, python, folder.path())).transpose()?;
+    if let Some(model) = args.model.as_ref().or(shaped.as_ref()) {
         report.tell(pretrained::compare(model, python, folder.path(), &args)?);
         return report.keep("pretrained", args.out.as_deref());
     }

@@ -30,6 +30,7 @@ mod layer_norm;
 mod linear;
 mod mask;
 mod matrix;
+mod one_row;
 mod parallel;
 mod precision;
 mod random;

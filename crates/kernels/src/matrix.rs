@@ -8,7 +8,9 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
 
+use crate::one_row::add_row_product;
 use crate::scratch::{Shared, write_zeros};
 
 /// A matrix to read.
@@ -178,6 +180,8 @@ const FEWEST: usize = 128;
 const STEP: usize = 32;
 /// Rows and columns below which `gemm` has other ways, which depend on the size.
 const NARROW: usize = 8;
+/// Values of a matrix that a thread takes at least where a single row is multiplied: 1 MiB, longer than it takes to wake it.
+const FEWEST_OF_ONE_ROW: usize = 1 << 18;
 
 /// `factor · left right`, before it is known where to.
 #[derive(Clone, Copy)]
@@ -273,6 +277,12 @@ impl Product<'_> {
     unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
         let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
         let [rows, columns] = self.sizes();
+        if rows == 1 && self.left.strides[1] == 1 && self.right.strides[1] == 1 {
+            // SAFETY: the only row, as the caller has promised.
+            let row = unsafe { std::slice::from_raw_parts_mut(start.cast::<MaybeUninit<f32>>(), columns) };
+            // SAFETY: if something is to be added, there are values, as the caller has promised.
+            return self.one_row(if add { unsafe { row.assume_init_mut() } } else { write_zeros(row) }, threads);
+        }
         let (longer, shorter) = (rows.max(columns), rows.min(columns));
         // Products of a few rows or columns add up in another order in parts.
         if threads == 1 || longer < FEWEST * threads || shorter < NARROW {
@@ -300,6 +310,21 @@ impl Product<'_> {
                     unsafe { product.multiply(out.start, stride, add, gemm::Parallelism::None) };
                 });
             }
+        });
+    }
+
+    /// Adds a product of one row; by columns, so that the order of additions is that of one thread.
+    fn one_row(self, sum: &mut [f32], threads: usize) {
+        let Self { left, right, factor, .. } = self;
+        let x = &left.values[..left.columns];
+        let parts = threads.min(right.rows * right.columns / FEWEST_OF_ONE_ROW);
+        if parts < 2 {
+            return add_row_product(sum, x, right.values, right.strides[0], factor);
+        }
+        let width = right.columns.div_ceil(parts).next_multiple_of(STEP);
+        sum.par_chunks_mut(width).enumerate().for_each(|(index, sum)| {
+            let right = right.columns(index * width..index * width + sum.len());
+            add_row_product(sum, x, right.values, right.strides[0], factor);
         });
     }
 
@@ -358,7 +383,7 @@ mod tests {
     fn however_many_threads_cut_it_a_product_has_the_same_bits() {
         let numbers = |count: usize| (0..count).map(|i| (i % 97) as f32 / 31.0 - 1.5).collect::<Vec<_>>();
         for [rows, inner, columns] in
-            [[520, 33, 70], [70, 33, 520], [500, 600, 500], [1000, 3, 1], [9, 40, 1000], [1000, 2, 8]]
+            [[520, 33, 70], [70, 33, 520], [500, 600, 500], [1000, 3, 1], [9, 40, 1000], [1000, 2, 8], [1, 515, 1100]]
         {
             let (left, right) = (numbers(rows * inner), numbers(inner * columns));
             let left = Matrix::by_rows(&left, [rows, inner]);

@@ -112,7 +112,7 @@ fn write_both<'y, 'z>(
 /// Exactly what the widest functions below are compiled for.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn has_avx512() -> bool {
+pub(crate) fn has_avx512() -> bool {
     std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512dq")
@@ -122,7 +122,7 @@ fn has_avx512() -> bool {
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn has_avx2() -> bool {
+pub(crate) fn has_avx2() -> bool {
     std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
 }
 
@@ -162,11 +162,11 @@ macro_rules! vectorized {
                 #[allow(clippy::too_many_arguments)]
                 fn avx2 $(<$($life),+>)? ($($arg: $type),*) $(-> $result)? { portable($($arg),*) }
 
-                if has_avx512() {
+                if $crate::simd::has_avx512() {
                     // SAFETY: all features that it is compiled for were just detected.
                     return unsafe { avx512($($arg),*) };
                 }
-                if has_avx2() {
+                if $crate::simd::has_avx2() {
                     // SAFETY: all features that it is compiled for were just detected.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -175,6 +175,7 @@ macro_rules! vectorized {
         }
     )* };
 }
+pub(crate) use vectorized;
 
 vectorized! {
     /// The largest value; negative infinity of nothing.

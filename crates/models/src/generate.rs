@@ -1,6 +1,7 @@
 //! Text from a model, token by token, with cached keys and values.
 
 use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Cache, Mask};
@@ -208,6 +209,8 @@ impl Continuation {
 pub struct Past {
     /// Whose each token of the prompt is, for the model's intervention; empty where nobody says so.
     pub roles: Vec<Role>,
+    /// How long the last prompt took, up to its first new token.
+    pub reading: Duration,
     cache: Cache,
     tokens: Vec<u32>,
 }
@@ -215,7 +218,7 @@ pub struct Past {
 impl Past {
     /// Nothing yet.
     pub fn new(model: &Decoder) -> Self {
-        Self { roles: Vec::new(), cache: model.new_cache(), tokens: Vec::new() }
+        Self { roles: Vec::new(), reading: Duration::ZERO, cache: model.new_cache(), tokens: Vec::new() }
     }
 
     /// Reads `tokens` (not empty), which follow what was read; gives the logits after the last of them.
@@ -251,10 +254,13 @@ impl Past {
             *self = Self { roles: std::mem::take(&mut self.roles), ..Self::new(model) };
         }
         let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-        let mut new = Vec::new();
+        let (mut new, began) = (Vec::new(), Instant::now());
         let mut next: Vec<u32> = prompt[self.tokens.len()..].to_vec();
         while new.len() < sampling.max_new_tokens {
             let token = choose(&self.read(model, &next, prompt), sampling, &mut rng);
+            if new.is_empty() {
+                self.reading = began.elapsed();
+            }
             if stops.contains(&token) {
                 return (new, Some(token));
             }

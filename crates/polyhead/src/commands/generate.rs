@@ -62,10 +62,11 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let shown = if args.chat { "" } else { text };
     let model = (&trained.model, trained.text_tokenizer()?);
-    let answer = write_text(model, (shown, &prompt), (&sampling, &args.sampling.stop))?;
-    let count = answer.tokens.len();
+    let mut past = Past::new(model.0);
+    let answer = write_text(model, &mut past, (shown, &prompt), (&sampling, &args.sampling.stop))?;
+    let (count, read, reading) = (answer.tokens.len(), prompt.ids.len(), past.reading.as_secs_f64());
     let rate = count as f64 / started.elapsed().as_secs_f64().max(1e-9);
-    talk!("{count} tokens, {rate:.1} tokens/s");
+    talk!("{count} tokens, {rate:.1} tokens/s; {read} tokens of the prompt read in {reading:.3} s");
     if wants_json() { put!("{:#}", as_json(text, &answer)) } else { Ok(()) }
 }
 
@@ -139,11 +140,12 @@ fn message(role: &str, content: &str) -> Value {
 /// Writes a prompt and what the model makes of it to standard output, as it comes; gives the latter.
 pub fn write_text(
     model: (&Decoder, &Tokenizer),
+    past: &mut Past,
     (shown, prompt): (&str, &Prompt),
     how: (&Sampling, &[String]),
 ) -> Result<Answer, Failure> {
     show(shown)?;
-    let answer = answer(model, &mut Past::new(model.0), prompt, how, &mut show)?;
+    let answer = answer(model, past, prompt, how, &mut show)?;
     show("\n")?;
     Ok(answer)
 }

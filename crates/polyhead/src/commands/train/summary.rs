@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use burn::module::Module;
 use polyhead_data::{Modality, Tokenizer, Yields};
-use polyhead_models::{Decoder, EvalTotals, Parameter, Trainable, parameters};
+use polyhead_models::{Decoder, EvalTotals, Parameter, Past, Trainable, parameters};
 use polyhead_training::checkpoint::list;
 use polyhead_training::run::Outcome;
 use polyhead_training::{peak_memory_bytes, state};
@@ -124,6 +124,8 @@ pub(super) fn sample(recipe: &Recipe, model: &Decoder, tokenizer: &Tokenizer) ->
         Some(prompt) => (format!("user: {said}\nassistant: "), prompt),
         None => (text.clone(), Prompt::plain(tokenizer, text)?),
     };
-    let answer = write_text((&model.valid(), tokenizer), (&text, &prompt), (&recipe.generation.sampling, &[]))?;
+    let model = model.valid();
+    let how = (&recipe.generation.sampling, &[][..]);
+    let answer = write_text((&model, tokenizer), &mut Past::new(&model), (&text, &prompt), how)?;
     Ok(format!("{text}{}", answer.text))
 }
