@@ -10,7 +10,7 @@ use std::ops::Range;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::one_row::add_row_product;
+use crate::one_row::{add_row_dots, add_row_product};
 use crate::scratch::{Shared, write_zeros};
 
 /// A matrix to read.
@@ -277,7 +277,7 @@ impl Product<'_> {
     unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
         let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
         let [rows, columns] = self.sizes();
-        if rows == 1 && self.left.strides[1] == 1 && self.right.strides[1] == 1 {
+        if rows == 1 && self.left.strides[1] == 1 && self.right.strides.contains(&1) {
             // SAFETY: the only row, as the caller has promised.
             let row = unsafe { std::slice::from_raw_parts_mut(start.cast::<MaybeUninit<f32>>(), columns) };
             // SAFETY: if something is to be added, there are values, as the caller has promised.
@@ -316,15 +316,22 @@ impl Product<'_> {
     /// Adds a product of one row; by columns, so that the order of additions is that of one thread.
     fn one_row(self, sum: &mut [f32], threads: usize) {
         let Self { left, right, factor, .. } = self;
+        if right.rows == 0 {
+            return;
+        }
         let x = &left.values[..left.columns];
+        let add = |sum: &mut [f32], right: Matrix<'_>| match right.strides {
+            [stride, 1] => add_row_product(sum, x, right.values, stride, factor),
+            [_, stride] => add_row_dots(sum, x, right.values, stride, factor),
+        };
         let parts = threads.min(right.rows * right.columns / FEWEST_OF_ONE_ROW);
         if parts < 2 {
-            return add_row_product(sum, x, right.values, right.strides[0], factor);
+            return add(sum, right);
         }
         let width = right.columns.div_ceil(parts).next_multiple_of(STEP);
         sum.par_chunks_mut(width).enumerate().for_each(|(index, sum)| {
-            let right = right.columns(index * width..index * width + sum.len());
-            add_row_product(sum, x, right.values, right.strides[0], factor);
+            let from = index * width;
+            add(sum, right.columns(from..from + sum.len()));
         });
     }
 

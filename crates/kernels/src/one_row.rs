@@ -5,9 +5,12 @@ use crate::simd::vectorized;
 
 /// Rows of the matrix that are added at a time: the sums are read and written once for all of them.
 const TOGETHER: usize = 4;
-/// Columns whose sums stay in the first cache, and values between two requests: a cache line.
+/// Columns whose sums stay in the first cache.
 const BLOCK: usize = 1024;
+/// Values of a cache line.
 const LINE: usize = 16;
+/// Values of a dot product that are added apart from each other.
+const APART: usize = 4 * LINE;
 
 /// `y += factor · x · w` for a matrix with a row of `y.len()` contiguous values every `stride` values.
 ///
@@ -20,6 +23,32 @@ pub(crate) fn add_row_product(y: &mut [f32], x: &[f32], w: &[f32], stride: usize
 }
 
 vectorized! {
+    /// `y += factor · x · wᵀ` for a matrix with a row of `x.len()` contiguous values every `stride` values: a dot product for
+    /// each value of y.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    fn add_row_dots(y: &mut [f32], x: &[f32], w: &[f32], stride: usize, factor: f32) {
+        let (chunks, rest) = x.as_chunks::<APART>();
+        for (row, y) in y.iter_mut().enumerate() {
+            let (row, row_rest) = w[row * stride..][..x.len()].as_chunks::<APART>();
+            let mut sums = [0f32; APART];
+            for (x, w) in chunks.iter().zip(row) {
+                (0..APART).step_by(LINE).for_each(|line| fetch(w, TOGETHER * stride + line));
+                for lane in 0..APART {
+                    sums[lane] += x[lane] * w[lane];
+                }
+            }
+            // By halves: the order is fixed, and no addition waits for all others.
+            let sums: [f32; 32] = std::array::from_fn(|lane| sums[lane] + sums[lane + 32]);
+            let sums: [f32; 16] = std::array::from_fn(|lane| sums[lane] + sums[lane + 16]);
+            let sums: [f32; 8] = std::array::from_fn(|lane| sums[lane] + sums[lane + 8]);
+            let sums: [f32; 4] = std::array::from_fn(|lane| sums[lane] + sums[lane + 4]);
+            let rest: f32 = rest.iter().zip(row_rest).map(|(x, w)| x * w).sum();
+            *y += factor * ((sums[0] + sums[2]) + (sums[1] + sums[3]) + rest);
+        }
+    }
+
     fn add_block(y: &mut [f32], x: &[f32], w: &[f32], stride: usize, factor: f32) {
         let columns = y.len();
         let row = |k: usize| &w[k * stride..][..columns];
@@ -66,16 +95,22 @@ mod tests {
 
     #[test]
     fn one_row_is_added_as_the_definition_says() {
-        for [rows, columns, gap] in [[1usize, 1, 0], [3, 16, 1], [4, 17, 0], [7, 1025, 3], [9, 40, 0], [0, 5, 0]] {
-            let stride = columns + gap;
-            let x: Vec<f32> = (0..rows).map(|i| i as f32 - 2.5).collect();
-            let w: Vec<f32> = (0..(rows * stride).saturating_sub(gap)).map(|i| (i % 11) as f32 - 4.0).collect();
-            let mut y: Vec<f32> = (0..columns).map(|column| column as f32).collect();
-            add_row_product(&mut y, &x, &w, stride, 0.5);
-            for (column, &y) in y.iter().enumerate() {
-                let product: f32 = x.iter().enumerate().map(|(row, x)| x * w[row * stride + column]).sum();
-                assert_eq!(y, column as f32 + 0.5 * product, "column {column} of {rows} x {columns}");
-            }
+        for [inner, columns, gap] in
+            [[1usize, 1, 0], [3, 16, 1], [4, 17, 0], [7, 1025, 3], [9, 40, 0], [0, 5, 0], [129, 3, 2]]
+        {
+            let x: Vec<f32> = (0..inner).map(|i| (i % 5) as f32 - 2.5).collect();
+            let w: Vec<f32> = (0..(inner + gap) * (columns + gap)).map(|i| (i % 11) as f32 - 4.0).collect();
+            let check = |add: &dyn Fn(&mut [f32], &[f32]), [down, along]: [usize; 2]| {
+                let last = (inner.max(1) - 1) * down + (columns - 1) * along;
+                let mut y: Vec<f32> = (0..columns).map(|column| column as f32).collect();
+                add(&mut y, &w[..=last]);
+                for (column, &y) in y.iter().enumerate() {
+                    let product: f32 = x.iter().enumerate().map(|(i, x)| x * w[i * down + column * along]).sum();
+                    assert_eq!(y, column as f32 + 0.5 * product, "column {column} of {inner} x {columns}");
+                }
+            };
+            check(&|y, w| add_row_product(y, &x, w, columns + gap, 0.5), [columns + gap, 1]);
+            check(&|y, w| add_row_dots(y, &x, w, inner + gap, 0.5), [1, inner + gap]);
         }
     }
 
@@ -83,5 +118,11 @@ mod tests {
     #[should_panic(expected = "out of range")]
     fn rows_that_are_not_there_are_refused() {
         add_row_product(&mut [0.0; 4], &[1.0; 3], &[1.0; 11], 4, 1.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "out of range")]
+    fn columns_that_are_not_there_are_refused() {
+        add_row_dots(&mut [0.0; 4], &[1.0; 3], &[1.0; 11], 3, 1.0);
     }
 }
