@@ -84,11 +84,11 @@ pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super:
     std::fs::write(folder.join("prompt.txt"), SENTENCE.repeat(REPEATED))?;
     let super::Args { rounds, steps, .. } = *args;
     let mut table = format!(
-        "\n{}: LoRA of rank {RANK} on q, k, v and o (lora: 4 rows of 128 tokens), all weights (full: 4 rows of 128; pretrain: \
+        "{}: LoRA of rank {RANK} on q, k, v and o (lora: 4 rows of 128 tokens), all weights (full: 4 rows of 128; pretrain: \
          1 row of 1024), loading to the first token, {NEW} new tokens, a prompt of about 2000 tokens up to the first new one, the loss of a text in windows of \
          512. Medians of {rounds} alternating runs of {steps} steps.\n\n| task | threads | side | ms | against eager | peak MiB \
          | against eager | first loss |\n|---|---|---|---|---|---|---|---|\n",
-        model.display()
+        model.file_name().unwrap_or(model.as_os_str()).display()
     );
     for (task, kind, shape) in
         TASKS.into_iter().filter(|(task, ..)| args.only.as_ref().is_none_or(|only| task.contains(only)))

@@ -156,6 +156,11 @@ fn main() -> Outcome<()> {
         report.tell(pretrained::compare(model, python, folder.path(), &args)?);
         return report.keep("pretrained", args.out.as_deref());
     }
+    report.tell(format!(
+        "Vocabulary {VOCAB}, untied; small: d_model 256, 6 layers, 8 heads, 8 rows of 256 tokens; big: d_model 512, 8 layers, \
+         8 heads, 4 rows of 512. GFLOP/s are the model's useful operations (three forward passes, half of the causal \
+         square), not what was computed.\n"
+    ));
     let works = if on_gpu { vec![GPU, GPU_GDA] } else { WORKS.to_vec() };
     let chosen = |name: &str| args.only.as_ref().is_none_or(|only| only == name);
     let names = Vec::from_iter(
@@ -271,10 +276,7 @@ fn header(peak: f64, torch: Option<&str>) -> String {
     let load: String = load.split_whitespace().take(3).collect::<Vec<_>>().join(" ");
     format!(
         "Made by `cargo bench --bench side_by_side`. {}, {} threads, {model} ({wide}), load before \
-         {load}; Polyhead {}, {}. A product of 2048 x 2048 matrices reaches {:.0} GFLOP/s.\n\nVocabulary {VOCAB}, untied; \
-         small: d_model 256, 6 layers, 8 heads, 8 rows of 256 tokens; big: d_model 512, 8 layers, 8 heads, 4 rows of 512. \
-         GFLOP/s are the model's useful operations (three forward passes, half of the causal square), not what was \
-         computed.\n",
+         {load}; Polyhead {}, {}. A product of 2048 x 2048 matrices reaches {:.0} GFLOP/s.\n",
         date(),
         threads(),
         env!("CARGO_PKG_VERSION"),

@@ -337,12 +337,12 @@ pub(super) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
     const SIDE: usize = 32;
     let columns = values.len() / rows.max(1);
     let mut out = vec![0.0; values.len()];
-    for top in (0..rows).step_by(SIDE) {
-        for left in (0..columns).step_by(SIDE) {
-            for row in top..rows.min(top + SIDE) {
-                for column in left..columns.min(left + SIDE) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
+    for (left, band) in (0..columns).step_by(SIDE).zip(out.chunks_mut((SIDE * rows).max(1))) {
+        for top in (0..rows).step_by(SIDE) {
+            for (column, out) in (left..).zip(band.chunks_mut(rows)) {
+                let out = &mut out[top..rows.min(top + SIDE)];
+                let column = values[top * columns + column..].iter().step_by(columns);
+                out.iter_mut().zip(column).for_each(|(out, value)| *out = *value);
             }
         }
     }
