@@ -99,7 +99,7 @@ mod tests {
             [[1usize, 1, 0], [3, 16, 1], [4, 17, 0], [7, 1025, 3], [9, 40, 0], [0, 5, 0], [129, 3, 2]]
         {
             let x: Vec<f32> = (0..inner).map(|i| (i % 5) as f32 - 2.5).collect();
-            let w: Vec<f32> = (0..(inner + gap) * (columns + gap)).map(|i| (i % 11) as f32 - 4.0).collect();
+            let w: Vec<f32> = (0..(inner.max(1) + gap) * (columns + gap)).map(|i| (i % 11) as f32 - 4.0).collect();
             let check = |add: &dyn Fn(&mut [f32], &[f32]), [down, along]: [usize; 2]| {
                 let last = (inner.max(1) - 1) * down + (columns - 1) * along;
                 let mut y: Vec<f32> = (0..columns).map(|column| column as f32).collect();
