@@ -18,7 +18,8 @@ pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
-fn is_flex(device: &Device) -> bool {
+/// Whether this is Burn's CPU backend `flex`, with or without gradients.
+pub(crate) fn is_flex(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_))
 }
 

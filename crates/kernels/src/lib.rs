@@ -62,7 +62,7 @@ pub use gated_mlp::gated_mlp;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use mask::Mask;
-pub use parallel::in_parallel;
+pub use parallel::{in_parallel, on_the_pool};
 pub use precision::in_type;
 pub use random::{RandomState, random, seed_random, without_drawing};
 pub use rms_norm::rms_norm;

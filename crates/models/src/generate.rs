@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Cache, Mask};
+use polyhead_kernels::on_the_pool;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -277,12 +278,14 @@ impl Past {
 /// `[rows, vocab]`: the logits after `tokens`, `[rows, new]`, which continue what is cached.
 fn next_logits(model: &Decoder, tokens: &[u32], context: Context<'_>, cache: &mut Cache) -> Vec<f32> {
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
-    let (rows, mask) = (context.rows, Mask::causal());
+    let (rows, mask, device) = (context.rows, Mask::causal(), model.device());
     let new = tokens.len() / rows;
-    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, new]), &model.device());
-    let hidden = model.pass(ids, Pass { cache: Some(cache), context: Some(context), ..Pass::new(&mask) }).hidden;
-    let last = hidden.narrow(1, new - 1, 1);
-    model.logits(last).into_data().iter::<f32>().collect()
+    on_the_pool(&device, || {
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, new]), &device);
+        let hidden = model.pass(ids, Pass { cache: Some(cache), context: Some(context), ..Pass::new(&mask) }).hidden;
+        let last = hidden.narrow(1, new - 1, 1);
+        model.logits(last).into_data().iter::<f32>().collect()
+    })
 }
 
 /// The index of the next token.
