@@ -4,9 +4,14 @@
 //! ```text
 //! S_t = g S_{t-1} + k ⊗ u,   u = β (v - (g S_{t-1})ᵀ k),   o = S_tᵀ q
 //! ```
-//! Fused, a task takes one head of one row of the batch and walks over its tokens with the state in cache; cost and time grow
-//! with the length of the sequence. The backward keeps nothing of the forward: it walks once more to note the state at the
-//! start of every chunk of tokens, then takes the chunks from the last to the first, each with its states before it.
+//! Fused, a task takes one head of one row of the batch, and walks over its tokens with 32 columns of the state at a time
+//! (`delta_rule/walk.rs`); time and memory grow with the length of the sequence. The backward keeps nothing of the forward: it
+//! walks once more to note the state at the start of every chunk of tokens, then takes the chunks from the last to the first, each
+//! with its states before it. A sequence in parts gives the same bits as the whole, and a decay of 0 is as good as any other.
+//!
+//! The papers' form in products of matrices (WY, for a chunk's tokens at once) is not used: it counts more operations than the walk
+//! for heads of up to 128 channels, and is for machines on which products are cheaper than anything else. See
+//! benches/RESULTS.md.
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
