@@ -13,19 +13,23 @@
 //! There is no softmax, no map and no position: rotary positions are not used. Every document begins with an empty state. The
 //! recurrence is `kernels/delta_rule.rs`, fused on the CPU; other backends go token by token.
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::activation::{sigmoid, silu, softplus};
+use burn::tensor::activation::{sigmoid, softplus};
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use polyhead_kernels::{DeltaRule, delta_rule, in_type, random, rms_norm};
+use polyhead_kernels::{
+    self as kernels, Before, DeltaRule, delta_rule, in_type, random, rms_norm, short_convolution, swiglu,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::config::require;
 use crate::projection::{INIT_STD, linear, residual_std};
 use crate::softmax::check_width;
 use crate::{
-    Attended, Call, ConfigError, Cost, Dims, KvSite, Mask, Mechanism, MechanismCache, MechanismConfig, Observation,
-    Observed, QuerySite, Site, Wiring,
+    Adapters, Attended, Call, ConfigError, Cost, Dims, KvSite, Mask, Mechanism, MechanismCache, MechanismConfig,
+    Observation, Observed, QuerySite, Site, Wiring,
 };
 
 /// Inside the square root of the norms of queries and keys; from the authors' code.
@@ -261,18 +265,13 @@ impl Mechanism for GatedDeltaNet {
     type Cache = DeltaState;
 
     fn forward(&self, hidden: Tensor<3>, call: Call<'_, DeltaState>) -> Attended {
-        let (adapters, sites, dtype) = (call.adapters, call.sites, hidden.dtype());
+        let (adapters, sites, dtype, device) = (call.adapters, call.sites, hidden.dtype(), hidden.device());
         let [batch, seq, _] = hidden.dims();
         let Sizes { key_heads, share, k_dim, v_dim, kernel } = self.sizes;
-        let (heads, channels) = (self.sizes.heads(), self.sizes.mixed());
+        let heads = self.sizes.heads();
         let starts = Starts::of(call.mask, batch, seq);
 
-        let qkvz = in_type(adapters.project("qkvz_proj", &self.qkvz_proj, hidden.clone()), DType::F32);
-        let qkvz = qkvz.reshape([batch, seq, key_heads, 2 * k_dim + 2 * share * v_dim]);
-        let part =
-            |from: usize, width: usize| qkvz.clone().narrow(3, from, width).reshape([batch, seq, key_heads * width]);
-        let mixed = Tensor::cat(vec![part(0, k_dim), part(k_dim, k_dim), part(2 * k_dim, share * v_dim)], 2);
-        let z = part(2 * k_dim + share * v_dim, share * v_dim).reshape([batch, seq, heads, v_dim]);
+        let [q, k, v, z] = self.projected(adapters, hidden.clone());
         let ba = in_type(adapters.project("ba_proj", &self.ba_proj, hidden), DType::F32).reshape([
             batch,
             seq,
@@ -284,76 +283,99 @@ impl Mechanism for GatedDeltaNet {
         let rate = softplus(of_heads(share) + self.dt_bias.val().reshape([1, 1, heads]), 1.0);
         let decay = (-(self.a_log.val().exp().reshape([1, 1, heads]) * rate)).exp();
 
-        let before = call.cache.as_ref().and_then(|cache| cache.kept.clone());
-        let device = mixed.device();
-        let (state, past) = match before {
-            Some(Kept { state, inputs }) => (state, inputs),
-            None => (
-                Tensor::zeros([batch, heads, k_dim, v_dim], &device),
-                Tensor::zeros([batch, kernel - 1, channels], &device),
-            ),
+        let kept = call.cache.as_ref().and_then(|cache| cache.kept.clone());
+        let (state, past) = match kept {
+            Some(Kept { state, inputs }) => (state, Some(inputs)),
+            None => (Tensor::zeros([batch, heads, k_dim, v_dim], &device), None),
         };
-        let inputs = Tensor::cat(vec![past, mixed], 1); // [batch, kernel - 1 + seq, channels]
-        let mixed = silu(self.convolved(&inputs, seq, starts.as_ref()));
-        let head = |from: usize, count: usize, width: usize| {
-            mixed.clone().narrow(2, from, count * width).reshape([batch, seq, count, width])
+        let inputs = call.cache.is_some().then(|| self.last_inputs(past.clone(), [&q, &k, &v]));
+        let of_document = starts.as_ref().map(|starts| starts.before.clone());
+        let convolved = |x: Tensor<3>, from: usize| {
+            let [.., channels] = x.dims();
+            let weight = self.conv.weight.val().narrow(0, from, channels).reshape([channels, kernel]);
+            let inputs = past.clone().map(|past| past.narrow(2, from, channels));
+            short_convolution(x, weight, Before { inputs, of_document: of_document.clone() })
         };
-        let shared = |x: Tensor<4>| {
-            let x = x.reshape([batch, seq, key_heads, 1, k_dim]);
-            x.expand([batch, seq, key_heads, share, k_dim]).reshape([batch, seq, heads, k_dim])
+        let of_keys = [batch, seq, key_heads, k_dim];
+        let q = unit(convolved(q, 0).reshape(of_keys), 1.0 / (k_dim as f64).sqrt());
+        let k = sites.at_tokens(KvSite::K, unit(convolved(k, key_heads * k_dim).reshape(of_keys), 1.0));
+        let v = convolved(v, 2 * key_heads * k_dim).reshape([batch, seq, heads, v_dim]);
+        let v = sites.at_tokens(KvSite::V, v);
+        // Heads share the query of their key head, but for what is read or changed of each.
+        let [q, k] = match sites.touch(&[QuerySite::Q.into()]) {
+            true => [q, k].map(|x| {
+                let x = x.reshape([batch, seq, key_heads, 1, k_dim]);
+                x.expand([batch, seq, key_heads, share, k_dim]).reshape([batch, seq, heads, k_dim])
+            }),
+            false => [q, k],
         };
-        let q = shared(unit(head(0, key_heads, k_dim))) / (k_dim as f64).sqrt();
         let q = sites.at_tokens(QuerySite::Q, q);
-        let k = shared(sites.at_tokens(KvSite::K, unit(head(key_heads * k_dim, key_heads, k_dim))));
-        let v = sites.at_tokens(KvSite::V, head(2 * key_heads * k_dim, heads, v_dim));
         let decay = match &starts {
             Some(starts) => decay.clone() * (1.0 - starts.first(&device)),
             None => decay,
         };
-        let mean_decay = decay.clone().mean_dim(0).mean_dim(1).reshape([heads]);
+        let seen = call.observe.wanted().then(|| {
+            let mut seen = Observation::default();
+            seen.number(DECAY, decay.clone().mean_dim(0).mean_dim(1).reshape([heads]));
+            seen
+        });
         let (read, state) = delta_rule(DeltaRule { q, k, v, beta, decay }, state); // [batch, seq, n_heads, head_v_dim]
-        if let Some(cache) = call.cache {
-            let inputs = inputs.narrow(1, seq, kernel - 1);
+        if let (Some(cache), Some(inputs)) = (call.cache, inputs) {
             *cache = DeltaState { tokens: cache.tokens + seq, kept: Some(Kept { state, inputs }) };
         }
         let read = sites.at_tokens(QuerySite::Attended, read);
-        let gated = rms_norm(read, self.norm.weight.val(), self.norm_eps) * silu(z);
-        let gated = in_type(gated.reshape([batch, seq, heads * v_dim]), dtype);
-        let seen = call.observe.wanted().then(|| {
-            let mut seen = Observation::default();
-            seen.number(DECAY, mean_decay);
-            seen
-        });
+        let normed = rms_norm(read, self.norm.weight.val(), self.norm_eps).reshape([batch, seq, heads * v_dim]);
+        let gated = in_type(swiglu(z, normed), dtype);
         Attended { hidden: sites.out(adapters, &self.o_proj, gated, heads), penalty: None, seen }
     }
 }
 
 impl GatedDeltaNet {
-    /// `[batch, seq, channels]` from the inputs of this call behind those of `kernel - 1` earlier tokens.
-    fn convolved(&self, inputs: &Tensor<3>, seq: usize, starts: Option<&Starts>) -> Tensor<3> {
-        let kernel = self.sizes.kernel;
-        let tap = |at: usize| {
-            let weight = self.conv.weight.val().narrow(2, at, 1).reshape([1, 1, self.sizes.mixed()]);
-            let shifted = inputs.clone().narrow(1, at, seq) * weight;
-            match starts {
-                Some(starts) => shifted * starts.reached(kernel - 1 - at, &inputs.device()),
-                None => shifted,
-            }
-        };
-        (1..kernel).fold(tap(0), |sum, at| sum + tap(at))
+    /// What the convolution reads for queries, for keys and for values, and the gates: `[batch, seq, heads * width]` each.
+    fn projected(&self, adapters: Adapters<'_>, hidden: Tensor<3>) -> [Tensor<3>; 4] {
+        const NAME: &str = "qkvz_proj";
+        let ([batch, seq, d_model], Sizes { key_heads, share, k_dim, v_dim, .. }) = (hidden.dims(), self.sizes);
+        let parts =
+            [(0, k_dim), (k_dim, k_dim), (2 * k_dim, share * v_dim), (2 * k_dim + share * v_dim, share * v_dim)];
+        let of_key_head = 2 * (k_dim + share * v_dim);
+        if seq == 1 || adapters.touch(&[NAME]) {
+            let all = in_type(adapters.project(NAME, &self.qkvz_proj, hidden), DType::F32);
+            let all = all.reshape([batch, seq, key_heads, of_key_head]);
+            return parts
+                .map(|(from, width)| all.clone().narrow(3, from, width).reshape([batch, seq, key_heads * width]));
+        }
+        // A product for each: cutting the weight, and joining its gradients, costs less than cutting the outputs of all tokens.
+        let weight = self.qkvz_proj.weight.val().reshape([d_model, key_heads, of_key_head]);
+        parts.map(|(from, width)| {
+            let weight = weight.clone().narrow(2, from, width).reshape([d_model, key_heads * width]);
+            in_type(kernels::linear(hidden.clone(), weight, None), DType::F32)
+        })
+    }
+
+    /// `[batch, conv_kernel - 1, channels]`: the last inputs of the convolution, of this call and, where it is shorter, before it.
+    fn last_inputs(&self, past: Option<Tensor<3>>, parts: [&Tensor<3>; 3]) -> Tensor<3> {
+        let ([batch, seq, _], earlier) = (parts[0].dims(), self.sizes.kernel - 1);
+        let from = seq.saturating_sub(earlier);
+        let own = Tensor::cat(parts.map(|x| x.clone().narrow(1, from, seq - from)).to_vec(), 2);
+        if seq >= earlier {
+            return own;
+        }
+        let past = past.unwrap_or_else(|| Tensor::zeros([batch, earlier, self.sizes.mixed()], &own.device()));
+        Tensor::cat(vec![past.narrow(1, seq, earlier - seq), own], 1)
     }
 }
 
-/// `x / √(|x|² + ε)` of every head.
-fn unit(x: Tensor<4>) -> Tensor<4> {
-    let length = (x.clone().square().sum_dim(3) + UNIT_EPS).sqrt();
-    x / length
+/// `factor * x / √(|x|² + ε)` of every head, which is a norm by the root of the mean square with other constants.
+fn unit(x: Tensor<4>, factor: f64) -> Tensor<4> {
+    let width = x.dims()[3];
+    let weight = Tensor::full([width], factor / (width as f64).sqrt(), &x.device());
+    rms_norm(x, weight, UNIT_EPS / width as f64)
 }
 
 /// The starts of documents, which nothing is read across.
 struct Starts {
     /// `[batch, seq]`: how many tokens of the same document are directly before each token.
-    before: Vec<usize>,
+    before: Arc<[usize]>,
     sizes: [usize; 2],
 }
 
@@ -367,22 +389,13 @@ impl Starts {
                 before[at] = before[at - 1] + 1;
             }
         }
-        Some(Self { before, sizes: [batch, seq] })
-    }
-
-    fn numbers(&self, of: impl Fn(usize) -> bool, device: &Device) -> Tensor<3> {
-        let [batch, seq] = self.sizes;
-        let numbers: Vec<f32> = self.before.iter().map(|&before| f32::from(of(before))).collect();
-        Tensor::from_data(TensorData::new(numbers, [batch, seq, 1]), device)
+        Some(Self { before: before.into(), sizes: [batch, seq] })
     }
 
     /// `[batch, seq, 1]`: 1 where a document begins.
     fn first(&self, device: &Device) -> Tensor<3> {
-        self.numbers(|before| before == 0, device)
-    }
-
-    /// `[batch, seq, 1]`: 1 where the token `back` places before is of the same document.
-    fn reached(&self, back: usize, device: &Device) -> Tensor<3> {
-        self.numbers(|before| before >= back, device)
+        let [batch, seq] = self.sizes;
+        let numbers: Vec<f32> = self.before.iter().map(|&before| f32::from(before == 0)).collect();
+        Tensor::from_data(TensorData::new(numbers, [batch, seq, 1]), device)
     }
 }

@@ -167,6 +167,10 @@ fn products() -> Vec<Operation> {
             let state = Tensor::zeros([2, 2, 4, 3], &x[0].device());
             delta_rule(rule, state).0.reshape([-1])
         }),
+        operation("short_convolution", &[2 * 9 * 6, 6 * 4], 0, |x| {
+            let before = Before { inputs: None, of_document: Some((0..18).map(|at| at % 9 % 5).collect()) };
+            short_convolution(rows(&x[0], [2, 9, 6]), matrix(&x[1], [6, 4]), before).reshape([-1])
+        }),
     ]
 }
 

@@ -92,6 +92,12 @@ impl<'a> View<'a> {
         Matrix::new(from, [rows.len(), self.shape[3]], [self.strides[2], 1])
     }
 
+    /// The second and the last dimension at `a` and `c`: of `[batch, seq, heads, width]` the rows of one head.
+    pub(crate) fn positions(&self, a: usize, c: usize) -> Matrix<'a> {
+        let from = self.values.get(self.offset(a, 0, c)..).unwrap_or_default();
+        Matrix::new(from, [self.shape[1], self.shape[3]], [self.strides[1], 1])
+    }
+
     fn offset(&self, a: usize, b: usize, c: usize) -> usize {
         self.start + a * self.strides[0] + b * self.strides[1] + c * self.strides[2]
     }

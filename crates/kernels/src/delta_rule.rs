@@ -4,31 +4,41 @@
 //! ```text
 //! S_t = g S_{t-1} + k ⊗ u,   u = β (v - (g S_{t-1})ᵀ k),   o = S_tᵀ q
 //! ```
-//! Fused, a task takes one head of one row of the batch and walks over its tokens with the state in cache; cost and time grow
-//! with the length of the sequence. The backward keeps nothing of the forward: it walks once more to note the state at the
-//! start of every chunk of tokens, then takes the chunks from the last to the first, each with its states before it.
+//! Fused, a task takes one head of one row of the batch, and walks over its tokens with 32 columns of the state at a time
+//! (`delta_rule/walk.rs`); time and memory grow with the length of the sequence. The backward keeps nothing of the forward: it
+//! walks once more to note the state at the start of every chunk of tokens, then takes the chunks from the last to the first, each
+//! with its states before it. A sequence in parts gives the same bits as the whole, and a decay of 0 is as good as any other.
+//!
+//! The papers' form in products of matrices (WY, for a chunk's tokens at once) is not used: it counts more operations than the walk
+//! for heads of up to 128 channels, and is for machines on which products are cheaper than anything else. See
+//! benches/RESULTS.md.
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Bytes, DType, Shape, Tensor};
-use burn_flex::{FlexTensor, Layout};
+use burn::tensor::{DType, Tensor};
+use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use self::walk::{LANES, Lanes, TokenGrads, Tokens};
 use crate::cpu::{self, View, row_major};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
+use crate::in_type;
+use crate::matrix::{Matrix, MatrixMut};
+use crate::scratch::Shared;
 use crate::shapes::assert_shapes;
-use crate::{in_type, simd};
 
-/// Tokens of a chunk: as many states are kept at once, 1 MiB of them for heads of 64 by 64. Chosen by us.
-const CHUNK: usize = 64;
+mod walk;
+
+/// Tokens of a chunk: of as many, 32 columns of the state are kept at once, 512 KiB of keys of 128 channels. Measured.
+const CHUNK: usize = 32;
 
 /// The inputs of the recurrence.
 #[derive(Debug, Clone)]
 pub struct DeltaRule {
-    /// `[batch, seq, heads, k_dim]`
+    /// `[batch, seq, key_heads, k_dim]`; each key head serves as many consecutive heads as the others.
     pub q: Tensor<4>,
-    /// `[batch, seq, heads, k_dim]`
+    /// `[batch, seq, key_heads, k_dim]`
     pub k: Tensor<4>,
     /// `[batch, seq, heads, v_dim]`
     pub v: Tensor<4>,
@@ -47,13 +57,14 @@ pub struct DeltaRule {
 /// If the shapes disagree.
 pub fn delta_rule(rule: DeltaRule, state: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
     let DeltaRule { q, k, v, beta, decay } = &rule;
-    let ([batch, seq, heads, k_dim], v_dim) = (q.dims(), v.dims()[3]);
+    let ([batch, seq, key_heads, k_dim], [.., heads, v_dim]) = (q.dims(), v.dims());
     assert_shapes!("delta_rule", q, k, v, beta, decay, state;
         "k must be of q's shape": k.dims() == q.dims(),
-        "v must have q's batch, seq and heads": v.dims() == [batch, seq, heads, v_dim],
+        "v must have q's batch and seq": v.dims() == [batch, seq, heads, v_dim],
+        "q's heads must divide those of v": heads.is_multiple_of(key_heads),
         "beta and decay must be [batch, seq, heads]": beta.dims() == [batch, seq, heads] && decay.dims() == beta.dims(),
         "the state must be [batch, heads, k_dim, v_dim]": state.dims() == [batch, heads, k_dim, v_dim],
-        "there must be a token": seq > 0,
+        "there must be a token and a key head": seq > 0 && key_heads > 0,
     );
     if !cpu::fuses(q) {
         return plain(rule, state);
@@ -74,7 +85,12 @@ pub fn delta_rule(rule: DeltaRule, state: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
 /// The definition in tensor operations.
 fn plain(rule: DeltaRule, mut state: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
     let DeltaRule { q, k, v, beta, decay } = rule;
-    let ([batch, seq, heads, k_dim], v_dim) = (q.dims(), v.dims()[3]);
+    let ([batch, seq, key_heads, k_dim], [.., heads, v_dim]) = (q.dims(), v.dims());
+    let of_heads = |x: Tensor<4>| {
+        let x = x.reshape([batch, seq, key_heads, 1, k_dim]);
+        x.expand([batch, seq, key_heads, heads / key_heads, k_dim]).reshape([batch, seq, heads, k_dim])
+    };
+    let (q, k) = (of_heads(q), of_heads(k));
     let mut read = Vec::with_capacity(seq);
     for token in 0..seq {
         let vector = |x: &Tensor<4>, width: usize| x.clone().narrow(1, token, 1).reshape([batch, heads, 1, width]);
@@ -148,67 +164,89 @@ struct Inputs<'a> {
     v: View<'a>,
     beta: &'a [f32],
     decay: &'a [f32],
+    sizes: Sizes,
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    seq: usize,
+    key_heads: usize,
+    heads: usize,
+    k_dim: usize,
+    v_dim: usize,
+}
+
+impl Sizes {
+    /// Heads of a key head.
+    fn share(self) -> usize {
+        self.heads / self.key_heads
+    }
 }
 
 impl<'a> Inputs<'a> {
     fn of([q, k, v, beta, decay]: &'a [FlexTensor; 5]) -> Self {
         let [q, k, v] = [q, k, v].map(View::new);
-        Self { q, k, v, beta: cpu::values(beta), decay: cpu::values(decay) }
+        let ([batch, seq, key_heads, k_dim], [.., heads, v_dim]) = (q.shape, v.shape);
+        let sizes = Sizes { batch, seq, key_heads, heads, k_dim, v_dim };
+        Self { q, k, v, beta: cpu::values(beta), decay: cpu::values(decay), sizes }
     }
 
-    /// Batch, tokens, heads, channels of a key and of a value.
-    fn sizes(&self) -> [usize; 5] {
-        let [batch, seq, heads, k_dim] = self.q.shape;
-        [batch, seq, heads, k_dim, self.v.shape[3]]
-    }
-
-    fn token(&self, [b, h]: [usize; 2], t: usize) -> Token<'a> {
-        let [_, seq, heads, ..] = self.sizes();
-        let at = (b * seq + t) * heads + h;
-        let row = |x: &View<'a>| x.row(b, t, h);
-        Token { q: row(&self.q), k: row(&self.k), v: row(&self.v), beta: self.beta[at], decay: self.decay[at] }
+    fn of_head(&self, row: usize, head: usize) -> Tokens<'a> {
+        let Sizes { seq, heads, .. } = self.sizes;
+        let number = |x: &'a [f32]| Matrix::new(&x[row * seq * heads + head..], [seq, 1], [heads, 1]);
+        let key_head = head / self.sizes.share();
+        Tokens {
+            q: self.q.positions(row, key_head),
+            k: self.k.positions(row, key_head),
+            v: self.v.positions(row, head),
+            beta: number(self.beta),
+            decay: number(self.decay),
+        }
     }
 }
 
-/// One token of one head.
-struct Token<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    beta: f32,
-    decay: f32,
-}
-
-/// Values that are by head, `[batch, heads, seq, width]`, as a tensor `[batch, seq, heads, width]`.
-fn tensor_by_head(values: Vec<f32>, [batch, seq, heads, width]: [usize; 4]) -> FlexTensor {
-    let strides = [heads * seq * width, width, seq * width, 1].map(|stride| stride as isize);
-    let layout = Layout::new(Shape::from(vec![batch, seq, heads, width]), strides.to_vec(), 0);
-    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
-}
-
-/// The same for `[batch, seq, heads]`.
-fn numbers_by_head(values: Vec<f32>, [batch, seq, heads]: [usize; 3]) -> FlexTensor {
-    let strides = [heads * seq, 1, seq].map(|stride| stride as isize);
-    let layout = Layout::new(Shape::from(vec![batch, seq, heads]), strides.to_vec(), 0);
-    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
+/// Some columns of a state, from the one at `from` on.
+fn columns(state: &[f32], v_dim: usize, from: usize) -> Vec<Lanes> {
+    state.chunks_exact(v_dim).map(|row| walk::load(row, from)).collect()
 }
 
 /// The outputs, and the last state.
 fn forward(inputs: &[FlexTensor; 5], state: &FlexTensor) -> (FlexTensor, FlexTensor) {
     let inputs = Inputs::of(inputs);
-    let [batch, seq, heads, k_dim, v_dim] = inputs.sizes();
-    let mut read = vec![0.0; batch * heads * seq * v_dim];
+    let Sizes { batch, seq, heads, k_dim, v_dim, .. } = inputs.sizes;
+    let mut read = vec![0.0; batch * seq * heads * v_dim];
     let mut states = cpu::values(state).to_vec();
-    let tasks = (read.par_chunks_mut((seq * v_dim).max(1)), states.par_chunks_mut((k_dim * v_dim).max(1)));
-    tasks.into_par_iter().enumerate().for_each(|(task, (read, state))| {
-        let mut correction = vec![0.0; v_dim];
-        for (t, read) in read.chunks_mut(v_dim).enumerate() {
-            let Token { q, k, v, beta, decay } = inputs.token([task / heads, task % heads], t);
-            simd::delta_step(state, k, v, beta, decay, &mut correction);
-            simd::delta_read(state, q, read);
+    let to = Shared::new(&mut read);
+    states.par_chunks_mut((k_dim * v_dim).max(1)).enumerate().for_each(|(task, state)| {
+        let (row, head) = (task / heads, task % heads);
+        let tokens = inputs.of_head(row, head);
+        // SAFETY: a head's outputs are written by this task alone.
+        let mut read = unsafe { rows_of(&to, [row, head], inputs.sizes, v_dim) };
+        for from in (0..v_dim).step_by(LANES) {
+            let mut lanes = columns(state, v_dim, from);
+            walk::read(&mut lanes, &tokens, from, &mut read);
+            for (row, lanes) in state.chunks_exact_mut(v_dim).zip(&lanes) {
+                walk::store(lanes, row, from);
+            }
         }
     });
-    (tensor_by_head(read, [batch, seq, heads, v_dim]), cpu::tensor(states, [batch, heads, k_dim, v_dim]))
+    (cpu::tensor(read, [batch, seq, heads, v_dim]), cpu::tensor(states, [batch, heads, k_dim, v_dim]))
+}
+
+/// The rows of one head, of `width` numbers each, of memory for all heads.
+///
+/// # Safety
+/// As long as they live, nobody else reads or writes them.
+unsafe fn rows_of<'a>(
+    memory: &Shared<'a, f32>,
+    [row, head]: [usize; 2],
+    Sizes { seq, heads, .. }: Sizes,
+    width: usize,
+) -> MatrixMut<'a, f32> {
+    let at = (row * seq * heads + head) * width;
+    // SAFETY: the caller's promise.
+    unsafe { MatrixMut::of_shared(memory, at, [seq, width], heads * width) }
 }
 
 /// Gradients of q, k, v, beta and decay.
@@ -218,71 +256,64 @@ fn backward(
     grad: &FlexTensor,
     wanted: Wanted<5>,
 ) -> [Option<FlexTensor>; 5] {
-    let (inputs, grad, start) = (Inputs::of(inputs), View::new(grad), cpu::values(state));
-    let [batch, seq, heads, k_dim, v_dim] = inputs.sizes();
-    let size = k_dim * v_dim;
-    let zeros = |width: usize| vec![0.0f32; batch * heads * seq * width];
-    let (mut q, mut k, mut v, mut beta, mut decay) = (zeros(k_dim), zeros(k_dim), zeros(v_dim), zeros(1), zeros(1));
-    let tasks = (
-        q.par_chunks_mut(seq * k_dim),
-        k.par_chunks_mut(seq * k_dim),
-        v.par_chunks_mut(seq * v_dim),
-        beta.par_chunks_mut(seq),
-        decay.par_chunks_mut(seq),
-    );
-    tasks.into_par_iter().enumerate().for_each(|(task, (q_grad, k_grad, v_grad, beta_grad, decay_grad))| {
-        let head = [task / heads, task % heads];
-        let mut correction = vec![0.0; v_dim];
-        let mut step = |state: &mut [f32], t: usize| {
-            let Token { k, v, beta, decay, .. } = inputs.token(head, t);
-            simd::delta_step(state, k, v, beta, decay, &mut correction);
-        };
-        let mut state = start[task * size..(task + 1) * size].to_vec();
-        let mut starts = Vec::with_capacity(seq.div_ceil(CHUNK));
-        for t in 0..seq {
-            if t % CHUNK == 0 {
-                starts.push(state.clone());
-            }
-            step(&mut state, t);
-        }
-        let mut before = vec![0.0; CHUNK.min(seq) * size];
-        let mut state_grad = vec![0.0; size];
-        for (chunk, start) in starts.iter().enumerate().rev() {
-            let tokens = chunk * CHUNK..((chunk + 1) * CHUNK).min(seq);
-            state.copy_from_slice(start);
-            for (t, before) in tokens.clone().zip(before.chunks_mut(size)) {
-                before.copy_from_slice(&state);
-                step(&mut state, t);
-            }
-            for t in tokens.clone().rev() {
-                let Token { q, k, v, beta, decay } = inputs.token(head, t);
-                let before = &before[(t - tokens.start) * size..][..size];
-                let (of_k, of_v) = (t * k_dim..(t + 1) * k_dim, t * v_dim..(t + 1) * v_dim);
-                [beta_grad[t], decay_grad[t]] = simd::delta_backward(
-                    before,
-                    &mut state_grad,
-                    grad.row(head[0], t, head[1]),
-                    q,
-                    k,
-                    v,
-                    beta,
-                    decay,
-                    &mut q_grad[of_k.clone()],
-                    &mut k_grad[of_k],
-                    &mut v_grad[of_v],
-                );
+    let (inputs, grad, starts) = (Inputs::of(inputs), View::new(grad), cpu::values(state));
+    let sizes = inputs.sizes;
+    let Sizes { batch, seq, key_heads, heads, k_dim, v_dim } = sizes;
+    let zeros = |heads: usize, width: usize| vec![0.0f32; batch * seq * heads * width];
+    let (mut q, mut k, mut v) = (zeros(key_heads, k_dim), zeros(key_heads, k_dim), zeros(heads, v_dim));
+    let (mut beta, mut decay) = (zeros(heads, 1), zeros(heads, 1));
+    let [to_q, to_k, to_v, to_beta, to_decay] =
+        [&mut q, &mut k, &mut v, &mut beta, &mut decay].map(|values| Shared::new(values));
+    (0..batch * key_heads).into_par_iter().for_each(|task| {
+        let (row, key_head) = (task / key_heads, task % key_heads);
+        for head in key_head * sizes.share()..(key_head + 1) * sizes.share() {
+            let of_keys = Sizes { heads: key_heads, ..sizes };
+            // SAFETY: the gradients of a key head and of the heads that it serves are written by this task alone.
+            let mut to = unsafe {
+                TokenGrads {
+                    q: rows_of(&to_q, [row, key_head], of_keys, k_dim),
+                    k: rows_of(&to_k, [row, key_head], of_keys, k_dim),
+                    v: rows_of(&to_v, [row, head], sizes, v_dim),
+                    beta: rows_of(&to_beta, [row, head], sizes, 1),
+                    decay: rows_of(&to_decay, [row, head], sizes, 1),
+                }
+            };
+            let start = &starts[(row * heads + head) * k_dim * v_dim..][..k_dim * v_dim];
+            let (tokens, grad) = (inputs.of_head(row, head), grad.positions(row, head));
+            for from in (0..v_dim).step_by(LANES) {
+                back_over_columns(&tokens, columns(start, v_dim, from), from, &grad, &mut to);
             }
         }
     });
-    let numbers = [batch, seq, heads];
-    let of_keys = [batch, seq, heads, k_dim];
+    let shaped = |at: usize, values: Vec<f32>, shape: &[usize]| wanted[at].then(|| cpu::tensor(values, shape));
     [
-        wanted[0].then(|| tensor_by_head(q, of_keys)),
-        wanted[1].then(|| tensor_by_head(k, of_keys)),
-        wanted[2].then(|| tensor_by_head(v, [batch, seq, heads, v_dim])),
-        wanted[3].then(|| numbers_by_head(beta, numbers)),
-        wanted[4].then(|| numbers_by_head(decay, numbers)),
+        shaped(0, q, &[batch, seq, key_heads, k_dim]),
+        shaped(1, k, &[batch, seq, key_heads, k_dim]),
+        shaped(2, v, &[batch, seq, heads, v_dim]),
+        shaped(3, beta, &[batch, seq, heads]),
+        shaped(4, decay, &[batch, seq, heads]),
     ]
+}
+
+/// The backward of some columns of one head's state.
+fn back_over_columns(
+    tokens: &Tokens<'_>,
+    mut state: Vec<Lanes>,
+    from: usize,
+    grad: &Matrix<'_>,
+    to: &mut TokenGrads<'_>,
+) {
+    let ([seq, k_dim], mut noted) = (tokens.k.sizes(), Vec::new());
+    let chunks: Vec<_> = (0..seq).step_by(CHUNK).map(|start| start..(start + CHUNK).min(seq)).collect();
+    for chunk in &chunks {
+        noted.extend_from_slice(&state);
+        walk::advance(&mut state, tokens, from, chunk.clone());
+    }
+    let (mut state_grad, mut kept) = (vec![[0.0; LANES]; k_dim], walk::Kept::default());
+    for (chunk, state) in chunks.iter().zip(noted.chunks_exact(k_dim)).rev() {
+        walk::keep(state, tokens, from, chunk.clone(), &mut kept);
+        walk::back(&mut state_grad, tokens, from, chunk.clone(), &kept, grad, to);
+    }
 }
 
 #[cfg(test)]
@@ -292,41 +323,81 @@ mod tests {
     use super::*;
     use crate::testing::{agree, agree_with_gradients, every_subset_of_gradients, leaf, normal, numbers};
 
-    /// Inputs as the layer makes them: keys of length 1, decays and corrections between 0 and 1.
-    fn rule([batch, seq, heads, k_dim, v_dim]: [usize; 5], [q, k, v, beta, decay]: [Tensor<1>; 5]) -> DeltaRule {
-        let k = k.reshape([batch, seq, heads, k_dim]);
+    /// How the decays of a test are made of normal numbers.
+    type Decays = fn(Tensor<1>) -> Tensor<1>;
+
+    /// As the layer makes them.
+    const BETWEEN: Decays = |x| activation::sigmoid(x + 2.0);
+
+    /// Batch, tokens, key heads, heads of each, channels of a key and of a value.
+    type Sizes = [usize; 6];
+
+    /// Inputs as the layer makes them: keys of length 1, corrections between 0 and 1.
+    fn rule(sizes: Sizes, decays: Decays, [q, k, v, beta, decay]: [Tensor<1>; 5]) -> DeltaRule {
+        let [batch, seq, key_heads, share, k_dim, v_dim] = sizes;
+        let heads = key_heads * share;
+        let k = k.reshape([batch, seq, key_heads, k_dim]);
         DeltaRule {
-            q: q.reshape([batch, seq, heads, k_dim]),
+            q: q.reshape([batch, seq, key_heads, k_dim]),
             k: k.clone() / (k.square().sum_dim(3) + 1e-3).sqrt(),
             // By head, so that rows are not in the order of positions.
             v: v.reshape([batch, heads, seq, v_dim]).swap_dims(1, 2),
             beta: activation::sigmoid(beta).reshape([batch, seq, heads]),
-            decay: activation::sigmoid(decay + 2.0).reshape([batch, seq, heads]),
+            decay: decays(decay).reshape([batch, seq, heads]),
         }
+    }
+
+    /// The lengths of q, k, v, beta and decay.
+    fn lengths([batch, seq, key_heads, share, k_dim, v_dim]: Sizes) -> [usize; 5] {
+        let [of_keys, of_heads] = [batch * seq * key_heads, batch * seq * key_heads * share];
+        [of_keys * k_dim, of_keys * k_dim, of_heads * v_dim, of_heads, of_heads]
+    }
+
+    fn states([batch, _, key_heads, share, k_dim, v_dim]: Sizes) -> [usize; 4] {
+        [batch, key_heads * share, k_dim, v_dim]
+    }
+
+    fn agrees_with_plain(sizes: Sizes, decays: Decays) {
+        let inputs = lengths(sizes).map(|length| leaf([length]));
+        let start = normal(states(sizes), &Device::flex().autodiff());
+        let run = |form: fn(DeltaRule, Tensor<4>) -> (Tensor<4>, Tensor<4>), inputs| {
+            form(rule(sizes, decays, inputs), start.clone())
+        };
+        let inputs = inputs.each_ref();
+        agree_with_gradients(&inputs, |x| run(delta_rule, x).0.reshape([-1]), |x| run(plain, x).0.reshape([-1]));
+        let last = |form| numbers(run(form, inputs.map(Tensor::clone)).1);
+        agree("last state", &last(delta_rule), &last(plain));
     }
 
     #[test]
     fn fused_agrees_with_plain() {
-        for sizes in [[1, 1, 1, 1, 1], [2, 7, 3, 5, 6], [1, 64, 2, 16, 3], [1, 130, 2, 8, 17], [3, 65, 1, 4, 32]] {
-            let [batch, seq, heads, k_dim, v_dim] = sizes;
-            let of = |width: usize| leaf([batch * seq * heads * width]);
-            let (q, k, v, beta, decay) = (of(k_dim), of(k_dim), of(v_dim), of(1), of(1));
-            let start = normal([batch, heads, k_dim, v_dim], &Device::flex().autodiff());
-            let run = |form: fn(DeltaRule, Tensor<4>) -> (Tensor<4>, Tensor<4>), inputs| {
-                form(rule(sizes, inputs), start.clone())
-            };
-            let inputs = [&q, &k, &v, &beta, &decay];
-            agree_with_gradients(&inputs, |x| run(delta_rule, x).0.reshape([-1]), |x| run(plain, x).0.reshape([-1]));
-            let last = |form| numbers(run(form, inputs.map(Tensor::clone)).1);
-            agree("last state", &last(delta_rule), &last(plain));
-        }
+        let lengths = [[1, 1, 1, 1, 1, 1], [2, 7, 3, 1, 5, 6], [1, 64, 2, 1, 16, 3], [3, 65, 1, 1, 4, 32]];
+        let shared = [[1, 130, 2, 1, 8, 17], [2, 33, 2, 3, 5, 40], [1, 31, 1, 2, 64, 64]];
+        lengths.into_iter().chain(shared).for_each(|sizes| agrees_with_plain(sizes, BETWEEN));
+    }
+
+    #[test]
+    fn fused_agrees_with_plain_whatever_the_decays() {
+        // Nearly everything forgotten; nothing; everything; and all of these in turn, as where documents begin.
+        let all: [Decays; 4] = [
+            |x| x * 0.0 + 1e-6,
+            |x| x * 0.0 + 1.0,
+            |x| x * 0.0,
+            |x| {
+                let device = x.device();
+                let [count] = x.dims();
+                let kinds: Vec<f32> = (0..count).map(|at| [1.0, 0.0, 1e-6, 0.9, 1.0, 1e-20, 1.0][at % 7]).collect();
+                activation::sigmoid(x) * Tensor::<1>::from_floats(&kinds[..], &device)
+            },
+        ];
+        all.into_iter().for_each(|decays| agrees_with_plain([2, 75, 2, 1, 8, 35], decays));
     }
 
     #[test]
     fn a_sequence_in_parts_is_the_whole() {
-        let sizes = [2, 90, 2, 8, 5];
-        let of = |width: usize| normal([2 * 90 * 2 * width], &Device::flex());
-        let whole = rule(sizes, [of(8), of(8), of(5), of(1), of(1)]);
+        let sizes = [2, 90, 1, 2, 8, 5];
+        let inputs = lengths(sizes).map(|length| normal([length], &Device::flex()));
+        let whole = rule(sizes, BETWEEN, inputs);
         let zeros = || Tensor::<4>::zeros([2, 2, 8, 5], &Device::flex());
         let (read, last) = delta_rule(whole.clone(), zeros());
         let (mut parts, mut state) = (Vec::new(), zeros());
@@ -349,10 +420,11 @@ mod tests {
 
     #[test]
     fn gradients_are_the_same_whichever_are_asked_for() {
-        let shapes: [&[usize]; 5] = [&[2, 70, 2, 4], &[2, 70, 2, 4], &[2, 70, 2, 3], &[2, 70, 2], &[2, 70, 2]];
+        let sizes = [2, 70, 1, 2, 4, 3];
+        let shapes: [&[usize]; 5] = [&[2, 70, 1, 4], &[2, 70, 1, 4], &[2, 70, 2, 3], &[2, 70, 2], &[2, 70, 2]];
         every_subset_of_gradients(&shapes, |inputs| {
-            let start = Tensor::zeros([2, 2, 4, 3], &Device::flex().autodiff());
-            delta_rule(rule([2, 70, 2, 4, 3], inputs), start).0.reshape([-1])
+            let start = Tensor::zeros(states(sizes), &Device::flex().autodiff());
+            delta_rule(rule(sizes, BETWEEN, inputs), start).0.reshape([-1])
         });
     }
 }

@@ -40,6 +40,7 @@ mod routed_linear;
 mod scratch;
 mod selected_rows;
 mod shapes;
+mod short_convolution;
 mod simd;
 mod swiglu;
 #[cfg(test)]
@@ -69,5 +70,6 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use routed_linear::{linear_into_heads, linear_out_of_heads};
 pub use selected_rows::SelectedRows;
+pub use short_convolution::{Before, short_convolution};
 pub use simd::instruction_set;
 pub use swiglu::swiglu;

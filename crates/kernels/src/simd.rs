@@ -33,7 +33,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
@@ -73,7 +73,7 @@ fn along(x: &[f32], w: &[f32], dy: &[f32], inverse: f32) -> f32 {
 
 /// The gradient of the gate of a gated unit; `s` is its sigmoid.
 #[inline(always)]
-fn gate_gradient(gate: f32, up: f32, dy: f32, s: f32) -> f32 {
+pub(crate) fn gate_gradient(gate: f32, up: f32, dy: f32, s: f32) -> f32 {
     dy * up * s * (1.0 + gate * (1.0 - s))
 }
 
@@ -235,82 +235,6 @@ vectorized! {
     fn dot(x: &[f32], y: &[f32]) -> f32 {
         let y = &y[..x.len()];
         sum(x.len(), |i| x[i] * y[i])
-    }
-
-    /// One token of the delta rule: `state = decay * state + k ⊗ u`, `u = beta * (v - (decay * state)ᵀ k)`, which is left in
-    /// `correction`; `state` has a row per entry of `k`, as long as `v`.
-    fn delta_step(state: &mut [f32], k: &[f32], v: &[f32], beta: f32, decay: f32, correction: &mut [f32]) {
-        let n = v.len();
-        let correction = &mut correction[..n];
-        correction.fill(0.0);
-        for (row, &k) in state.chunks_exact_mut(n).zip(k) {
-            for i in 0..n {
-                row[i] *= decay;
-                correction[i] += k * row[i];
-            }
-        }
-        for i in 0..n {
-            correction[i] = beta * (v[i] - correction[i]);
-        }
-        for (row, &k) in state.chunks_exact_mut(n).zip(k) {
-            for i in 0..n {
-                row[i] += k * correction[i];
-            }
-        }
-    }
-
-    /// `read = stateᵀ q`
-    fn delta_read(state: &[f32], q: &[f32], read: &mut [f32]) {
-        let n = read.len();
-        read.fill(0.0);
-        for (row, &q) in state.chunks_exact(n).zip(q) {
-            for i in 0..n {
-                read[i] += q * row[i];
-            }
-        }
-    }
-
-    /// Backward of [`delta_step`] and [`delta_read`], from the state before the token and the gradient of the state behind it,
-    /// which becomes that of the state before it. Writes dq, dk and dv; gives those of beta and decay.
-    fn delta_backward(
-        before: &[f32], state_grad: &mut [f32], dread: &[f32], q: &[f32], k: &[f32], v: &[f32], beta: f32, decay: f32,
-        dq: &mut [f32], dk: &mut [f32], dv: &mut [f32],
-    ) -> [f32; 2] {
-        let n = v.len();
-        let (dread, dv) = (&dread[..n], &mut dv[..n]);
-        // What the state held for the key, then the error; and the gradient of the correction, so far in dv.
-        let mut error = vec![0f32; n];
-        dv.fill(0.0);
-        for (((row, grad), &q), &k) in before.chunks_exact(n).zip(state_grad.chunks_exact_mut(n)).zip(q).zip(k) {
-            for i in 0..n {
-                error[i] += k * decay * row[i];
-                grad[i] += q * dread[i];
-                dv[i] += k * grad[i];
-            }
-        }
-        for i in 0..n {
-            error[i] = v[i] - error[i];
-        }
-        let error = &error[..n];
-        let dbeta = sum(n, |i| dv[i] * error[i]);
-        for dv in &mut *dv {
-            *dv *= beta;
-        }
-        let read = beta * sum(n, |i| error[i] * dread[i]);
-        let mut ddecay = 0.0;
-        let rows = before.chunks_exact(n).zip(state_grad.chunks_exact_mut(n));
-        for (at, (row, grad)) in rows.enumerate() {
-            dq[at] = decay * sum(n, |i| row[i] * dread[i]) + k[at] * read;
-            dk[at] = beta * sum(n, |i| grad[i] * error[i]) - decay * sum(n, |i| row[i] * dv[i]);
-            for i in 0..n {
-                grad[i] -= k[at] * dv[i];
-            }
-            ddecay += sum(n, |i| grad[i] * row[i]);
-            for grad in grad {
-                *grad *= decay;
-            }
-        }
-        [dbeta, ddecay]
     }
 
     /// Backward of the softmax: `dp = p * (dp - delta) * factor`.
