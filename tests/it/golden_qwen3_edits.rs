@@ -83,15 +83,15 @@ fn logits(model: &Decoder, ids: &[Vec<u32>], prompt: usize, cached: bool) -> Vec
 fn check_trained(name: &str, config: &Config, file: &Tensors, ids: &[Vec<u32>]) {
     let device = Device::flex().autodiff();
     let model = qwen3(&config.table("model"), file, &device);
-    let train: serde_json::Map<String, Value> = (file.keys())
-        .filter_map(|key| key.strip_prefix("trained.grad."))
-        .map(|tensor| {
+    let edits: InterventionConfig = serde_json::from_value(json!({ "edits": config["trained"] })).unwrap();
+    let train: BTreeMap<&str, Value> = (edits.tensor_names())
+        .map(|(.., tensor)| {
             let per = if file[format!("t.{tensor}").as_str()].shape.len() == 2 { "head" } else { "channel" };
-            (tensor.to_owned(), json!({ "per": per }))
+            (tensor, json!({ "per": per }))
         })
         .collect();
     assert!(!train.is_empty(), "{name}: no gradients");
-    let model = under(&model, &config["trained"], &Value::Object(train.clone()), file);
+    let model = under(&model, &config["trained"], &json!(train), file);
     let [rows, seq] = [ids.len(), ids[0].len()];
     let targets = file["targets"].values.iter().map(|&id| id as i64).collect();
     let batch = Batch { batch: rows, seq, tokens: ids.concat(), targets, ..Batch::default() };
