@@ -69,7 +69,13 @@ pub fn of_decoder(n_layers: usize, file: &Tensors, prefix: &str) -> BTreeMap<Str
                 names.push((their, format!("layers.{layer}.{ours}.{name}.weight"), Layout::Linear));
             }
         }
-        for (theirs, ours) in [("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")] {
+        // The norms of queries and keys are there in Qwen3 alone.
+        for (theirs, ours) in [
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "mlp_norm"),
+            ("self_attn.q_norm", "attention.q_norm"),
+            ("self_attn.k_norm", "attention.k_norm"),
+        ] {
             let their = format!("model.layers.{layer}.{theirs}.weight");
             names.push((their, format!("layers.{layer}.{ours}.weight"), Layout::Same));
         }

@@ -3,11 +3,11 @@
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Cache, Mask, Positions};
-use polyhead_models::Pass;
 use polyhead_models::intervention::soft_injection::{
     Asked, GateTraining, injected_loss, soft_injection, task_embedding, train_gates,
 };
 use polyhead_models::sites::SitePlan;
+use polyhead_models::{Batch, Pass};
 
 use crate::golden::{Golden, compare, files, size, tensor, values};
 use crate::golden_decoder::{decoder, ids, rows, run};
@@ -27,9 +27,9 @@ fn check_file(golden: &Golden) {
     let device = Device::flex().autodiff();
     let model = decoder(&config.table("model"), file, "w.", &device);
     let same = |key: &str, got: Vec<f32>, tolerance: f32| compare(name, key, &file[key].values, &got, tolerance, true);
-    let demos = ids(file, "demo.ids", &device);
-    assert_eq!(demos.dims()[0], size(config, "n_demos"), "{name}: n_demos");
-    let embedding = task_embedding(&model, demos).detach();
+    let demos: Vec<Batch> = rows(file, "demo.ids").into_iter().map(Batch::text).collect();
+    assert_eq!(demos.len(), size(config, "n_demos"), "{name}: n_demos");
+    let embedding = task_embedding(&model, &demos).detach();
     same("task_embedding", values(embedding.clone()), NUMBERS);
 
     let lengths: Vec<usize> = serde_json::from_value(config["prompt_lengths"].clone()).unwrap();

@@ -45,6 +45,7 @@ mod golden_moh;
 mod golden_optimizer;
 mod golden_path_patching;
 mod golden_pooling;
+mod golden_qwen3_edits;
 mod golden_rectified_spa;
 mod golden_saliency;
 mod golden_send;

@@ -236,3 +236,19 @@ fn what_is_not_known_is_refused_and_a_signal_ends_it() {
         assert!(server.process.wait().unwrap().success());
     }
 }
+
+#[test]
+fn a_prompt_without_a_span_of_the_intervention_is_refused() {
+    let world = trained();
+    let edit = "[[edits]]\nsite = \"scores\"\nkeys = { text = \"cat\" }\nchange = { add = 1 }\n";
+    std::fs::write(world.dir.path().join("e.toml"), edit).unwrap();
+    world.succeeds(&["train", "recipe.toml", "training.seq_len=64", "intervention.file=e.toml", "--out", "with"]);
+    let server = Server::of(&world, "with");
+    let ask =
+        |prompt: &str| server.post("/v1/completions", &json!({ "prompt": prompt, "max_tokens": 2, "temperature": 0 }));
+    assert_eq!(ask("the cat sat").0, 200);
+    let (status, told) = ask("the dog sat");
+    let message = told["error"]["message"].as_str().unwrap_or_else(|| panic!("{told}"));
+    assert_eq!((status, &told["error"]["param"]), (400, &json!("prompt")), "{told}");
+    assert!(message.contains("\"cat\"") && message.contains("nowhere in the text"), "{message}");
+}

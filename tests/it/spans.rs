@@ -63,3 +63,46 @@ fn a_span_that_some_rows_have_is_told_with_counts() {
     let (_, told) = world.succeeds(&["eval", "run", "--intervention", "e.toml"]);
     assert!(!told.contains("note: edits"), "{told}");
 }
+
+#[test]
+fn an_edit_of_generated_tokens_is_told_where_none_are() {
+    let world = world();
+    let decodes = "[[edits]]\nsite = \"z\"\nphase = \"decode\"\nchange = { scale = -300 }\n";
+    write(&world, "e.toml", decodes);
+    for command in [
+        &["eval", "run"][..],
+        &["eval", "run", "--text-file", "text.txt"],
+        &["inspect", "run", "--out", "seen"],
+        &["logits", "run", "--text", "the cat", "--out", "l.safetensors"],
+    ] {
+        let told = world.fails(2, &[command, &["--intervention", "e.toml"]].concat());
+        let words = ["e.toml:3", "phase (\"decode\") is that of every edit", "generate"];
+        assert!(words.iter().all(|word| told.contains(word)), "{command:?}: {told}");
+    }
+    let note = |told: &str, file: &str| {
+        let words = format!("{file}:3: edits.0.phase of the intervention is \"decode\"");
+        assert!(told.lines().any(|line| line.starts_with("note: ") && line.contains(&words)), "{told}");
+    };
+    // A run may be made with it: what it generates is changed.
+    let train = ["train", "recipe.toml", "--out", "with", "training.steps=2", "lr_scheduler.warmup_steps=1"];
+    note(&world.succeeds(&[&train[..], &["intervention.file=e.toml"]].concat()).1, "e.toml");
+    write(&world, "both.toml", &format!("{decodes}{}", edit("\"first\"")));
+    note(&world.succeeds(&["eval", "run", "--intervention", "both.toml"]).1, "both.toml");
+    let generate = ["generate", "run", "--prompt", "the cat", "--max-new-tokens", "8", "--temperature", "0"];
+    let (plain, _) = world.succeeds(&generate);
+    let (changed, told) = world.succeeds(&[&generate[..], &["--intervention", "e.toml"]].concat());
+    assert!(!told.contains("no token is generated"), "{told}");
+    assert_ne!(plain, changed);
+}
+
+#[test]
+fn problems_of_a_task_are_searched_for_spans() {
+    let world = world();
+    let task = ["eval", "run", "--task", "needles_multi", "--lengths", "1", "--unit", "400", "--samples", "1"];
+    let with = [&task[..], &["--intervention", "e.toml"]].concat();
+    write(&world, "e.toml", &edit("{ text = \"zzz\" }"));
+    let told = world.fails(2, &with);
+    assert!(told.contains("e.toml:3") && told.contains("(\"zzz\") is nowhere in 5 problems"), "{told}");
+    write(&world, "e.toml", &edit("{ from = 0, to = 4 }"));
+    assert!(!world.succeeds(&with).1.contains("note: edits"));
+}

@@ -64,8 +64,8 @@ use chat::ChatConfig;
 use long_context::LongContextConfig;
 use synthetic::StateTrackingConfig;
 use synthetic::{
-    AssociativeRecallConfig, CopyConfig, FactsConfig, InductionConfig, MadConfig, MarkovConfig, MqarConfig,
-    NeedlesConfig,
+    AssociativeRecallConfig, CopyConfig, FactsConfig, InContextConfig, InductionConfig, MadConfig, MarkovConfig,
+    MqarConfig, NeedlesConfig,
 };
 use text_suites::{BabilongLikeConfig, RulerConfig};
 
@@ -99,6 +99,8 @@ source::sources! {
     state_tracking => StateTracking(StateTrackingConfig): Generated, Ids, Tokens;
     /// Needles in filler, with look-alikes.
     needles => Needles(NeedlesConfig): Generated, Ids, Tokens;
+    /// Shots of a hidden task, then inputs that it is asked for.
+    in_context => InContext(InContextConfig): Generated, Ids, Tokens;
     /// A random sequence and the same again.
     induction => Induction(InductionConfig): Generated, Ids, Tokens;
     /// Random tokens, a separator, the same tokens.

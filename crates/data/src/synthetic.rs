@@ -6,6 +6,7 @@
 mod associative_recall;
 mod copy;
 mod facts;
+mod in_context;
 mod induction;
 mod mad;
 mod markov;
@@ -27,6 +28,7 @@ use crate::{Data, DataError, Loader, Opened, Opening};
 pub use associative_recall::AssociativeRecallConfig;
 pub use copy::CopyConfig;
 pub use facts::{FactsConfig, World};
+pub use in_context::InContextConfig;
 pub use induction::InductionConfig;
 pub use mad::{Compression, FuzzyRecall, MadConfig, MadTask, Memorization, Recall, SelectiveCopying};
 pub use markov::{Markov, MarkovConfig};
@@ -225,6 +227,7 @@ mod tests {
             ("markov", vec!["states"]),
             ("associative_recall", vec!["n_pairs", "n_queries", "n_keys", "n_values"]),
             ("needles", vec!["n_needles", "n_queried", "n_distractors", "n_keys", "n_values", "n_filler"]),
+            ("in_context", vec!["n_tasks", "n_inputs", "n_shots", "n_queries", "task"]),
             ("induction", vec!["vocab"]),
             ("copy", vec!["vocab"]),
         ];
@@ -251,6 +254,7 @@ mod tests {
         for (name, shown, asked) in [
             ("associative_recall", 16, [Role::Question, Role::Assistant].repeat(8)),
             ("needles", 58, [Role::Question, Role::Question, Role::Assistant].repeat(2)),
+            ("in_context", 16, vec![Role::Question, Role::Assistant]),
             ("induction", 32, [vec![Role::Question], vec![Role::Assistant; 31]].concat()),
         ] {
             let config: DataConfig = serde_json::from_str(&format!(r#"{{"{name}":{{}}}}"#)).unwrap();

@@ -3,7 +3,9 @@
 use std::fmt::Write;
 use std::ops::Range;
 
-use polyhead_models::{Batch, Decoder, IGNORE};
+use polyhead_attention::Mask;
+use polyhead_models::intervention::Context;
+use polyhead_models::{Batch, Decoder, IGNORE, Pass};
 
 /// Parts into which texts are divided by depth.
 pub const DEPTHS: usize = 5;
@@ -30,7 +32,7 @@ impl Row {
 }
 
 /// Whether a model, choosing the likeliest token each time, would write the tokens at the places `answer` of a text, from the
-/// first to the last. `begin` are tokens that begin every text.
+/// first to the last. `begin` are tokens that begin every text. To an intervention, the answer is what is generated.
 pub fn is_right(model: &Decoder, tokens: &[u32], answer: &Range<usize>, begin: &[u32]) -> bool {
     let tokens = [begin, &tokens[..answer.end]].concat();
     let asked = |at: usize| (at + 1).checked_sub(begin.len()).is_some_and(|at| answer.contains(&at));
@@ -38,7 +40,9 @@ pub fn is_right(model: &Decoder, tokens: &[u32], answer: &Range<usize>, begin: &
     let seq = tokens.len();
     let targets = (0..seq).map(target).collect();
     let batch = Batch { batch: 1, seq, tokens, targets, ..Batch::default() };
-    let sums = model.evaluate(&batch);
+    let prompt = begin.len() + answer.start;
+    let context = Context { rows: 1, tokens: &batch.tokens[..prompt], prompt, ..Context::default() };
+    let sums = model.evaluate_pass(&batch, Pass { context: Some(context), ..Pass::new(&Mask::causal()) });
     sums.targets > 0 && sums.correct == sums.targets
 }
 
@@ -113,7 +117,54 @@ pub fn heatmap(rows: &[Row]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+    use std::ops::ControlFlow;
+
+    use burn::tensor::Device;
+    use polyhead_kernels::seed_random;
+    use polyhead_models::intervention::{Intervention, InterventionConfig};
+    use polyhead_models::weights::{load, named};
+    use polyhead_models::{DecoderConfig, Past, Sampling};
+
     use super::*;
+
+    #[test]
+    fn an_answer_is_what_a_model_writes_under_edits_of_what_it_generates() {
+        let config = r#"{"d_model": 16, "n_layers": 2, "attention": {"softmax": {"n_heads": 2}}}"#;
+        seed_random(5);
+        let fresh = serde_json::from_str::<DecoderConfig>(config).unwrap().init(20, &Device::flex());
+        let larger = named(&fresh).into_iter().map(|mut tensor| {
+            tensor.values.iter_mut().for_each(|value| *value *= 5.0);
+            (tensor.name.clone(), tensor)
+        });
+        let larger = larger.collect();
+        let plain = load(fresh, larger).unwrap();
+        let edits = r#"{"edits": [{"site": "z", "phase": "decode", "change": {"scale": -3}}]}"#;
+        let edits: InterventionConfig = serde_json::from_str(edits).unwrap();
+        let edited = plain.clone().intervened(Some(Intervention::new(&edits, &BTreeMap::new(), &plain, None).unwrap()));
+        let greedy = Sampling { max_new_tokens: 4, temperature: 0.0, ..Sampling::default() };
+        let mut differ = 0;
+        for first in 0..8 {
+            let prompt = [first, 3, 19 - first];
+            let written = |model: &Decoder| {
+                let mut tokens = prompt.to_vec();
+                let mut past = Past::new(model);
+                past.generate(model, &prompt, &greedy, &[], |token| {
+                    tokens.push(token);
+                    ControlFlow::Continue(())
+                });
+                tokens
+            };
+            let (of_plain, of_edited) = (written(&plain), written(&edited));
+            for (model, text) in [(&plain, &of_plain), (&edited, &of_edited)] {
+                assert!(is_right(model, text, &(3..7), &[]), "{prompt:?}");
+                assert!(is_right(model, &text[1..], &(2..6), &text[..1]), "{prompt:?}, begun by a token");
+            }
+            differ += usize::from(of_plain != of_edited && !is_right(&edited, &of_plain, &(3..7), &[]));
+        }
+        assert!(differ > 0, "the edit changes what is written");
+    }
 
     #[test]
     fn the_image_has_a_cell_for_every_number() {

@@ -21,6 +21,9 @@ use ladder::Ladder;
 use rules::{flags_in_strings, rules};
 use settings::{Place, multiplied};
 
+/// Keys in which arms name what is prepared: a model, an embedding.
+pub(crate) const NAMED: [[&str; 2]; 2] = [["model", "pretrained"], ["intervention", "tensors"]];
+
 /// What arms that take equally long differ in.
 pub const STEPS: &str = "training.steps";
 
@@ -61,7 +64,7 @@ pub struct Comparison {
     #[serde(default)]
     pub tune: Option<Tune>,
     /// What is made once for every seed before the arms run: models that arms start from with
-    /// `model.pretrained = "{name}"`.
+    /// `model.pretrained = "{name}"`, and embeddings, `intervention.tensors = "{name}"`.
     #[serde(default)]
     pub prepare: Vec<Preparation>,
     /// Tasks that every trained run is put to, as flags of `polyhead eval`: "--task needles_multi --lengths 1,2,4,8". The
@@ -93,7 +96,8 @@ fn yes() -> bool {
     true
 }
 
-/// A model that arms start from, trained or made of an earlier one. Exactly one of `train`, `convert` and `grow` is given.
+/// A model that arms start from, trained or made of an earlier one, or what is measured on one. Exactly one of `train`, `convert`,
+/// `grow` and `embedding` is given.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Preparation {
@@ -105,7 +109,7 @@ pub struct Preparation {
     /// Train this recipe, which is found as `extends` is; the seed is the arms'.
     #[serde(default)]
     pub train: Option<PathBuf>,
-    /// What to change of the recipe that is trained.
+    /// What to change of the recipe that is trained; of `embedding`, of the recipe of the model, whose held-out rows are the prompts.
     #[serde(default)]
     #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub recipe: toml::Table,
@@ -115,6 +119,18 @@ pub struct Preparation {
     /// Grow it: `{ signal_heads = 4 }`.
     #[serde(default, deserialize_with = "table_or_flags")]
     pub grow: Option<Growth>,
+    /// Write the embedding of a task, as `polyhead tune embedding` does: `{}`.
+    #[serde(default)]
+    pub embedding: Option<Embedding>,
+}
+
+/// Mean outputs of heads behind prompts, for soft injection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Embedding {
+    /// Write random directions of the same lengths in its place, to compare with; the number decides which. Default: none.
+    #[serde(default)]
+    pub random: Option<u64>,
 }
 
 /// A setting of the dial.

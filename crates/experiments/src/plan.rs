@@ -96,9 +96,11 @@ pub fn waits_for_files(read: &Read, prepared: &Prepared) -> bool {
         // What is wrong with an arm is told by `plan`, which names it.
         let layers = prepared.filled(layers, read.comparison.seeds[0]);
         let Ok(loaded) = layers.and_then(recipe::from_layers) else { return false };
-        let Recipe { data, model, .. } = &loaded.recipe;
+        let Recipe { data, model, intervention, .. } = &loaded.recipe;
         waits |= data.yields() != Yields::Tokens && !data.is_generated();
         waits |= model.pretrained().is_some_and(|folder| !folder.exists());
+        let tensors = intervention.as_ref().and_then(|own| own.tensors.as_ref());
+        waits |= tensors.is_some_and(|file| !file.exists());
     }
     waits
 }

@@ -1,6 +1,6 @@
 //! What a comparison makes once for every seed before its arms run: a parent to start from, models made of it.
 //!
-//! Each is a command of its own (`train`, `convert`, `grow`) into `OUT/prepared/NAME-seed-SEED-ID`. The id is a hash of all
+//! Each is a command of its own (`train`, `convert`, `grow`, `tune embedding`) into `OUT/prepared/NAME-seed-SEED-ID`. The id is a hash of all
 //! that decides it, so that what was made before is used again, and what has changed since is made anew.
 
 use std::collections::VecDeque;
@@ -25,8 +25,9 @@ use polyhead_runs::text::quoted;
 use polyhead_recipe::folder_name;
 
 use super::calibration::Paces;
-use super::comparison::{Preparation, Read, in_braces};
+use super::comparison::{NAMED, Preparation, Read, in_braces};
 use super::processes::{Jobs, Share, ended_without, run_jobs, spawn};
+use super::tune::leaves;
 
 /// What is made, a chain for each seed, and what is measured.
 pub struct Prepared {
@@ -43,7 +44,12 @@ struct Step {
     arguments: Vec<String>,
     /// What it trains, resolved.
     recipe: Option<String>,
+    /// What it makes in its folder, where that is no model.
+    file: Option<&'static str>,
 }
+
+/// What `tune embedding` writes.
+const EMBEDDING: &str = "embedding.safetensors";
 
 impl Prepared {
     /// Works out what a comparison, read from `file` and written to `out`, needs. Nothing is made.
@@ -61,6 +67,9 @@ impl Prepared {
                         let base = file.parent().unwrap_or(Path::new("")).join(base);
                         let changes = read.layer.part(&["prepare", &at.to_string(), "recipe"]);
                         training(preparation, (&base, changes, from), seed, out)?
+                    }
+                    None if preparation.embedding.is_some() => {
+                        embedding(preparation, from.unwrap_or(Path::new("")), seed, out)
                     }
                     None => {
                         let key =
@@ -91,19 +100,21 @@ impl Prepared {
         self.chains.first().into_iter().flatten().map(Step::command).collect()
     }
 
-    /// The layers with the folder in place of a `{name}` that they start from.
+    /// The layers with what was made in place of a `{name}`: of the folder that they start from, of the file of tensors.
     ///
     /// # Errors
-    /// If the folder's name cannot be in a recipe.
+    /// If the path cannot be in a recipe.
     pub fn filled(&self, mut layers: Vec<Layer>, seed: u64) -> Result<Vec<Layer>, Problems> {
-        let pretrained = |layer: &Layer| Some(layer.values().get("model")?.get("pretrained")?.as_str()?.to_owned());
-        let named = layers.iter().rev().find_map(pretrained);
-        let found = named
-            .as_deref()
-            .and_then(in_braces)
-            .and_then(|name| self.chains.iter().flatten().find(|step| step.name == name && step.seed == seed));
-        if let Some(step) = found {
-            layers.push(starting_from(&step.folder)?);
+        for [table, key] in NAMED {
+            let named =
+                layers.iter().rev().find_map(|layer| Some(layer.values().get(table)?.get(key)?.as_str()?.to_owned()));
+            let found = named
+                .as_deref()
+                .and_then(in_braces)
+                .and_then(|name| self.chains.iter().flatten().find(|step| step.name == name && step.seed == seed));
+            if let Some(step) = found {
+                layers.push(naming(&format!("{table}.{key}"), &step.made())?);
+            }
         }
         Ok(layers)
     }
@@ -153,7 +164,7 @@ impl<'a> Jobs for Making<'a> {
 
     fn ended(&mut self, was: Running<'a>, status: ExitStatus, stopped: bool) -> Result<(), Failure> {
         let Step { name, seed, .. } = was.step;
-        match status.success() && was.step.has_model()? {
+        match status.success() && was.step.has_made()? {
             true => {
                 was.step.mark()?;
                 (self.tell)(&format!("finished  {name}, seed {seed}, {}", clock(was.since.elapsed())));
@@ -182,15 +193,23 @@ impl Step {
         let name = preparation.name.clone();
         let id = result::id(decides, None);
         let folder = out.join("prepared").join(format!("{}-seed-{seed}-{}", folder_name(&name), &id[..8]));
-        Self { name, seed, folder, arguments: Vec::new(), recipe: None }
+        Self { name, seed, folder, arguments: Vec::new(), recipe: None, file: None }
     }
 
     fn complete(&self) -> bool {
         self.folder.join(files::PREPARED).exists()
     }
 
-    fn has_model(&self) -> Result<bool, Failure> {
-        Ok(!list(&self.folder).map_err(TrainError::from)?.is_empty())
+    /// What arms name: the folder of a model, or a file.
+    fn made(&self) -> PathBuf {
+        self.file.map_or_else(|| self.folder.clone(), |file| self.folder.join(file))
+    }
+
+    fn has_made(&self) -> Result<bool, Failure> {
+        match self.file {
+            Some(_) => Ok(self.made().exists()),
+            None => Ok(!list(&self.folder).map_err(TrainError::from)?.is_empty()),
+        }
     }
 
     fn log(&self) -> PathBuf {
@@ -213,6 +232,9 @@ impl Step {
             None => {
                 create(&self.folder)?;
                 std::fs::remove_dir_all(&self.folder)?;
+                if self.file.is_some() {
+                    create(&self.folder)?;
+                }
             }
         }
         spawn(&self.arguments, &self.log(), None, share)
@@ -233,7 +255,7 @@ fn training(
     let mut layers = recipe::read_layers(base, &[])?;
     layers.push(changes);
     if let Some(folder) = from {
-        layers.push(starting_from(folder)?);
+        layers.push(naming("model.pretrained", folder)?);
     }
     layers.push(parse_layer("seeds", &format!("debug.seed = {seed}"))?);
     let text = recipe::resolved(&recipe::from_layers(layers)?.recipe)?;
@@ -261,7 +283,22 @@ fn conversion(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> 
     Ok(step)
 }
 
-fn starting_from(folder: &Path) -> Result<Layer, Problems> {
-    let folder = toml::Value::String(folder.display().to_string());
-    Ok(parse_layer("prepare", &format!("model.pretrained = {folder}"))?)
+/// The embedding of a task, of the prompts that the changes of the model's recipe make.
+fn embedding(preparation: &Preparation, from: &Path, seed: u64, out: &Path) -> Step {
+    let changes = leaves(&preparation.recipe, &|_| false).into_iter().map(|(key, value)| format!("{key}={value}"));
+    let random = preparation.embedding.and_then(|embedding| embedding.random);
+    let random = random.into_iter().flat_map(|seed| ["--random".to_owned(), seed.to_string()]);
+    let from = [from.display().to_string()];
+    let words: Vec<String> = from.into_iter().chain(changes).chain(random).collect();
+    let mut step = Step::new(preparation, seed, out, &format!("tune embedding {}", words.join(" ")));
+    step.file = Some(EMBEDDING);
+    step.arguments = ["tune", "embedding"].map(str::to_owned).into_iter().chain(words).collect();
+    step.arguments.extend(["--out".into(), step.made().display().to_string()]);
+    step
+}
+
+/// A layer in which a key names a path.
+fn naming(key: &str, path: &Path) -> Result<Layer, Problems> {
+    let path = toml::Value::String(path.display().to_string());
+    Ok(parse_layer("prepare", &format!("{key} = {path}"))?)
 }

@@ -35,7 +35,7 @@ use polyhead_attention::{Amount, ConfigError, Edit, Positions, require};
 pub use attention_swap::attention_swap;
 pub use config::{AmountConfig, ChangeConfig, EditConfig, GuidanceConfig, InterventionConfig, Per, TrainedConfig};
 pub use presence::Presence;
-pub use soft_injection::task_embedding;
+pub use soft_injection::{random_embedding, task_embedding};
 pub use spans::{OutsideSpan, Phase, RangeConfig, Span, SpanName, TextSpan};
 pub use zero_tuning::zero_tuning;
 
@@ -156,6 +156,17 @@ impl Intervention {
             Span::Named(name) if name.needs_roles() => Some((field, *name)),
             _ => None,
         })
+    }
+
+    /// The edits that are for generated tokens alone: of each, where its phase is in the file.
+    pub fn decode_edits(&self) -> Vec<String> {
+        let decodes = |(_, edit): &(usize, &ModelEdit)| edit.config.phase == Phase::Decode;
+        self.edits.iter().enumerate().filter(decodes).map(|(at, _)| format!("edits.{at}.phase")).collect()
+    }
+
+    /// Whether it changes nothing as long as no token is generated.
+    pub fn only_decodes(&self) -> bool {
+        self.sparse.is_none() && self.edits.iter().all(|edit| edit.config.phase == Phase::Decode)
     }
 
     /// Every span with its place in the file.

@@ -140,7 +140,8 @@ impl Decoder {
 
     /// The same under another mask, or with something added to the projections.
     pub fn totals_of_pass(&self, batch: &Batch, pass: Pass<'_>) -> TokenTotals {
-        let forward = self.pass(self.tokens(batch), Pass { context: Some(Context::of(batch)), ..pass });
+        let context = pass.context.or_else(|| Some(Context::of(batch)));
+        let forward = self.pass(self.tokens(batch), Pass { context, ..pass });
         let out = self.predict(batch, forward.hidden);
         // Summed in f64 on the host, so that the result does not depend on how batches are cut.
         let (losses, correct) = (out.losses.into_data(), out.correct.into_data());

@@ -70,34 +70,12 @@ impl Report {
             format!("<h1>{}</h1>\n<p class=\"finding\">{}</p>\n", escape(&self.title), escape(&self.finding));
         body.push_str("<div class=\"figures small\">\n");
         for (name, values) in self.columns.iter().filter(|(_, values)| values.iter().any(Option::is_some)) {
-            let (png, small) = self.map(values)?;
-            body.push_str(&figure(name, &small, &embedded(&png, &format!("{name} of every head"))));
+            body.push_str(&overview(&self.heads, name, values)?);
         }
         body.push_str(&format!("</div>\n{}<h2>Heads</h2>\n", self.body));
         body.push_str(&table(&self.head(), (0..self.heads.len()).map(|at| self.cells(at)).collect()));
         body.push_str(&format!("<p class=\"quiet\">{}</p>\n", escape(&self.about)));
         Ok(body)
-    }
-
-    /// Layers from top to bottom, heads from left to right; where there is no number it is grey.
-    fn map(&self, values: &[Option<f64>]) -> Result<(Png, String), Failure> {
-        let size = |of: fn(&HeadOf) -> usize| self.heads.iter().map(of).max().map_or(0, |most| most + 1);
-        let (layers, heads) = (size(|head| head.0), size(|head| head.1));
-        let mut cells = vec![f32::NAN; layers * heads];
-        for (&(layer, head), value) in self.heads.iter().zip(values) {
-            cells[layer * heads + head] = value.map_or(f32::NAN, |value| value as f32);
-        }
-        let known = || values.iter().flatten().copied().filter(|value| value.is_finite());
-        let [low, high] = [known().fold(f64::INFINITY, f64::min), known().fold(f64::NEG_INFINITY, f64::max)];
-        let range = match known().next() {
-            None => (0.0, 1.0),
-            Some(only) if low == high => (only as f32 - 1.0, only as f32 + 1.0),
-            Some(_) => (low as f32, high as f32),
-        };
-        let scale = (288 / layers.max(heads).max(1)).clamp(2, 24) as u32;
-        let png = heat_map(&cells, layers, heads, &Options { scale, range: Some(range) });
-        let png = png.map_err(|error| Failure::Run(error.to_string()))?;
-        Ok((png, format!("layers down, heads across; dark {}, bright {}", number(Some(low)), number(Some(high)))))
     }
 
     fn head(&self) -> Vec<String> {
@@ -109,6 +87,28 @@ impl Report {
         let numbers = self.columns.iter().map(|(_, values)| number(values[at]));
         [layer.to_string(), head.to_string()].into_iter().chain(numbers).collect()
     }
+}
+
+/// A number of every head as a figure: layers from top to bottom, heads from left to right; where there is no number it is grey.
+pub fn overview(heads: &[HeadOf], name: &str, values: &[Option<f64>]) -> Result<String, Failure> {
+    let size = |of: fn(&HeadOf) -> usize| heads.iter().map(of).max().map_or(0, |most| most + 1);
+    let (layers, across) = (size(|head| head.0), size(|head| head.1));
+    let mut cells = vec![f32::NAN; layers * across];
+    for (&(layer, head), value) in heads.iter().zip(values) {
+        cells[layer * across + head] = value.map_or(f32::NAN, |value| value as f32);
+    }
+    let known = || values.iter().flatten().copied().filter(|value| value.is_finite());
+    let [low, high] = [known().fold(f64::INFINITY, f64::min), known().fold(f64::NEG_INFINITY, f64::max)];
+    let range = match known().next() {
+        None => (0.0, 1.0),
+        Some(only) if low == high => (only as f32 - 1.0, only as f32 + 1.0),
+        Some(_) => (low as f32, high as f32),
+    };
+    let scale = (288 / layers.max(across).max(1)).clamp(2, 24) as u32;
+    let png = heat_map(&cells, layers, across, &Options { scale, range: Some(range) });
+    let png = png.map_err(|error| Failure::Run(error.to_string()))?;
+    let small = format!("layers down, heads across; dark {}, bright {}", number(Some(low)), number(Some(high)));
+    Ok(figure(name, &small, &embedded(&png, &format!("{name} of every head"))))
 }
 
 /// A number with four significant digits.

@@ -34,7 +34,7 @@ pub fn probe(trained: &Trained, texts: &[String], rows: u32) -> Result<Vec<Batch
 /// Names the span.
 pub fn check_rows(trained: &Trained, called: &str, rows: &[Batch]) -> Result<(), Failure> {
     let batch = |at: u64| Ok(rows[at as usize].clone());
-    let notes = trained.check_rows(&Rows { called, batches: rows.len() as u64, batch: &batch })?;
+    let notes = trained.check_rows(&Rows { called, batches: rows.len() as u64, batch: &batch, generates: false })?;
     notes.iter().for_each(|note| talk!("note: {note}"));
     Ok(())
 }
@@ -61,6 +61,16 @@ fn rows_of(trained: &Trained, texts: &[String], rows: u32) -> Result<Vec<Batch>,
         }
     };
     texts.iter().map(one).collect()
+}
+
+/// What a token is called: the text that it stands for; where that is none of its own, as half a character is, its spelling in the
+/// vocabulary; without a tokenizer its id.
+pub fn word(trained: &Trained, id: u32) -> String {
+    let Some(tokenizer) = &trained.tokenizer else { return id.to_string() };
+    match tokenizer.decode(&[id]) {
+        text if text.is_empty() || text.contains('\u{fffd}') => tokenizer.token_text(id),
+        text => text,
+    }
 }
 
 /// What was chosen of `count`, or all of them.

@@ -56,6 +56,12 @@ impl Problem {
         Self { message: format!("{who}: {}", self.message), ..self }
     }
 
+    /// Its words behind its file and line, for a note.
+    pub fn in_a_line(&self) -> String {
+        let place = self.place.as_ref().map(|Place { source, line, .. }| format!("{source}:{line}: "));
+        format!("{}{}", place.unwrap_or_default(), self.message.trim_end())
+    }
+
     /// With a way out.
     pub fn hint(self, hint: Option<String>) -> Self {
         Self { hint, ..self }

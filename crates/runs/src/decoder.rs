@@ -21,7 +21,7 @@ use polyhead_training::{NamePatterns, ProcedureConfig};
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
-use crate::intervention::{Rows, check_rows, note_rows, trains_intervention};
+use crate::intervention::{Rows, check_rows, note_phases, note_rows, trains_intervention};
 use crate::kind::Kind;
 use crate::pretrained::{Pretrained, add_lora, with_boundaries};
 use crate::resolve::{Resolved, scalings};
@@ -124,11 +124,16 @@ impl Kind for Decoder {
                 let model = intervention.apply(model, data.tokenizer.as_ref())?;
                 let train = |at| -> Result<Batch, Failure> { Ok(data.train.batch(at)?) };
                 let batches = data.train.batches_per_epoch();
-                let rows = Rows { called: "rows to learn from", batches, batch: &train };
+                // What is only for generated tokens is for those of the run, and of its samples.
+                let rows = Rows { called: "rows to learn from", batches, batch: &train, generates: true };
                 let mut notes = check_rows(&model, Some(&intervention.stated), &rows)?;
                 let held_out = |at| -> Result<Batch, Failure> { Ok(data.validation.batch(at)?) };
                 let batches = data.validation.batches_per_epoch();
-                notes.extend(note_rows(&model, &Rows { called: "held-out rows", batches, batch: &held_out })?);
+                notes.extend(note_rows(
+                    &model,
+                    &Rows { called: "held-out rows", batches, batch: &held_out, generates: true },
+                )?);
+                notes.extend(note_phases(&model, Some(&intervention.stated)));
                 notes.iter().for_each(|note| (resolved.caller.tell)(&format!("note: {note}")));
                 model
             }

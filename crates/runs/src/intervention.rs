@@ -14,7 +14,7 @@ use polyhead_recipe::{Problems, Recipe, StatedIntervention};
 use polyhead_training::checkpoint::read_file;
 use polyhead_training::run_folder::{atomic_write, files};
 
-pub use spans::{Rows, check_rows, note_rows};
+pub use spans::{Rows, check_phases, check_rows, check_spans, note_phases, note_rows};
 
 use crate::{Failure, Trained};
 
@@ -181,12 +181,15 @@ impl Trained {
 /// # Errors
 /// Names the span and the way out.
 pub fn check_roles(model: &Decoder, stated: Option<&StatedIntervention>, known: bool) -> Result<(), Failure> {
-    let named = model.intervention().and_then(Intervention::needs_roles).filter(|_| !known);
-    let Some((field, span)) = named else { return Ok(()) };
+    model.intervention().map_or(Ok(()), |own| check_known_roles(own, stated, known))
+}
+
+fn check_known_roles(own: &Intervention, stated: Option<&StatedIntervention>, known: bool) -> Result<(), Failure> {
+    let Some((field, span)) = own.needs_roles().filter(|_| !known) else { return Ok(()) };
     let span = serde_json::to_string(&span).unwrap_or_default();
     let problem = format!(
         "the intervention names the span {span}, and nobody says whose tokens are whose here: conversations do (a model \
-         fine-tuned on them, generate --chat), and associative_recall, needles and induction; a range or a text needs no roles"
+         fine-tuned on them, generate --chat), and associative_recall, needles, in_context and induction; a range or a text needs no roles"
     );
     Err(placed(stated, &ConfigError::new(field, problem)))
 }

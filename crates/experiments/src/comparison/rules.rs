@@ -4,7 +4,7 @@ use polyhead_models::{ConfigError, require};
 use polyhead_recipe::folder_name;
 use polyhead_recipe::layers::Layer;
 
-use super::{CheckTask, Comparison, Matched, Preparation, STEPS, in_braces};
+use super::{CheckTask, Comparison, Matched, NAMED, Preparation, STEPS, in_braces};
 use crate::tune::leaves;
 
 /// Preparations that are written as flags in a string, which was the only form until tables were read.
@@ -82,33 +82,49 @@ pub(super) fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<Confi
         rule(problem.is_none(), "evaluate".into(), format!("evaluate: {}", problem.unwrap_or_default()));
     }
     for (at, preparation) in comparison.prepare.iter().enumerate() {
-        let Preparation { name, from, train, convert, grow, recipe } = preparation;
+        let Preparation { name, from, train, convert, grow, embedding, recipe } = preparation;
         let (key, earlier) = (format!("prepare.{at}.name"), &comparison.prepare[..at]);
         rule(
             !folder_name(name).is_empty() && earlier.iter().all(|other| folder_name(&other.name) != folder_name(name)),
             key.clone(),
             format!("prepare `{name}`: a name must hold a letter or a digit, and differ from the others"),
         );
-        let given = [train.is_some(), convert.is_some(), grow.is_some()].into_iter().filter(|given| *given).count();
-        rule(given == 1, key.clone(), format!("prepare `{name}`: give exactly one of train, convert and grow"));
+        let given = [train.is_some(), convert.is_some(), grow.is_some(), embedding.is_some()];
+        let given = given.into_iter().filter(|given| *given).count();
         rule(
-            train.is_some() || recipe.is_empty(),
-            format!("prepare.{at}.recipe"),
-            format!("prepare `{name}`: recipe changes what is trained, and nothing is"),
+            given == 1,
+            key.clone(),
+            format!("prepare `{name}`: give exactly one of train, convert, grow and embedding"),
         );
         rule(
-            from.as_ref().map_or(train.is_some(), |from| earlier.iter().any(|other| other.name == *from)),
+            train.is_some() || embedding.is_some() || recipe.is_empty(),
+            format!("prepare.{at}.recipe"),
+            format!("prepare `{name}`: recipe changes what is trained, or what prompts are made of, and nothing is"),
+        );
+        rule(
+            from.as_ref().map_or(train.is_some(), |from| {
+                earlier.iter().any(|other| other.name == *from && other.embedding.is_none())
+            }),
             if from.is_some() { format!("prepare.{at}.from") } else { key },
-            format!("prepare `{name}`: from must name an earlier preparation, which it is made of"),
+            format!("prepare `{name}`: from must name an earlier model, which it is made of"),
         );
     }
     for (at, arm) in arm.iter().enumerate() {
-        let named = arm.recipe.get("model").and_then(|model| model.get("pretrained")?.as_str()).and_then(in_braces);
-        rule(
-            named.is_none_or(|name| comparison.prepare.iter().any(|made| made.name == name)),
-            format!("arm.{at}.recipe.model.pretrained"),
-            format!("arm `{}`: no preparation is called \"{}\"", arm.name, named.unwrap_or_default()),
-        );
+        for [table, key] in NAMED {
+            let named = arm.recipe.get(table).and_then(|table| table.get(key)?.as_str()).and_then(in_braces);
+            let made = |name: &str| comparison.prepare.iter().find(|made| made.name == name);
+            let wanted = |made: &Preparation| made.embedding.is_some() == (key == "tensors");
+            let what = if key == "tensors" { "embedding" } else { "model" };
+            rule(
+                named.is_none_or(|name| made(name).is_some_and(wanted)),
+                format!("arm.{at}.recipe.{table}.{key}"),
+                format!(
+                    "arm `{}`: no preparation is called \"{}\" and makes a {what}",
+                    arm.name,
+                    named.unwrap_or_default()
+                ),
+            );
+        }
     }
     for (key, value) in leaves(&comparison.sweep, &|_| false) {
         let some = value.as_array().is_some_and(|values| !values.is_empty());

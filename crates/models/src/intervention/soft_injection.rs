@@ -11,20 +11,50 @@
 use burn::tensor::activation::{log_softmax, sigmoid};
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{Amount, At, Change, Edit, Mask, Positions, QuerySite};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
+use super::spans::rows_of;
+use super::{Context, Span, SpanName};
 use crate::sites::SitePlan;
-use crate::{Decoder, Pass};
+use crate::{Batch, ContextMask, Decoder, Pass};
 
-/// `[layers, heads, head_dim]`: the mean of head outputs at the last token of prompts, `[prompts, seq]`.
-pub fn task_embedding(model: &Decoder, prompts: Tensor<2, Int>) -> Tensor<3> {
-    let last = prompts.dims()[1] - 1;
-    let sites = SitePlan::tap_all(model.layers.len(), QuerySite::Z);
-    let taps = model.pass(prompts, Pass { sites, ..Pass::new(&Mask::causal()) }).taps;
-    let of_layer = |values: Tensor<4>| {
-        let [_, heads, _, width] = values.dims();
-        values.narrow(2, last, 1).mean_dim(0).reshape([1, heads, width])
-    };
-    Tensor::cat(taps.into_iter().map(|tap| of_layer(tap.values)).collect(), 0)
+/// `[layers, heads, head_dim]`: the mean of head outputs at the last token of the prompts of batches, which is the last of a row
+/// where no answer follows.
+///
+/// # Panics
+/// If there is no batch.
+pub fn task_embedding(model: &Decoder, batches: &[Batch]) -> Tensor<3> {
+    let sums = batches.iter().map(|batch| {
+        let (mask, context) = (batch.mask(ContextMask::Causal), Context::of(batch));
+        let last = rows_of(&Span::Named(SpanName::LastPromptToken), &context, None).concat();
+        let sites = SitePlan::tap_all(model.layers.len(), QuerySite::Z);
+        let pass = Pass { sites, context: Some(context), ..Pass::new(&mask) };
+        let taps = model.pass(model.tokens(batch), pass).taps;
+        let marks: Vec<f32> = last.iter().map(|&last| f32::from(u8::from(last))).collect();
+        let marks = Tensor::<4>::from_data(TensorData::new(marks, [batch.batch, 1, batch.seq, 1]), &model.device());
+        let of_layer = |values: Tensor<4>| {
+            let [_, heads, _, width] = values.dims();
+            (values * marks.clone()).sum_dim(0).sum_dim(2).reshape([1, heads, width])
+        };
+        let sum = Tensor::cat(taps.into_iter().map(|tap| of_layer(tap.values)).collect(), 0);
+        (sum, last.into_iter().filter(|&last| last).count())
+    });
+    let (sum, count) = sums.reduce(|(a, n), (b, m)| (a + b, n + m)).expect("a batch");
+    sum / count as f64
+}
+
+/// Numbers to compare with an embedding, `[layers, heads, head_dim]`: of each head, a random direction of the same length.
+pub fn random_embedding(embedding: &Tensor<3>, seed: u64) -> Tensor<3> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut uniform = || 1.0 - rng.random::<f64>();
+    let normal = |_| ((-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()) as f32;
+    let shape = embedding.dims();
+    let values = (0..shape.iter().product()).map(normal).collect();
+    let random = Tensor::<3>::from_data(TensorData::new(values, shape), &embedding.device());
+    let length = |x: &Tensor<3>| x.clone().square().sum_dim(2).sqrt();
+    let factor = length(embedding) / length(&random);
+    random * factor
 }
 
 /// The changes that mix `embedding`, `[layers, heads, head_dim]`, into head outputs at some positions, by gates `alpha`, `[layers,
@@ -119,4 +149,44 @@ pub fn train_gates<'a>(
         on_step(GateStep { loss: f64::from(loss.into_scalar::<f32>()), gradient, theta: theta.clone() });
     }
     theta
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::Role;
+    use crate::testing::decoder;
+
+    #[test]
+    fn an_embedding_is_of_the_last_token_before_the_answer() {
+        let device = Device::flex();
+        let model = decoder(&device);
+        let values = |x: Tensor<3>| x.into_data().to_vec::<f32>().unwrap();
+        let of = |rows: &[&[u32]]| {
+            task_embedding(&model, &rows.iter().map(|row| Batch::text(row.to_vec())).collect::<Vec<_>>())
+        };
+        let mut batch = Batch { batch: 2, seq: 4, tokens: vec![1, 2, 3, 4, 5, 6, 7, 8], ..Batch::default() };
+        batch.targets = vec![crate::IGNORE; 8];
+        let (shown, said) = (Role::Tool, Role::Assistant);
+        batch.roles = Some(vec![shown, shown, said, Role::Padding, shown, shown, shown, said]);
+        let got = values(task_embedding(&model, &[batch]));
+        let want = values(of(&[&[1, 2], &[5, 6, 7]]));
+        assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?} {want:?}");
+    }
+
+    #[test]
+    fn a_random_embedding_is_as_long_and_points_elsewhere() {
+        let embedding = task_embedding(&decoder(&Device::flex()), &[Batch::text(vec![1, 2, 3])]);
+        let random = random_embedding(&embedding, 1);
+        let lengths = |x: Tensor<3>| x.square().sum_dim(2).sqrt().into_data().to_vec::<f32>().unwrap();
+        let (own, other) = (lengths(embedding.clone()), lengths(random.clone()));
+        assert!(own.iter().zip(&other).all(|(a, b)| *a > 0.0 && (a - b).abs() < 1e-5 * a), "{own:?} {other:?}");
+        let along = lengths(embedding.clone() + random.clone());
+        assert!(along.iter().zip(&own).all(|(sum, own)| *sum < 1.999 * own));
+        let again = random_embedding(&embedding, 1) - random;
+        assert_eq!(again.abs().max().into_scalar::<f32>(), 0.0, "of a seed there is one");
+    }
 }

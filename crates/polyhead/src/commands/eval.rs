@@ -89,7 +89,12 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let validation = Source(&opened.validation);
     let watched = Watched::first(&validation, batches, caller());
     let batch = |at| -> Result<Batch, Failure> { Ok(opened.validation.batch(at)?) };
-    let notes = trained.check_rows(&Rows { called: "held-out rows", batches: watched.per_epoch(), batch: &batch })?;
+    let notes = trained.check_rows(&Rows {
+        called: "held-out rows",
+        batches: watched.per_epoch(),
+        batch: &batch,
+        generates: false,
+    })?;
     notes.iter().for_each(|note| talk!("note: {note}"));
     let totals = evaluate(&trained.model, &watched, 0)?;
     let sums = totals.all;

@@ -8,7 +8,7 @@ use polyhead_evaluation::eigenscore::{EigenScore, matrix};
 use polyhead_evaluation::hallucination::{Asking, Summary, ask};
 use polyhead_evaluation::sensitivity::Rows;
 use polyhead_evaluation::texts::answer_embeddings;
-use polyhead_models::{Decoder, Sampling};
+use polyhead_models::{Batch, Decoder, Sampling};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
@@ -16,9 +16,8 @@ use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{harmless, progress, put, talk};
 use polyhead_recipe::Problems;
-use polyhead_runs::Failure;
 use polyhead_runs::data::world;
-use polyhead_runs::open_trained;
+use polyhead_runs::{Failure, Trained, intervention, open_trained};
 
 /// Refuses what says nothing about these tasks, and gives how EES is computed.
 fn ees_of(args: &EvalArgs) -> Result<EesConfig, Failure> {
@@ -65,7 +64,6 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let ees = ees_of(args)?;
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let end = tokenizer.end_of_text();
     let stops = end.as_slice();
@@ -75,8 +73,9 @@ pub fn eigenscore(args: &EvalArgs) -> Result<(), Failure> {
     let mut sums = vec![0.0; SCORES.len()];
     talk!("{} answers of up to {} tokens each, layer {layer}", args.samples, args.max_new_tokens);
     let asked = lines(file)?;
-    for (done, prompt) in asked.iter().enumerate() {
-        let ids = tokenizer.encode_prompt(prompt)?;
+    let encoded = asked.iter().map(|prompt| tokenizer.encode_prompt(prompt)).collect::<Result<Vec<_>, _>>()?;
+    check_prompts(&trained, &encoded)?;
+    for (done, (prompt, ids)) in asked.iter().zip(encoded).enumerate() {
         let rows = answer_embeddings(&trained.model, &ids, args.samples, &sampling, stops, layer);
         let scores = SCORES.map(|(_, score)| score(&rows, &ees, args.seed));
         scores.iter().zip(&mut sums).for_each(|(score, sum)| *sum += score);
@@ -134,16 +133,25 @@ fn layer_of(args: &EvalArgs, model: &Decoder) -> Result<usize, Failure> {
     }
 }
 
+/// Refuses prompts of which none has a span of the model's intervention; tells of each span that some of them lack.
+fn check_prompts(trained: &Trained, prompts: &[Vec<u32>]) -> Result<(), Failure> {
+    let batch = |at: u64| Ok(Batch::text(prompts[at as usize].clone()));
+    let rows = intervention::Rows { called: "prompts", batches: prompts.len() as u64, batch: &batch, generates: true };
+    trained.check_rows(&rows)?.iter().for_each(|note| talk!("note: {note}"));
+    Ok(())
+}
+
 /// Asks a model all questions about the world of facts that it was trained on.
 pub fn facts(args: &EvalArgs) -> Result<(), Failure> {
     let ees = ees_of(args)?;
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    trained.check_roles(false)?;
     let world = trained.recipe.as_ref().and_then(world).ok_or_else(|| {
         let path = trained.path.display();
         Failure::Run(format!("{path} did not learn generated facts: --task facts asks about those of [data.facts]"))
     })?;
+    let prompts: Vec<Vec<u32>> = world.questions().into_iter().map(|question| question.prompt).collect();
+    check_prompts(&trained, &prompts)?;
     let mut asking = Asking::new(world.end(), trained.model.layers.len());
     asking.samples = args.samples;
     asking.ees.clone_from(&ees);

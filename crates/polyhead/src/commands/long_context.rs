@@ -3,14 +3,15 @@
 use polyhead_data::chat::{Learn, chat_template};
 use polyhead_data::long_context::{EIGHT, LongTask, Problems, generator};
 use polyhead_evaluation::answers::{DEPTHS, Row, heatmap, is_right, line};
+use polyhead_models::Batch;
+use polyhead_runs::intervention::Rows;
+use polyhead_runs::{Failure, open_trained};
 use polyhead_training::run_folder::atomic_write;
 use serde_json::json;
 
 use crate::allowed::caller;
 use crate::cli::EvalArgs;
 use crate::console::{progress, put, talk};
-use polyhead_runs::Failure;
-use polyhead_runs::open_trained;
 
 /// Lengths of the texts where none are given, in units.
 const LENGTHS: [usize; 4] = [1, 2, 4, 8];
@@ -20,7 +21,6 @@ const LENGTHS: [usize; 4] = [1, 2, 4, 8];
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
-    trained.check_roles(false)?;
     let tokenizer = trained.text_tokenizer()?;
     let name = if tokenizer.chat_template().is_some() { "tokenizer" } else { "plain" };
     let template = chat_template("chat template", name, tokenizer)?;
@@ -35,31 +35,42 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     };
     talk!("{} problems each, by length (1x = {trained_on} tokens) and depth", args.samples);
     let depths_of = |task: LongTask| if task.has_depth() { DEPTHS } else { 1 };
-    let depths: usize = tasks.iter().map(|&task| depths_of(task)).sum();
-    let (all, mut done) = ((depths * lengths.len() * args.samples) as u64, 0);
-    let mut rows = Vec::new();
-    for task in tasks {
-        for &times in lengths {
+    // In the order in which they are asked: task, length, depth, number.
+    let asked: Vec<(LongTask, usize, usize, usize)> = (tasks.iter())
+        .flat_map(|&task| lengths.iter().map(move |&times| (task, times)))
+        .flat_map(|(task, times)| (0..depths_of(task)).map(move |depth| (task, times, depth)))
+        .flat_map(|(task, times, depth)| (0..args.samples).map(move |sample| (task, times, depth, sample)))
+        .collect();
+    let make = |(task, times, depth, sample): (LongTask, usize, usize, usize)| {
+        // Streams of training are those of the recipe's seed: another one keeps problems apart.
+        let mut rng = generator(!args.seed, (sample * DEPTHS + depth) as u64);
+        let middle = (depth as f64 + 0.5) / depths_of(task) as f64;
+        problems.make(task, times * trained_on, middle, &mut rng)
+    };
+    let prompt = |at: u64| {
+        let problem = make(asked[at as usize])?;
+        Ok(Batch::text([begin, &problem.tokens.tokens[..problem.answer.start]].concat()))
+    };
+    let prompts = Rows { called: "problems", batches: asked.len() as u64, batch: &prompt, generates: true };
+    trained.check_rows(&prompts)?.iter().for_each(|note| talk!("note: {note}"));
+    let (mut rows, mut done): (Vec<Row>, _) = (Vec::new(), 0);
+    for of_depth in asked.chunks(args.samples.max(1)) {
+        let (task, times, depth, _) = of_depth[0];
+        let mut right = 0;
+        for &one in of_depth {
+            let problem = make(one)?;
+            right += usize::from(is_right(&trained.model, &problem.tokens.tokens, &problem.answer, begin));
+            done += 1;
+            progress("asking", done, asked.len() as u64);
+        }
+        if depth == 0 {
             let length = times * trained_on;
-            let depths = depths_of(task);
-            let mut by_depth = Vec::new();
-            for depth in 0..depths {
-                let mut right = 0;
-                for sample in 0..args.samples {
-                    let stream = (sample * DEPTHS + depth) as u64;
-                    // Streams of training are those of the recipe's seed: another one keeps problems apart.
-                    let mut rng = generator(!args.seed, stream);
-                    let middle = (depth as f64 + 0.5) / depths as f64;
-                    let problem = problems.make(task, length, middle, &mut rng)?;
-                    right += usize::from(is_right(&trained.model, &problem.tokens.tokens, &problem.answer, begin));
-                    done += 1;
-                    progress("asking", done, all);
-                }
-                by_depth.push(right as f64 / args.samples as f64);
-            }
-            let row = Row { task: task.name(), has_depth: task.has_depth(), length, times, by_depth };
-            talk!("{}", line(&row));
-            rows.push(row);
+            rows.push(Row { task: task.name(), has_depth: task.has_depth(), length, times, by_depth: Vec::new() });
+        }
+        let Some(row) = rows.last_mut() else { continue };
+        row.by_depth.push(right as f64 / args.samples as f64);
+        if row.by_depth.len() == depths_of(task) {
+            talk!("{}", line(row));
         }
     }
     if let Some(path) = &args.heatmap {

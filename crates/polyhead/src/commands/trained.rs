@@ -179,6 +179,7 @@ pub fn logits(
     let ids: Vec<i32> = tokens.iter().map(|&id| id as i32).collect();
     let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &trained.model.device());
     let context = Context { rows: 1, tokens: &tokens, roles: &[], prompt: tokens.len(), ..Context::default() };
+    trained.check_phases()?.iter().for_each(|note| talk!("note: {note}"));
     trained.check_spans(&context, tokens.len())?;
     let mask = Mask::causal();
     let hidden = trained.model.pass(input, Pass { context: Some(context), ..Pass::new(&mask) }).hidden;

@@ -18,6 +18,7 @@ use super::resume_log::ResumeLog;
 use super::{OnPairs, Opened, mean, named};
 use crate::console::talk;
 use crate::head_report::{Report, number};
+use crate::probe::word;
 
 /// Sets of random heads that a knock-out is compared with; chosen by us.
 const DRAWS: u64 = 5;
@@ -108,8 +109,7 @@ pub fn decisions(args: &DecisionsArgs) -> Result<(), Failure> {
         (0..DRAWS).map(|seed| without(&random(&heads, count, seed).into_iter().collect::<Vec<_>>())).collect();
     let control = mean(&controls);
 
-    let text =
-        |id: u32| trained.tokenizer.as_ref().map_or_else(|| id.to_string(), |tokenizer| tokenizer.token_text(id));
+    let text = |id: u32| word(&trained, id);
     let row = |decision: &Decision| {
         let Decision { pair, position, probability, prompts } = decision;
         vec![

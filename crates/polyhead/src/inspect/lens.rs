@@ -13,7 +13,7 @@ use super::InspectArgs;
 use crate::console::{progress, put, wants_json};
 use crate::head_report::{Report, most, number};
 use crate::heads::named;
-use crate::probe::{choose, folder, probe};
+use crate::probe::{choose, folder, probe, word};
 
 /// A text up to where a token is predicted, and what makes its logit.
 struct Read {
@@ -95,9 +95,10 @@ fn mean(texts: &[Read], of: impl Fn(&Read) -> f64) -> f64 {
     texts.iter().map(of).sum::<f64>() / texts.len() as f64
 }
 
-/// What a token is called.
-fn word(trained: &Trained, id: u32) -> String {
-    trained.tokenizer.as_ref().map_or_else(|| id.to_string(), |own| format!("{:?}", own.token_text(id)))
+/// What a token is called, between quotes where it is a text.
+fn quoted(trained: &Trained, id: u32) -> String {
+    let word = word(trained, id);
+    if trained.tokenizer.is_some() { format!("{word:?}") } else { word }
 }
 
 const POINTS: [&str; 5] = ["point", "logit", "probability", "rank", "likeliest"];
@@ -108,7 +109,10 @@ fn points(trained: &Trained, texts: &[Read]) -> Vec<Vec<String>> {
         let of = |value: fn(&Lens) -> f64| number(Some(mean(texts, |text| value(&text.lens[at]))));
         let Lens { point, first, .. } = &texts[0].lens[at];
         let [logit, probability] = [|own: &Lens| own.logit, |own: &Lens| own.probability].map(of);
-        vec![point.clone(), logit, probability, of(|own| own.rank as f64), word(trained, *first)]
+        let rank = mean(texts, |text| text.lens[at].rank as f64);
+        // Of several texts it is a mean.
+        let rank = if texts.len() == 1 { format!("{rank:.0}") } else { format!("{rank:.1}") };
+        vec![point.clone(), logit, probability, rank, quoted(trained, *first)]
     };
     (0..texts[0].lens.len()).map(row).collect()
 }
@@ -162,10 +166,10 @@ fn write(
     }
     let logits: Vec<Option<f64>> = heads.iter().map(|&head| Some(of_head(texts, head))).collect();
     let of = match texts {
-        [text] => word(trained, text.token),
+        [text] => quoted(trained, text.token),
         _ => format!("the next token of {} texts, mean", texts.len()),
     };
-    let less = instead.map_or(String::new(), |other| format!(", less that of {}", word(trained, other)));
+    let less = instead.map_or(String::new(), |other| format!(", less that of {}", quoted(trained, other)));
     let strongest = most(&heads, &logits).map_or_else(String::new, |(head, logit)| {
         format!(" Of the heads {} does most, {}.", named(head), number(Some(logit)))
     });

@@ -55,12 +55,13 @@ pub fn legend(maps: &[Vec<f32>]) -> String {
     )
 }
 
-/// The maps of a layer, with a label for each row on the left and for each column on top, where there are labels.
-pub fn labelled(png: &Png, maps: usize, labels: &[String], about: &str) -> String {
+/// The maps of some heads of a layer, with the head's number in the corner of each, where no key is before a query, and a label for each
+/// row on the left and for each column on top; all of that where there are labels.
+pub fn labelled(png: &Png, heads: &[usize], labels: &[String], about: &str) -> String {
     if labels.is_empty() {
         return embedded(png, about);
     }
-    let count = labels.len();
+    let (count, maps) = (labels.len(), heads.len());
     let grid = Grid::of(maps, count);
     let (zoom, down) = (ROW / grid.scale as f64, maps.div_ceil(grid.across));
     let margin = 8.0 + SIGN * labels.iter().map(|label| label.chars().count()).max().unwrap_or(0) as f64;
@@ -84,6 +85,15 @@ pub fn labelled(png: &Png, maps: usize, labels: &[String], about: &str) -> Strin
             let _ =
                 write!(svg, "<text transform=\"translate({x:.1} {before}) rotate(-90)\" dy=\".35em\">{label}</text>");
         }
+    }
+    for (at, head) in heads.iter().enumerate() {
+        let end = |map: usize, cell: usize| margin + zoom * grid.middle(map, cell, count);
+        let (x, y) = (end(at % grid.across, count - 1), end(at / grid.across, 0));
+        // On white, whatever the page's colours.
+        let _ = write!(
+            svg,
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" dy=\".5em\" text-anchor=\"end\" fill=\"#1c2024\">head {head}</text>"
+        );
     }
     wide(&(svg + "</svg>"))
 }

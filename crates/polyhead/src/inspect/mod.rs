@@ -20,7 +20,7 @@ use polyhead_training::run_folder::atomic_write;
 
 use crate::allowed::caller;
 use crate::console::{progress, put, talk, wants_json};
-use crate::head_report::embedded;
+use crate::head_report::{embedded, number as number_of, overview};
 use crate::probe::{choose, folder, probe};
 use polyhead_experiments::page::{escape, figure, page, table};
 use polyhead_runs::Failure;
@@ -28,6 +28,7 @@ use polyhead_runs::classifier::open_classifier;
 use polyhead_runs::open_trained;
 
 use polyhead_evaluation::head_scores::Pattern;
+use polyhead_evaluation::head_sets::HeadOf;
 use polyhead_evaluation::heads::{self, Head, Layer};
 
 /// What to look at.
@@ -122,15 +123,14 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             rows[0].seq
         );
     }
-    // Maps with labels are as wide as they need to be: one below the other.
-    body.push_str(if tokens.is_empty() { "<div class=\"figures\">\n" } else { "<div>\n" });
-    let mut table_rows = Vec::new();
+    let (mut figures, mut table_rows, mut all) = (String::new(), Vec::new(), Vec::new());
     for &at in &chosen {
         let layer = &layers[at];
         let heads = choose("--heads", &args.heads, layer.heads.len())?;
         let name = config.mechanism(at).name();
         for &head in &heads {
             table_rows.push(cells(at, name, head, &layer.heads[head]));
+            all.push(((at, head), &layer.heads[head]));
         }
         if heads.is_empty() {
             continue;
@@ -140,26 +140,31 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let file = out.join(format!("maps-layer-{at:02}.png"));
         atomic_write(&file, &png.bytes)?;
         let image =
-            maps::legend(&maps) + &maps::labelled(&png, maps.len(), &tokens, &format!("attention maps of layer {at}"));
+            maps::legend(&maps) + &maps::labelled(&png, &heads, &tokens, &format!("attention maps of layer {at}"));
         let numbers = layer.numbers.iter().map(|(row, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
-            format!("{} ({row}): {}", row.name.replace('_', " "), values.join(", "))
+            format!("{row}: {}", values.join(", "))
         });
         let list: Vec<String> = heads.iter().map(usize::to_string).collect();
         let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));
-        body.push_str(&figure(&format!("Layer {at}: {name}"), &small, &image));
+        figures.push_str(&figure(&format!("Layer {at}: {name}"), &small, &image));
         if let Some(gates) = &layer.gates {
             let png =
                 head_gates(gates, layer.heads.len(), layer.length).map_err(|error| Failure::Run(error.to_string()))?;
             atomic_write(&out.join(format!("gates-layer-{at:02}.png")), &png.bytes)?;
             let image = embedded(&png, &format!("which heads the tokens chose in layer {at}"));
             let small = "one row per head, one column per token: the brighter, the more the head counts; dark where it is inactive";
-            body.push_str(&figure(&format!("Layer {at}: the heads that tokens chose"), small, &image));
+            figures.push_str(&figure(&format!("Layer {at}: the heads that tokens chose"), small, &image));
         }
     }
-    body.push_str(
-        "</div>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; colours go with the square root of a \
-         weight, the same in all maps of a layer; white is a weight of exactly 0.</p>\n<h2>Heads</h2>\n",
+    body.push_str(&overviews(&all)?);
+    // Maps with labels are as wide as they need to be: one below the other.
+    let column = if tokens.is_empty() { "" } else { " column" };
+    let _ = write!(
+        body,
+        "<h2>Maps</h2>\n<p class=\"quiet\">Queries from top to bottom, keys from left to right; colours go with the square root of a \
+         weight, the same in all maps of a layer; white is a weight of exactly 0. Below them is <a href=\"#heads\">a table of the heads</a>.\
+         </p>\n<div class=\"figures{column}\">\n{figures}</div>\n<h2 id=\"heads\">Heads</h2>\n"
     );
     body.push_str(&table(&HEAD.map(String::from), table_rows.clone()));
     let _ = writeln!(
@@ -193,6 +198,25 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What the table says of every head, to be seen at once.
+fn overviews(all: &[(HeadOf, &Head)]) -> Result<String, Failure> {
+    let heads: Vec<HeadOf> = all.iter().map(|(place, _)| *place).collect();
+    let column = |of: &dyn Fn(&Head) -> Option<f32>| -> Vec<Option<f64>> {
+        all.iter().map(|(_, head)| of(head).map(f64::from)).collect()
+    };
+    let mut columns = vec![
+        ("importance", column(&|head| head.importance)),
+        ("entropy", column(&|head| head.entropy)),
+        ("weight on the first key", column(&|head| head.first_key)),
+    ];
+    for (at, pattern) in Pattern::ALL.iter().enumerate() {
+        columns.push((pattern.name(), column(&|head| Some(head.patterns[at]))));
+    }
+    let known = columns.iter().filter(|(_, values)| values.iter().any(Option::is_some));
+    let figures = known.map(|(name, values)| overview(&heads, name, values)).collect::<Result<String, _>>()?;
+    Ok(format!("<div class=\"figures small\">\n{figures}</div>\n"))
+}
+
 const HEAD: [&str; 10] = [
     "layer",
     "mechanism",
@@ -208,7 +232,7 @@ const HEAD: [&str; 10] = [
 
 fn cells(layer: usize, mechanism: &str, at: usize, head: &Head) -> Vec<String> {
     let number = |value: Option<f32>| value.map_or("–".to_owned(), |value| format!("{value:.3}"));
-    let importance = head.importance.map_or("–".to_owned(), |value| format!("{value:.2e}"));
+    let importance = head.importance.map_or("–".to_owned(), |value| number_of(Some(value.into())));
     let [entropy, first_key, distance] = [head.entropy, head.first_key, Some(head.distance)].map(number);
     let patterns = head.patterns.map(|share| number(Some(share)));
     let own = [layer.to_string(), mechanism.to_owned(), at.to_string(), entropy, first_key, distance, importance];

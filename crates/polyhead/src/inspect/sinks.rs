@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::InspectArgs;
 use crate::console::{put, talk};
 use crate::head_report::number;
-use crate::probe::{folder, probe};
+use crate::probe::{folder, probe, word};
 
 /// Among so many tokens the first sink is looked for, as published.
 const CANDIDATES: usize = 3;
@@ -48,7 +48,7 @@ pub fn inspect(args: &InspectArgs, trained: &Trained) -> Result<(), Failure> {
     };
     let lines: Vec<Value> = (0..layers).map(line).collect();
 
-    let word = |id: u32| trained.tokenizer.as_ref().map_or_else(|| id.to_string(), |own| own.token_text(id));
+    let word = |id: u32| word(trained, id);
     let mut found: Vec<Sink> = Vec::new();
     for (text, row) in rows.iter().enumerate() {
         let candidates: Vec<usize> = (0..CANDIDATES.min(row.seq)).collect();
@@ -62,7 +62,7 @@ pub fn inspect(args: &InspectArgs, trained: &Trained) -> Result<(), Failure> {
     }
     let count = |kind: Kind| found.iter().filter(|sink| sink.kind == kind).count();
     let told = format!(
-        "{}. In {} texts there are {} primary and {} secondary sinks.",
+        "{}. In {} there are {} primary and {} secondary sinks.",
         match &channels[..] {
             [] => {
                 let (channel, size) =
@@ -74,7 +74,7 @@ pub fn inspect(args: &InspectArgs, trained: &Trained) -> Result<(), Failure> {
             }
             some => format!("Sink channels: {}", some.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")),
         },
-        rows.len(),
+        if rows.len() == 1 { "one text".to_owned() } else { format!("{} texts", rows.len()) },
         count(Kind::Primary),
         count(Kind::Secondary)
     );

@@ -2,7 +2,10 @@
 
 use polyhead_data::Tokenizer;
 use polyhead_models::Sampling;
+use polyhead_models::intervention::{Context, Intervention};
+use polyhead_recipe::StatedIntervention;
 use polyhead_runs::answer::{Answer, Prompt};
+use polyhead_runs::intervention::check_spans;
 use polyhead_runs::{Failure, Trained};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -144,6 +147,8 @@ pub struct Model {
     ends: Vec<u32>,
     vocab_size: usize,
     longest: usize,
+    /// What is changed in every forward, and how it was written.
+    intervention: Option<(Intervention, Option<StatedIntervention>)>,
 }
 
 impl Model {
@@ -157,6 +162,7 @@ impl Model {
             ends: trained.ends.clone(),
             vocab_size: trained.model.vocab_size(),
             longest: trained.max_positions,
+            intervention: trained.model.intervention().map(|own| (own.clone(), trained.intervention.clone())),
         })
     }
 
@@ -227,6 +233,7 @@ impl Model {
             }
             given => given.unwrap_or(tokens.map_or(left, |default| left.min(default))),
         };
+        prompts.iter().try_for_each(|prompt| self.check_spans(prompt, max_new_tokens))?;
         let temperature = keys.take("temperature", "a number, 0 or more")?.unwrap_or(1.0);
         let top_p = keys.take("top_p", "a number above 0, up to 1")?.unwrap_or(1.0);
         let n: usize = keys.take("n", "a number of answers")?.unwrap_or(1);
@@ -275,6 +282,14 @@ impl Model {
             return Err(refuse("stream", "stream takes one prompt and one answer, without echo and logprobs"));
         }
         Ok(asked)
+    }
+
+    /// Refuses a prompt in which the model's intervention finds none of what it is to change.
+    fn check_spans(&self, Prompt { ids, roles, .. }: &Prompt, max_new_tokens: usize) -> Result<(), Refused> {
+        let Some((own, stated)) = &self.intervention else { return Ok(()) };
+        let context = Context { rows: 1, tokens: ids, roles, prompt: ids.len(), ..Context::default() };
+        check_spans(Some(own), stated.as_ref(), &context, ids.len().saturating_add(max_new_tokens))
+            .map_err(|error| said("prompt", &error))
     }
 
     fn of_tokens(&self, ids: Vec<u32>) -> Result<Prompt, Refused> {

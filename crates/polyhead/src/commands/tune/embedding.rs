@@ -1,15 +1,19 @@
 //! `polyhead tune embedding`: what soft injection blends in.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use burn::tensor::{Int, Tensor, TensorData};
 use clap::Args;
-use polyhead_models::intervention::task_embedding;
+use polyhead_models::Batch;
+use polyhead_models::intervention::{random_embedding, task_embedding};
 use polyhead_models::weights::{Named, to_safetensors};
-use polyhead_runs::Failure;
+use polyhead_recipe::layers::parse_layer;
+use polyhead_recipe::{from_layers, override_layers, resolved};
+use polyhead_runs::data::open_tokens;
+use polyhead_runs::{Failure, Trained};
 use polyhead_training::run_folder::atomic_write;
 
 use super::plain;
+use crate::cli::at_least_one;
 use crate::commands::generate;
 use crate::console::talk;
 
@@ -18,9 +22,18 @@ use crate::console::talk;
 pub struct EmbeddingArgs {
     /// A checkpoint or a run folder.
     checkpoint: PathBuf,
-    /// A file of prompts with examples, one a line; of a .jsonl file, the "prompt" of each row.
+    /// Changes of the model's recipe, whose held-out rows are the prompts, such as data.in_context.task=0.
+    #[arg(value_name = "KEY=VALUE", conflicts_with = "prompts")]
+    overrides: Vec<String>,
+    /// A file of prompts with examples, one a line, in the place of held-out rows; of a .jsonl file, the "prompt" of each row.
     #[arg(long, value_name = "FILE")]
-    prompts: PathBuf,
+    prompts: Option<PathBuf>,
+    /// Held-out batches at most.
+    #[arg(long, default_value_t = 8, conflicts_with = "prompts", value_parser = at_least_one)]
+    batches: usize,
+    /// Write random directions of the same lengths in its place, to compare with; the number decides which.
+    #[arg(long, value_name = "SEED")]
+    random: Option<u64>,
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -32,23 +45,47 @@ pub struct EmbeddingArgs {
 /// Writes the embedding.
 pub fn embedding(args: &EmbeddingArgs) -> Result<(), Failure> {
     let trained = plain(&args.checkpoint, args.device.as_deref(), &args.out)?;
-    let tokenizer = trained.text_tokenizer()?;
-    let prompts = generate::prompts(&args.prompts)?;
-    let ids = prompts.iter().map(|text| tokenizer.encode_prompt(text)).collect::<Result<Vec<_>, _>>()?;
-    // One after the other: prompts differ in length.
-    let of_prompt = |ids: &Vec<u32>| {
-        let data: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let data = TensorData::new(data, [1, ids.len()]);
-        task_embedding(&trained.model, Tensor::<2, Int>::from_data(data, &trained.model.device()))
+    let batches = match &args.prompts {
+        Some(file) => typed(&trained, file)?,
+        None => held_out(&trained, args)?,
     };
-    let sum = ids.iter().filter(|ids| !ids.is_empty()).map(of_prompt).reduce(|a, b| a + b);
-    let sum = sum.ok_or_else(|| Failure::Run(format!("{}: every prompt is empty", args.prompts.display())))?;
-    let mean = sum / ids.iter().filter(|ids| !ids.is_empty()).count() as f64;
-    let shape = mean.dims().to_vec();
+    let prompts = batches.iter().map(|batch| batch.batch).sum::<usize>();
+    let mean = task_embedding(&trained.model, &batches);
+    let written = match args.random {
+        Some(seed) => random_embedding(&mean, seed),
+        None => mean,
+    };
+    let shape = written.dims().to_vec();
     let named =
-        Named { name: "embedding".into(), shape: shape.clone(), values: mean.into_data().iter::<f32>().collect() };
+        Named { name: "embedding".into(), shape: shape.clone(), values: written.into_data().iter::<f32>().collect() };
     let bytes = to_safetensors(&[named], &[("format", "polyhead".into())])?;
     atomic_write(&args.out, &bytes)?;
-    talk!("wrote embedding {shape:?}, the mean of {} prompts, to {}", prompts.len(), args.out.display());
+    let what = if args.random.is_some() { "as long as the mean" } else { "the mean" };
+    talk!("wrote embedding {shape:?}, {what} of {prompts} prompts, to {}", args.out.display());
     Ok(())
+}
+
+/// Prompts of a file, a batch each: they differ in length.
+fn typed(trained: &Trained, file: &Path) -> Result<Vec<Batch>, Failure> {
+    let tokenizer = trained.text_tokenizer()?;
+    let prompts = generate::prompts(file)?;
+    let ids = prompts.iter().map(|text| tokenizer.encode_prompt(text)).collect::<Result<Vec<_>, _>>()?;
+    let batches: Vec<Batch> = ids.into_iter().filter(|ids| !ids.is_empty()).map(Batch::text).collect();
+    match batches.is_empty() {
+        true => Err(Failure::Run(format!("{}: every prompt is empty", file.display()))),
+        false => Ok(batches),
+    }
+}
+
+/// Held-out rows of the model's recipe with the changes.
+fn held_out(trained: &Trained, args: &EmbeddingArgs) -> Result<Vec<Batch>, Failure> {
+    let Some(recipe) = &trained.recipe else {
+        let path = trained.path.display();
+        return Err(Failure::Run(format!("{path} says nothing about data: give prompts, one a line, with --prompts")));
+    };
+    let own = parse_layer(&format!("the recipe of {}", trained.path.display()), &resolved(recipe)?)?;
+    let layers = [own].into_iter().chain(override_layers(&args.overrides)?).collect();
+    let held_out = open_tokens(&from_layers(layers)?.recipe, trained.tokenizer.as_ref())?.validation;
+    let count = held_out.batches_per_epoch().min(args.batches as u64);
+    Ok((0..count).map(|at| held_out.batch(at)).collect::<Result<_, _>>()?)
 }
