@@ -1,5 +1,5 @@
 // The attention kernels for tensor cores against the definition in f64: outputs, logs of sums and all gradients, over masks, shapes and layouts.
-// Built once per WIDTH, VALUE_WIDTH and ELEMENT (check.sh).
+// Built once per WIDTH, VALUE_WIDTH, ELEMENT and SIXTEENS (check.sh).
 
 #include "emulate.h"
 
@@ -236,7 +236,7 @@ int main(int count, char **arguments) {
         {"sinks where nothing is seen", 2, 40, 40, {0}, {0}, [](int b, int) { return std::pair(0, b * 20); },
          {.rows_differ = true, .sinks = true}},
     };
-    std::printf("width %d, values %d, %s\n", WIDTH, VALUE_WIDTH, ELEMENT);
+    std::printf("width %d, values %d, %s, %d queries of a warp\n", WIDTH, VALUE_WIDTH, ELEMENT, 16 * SIXTEENS);
     const size_t wanted = count > 1 ? std::atoi(arguments[1]) : cases.size();
     for (size_t i = 0; i < std::min(wanted, cases.size()); i++) check(cases[i]);
     std::printf(problems ? "%d problems\n" : "all agree\n", problems);

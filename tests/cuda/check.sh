@@ -10,14 +10,14 @@ kernels=../../crates/kernels/src/cuda
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# build SOURCES OUT WIDTH VALUE_WIDTH ELEMENT
+# build SOURCES OUT WIDTH VALUE_WIDTH ELEMENT SIXTEENS
 build() {
     "${CXX:-g++}" -std=c++20 -O2 -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas -I. -I"$1" \
-        -DWIDTH="$3" -DVALUE_WIDTH="$4" -DELEMENT="\"$5\"" attention.cpp -o "$2"
+        -DWIDTH="$3" -DVALUE_WIDTH="$4" -DELEMENT="\"$5\"" -DSIXTEENS="$6" attention.cpp -o "$2"
 }
 
-for form in "64 64 bf16" "64 64 f16" "128 128 bf16" "64 128 f16" "96 80 f16" "16 16 f16"; do
-    # shellcheck disable=SC2086 # three words
+for form in "64 64 bf16 2" "64 64 f16 1" "128 128 bf16 1" "64 128 f16 1" "96 80 f16 1" "16 16 f16 2"; do
+    # shellcheck disable=SC2086 # four words
     build "$kernels" "$work/attention" $form
     "$work/attention"
 done
@@ -31,7 +31,8 @@ faults=(
     'tiles.cuh|if (row + 8 < rows.count)|if (row < rows.count)'
     'tiles.cuh|to = max(to, own\[1\])|to = own[1] - 1'
     'tiles.cuh|query < queries ? ranges\[2 \* query + 1\]|query < queries ? 1 + ranges[2 * query + 1]'
-    'attend.cu|key < seen_from\[m\]\[half\]|key + 1 < seen_from[m][half]'
+    'tiles.cuh|if (key < seen_from|if (key + 1 < seen_from'
+    'tiles.cuh|if (seen_from <= first|if (seen_from - 1 <= first'
     'attend.cu|sums\[m\]\[n\]\[j\] \*= factor|sums[m][n][j] *= 1.0f'
     'attend.cu|__shfl_xor_sync(~0u, x, 2));|x);'
     'attend.cu|sinks\[head\] \* LOG2_E|sinks[head]'
@@ -44,7 +45,8 @@ faults=(
     'back_to_keys.cu|^        __syncthreads();|        ;'
     'back_to_keys.cu|span\[1\] > first_key|span[1] > first_key + KEYS'
     'back_to_keys.cu|query + kind - 2|query + kind - 1'
-    'back_to_keys.cu|key < seen_to|key <= seen_to'
+    'back_to_keys.cu|key >= seen_to|key > seen_to'
+    'back_to_keys.cu|first_own + 16 <= seen_to|first_own + 15 <= seen_to'
 )
 for fault in "${faults[@]}"; do
     IFS='|' read -r file there put <<< "$fault"
@@ -55,7 +57,7 @@ for fault in "${faults[@]}"; do
         echo "the fault '$there' is in no line of $file" >&2
         exit 1
     fi
-    build "$work/faulty" "$work/attention" 64 64 f16
+    build "$work/faulty" "$work/attention" 64 64 f16 2
     if timeout 60 "$work/attention" > "$work/said" 2>&1; then
         echo "nobody finds '$put' in place of '$there' in $file" >&2
         exit 1

@@ -99,6 +99,8 @@ def main():
             for element in ELEMENTS:
                 for architecture in ARCHITECTURES:
                     head = f'#define WIDTH {width}\n#define VALUE_WIDTH {value_width}\n#define ELEMENT "{element}"\n'
+                    # As `Kernel::sixteens` of attention/gpu/tensor_cores.rs.
+                    head += f"#define SIXTEENS {2 if width + value_width <= 128 else 1}\n"
                     cubin, log = compile_source(nvrtc, head + "\n".join(parts), f"{kernel}.cu", architecture)
                     row = f"{kernel:16} {f'{width}/{value_width}':8} {element:5} {architecture:7}"
                     if cubin is None:

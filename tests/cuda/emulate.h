@@ -219,6 +219,15 @@ inline float __shfl_xor_sync(u32, float value, int distance) {
     return other;
 }
 
+inline bool __all_sync(u32, bool value) {
+    emulated::exchange().words[threadIdx.x % 32][0] = value;
+    emulated::wait_for_warp();
+    bool all = true;
+    for (const auto &words : emulated::exchange().words) all = all && words[0];
+    emulated::wait_for_warp();
+    return all;
+}
+
 inline u16 half_of(u32 word, int upper) { return (u16)(word >> 16 * upper); }
 
 inline void multiply(float (&sums)[4], const u32 (&left)[4], u32 right0, u32 right1) {

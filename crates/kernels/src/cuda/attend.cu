@@ -1,19 +1,16 @@
 // Attention in tiles (FlashAttention-2, Dao 2023, arXiv 2307.08691): output, and log of the sum of exponentials, of a tile of queries of a head.
 //
-// A block of four warps has 64 queries, or 128 where heads are narrow; a warp has its queries in registers, as operands, and so its part of the output.
+// A block has four warps; a warp has its queries in registers, as operands, and so its part of the output.
 // Keys and values come through shared memory in two buffers: one is filled while the other is used. The blocks with the last queries start
 // first: under a causal mask they have most to do.
 
-// Sixteens of queries of a warp, as far as its registers go: what is read of a tile then serves all of them. Keys at a time.
-constexpr int ROWS = WIDTH + VALUE_WIDTH <= 128 ? 2 : 1;
+// A warp has 16 times SIXTEENS queries, as far as its registers go: what is read of a tile then serves all of them.
+constexpr int QUERIES = 16 * SIXTEENS * WARPS;
 constexpr int KEYS = 32;
-constexpr int QUERIES = 16 * ROWS * WARPS;
 // Numbers of a buffer: keys, then values.
 constexpr int BUFFER = KEYS * (PLACE<WIDTH> + PLACE<VALUE_WIDTH>);
 constexpr int QUERY_TILE = QUERIES * PLACE<WIDTH>;
 constexpr int SHARED = 2 * BUFFER > QUERY_TILE ? 2 * BUFFER : QUERY_TILE;
-// The score of a key that is not seen.
-#define HIDDEN (-1.0f / 0.0f)
 
 // The largest of a row, and the sum, over the four threads that share it.
 __device__ __forceinline__ float largest_of_row(float x) {
@@ -38,30 +35,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     __shared__ __align__(16) u16 shared[SHARED];
     const Call &call = *call_words;
     const Plan plan(plan_numbers, call);
-    const int head = blockIdx.y, lane = threadIdx.x % 32, own_rows = threadIdx.x / 32 * 16 * ROWS;
+    const int head = blockIdx.y, lane = threadIdx.x % 32, own_rows = threadIdx.x / 32 * 16 * SIXTEENS;
     const int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
 
-    u32 queries[ROWS][WIDTH / 16][4];
+    u32 queries[SIXTEENS][WIDTH / 16][4];
     copy_rows<QUERIES, WIDTH>(shared, Rows<const u16>(q, call.q, head, first_query, call.queries));
     wait_for_copies();
     __syncthreads();
 #pragma unroll
-    for (int m = 0; m < ROWS; m++) read_rows<WIDTH>(queries[m], shared + (own_rows + 16 * m) * PLACE<WIDTH>);
+    for (int m = 0; m < SIXTEENS; m++) read_rows<WIDTH>(queries[m], shared + (own_rows + 16 * m) * PLACE<WIDTH>);
     __syncthreads();
 
     // Of the rows of a thread, two in every sixteen: the keys that they see, the largest score so far and the sum of exponentials, in powers of 2.
     const float scale = (float)call.scale * LOG2_E;
-    int seen_from[ROWS][2], seen_to[ROWS][2];
-    float largest[ROWS][2], sum[ROWS][2];
+    int seen_from[SIXTEENS][2], seen_to[SIXTEENS][2];
+    float largest[SIXTEENS][2], sum[SIXTEENS][2];
 #pragma unroll
-    for (int m = 0; m < ROWS; m++)
+    for (int m = 0; m < SIXTEENS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             plan.range(first_query + own_rows + 16 * m + lane / 4 + 8 * half, seen_from[m][half], seen_to[m][half]);
             largest[m][half] = call.sunk ? sinks[head] * LOG2_E : -1e30f;
             sum[m][half] = call.sunk && lane % 4 == 0 ? 1.0f : 0.0f;
         }
-    float sums[ROWS][VALUE_WIDTH / 8][4];
+    float sums[SIXTEENS][VALUE_WIDTH / 8][4];
     clear(sums);
 
     const auto copy = [&](int first, int buffer) {
@@ -79,21 +76,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
         if (first + KEYS < to) copy(first + KEYS, buffer ^ 1);
         const u16 *keys = shared + buffer * BUFFER, *values = keys + KEYS * PLACE<WIDTH>;
 
-        float weights[ROWS][KEYS / 8][4];
-        row_products<ROWS, KEYS, WIDTH>(weights, queries, keys);
+        float weights[SIXTEENS][KEYS / 8][4];
+        row_products<SIXTEENS, KEYS, WIDTH>(weights, queries, keys);
 #pragma unroll
-        for (int m = 0; m < ROWS; m++)
+        for (int m = 0; m < SIXTEENS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                if (seen_from[m][half] > first || seen_to[m][half] < first + KEYS)
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const int key = first + 8 * n + lane % 4 * 2 + j;
-                            if (key < seen_from[m][half] || key >= seen_to[m][half])
-                                weights[m][n][2 * half + j] = HIDDEN;
-                        }
+                hide<KEYS>(weights[m], half, first, seen_from[m][half], seen_to[m][half]);
                 float top = HIDDEN;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
@@ -113,12 +102,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
 #pragma unroll
                     for (int j = 2 * half; j < 2 * half + 2; j++) sums[m][n][j] *= factor;
             }
-        add_products<ROWS, KEYS, VALUE_WIDTH>(sums, weights, values);
+        add_products<SIXTEENS, KEYS, VALUE_WIDTH>(sums, weights, values);
     }
 
     const Rows<u16> out_rows(out, call.out, head, first_query, call.queries);
 #pragma unroll
-    for (int m = 0; m < ROWS; m++) {
+    for (int m = 0; m < SIXTEENS; m++) {
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {

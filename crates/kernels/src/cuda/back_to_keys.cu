@@ -83,20 +83,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_keys(
         float weights[1][QUERIES / 8][4], grads[1][QUERIES / 8][4];
         row_products<1, QUERIES, WIDTH>(weights, keys, query_tile);
         row_products<1, QUERIES, VALUE_WIDTH>(grads, values, grad_tile);
+        // Under most masks most queries see all keys of a warp.
+        const int first_own = first_key + own_rows, any = lane % QUERIES;
+        if (!__all_sync(~0u, seen_from[any] <= first_own && first_own + 16 <= seen_to[any]))
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int query = 8 * n + lane % 4 * 2 + i % 2, key = first_own + lane / 4 + i / 2 * 8;
+                    if (key < seen_from[query] || key >= seen_to[query]) weights[0][n][i] = HIDDEN;
+                }
 #pragma unroll
         for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int query = 8 * n + lane % 4 * 2 + j;
-                const float log2_sum = log_sum[query] * LOG2_E;
-#pragma unroll
-                for (int i = j; i < 4; i += 2) {
-                    const int key = first_key + own_rows + lane / 4 + i / 2 * 8;
-                    const bool seen = key >= seen_from[query] && key < seen_to[query];
-                    const float weight = seen ? power_of_two(weights[0][n][i] * scale - log2_sum) : 0.0f;
-                    weights[0][n][i] = weight;
-                    grads[0][n][i] = weight * (grads[0][n][i] - mean[query]);
-                }
+            for (int i = 0; i < 4; i++) {
+                const int query = 8 * n + lane % 4 * 2 + i % 2;
+                const float weight = power_of_two(weights[0][n][i] * scale - log_sum[query] * LOG2_E);
+                weights[0][n][i] = weight;
+                grads[0][n][i] = weight * (grads[0][n][i] - mean[query]);
             }
         add_products<1, QUERIES, VALUE_WIDTH>(v_sums, weights, grad_tile);
         add_products<1, QUERIES, WIDTH>(k_sums, grads, query_tile);

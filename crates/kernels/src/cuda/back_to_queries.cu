@@ -68,14 +68,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_queries(
         row_products<1, KEYS, WIDTH>(weights, queries, keys);
         row_products<1, KEYS, VALUE_WIDTH>(weight_grads, grads, values);
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int half = 0; half < 2; half++) {
+            hide<KEYS>(weights[0], half, first, seen_from[half], seen_to[half]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int half = i / 2, key = first + 8 * n + lane % 4 * 2 + i % 2;
-                const bool seen = key >= seen_from[half] && key < seen_to[half];
-                const float weight = seen ? power_of_two(weights[0][n][i] * scale - log_sum[half]) : 0.0f;
-                weights[0][n][i] = weight * (weight_grads[0][n][i] - mean[half]);
-            }
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    const float weight = power_of_two(weights[0][n][i] * scale - log_sum[half]);
+                    weights[0][n][i] = weight * (weight_grads[0][n][i] - mean[half]);
+                }
+        }
         add_products<1, KEYS, WIDTH>(sums, weights, keys);
     }
     const Rows<u16> grad_rows(q_grad, call.q_grad, head, first_query, call.queries);

@@ -14,7 +14,7 @@ struct Strides {
     i64 batch, head, row;
 };
 
-// What a kernel is told besides tensors: words of 8 bytes, in the order of `Call::words` (attention/cuda.rs).
+// What a kernel is told besides tensors: words of 8 bytes, in the order of `words` (attention/gpu/tensor_cores.rs).
 struct Call {
     i64 heads, queries, keys;
     // Numbers of the plan from one row of the batch to the next.
@@ -155,6 +155,22 @@ __device__ __forceinline__ void add_products(
             }
         }
     }
+}
+
+// The score of a key that is not seen.
+#define HIDDEN (-1.0f / 0.0f)
+
+// Hides of COUNT keys from `first` on those that a row does not see. A thread has two rows of every sixteen.
+template <int COUNT>
+__device__ __forceinline__ void hide(float (&scores)[COUNT / 8][4], int half, int first, int seen_from, int seen_to) {
+    if (seen_from <= first && first + COUNT <= seen_to) return;
+#pragma unroll
+    for (int n = 0; n < COUNT / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int key = first + 8 * n + threadIdx.x % 4 * 2 + j;
+            if (key < seen_from || key >= seen_to) scores[n][2 * half + j] = HIDDEN;
+        }
 }
 
 template <int ROWS, int VECTORS>
