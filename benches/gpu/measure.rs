@@ -209,7 +209,9 @@ fn cases() -> Vec<Case> {
 const TOKENS: usize = 16384;
 
 fn attentions(device: &Device, small: bool) {
-    println!("| attention | T | type | kernel | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|---|");
+    println!(
+        "| attention | T | type | kernel | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|---|"
+    );
     let lengths: &[usize] = if small { &[128] } else { &[512, 1024, 2048, 4096, 8192, 16384] };
     let tokens = if small { 256 } else { TOKENS };
     for case in cases() {

@@ -66,8 +66,10 @@ struct Operation {
     sizes: Vec<usize>,
     /// How many of the inputs are states, which a model has in bf16 where it trains in it.
     states: usize,
-    run: Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>,
+    run: Run,
 }
+
+type Run = Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>;
 
 fn operation(
     name: impl Into<String>,

@@ -175,7 +175,7 @@ fn scale_rows(sums: &mut Array<Four<f32>>, factors: &Shared<[f32]>, down: usize,
         #[unroll]
         for c in 0..columns {
             let index = comptime!(r * columns + c);
-            sums[index] = sums[index] * factor;
+            sums[index] *= factor;
         }
     }
 }
