@@ -41,7 +41,7 @@ def measure(name, heads, kv_heads, width, seq):
     work = 2.0 * batch * heads * seq * (seq + 1) / 2 * 2 * width
     backward = max(both - forward, 1e-9)
     print(
-        f"| {name} | {seq} | BF16 | {1e3 * forward:.3f} | {work / forward / 1e12:.1f} "
+        f"| {name} | {seq} | BF16 | SDPA | {1e3 * forward:.3f} | {work / forward / 1e12:.1f} "
         f"| {1e3 * backward:.3f} | {2.5 * work / backward / 1e12:.1f} |",
         flush=True,
     )
@@ -62,7 +62,7 @@ def main():
     print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}\n")
     print("| product | type | kernel | ms | TFLOP/s |\n|---|---|---|---|---|")
     products()
-    print("\n| attention | T | type | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|")
+    print("\n| attention | T | type | kernel | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|---|")
     for name, (heads, kv_heads, width) in CASES.items():
         for seq in [512, 1024, 2048, 4096, 8192, 16384]:
             measure(name, heads, kv_heads, width, seq)

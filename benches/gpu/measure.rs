@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::{Parser, Subcommand};
-use polyhead_kernels::{AttentionOptions, HeadMap, Mask, attention, in_type};
+use polyhead_kernels::{AttentionOptions, HeadMap, Mask, attention, in_type, use_tensor_cores};
 use polyhead_runs::device;
 
 mod steps;
@@ -41,7 +41,7 @@ enum What {
     Facts,
     /// TFLOP/s of products by shape, type and how their kernel is chosen.
     Products,
-    /// TFLOP/s of attention, forward and backward, by length, heads and type.
+    /// TFLOP/s of attention, forward and backward, by length, heads, type and kernel.
     Attention,
     /// Memory of attention, forward and backward, by length; every length in a process of its own.
     Memory,
@@ -209,16 +209,21 @@ fn cases() -> Vec<Case> {
 const TOKENS: usize = 16384;
 
 fn attentions(device: &Device, small: bool) {
-    println!("| attention | T | type | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|");
+    println!(
+        "| attention | T | type | kernel | forward ms | TFLOP/s | backward ms | TFLOP/s |\n|---|---|---|---|---|---|---|---|"
+    );
     let lengths: &[usize] = if small { &[128] } else { &[512, 1024, 2048, 4096, 8192, 16384] };
     let tokens = if small { 256 } else { TOKENS };
     for case in cases() {
         for &seq in lengths {
-            for dtype in types(device).into_iter().filter(|dtype| *dtype != DType::F16) {
+            // The slow ones need no long sequences to be known.
+            let kernels = attention_kernels(device).into_iter();
+            for (dtype, kernel) in kernels.filter(|(_, kernel)| *kernel == TENSOR_CORES || seq <= 4096) {
+                use_tensor_cores(kernel == TENSOR_CORES);
                 let (forward, both) = attend(&case, [tokens / seq, seq], dtype, device);
                 let (backward, work) = ((both - forward).max(1e-9), flops(&case, [tokens / seq, seq]));
                 println!(
-                    "| {} | {seq} | {dtype:?} | {:.3} | {:.1} | {:.3} | {:.1} |",
+                    "| {} | {seq} | {dtype:?} | {kernel} | {:.3} | {:.1} | {:.3} | {:.1} |",
                     case.name,
                     1e3 * forward,
                     work / forward / 1e12,
@@ -228,6 +233,19 @@ fn attentions(device: &Device, small: bool) {
             }
         }
     }
+    use_tensor_cores(true);
+}
+
+const TENSOR_CORES: &str = "tensor cores";
+
+/// The kernels of attention by type: with CUDA and NVRTC there are two for bf16.
+fn attention_kernels(device: &Device) -> Vec<(DType, &'static str)> {
+    let kernels = |dtype| match dtype {
+        DType::BF16 if cfg!(feature = "cuda-nvrtc") => vec![(dtype, TENSOR_CORES), (dtype, "portable")],
+        DType::F16 => vec![],
+        _ => vec![(dtype, "portable")],
+    };
+    types(device).into_iter().flat_map(kernels).collect()
 }
 
 /// Operations of a forward pass that the mask leaves: both products. A backward has five, one of them the forward's again.

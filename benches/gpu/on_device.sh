@@ -3,8 +3,8 @@
 # important first; every step has a time limit of its own and writes what it finds into $OUT as it goes, so that nothing is lost when
 # one fails or hangs.
 #
-#   on_device.sh 1    the device; every kernel against the CPU; products; 12 steps of every mechanism against the CPU
-#   on_device.sh 2    attention, here and in PyTorch; decoders of 350 million parameters beside PyTorch
+#   on_device.sh 1    the device; every kernel against the CPU; attention by both its kernels; 12 steps of every mechanism against the CPU
+#   on_device.sh 2    products; products and attention in PyTorch; decoders of 350 million parameters beside PyTorch
 #   on_device.sh 3    steps of every mechanism; a profile; memory by length; the 12 steps in bf16
 set -uo pipefail
 slice=${1:-}
@@ -67,13 +67,13 @@ if ! step facts 45 bash -c facts; then
 fi
 case "$slice" in
 1)
-    step kernels 150 env CUBECL_AUTOTUNE_LEVEL=minimal ./kernels "backends::${device%%:*}" --nocapture --test-threads=1
-    step products 120 ./measure products --device "$device"
+    step kernels 170 env CUBECL_AUTOTUNE_LEVEL=minimal ./kernels "backends::${device%%:*}" --nocapture --test-threads=1
+    step attention 110 ./measure attention --device "$device"
     step losses 240 env CUBECL_AUTOTUNE_LEVEL=minimal ./it "backends::${device%%:*}_and_flex_train_alike" --exact --nocapture --test-threads=1
     ;;
 2)
-    step attention 110 ./measure attention --device "$device"
-    step attention-pytorch 45 "$python" benches/attention.py
+    step products 110 ./measure products --device "$device"
+    step pytorch 45 "$python" benches/attention.py
     # Three processes each; a row is written as soon as its process ends, torch.compile last.
     step decoder 220 ./side_by_side --device cuda --python "$python" --only 350M --rounds 1 --steps 16 --peak-tflops 989
     step decoder-gda 170 ./side_by_side --device cuda --python "$python" --only "350M, GDA 3:1" --rounds 1 --steps 16 --peak-tflops 989

