@@ -328,7 +328,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
         ("{ width = 2 }", "{ girth = 2 }", "unknown key `girth` in prepare.1.grow"),
         ("{ width = 2 }", "\"--girth x2\"", "unexpected argument '--girth'"),
         ("train = \"recipe.toml\"", "grow = {}", "prepare `parent`: recipe changes what is trained"),
-        ("grow = { width = 2 }", "", "prepare `wide`: give exactly one of train, convert and grow"),
+        ("grow = { width = 2 }", "", "prepare `wide`: give exactly one of train, convert, grow and embedding"),
         ("steps = 4", "stepz = 4", "unknown key"),
     ] {
         write(&prepared, PREPARED.replace(change, with));
@@ -724,4 +724,85 @@ fn with_mup_a_wider_model_starts_smaller_and_the_base_is_plain() {
     }
     let resumed = world.fails(2, &["train", "recipe.toml", "--out", "wide"]);
     assert!(resumed.contains("model.parametrization"), "{resumed}");
+}
+
+/// A parent, the embedding of its rows, and one that points anywhere.
+const EMBEDDED: &str = r#"
+extends = "recipe.toml"
+seeds = [3, 4]
+
+[[prepare]]
+name = "parent"
+train = "recipe.toml"
+
+[[prepare]]
+name = "mean"
+from = "parent"
+embedding = {}
+recipe.training.batch_size = 2
+
+[[prepare]]
+name = "anywhere"
+from = "parent"
+embedding = { random = 1 }
+
+[[arm]]
+name = "as it was"
+recipe.model.pretrained = "{parent}"
+
+[[arm]]
+name = "embedded"
+recipe.model.pretrained = "{parent}"
+recipe.intervention = { tensors = "{mean}", edits = [{ site = "z", tokens = "first", change = { replace = "embedding" } }] }
+
+[[arm]]
+name = "moved"
+recipe.model.pretrained = "{parent}"
+recipe.intervention = { tensors = "{anywhere}", edits = [{ site = "z", tokens = "first", change = { replace = "embedding" } }] }
+"#;
+
+#[test]
+fn arms_blend_in_embeddings_that_are_made_for_every_seed() {
+    let world = world(EMBEDDED);
+    let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run"]);
+    assert!(out.contains("6 models, 0 of them finished") && out.contains("tune embedding checkpoints"), "{out}");
+    world.succeeds(&COMPARE);
+    let all = results(&world);
+    assert_eq!(all.len(), 6);
+    let mut embeddings = std::collections::BTreeSet::new();
+    for (name, _) in all.iter().filter(|(name, _)| !name.starts_with("as-it-was")) {
+        let seed = name.split("-seed-").nth(1).unwrap().split('-').next().unwrap();
+        let recipe =
+            String::from_utf8(world.read(&format!("checkpoints/compare/zoo/runs/{name}/recipe.toml"))).unwrap();
+        assert!(!recipe.contains('{'), "{recipe}");
+        let made = if name.starts_with("embedded") { "mean" } else { "anywhere" };
+        let kept = world.read(&format!("checkpoints/compare/zoo/runs/{name}/intervention.safetensors"));
+        let folders = std::fs::read_dir(world.dir.path().join("checkpoints/compare/zoo/prepared")).unwrap();
+        let own = folders.map(|entry| entry.unwrap().path()).find(|path| {
+            path.is_dir() && path.file_name().unwrap().to_string_lossy().starts_with(&format!("{made}-seed-{seed}-"))
+        });
+        let own = std::fs::read(own.unwrap().join("embedding.safetensors")).unwrap();
+        assert_eq!(kept, own, "{name} has the embedding of its own seed");
+        embeddings.insert(own);
+    }
+    assert_eq!(embeddings.len(), 4, "each seed has its own, and each random one another");
+    let (_, err) = world.succeeds(&COMPARE);
+    assert!(!err.contains("started"), "{err}");
+    for (change, with, words) in [
+        (
+            "tensors = \"{mean}\"",
+            "tensors = \"{parent}\"",
+            "arm `embedded`: no preparation is called \"parent\" and makes an embedding",
+        ),
+        ("pretrained = \"{parent}\"", "pretrained = \"{mean}\"", "no preparation is called \"mean\" and makes a model"),
+        (
+            "from = \"parent\"\nembedding = { random",
+            "from = \"mean\"\nembedding = { random",
+            "must name an earlier preparation of a model",
+        ),
+    ] {
+        write(&world, EMBEDDED.replace(change, with));
+        let err = world.fails(2, &["compare", "zoo.toml", "--dry-run"]);
+        assert!(err.contains(words), "{with}: {err}");
+    }
 }

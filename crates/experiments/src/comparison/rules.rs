@@ -106,7 +106,7 @@ pub(super) fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<Confi
                 earlier.iter().any(|other| other.name == *from && other.embedding.is_none())
             }),
             if from.is_some() { format!("prepare.{at}.from") } else { key },
-            format!("prepare `{name}`: from must name an earlier model, which it is made of"),
+            format!("prepare `{name}`: from must name an earlier preparation of a model, which it is made of"),
         );
     }
     for (at, arm) in arm.iter().enumerate() {
@@ -114,12 +114,12 @@ pub(super) fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<Confi
             let named = arm.recipe.get(table).and_then(|table| table.get(key)?.as_str()).and_then(in_braces);
             let made = |name: &str| comparison.prepare.iter().find(|made| made.name == name);
             let wanted = |made: &Preparation| made.embedding.is_some() == (key == "tensors");
-            let what = if key == "tensors" { "embedding" } else { "model" };
+            let what = if key == "tensors" { "an embedding" } else { "a model" };
             rule(
                 named.is_none_or(|name| made(name).is_some_and(wanted)),
                 format!("arm.{at}.recipe.{table}.{key}"),
                 format!(
-                    "arm `{}`: no preparation is called \"{}\" and makes a {what}",
+                    "arm `{}`: no preparation is called \"{}\" and makes {what}",
                     arm.name,
                     named.unwrap_or_default()
                 ),

@@ -205,12 +205,12 @@ fn overviews(all: &[(HeadOf, &Head)]) -> Result<String, Failure> {
         all.iter().map(|(_, head)| of(head).map(f64::from)).collect()
     };
     let mut columns = vec![
-        ("importance", column(&|head| head.importance)),
-        ("entropy", column(&|head| head.entropy)),
-        ("weight on the first key", column(&|head| head.first_key)),
+        ("importance".to_owned(), column(&|head| head.importance)),
+        ("entropy".into(), column(&|head| head.entropy)),
+        ("weight on the first key".into(), column(&|head| head.first_key)),
     ];
     for (at, pattern) in Pattern::ALL.iter().enumerate() {
-        columns.push((pattern.name(), column(&|head| Some(head.patterns[at]))));
+        columns.push((pattern.name().replace('_', " "), column(&|head| Some(head.patterns[at]))));
     }
     let known = columns.iter().filter(|(_, values)| values.iter().any(Option::is_some));
     let figures = known.map(|(name, values)| overview(&heads, name, values)).collect::<Result<String, _>>()?;
