@@ -75,17 +75,13 @@ fn add_scaled(sums: &mut Lanes, factor: f32, lanes: &Lanes) {
     }
 }
 
-/// The sum of the lanes, in an order that a register can be halved in.
+/// The sum of the lanes, halved step by step.
 #[inline(always)]
-fn fold(mut lanes: Lanes) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
+fn fold(lanes: Lanes) -> f32 {
+    let lanes: [f32; 16] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 16]);
+    let lanes: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
+    let lanes: [f32; 4] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 4]);
+    (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 }
 
 /// `factorsᵀ rows`, in two sums, which do not wait for each other.
