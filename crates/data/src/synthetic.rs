@@ -254,7 +254,7 @@ mod tests {
         for (name, shown, asked) in [
             ("associative_recall", 16, [Role::Question, Role::Assistant].repeat(8)),
             ("needles", 58, [Role::Question, Role::Question, Role::Assistant].repeat(2)),
-            ("in_context", 16, vec![Role::Question, Role::Assistant]),
+            ("in_context", 24, vec![Role::Question, Role::Question, Role::Assistant]),
             ("induction", 32, [vec![Role::Question], vec![Role::Assistant; 31]].concat()),
         ] {
             let config: DataConfig = serde_json::from_str(&format!(r#"{{"{name}":{{}}}}"#)).unwrap();

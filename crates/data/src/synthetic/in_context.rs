@@ -12,8 +12,8 @@ use crate::batches::Sample;
 use crate::problem::{Problem, is_default, require, within};
 use crate::{Data, DataError, Opening, Source, Tokenizer};
 
-/// `[data.in_context]`. A row: `input output` n_shots times, then n_queries further inputs with their outputs behind them, all of one
-/// task, then padding. The output is asked for at the queried input. A task is a random map of inputs to outputs, one to one; the
+/// `[data.in_context]`. A row: `input arrow output` n_shots times, then n_queries further inputs with their outputs, all of one task,
+/// then padding. The output is asked for at the arrow, so that where it is predicted, input and task both have to be read. A task is a random map of inputs to outputs, one to one; the
 /// tasks are decided by debug.seed, not by the row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -52,8 +52,8 @@ impl Source for InContextConfig {
                 "n_queries ({n_queries}) must be at least 1, and with n_shots ({n_shots}) at most n_inputs ({n_inputs}): inputs of a row differ"
             )
         })?;
-        require(2 * pairs <= seq_len, "n_shots", || {
-            format!("2 * (n_shots + n_queries) = {} must fit into training.seq_len ({seq_len})", 2 * pairs)
+        require(3 * pairs <= seq_len, "n_shots", || {
+            format!("3 * (n_shots + n_queries) = {} must fit into training.seq_len ({seq_len})", 3 * pairs)
         })?;
         require(task.is_none_or(|task| task < n_tasks), "task", || {
             format!("task ({}) must be below n_tasks ({n_tasks})", task.unwrap_or_default())
@@ -71,7 +71,7 @@ impl Source for InContextConfig {
 
 impl InContextConfig {
     fn n_ids(&self) -> usize {
-        2 * self.n_inputs + 1
+        2 * self.n_inputs + 2
     }
 
     /// The tasks that a seed makes.
@@ -94,7 +94,7 @@ struct Tasks {
     maps: Vec<Vec<u32>>,
 }
 
-// Ids: inputs, then outputs, then padding.
+// Ids: inputs, then outputs, the arrow, padding.
 impl Task for Tasks {
     fn n_ids(&self) -> usize {
         self.config.n_ids()
@@ -105,10 +105,11 @@ impl Task for Tasks {
         let map = &self.maps[task.unwrap_or_else(|| below(rng, self.maps.len()) as usize)];
         let inputs = distinct(rng, n_inputs, n_shots + n_queries);
         let output = |input: u32| n_inputs as u32 + map[input as usize];
-        let mut tokens: Vec<u32> = inputs.iter().flat_map(|&input| [input, output(input)]).collect();
-        let answers: Vec<(usize, u32)> = (n_shots..inputs.len()).map(|at| (2 * at, output(inputs[at]))).collect();
-        tokens.resize(seq_len, (self.n_ids() - 1) as u32);
-        asked_only(tokens, 2 * n_shots, 1, &answers)
+        let arrow = 2 * n_inputs as u32;
+        let mut tokens: Vec<u32> = inputs.iter().flat_map(|&input| [input, arrow, output(input)]).collect();
+        let answers: Vec<(usize, u32)> = (n_shots..inputs.len()).map(|at| (3 * at + 1, output(inputs[at]))).collect();
+        tokens.resize(seq_len, arrow + 1);
+        asked_only(tokens, 3 * n_shots, 2, &answers)
     }
 }
 
@@ -125,23 +126,24 @@ mod tests {
         let config = InContextConfig { n_shots: 4, n_queries: 2, ..Default::default() };
         let tasks = config.tasks(5);
         let of = |row: &Sample, task: usize| {
-            row.tokens[..12].chunks(2).all(|pair| pair[1] == 32 + tasks.maps[task][pair[0] as usize])
+            let shown = |one: &[u32]| one[1] == 64 && one[2] == 32 + tasks.maps[task][one[0] as usize];
+            row.tokens[..18].chunks(3).all(shown)
         };
         let mut met = BTreeSet::new();
-        for row in rows(tasks.clone(), 16) {
+        for row in rows(tasks.clone(), 20) {
             met.insert((0..8).find(|&task| of(&row, task)).unwrap());
-            assert_eq!(answers(&row), [8, 10].map(|at| (at, row.tokens[at + 1])));
-            assert!(row.tokens[12..].iter().all(|&id| id == 64));
+            assert_eq!(answers(&row), [13, 16].map(|at| (at, row.tokens[at + 1])));
+            assert!(row.tokens[18..].iter().all(|&id| id == 65));
         }
         assert_eq!(met.len(), 8, "30 rows of 8 tasks");
         let one = InContextConfig { task: Some(3), ..config };
-        assert!(rows(one.tasks(5), 16).iter().all(|row| of(row, 3)), "the same maps, whatever else is asked for");
+        assert!(rows(one.tasks(5), 20).iter().all(|row| of(row, 3)), "the same maps, whatever else is asked for");
         assert_ne!(one.tasks(6).maps, tasks.maps, "another seed has other maps");
     }
 
     #[test]
     fn what_cannot_be_is_refused_by_its_name() {
-        let refused = |config: InContextConfig| config.validate(16).err().map(|error| error.field);
+        let refused = |config: InContextConfig| config.validate(24).err().map(|error| error.field);
         let config = || InContextConfig { n_shots: 7, ..Default::default() };
         assert_eq!(refused(config()), None);
         assert_eq!(refused(InContextConfig { n_shots: 8, ..config() }), Some("n_shots".into()));
