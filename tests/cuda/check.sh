@@ -58,7 +58,7 @@ for fault in "${faults[@]}"; do
         exit 1
     fi
     build "$work/faulty" "$work/attention" 64 64 f16 2
-    if timeout 60 "$work/attention" > "$work/said" 2>&1; then
+    if "$work/attention" > "$work/said" 2>&1; then
         echo "nobody finds '$put' in place of '$there' in $file" >&2
         exit 1
     fi
