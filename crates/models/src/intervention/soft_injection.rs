@@ -154,17 +154,14 @@ pub fn train_gates<'a>(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use burn::tensor::Device;
-
     use super::*;
     use crate::Role;
-    use crate::testing::decoder;
+    use crate::testing::decoders;
 
     #[test]
     fn an_embedding_is_of_the_last_token_before_the_answer() {
-        let device = Device::flex();
-        let model = decoder(&device);
-        let values = |x: Tensor<3>| x.into_data().to_vec::<f32>().unwrap();
+        let model = decoders().next().unwrap();
+        let values = |x: Tensor<3>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
         let of = |rows: &[&[u32]]| {
             task_embedding(&model, &rows.iter().map(|row| Batch::text(row.to_vec())).collect::<Vec<_>>())
         };
@@ -179,9 +176,9 @@ mod tests {
 
     #[test]
     fn a_random_embedding_is_as_long_and_points_elsewhere() {
-        let embedding = task_embedding(&decoder(&Device::flex()), &[Batch::text(vec![1, 2, 3])]);
+        let embedding = task_embedding(&decoders().next().unwrap(), &[Batch::text(vec![1, 2, 3])]);
         let random = random_embedding(&embedding, 1);
-        let lengths = |x: Tensor<3>| x.square().sum_dim(2).sqrt().into_data().to_vec::<f32>().unwrap();
+        let lengths = |x: Tensor<3>| x.square().sum_dim(2).sqrt().into_data().iter::<f32>().collect::<Vec<f32>>();
         let (own, other) = (lengths(embedding.clone()), lengths(random.clone()));
         assert!(own.iter().zip(&other).all(|(a, b)| *a > 0.0 && (a - b).abs() < 1e-5 * a), "{own:?} {other:?}");
         let along = lengths(embedding.clone() + random.clone());
