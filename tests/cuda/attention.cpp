@@ -232,7 +232,7 @@ int main(int count, char **arguments) {
         {"window on both sides", 1, 150, 150, {0}, {0}, [](int, int i) { return std::pair(max(0, i - 69), min(150, i + 70)); }},
         {"documents", 2, 150, 150, {0}, {0}, [](int b, int i) { return std::pair(i / (37 + b) * (37 + b), i + 1); },
          {.rows_differ = true}},
-        {"lengths, one of them 0", 3, 140, 140, {0}, {0}, [](int b, int) { return std::pair(0, b * 66); }, {.rows_differ = true}},
+        {"lengths, one of them 0", 3, 140, 140, {0}, {0}, [](int b, int) { return std::pair(0, b * 63); }, {.rows_differ = true}},
         {"sinks where nothing is seen", 2, 40, 40, {0}, {0}, [](int b, int) { return std::pair(0, b * 20); },
          {.rows_differ = true, .sinks = true}},
     };

@@ -32,6 +32,7 @@ faults=(
     'tiles.cuh|to = max(to, own\[1\])|to = own[1] - 1'
     'tiles.cuh|query < queries ? ranges\[2 \* query + 1\]|query < queries ? 1 + ranges[2 * query + 1]'
     'tiles.cuh|if (key < seen_from|if (key + 1 < seen_from'
+    'tiles.cuh|first + COUNT <= seen_to|first + COUNT - 1 <= seen_to'
     'tiles.cuh|if (seen_from <= first|if (seen_from - 1 <= first'
     'attend.cu|sums\[m\]\[n\]\[j\] \*= factor|sums[m][n][j] *= 1.0f'
     'attend.cu|__shfl_xor_sync(~0u, x, 2));|x);'
