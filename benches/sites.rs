@@ -111,8 +111,7 @@ fn run(
         seed_random(0);
         let plain = config.init(512, device);
         let Some(edits) = edits else { return Ok(Some(plain)) };
-        let mut own = InterventionConfig::default();
-        own.edits = serde_json::from_str(edits)?;
+        let own = InterventionConfig { edits: serde_json::from_str(edits)?, ..InterventionConfig::default() };
         let intervention = Intervention::new(&own, &BTreeMap::new(), &plain, None)?;
         Ok(Some(plain.intervened(Some(intervention))))
     };
