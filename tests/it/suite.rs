@@ -99,7 +99,7 @@ fn points_are_settings_of_a_comparison() {
     world.succeeds(&["validate", "zoo.toml"]);
     let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run", "--no-probe"]);
     assert!(out.contains("two heads; 64 tokens, 4 pairs, width 64") && out.contains("runs       2"), "{out}");
-    assert!(out.contains("57,344 a run"), "what [recipe] says changes the points: {out}");
+    assert!(out.contains("28,672 a run"), "what [recipe] says changes the points: {out}");
     for (change, words) in [
         (("mqar-zoology-v1-small", "mqar-zoologie"), "did you mean"),
         (("64 tokens", "63 tokens"), "no point of"),

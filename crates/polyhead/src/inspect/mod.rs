@@ -143,7 +143,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             maps::legend(&maps) + &maps::labelled(&png, &heads, &tokens, &format!("attention maps of layer {at}"));
         let numbers = layer.numbers.iter().map(|(row, values)| {
             let values: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
-            format!("{row}: {}", values.join(", "))
+            format!("{} ({row}): {}", row.name.replace('_', " "), values.join(", "))
         });
         let list: Vec<String> = heads.iter().map(usize::to_string).collect();
         let small = format!("heads {} row by row. {}", list.join(", "), numbers.collect::<Vec<_>>().join("; "));
