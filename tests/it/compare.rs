@@ -281,7 +281,7 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     let prepared = world(PREPARED);
     let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
     assert!(
-        out.contains("4 models, 0 of them finished") && out.contains("grow checkpoints/compare/zoo/prepared"),
+        out.contains("4 preparations, 0 of them finished") && out.contains("grow checkpoints/compare/zoo/prepared"),
         "{out}"
     );
     prepared.succeeds(&["validate", "zoo.toml"]);
@@ -320,10 +320,10 @@ fn arms_start_from_what_is_made_once_for_every_seed() {
     assert!(out.contains("finished   "), "what was prepared is used again: {out}");
     write(&prepared, PREPARED.replace("steps = 4", "steps = 5"));
     let (out, _) = prepared.succeeds(&["compare", "zoo.toml", "--dry-run"]);
-    assert!(out.contains("4 models, 0 of them finished"), "{out}");
+    assert!(out.contains("4 preparations, 0 of them finished"), "{out}");
 
     for (change, with, words) in [
-        ("\"{wide}\"", "\"{broad}\"", "arm `grown`: no preparation is called \"broad\""),
+        ("\"{wide}\"", "\"{broad}\"", "arm `grown`: no preparation called \"broad\" makes a model"),
         ("from = \"parent\"", "from = \"wide\"", "prepare `wide`: from must name an earlier preparation"),
         ("{ width = 2 }", "{ girth = 2 }", "unknown key `girth` in prepare.1.grow"),
         ("{ width = 2 }", "\"--girth x2\"", "unexpected argument '--girth'"),
@@ -765,7 +765,7 @@ recipe.intervention = { tensors = "{anywhere}", edits = [{ site = "z", tokens = 
 fn arms_blend_in_embeddings_that_are_made_for_every_seed() {
     let world = world(EMBEDDED);
     let (out, _) = world.succeeds(&["compare", "zoo.toml", "--dry-run"]);
-    assert!(out.contains("6 models, 0 of them finished") && out.contains("tune embedding checkpoints"), "{out}");
+    assert!(out.contains("6 preparations, 0 of them finished") && out.contains("tune embedding checkpoints"), "{out}");
     world.succeeds(&COMPARE);
     let all = results(&world);
     assert_eq!(all.len(), 6);
@@ -792,9 +792,9 @@ fn arms_blend_in_embeddings_that_are_made_for_every_seed() {
         (
             "tensors = \"{mean}\"",
             "tensors = \"{parent}\"",
-            "arm `embedded`: no preparation is called \"parent\" and makes an embedding",
+            "arm `embedded`: no preparation called \"parent\" makes an embedding",
         ),
-        ("pretrained = \"{parent}\"", "pretrained = \"{mean}\"", "no preparation is called \"mean\" and makes a model"),
+        ("pretrained = \"{parent}\"", "pretrained = \"{mean}\"", "no preparation called \"mean\" makes a model"),
         (
             "from = \"parent\"\nembedding = { random",
             "from = \"mean\"\nembedding = { random",

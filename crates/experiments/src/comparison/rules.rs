@@ -118,11 +118,7 @@ pub(super) fn rules(comparison: &Comparison, check_task: CheckTask) -> Vec<Confi
             rule(
                 named.is_none_or(|name| made(name).is_some_and(wanted)),
                 format!("arm.{at}.recipe.{table}.{key}"),
-                format!(
-                    "arm `{}`: no preparation is called \"{}\" and makes {what}",
-                    arm.name,
-                    named.unwrap_or_default()
-                ),
+                format!("arm `{}`: no preparation called \"{}\" makes {what}", arm.name, named.unwrap_or_default()),
             );
         }
     }

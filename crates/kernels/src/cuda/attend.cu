@@ -62,10 +62,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     clear(sums);
 
     const auto copy = [&](int first, int buffer) {
-        u16 *tile = shared + buffer * BUFFER;
-        copy_rows<KEYS, WIDTH>(tile, Rows<const u16>(k, call.k, plan.key_head, first, call.keys));
-        copy_rows<KEYS, VALUE_WIDTH>(
-            tile + KEYS * PLACE<WIDTH>, Rows<const u16>(v, call.v, plan.value_head, first, call.keys));
+        copy_both<KEYS>(
+            shared + buffer * BUFFER, Rows<const u16>(k, call.k, plan.key_head, first, call.keys),
+            Rows<const u16>(v, call.v, plan.value_head, first, call.keys));
     };
     int from, to;
     plan.span<QUERIES>(first_query, from, to);

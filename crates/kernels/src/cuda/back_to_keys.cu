@@ -30,9 +30,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_keys(
     const int first_key = blockIdx.x * KEYS, queries = (int)call.queries;
 
     u32 keys[1][WIDTH / 16][4], values[1][VALUE_WIDTH / 16][4];
-    u16 *value_tile = shared + KEYS * PLACE<WIDTH>;
-    copy_rows<KEYS, WIDTH>(shared, Rows<const u16>(k, call.k, plan.key_head, first_key, call.keys));
-    copy_rows<KEYS, VALUE_WIDTH>(value_tile, Rows<const u16>(v, call.v, plan.value_head, first_key, call.keys));
+    const u16 *value_tile = shared + KEYS * PLACE<WIDTH>;
+    copy_both<KEYS>(
+        shared, Rows<const u16>(k, call.k, plan.key_head, first_key, call.keys),
+        Rows<const u16>(v, call.v, plan.value_head, first_key, call.keys));
     wait_for_copies();
     __syncthreads();
     read_rows<WIDTH>(keys[0], shared + own_rows * PLACE<WIDTH>);
@@ -55,9 +56,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_keys(
     };
     const auto copy = [&](int first, int buffer) {
         u16 *tile = shared + buffer * BUFFER;
-        copy_rows<QUERIES, WIDTH>(tile, Rows<const u16>(q, call.q, head, first, call.queries));
-        copy_rows<QUERIES, VALUE_WIDTH>(
-            tile + QUERIES * PLACE<WIDTH>, Rows<const u16>(out_grad, call.out_grad, head, first, call.queries));
+        copy_both<QUERIES>(
+            tile, Rows<const u16>(q, call.q, head, first, call.queries),
+            Rows<const u16>(out_grad, call.out_grad, head, first, call.queries));
         // Of each query: log of the sum, mean gradient; first key and end.
         u32 *words = (u32 *)(tile + TILES);
         for (int index = threadIdx.x; index < 4 * QUERIES; index += THREADS) {

@@ -25,9 +25,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_queries(
     const int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
 
     u32 queries[1][WIDTH / 16][4], grads[1][VALUE_WIDTH / 16][4];
-    u16 *grad_tile = shared + QUERIES * PLACE<WIDTH>;
-    copy_rows<QUERIES, WIDTH>(shared, Rows<const u16>(q, call.q, head, first_query, call.queries));
-    copy_rows<QUERIES, VALUE_WIDTH>(grad_tile, Rows<const u16>(out_grad, call.out_grad, head, first_query, call.queries));
+    const u16 *grad_tile = shared + QUERIES * PLACE<WIDTH>;
+    copy_both<QUERIES>(
+        shared, Rows<const u16>(q, call.q, head, first_query, call.queries),
+        Rows<const u16>(out_grad, call.out_grad, head, first_query, call.queries));
     wait_for_copies();
     __syncthreads();
     read_rows<WIDTH>(queries[0], shared + own_rows * PLACE<WIDTH>);
@@ -50,10 +51,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) back_to_queries(
     clear(sums);
 
     const auto copy = [&](int first, int buffer) {
-        u16 *tile = shared + buffer * BUFFER;
-        copy_rows<KEYS, WIDTH>(tile, Rows<const u16>(k, call.k, plan.key_head, first, call.keys));
-        copy_rows<KEYS, VALUE_WIDTH>(
-            tile + KEYS * PLACE<WIDTH>, Rows<const u16>(v, call.v, plan.value_head, first, call.keys));
+        copy_both<KEYS>(
+            shared + buffer * BUFFER, Rows<const u16>(k, call.k, plan.key_head, first, call.keys),
+            Rows<const u16>(v, call.v, plan.value_head, first, call.keys));
     };
     int from, to;
     plan.span<QUERIES>(first_query, from, to);

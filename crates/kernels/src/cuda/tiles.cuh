@@ -92,6 +92,14 @@ __device__ __forceinline__ void copy_rows(u16 *tile, const Rows<const u16> &rows
     }
 }
 
+// Begins to copy what belongs to so many positions of a head: rows of WIDTH, keys or queries, and behind them rows of VALUE_WIDTH, values or
+// gradients of outputs.
+template <int COUNT>
+__device__ __forceinline__ void copy_both(u16 *tile, const Rows<const u16> &rows, const Rows<const u16> &wide) {
+    copy_rows<COUNT, WIDTH>(tile, rows);
+    copy_rows<COUNT, VALUE_WIDTH>(tile + COUNT * PLACE<WIDTH>, wide);
+}
+
 // 16 rows of a tile as left operand.
 template <int COLUMNS>
 __device__ __forceinline__ void read_rows(u32 (&left)[COLUMNS / 16][4], const u16 *tile) {

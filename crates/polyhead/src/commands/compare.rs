@@ -253,7 +253,7 @@ fn show_preparations(prepared: &Prepared) -> Result<(), Failure> {
             json!({ "prepare": { "models": all, "waiting": waiting, "commands": prepared.commands() } })
         );
     }
-    put!("prepare    {all} models, {} of them finished; for the first seed:", all - waiting)?;
+    put!("prepare    {all} preparations, {} of them finished; for the first seed:", all - waiting)?;
     for command in prepared.commands() {
         put!("           {command}")?;
     }
