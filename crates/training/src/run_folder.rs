@@ -78,8 +78,7 @@ pub enum RunFolderError {
 /// The right to write into a run folder, held until dropped or until the process ends.
 #[derive(Debug)]
 pub struct RunLock {
-    // The lock belongs to the open file; closing it releases the lock.
-    _file: File,
+    _file: Locked,
 }
 
 impl RunLock {
@@ -104,7 +103,21 @@ impl RunLock {
         file.set_len(0).at("write", &path)?;
         file.seek(SeekFrom::Start(0)).at("write", &path)?;
         writeln!(file, "{}", std::process::id()).at("write", &path)?;
-        Ok(Self { _file: file })
+        Ok(Self { _file: Locked(file) })
+    }
+}
+
+/// A file that this process has locked, released when this is dropped.
+///
+/// Closing the file would not do: a process that is being started beside has it too until it executes its program, and the
+/// lock with it.
+#[derive(Debug)]
+pub(crate) struct Locked(pub(crate) File);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // What cannot be unlocked is released with the last copy.
+        let _ = self.0.unlock();
     }
 }
 
@@ -184,6 +197,16 @@ mod tests {
         assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
         drop(lock);
         RunLock::acquire(&run).unwrap();
+    }
+
+    #[test]
+    fn a_lock_ends_with_its_holder_though_a_process_being_started_has_the_file_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = RunLock::acquire(dir.path()).unwrap();
+        let copy = lock._file.0.try_clone().unwrap();
+        drop(lock);
+        RunLock::acquire(dir.path()).unwrap();
+        drop(copy);
     }
 
     /// What the process does that the test below starts: the same test, told a folder.

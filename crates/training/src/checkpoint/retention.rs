@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::best::called_best;
 use super::{CheckpointError, Manifest, folder_name, step_of, verify, verify_usable};
 use crate::run_folder::files::MANIFEST;
-use crate::run_folder::{At, FileError, TEMPORARY, sync_folder};
+use crate::run_folder::{At, FileError, Locked, TEMPORARY, sync_folder};
 
 const OLD: &str = ".old-";
 const TRASH: &str = ".trash-";
@@ -66,20 +66,19 @@ fn newest(
 /// The right to read a checkpoint to the end: pruning leaves it alone until this is dropped, or its process has ended.
 #[derive(Debug)]
 pub struct Hold {
-    // The lock belongs to the open file; closing it releases the lock.
-    _manifest: File,
+    _manifest: Locked,
 }
 
 /// Holds the checkpoint at `path`, whoever else reads it too; `None` where there is none, or the file system knows no locks.
 pub fn hold(path: &Path) -> Option<Hold> {
     let manifest = File::open(path.join(MANIFEST)).ok()?;
     manifest.lock_shared().ok()?;
-    Some(Hold { _manifest: manifest })
+    Some(Hold { _manifest: Locked(manifest) })
 }
 
 fn is_held(path: &Path) -> bool {
-    let locked = |manifest: File| matches!(manifest.try_lock(), Err(TryLockError::WouldBlock));
-    File::open(path.join(MANIFEST)).is_ok_and(locked)
+    let Ok(manifest) = File::open(path.join(MANIFEST)) else { return false };
+    matches!(Locked(manifest).0.try_lock(), Err(TryLockError::WouldBlock))
 }
 
 /// Removes all checkpoints but the newest `keep_latest_k`, those in `keep`, the best one, the newest good one, and those that
