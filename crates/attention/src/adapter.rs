@@ -55,8 +55,9 @@ impl Adapters<'_> {
 
     /// `[d_input, d_output]`: the projection's weight with the additions folded in.
     pub fn weight(&self, name: &str, layer: &Linear) -> Tensor<2> {
-        let fold =
-            |weight: Tensor<2>, adapter: &Adapter| weight + adapter.a.clone().matmul(adapter.b.clone()) * adapter.scale;
+        let fold = |weight: Tensor<2>, Adapter { a, b, scale, .. }: &Adapter| {
+            in_type(weight, a.dtype()) + a.clone().matmul(b.clone()) * *scale
+        };
         self.0.iter().filter(|adapter| &*adapter.projection == name).fold(layer.weight.val(), fold)
     }
 }

@@ -3,13 +3,14 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch, Flex};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::linear::{add_back_to_input, add_forward, back_to_input, back_to_weight, forward, linear};
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::weight::as_weight;
+use crate::{cpu, simd};
 
 /// `x · weight + scale (x · a) · b`, in the type of x
 ///
@@ -34,7 +35,7 @@ pub fn adapted_linear<const D: usize>(
     if !cpu::fuses(&x) {
         return plain(x, weight, [a, b], scale);
     }
-    let [weight, a, b] = [weight, a, b].map(|factor| in_type(factor, DType::F32).into_dispatch());
+    let [weight, a, b] = [weight, a, b].map(|factor| as_weight(factor).into_dispatch());
     Tensor::from_dispatch(Dispatch::adapted_linear(x.into_dispatch(), weight, a, b, scale as f32))
 }
 

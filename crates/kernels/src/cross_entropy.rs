@@ -9,7 +9,7 @@
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -17,7 +17,8 @@ use crate::differentiable::{InputGrads, Wanted, differentiable};
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::scratch::ScratchBuffer;
 use crate::shapes::assert_shapes;
-use crate::{cpu, in_type, simd};
+use crate::weight::{Weight, as_weight};
+use crate::{cpu, simd};
 
 mod chunks;
 
@@ -97,9 +98,8 @@ pub fn cross_entropy(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> C
     if !cpu::fuses(&hidden) {
         return chunks::cross_entropy(hidden, head, targets);
     }
-    let head = in_type(head, DType::F32);
     let (sum, per_token) =
-        Dispatch::linear_cross_entropy(hidden.into_dispatch(), head.into_dispatch(), targets.clone());
+        Dispatch::linear_cross_entropy(hidden.into_dispatch(), as_weight(head).into_dispatch(), targets.clone());
     let per_token = Tensor::<2>::from_dispatch(per_token);
     let row = |index| per_token.clone().narrow(0, index, 1).squeeze_dim::<1>(0);
     CrossEntropy { sum: Tensor::from_dispatch(sum), losses: row(0), correct: row(1) }
@@ -171,7 +171,7 @@ fn backward(grads: InputGrads<Flex, 2>, sum_grad: FlexTensor, _: Wanted<2>) -> I
 
 /// `of_hidden`, `of_head`: whose gradients to make right with it.
 fn forward(all: &FlexTensor, whole_head: &FlexTensor, targets: &Targets, [of_hidden, of_head]: Wanted<2>) -> Made {
-    let (strides, hidden, head) = (whole_head.layout().strides(), cpu::matrix(all), Matrix::of(whole_head));
+    let (strides, hidden, head) = (whole_head.layout().strides(), cpu::matrix(all), Weight::of(whole_head));
     let ([d_model, vocab], tokens, with_grads) = (head.sizes(), targets.len(), of_hidden || of_head);
     assert_eq!(hidden.sizes(), [tokens, d_model], "one target per token");
     let counted: Vec<usize> = (0..tokens).filter(|&at| targets.ids[at] >= 0).collect();

@@ -10,13 +10,13 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::matrix::Matrix;
+use crate::weight::{Weight, as_weight};
 use crate::{cpu, simd};
 
-/// The rows of `table` with these ids.
+/// The rows of `table` with these ids; on the CPU in f32 where the table is bf16.
 ///
 /// # Shapes
 /// - table: `[rows, channels]`, ids: `[n]`
@@ -25,7 +25,7 @@ use crate::{cpu, simd};
 /// # Panics
 /// If an id is not below the number of rows.
 pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
-    if !cpu::fuses(&table) {
+    if !(cpu::is_flex(&table.device()) && matches!(table.dtype(), DType::F32 | DType::BF16)) {
         return table.select(0, ids);
     }
     let rows = table.dims()[0];
@@ -34,7 +34,7 @@ pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
         found.unwrap_or_else(|| panic!("embedding: every id must be below the table's rows, {rows}; there is {id}"))
     };
     let ids = Ids(ids.into_data().iter::<i64>().map(checked).collect());
-    Tensor::from_dispatch(Dispatch::embedding_rows(table.into_dispatch(), ids))
+    Tensor::from_dispatch(Dispatch::embedding_rows(as_weight(table).into_dispatch(), ids))
 }
 
 /// Rows of a table, each of which is there.
@@ -64,10 +64,10 @@ impl<C: CheckpointStrategy> EmbeddingRows for Autodiff<Flex, C> {
 
 fn forward(table: FlexTensor, ids: &Ids) -> FlexTensor {
     let table = cpu::row_major(table);
-    let table = Matrix::of(&table);
+    let table = Weight::of(&table);
     let channels = table.sizes()[1];
     let mut rows = Vec::with_capacity(ids.0.len() * channels);
-    ids.0.iter().for_each(|&id| rows.extend_from_slice(table.row(id)));
+    ids.0.iter().for_each(|&id| table.append_row(id, &mut rows));
     cpu::tensor(rows, [ids.0.len(), channels])
 }
 

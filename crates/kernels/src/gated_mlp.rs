@@ -3,12 +3,13 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch, Flex};
-use burn::tensor::{DType, Tensor, module};
+use burn::tensor::{Tensor, module};
 use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::linear::{self, add_back_to_input, back_to_input, back_to_weight};
 use crate::shapes::assert_shapes;
+use crate::weight::as_weight;
 use crate::{cpu, in_type, swiglu};
 
 /// `(silu(x · gate) * (x · up)) · down`
@@ -29,7 +30,7 @@ pub fn gated_mlp(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) 
     if !cpu::fuses(&x) {
         return plain(x, gate, up, down);
     }
-    let [gate, up, down] = [gate, up, down].map(|weight| in_type(weight, DType::F32).into_dispatch());
+    let [gate, up, down] = [gate, up, down].map(|weight| as_weight(weight).into_dispatch());
     Tensor::from_dispatch(Dispatch::gated_mlp(x.into_dispatch(), gate, up, down))
 }
 

@@ -45,6 +45,7 @@ mod simd;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+mod weight;
 
 pub use adamw::{AdamwStep, adamw};
 pub use adapted_linear::adapted_linear;
@@ -74,3 +75,4 @@ pub use selected_rows::SelectedRows;
 pub use short_convolution::{Before, short_convolution};
 pub use simd::instruction_set;
 pub use swiglu::swiglu;
+pub use weight::multiplies_bf16;

@@ -11,9 +11,10 @@ use burn_flex::FlexTensor;
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::shapes::assert_shapes;
+use crate::weight::{Weight, as_weight};
 use crate::{cpu, in_type};
 
-/// `x · weight + bias`, in the type of x
+/// `x · weight + bias`, in the type of x; a weight of bf16 stands for the f32 of the same values
 ///
 /// # Shapes
 /// - x: `[.., d_input]`, weight: `[d_input, d_output]`, bias: `[d_output]`
@@ -31,8 +32,7 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
         let dtype = x.dtype();
         return module::linear(x, in_type(weight, dtype), bias.map(|bias| in_type(bias, dtype)));
     }
-    let weight = in_type(weight, DType::F32);
-    let y = Tensor::<D>::from_dispatch(Dispatch::linear_map(x.into_dispatch(), weight.into_dispatch()));
+    let y = Tensor::<D>::from_dispatch(Dispatch::linear_map(x.into_dispatch(), as_weight(weight).into_dispatch()));
     match bias {
         Some(bias) => y + in_type(bias, DType::F32).unsqueeze::<D>(),
         None => y,
@@ -61,29 +61,29 @@ fn backward(
 
 /// `x · weight` for a contiguous x, `[.., d_input]`.
 pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
-    let weight = Matrix::of(weight);
+    let weight = Weight::of(weight);
     let y = product(cpu::matrix(x), weight).parallel().values();
     cpu::tensor(y, with_last(cpu::shape(x), weight.sizes()[1]))
 }
 
 /// `y += x · weight`, for a contiguous x and y
 pub(crate) fn add_forward(y: &mut FlexTensor, x: &FlexTensor, weight: &FlexTensor) {
-    add_product(y, cpu::matrix(x), Matrix::of(weight));
+    add_product(y, cpu::matrix(x), Weight::of(weight));
 }
 
 /// `y_grad · weightᵀ`
 pub(crate) fn back_to_input(y_grad: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
-    let weight = Matrix::of(weight);
+    let weight = Weight::of(weight);
     let x_grad = product(cpu::matrix(y_grad), weight.transposed()).parallel().values();
     cpu::tensor(x_grad, with_last(cpu::shape(y_grad), weight.sizes()[0]))
 }
 
 /// `x_grad += y_grad · weightᵀ`
 pub(crate) fn add_back_to_input(x_grad: &mut FlexTensor, y_grad: &FlexTensor, weight: &FlexTensor) {
-    add_product(x_grad, cpu::matrix(y_grad), Matrix::of(weight).transposed());
+    add_product(x_grad, cpu::matrix(y_grad), Weight::of(weight).transposed());
 }
 
-fn add_product(sum: &mut FlexTensor, left: Matrix<'_>, right: Matrix<'_>) {
+fn add_product(sum: &mut FlexTensor, left: Matrix<'_>, right: Weight<'_>) {
     let sizes = [left.sizes()[0], right.sizes()[1]];
     let mut sum = MatrixMut::new(sum.storage_mut::<f32>(), sizes, sizes[1]);
     product(left, right).parallel().add_to(&mut sum);

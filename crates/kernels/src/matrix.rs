@@ -7,17 +7,17 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use burn_flex::FlexTensor;
+use burn_flex::Layout;
 use rayon::prelude::*;
 
-use crate::one_row::{add_row_dots, add_row_product};
 use crate::scratch::{Shared, write_zeros};
+use crate::weight::Weight;
 
 /// A matrix to read.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrix<'a> {
+pub(crate) struct Matrix<'a, T = f32> {
     /// From the first value on.
-    values: &'a [f32],
+    values: &'a [T],
     rows: usize,
     columns: usize,
     /// Distances from row to row and from column to column.
@@ -54,27 +54,26 @@ fn assert_inside(sizes: [usize; 2], strides: [usize; 2], len: usize) {
     assert!(inside, "a matrix {sizes:?} with strides {strides:?} is larger than the {len} values it is made of");
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T: Copy> Matrix<'a, T> {
     /// Rows and columns of `values`, at these distances.
     ///
     /// # Panics
     /// If they are not all there.
-    pub(crate) fn new(values: &'a [f32], sizes: [usize; 2], strides: [usize; 2]) -> Self {
+    pub(crate) fn new(values: &'a [T], sizes: [usize; 2], strides: [usize; 2]) -> Self {
         assert_inside(sizes, strides, values.len());
         Self { values, rows: sizes[0], columns: sizes[1], strides }
     }
 
     /// Contiguous rows.
-    pub(crate) fn by_rows(values: &'a [f32], [rows, columns]: [usize; 2]) -> Self {
+    pub(crate) fn by_rows(values: &'a [T], [rows, columns]: [usize; 2]) -> Self {
         Self::new(values, [rows, columns], [columns, 1])
     }
 
-    /// A whole tensor of two dimensions, of any strides that are not negative (`cpu::not_backwards`).
-    pub(crate) fn of(tensor: &'a FlexTensor) -> Self {
-        let layout = tensor.layout();
+    /// The values of a whole tensor of two dimensions, of any strides that are not negative (`cpu::not_backwards`).
+    pub(crate) fn laid_out(values: &'a [T], layout: &Layout) -> Self {
         let strides = [layout.strides()[0], layout.strides()[1]];
         assert!(strides.iter().all(|&stride| stride >= 0), "a matrix with a negative stride");
-        let values = tensor.storage::<f32>().get(layout.start_offset()..).unwrap_or_default();
+        let values = values.get(layout.start_offset()..).unwrap_or_default();
         Self::new(values, [layout.shape()[0], layout.shape()[1]], strides.map(|stride| stride as usize))
     }
 
@@ -84,7 +83,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// A row of a matrix with contiguous columns.
-    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+    pub(crate) fn row(&self, row: usize) -> &'a [T] {
         assert!(self.strides[1] == 1 && row < self.rows, "row {row} of {}, columns at {}", self.rows, self.strides[1]);
         &self.values[row * self.strides[0]..][..self.columns]
     }
@@ -100,6 +99,11 @@ impl<'a> Matrix<'a> {
     /// Some of the columns.
     pub(crate) fn columns(self, columns: Range<usize>) -> Self {
         self.transposed().rows(columns).transposed()
+    }
+
+    /// All values from the first to the last, and the distances from row to row and from column to column.
+    pub(crate) fn values_and_strides(&self) -> (&'a [T], [usize; 2]) {
+        (self.values, self.strides)
     }
 
     /// The same values, transposed.
@@ -187,7 +191,7 @@ const FEWEST_OF_ONE_ROW: usize = 1 << 18;
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
     left: Matrix<'a>,
-    right: Matrix<'a>,
+    right: Weight<'a>,
     factor: f32,
     parallel: bool,
 }
@@ -196,7 +200,8 @@ pub(crate) struct Product<'a> {
 ///
 /// # Panics
 /// If there are not as many columns on the left as rows on the right.
-pub(crate) fn product<'a>(left: Matrix<'a>, right: Matrix<'a>) -> Product<'a> {
+pub(crate) fn product<'a>(left: Matrix<'a>, right: impl Into<Weight<'a>>) -> Product<'a> {
+    let right = right.into();
     let [[_, inner], [rows, _]] = [left.sizes(), right.sizes()];
     assert!(inner == rows, "a product of matrices {:?} and {:?}", left.sizes(), right.sizes());
     Product { left, right, factor: 1.0, parallel: false }
@@ -214,7 +219,7 @@ impl Product<'_> {
     }
 
     fn sizes(&self) -> [usize; 2] {
-        [self.left.rows, self.right.columns]
+        [self.left.rows, self.right.sizes()[1]]
     }
 
     /// Written over what is there, if anything.
@@ -277,7 +282,7 @@ impl Product<'_> {
     unsafe fn run(self, start: *mut f32, stride: usize, add: bool) {
         let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
         let [rows, columns] = self.sizes();
-        if rows == 1 && self.left.strides[1] == 1 && self.right.strides.contains(&1) {
+        if rows == 1 && self.left.strides[1] == 1 && self.right.is_along_lines() {
             // SAFETY: the only row, as the caller has promised.
             let row = unsafe { std::slice::from_raw_parts_mut(start.cast::<MaybeUninit<f32>>(), columns) };
             // SAFETY: if something is to be added, there are values, as the caller has promised.
@@ -316,54 +321,67 @@ impl Product<'_> {
     /// Adds a product of one row; by columns, so that the order of additions is that of one thread.
     fn one_row(self, sum: &mut [f32], threads: usize) {
         let Self { left, right, factor, .. } = self;
-        if right.rows == 0 {
+        let [rows, columns] = right.sizes();
+        if rows == 0 {
             return;
         }
         let x = &left.values[..left.columns];
-        let add = |sum: &mut [f32], right: Matrix<'_>| match right.strides {
-            [stride, 1] => add_row_product(sum, x, right.values, stride, factor),
-            [_, stride] => add_row_dots(sum, x, right.values, stride, factor),
-        };
-        let parts = threads.min(right.rows * right.columns / FEWEST_OF_ONE_ROW);
+        let parts = threads.min(rows * columns / FEWEST_OF_ONE_ROW);
         if parts < 2 {
-            return add(sum, right);
+            return right.add_row_product(sum, x, factor);
         }
-        let width = right.columns.div_ceil(parts).next_multiple_of(STEP);
+        let width = columns.div_ceil(parts).next_multiple_of(STEP);
         sum.par_chunks_mut(width).enumerate().for_each(|(index, sum)| {
             let from = index * width;
-            add(sum, right.columns(from..from + sum.len()));
+            right.columns(from..from + sum.len()).add_row_product(sum, x, factor);
         });
     }
 
     /// # Safety
     /// That of [`Self::run`].
     unsafe fn multiply(self, start: *mut f32, stride: usize, add: bool, parallelism: gemm::Parallelism) {
-        let Self { left, right, factor, .. } = self;
-        // SAFETY: operands: a view has checked that its rows and columns at its strides are inside the slice that it borrows,
-        // and `product` that the inner sizes agree. Output: the caller's promise; nothing is read from it unless `add`.
-        unsafe {
-            gemm::gemm(
-                left.rows,
-                right.columns,
-                left.columns,
-                start,
-                1,
-                stride as isize,
-                add,
-                left.values.as_ptr(),
-                left.strides[1] as isize,
-                left.strides[0] as isize,
-                right.values.as_ptr(),
-                right.strides[1] as isize,
-                right.strides[0] as isize,
-                1.0,
-                factor,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
+        self.right.in_f32(|columns, right| {
+            // SAFETY: the caller's promise; these are some of the columns.
+            unsafe { multiply(self.left, right, self.factor, start.add(columns.start), stride, add, parallelism) }
+        });
+    }
+}
+
+/// # Safety
+/// That of [`Product::run`], for these operands.
+unsafe fn multiply(
+    left: Matrix<'_>,
+    right: Matrix<'_>,
+    factor: f32,
+    start: *mut f32,
+    stride: usize,
+    add: bool,
+    parallelism: gemm::Parallelism,
+) {
+    // SAFETY: operands: a view has checked that its rows and columns at its strides are inside the slice that it borrows,
+    // and `product` that the inner sizes agree. Output: the caller's promise; nothing is read from it unless `add`.
+    unsafe {
+        gemm::gemm(
+            left.rows,
+            right.columns,
+            left.columns,
+            start,
+            1,
+            stride as isize,
+            add,
+            left.values.as_ptr(),
+            left.strides[1] as isize,
+            left.strides[0] as isize,
+            right.values.as_ptr(),
+            right.strides[1] as isize,
+            right.strides[0] as isize,
+            1.0,
+            factor,
+            false,
+            false,
+            false,
+            parallelism,
+        );
     }
 }
 

@@ -12,6 +12,7 @@ use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::shapes::assert_shapes;
+use crate::weight::as_weight;
 use crate::{SelectedRows, cpu, in_type, linear};
 
 mod maps;
@@ -39,7 +40,7 @@ pub fn linear_into_heads(x: Tensor<3>, weight: Tensor<2>, selected: &Arc<Selecte
         return linear(x, weight, None);
     }
     if cpu::fuses(&x) {
-        let parts = (x.into_dispatch(), in_type(weight, DType::F32).into_dispatch());
+        let parts = (x.into_dispatch(), as_weight(weight).into_dispatch());
         return Tensor::from_dispatch(Dispatch::into_heads(parts.0, parts.1, selected.clone()));
     }
     into_heads_plain(x, weight, selected)
@@ -70,7 +71,7 @@ pub fn linear_out_of_heads(
         return linear(heads, weight, None);
     }
     if cpu::fuses(&heads) {
-        let [gates, weight] = [in_type(gates, DType::F32).into_dispatch(), in_type(weight, DType::F32).into_dispatch()];
+        let [gates, weight] = [in_type(gates, DType::F32).into_dispatch(), as_weight(weight).into_dispatch()];
         let parts = (heads.into_dispatch(), gates, weight);
         return Tensor::from_dispatch(Dispatch::out_of_heads(parts.0, parts.1, parts.2, selected.clone()));
     }

@@ -7,6 +7,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use polyhead_attention::{Adapter, ConfigError, require, require_positive, require_range};
+use polyhead_kernels::in_type;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -218,7 +219,9 @@ impl Decoder {
                     param.map(|weight| {
                         let learned = weight.is_require_grad();
                         let shape = weight.dims();
-                        (weight.detach() + product.reshape(shape)).detach().set_require_grad(learned)
+                        (in_type(weight.detach(), product.dtype()) + product.reshape(shape))
+                            .detach()
+                            .set_require_grad(learned)
                     })
                 })
             }

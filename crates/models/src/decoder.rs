@@ -25,6 +25,7 @@ use crate::intervention::{Context, GuidanceConfig, Intervention};
 use crate::sites::{SitePlan, Tap};
 use crate::transformer::{ActivationCheckpointing, LayerPass};
 use crate::transformer::{Block, Computing, Norm, Precision, TransformerConfig};
+use crate::weights::{ParameterMapper, map_parameters};
 use crate::{Batch, ConfigError, Gate, RopeScaling};
 
 mod config;
@@ -196,6 +197,17 @@ impl Decoder {
     pub fn with_rope_scaling(mut self, rope_scaling: Option<RopeScaling>) -> Self {
         self.config.rope_scaling = rope_scaling;
         self
+    }
+
+    /// The model with all of its weights in f32.
+    pub fn in_f32(self) -> Self {
+        struct Widen;
+        impl ParameterMapper for Widen {
+            fn map<const D: usize>(&mut self, _: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                if param.val().dtype() == DType::F32 { param } else { param.map(|weight| in_type(weight, DType::F32)) }
+            }
+        }
+        map_parameters(self, Widen).0
     }
 
     /// The model with its products in another precision.
@@ -417,8 +429,9 @@ impl Decoder {
 
     /// `[tokens, d_model]` and the output projection as two factors of the logits: a bias is a channel more, which is 1 everywhere.
     pub(crate) fn factors(&self, hidden: Tensor<2>) -> [Tensor<2>; 2] {
-        let projection = in_type(self.output_projection(), hidden.dtype());
+        let projection = self.output_projection();
         let Some(bias) = self.head.as_ref().and_then(|head| head.bias.as_ref()) else { return [hidden, projection] };
+        let projection = in_type(projection, hidden.dtype());
         let ones = in_type(Tensor::ones([hidden.dims()[0], 1], &hidden.device()), hidden.dtype());
         let bias = in_type(bias.val(), hidden.dtype()).unsqueeze::<2>();
         [Tensor::cat(vec![hidden, ones], 1), Tensor::cat(vec![projection, bias], 0)]
@@ -436,7 +449,7 @@ impl Decoder {
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         let [batch, seq, d_model] = hidden.dims();
         let [hidden, head] = self.factors(hidden.reshape([batch * seq, d_model]));
-        let logits = hidden.matmul(head);
+        let logits = polyhead_kernels::linear(hidden, head, None);
         let rows = logits.dims()[1];
         let logits = in_type(logits.reshape([batch, seq, rows]), DType::F32);
         if rows == self.vocab_size() { logits } else { logits.narrow(2, 0, self.vocab_size()) }

@@ -1,7 +1,7 @@
 //! Which parameters are learned.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::adapters::is_pair;
 use crate::intervention::is_intervention_tensor;
@@ -34,9 +34,16 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// Whether it is learned.
     pub trainable: bool,
+    /// The type of its numbers.
+    pub dtype: DType,
 }
 
 impl Parameter {
+    /// How many bytes it has.
+    pub fn bytes(&self) -> usize {
+        self.elements() * self.dtype.size()
+    }
+
     /// How many elements it has.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
@@ -48,8 +55,8 @@ pub fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     struct Collect(Vec<Parameter>);
     impl ParameterVisitor for Collect {
         fn visit<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
-            let (shape, trainable) = (param.dims().to_vec(), param.val().is_require_grad());
-            self.0.push(Parameter { name, shape, trainable });
+            let (shape, value) = (param.dims().to_vec(), param.val());
+            self.0.push(Parameter { name, shape, trainable: value.is_require_grad(), dtype: value.dtype() });
         }
     }
     visit_parameters(model, Collect(Vec::new())).0

@@ -9,12 +9,14 @@ use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 
 mod files;
 mod finite;
+mod frozen;
 mod header;
 mod stream;
 mod walk;
 
 pub use files::{MappedTensor, TensorFiles};
 pub use finite::{NonFinite, check_finite};
+pub use frozen::{FrozenDtype, Reading};
 pub use stream::{Held, ToWrite, held, write_safetensors};
 pub use walk::{ParameterMapper, ParameterVisitor, map_parameters, visit_parameters};
 
@@ -144,7 +146,7 @@ pub fn load<M: Module>(module: M, mut tensors: BTreeMap<String, Named>) -> Resul
     let (module, mut problems) = load_with(module, &mut |name, expected| {
         let Some(tensor) = tensors.remove(name) else { return Err(format!("{name} is missing")) };
         match tensor.shape == expected {
-            true => Ok(Some(tensor.values)),
+            true => Ok(Some(TensorData::new(tensor.values, tensor.shape))),
             false => Err(format!("{name} has shape {:?}, expected {expected:?}", tensor.shape)),
         }
     });
@@ -161,9 +163,10 @@ pub fn load_files<M: Module>(
     module: M,
     files: &TensorFiles,
     part: fn(&str) -> bool,
-    nonfinite: NonFinite,
+    reading: impl Into<Reading>,
     progress: OnProgress<'_>,
 ) -> Result<M, WeightsError> {
+    let Reading { nonfinite, frozen } = reading.into();
     let (mut used, mut bad) = (BTreeSet::new(), Vec::new());
     let (mut read, all) = (0, files.numbers());
     let (module, mut problems) = load_with(module, &mut |name, expected| {
@@ -184,7 +187,8 @@ pub fn load_files<M: Module>(
         if nonfinite == NonFinite::Refuse {
             bad.extend(check_finite(name, expected, &values).err());
         }
-        Ok(Some(values))
+        let in_file = files.tensor(name).map(MappedTensor::dtype);
+        Ok(Some(frozen.keep(name, in_file, TensorData::new(values, expected))))
     });
     progress(all, all);
     problems.extend(
@@ -230,8 +234,9 @@ pub fn load_held<M: Module>(module: M, tensors: BTreeMap<String, Held>) -> Resul
 /// Takes how much of a long work is done, and how much there is.
 pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// Gives the values of the parameter of a name and a shape, `None` where it stays as it is, or says why it cannot.
-pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Option<Vec<f32>>, String> + 'a;
+/// Gives the values of the parameter of a name and a shape, in the type in which they are kept, `None` where it stays as it is,
+/// or says why it cannot.
+pub type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Option<TensorData>, String> + 'a;
 
 /// The module with every parameter replaced by the values that `values` gives for its name and shape, and what `values`
 /// said where it could not.
@@ -247,7 +252,8 @@ pub fn load_with<M: Module>(module: M, values: &mut Values<'_>) -> (M, Vec<Strin
                 }
                 Ok(None) => param,
                 Ok(Some(values)) => param.map(|old| {
-                    let new = Tensor::from_data(TensorData::new(values, shape), &old.device());
+                    let dtype = values.dtype();
+                    let new = Tensor::from_data(values, (&old.device(), dtype));
                     if old.is_require_grad() { new.require_grad() } else { new }
                 }),
             }

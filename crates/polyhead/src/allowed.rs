@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use polyhead_models::weights::NonFinite;
+use polyhead_models::weights::{FrozenDtype, NonFinite};
 use polyhead_runs::Caller;
 
 use crate::console::{progress, say};
@@ -50,5 +50,11 @@ pub fn flags() -> Vec<String> {
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
     let Allowed { nonfinite, base, .. } = allowed();
-    Caller { nonfinite, tell: say, progress, base, hub: crate::hub::locate, hub_cache: crate::hub::cache }
+    let (hub, hub_cache) = (crate::hub::locate, crate::hub::cache);
+    Caller { nonfinite, frozen: FrozenDtype::F32, tell: say, progress, base, hub, hub_cache }
+}
+
+/// The same, for a model that is used alone: weights stay as its file has them.
+pub fn user() -> Caller {
+    Caller { frozen: FrozenDtype::File, ..caller() }
 }

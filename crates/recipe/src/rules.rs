@@ -5,6 +5,7 @@ use polyhead_data::synthetic::MadTask;
 use polyhead_data::{DataConfig, Modality, Yields};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::intervention::{InterventionConfig, SparseConfig};
+use polyhead_models::weights::FrozenDtype;
 use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, InputShape, LossConfig,
     Precision, broken, require,
@@ -263,6 +264,18 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         problems.extend(validate_attention_shifting(recipe, config));
     }
     problems.extend(within("freeze", recipe.freeze.validate(model.n_layers().unwrap_or(usize::MAX))));
+    problems.extend(
+        require(
+            model.pretrained_dtype() != FrozenDtype::Bf16 || recipe.keeps_weights(),
+            "model.pretrained_dtype",
+            || {
+                "model.pretrained_dtype = \"bf16\" is for weights that stay as they are, and this recipe trains them in f32: add \
+                 lora without train_whole, or leave it out"
+                    .into()
+            },
+        )
+        .err(),
+    );
     let scaling = model.rope_scaling().map_or(Ok(()), |scaling| scaling.validate());
     problems.extend(within("model.rope_scaling", scaling));
     if let Some(mup) = model.mup() {

@@ -6,6 +6,7 @@ use polyhead_data::{AugmentConfig, DataConfig, Packing, TokenizerConfig};
 use polyhead_models::adapters::LoraConfig;
 use polyhead_models::intervention::InterventionConfig;
 use polyhead_models::mup::{Mup, Parametrization};
+use polyhead_models::weights::FrozenDtype;
 use polyhead_models::{
     ClassifierConfig, DecoderConfig, EmbedderConfig, LossConfig, RopeScaling, Sampling, SuperResolutionConfig,
 };
@@ -77,6 +78,17 @@ pub struct Recipe {
     pub debug: DebugConfig,
 }
 
+impl Recipe {
+    /// Whether the weights that a run begins with stay as they are: what it trains is beside them.
+    pub fn keeps_weights(&self) -> bool {
+        let Self { lora, intervention, procedure, .. } = self;
+        let beside = lora.is_some() || intervention.as_ref().is_some_and(|own| !own.train.is_empty());
+        // Fusing changes weights beside what it trains.
+        let whole = lora.as_ref().is_none_or(|lora| lora.train_whole.is_empty());
+        beside && whole && !matches!(procedure, ProcedureConfig::Fusion(_))
+    }
+}
+
 /// `[model]`: one kind of model, with fresh weights or those of a trained one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "ModelTables", into = "ModelTables")]
@@ -92,6 +104,8 @@ pub enum ModelConfig {
         mup: Option<Mup>,
         /// How rotary frequencies are stretched from here on; `None` where they stay as they were trained.
         rope_scaling: Option<RopeScaling>,
+        /// The type in which weights are kept that are not trained.
+        pretrained_dtype: FrozenDtype,
     },
     /// A classifier.
     Classifier {
@@ -120,6 +134,11 @@ struct ModelTables {
     /// does by dividing all positions. Default: they stay as they were trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<RopeScaling>,
+    /// With model.pretrained, where its weights stay as they are (lora, intervention.train): the type in which those of products
+    /// are kept. Products compute in f32 whatever it is, and bf16 takes half of the memory. "file" (default): bf16 where the folder
+    /// has bf16, which changes no number; "f32"; "bf16": rounded to the nearest.
+    #[serde(default, skip_serializing_if = "is_as_in_file")]
+    pretrained_dtype: FrozenDtype,
     /// How initial weights and learning rates of a decoder depend on its width: "standard" (default): they do not; "mup": by the
     /// maximal update parametrization, in which the best learning rate is the same at every width.
     #[serde(default, skip_serializing_if = "is_standard")]
@@ -143,6 +162,10 @@ struct ModelTables {
     /// A network that enlarges images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     super_resolution: Option<SuperResolutionConfig>,
+}
+
+fn is_as_in_file(dtype: &FrozenDtype) -> bool {
+    *dtype == FrozenDtype::File
 }
 
 fn is_standard(parametrization: &Parametrization) -> bool {
@@ -181,13 +204,19 @@ impl TryFrom<ModelTables> for ModelConfig {
                 "model.rope_scaling is for a decoder in model.pretrained: a fresh one has model.decoder.rope_scaling",
             );
         }
+        let pretrained_dtype = tables.pretrained_dtype;
+        if !is_as_in_file(&pretrained_dtype) && (tables.pretrained.is_none() || tables.classifier.is_some()) {
+            return Err("model.pretrained_dtype is for a decoder in model.pretrained: leave it out");
+        }
         let ModelTables { pretrained, decoder, classifier, embedder, super_resolution, .. } = tables;
         match (pretrained, decoder, classifier, embedder, super_resolution) {
             (None, None, None, None, None) => {
                 Err("model is empty: describe a fresh one in model.decoder, model.classifier, model.embedder or \
                  model.super_resolution, or name a folder with trained weights in model.pretrained")
             }
-            (pretrained, config, None, None, None) => Ok(Self::Decoder { pretrained, config, mup, rope_scaling }),
+            (pretrained, config, None, None, None) => {
+                Ok(Self::Decoder { pretrained, config, mup, rope_scaling, pretrained_dtype })
+            }
             (pretrained, None, Some(config), None, None) => Ok(Self::Classifier { pretrained, config }),
             (None, None, None, Some(config), None) => Ok(Self::Embedder(config)),
             (None, None, None, None, Some(config)) => Ok(Self::SuperResolution(config)),
@@ -205,8 +234,9 @@ impl TryFrom<ModelTables> for ModelConfig {
 impl From<ModelConfig> for ModelTables {
     fn from(model: ModelConfig) -> Self {
         match model {
-            ModelConfig::Decoder { pretrained, config, mup, rope_scaling } => Self {
+            ModelConfig::Decoder { pretrained, config, mup, rope_scaling, pretrained_dtype } => Self {
                 pretrained,
+                pretrained_dtype,
                 rope_scaling,
                 decoder: config,
                 parametrization: if mup.is_some() { Parametrization::Mup } else { Parametrization::Standard },
@@ -226,7 +256,13 @@ impl From<ModelConfig> for ModelTables {
 impl ModelConfig {
     /// A decoder whose weights are at hand.
     pub fn decoder_of(config: DecoderConfig) -> Self {
-        Self::Decoder { pretrained: None, config: Some(config), mup: None, rope_scaling: None }
+        Self::Decoder {
+            pretrained: None,
+            config: Some(config),
+            mup: None,
+            rope_scaling: None,
+            pretrained_dtype: FrozenDtype::default(),
+        }
     }
 
     /// The settings of a decoder, where they are known.
@@ -250,6 +286,14 @@ impl ModelConfig {
         match self {
             Self::Decoder { rope_scaling, .. } => *rope_scaling,
             _ => None,
+        }
+    }
+
+    /// The type in which weights are kept that are not trained.
+    pub fn pretrained_dtype(&self) -> FrozenDtype {
+        match self {
+            Self::Decoder { pretrained_dtype, .. } => *pretrained_dtype,
+            _ => FrozenDtype::F32,
         }
     }
 

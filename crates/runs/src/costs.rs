@@ -170,7 +170,7 @@ impl Costs {
         let head = ["head.weight", "embedding.weight"].map(|name| parameters.iter().find(|one| one.name == name));
         let head = head.into_iter().flatten().next().filter(|one| one.trainable);
         Memory {
-            weights: parameters.iter().map(|one| bytes(one.elements())).sum(),
+            weights: parameters.iter().map(|one| one.bytes() as u64).sum(),
             gradients,
             moments: trained().map(moments).sum(),
             activations: self.activation_bytes,

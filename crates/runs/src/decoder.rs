@@ -18,6 +18,7 @@ use polyhead_training::evaluate::Batches;
 use polyhead_training::run::Probe;
 use polyhead_training::{NamePatterns, ProcedureConfig};
 
+use crate::Caller;
 use crate::costs::Known;
 use crate::data::{Source, TrainingData, options, world};
 use crate::error::Failure;
@@ -101,7 +102,8 @@ impl Kind for Decoder {
         let model = match &resolved.pretrained {
             Some(found) => {
                 let scaling = recipe.model.decoder().and_then(|decoder| decoder.rope_scaling);
-                let model = found.model(device, resolved.caller)?.with_rope_scaling(scaling);
+                let caller = Caller { frozen: resolved.frozen(), ..resolved.caller };
+                let model = found.model(device, caller)?.with_rope_scaling(scaling);
                 match resolved.new_token {
                     Some(id) => model.with_token(id as usize),
                     None => model,

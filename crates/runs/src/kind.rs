@@ -153,7 +153,7 @@ impl Resolved {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use polyhead_models::weights::NonFinite;
+    use polyhead_models::weights::{FrozenDtype, NonFinite};
     use polyhead_recipe::from_layers;
     use polyhead_recipe::layers::parse_layer;
 
@@ -175,6 +175,7 @@ mod tests {
     fn caller() -> Caller {
         Caller {
             nonfinite: NonFinite::Refuse,
+            frozen: FrozenDtype::F32,
             tell: |_| {},
             progress: |_, _, _| {},
             base: None,

@@ -26,7 +26,7 @@ pub mod trained;
 
 use std::path::{Path, PathBuf};
 
-use polyhead_models::weights::NonFinite;
+use polyhead_models::weights::{FrozenDtype, NonFinite, Reading};
 
 pub use convert::{Calibration, convert};
 pub use error::Failure;
@@ -38,6 +38,8 @@ pub use trained::{Trained, open_decoder, open_trained};
 pub struct Caller {
     /// Whether weights may be NaN or infinite.
     pub nonfinite: NonFinite,
+    /// The type in which weights are kept that are read to be used alone.
+    pub frozen: FrozenDtype,
     /// Takes notes and warnings, a line each.
     pub tell: fn(&str),
     /// Takes what is being done that may be long, how much of it is done, and how much there is.
@@ -51,6 +53,11 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// How weights are read.
+    fn reading(self) -> Reading {
+        Reading { nonfinite: self.nonfinite, frozen: self.frozen }
+    }
+
     /// Tells how far the reading of a model is.
     fn loading(self) -> impl FnMut(u64, u64) {
         move |done, all| (self.progress)("loading", done, all)

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use polyhead_data::{DataError, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_kernels::without_drawing;
 use polyhead_models::adapters::LoraConfig;
-use polyhead_models::weights;
+use polyhead_models::weights::{self, FrozenDtype};
 use polyhead_models::{Decoder, DecoderConfig, hf};
 use polyhead_recipe::nearest::{is_recipe, nearest_path, recipes_below};
 use polyhead_recipe::{ModelConfig, Problems, Recipe, differences_of};
@@ -176,7 +176,7 @@ impl Pretrained {
     /// If they are damaged or do not fit.
     pub fn model(&self, device: &Device, caller: Caller) -> Result<Decoder, Failure> {
         if let Some(folder) = &self.foreign {
-            return Ok(folder.load_with(device, caller.nonfinite, &mut caller.loading())?);
+            return Ok(folder.load_with(device, caller.reading(), &mut caller.loading())?);
         }
         Ok(self.with_pairs(device, caller)?.merged().intervened(None))
     }
@@ -190,7 +190,11 @@ impl Pretrained {
             return self.model(device, caller);
         }
         let model = match &self.base {
-            Some(base) => base.model(device, caller)?.with_rope_scaling(self.decoder.rope_scaling),
+            Some(base) => {
+                let base = base.model(device, self.frozen(caller))?.with_rope_scaling(self.decoder.rope_scaling);
+                // What was rounded stays rounded.
+                if caller.frozen == FrozenDtype::F32 { base.in_f32() } else { base }
+            }
             None => without_drawing(|| self.decoder.init(self.vocab_size, device)),
         };
         let model = match self.recipe.as_ref().and_then(|recipe| recipe.lora.as_ref()) {
@@ -207,7 +211,15 @@ impl Pretrained {
             _ => model,
         };
         // `open` has verified it.
-        Ok(state::read_checked_model(&self.path, model, caller.nonfinite, &mut caller.loading())?)
+        Ok(state::read_checked_model(&self.path, model, caller.reading(), &mut caller.loading())?)
+    }
+
+    /// What reads its base: a run whose recipe says so has learnt beside rounded weights.
+    fn frozen(&self, caller: Caller) -> Caller {
+        match self.recipe.as_ref().map(|recipe| recipe.model.pretrained_dtype()) {
+            Some(frozen @ FrozenDtype::Bf16) => Caller { frozen, ..caller },
+            _ => caller,
+        }
     }
 
     /// The BLAKE3 hash of the files of its weights, by which a run knows its base model again.

@@ -6,9 +6,9 @@ use burn::tensor::Device;
 use polyhead_data::chat::ChatConfig;
 use polyhead_data::{DataConfig, HuggingfaceTokenizer, Tokenizer, TokenizerConfig};
 use polyhead_models::mup::Scalings;
+use polyhead_models::weights::FrozenDtype;
 use polyhead_models::{Decoder, DecoderConfig};
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
-use polyhead_training::ProcedureConfig;
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
 use polyhead_training::state::{self, Companions, Progress, Saving};
@@ -17,7 +17,7 @@ use crate::Caller;
 use crate::base::Base;
 use crate::device;
 use crate::error::Failure;
-use crate::intervention::{ReadIntervention, kept, trains_intervention};
+use crate::intervention::{ReadIntervention, kept};
 use crate::pretrained::{Pretrained, find_checkpoint, recipe_of, tokenizer_of, vocab_of};
 
 /// A recipe as it is run: everything about its model is at hand.
@@ -52,13 +52,14 @@ impl Resolved {
         }
     }
 
+    /// The type in which the weights of `model.pretrained` are kept: f32 where any of them is trained.
+    pub(crate) fn frozen(&self) -> FrozenDtype {
+        if self.saves_adapter_only() { self.recipe.model.pretrained_dtype() } else { FrozenDtype::F32 }
+    }
+
     /// Whether low-rank pairs or tensors of the intervention are saved alone.
     pub fn saves_adapter_only(&self) -> bool {
-        let Recipe { lora, procedure, .. } = &self.recipe;
-        let frozen = lora.is_some() || trains_intervention(&self.recipe);
-        // Fusing changes weights beside what it trains.
-        let adapter_only = frozen && lora.as_ref().is_none_or(|lora| lora.train_whole.is_empty());
-        self.pretrained.is_some() && adapter_only && !matches!(procedure, ProcedureConfig::Fusion(_))
+        self.pretrained.is_some() && self.recipe.keeps_weights()
     }
 }
 

@@ -189,7 +189,7 @@ pub(crate) fn gather_weights<M: Module>(model: M, ranks: &Ranks<'_>) -> M {
     let own = held(&model).iter().enumerate().map(|(index, one)| is_own(index).then(|| one.values())).collect();
     let mut all = shares.gathered(ranks, &own).into_iter().enumerate();
     let others = |next: Option<(usize, Option<Vec<f32>>)>| next.filter(|(index, _)| !is_own(*index))?.1;
-    load_with(model, &mut |_, _| Ok(others(all.next()))).0
+    load_with(model, &mut |_, shape| Ok(others(all.next()).map(|values| TensorData::new(values, shape)))).0
 }
 
 /// Gives up the state of parameters that other ranks own.

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use polyhead_models::Trainable;
 use polyhead_models::is_beside_weights;
 use polyhead_models::weights::{
-    NonFinite, OnProgress, TensorFiles, ToWrite, WeightsError, held, load_files, write_safetensors,
+    NonFinite, OnProgress, Reading, TensorFiles, ToWrite, WeightsError, held, load_files, write_safetensors,
 };
 use serde::{Deserialize, Serialize};
 
@@ -174,11 +174,11 @@ pub fn read_model<M: Module>(checkpoint: &Path, model: M, nonfinite: NonFinite) 
 pub fn read_checked_model<M: Module>(
     checkpoint: &Path,
     model: M,
-    nonfinite: NonFinite,
+    reading: impl Into<Reading>,
     progress: OnProgress<'_>,
 ) -> Result<M, TrainError> {
     let (name, part) = weights_of(checkpoint);
-    let read = open(checkpoint, name).and_then(|tensors| load_files(model, &tensors, part, nonfinite, progress));
+    let read = open(checkpoint, name).and_then(|tensors| load_files(model, &tensors, part, reading, progress));
     read.map_err(|cause| unfit(checkpoint, name, &cause))
 }
 

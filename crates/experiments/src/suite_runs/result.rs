@@ -276,7 +276,7 @@ pub fn schema() -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use polyhead_models::weights::NonFinite;
+    use polyhead_models::weights::{FrozenDtype, NonFinite};
     use polyhead_runs::Caller;
 
     use super::super::plan::plan;
@@ -287,6 +287,7 @@ mod tests {
     fn stored_references_are_of_todays_recipes_and_rows() {
         let caller = Caller {
             nonfinite: NonFinite::Refuse,
+            frozen: FrozenDtype::F32,
             tell: |_| {},
             progress: |_, _, _| {},
             base: None,

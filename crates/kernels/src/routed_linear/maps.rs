@@ -20,6 +20,7 @@ use rayon::prelude::*;
 use crate::cpu;
 use crate::matrix::{Matrix, MatrixMut, product};
 use crate::scratch::{ScratchBuffer, Shared, write_chunks, write_rows};
+use crate::weight::Weight;
 use crate::{SelectedRows, simd};
 
 /// Positions of a block; with 512 channels its gathered rows take 512 KiB.
@@ -75,7 +76,7 @@ impl<'a> Call<'a> {
 
     /// `[tokens, heads * width]`: `left · block` of each head where it takes part, zero elsewhere; `right` is the heads'
     /// blocks side by side.
-    fn by_head(&self, left: Matrix<'_>, right: Matrix<'_>) -> Vec<f32> {
+    fn by_head(&self, left: Matrix<'_>, right: Weight<'_>) -> Vec<f32> {
         if self.complete == self.n_heads {
             return product(left, right).parallel().values();
         }
@@ -93,7 +94,7 @@ impl<'a> Call<'a> {
 }
 
 pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, selected: &SelectedRows) -> FlexTensor {
-    let (x, weight) = (cpu::matrix(x), Matrix::of(weight));
+    let (x, weight) = (cpu::matrix(x), Weight::of(weight));
     let [d_model, channels] = weight.sizes();
     let call = Call::new(selected, d_model, channels);
     let mut y = call.by_head(x, weight);
@@ -114,7 +115,7 @@ pub(super) fn into_heads(x: &FlexTensor, weight: &FlexTensor, selected: &Selecte
 }
 
 pub(super) fn into_heads_back_to_x(weight: &FlexTensor, y_grad: &FlexTensor, selected: &SelectedRows) -> FlexTensor {
-    let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
+    let (weight, y_grads) = (Weight::of(weight).transposed(), cpu::matrix(y_grad));
     let [channels, d_model] = weight.sizes();
     let (call, values) = (Call::new(selected, d_model, channels), cpu::values(y_grad));
     let of_complete = 0..call.complete_channels();
@@ -147,7 +148,7 @@ pub(super) fn into_heads_back_to_weight(x: &FlexTensor, y_grad: &FlexTensor, sel
 }
 
 pub(super) fn out_of_heads([heads, gates, weight]: [&FlexTensor; 3], selected: &SelectedRows) -> FlexTensor {
-    let weight = Matrix::of(weight);
+    let weight = Weight::of(weight);
     let [channels, d_model] = weight.sizes();
     let call = Call::new(selected, d_model, channels);
     let (heads, gates) = (cpu::values(heads), cpu::values(gates));
@@ -209,7 +210,7 @@ pub(super) fn out_of_heads_back_to_heads(
     if !(of_heads || of_gates) {
         return [None, None];
     }
-    let (weight, y_grads) = (Matrix::of(weight).transposed(), cpu::matrix(y_grad));
+    let (weight, y_grads) = (Weight::of(weight).transposed(), cpu::matrix(y_grad));
     let [d_model, channels] = weight.sizes();
     let call = Call::new(selected, d_model, channels);
     let (heads, gates) = (cpu::values(heads), cpu::values(gates));
@@ -287,7 +288,7 @@ pub(super) fn out_of_heads_back_to_weight(
 fn gathered<'w>(
     call: &Call<'_>,
     x: Matrix<'_>,
-    block: impl Fn(usize) -> Matrix<'w> + Sync,
+    block: impl Fn(usize) -> Weight<'w> + Sync,
     take: impl Fn(usize, &[u32], &[f32]) + Sync,
 ) {
     let d_model = call.d_model;
@@ -308,8 +309,8 @@ fn gathered<'w>(
 /// product; of the others, `fill` writes a head's row at a position, and `block` is `[width, d_model]`.
 fn scattered<'w>(
     call: &Call<'_>,
-    (left, right): (Matrix<'_>, Matrix<'_>),
-    block: impl Fn(usize) -> Matrix<'w> + Sync,
+    (left, right): (Matrix<'_>, Weight<'_>),
+    block: impl Fn(usize) -> Weight<'w> + Sync,
     fill: impl for<'y> Fn(usize, u32, &'y mut [MaybeUninit<f32>]) -> &'y mut [f32] + Sync,
 ) -> Vec<f32> {
     let (d_model, width) = (call.d_model, call.width);

@@ -3,16 +3,18 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, TensorData};
 use polyhead_attention::Family;
-use polyhead_kernels::without_drawing;
+use polyhead_kernels::{multiplies_bf16, without_drawing};
 use serde_json::Value;
 
 use super::config::{self, Described, entries};
 use super::files;
 use super::names::{Layout, is_left_over, place};
 use super::peft::Adapter;
-use crate::weights::{NonFinite, OnProgress, TensorFiles, WeightsError, check_finite, load_with};
+use crate::weights::{
+    FrozenDtype, MappedTensor, NonFinite, OnProgress, Reading, TensorFiles, WeightsError, check_finite, load_with,
+};
 use crate::{Decoder, DecoderConfig};
 
 /// Why a folder cannot be read.
@@ -180,16 +182,19 @@ impl Folder {
         self.load_with(device, NonFinite::Refuse, &mut |_, _| {})
     }
 
-    /// The same, with what to do about numbers that are not finite, and what is told how far it is.
+    /// The same, with what to do about numbers that are not finite, the type in which weights are kept (bf16 as in the file on the
+    /// CPU alone, where products take it), and what is told how far it is.
     ///
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_with(
         &self,
         device: &Device,
-        nonfinite: NonFinite,
+        reading: impl Into<Reading>,
         progress: OnProgress<'_>,
     ) -> Result<Decoder, ImportError> {
+        let Reading { nonfinite, frozen } = reading.into();
+        let frozen = if frozen == FrozenDtype::File && !multiplies_bf16(device) { FrozenDtype::F32 } else { frozen };
         let config = self.decoder();
         // Told before anything of that size is made.
         let held = self.files.numbers();
@@ -220,22 +225,26 @@ impl Folder {
                 Some(_) => {}
             }
             let mut values = self.files.values(&place.name).map_err(WeightsError::told)?;
+            let mut in_file = self.files.tensor(&place.name).map(MappedTensor::dtype);
             if let Some(adapter) = &self.adapter {
-                added.extend(adapter.add(&place.name, &their_shape, &mut values)?);
+                let more = adapter.add(&place.name, &their_shape, &mut values)?;
+                in_file = in_file.filter(|_| more.is_empty());
+                added.extend(more);
             }
             if let (NonFinite::Refuse, Err(problem)) = (nonfinite, check_finite(&place.name, &their_shape, &values)) {
                 let file = self.files.file(&place.name).and_then(Path::file_name).unwrap_or_default();
                 bad.insert(format!("{}: {problem}", file.display()));
             }
             let rows = their_shape[0];
-            Ok(Some(match place.layout {
+            let values = match place.layout {
                 Layout::Same => values,
                 Layout::Transposed => transpose(&values, rows),
                 Layout::Third(part) => {
                     let third = third(&values, rows / (3 * config.head_dim(0)), part);
                     if shape.len() == 2 { transpose(&third, rows / 3) } else { third }
                 }
-            }))
+            };
+            Ok(Some(frozen.keep(ours, in_file, TensorData::new(values, shape))))
         });
         progress(described, described);
         // Three of our parameters may be in one of theirs.

@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use polyhead_attention::{AttentionConfig, Dims, Mask, Observe};
-use polyhead_kernels::comparison::{Tolerance, assert_tensors_close};
+use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, numbers};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{ExportOptions, Folder, export};
-use crate::weights::{Named, load, named};
-use crate::{Decoder, DecoderConfig, PerLayer};
+use crate::adapters::LoraConfig;
+use crate::weights::{FrozenDtype, Named, NonFinite, Reading, load, load_with, named};
+use crate::{Batch, Decoder, DecoderConfig, PerLayer, parameters};
 
 /// A decoder of the size of [`Dims::example`] with weights that all differ.
 fn model(attention: PerLayer<AttentionConfig>, more: Value) -> Decoder {
@@ -105,6 +106,57 @@ fn unusual() -> Value {
         "parallel_residual": true, "tie_embeddings": false, "rope_scaling": { "linear": { "factor": 2.5 } },
         "attention_gate": { "residual": true, "gates": [{ "product": { "axis": -1, "n_heads": 4 } }] },
     })
+}
+
+/// The parameters that are bf16.
+fn narrow(model: &Decoder) -> Vec<String> {
+    parameters(model).into_iter().filter(|one| one.dtype == DType::BF16).map(|one| one.name).collect()
+}
+
+#[test]
+fn weights_kept_in_bf16_compute_what_the_same_numbers_compute_in_f32() {
+    for example in examples() {
+        let (dir, _) = exported(&model(PerLayer::Same(example.clone()), json!({})));
+        let reading = |frozen| Reading { nonfinite: NonFinite::Refuse, frozen };
+        let load = |frozen| {
+            Folder::open(dir.path())
+                .unwrap()
+                .load_with(&Device::flex().autodiff(), reading(frozen), &mut |_, _| {})
+                .unwrap()
+        };
+        let rounded = load(FrozenDtype::Bf16);
+        let kept = narrow(&rounded);
+        assert!(
+            kept.len() > 6 && kept.iter().all(|name| name.ends_with("_proj.weight") || name == "embedding.weight"),
+            "{kept:?}"
+        );
+        assert!(narrow(&load(FrozenDtype::File)).is_empty(), "the file has f32");
+        let has_queries = kept.iter().any(|name| name.ends_with(".q_proj.weight"));
+        let targets = ["o_proj", "up_proj", "q_proj"].into_iter().filter(|&name| name != "q_proj" || has_queries);
+        let pairs = LoraConfig { rank: 2, targets: targets.map(str::to_owned).collect(), ..LoraConfig::default() };
+        let with_pairs = |model: Decoder| {
+            let model = model.with_lora(&pairs, 3).unwrap();
+            let spread = |(place, tensor): (usize, Named)| match tensor.name.starts_with("lora.") {
+                true => {
+                    let values = (0..tensor.values.len()).map(|at| (at as f32 + place as f32).sin() * 0.1).collect();
+                    Some((tensor.name.clone(), Named { values, ..tensor }))
+                }
+                false => None,
+            };
+            let mut lora: BTreeMap<String, Named> = named(&model).into_iter().enumerate().filter_map(spread).collect();
+            load_with(model, &mut |name, shape| Ok(lora.remove(name).map(|own| TensorData::new(own.values, shape)))).0
+        };
+        let forms: [fn(Decoder) -> Decoder; 3] = [|model| model, |model| model, Decoder::merged];
+        for (form, at) in forms.into_iter().zip(0..) {
+            let [got, want] = [rounded.clone(), rounded.clone().in_f32()].map(|model| {
+                let model = form(if at == 0 { model } else { with_pairs(model) });
+                let batch = Batch::text(vec![1, 2, 3, 10, 5, 6, 7, 3]);
+                let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                [bits(numbers(logits(&model))), bits(numbers(model.loss(&batch, Observe::Nothing).cross_entropy))]
+            });
+            assert!(got == want, "{}, form {at}", example.name());
+        }
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use polyhead_runs::{Failure, open_decoder, open_trained};
 use polyhead_training::evaluate::{Batches, evaluate};
 use serde_json::json;
 
-use crate::allowed::caller;
+use crate::allowed::{caller, user};
 use crate::cli::EvalArgs;
 use crate::console::{progress, put, talk};
 use crate::probe::check_rows;
@@ -27,7 +27,7 @@ const WINDOW: usize = 1024;
 
 /// Prints the loss of a decoder on texts, as JSON.
 pub fn texts(args: &EvalArgs) -> Result<(), Failure> {
-    let trained = open_trained(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = open_trained(&args.checkpoint, args.device.as_deref(), user())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
     let tokenizer = trained.text_tokenizer()?;
     let window = args.window.unwrap_or(trained.max_positions.min(WINDOW));
@@ -83,7 +83,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     if let Some(classifier) = open_classifier(checkpoint, device, caller())? {
         return no_intervention(args).and_then(|()| eval_classifier(&classifier, batches));
     }
-    let trained = open_decoder(checkpoint, device, caller())?.intervened(args.intervention.as_deref())?;
+    let trained = open_decoder(checkpoint, device, user())?.intervened(args.intervention.as_deref())?;
     let opened = trained.data()?;
     tell_data(&trained.path, &opened.description, opened.text_hash.as_deref())?;
     let validation = Source(&opened.validation);

@@ -16,7 +16,7 @@ use polyhead_runs::answer::{Answer, Finish, Prompt, Question, answer, answers};
 use polyhead_runs::{Failure, Trained, open_decoder};
 use serde_json::{Value, json};
 
-use crate::allowed::caller;
+use crate::allowed::user;
 use crate::cli::{ChatArgs, GenerateArgs, SamplingArgs};
 use crate::console::{harmless, print, progress, put, talk, wants_json};
 
@@ -41,7 +41,7 @@ impl SamplingArgs {
 /// Continues a prompt on standard output, or many prompts as JSON lines.
 pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
-    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), user())?;
     let trained = trained.intervened(args.intervention.as_deref())?;
     if let Some(file) = &args.prompts {
         return generate_all(&trained, file, (args, &sampling));
@@ -213,7 +213,7 @@ pub(super) fn prompts(file: &Path) -> Result<Vec<String>, Failure> {
 /// Talks with a model: what is typed is a user's message, what the model writes its answer.
 pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
-    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.sampling.device.as_deref(), user())?;
     let tokenizer = trained.text_tokenizer()?;
     let opening = system(args.system.as_deref());
     // Refused here, not behind the first message.

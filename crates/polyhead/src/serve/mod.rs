@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{oneshot, watch};
 
-use crate::allowed::caller;
+use crate::allowed::user;
 use crate::console::talk;
 use asked::{Model, Refused};
 use worker::{Answered, Event, Job};
@@ -73,7 +73,7 @@ enum Kind {
 
 /// Serves a model until a signal ends it.
 pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
-    let trained = open_decoder(&args.checkpoint, args.device.as_deref(), caller())?;
+    let trained = open_decoder(&args.checkpoint, args.device.as_deref(), user())?;
     let model = Model::of(&trained)?;
     let tokenizer = model.tokenizer.clone();
     let name = args.checkpoint.display().to_string();
