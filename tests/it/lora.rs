@@ -87,6 +87,35 @@ fn a_run_keeps_its_pairs_alone_and_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn weights_beside_which_pairs_are_trained_may_be_rounded_and_stay_so() {
+    let world = world();
+    let rounded = ["model.pretrained_dtype=bf16"];
+    for base in ["base", "exported"] {
+        let [whole, parts, exact] = ["whole", "parts", "exact"].map(|run| format!("{base}-{run}"));
+        tune(&world, base, &whole, &rounded);
+        tune(&world, base, &parts, &[&rounded[..], &["training.steps=7", "validation.interval=100"]].concat());
+        tune(&world, base, &parts, &rounded);
+        tune(&world, base, &exact, &[]);
+        let adapter = |run: &str| world.read(&format!("{run}/step-00000012/adapter.safetensors"));
+        assert!(adapter(&whole) == adapter(&parts), "{base}: a resumed run differs");
+        assert!(adapter(&whole) != adapter(&exact), "{base}: nothing was rounded");
+        // Whoever reads the run reads rounded weights, in whichever type.
+        world.succeeds(&["export", &whole, "--out", &format!("{base}-merged")]);
+        assert_eq!(logits(&world, &[&format!("{base}-merged")]), logits(&world, &[&whole]));
+        world.succeeds(&["eval", &whole]);
+    }
+    let weights = |args: &[&str]| {
+        let plan = world.succeeds(&[&["plan", "recipe.toml", "--no-probe"], &TUNE[2..6], args].concat()).0;
+        plan.lines().find(|line| line.starts_with("memory")).unwrap().to_owned()
+    };
+    assert_ne!(weights(&["model.pretrained=base"]), weights(&["model.pretrained=base", rounded[0]]));
+    let err = world.fails(2, &["train", "recipe.toml", "model.pretrained=base", rounded[0]]);
+    assert!(err.contains("model.pretrained_dtype = \"bf16\" is for weights that stay as they are"), "{err}");
+    let err = world.fails(2, &["train", "recipe.toml", rounded[0]]);
+    assert!(err.contains("model.pretrained_dtype is for a decoder in model.pretrained"), "{err}");
+}
+
+#[test]
 fn the_base_is_found_where_it_was_moved_to_and_known_by_its_weights() {
     let world = world();
     move_to(&world, "exported", "old/exported");

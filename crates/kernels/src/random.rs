@@ -22,16 +22,15 @@ pub fn seed_random(seed: u64) {
 
 /// The next numbers of this thread's stream, on `device` and of its float type.
 pub fn random<const D: usize>(shape: [usize; D], distribution: Distribution, device: &Device) -> Tensor<D> {
-    let data = match DRAWS.get() {
-        true => STREAM.with_borrow_mut(|stream| TensorData::random::<f32, _, _>(shape, distribution, stream)),
-        // Fresh zeros are memory that the system hands out when it is first written, which nobody does.
-        false => TensorData::new(vec![0.0f32; shape.iter().product()], shape),
-    };
+    if !DRAWS.get() {
+        return Tensor::<D>::zeros([1; D], device).expand(shape);
+    }
+    let data = STREAM.with_borrow_mut(|stream| TensorData::random::<f32, _, _>(shape, distribution, stream));
     Tensor::from_data(data, device)
 }
 
 /// What `make` makes, with zeros for all random numbers and without moving the stream: for weights that are about to be
-/// replaced by those of a file. On the CPU such zeros take neither time nor memory.
+/// replaced by those of a file. Such zeros take neither time nor memory: all of a tensor are one.
 pub fn without_drawing<T>(make: impl FnOnce() -> T) -> T {
     let _back = Back(DRAWS.replace(false));
     return make();

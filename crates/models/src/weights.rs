@@ -188,7 +188,7 @@ pub fn load_files<M: Module>(
             bad.extend(check_finite(name, expected, &values).err());
         }
         let in_file = files.tensor(name).map(MappedTensor::dtype);
-        Ok(Some(frozen.keep(name, in_file, TensorData::new(values, expected))))
+        Ok(Some(frozen.keep(name, in_file, values, expected)))
     });
     progress(all, all);
     problems.extend(

@@ -50,8 +50,15 @@ pub fn flags() -> Vec<String> {
 /// This process, as libraries know it.
 pub fn caller() -> Caller {
     let Allowed { nonfinite, base, .. } = allowed();
-    let (hub, hub_cache) = (crate::hub::locate, crate::hub::cache);
-    Caller { nonfinite, frozen: FrozenDtype::F32, tell: say, progress, base, hub, hub_cache }
+    Caller {
+        nonfinite,
+        frozen: FrozenDtype::F32,
+        tell: say,
+        progress,
+        base,
+        hub: crate::hub::locate,
+        hub_cache: crate::hub::cache,
+    }
 }
 
 /// The same, for a model that is used alone: weights stay as its file has them.

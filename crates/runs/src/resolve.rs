@@ -9,6 +9,7 @@ use polyhead_models::mup::Scalings;
 use polyhead_models::weights::FrozenDtype;
 use polyhead_models::{Decoder, DecoderConfig};
 use polyhead_recipe::{self as recipe, Loaded, ModelConfig, Problems, Recipe};
+use polyhead_training::ProcedureConfig;
 use polyhead_training::optimizer::Optimizer;
 use polyhead_training::run_folder::{atomic_write, files};
 use polyhead_training::state::{self, Companions, Progress, Saving};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, TensorData};
+use burn::tensor::Device;
 use polyhead_attention::Family;
 use polyhead_kernels::{multiplies_bf16, without_drawing};
 use serde_json::Value;
@@ -244,7 +244,7 @@ impl Folder {
                     if shape.len() == 2 { transpose(&third, rows / 3) } else { third }
                 }
             };
-            Ok(Some(frozen.keep(ours, in_file, TensorData::new(values, shape))))
+            Ok(Some(frozen.keep(ours, in_file, values, shape)))
         });
         progress(described, described);
         // Three of our parameters may be in one of theirs.

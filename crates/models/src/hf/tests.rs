@@ -4,15 +4,17 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use half::bf16;
 use polyhead_attention::{AttentionConfig, Dims, Mask, Observe};
 use polyhead_kernels::comparison::{Tolerance, assert_tensors_close, numbers};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{ExportOptions, Folder, export};
 use crate::adapters::LoraConfig;
-use crate::weights::{FrozenDtype, Named, NonFinite, Reading, load, load_with, named};
-use crate::{Batch, Decoder, DecoderConfig, PerLayer, parameters};
+use crate::weights::{FrozenDtype, Named, NonFinite, Reading, from_safetensors, load, load_with, named};
+use crate::{Batch, Decoder, DecoderConfig, Parameter, PerLayer, parameters};
 
 /// A decoder of the size of [`Dims::example`] with weights that all differ.
 fn model(attention: PerLayer<AttentionConfig>, more: Value) -> Decoder {
@@ -111,6 +113,46 @@ fn unusual() -> Value {
 /// The parameters that are bf16.
 fn narrow(model: &Decoder) -> Vec<String> {
     parameters(model).into_iter().filter(|one| one.dtype == DType::BF16).map(|one| one.name).collect()
+}
+
+/// The same folder with all weights in bf16.
+fn in_bf16(dir: &TempDir) -> TempDir {
+    let narrow = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(dir.path()).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), narrow.path().join(file.file_name())).unwrap();
+    }
+    let weights = narrow.path().join("model.safetensors");
+    let tensors = from_safetensors(&std::fs::read(&weights).unwrap()).unwrap();
+    let bytes = |tensor: &Named| tensor.values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
+    let bytes: Vec<(&Named, Vec<u8>)> = tensors.values().map(|tensor| (tensor, bytes(tensor))).collect();
+    let views = bytes
+        .iter()
+        .map(|(tensor, bytes)| (&tensor.name, TensorView::new(Dtype::BF16, tensor.shape.clone(), bytes).unwrap()));
+    std::fs::write(&weights, safetensors::serialize(views, None).unwrap()).unwrap();
+    narrow
+}
+
+#[test]
+fn weights_stay_bf16_where_the_file_has_bf16_and_are_given_back_as_they_were() {
+    let softmax = examples().into_iter().find(|example| example.name() == "softmax").unwrap();
+    let (dir, _) = exported(&model(PerLayer::Same(softmax), json!({ "tie_embeddings": false })));
+    let dir = in_bf16(&dir);
+    let load = |frozen, device: &Device| {
+        let reading = Reading { nonfinite: NonFinite::Refuse, frozen };
+        Folder::open(dir.path()).unwrap().load_with(device, reading, &mut |_, _| {}).unwrap()
+    };
+    let device = Device::flex();
+    let [as_in_file, wide] = [FrozenDtype::File, FrozenDtype::F32].map(|frozen| load(frozen, &device));
+    assert!(narrow(&wide).is_empty());
+    let kept = narrow(&as_in_file);
+    assert!(["head.weight", "embedding.weight"].iter().all(|name| kept.iter().any(|kept| kept == name)), "{kept:?}");
+    assert!(kept.iter().all(|name| !name.contains("norm")), "{kept:?}");
+    assert_eq!(named(&as_in_file), named(&wide));
+    assert_eq!(numbers(logits(&as_in_file)), numbers(logits(&wide)));
+    let [narrow, wide] =
+        [&as_in_file, &wide].map(|model| parameters(model).iter().map(Parameter::bytes).sum::<usize>());
+    assert!(2 * narrow < wide + wide / 10, "{narrow} of {wide} bytes");
 }
 
 #[test]

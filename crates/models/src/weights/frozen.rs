@@ -1,6 +1,7 @@
 //! The type in which weights are kept that nobody trains.
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
+use half::bf16;
 use safetensors::tensor::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,14 +24,18 @@ pub enum FrozenDtype {
 
 impl FrozenDtype {
     /// The values of the parameter `name`, which a file has as `in_file`, as they are kept.
-    pub(crate) fn keep(self, name: &str, in_file: Option<Dtype>, values: TensorData) -> TensorData {
+    pub(crate) fn keep(self, name: &str, in_file: Option<Dtype>, values: Vec<f32>, shape: &[usize]) -> TensorData {
         let of_products = name.ends_with("_proj.weight") || ["embedding.weight", "head.weight"].contains(&name);
         let narrow = match self {
             Self::File => in_file == Some(Dtype::BF16),
             Self::F32 => false,
             Self::Bf16 => true,
         };
-        if of_products && narrow { values.convert_dtype(DType::BF16) } else { values }
+        match of_products && narrow {
+            // Into memory of their own: converted where they are, they would go on taking that of f32.
+            true => TensorData::new(values.iter().map(|&value| bf16::from_f32(value)).collect(), shape),
+            false => TensorData::new(values, shape),
+        }
     }
 }
 
