@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use polyhead_attention::{Observe, PerLayerCount};
 use polyhead_models::SuperResolution;
 use polyhead_models::SuperResolutionConfig;
@@ -99,7 +99,7 @@ fn centres(n_centres: usize, group_size: usize, iterations: usize, decay: f64) -
 fn loaded<M: Module>(module: M, mut file: BTreeMap<String, Named>) -> M {
     let (module, problems) = load_with(module, &mut |name, shape| match file.remove(name) {
         Some(named) if named.shape != shape => Err(format!("{name}: {:?}, not {shape:?}", named.shape)),
-        named => Ok(named.map(|named| named.values)),
+        named => Ok(named.map(|named| TensorData::new(named.values, named.shape))),
     });
     assert!(problems.is_empty() && file.is_empty(), "{problems:?}, {:?}", file.keys());
     module
