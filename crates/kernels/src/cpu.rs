@@ -23,6 +23,11 @@ pub(crate) fn is_flex(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_))
 }
 
+/// Whether products on this device take weights of bf16 with states of f32, as they are; elsewhere they are made f32 each time.
+pub fn multiplies_bf16(device: &Device) -> bool {
+    is_flex(device)
+}
+
 /// The values of a contiguous tensor.
 ///
 /// # Panics

@@ -14,7 +14,8 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::differentiable::{InputGrads, Wanted, differentiable};
-use crate::matrix::{Matrix, MatrixMut, product};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::product::product;
 use crate::scratch::ScratchBuffer;
 use crate::shapes::assert_shapes;
 use crate::weight::{Weight, as_weight};

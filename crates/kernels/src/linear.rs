@@ -9,7 +9,8 @@ use burn::tensor::{DType, Tensor, module};
 use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
-use crate::matrix::{Matrix, MatrixMut, product};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::product::product;
 use crate::shapes::assert_shapes;
 use crate::weight::{Weight, as_weight};
 use crate::{cpu, in_type};

@@ -4,7 +4,6 @@
 use burn::tensor::bf16;
 
 use crate::simd::vectorized;
-use crate::weight::Value;
 
 /// Rows of the matrix that are added at a time: the sums are read and written once for all of them.
 const TOGETHER: usize = 4;
@@ -14,6 +13,26 @@ const BLOCK: usize = 1024;
 const LINE: usize = 16;
 /// Values of a dot product that are added apart from each other.
 const APART: usize = 4 * LINE;
+
+/// A number that stands for an f32.
+pub(crate) trait Value: Copy {
+    fn wide(self) -> f32;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+impl Value for bf16 {
+    /// Its bits are the upper half.
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
 
 /// Values of a matrix that a row is multiplied by.
 pub(crate) trait Row: Value {

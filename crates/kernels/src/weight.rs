@@ -4,43 +4,18 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use burn::tensor::{DType, Device, Tensor, bf16};
+use burn::tensor::{DType, Tensor, bf16};
 use burn_flex::FlexTensor;
 
+use crate::in_type;
 use crate::matrix::Matrix;
-use crate::one_row::{add_row_dots, add_row_product};
+use crate::one_row::{Value, add_row_dots, add_row_product};
 use crate::scratch::{ScratchBuffer, write_rows};
 use crate::simd::vectorized;
-use crate::{cpu, in_type};
 
 /// A weight as products take it: bf16 stays what it is, as long as nobody wants its gradient; everything else is made f32.
 pub(crate) fn as_weight<const D: usize>(weight: Tensor<D>) -> Tensor<D> {
     if weight.dtype() == DType::BF16 && !weight.is_require_grad() { weight } else { in_type(weight, DType::F32) }
-}
-
-/// Whether products on this device take weights of bf16 with states of f32, as they are; elsewhere they are made f32 each time.
-pub fn multiplies_bf16(device: &Device) -> bool {
-    cpu::is_flex(device)
-}
-
-/// A number that stands for an f32.
-pub(crate) trait Value: Copy {
-    fn wide(self) -> f32;
-}
-
-impl Value for f32 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        self
-    }
-}
-
-impl Value for bf16 {
-    /// Its bits are the upper half.
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
 }
 
 vectorized! {
@@ -200,7 +175,8 @@ mod tests {
     use burn::tensor::{Device, Int, Tensor};
 
     use super::*;
-    use crate::matrix::{MatrixMut, product};
+    use crate::matrix::MatrixMut;
+    use crate::product::product;
     use crate::testing::{leaf, normal, numbers};
     use crate::{SelectedRows, Targets, adapted_linear, cross_entropy, embedding, gated_mlp};
     use crate::{linear, linear_into_heads, linear_out_of_heads};

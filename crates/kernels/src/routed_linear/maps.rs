@@ -18,7 +18,8 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::cpu;
-use crate::matrix::{Matrix, MatrixMut, product};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::product::product;
 use crate::scratch::{ScratchBuffer, Shared, write_chunks, write_rows};
 use crate::weight::Weight;
 use crate::{SelectedRows, simd};

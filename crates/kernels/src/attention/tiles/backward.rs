@@ -11,7 +11,8 @@ use rayon::prelude::*;
 use super::{KEYS, Plan, QUERIES, inside, soften};
 use crate::cpu::{self, View};
 use crate::differentiable::Wanted;
-use crate::matrix::{Matrix, MatrixMut, product};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::product::product;
 use crate::scratch::{ScratchBuffer, Shared, write_zeros};
 use crate::selected_rows::Rows;
 use crate::simd;
@@ -346,7 +347,7 @@ struct Tile<'a> {
 fn add_rows(
     grad: &mut MatrixMut<'_, f32>,
     rows: Rows<'_>,
-    product: crate::matrix::Product<'_>,
+    product: crate::product::Product<'_>,
     buffer: &mut [MaybeUninit<f32>],
 ) {
     match rows {

@@ -10,7 +10,9 @@ use rayon::prelude::*;
 
 use super::{FACTS, KEYS, LARGEST, Plan, QUERIES, inside, soften};
 use crate::cpu::{self, View};
-use crate::matrix::{Matrix, MatrixMut, Product, product};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::product::Product;
+use crate::product::product;
 use crate::scratch::{ScratchBuffer, Shared, write_zeros};
 use crate::selected_rows::Rows;
 use crate::simd;
