@@ -214,6 +214,19 @@ fn others() -> Vec<Operation> {
         operation("rms_norm of odd rows, across", &[257 * 70, 257], 1, |x| {
             rms_norm(matrix(&x[0], [257, 70]).transpose(), x[1].clone(), 1e-5).reshape([-1])
         }),
+        // What is written is in the type of the products and its norm again, the stream is f32.
+        operation("add_rms_norm", &[3 * 7 * 16, 3 * 7 * 16, 16], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [3, 7, 16]));
+            both_used(stream, Some(written), x[2].clone(), x[0].dtype())
+        }),
+        operation("add_rms_norm of long odd rows, across, in one type", &[257 * 5, 257 * 5, 257], 2, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [1, 257, 5]).swap_dims(1, 2));
+            both_used(stream, Some(written), x[2].clone(), x[0].dtype())
+        }),
+        operation("add_rms_norm of nothing written", &[1, 3 * 2 * 1100, 1100], 1, |x| {
+            let stream = rows(&x[1], [3, 2, 1100]) * in_type(x[0].clone(), DType::F32).unsqueeze();
+            both_used(stream, None, x[2].clone(), x[0].dtype())
+        }),
         operation("layer_norm", &[3 * 7 * 16, 16, 16], 1, |x| {
             layer_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), x[2].clone(), 1e-5).reshape([-1])
         }),
@@ -266,6 +279,13 @@ fn others() -> Vec<Operation> {
         }));
     }
     all
+}
+
+/// Both outputs of [`add_rms_norm`], the stream's gradient coming from beyond what the norm is used for.
+fn both_used(stream: Tensor<3>, written: Option<Tensor<3>>, weight: Tensor<1>, dtype: DType) -> Tensor<1> {
+    let (sum, normed) = add_rms_norm(stream, written, RmsNorm { weight, eps: 1e-5, dtype });
+    let normed = in_type(normed, DType::F32).sin();
+    Tensor::cat(vec![in_type(sum, DType::F32) + normed.clone(), normed], 2).reshape([-1])
 }
 
 const BATCH: usize = 2;

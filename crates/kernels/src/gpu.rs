@@ -23,9 +23,14 @@ pub(crate) mod rope;
 #[cfg(feature = "gpu")]
 pub(crate) fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
     use burn::backend::DispatchDevice;
+    takes(tensor.dtype()) && matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Cube(_))
+}
+
+/// Whether those kernels read and write numbers of this type.
+#[cfg(feature = "gpu")]
+pub(crate) fn takes(dtype: burn::tensor::DType) -> bool {
     use burn::tensor::DType;
-    matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16)
-        && matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Cube(_))
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// There is none without the feature `gpu`.

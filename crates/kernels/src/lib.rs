@@ -11,6 +11,7 @@
 
 mod adamw;
 mod adapted_linear;
+mod add_rms_norm;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "gpu")))]
 mod backends;
@@ -45,9 +46,12 @@ mod simd;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+#[cfg(any(test, feature = "gpu"))]
+mod two_outputs;
 
 pub use adamw::{AdamwStep, adamw};
 pub use adapted_linear::adapted_linear;
+pub use add_rms_norm::{RmsNorm, add_rms_norm};
 pub use attention::{
     Attention, AttentionOptions, HeadMap, MapAccess, Measure, Statistics, attention, attention_weights,
 };
