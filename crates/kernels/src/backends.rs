@@ -248,6 +248,15 @@ fn others() -> Vec<Operation> {
             let how = Combination { ratio: 3, eps: 1e-5, factor: 0.8 };
             subtract_noise(heads(&x[0], [2, 8, 5, 6]), x[1].clone(), x[2].clone(), how).reshape([-1])
         }),
+        // It has no gradient: the numbers behind the means do. Several parts, and a last one that is not full.
+        operation("sums of squares", &[1, 40, 70_001, 33_000], 2, |x| {
+            let mut sums = SumsOfSquares::default();
+            let places = x.iter().map(|x| sums.add(x.clone().inner()));
+            assert!(places.eq(0..4));
+            let means: Vec<f32> = sums.read().iter().zip(x).map(|(sum, x)| *sum as f32 / x.dims()[0] as f32).collect();
+            let behind = x.iter().map(|x| in_type(x.clone(), DType::F32));
+            Tensor::cat(std::iter::once(Tensor::from_floats(&means[..], &x[0].device())).chain(behind).collect(), 0)
+        }),
         // It has no gradient: the last term gives it some.
         operation("adamw", &[40, 40, 40, 40], 0, |x| {
             let step = AdamwStep {

@@ -17,6 +17,8 @@ pub(crate) mod launch;
 pub(crate) mod rms_norm;
 #[cfg(feature = "gpu")]
 pub(crate) mod rope;
+#[cfg(feature = "gpu")]
+pub(crate) mod squares;
 
 /// Whether tensors like this one go through kernels of our own: floats of 16 or 32 bits on a GPU. The one place that decides it, as
 /// [`crate::cpu::fuses`] is for the CPU.

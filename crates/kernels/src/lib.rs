@@ -43,6 +43,7 @@ mod selected_rows;
 mod shapes;
 mod short_convolution;
 mod simd;
+mod squares;
 mod swiglu;
 #[cfg(test)]
 mod testing;
@@ -77,4 +78,5 @@ pub use routed_linear::{linear_into_heads, linear_out_of_heads};
 pub use selected_rows::SelectedRows;
 pub use short_convolution::{Before, short_convolution};
 pub use simd::instruction_set;
+pub use squares::SumsOfSquares;
 pub use swiglu::swiglu;
