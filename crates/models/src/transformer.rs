@@ -276,7 +276,13 @@ impl Norm {
     }
 
     /// The residual stream with what is written to it added, and its norm as `dtype`, all `[batch, seq, d_model]`.
-    fn of_sum(&self, hidden: Tensor<3>, written: Option<Tensor<3>>, eps: f64, dtype: DType) -> (Tensor<3>, Tensor<3>) {
+    pub(crate) fn of_sum(
+        &self,
+        hidden: Tensor<3>,
+        written: Option<Tensor<3>>,
+        eps: f64,
+        dtype: DType,
+    ) -> (Tensor<3>, Tensor<3>) {
         if self.bias.is_none() {
             return add_rms_norm(hidden, written, RmsNorm { weight: self.weight.val(), eps, dtype });
         }
