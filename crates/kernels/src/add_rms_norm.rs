@@ -2,7 +2,7 @@
 //! 2020, arXiv 2002.04745).
 //!
 //! On a GPU a kernel forward and two back, all limited by memory: 12 bytes per number forward where the stream is f32 and the rest bf16,
-//! 32 in single operations; 16 back to the stream, 38 in single operations.
+//! 32 in single operations; 16 back to the stream, 36 in single operations.
 
 use burn::tensor::{DType, Tensor};
 
