@@ -227,6 +227,16 @@ fn others() -> Vec<Operation> {
             let stream = rows(&x[1], [3, 2, 1100]) * in_type(x[0].clone(), DType::F32).unsqueeze();
             both_used(stream, None, x[2].clone(), x[0].dtype())
         }),
+        operation("add_rms_norm, the sum alone", &[2 * 5 * 12, 2 * 5 * 12, 12], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [2, 5, 12]));
+            let norm = RmsNorm { weight: x[2].clone(), eps: 1e-5, dtype: x[0].dtype() };
+            Tensor::cat(vec![add_rms_norm(stream, Some(written), norm).0.reshape([-1]), x[2].clone()], 0)
+        }),
+        operation("add_rms_norm, the norm alone", &[2 * 5 * 12, 2 * 5 * 12, 12], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [2, 5, 12]));
+            let norm = RmsNorm { weight: x[2].clone(), eps: 1e-5, dtype: x[0].dtype() };
+            add_rms_norm(stream, Some(written), norm).1.reshape([-1])
+        }),
         operation("layer_norm", &[3 * 7 * 16, 16, 16], 1, |x| {
             layer_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), x[2].clone(), 1e-5).reshape([-1])
         }),
