@@ -7,8 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target-wgpu}"
-found() { ls /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json 2> /dev/null | grep -q .; }
-if ! found || ! ldconfig -p | grep -q libvulkan.so.1; then
+found() { compgen -G "/usr/share/vulkan/icd.d/*.json" || compgen -G "/etc/vulkan/icd.d/*.json"; }
+if ! found > /dev/null || ! ldconfig -p | grep libvulkan.so.1 > /dev/null; then
     as_root=$([ "$(id -u)" = 0 ] || echo sudo)
     options=() from=()
     # Debian 12 has Mesa 22; what was tried is the newer one of its backports, which are read without being set up for good.

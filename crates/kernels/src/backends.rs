@@ -214,6 +214,29 @@ fn others() -> Vec<Operation> {
         operation("rms_norm of odd rows, across", &[257 * 70, 257], 1, |x| {
             rms_norm(matrix(&x[0], [257, 70]).transpose(), x[1].clone(), 1e-5).reshape([-1])
         }),
+        // What is written is in the type of the products and its norm again, the stream is f32.
+        operation("add_rms_norm", &[3 * 7 * 16, 3 * 7 * 16, 16], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [3, 7, 16]));
+            both_used(stream, Some(written), x[2].clone(), x[0].dtype())
+        }),
+        operation("add_rms_norm of long odd rows, across, in one type", &[257 * 5, 257 * 5, 257], 2, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [1, 257, 5]).swap_dims(1, 2));
+            both_used(stream, Some(written), x[2].clone(), x[0].dtype())
+        }),
+        operation("add_rms_norm of nothing written", &[1, 3 * 2 * 1100, 1100], 1, |x| {
+            let stream = rows(&x[1], [3, 2, 1100]) * in_type(x[0].clone(), DType::F32).unsqueeze();
+            both_used(stream, None, x[2].clone(), x[0].dtype())
+        }),
+        operation("add_rms_norm, the sum alone", &[2 * 5 * 12, 2 * 5 * 12, 12], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [2, 5, 12]));
+            let norm = RmsNorm { weight: x[2].clone(), eps: 1e-5, dtype: x[0].dtype() };
+            Tensor::cat(vec![add_rms_norm(stream, Some(written), norm).0.reshape([-1]), x[2].clone()], 0)
+        }),
+        operation("add_rms_norm, the norm alone", &[2 * 5 * 12, 2 * 5 * 12, 12], 1, |x| {
+            let [written, stream] = [0, 1].map(|i| rows(&x[i], [2, 5, 12]));
+            let norm = RmsNorm { weight: x[2].clone(), eps: 1e-5, dtype: x[0].dtype() };
+            add_rms_norm(stream, Some(written), norm).1.reshape([-1])
+        }),
         operation("layer_norm", &[3 * 7 * 16, 16, 16], 1, |x| {
             layer_norm(rows(&x[0], [3, 7, 16]), x[1].clone(), x[2].clone(), 1e-5).reshape([-1])
         }),
@@ -234,6 +257,15 @@ fn others() -> Vec<Operation> {
         operation("subtract_noise", &[2 * 8 * 5 * 6, 1, 6], 1, |x| {
             let how = Combination { ratio: 3, eps: 1e-5, factor: 0.8 };
             subtract_noise(heads(&x[0], [2, 8, 5, 6]), x[1].clone(), x[2].clone(), how).reshape([-1])
+        }),
+        // It has no gradient: the numbers behind the means do. Several parts, and a last one that is not full.
+        operation("sums of squares", &[1, 40, 70_001, 33_000], 2, |x| {
+            let mut sums = SumsOfSquares::default();
+            let places = x.iter().map(|x| sums.add(x.clone().inner()));
+            assert!(places.eq(0..4));
+            let means: Vec<f32> = sums.read().iter().zip(x).map(|(sum, x)| *sum as f32 / x.dims()[0] as f32).collect();
+            let behind = x.iter().map(|x| in_type(x.clone(), DType::F32));
+            Tensor::cat(std::iter::once(Tensor::from_floats(&means[..], &x[0].device())).chain(behind).collect(), 0)
         }),
         // It has no gradient: the last term gives it some.
         operation("adamw", &[40, 40, 40, 40], 0, |x| {
@@ -266,6 +298,13 @@ fn others() -> Vec<Operation> {
         }));
     }
     all
+}
+
+/// Both outputs of [`add_rms_norm`], the stream's gradient coming from beyond what the norm is used for.
+fn both_used(stream: Tensor<3>, written: Option<Tensor<3>>, weight: Tensor<1>, dtype: DType) -> Tensor<1> {
+    let (sum, normed) = add_rms_norm(stream, written, RmsNorm { weight, eps: 1e-5, dtype });
+    let normed = in_type(normed, DType::F32).sin();
+    Tensor::cat(vec![in_type(sum, DType::F32) + normed.clone(), normed], 2).reshape([-1])
 }
 
 const BATCH: usize = 2;

@@ -17,15 +17,22 @@ pub(crate) mod launch;
 pub(crate) mod rms_norm;
 #[cfg(feature = "gpu")]
 pub(crate) mod rope;
+#[cfg(feature = "gpu")]
+pub(crate) mod squares;
 
 /// Whether tensors like this one go through kernels of our own: floats of 16 or 32 bits on a GPU. The one place that decides it, as
 /// [`crate::cpu::fuses`] is for the CPU.
 #[cfg(feature = "gpu")]
 pub(crate) fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
     use burn::backend::DispatchDevice;
+    takes(tensor.dtype()) && matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Cube(_))
+}
+
+/// Whether those kernels read and write numbers of this type.
+#[cfg(feature = "gpu")]
+pub(crate) fn takes(dtype: burn::tensor::DType) -> bool {
     use burn::tensor::DType;
-    matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16)
-        && matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Cube(_))
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// There is none without the feature `gpu`.

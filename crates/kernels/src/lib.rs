@@ -11,6 +11,7 @@
 
 mod adamw;
 mod adapted_linear;
+mod add_rms_norm;
 mod attention;
 #[cfg(all(test, any(feature = "ndarray", feature = "gpu")))]
 mod backends;
@@ -43,13 +44,17 @@ mod selected_rows;
 mod shapes;
 mod short_convolution;
 mod simd;
+mod squares;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+#[cfg(any(test, feature = "gpu"))]
+mod two_outputs;
 mod weight;
 
 pub use adamw::{AdamwStep, adamw};
 pub use adapted_linear::adapted_linear;
+pub use add_rms_norm::{RmsNorm, add_rms_norm};
 pub use attention::{
     Attention, AttentionOptions, HeadMap, MapAccess, Measure, Statistics, attention, attention_weights,
 };
@@ -75,4 +80,5 @@ pub use routed_linear::{linear_into_heads, linear_out_of_heads};
 pub use selected_rows::SelectedRows;
 pub use short_convolution::{Before, short_convolution};
 pub use simd::instruction_set;
+pub use squares::SumsOfSquares;
 pub use swiglu::swiglu;

@@ -7,7 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use polyhead_kernels::*;
 
 /// Numbers that are all different, on the autodiff device.
@@ -97,6 +97,11 @@ fn norms() {
         rms_norm(some([2, 3, 4]), some([5]), 1e-5)
     });
     refuses(&["rms_norm", "weight [3]"], || rms_norm(some([2, 4]), some([3]), 1e-5));
+    let norm = |channels| RmsNorm { weight: some([channels]), eps: 1e-5, dtype: DType::F32 };
+    refuses(&["add_rms_norm: weight must have", "weight [5]"], || add_rms_norm(some([2, 4]), None, norm(5)).1);
+    refuses(&["add_rms_norm: what is written must be of the shape of x", "written [1, 4]"], || {
+        add_rms_norm(some([2, 4]), Some(some([1, 4])), norm(4)).1
+    });
     refuses(&["layer_norm", "bias [3]"], || layer_norm(some([2, 4]), some([4]), some([3]), 1e-5));
     for [rows, channels] in [[0, 4], [3, 0]] {
         let (x, weight) = (some([rows, channels]), some([channels]));

@@ -366,7 +366,7 @@ impl Decoder {
             Some(expander) => expander.forward(hidden, self.config.norm_eps),
             None => hidden,
         };
-        in_type(self.norm.forward(hidden, self.config.norm_eps), self.computing.precision.dtype())
+        self.norm.of_sum(hidden, None, self.config.norm_eps, self.computing.precision.dtype()).1
     }
 
     /// `[batch, seq, d_model]`: what the attention of a layer reads, from the residual stream before it.

@@ -11,7 +11,7 @@ use polyhead_attention::{
     Adapters, Attended, Attention, AttentionConfig, Call, ConfigError, Cost, Dims, GaussianAdaptive,
     GaussianAdaptiveConfig, INIT_STD, Sites, StreamSite, linear, require, require_positive,
 };
-use polyhead_kernels::{gated_mlp, in_type, layer_norm, rms_norm, swiglu};
+use polyhead_kernels::{RmsNorm, add_rms_norm, gated_mlp, in_type, layer_norm, rms_norm, swiglu};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
@@ -275,6 +275,24 @@ impl Norm {
         }
     }
 
+    /// The residual stream with what is written to it added, and its norm as `dtype`, all `[batch, seq, d_model]`.
+    pub(crate) fn of_sum(
+        &self,
+        hidden: Tensor<3>,
+        written: Option<Tensor<3>>,
+        eps: f64,
+        dtype: DType,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if self.bias.is_none() {
+            return add_rms_norm(hidden, written, RmsNorm { weight: self.weight.val(), eps, dtype });
+        }
+        let sum = match written {
+            Some(written) => hidden + in_type(written, DType::F32),
+            None => hidden,
+        };
+        (sum.clone(), in_type(self.forward(sum, eps), dtype))
+    }
+
     /// `[batch, seq, 1]`: what the norm divides by, √(mean x² + ε), of a LayerNorm that of x without its mean.
     pub(crate) fn scale(&self, hidden: Tensor<3>, eps: f64) -> Tensor<3> {
         let centred = match self.bias {
@@ -362,21 +380,32 @@ impl Block {
         let (eps, inner, adapters, sites) = (config.norm_eps, computing.precision.dtype(), call.adapters, call.sites);
         let hidden = sites.stream(StreamSite::ResidPre, hidden);
         self.attention_norm.read_scale(sites, StreamSite::AttnScale, &hidden, eps);
-        let normed = self.attention_norm.forward(hidden.clone(), eps);
-        let attended = info_span!("attention").in_scope(|| self.attention.forward(in_type(normed, inner), call));
-        let written = in_type(attended.hidden, DType::F32);
+        let (hidden, normed) = self.attention_norm.of_sum(hidden, None, eps, inner);
+        let attended = info_span!("attention").in_scope(|| self.attention.forward(normed, call));
+        // Only the addition takes what the products give as it is.
+        let only_added = self.attention_gate.is_none() && computing.dropout == 0.0;
+        let written = match only_added && !sites.touch(&[StreamSite::AttnOut.into()]) {
+            true => attended.hidden,
+            false => in_type(attended.hidden, DType::F32),
+        };
         let written = match &self.attention_gate {
             Some(gate) => gate.forward(written, None).0,
             None => written,
         };
-        let written = sites.stream(StreamSite::AttnOut, written);
-        let mixed = sites.stream(StreamSite::ResidMid, hidden.clone() + dropout(written, computing.dropout));
-        let read = if config.parallel_residual { hidden } else { mixed.clone() };
-        let read = sites.stream(StreamSite::MlpIn, read);
-        self.mlp_norm.read_scale(sites, StreamSite::MlpScale, &read, eps);
-        let normed = self.mlp_norm.forward(read, eps);
+        let written = dropout(sites.stream(StreamSite::AttnOut, written), computing.dropout);
+        let read_as = if self.mlp.is_some() { inner } else { DType::F32 };
+        let between = [StreamSite::ResidMid, StreamSite::MlpIn, StreamSite::MlpScale].map(Into::into);
+        let (mixed, normed) = if config.parallel_residual || sites.touch(&between) {
+            let mixed = sites.stream(StreamSite::ResidMid, hidden.clone() + in_type(written, DType::F32));
+            let read = if config.parallel_residual { hidden } else { mixed.clone() };
+            let read = sites.stream(StreamSite::MlpIn, read);
+            self.mlp_norm.read_scale(sites, StreamSite::MlpScale, &read, eps);
+            (mixed, in_type(self.mlp_norm.forward(read, eps), read_as))
+        } else {
+            self.mlp_norm.of_sum(hidden, Some(written), eps, read_as)
+        };
         let written = match &self.mlp {
-            Some(mlp) => info_span!("feed-forward").in_scope(|| mlp.forward(in_type(normed, inner), adapters)),
+            Some(mlp) => info_span!("feed-forward").in_scope(|| mlp.forward(normed, adapters)),
             None => normed,
         };
         let written = sites.stream(StreamSite::MlpOut, in_type(written, DType::F32));

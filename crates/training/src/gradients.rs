@@ -3,6 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Gradients, Tensor};
+use polyhead_kernels::SumsOfSquares;
 
 /// The sum of the gradients of several backward passes.
 pub struct Sum<M> {
@@ -45,21 +46,17 @@ pub fn global_norm<M: Module>(grads: &GradientsParams, model: &M) -> f64 {
 
 /// By parameter, in the order of fields: the sum of the squares of its gradient, where it has one. One read from the device.
 pub(crate) fn squares<M: Module>(grads: &GradientsParams, model: &M) -> Vec<Option<f64>> {
-    struct Squares<'a>(&'a GradientsParams, Vec<Option<Tensor<1>>>);
+    struct Squares<'a>(&'a GradientsParams, SumsOfSquares, Vec<Option<usize>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.push(self.0.get::<D>(param.id).map(|grad| grad.square().sum()));
+            let grad = self.0.get::<D>(param.id);
+            self.2.push(grad.map(|grad| self.1.add(grad)));
         }
     }
-    let mut squares = Squares(grads, Vec::new());
+    let mut squares = Squares(grads, SumsOfSquares::default(), Vec::new());
     model.visit(&mut squares);
-    let there: Vec<Tensor<1>> = squares.1.iter().flatten().cloned().collect();
-    if there.is_empty() {
-        return vec![None; squares.1.len()];
-    }
-    let values = Tensor::cat(there, 0).into_data();
-    let mut values = values.iter::<f64>();
-    squares.1.iter().map(|square| square.as_ref().and_then(|_| values.next())).collect()
+    let sums = squares.1.read();
+    squares.2.iter().map(|place| place.map(|at| sums[at])).collect()
 }
 
 /// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by; a `max_norm` of 0 clips nothing.

@@ -1,5 +1,5 @@
-//! [`crate::rms_norm`]: a row is normalised by neighbouring units, forward and backward; the gradient of the weight is added up down
-//! the columns, in parts.
+//! [`crate::rms_norm`] and [`crate::add_rms_norm`]: a row is added, normalised and cast by neighbouring units, forward and backward; the
+//! gradient of the weight is added up down the columns, in parts.
 
 // A kernel is told everything one by one.
 #![allow(clippy::too_many_arguments)]
@@ -12,33 +12,100 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::launch::{Lanes, UNITS, addresses, cubes, element, empty, reduce_row, vector};
+use super::launch::{Lanes, UNITS, addresses, cubes, element, element_of, empty, reduce_row, vector};
 use crate::differentiable::{InputGrads, Wanted};
+use crate::precision::cast;
 
 /// Rows that a unit adds up at least, and cubes that share the rows at most: enough for any card, and few parts to add up. Chosen by us.
 const ROWS: usize = 32;
 const CUBES: usize = 1024;
 
-/// What the backward needs: x, the weight, and per row the reciprocal of its root mean square.
-pub(crate) type Kept = (CubeTensor, CubeTensor, CubeTensor);
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub(crate) struct Kept {
+    /// What was normalised.
+    x: CubeTensor,
+    weight: CubeTensor,
+    /// Per row the reciprocal of its root mean square.
+    inverses: CubeTensor,
+}
 
-pub(crate) fn forward(inputs: [CubeTensor; 2], eps: f32) -> (CubeTensor, Kept) {
-    let [x, weight] = inputs.map(into_contiguous);
+impl Kept {
+    /// The type of what was normalised.
+    pub(crate) fn dtype(&self) -> DType {
+        self.x.dtype
+    }
+}
+
+pub(crate) fn forward([x, weight]: [CubeTensor; 2], eps: f32) -> (CubeTensor, Kept) {
+    let dtype = x.dtype;
+    normalise([x, weight], None, eps, dtype)
+}
+
+/// Gradients of x and of the weight.
+pub(crate) fn backward(kept: Kept, y_grad: CubeTensor, [of_x, of_weight]: Wanted<2>) -> InputGrads<Cube, 2> {
+    let y_grad = into_contiguous(y_grad);
+    let x_grad = of_x.then(|| back_to_x(&kept, &y_grad, None, None).0);
+    [x_grad, of_weight.then(|| back_to_weight(&kept, &y_grad))]
+}
+
+/// The sum of x and what is written to it, if anything is, and its norm as `dtype`.
+pub(crate) fn add_and_normalise(
+    inputs: [CubeTensor; 2],
+    written: Option<CubeTensor>,
+    eps: f32,
+    dtype: DType,
+) -> ([CubeTensor; 2], Kept) {
+    let (y, kept) = normalise(inputs, written, eps, dtype);
+    ([kept.x.clone(), y], kept)
+}
+
+/// Gradients of x, of the weight, and of what was written, which was of type `narrow`, from those of the sum and of its norm.
+pub(crate) fn back_through_sum(
+    kept: Kept,
+    [sum_grad, y_grad]: [Option<CubeTensor>; 2],
+    [of_x, of_weight, of_written]: Wanted<3>,
+    narrow: DType,
+) -> InputGrads<Cube, 3> {
+    let [sum_grad, y_grad] = [sum_grad, y_grad].map(|grad| grad.map(into_contiguous));
+    let x = &kept.x;
+    let (x_grad, written_grad) = match (&y_grad, sum_grad) {
+        (Some(y_grad), others) if of_x || of_written => {
+            let narrow = Some(narrow).filter(|&narrow| of_written && narrow != x.dtype);
+            let (x_grad, narrowed) = back_to_x(&kept, y_grad, others, narrow);
+            (Some(x_grad.clone()), narrowed.or(Some(x_grad)))
+        }
+        (_, alone) => (alone.clone(), alone.filter(|_| of_written).map(|grad| cast::<Cube>(grad, narrow))),
+    };
+    let weight_grad = of_weight.then(|| match &y_grad {
+        Some(y_grad) => back_to_weight(&kept, y_grad),
+        None => Cube::float_zeros(kept.weight.shape(), &x.device, DType::F32.into()),
+    });
+    [x_grad.filter(|_| of_x), weight_grad, written_grad.filter(|_| of_written)]
+}
+
+/// The norm as `dtype`, of x or of its sum with `written`, which is kept.
+fn normalise(inputs: [CubeTensor; 2], written: Option<CubeTensor>, eps: f32, dtype: DType) -> (CubeTensor, Kept) {
+    let ([x, weight], written) = (inputs.map(into_contiguous), written.map(into_contiguous));
     let (rows, channels) = sizes(&x);
-    let (y, inverses) = (empty(&x, x.shape(), x.dtype), empty(&x, [rows], DType::F32));
+    let (y, inverses) = (empty(&x, x.shape(), dtype), empty(&x, [rows], DType::F32));
+    let sum = written.as_ref().map(|_| empty(&x, x.shape(), x.dtype));
     if rows * channels > 0 {
         let client = x.client.clone();
         let (vector, lanes) = (vector(channels), Lanes::of(&client, channels / vector(channels)));
+        let types = [element(&x), element(written.as_ref().unwrap_or(&x)), element(&y)];
         // Safe: a unit reads and writes rows below `rows`, vectors below `vectors`.
         unsafe {
-            normalise::launch_unchecked(
+            add_and_normalise_rows::launch_unchecked(
                 &client,
                 cubes(&client, rows.div_ceil(lanes.rows() as usize)),
                 CubeDim::new_1d(UNITS),
                 addresses(&[&x, &weight, &y]),
                 vector,
                 x.clone().into_buffer_arg(),
+                written.map(|written| written.into_buffer_arg()).into(),
                 weight.clone().into_buffer_arg(),
+                sum.clone().map(|sum| sum.into_buffer_arg()).into(),
                 y.clone().into_buffer_arg(),
                 inverses.clone().into_buffer_arg(),
                 rows,
@@ -46,29 +113,26 @@ pub(crate) fn forward(inputs: [CubeTensor; 2], eps: f32) -> (CubeTensor, Kept) {
                 eps,
                 lanes.row,
                 lanes.plane,
-                element(&x),
+                types,
             );
         }
     }
-    (y, (x, weight, inverses))
+    (y, Kept { x: sum.unwrap_or(x), weight, inverses })
 }
 
-/// Gradients of x and of the weight.
-pub(crate) fn backward(
-    (x, weight, inverses): Kept,
-    y_grad: CubeTensor,
-    [of_x, of_weight]: Wanted<2>,
-) -> InputGrads<Cube, 2> {
-    let y_grad = into_contiguous(y_grad);
-    let x_grad = of_x.then(|| back_to_x(&x, &weight, &inverses, &y_grad));
-    [x_grad, of_weight.then(|| back_to_weight(&x, &inverses, &y_grad))]
-}
-
-fn back_to_x(x: &CubeTensor, weight: &CubeTensor, inverses: &CubeTensor, y_grad: &CubeTensor) -> CubeTensor {
+/// The gradient of what was normalised, `others` added to it, and the same once more in the type `narrow`.
+fn back_to_x(
+    Kept { x, weight, inverses }: &Kept,
+    y_grad: &CubeTensor,
+    others: Option<CubeTensor>,
+    narrow: Option<DType>,
+) -> (CubeTensor, Option<CubeTensor>) {
     let (rows, channels) = sizes(x);
     let x_grad = empty(x, x.shape(), x.dtype);
+    let narrowed = narrow.map(|dtype| empty(x, x.shape(), dtype));
     if rows * channels > 0 {
         let (vector, lanes) = (vector(channels), Lanes::of(&x.client, channels / vector(channels)));
+        let types = [element(x), element(y_grad), element_of(narrow.unwrap_or(x.dtype))];
         // Safe: as in the forward.
         unsafe {
             normalise_back::launch_unchecked(
@@ -81,19 +145,21 @@ fn back_to_x(x: &CubeTensor, weight: &CubeTensor, inverses: &CubeTensor, y_grad:
                 weight.clone().into_buffer_arg(),
                 inverses.clone().into_buffer_arg(),
                 y_grad.clone().into_buffer_arg(),
+                others.map(|others| others.into_buffer_arg()).into(),
                 x_grad.clone().into_buffer_arg(),
+                narrowed.clone().map(|narrowed| narrowed.into_buffer_arg()).into(),
                 rows,
                 channels / vector,
                 lanes.row,
                 lanes.plane,
-                element(x),
+                types,
             );
         }
     }
-    x_grad
+    (x_grad, narrowed)
 }
 
-fn back_to_weight(x: &CubeTensor, inverses: &CubeTensor, y_grad: &CubeTensor) -> CubeTensor {
+fn back_to_weight(Kept { x, inverses, .. }: &Kept, y_grad: &CubeTensor) -> CubeTensor {
     let (rows, channels) = sizes(x);
     let vectors = channels / vector(channels);
     // Units of a cube: columns beside each other, and rows of parts.
@@ -117,7 +183,7 @@ fn back_to_weight(x: &CubeTensor, inverses: &CubeTensor, y_grad: &CubeTensor) ->
                 parts.clone().into_buffer_arg(),
                 rows,
                 vectors,
-                element(x),
+                [element(x), element(y_grad)],
             );
         }
     }
@@ -132,17 +198,19 @@ fn sizes(x: &CubeTensor) -> (usize, usize) {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn normalise<F: Float, N: Size>(
+fn add_and_normalise_rows<F: Float, W: Float, Y: Float, N: Size>(
     x: &[Vector<F, N>],
+    written: ComptimeOption<&[Vector<W, N>]>,
     weight: &[Vector<f32, N>],
-    y: &mut [Vector<F, N>],
+    mut sum: ComptimeOption<&mut [Vector<F, N>]>,
+    y: &mut [Vector<Y, N>],
     inverses: &mut [f32],
     rows: usize,
     vectors: usize,
     eps: f32,
     #[comptime] lanes: u32,
     #[comptime] plane: u32,
-    #[define(F)] _dtype: ElemType,
+    #[define(F, W, Y)] _types: [ElemType; 3],
 ) {
     let mut shared = Shared::<[f32]>::new_slice(UNITS as usize);
     let row = CUBE_POS * comptime!((UNITS / lanes) as usize) + (UNIT_POS / lanes) as usize;
@@ -153,18 +221,22 @@ fn normalise<F: Float, N: Size>(
     if row < rows {
         let mut at = lane;
         while at < vectors {
-            let value = Vector::<f32, N>::cast_from(x[start + at]);
+            let value = total(x, &written, start + at);
             squares += value * value;
             at += lanes_wide;
         }
     }
-    let sum = reduce_row(squares.vector_sum(), &mut shared, lanes, plane, false);
+    let squares = reduce_row(squares.vector_sum(), &mut shared, lanes, plane, false);
     if row < rows {
         let channels = f32::cast_from(vectors * N::value());
-        let inverse = 1.0f32 / (sum / channels + eps).sqrt();
+        let inverse = 1.0f32 / (squares / channels + eps).sqrt();
         let mut at = lane;
         while at < vectors {
-            let value = Vector::<f32, N>::cast_from(x[start + at]);
+            let value = total(x, &written, start + at);
+            #[comptime]
+            if let ComptimeOption::Some(sum) = &mut sum {
+                sum[start + at] = Vector::cast_from(value);
+            }
             y[start + at] = Vector::cast_from(value * Vector::new(inverse) * weight[at]);
             at += lanes_wide;
         }
@@ -174,19 +246,39 @@ fn normalise<F: Float, N: Size>(
     }
 }
 
-/// With `n = x / rms`: `(w y' - n mean(w y' n)) / rms`.
+/// What is normalised: the sum as it is kept, rounded to its type.
+#[cube]
+fn total<F: Float, W: Float, N: Size>(
+    x: &[Vector<F, N>],
+    written: &ComptimeOption<&[Vector<W, N>]>,
+    at: usize,
+) -> Vector<f32, N> {
+    let value = Vector::<f32, N>::cast_from(x[at]);
+    #[comptime]
+    match written {
+        ComptimeOption::Some(written) => {
+            let value = value + Vector::<f32, N>::cast_from(written[at]);
+            Vector::<f32, N>::cast_from(Vector::<F, N>::cast_from(value))
+        }
+        ComptimeOption::None => value,
+    }
+}
+
+/// With `n = x / rms`: `(w y' - n mean(w y' n)) / rms`, and `others`.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn normalise_back<F: Float, N: Size>(
+fn normalise_back<F: Float, Y: Float, W: Float, N: Size>(
     x: &[Vector<F, N>],
     weight: &[Vector<f32, N>],
     inverses: &[f32],
-    y_grad: &[Vector<F, N>],
+    y_grad: &[Vector<Y, N>],
+    others: ComptimeOption<&[Vector<F, N>]>,
     x_grad: &mut [Vector<F, N>],
+    mut narrowed: ComptimeOption<&mut [Vector<W, N>]>,
     rows: usize,
     vectors: usize,
     #[comptime] lanes: u32,
     #[comptime] plane: u32,
-    #[define(F)] _dtype: ElemType,
+    #[define(F, Y, W)] _types: [ElemType; 3],
 ) {
     let mut shared = Shared::<[f32]>::new_slice(UNITS as usize);
     let row = CUBE_POS * comptime!((UNITS / lanes) as usize) + (UNIT_POS / lanes) as usize;
@@ -204,15 +296,24 @@ fn normalise_back<F: Float, N: Size>(
             at += lanes_wide;
         }
     }
-    let sum = reduce_row(products.vector_sum(), &mut shared, lanes, plane, false);
+    let products = reduce_row(products.vector_sum(), &mut shared, lanes, plane, false);
     if row < rows {
         let channels = f32::cast_from(vectors * N::value());
-        let slope = sum * inverse * inverse / channels;
+        let slope = products * inverse * inverse / channels;
         let mut at = lane;
         while at < vectors {
             let value = Vector::<f32, N>::cast_from(x[start + at]);
             let grad = Vector::<f32, N>::cast_from(y_grad[start + at]) * weight[at];
-            x_grad[start + at] = Vector::cast_from((grad - value * Vector::new(slope)) * Vector::new(inverse));
+            let mut grad = (grad - value * Vector::new(slope)) * Vector::new(inverse);
+            #[comptime]
+            if let ComptimeOption::Some(others) = &others {
+                grad += Vector::<f32, N>::cast_from(others[start + at]);
+            }
+            x_grad[start + at] = Vector::cast_from(grad);
+            #[comptime]
+            if let ComptimeOption::Some(narrowed) = &mut narrowed {
+                narrowed[start + at] = Vector::cast_from(grad);
+            }
             at += lanes_wide;
         }
     }
@@ -220,14 +321,14 @@ fn normalise_back<F: Float, N: Size>(
 
 /// A unit adds up a column of its rows: every so many-th, so that neighbours read what lies together.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn weight_back<F: Float, N: Size>(
+fn weight_back<F: Float, Y: Float, N: Size>(
     x: &[Vector<F, N>],
     inverses: &[f32],
-    y_grad: &[Vector<F, N>],
+    y_grad: &[Vector<Y, N>],
     parts: &mut [Vector<f32, N>],
     rows: usize,
     vectors: usize,
-    #[define(F)] _dtype: ElemType,
+    #[define(F, Y)] _types: [ElemType; 2],
 ) {
     let column = (CUBE_POS_X * CUBE_DIM_X + UNIT_POS_X) as usize;
     let part = (CUBE_POS_Y * CUBE_DIM_Y + UNIT_POS_Y) as usize;
