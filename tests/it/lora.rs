@@ -99,7 +99,10 @@ fn weights_beside_which_pairs_are_trained_may_be_rounded_and_stay_so() {
         let adapter = |run: &str| world.read(&format!("{run}/step-00000012/adapter.safetensors"));
         assert!(adapter(&whole) == adapter(&parts), "{base}: a resumed run differs");
         assert!(adapter(&whole) != adapter(&exact), "{base}: nothing was rounded");
-        // Whoever reads the run reads rounded weights, in whichever type.
+        // Whoever reads the run reads rounded weights, in whichever type: here with pairs that have learned nothing.
+        let still = format!("{base}-still");
+        tune(&world, base, &still, &[rounded[0], "training.steps=1", "optimizer.adamw.lr=0.0"]);
+        assert!(logits(&world, &[&still]) != logits(&world, &[base]), "{base}: read without rounding");
         world.succeeds(&["export", &whole, "--out", &format!("{base}-merged")]);
         assert_eq!(logits(&world, &[&format!("{base}-merged")]), logits(&world, &[&whole]));
         world.succeeds(&["eval", &whole]);
