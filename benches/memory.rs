@@ -54,6 +54,11 @@ fn main() -> Outcome<()> {
         ("softmax", decoder, with(&wide, &[])),
         ("softmax, two forward passes a step", decoder, with(&wide, &["training.gradient_accumulation_steps=2"])),
         ("softmax, layers run again", decoder, with(&wide, &["training.activation_checkpointing=\"block\""])),
+        (
+            "softmax, layers updated in the backward pass",
+            decoder,
+            with(&wide, &["training.optimizer_in_backward=true", "training.max_norm=0"]),
+        ),
         ("vision transformer", classifier, vec!["training.batch_size=64"]),
     ];
     let text = folder.path().join("text.txt");
@@ -82,6 +87,8 @@ fn main() -> Outcome<()> {
         let recipe = tune(model, "pretrained.toml", "seq_len = 128\nbatch_size = 4\n")?.to_string_lossy().into_owned();
         tell("LoRA of the pretrained model", &recipe, &[LORA])?;
         tell("all weights of the pretrained model", &recipe, &[])?;
+        let early = ["training.optimizer_in_backward=true", "training.max_norm=0"];
+        tell("all weights of the pretrained model, updated in the backward pass", &recipe, &early)?;
     }
     match apart {
         0 => Ok(()),

@@ -16,7 +16,7 @@ use polyhead_attention::sparse::boundaries::{BoundaryPredictor, PredictorConfig}
 use polyhead_attention::{
     Adapter, Adapters, Attention, Cache, Call, INIT_STD, Mask, Observation, Observe, Rope, Sites, frequencies, linear,
 };
-use polyhead_kernels::{embedding, in_type, random};
+use polyhead_kernels::{BackwardHook, embedding, in_type, on_backward, random};
 use tracing::info_span;
 
 use crate::adapters::Lora;
@@ -71,6 +71,8 @@ pub struct Decoder {
     intervention: Option<Arc<Intervention>>,
     #[module(skip)]
     pub(crate) computing: Computing,
+    #[module(skip)]
+    hook: Option<BackwardHook>,
 }
 
 /// What a pass through the layers is told.
@@ -145,6 +147,7 @@ impl DecoderConfig {
             gate: None,
             intervention: None,
             computing: Computing::default(),
+            hook: None,
         }
     }
 }
@@ -228,6 +231,11 @@ impl Decoder {
     /// The model that keeps other activations while it is trained.
     pub fn with_checkpointing(self, checkpointing: ActivationCheckpointing) -> Self {
         Self { computing: Computing { checkpointing, ..self.computing }, ..self }
+    }
+
+    /// The model that calls `hook` with the number of each layer once the backward pass has gone through it.
+    pub fn with_hook(self, hook: BackwardHook) -> Self {
+        Self { hook: Some(hook), ..self }
     }
 
     /// The model whose loss has the overlap of its heads in it, with this weight while it trains; see
@@ -415,6 +423,9 @@ impl Decoder {
                 adapters: Adapters(&all),
                 ..Call::new(mask)
             };
+            if let Some(hook) = &self.hook {
+                hidden = on_backward(hidden, index, hook);
+            }
             let attended = pass.forward(&self.layers[index], hidden, call, &self.transformer, self.computing);
             hidden = attended.hidden;
             penalties.extend(attended.penalty);

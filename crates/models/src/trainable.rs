@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use polyhead_attention::{Mask, Observation, Observe};
+use polyhead_kernels::BackwardHook;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -39,6 +40,12 @@ pub trait Trainable: Module + 'static {
     /// have none.
     fn follow(&mut self, found: Vec<Tensor<2>>) {
         let _ = found;
+    }
+
+    /// The model that calls `hook` with the number of each layer once the backward pass has gone through it, if it is of a kind that does.
+    fn with_hook(self, hook: BackwardHook) -> Self {
+        let _ = hook;
+        self
     }
 
     /// The loss of a batch, differentiable. `context` is for models whose batches are conversations: what tokens of a
@@ -174,6 +181,10 @@ impl Trainable for Decoder {
 
     fn n_layers(&self) -> usize {
         self.layers.len()
+    }
+
+    fn with_hook(self, hook: BackwardHook) -> Self {
+        self.with_hook(hook)
     }
 
     fn loss_under(&self, batch: &Batch, context: ContextMask) -> Loss {

@@ -10,7 +10,7 @@ use polyhead_models::{
     ActivationCheckpointing, ClassifierConfig, ConfigError, ContextMask, DecoderConfig, InputShape, LossConfig,
     Precision, broken, require,
 };
-use polyhead_training::config::{OptimizerConfig, ParallelMode};
+use polyhead_training::config::{OnNonfinite, OptimizerConfig, ParallelMode};
 use polyhead_training::neuron_dropout::{Mode, NO_EPOCHS, NeuronDropoutConfig, Select, Unit, weights_stay};
 use polyhead_training::{AttentionShiftingConfig, FreezeConfig, ProcedureConfig};
 
@@ -182,6 +182,9 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         let without =
             layers.filter_map(|layer| decoder?.attention.of_layer(layer)?.absent(QuerySite::Weights.into())).next();
         rule(without.is_none(), key, format!("{key} takes maps of heads: {}", without.unwrap_or_default()));
+    }
+    if training.optimizer_in_backward {
+        problems.extend(validate_optimizer_in_backward(recipe));
     }
     rule(
         recipe.parallel.mode == ParallelMode::Data || recipe.parallel.is_default(),
@@ -453,6 +456,48 @@ fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig
         );
     }
     problems
+}
+
+/// The rules of updating layers while the backward pass goes on.
+fn validate_optimizer_in_backward(recipe: &Recipe) -> Vec<ConfigError> {
+    let Recipe { procedure, training, model, parallel, .. } = recipe;
+    let key = "training.optimizer_in_backward";
+    let rules = [
+        (matches!(model, ModelConfig::Decoder { .. }), format!("{key} is for decoders")),
+        (
+            matches!(procedure, ProcedureConfig::Standard(_)),
+            format!("{key} is for procedure.standard: procedure.{} does more with gradients", procedure.name()),
+        ),
+        (
+            training.max_norm == 0.0,
+            format!(
+                "{key} updates layers before the norm of all gradients is known, so that training.max_norm ({}) must be 0",
+                training.max_norm
+            ),
+        ),
+        (
+            training.gradient_accumulation_steps == 1,
+            format!(
+                "{key} updates layers in every backward pass, so that training.gradient_accumulation_steps ({}) must be 1",
+                training.gradient_accumulation_steps
+            ),
+        ),
+        (
+            training.on_nonfinite == OnNonfinite::Stop,
+            format!(
+                "{key} cannot leave a step out that has begun to update layers: training.on_nonfinite must be \"stop\""
+            ),
+        ),
+        (
+            training.precision == Precision::F32,
+            format!(
+                "{key} saves nothing where products read rounded copies of the weights, whose gradients come last: \
+                 training.precision must be \"f32\""
+            ),
+        ),
+        (parallel.mode == ParallelMode::None, format!("{key} is for one process: parallel.mode must be \"none\"")),
+    ];
+    broken(rules.map(|(holds, words)| (holds, key, words)))
 }
 
 /// The rules of recipes for models that are no transformers and are trained in the plain way.

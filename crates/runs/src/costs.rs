@@ -1,5 +1,7 @@
 //! What a recipe costs besides time, computed from its settings.
 
+use std::collections::BTreeMap;
+
 use polyhead_attention::Cost;
 use polyhead_models::weights::layer_of;
 use polyhead_models::{ActivationCheckpointing, Parameter, Part, Sizes};
@@ -102,7 +104,7 @@ impl Totals {
 pub struct Memory {
     /// The model's weights.
     pub weights: u64,
-    /// Gradients of what is trained.
+    /// Gradients of what is trained, as many as are there at once.
     pub gradients: u64,
     /// What the optimizer keeps of what is trained.
     pub moments: u64,
@@ -165,7 +167,7 @@ impl Costs {
             OptimizerConfig::Muon(_) if layer_of(&one.name).is_some() => bytes(one.elements()),
             _ => 2 * bytes(one.elements()),
         };
-        let gradients = trained().map(|one| bytes(one.elements())).sum();
+        let gradients = gradients_at_once(recipe, trained().map(|one| (layer_of(&one.name), bytes(one.elements()))));
         // A tied one is the embedding.
         let head = ["head.weight", "embedding.weight"].map(|name| parameters.iter().find(|one| one.name == name));
         let head = head.into_iter().flatten().next().filter(|one| one.trainable);
@@ -193,7 +195,8 @@ impl Costs {
     pub fn least_bytes(&self, recipe: &Recipe) -> u64 {
         let part = recipe.lora.is_some() || trains_intervention(recipe) || recipe.freeze != FreezeConfig::default();
         let moments = if matches!(recipe.optimizer, OptimizerConfig::Muon(_)) { 1 } else { 2 };
-        let numbers = if part { 1 } else { 2 + moments };
+        let gradients = if recipe.training.optimizer_in_backward { 0 } else { 1 };
+        let numbers = if part { 1 } else { 1 + gradients + moments };
         self.totals.parameters.saturating_mul(4 * numbers).saturating_add(self.activation_bytes)
     }
 
@@ -201,6 +204,19 @@ impl Costs {
     pub fn training_flops(&self) -> f64 {
         3.0 * self.totals.flops_per_token as f64 * self.tokens as f64
     }
+}
+
+/// Of these gradients, by layer, the bytes of those that are there at once: all, or those of no layer and of the largest one.
+fn gradients_at_once(recipe: &Recipe, all: impl Iterator<Item = (Option<usize>, u64)>) -> u64 {
+    let mut by_layer = BTreeMap::<Option<usize>, u64>::new();
+    for (layer, bytes) in all {
+        *by_layer.entry(layer).or_default() += bytes;
+    }
+    if !recipe.training.optimizer_in_backward {
+        return by_layer.into_values().sum();
+    }
+    let of_no_layer = by_layer.remove(&None).unwrap_or(0);
+    of_no_layer + by_layer.into_values().max().unwrap_or(0)
 }
 
 /// Tokens (for classifiers: examples) of a step.

@@ -46,6 +46,11 @@ pub struct TrainingConfig {
     /// reads and runs the layer again, which takes less memory and more time, and gives the same weights to the bit.
     #[serde(default, skip_serializing_if = "keeps_all")]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// Update each layer of a decoder as soon as the backward pass has gone through it, and give up its gradients, so that those of one
+    /// layer and of the embedding are there at once. The same weights to the bit, without clipping (max_norm = 0) and accumulation.
+    /// Default: false.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub optimizer_in_backward: bool,
     /// Weight of a mechanism's auxiliary loss, where it has one. Default: 0.01.
     #[serde(default = "penalty_weight")]
     pub penalty_weight: f64,
@@ -57,6 +62,10 @@ pub struct TrainingConfig {
 
 fn keeps_all(checkpointing: &ActivationCheckpointing) -> bool {
     *checkpointing == ActivationCheckpointing::None
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn one() -> usize {

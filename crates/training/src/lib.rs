@@ -16,6 +16,7 @@ mod freeze;
 pub mod fusion;
 pub mod gradients;
 pub mod image;
+mod in_backward;
 mod memory;
 pub mod neuron_dropout;
 pub mod optimizer;

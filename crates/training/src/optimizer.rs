@@ -70,7 +70,17 @@ impl Optimizer {
 
     /// The model after one update with `grads`.
     pub fn step<M: Module>(&mut self, model: M, grads: &mut GradientsParams, update: Update) -> M {
+        self.begin();
+        self.apply(model, grads, update)
+    }
+
+    /// Begins an update, of which parameters may get their parts at different times.
+    pub(crate) fn begin(&mut self) {
         self.steps += 1;
+    }
+
+    /// The model whose parameters have got their parts of the update, where there are gradients.
+    pub(crate) fn apply<M: Module>(&mut self, model: M, grads: &mut GradientsParams, update: Update) -> M {
         map_parameters(model, Step { optimizer: self, grads, update }).0
     }
 

@@ -131,6 +131,8 @@ pub struct StepReport {
     pub skipped: bool,
     /// Whether it is to end the run besides: then nothing of the procedure has moved either.
     pub refused: bool,
+    /// Whether some layers had been updated before what is not finite was found, so that this is no state to go on from.
+    pub torn: bool,
     /// Further numbers of the procedure, by their names in the logs: `bilevel/inner_loss`, ...
     pub measured: Vec<(String, f64)>,
     /// Further things to see, by their names in TensorBoard.

@@ -212,7 +212,8 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         let (model, mut report) = self.procedure.step(model, &batches, &context)?;
         if report.refused {
             let StepReport { loss, grad_norm, .. } = report;
-            return Err(TrainError::Nonfinite { step, loss, grad_norm, kept: self.kept(&model) });
+            let kept = if report.torn { self.kept_before_tearing() } else { self.kept(&model) };
+            return Err(TrainError::Nonfinite { step, loss, grad_norm, kept });
         }
 
         let micros = started.elapsed().as_micros() as u64;
@@ -433,6 +434,17 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
             Ok(path) => format!("The state after step {step} is saved in {}.", path.display()),
             Err(error) => format!("The state after step {step} could not be saved: {error}"),
         }
+    }
+
+    /// Where a run goes on from whose model is half updated, in words.
+    fn kept_before_tearing(&self) -> String {
+        let last = match &self.saved {
+            Some(path) => format!("the last state that is saved is {}", path.display()),
+            None => "nothing is saved".into(),
+        };
+        format!(
+            "Layers had been updated by then (training.optimizer_in_backward), so that this state is not kept: {last}."
+        )
     }
 
     /// An error that ends the run, which is saved before.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::config::TrainingConfig;
 use crate::engagement::WatchesAttention;
+use crate::in_backward::Parts;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
 use crate::update::{Step, Updater};
@@ -34,6 +35,22 @@ impl Standard {
     }
 }
 
+impl Standard {
+    /// A step of one pass, each of whose layers is updated as soon as the backward pass has gone through it.
+    fn step_in_backward<M: WatchesAttention>(
+        &mut self,
+        mut model: M,
+        batch: &M::Batch,
+        context: &StepContext<'_>,
+    ) -> (M, StepReport) {
+        let (mut step, parts) = (Step::new(context), Parts::new());
+        let mut loss = model.clone().with_hook(parts.hook()).loss_under(batch, self.context_mask);
+        model.follow(std::mem::take(&mut loss.found));
+        let objective = step.objective(loss, batch, self.updater.penalty_weight);
+        self.updater.finish_in_backward(model, step, objective, parts)
+    }
+}
+
 impl<M: WatchesAttention> Procedure<M> for Standard {
     fn step(
         &mut self,
@@ -41,6 +58,9 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         batches: &[M::Batch],
         context: &StepContext<'_>,
     ) -> Result<(M, StepReport), TrainError> {
+        if let ([batch], true) = (batches, self.updater.in_backward) {
+            return Ok(self.step_in_backward(model, batch, context));
+        }
         let mut step = Step::new(context);
         for batch in batches {
             step.begin_pass(&model);

@@ -8,8 +8,9 @@ use polyhead_models::{Decoder, Evaluated, Loss, TrainBatch, Trainable};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::config::{OnNonfinite, TrainingConfig};
+use crate::config::{OnNonfinite, OptimizerConfig, TrainingConfig};
 use crate::gradients::{backward, clip_factor};
+use crate::in_backward::{Parts, Updated};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{StepContext, StepReport};
 use crate::sharding::{Reduction, gather_weights};
@@ -105,11 +106,35 @@ impl<'a, M: Trainable> Step<'a, M> {
     }
 }
 
+/// What a step tells whose passes had these losses, and its gradients this norm.
+fn report(
+    context: &StepContext<'_>,
+    losses: Vec<PassLosses>,
+    mut measured: Vec<(String, f64)>,
+    grad_norm: f64,
+) -> StepReport {
+    let StepContext { targets, ranks, .. } = *context;
+    let losses = ranks.in_order(losses);
+    let loss = losses.iter().fold(0.0, |sum, pass| sum + pass.sum) / targets.max(1) as f64;
+    let total = |of: fn(&PassLosses) -> Option<f64>| losses.iter().filter_map(of).reduce(|sum, part| sum + part);
+    let (penalty, overlap) = (total(|pass| pass.penalty), total(|pass| pass.overlap));
+    let mut sources = BTreeMap::<String, Evaluated>::new();
+    for (source, sums) in losses.into_iter().flat_map(|pass| pass.sources) {
+        sources.entry(source).or_default().add(sums);
+    }
+    let of_source = |(name, sums): (String, Evaluated)| (format!("loss/train/{name}"), sums.mean_loss());
+    measured.extend(sources.into_iter().map(of_source));
+    measured.extend(overlap.map(|overlap| ("loss/head_overlap".to_owned(), overlap)));
+    StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() }
+}
+
 /// The optimiser, and what is done to gradients before it.
 #[derive(Debug)]
 pub(crate) struct Updater {
     pub(crate) optimizer: Optimizer,
     pub(crate) penalty_weight: f64,
+    /// Whether layers are updated while the backward pass goes on.
+    pub(crate) in_backward: bool,
     max_norm: f64,
     on_nonfinite: OnNonfinite,
 }
@@ -117,36 +142,50 @@ pub(crate) struct Updater {
 impl Updater {
     /// An optimiser, fresh or with the state of an earlier session.
     pub(crate) fn new(optimizer: Optimizer, training: &TrainingConfig) -> Self {
-        let TrainingConfig { max_norm, on_nonfinite, penalty_weight, .. } = *training;
-        Self { optimizer, penalty_weight, max_norm, on_nonfinite }
+        let TrainingConfig { max_norm, on_nonfinite, penalty_weight, optimizer_in_backward: in_backward, .. } =
+            *training;
+        Self { optimizer, penalty_weight, in_backward, max_norm, on_nonfinite }
     }
 
     /// Ends a step: clipped by the global norm, one update; none if something is not finite.
     pub(crate) fn finish<M: Module>(&mut self, model: M, step: Step<'_, M>) -> Result<(M, StepReport), TrainError> {
         let _span = tracing::info_span!("optimizer").entered();
-        let StepContext { passes, targets, lr, ranks, .. } = *step.context;
-        let grads = step.grads.finish(&model, passes);
+        let Step { context, losses, grads, square_beside, measured } = step;
+        let StepContext { passes, lr, ranks, .. } = *context;
+        let grads = grads.finish(&model, passes);
         let grad_norm = grads.global_norm(&model, ranks);
-        let losses = ranks.in_order(step.losses);
-        let loss = losses.iter().fold(0.0, |sum, pass| sum + pass.sum) / targets.max(1) as f64;
-        let total = |of: fn(&PassLosses) -> Option<f64>| losses.iter().filter_map(of).reduce(|sum, part| sum + part);
-        let (penalty, overlap, mut measured) = (total(|pass| pass.penalty), total(|pass| pass.overlap), step.measured);
-        let mut sources = BTreeMap::<String, Evaluated>::new();
-        for (source, sums) in losses.into_iter().flat_map(|pass| pass.sources) {
-            sources.entry(source).or_default().add(sums);
-        }
-        let of_source = |(name, sums): (String, Evaluated)| (format!("loss/train/{name}"), sums.mean_loss());
-        measured.extend(sources.into_iter().map(of_source));
-        measured.extend(overlap.map(|overlap| ("loss/head_overlap".to_owned(), overlap)));
-        let mut report = StepReport { loss, penalty, grad_norm, targets, measured, ..StepReport::default() };
-        if !(loss.is_finite() && grad_norm.is_finite() && step.square_beside.is_finite()) {
+        let mut report = report(context, losses, measured, grad_norm);
+        if !(report.loss.is_finite() && grad_norm.is_finite() && square_beside.is_finite()) {
             (report.skipped, report.refused) = (true, self.on_nonfinite == OnNonfinite::Stop);
             return Ok((model, report));
         }
-        let scale = clip_factor((grad_norm * grad_norm + step.square_beside).sqrt(), self.max_norm);
+        let scale = clip_factor((grad_norm * grad_norm + square_beside).sqrt(), self.max_norm);
         let mut grads = grads.for_update(&model, ranks);
         let model = self.optimizer.step(model, &mut grads, Update { lr, scale });
         let model = if ranks.shards_optimizer() { gather_weights(model, ranks) } else { model };
         Ok((model, report))
+    }
+
+    /// Ends a step of one pass by its backward pass, in which the layers are updated: not clipped; no update if the loss is not finite,
+    /// and none any more behind a gradient that is not.
+    pub(crate) fn finish_in_backward<M: Module + 'static>(
+        &mut self,
+        model: M,
+        step: Step<'_, M>,
+        objective: Tensor<1>,
+        parts: Parts<M>,
+    ) -> (M, StepReport) {
+        let Step { context, losses, measured, .. } = step;
+        let report = report(context, losses, measured, f64::NAN);
+        if !report.loss.is_finite() {
+            return (model, StepReport { skipped: true, refused: true, ..report });
+        }
+        let optimizer = std::mem::replace(&mut self.optimizer, Optimizer::new(OptimizerConfig::default()));
+        let update = Update { lr: context.lr, scale: 1.0 };
+        let Updated { model, optimizer, grad_norm, updated } =
+            parts.run(model, optimizer, update, || backward(objective));
+        self.optimizer = optimizer;
+        let broken = !grad_norm.is_finite();
+        (model, StepReport { grad_norm, skipped: broken, refused: broken, torn: broken && updated, ..report })
     }
 }
