@@ -50,9 +50,24 @@ def adapted(model, rank, alpha, targets):
         return model
 
 
+def update_in_backward(learned):
+    """Every parameter is updated as soon as its gradient is there, which is freed then; nothing is clipped."""
+    optimizers = {p: torch.optim.AdamW([p], lr=0.0) for p in learned}
+
+    def update(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad(set_to_none=True)
+
+    for p in learned:
+        p.register_post_accumulate_grad_hook(update)
+
+
 def train(model):
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=0.0)
+    optimizer = None if work["frugal"] else torch.optim.AdamW(learned, lr=0.0)
+    if work["frugal"]:
+        update_in_backward(learned)
+        model.gradient_checkpointing_enable()
     tokens, targets = (torch.tensor(work[key]).view(work["batch"], work["seq"]) for key in ("tokens", "targets"))
     if "--compile" in sys.argv:
         model = torch.compile(model)
@@ -62,9 +77,10 @@ def train(model):
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
         first = loss.item() if first is None else first
     return seconds, first
@@ -83,7 +99,7 @@ def evaluate(model):
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 loss, task = None, work["task"]
-if task in ("lora", "full", "pretrain"):
+if work["trains"]:
     model.train()
     learned = adapted(model, work["rank"], work["alpha"], work["targets_of_lora"]) if work["adapters"] else model
     seconds, loss = train(learned)

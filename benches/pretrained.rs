@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use super::{Measured, Outcome, median, polyhead, text, watched};
 
 /// What is measured: its name, what is done, rows and tokens of each.
-const TASKS: [(&str, Kind, [usize; 2]); 7] = [
-    ("lora", Kind::Train { adapters: true }, [4, 128]),
-    ("full", Kind::Train { adapters: false }, [4, 128]),
-    ("pretrain", Kind::Train { adapters: false }, [1, 1024]),
+const TASKS: [(&str, Kind, [usize; 2]); 9] = [
+    ("lora", Kind::Train { adapters: true, frugal: false }, [4, 128]),
+    ("full", Kind::Train { adapters: false, frugal: false }, [4, 128]),
+    ("full, least memory", Kind::Train { adapters: false, frugal: true }, [4, 128]),
+    ("pretrain", Kind::Train { adapters: false, frugal: false }, [1, 1024]),
+    ("pretrain, least memory", Kind::Train { adapters: false, frugal: true }, [1, 1024]),
     ("load", Kind::Load, [1, 16]),
     ("generate", Kind::Generate, [1, 16]),
     ("prefill", Kind::Prefill, [1, 16]),
@@ -32,6 +34,9 @@ const REPEATED: usize = 136;
 enum Kind {
     Train {
         adapters: bool,
+        /// In as little memory as either side knows: layers are run again for the backward pass, in which parameters are updated, without
+        /// clipping.
+        frugal: bool,
     },
     /// To the first token.
     Load,
@@ -96,7 +101,8 @@ pub fn compare(model: &Path, python: Option<&Path>, folder: &Path, args: &super:
         for threads in [1, 2] {
             let bench = Bench { model, python, folder, steps, threads };
             let spec = bench.specify(task, kind, shape)?;
-            let compiled = !args.no_compile && matches!(kind, Kind::Train { .. });
+            // Hooks of parameters are not for compiled models.
+            let compiled = !args.no_compile && matches!(kind, Kind::Train { frugal: false, .. });
             let mut sides = vec![(Side::Polyhead, Measured::default())];
             if python.is_some() {
                 sides.push((Side::Transformers, Measured::default()));
@@ -140,13 +146,19 @@ fn rows(task: &str, threads: usize, sides: &[(Side, Measured)]) -> String {
 impl Bench<'_> {
     fn recipe(&self, kind: Kind, spec: &Value) -> String {
         let lora = match kind {
-            Kind::Train { adapters: false } => String::new(),
+            Kind::Train { adapters: false, .. } => String::new(),
             _ => format!(
                 "[lora]\nrank = {RANK}\nalpha = {ALPHA}\ntargets = [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\"]\n"
             ),
         };
+        let frugal = match kind {
+            Kind::Train { frugal: true, .. } => {
+                "optimizer_in_backward = true\nmax_norm = 0\nactivation_checkpointing = \"block\"\n"
+            }
+            _ => "",
+        };
         format!(
-            "[model]\npretrained = {:?}\n[data.text]\npaths = [{:?}]\n[training]\nsteps = {}\nseq_len = {}\nbatch_size = {}\n{lora}\
+            "[model]\npretrained = {:?}\n[data.text]\npaths = [{:?}]\n[training]\nsteps = {}\nseq_len = {}\nbatch_size = {}\n{frugal}{lora}\
              [optimizer.adamw]\nlr = 0.0\n[validation]\nbatches = 1\n[checkpoint]\ninterval = 0\n\
              [metrics]\nlog_freq = 1\ntensorboard = false\nobserve = false\n",
             text(self.model),
@@ -159,9 +171,10 @@ impl Bench<'_> {
 
     /// Describes a task to both sides: `work.json`, and for training `recipe.toml`.
     fn specify(&self, task: &str, kind: Kind, [batch, seq]: [usize; 2]) -> Outcome<Value> {
-        let adapters = kind == Kind::Train { adapters: true };
+        let adapters = matches!(kind, Kind::Train { adapters: true, .. });
+        let (trains, frugal) = (matches!(kind, Kind::Train { .. }), matches!(kind, Kind::Train { frugal: true, .. }));
         let mut spec = json!({
-            "task": task, "adapters": adapters, "batch": batch, "seq": seq, "steps": self.steps, "threads": self.threads,
+            "task": task, "trains": trains, "adapters": adapters, "frugal": frugal, "batch": batch, "seq": seq, "steps": self.steps, "threads": self.threads,
             "new": NEW, "rank": RANK, "alpha": ALPHA, "targets_of_lora": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "text": text(&self.folder.join("short.txt")), "prompt": text(&self.folder.join("prompt.txt")),
         });

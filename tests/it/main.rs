@@ -75,6 +75,7 @@ mod matrix;
 mod media;
 mod mixture;
 mod neuron_dropout;
+mod optimizer_in_backward;
 mod pages;
 mod precision;
 mod pretrained;

@@ -184,7 +184,9 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
         rule(without.is_none(), key, format!("{key} takes maps of heads: {}", without.unwrap_or_default()));
     }
     if training.optimizer_in_backward {
-        problems.extend(validate_optimizer_in_backward(recipe));
+        for (holds, words) in rules_of_optimizer_in_backward(recipe) {
+            rule(holds, "training.optimizer_in_backward", words);
+        }
     }
     rule(
         recipe.parallel.mode == ParallelMode::Data || recipe.parallel.is_default(),
@@ -459,10 +461,10 @@ fn validate_attention_shifting(recipe: &Recipe, config: &AttentionShiftingConfig
 }
 
 /// The rules of updating layers while the backward pass goes on.
-fn validate_optimizer_in_backward(recipe: &Recipe) -> Vec<ConfigError> {
+fn rules_of_optimizer_in_backward(recipe: &Recipe) -> [(bool, String); 7] {
     let Recipe { procedure, training, model, parallel, .. } = recipe;
     let key = "training.optimizer_in_backward";
-    let rules = [
+    [
         (matches!(model, ModelConfig::Decoder { .. }), format!("{key} is for decoders")),
         (
             matches!(procedure, ProcedureConfig::Standard(_)),
@@ -496,8 +498,7 @@ fn validate_optimizer_in_backward(recipe: &Recipe) -> Vec<ConfigError> {
             ),
         ),
         (parallel.mode == ParallelMode::None, format!("{key} is for one process: parallel.mode must be \"none\"")),
-    ];
-    broken(rules.map(|(holds, words)| (holds, key, words)))
+    ]
 }
 
 /// The rules of recipes for models that are no transformers and are trained in the plain way.

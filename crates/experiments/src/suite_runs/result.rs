@@ -279,12 +279,11 @@ mod tests {
     use polyhead_models::weights::{FrozenDtype, NonFinite};
     use polyhead_runs::Caller;
 
-    use super::super::plan::plan;
+    use super::super::plan::{SuitePlan, plan};
     use super::*;
     use crate::suites::SUITES;
 
-    #[test]
-    fn stored_references_are_of_todays_recipes_and_rows() {
+    fn planned(suite: &'static Suite, seed: u64) -> SuitePlan {
         let caller = Caller {
             nonfinite: NonFinite::Refuse,
             frozen: FrozenDtype::F32,
@@ -294,6 +293,24 @@ mod tests {
             hub: |_| Ok(None),
             hub_cache: PathBuf::new,
         };
+        let asked = Asked { suite, model: None, overrides: &[], only: &[], seed };
+        plan(&asked, Path::new("nowhere"), caller).unwrap()
+    }
+
+    /// Such as that the shortest text of a task fits the length that is trained on.
+    #[test]
+    fn every_point_of_a_small_suite_can_make_its_rows() {
+        for suite in SUITES.iter().filter(|suite| suite.name.ends_with("-small")) {
+            for point in planned(suite, 0).points {
+                if let Err(problem) = data_hash(&point) {
+                    panic!("{}, {}: {problem}", suite.name, point.point.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stored_references_are_of_todays_recipes_and_rows() {
         let stored = references().unwrap();
         if references_folder().exists() {
             let found: Vec<&str> = stored.iter().map(|(_, stored)| &*stored.suite).collect();
@@ -305,9 +322,7 @@ mod tests {
             }
         }
         for (path, stored) in stored {
-            let suite = Suite::find(&stored.suite).unwrap();
-            let asked = Asked { suite, model: None, overrides: &[], only: &[], seed: stored.seed };
-            let planned = plan(&asked, Path::new("nowhere"), caller).unwrap();
+            let planned = planned(Suite::find(&stored.suite).unwrap(), stored.seed);
             let cells: usize = stored.rows.iter().map(|row| row.cells.len()).sum();
             assert_eq!((cells, stored.failed()), (planned.points.len(), 0), "{}", path.display());
             for one in &planned.points {

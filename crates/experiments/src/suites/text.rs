@@ -25,14 +25,15 @@ pub(super) const RULER: Suite = Suite {
 
 pub(super) const RULER_SMALL: Suite = Suite {
     name: "ruler-synthetic-v1-small",
-    about: "needles and frequent words in texts of 512 bytes, asked at 512 and 1024; trains a model of width 64 on each task",
+    about: "needles and frequent words in texts of 512 bytes, asked at 1024 too; trains a model of width 64 on each task",
     paper: "after Hsieh et al. 2024, RULER, arXiv 2404.06654",
+    // The shortest text of niah_multikey_3 has more than 512 bytes.
     differs: &[
         WORDING,
         "models: trained on each task; an answer counts if every token of it is the model's first choice",
     ],
     points: || {
-        [RulerTask::NiahSingle1, RulerTask::NiahMultikey2, RulerTask::NiahMultikey3, RulerTask::Fwe]
+        [RulerTask::NiahSingle1, RulerTask::NiahMultikey2, RulerTask::Fwe]
             .map(|task| trained("ruler", TextTask::Ruler(task)))
             .to_vec()
     },
@@ -57,14 +58,14 @@ pub(super) const BABILONG: Suite = Suite {
 
 pub(super) const BABILONG_SMALL: Suite = Suite {
     name: "babilong-like-v1-small",
-    about: "facts scattered in a background of 512 bytes, asked at 512 and 1024; trains a model of width 64 on each task",
+    about: "facts scattered in a background of 512 bytes, asked at 1024 too; trains a model of width 64 on each task",
     paper: "after Kuratov et al. 2024, BABILong, arXiv 2406.10149; not comparable with it",
     differs: &["models: trained on each task; an answer counts if every token of it is the model's first choice"],
     points: || BabiTask::ALL.map(|task| trained("babilong_like", TextTask::Babi(task))).to_vec(),
     questions: None,
 };
 
-/// A small model that is trained on a task, and asked at its length and at twice that.
+/// A small model that is trained on a task, and asked at twice its length and at its length, which is what the score is of.
 fn trained(source: &str, task: TextTask) -> Point {
     let name = task.name();
     let recipe = format!(
@@ -76,11 +77,11 @@ attention.softmax = {{ n_heads = 4 }}
 
 [data.{source}]
 task = \"{name}\"
-test = [512, 1024]
+test = [1024, 512]
 test_rows = 100
 
 [training]
-steps = 600
+steps = 2400
 seq_len = 512
 batch_size = 16
 
@@ -89,7 +90,7 @@ lr = 2e-3
 weight_decay = 0.1
 
 [lr_scheduler]
-warmup_steps = 60
+warmup_steps = 100
 
 {rest}
 [generation.sampling]
