@@ -32,6 +32,11 @@ const FEWEST_ROWS: usize = 512;
 /// little beside a product over the vocabulary.
 const FEW: usize = 4;
 
+/// Tokens whose logits are there at once, of so many and over such a vocabulary (on a CPU).
+pub fn tokens_of_a_chunk(tokens: usize, vocab: usize) -> usize {
+    (LOGITS / vocab.max(1)).max(FEWEST_ROWS).min(tokens.max(1))
+}
+
 /// The ids to predict, one per token.
 #[derive(Debug, Clone)]
 pub struct Targets {
@@ -179,7 +184,7 @@ fn forward(all: &FlexTensor, whole_head: &FlexTensor, targets: &Targets, [of_hid
     if FEW * counted.len() <= tokens && tokens > 0 {
         return of_few(all, whole_head, targets, &counted, [of_hidden, of_head]);
     }
-    let rows = (LOGITS / vocab.max(1)).max(FEWEST_ROWS).min(tokens.max(1));
+    let rows = tokens_of_a_chunk(tokens, vocab);
     let mut logits_buffer = ScratchBuffer::new(rows * vocab);
     let mut per_token = vec![0.0; 2 * tokens];
     let (losses, correct) = per_token.split_at_mut(tokens);

@@ -29,7 +29,9 @@ impl GradsSoFar<'_> {
 
 /// What is called with the number of a part and the gradients.
 #[derive(Clone)]
-pub struct BackwardHook(Arc<dyn Fn(usize, &mut GradsSoFar<'_>) + Send + Sync>);
+pub struct BackwardHook(Arc<Run>);
+
+type Run = dyn Fn(usize, &mut GradsSoFar<'_>) + Send + Sync;
 
 impl BackwardHook {
     /// A hook by what it does. It must not run a backward pass, nor anything that is recorded for one.

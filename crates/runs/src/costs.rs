@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use polyhead_attention::Cost;
+use polyhead_kernels::tokens_of_a_chunk;
 use polyhead_models::weights::layer_of;
 use polyhead_models::{ActivationCheckpointing, Parameter, Part, Sizes};
 use polyhead_training::FreezeConfig;
@@ -48,6 +49,7 @@ pub struct Costs {
     /// What a forward pass keeps for its backward pass, roughly.
     pub activation_bytes: u64,
     working_bytes: u64,
+    logits_bytes: u64,
     process_bytes: u64,
 }
 
@@ -110,8 +112,9 @@ pub struct Memory {
     pub moments: u64,
     /// What a forward pass keeps for its backward pass, roughly.
     pub activations: u64,
-    /// The gradient of the output projection, which comes while all activations are there; 0 where it is not trained.
-    head_gradient: u64,
+    /// What the loss takes while all activations are there: the logits of a chunk, and where it is trained the gradient of the output
+    /// projection.
+    loss: u64,
     /// Gradients of the forward passes of a step before the last; 0 where there is only one.
     summed: u64,
     /// What is left of activations when nearly all gradients are there: those of the layer at work.
@@ -134,7 +137,7 @@ impl Memory {
     /// At the largest moment, the process included. Activations are freed while gradients come to be: there are never all of
     /// both.
     pub fn peak(&self) -> u64 {
-        let begun = self.activations.saturating_add(self.head_gradient);
+        let begun = self.activations.saturating_add(self.loss);
         let nearly_done = self.gradients.saturating_add(self.working);
         let backward = begun.max(nearly_done);
         [self.weights, self.moments, self.summed, backward].into_iter().fold(self.process, u64::saturating_add)
@@ -154,6 +157,7 @@ impl Costs {
                 activation_bytes(recipe, known, checkpointing == ActivationCheckpointing::Block)
             },
             working_bytes: activation_bytes(recipe, known, true),
+            logits_bytes: logits_bytes(recipe, known),
             process_bytes: if matches!(recipe.model, ModelConfig::Decoder { .. }) { PROGRAM + TEXT } else { PROGRAM },
         }
     }
@@ -176,7 +180,7 @@ impl Costs {
             gradients,
             moments: trained().map(moments).sum(),
             activations: self.activation_bytes,
-            head_gradient: head.map_or(0, |one| bytes(one.elements())),
+            loss: self.logits_bytes.saturating_add(head.map_or(0, |one| bytes(one.elements()))),
             summed: if recipe.training.gradient_accumulation_steps > 1 { gradients } else { 0 },
             working: self.working_bytes,
             process: self.process_bytes,
@@ -187,8 +191,8 @@ impl Costs {
     pub fn memory_of_all(&self) -> Memory {
         let weights = self.totals.parameters.saturating_mul(4);
         let (moments, activations) = (weights.saturating_mul(2), self.activation_bytes);
-        let (working, process) = (self.working_bytes, self.process_bytes);
-        Memory { weights, gradients: weights, moments, activations, head_gradient: 0, summed: 0, working, process }
+        let (loss, working, process) = (self.logits_bytes, self.working_bytes, self.process_bytes);
+        Memory { weights, gradients: weights, moments, activations, loss, summed: 0, working, process }
     }
 
     /// What training takes at least, by estimate: of what is not trained (`lora`, `freeze`, `intervention.train`) the weights alone.
@@ -224,6 +228,13 @@ pub fn tokens_per_step(recipe: &Recipe) -> u64 {
     let training = &recipe.training;
     let row = if matches!(recipe.model, ModelConfig::Decoder { .. }) { training.seq_len } else { 1 };
     row.saturating_mul(training.batch_size).saturating_mul(training.gradient_accumulation_steps) as u64
+}
+
+/// The logits of a decoder that are there at once.
+fn logits_bytes(recipe: &Recipe, known: Known) -> u64 {
+    let (training, Known::Ids(vocab)) = (&recipe.training, known) else { return 0 };
+    let tokens = tokens_of_a_chunk(training.seq_len.saturating_mul(training.batch_size), vocab);
+    tokens.saturating_mul(vocab).saturating_mul(4) as u64
 }
 
 /// What a forward pass keeps of a batch, with the gradients of the layer that is at work.
