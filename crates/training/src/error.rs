@@ -24,6 +24,22 @@ pub enum TrainError {
         /// Where the state before it is saved, or why it is not.
         kept: String,
     },
+    /// A gradient was not a number once some layers had been updated by others.
+    #[error(
+        "step {step}: gradient norm {grad_norm} at a loss of {loss}: not finite, and training.optimizer_in_backward had updated layers by \
+         then, so that this state is not kept. {kept}\n  hint: with training.optimizer_in_backward = false the state before such a step is \
+         saved; a lower learning rate is another run (--out)"
+    )]
+    Torn {
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+        /// Where the last state is that was saved, if one was.
+        kept: String,
+    },
     /// Step after step was left out.
     #[error(
         "step {step}: {in_row} steps in a row were left out because their loss or gradient was not finite \

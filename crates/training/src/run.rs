@@ -212,8 +212,10 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         let (model, mut report) = self.procedure.step(model, &batches, &context)?;
         if report.refused {
             let StepReport { loss, grad_norm, .. } = report;
-            let kept = if report.torn { self.kept_before_tearing() } else { self.kept(&model) };
-            return Err(TrainError::Nonfinite { step, loss, grad_norm, kept });
+            return Err(match report.torn {
+                true => TrainError::Torn { step, loss, grad_norm, kept: self.kept_earlier() },
+                false => TrainError::Nonfinite { step, loss, grad_norm, kept: self.kept(&model) },
+            });
         }
 
         let micros = started.elapsed().as_micros() as u64;
@@ -436,15 +438,12 @@ impl<'a, 'v, M: TrainableModel> Run<'a, 'v, M> {
         }
     }
 
-    /// Where a run goes on from whose model is half updated, in words.
-    fn kept_before_tearing(&self) -> String {
-        let last = match &self.saved {
-            Some(path) => format!("the last state that is saved is {}", path.display()),
-            None => "nothing is saved".into(),
-        };
-        format!(
-            "Layers had been updated by then (training.optimizer_in_backward), so that this state is not kept: {last}."
-        )
+    /// Where the last state is that was saved, in words.
+    fn kept_earlier(&self) -> String {
+        match &self.saved {
+            Some(path) => format!("The last one that is saved is {}.", path.display()),
+            None => "Nothing had been saved before it.".into(),
+        }
     }
 
     /// An error that ends the run, which is saved before.
