@@ -11,7 +11,7 @@
 //! out = o_proj(rms_norm(o) ⊙ silu(z)),  z = x W_z
 //! ```
 //! There is no softmax, no map and no position: rotary positions are not used. Every document begins with an empty state. The
-//! recurrence is `kernels/delta_rule.rs`, fused on the CPU; other backends go token by token.
+//! recurrence is `kernels/delta_rule.rs`, fused on the CPU, in chunks of tokens elsewhere.
 
 use std::sync::Arc;
 
