@@ -53,7 +53,7 @@ pub use template::{BUILT_IN, ChatTemplate};
 pub(crate) use tokenize::tokenize;
 
 /// `[data.chat]`: conversations, one a row: a line of JSON, an object in a JSON array, or a row of a table (.csv, .tsv) whose first
-/// row names the columns, packed (.gz, .zst) or not; or a row of Parquet.
+/// row names the columns, packed (.gz, .zst) or not; or a row of Parquet or Arrow.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChatConfig {

@@ -1,5 +1,6 @@
 //! Files that the paths of a recipe mean: files, folders and patterns. Whatever is found and not read is counted and named.
 
+mod arrow;
 mod packed;
 mod parquet;
 mod rows;

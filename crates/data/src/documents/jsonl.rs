@@ -15,7 +15,7 @@ use crate::texts::{Documents, TakeText, TextDocument};
 use crate::{Data, DataError, Opening};
 
 /// `[data.jsonl]`: one document a row, of JSON lines, JSON arrays, or tables (.csv, .tsv) whose first row names the columns,
-/// packed (.gz, .zst) or not; or of Parquet.
+/// packed (.gz, .zst) or not; or of Parquet or Arrow.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JsonlConfig {

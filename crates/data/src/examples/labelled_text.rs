@@ -16,7 +16,7 @@ use crate::texts::FromFiles;
 use crate::{Data, DataError, Opening};
 
 /// `[data.labelled_text]`: texts with their classes, one a row: a line of JSON, an object in a JSON array, or a row of a table
-/// (.csv, .tsv) whose first row names the columns, packed (.gz, .zst) or not; or a row of Parquet. Texts longer than training.seq_len are cut.
+/// (.csv, .tsv) whose first row names the columns, packed (.gz, .zst) or not; or a row of Parquet or Arrow. Texts longer than training.seq_len are cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelledTextConfig {

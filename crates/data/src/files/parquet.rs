@@ -14,7 +14,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::open_file;
-use super::rows::{Place, Row, Take};
+use super::rows::{Part, Place, Row, Take, none_of};
 use crate::{DataError, guard};
 use zstandard::Unpacking;
 
@@ -35,7 +35,7 @@ pub(super) fn rows(path: &Path, columns: &[&str], take: &mut Take<'_>) -> Result
         while let Some(row) = guarded(place, || rows.next().transpose().map_err(broken))? {
             number += 1;
             let fields = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
-            let place = Place { path, line: number, row_group: Some(group) };
+            let place = Place { path, line: number, part: Some(Part("row group", group)) };
             take(place, Row::Fields(Value::Object(fields.collect::<Map<_, _>>())))?;
         }
     }
@@ -67,12 +67,7 @@ fn projection(reader: &dyn FileReader, path: &Path, columns: &[&str]) -> Result<
         schema.get_fields().iter().filter(|field| columns.contains(&field.name())).cloned().collect();
     if asked.is_empty() {
         let there: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
-        return Err(unusable!(
-            "{} has none of the columns {}: it has {}; name them in the recipe",
-            path.display(),
-            columns.join(", "),
-            there.join(", ")
-        ));
+        return Err(none_of(path, columns, &there));
     }
     let projected = Type::group_type_builder(schema.name()).with_fields(asked).build();
     projected.map(Some).map_err(|cause| damaged(path, None, &cause))

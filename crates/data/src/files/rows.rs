@@ -1,5 +1,5 @@
 //! Rows with named fields: lines of JSON, a JSON array, or a table (CSV, TSV) whose first row names the columns, packed or not;
-//! or Parquet. Tables are known by how their names end, the others by their content.
+//! or Parquet, or Arrow. Tables are known by how their names end, the others by their content.
 
 use std::fmt::{Display, Formatter};
 use std::io::{BufRead, Read};
@@ -8,12 +8,12 @@ use std::path::Path;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
-use super::{LeftOut, Packed, Search, Table, ending, kind, parquet, search, without_mark};
+use super::{LeftOut, Packed, Search, Table, arrow, ending, kind, parquet, search, without_mark};
 use crate::DataError;
 use crate::error::At;
 
 /// How the names of files of rows end. Of a folder that has several of these kinds, the first is read.
-const KINDS: [&[&str]; 3] = [&["jsonl", "ndjson"], &["parquet"], &["csv", "tsv"]];
+const KINDS: [&[&str]; 4] = [&["jsonl", "ndjson"], &["parquet"], &["arrow"], &["csv", "tsv"]];
 
 /// Where a row is.
 #[derive(Debug, Clone, Copy)]
@@ -21,23 +21,33 @@ pub(crate) struct Place<'a> {
     pub(crate) path: &'a Path,
     /// From 1.
     pub(crate) line: usize,
-    /// Of Parquet, which has rows and no lines.
-    pub(super) row_group: Option<usize>,
+    /// Of files that have rows and no lines: what part of the file it is in.
+    pub(super) part: Option<Part>,
+}
+
+/// A part of a file: what it is called, and its number from 0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part(pub &'static str, pub usize);
+
+impl Display for Part {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.0, self.1)
+    }
 }
 
 impl Place<'_> {
     /// Something is wrong with the row.
     pub(crate) fn wrong(self, problem: String) -> DataError {
-        match self.row_group {
+        match self.part {
             None => DataError::Row { path: self.path.to_owned(), line: self.line, problem },
-            Some(group) => unusable!("{self} (row group {group}): {problem}"),
+            Some(part) => unusable!("{self} ({part}): {problem}"),
         }
     }
 }
 
 impl Display for Place<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        let separator = if self.row_group.is_some() { ": row " } else { ":" };
+        let separator = if self.part.is_some() { ": row " } else { ":" };
         write!(f, "{}{separator}{}", self.path.display(), self.line)
     }
 }
@@ -72,6 +82,16 @@ pub(crate) fn invalid(error: &serde_json::Error) -> String {
     format!("column {}: invalid JSON: {}", error.column(), problem.split(" at line ").next().unwrap_or_default())
 }
 
+/// A file has none of the columns that are asked for.
+pub(super) fn none_of(path: &Path, columns: &[&str], there: &[&str]) -> DataError {
+    unusable!(
+        "{} has none of the columns {}: it has {}; name them in the recipe",
+        path.display(),
+        columns.join(", "),
+        there.join(", ")
+    )
+}
+
 /// What takes rows, each with its place.
 pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError> + 'a;
 
@@ -80,25 +100,12 @@ pub(super) type Take<'a> = dyn FnMut(Place<'_>, Row<'_>) -> Result<(), DataError
 /// # Errors
 /// If a pattern matches nothing or cannot be searched.
 pub(crate) fn rows_of(paths: &[String]) -> Result<Search, DataError> {
-    search(paths, &KINDS).map_err(|error| paths.iter().find_map(|path| saved_to_disk(path)).unwrap_or(error))
+    let mut found = search(paths, &KINDS)?;
+    arrow::leave_out_caches(&mut found)?;
+    Ok(found)
 }
 
-/// What is said of a folder that `datasets.save_to_disk` wrote; `None` of another one.
-fn saved_to_disk(folder: &str) -> Option<DataError> {
-    let has = |name: &str| Path::new(folder).join(name).is_file();
-    let write = match has("dataset_dict.json") {
-        true => format!("[d.to_parquet(f'{folder}/{{s}}.parquet') for s, d in load_from_disk('{folder}').items()]"),
-        false => format!("load_from_disk('{folder}').to_parquet('{folder}/rows.parquet')"),
-    };
-    (has("dataset_dict.json") || has("state.json") && has("dataset_info.json")).then(|| {
-        unusable!(
-            "\"{folder}\" is a data set that datasets.save_to_disk wrote, whose .arrow files are not read: python -c \"from datasets \
-             import load_from_disk; {write}\" writes it as Parquet, which is"
-        )
-    })
-}
-
-/// Hands every row of files to `take`; of Parquet with these columns, or all if there are none here. Gives what was not read.
+/// Hands every row of files to `take`; of Parquet and Arrow with these columns, or all if there are none here. Gives what was not read.
 ///
 /// # Errors
 /// If a file is broken, or `take` finds something wrong.
@@ -110,8 +117,13 @@ pub(crate) fn for_each_row(
     let mut left_out = left_out.clone();
     for path in files.keys() {
         let mut file = Packed::open(path)?;
-        if file.length().is_some() && file.content.fill_buf().is_ok_and(|head| head.starts_with(b"PAR1")) {
+        let head = if file.length().is_some() { file.content.fill_buf().at(path)? } else { &[] };
+        if head.starts_with(b"PAR1") {
             parquet::rows(path, columns, take)?;
+            continue;
+        }
+        if arrow::begins(head) {
+            arrow::rows(path, file.content, columns, take)?;
             continue;
         }
         let mut rest = file.stream();
@@ -155,7 +167,7 @@ fn lines(mut content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<
     let mut content = after.as_slice().chain(content);
     let mut number = Some(first);
     while let Some(at) = number {
-        take(Place { path, line: at, row_group: None }, Row::Json(line.strip_suffix(b"\n").unwrap_or(&line)))?;
+        take(Place { path, line: at, part: None }, Row::Json(line.strip_suffix(b"\n").unwrap_or(&line)))?;
         number = next_line(&mut content, &mut line, at, path)?;
     }
     Ok(())
@@ -197,7 +209,7 @@ fn array(mut content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<
     match scan.closed {
         true => Ok(()),
         false => {
-            let place = Place { path, line: scan.line, row_group: None };
+            let place = Place { path, line: scan.line, part: None };
             Err(place.wrong("the JSON array has no end: is the file cut off?".into()))
         }
     }
@@ -220,7 +232,7 @@ struct ArrayScan {
 impl ArrayScan {
     fn push(&mut self, byte: u8, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
         let line = self.line;
-        let wrong = |problem: &str| Err(Place { path, line, row_group: None }.wrong(problem.to_owned()));
+        let wrong = |problem: &str| Err(Place { path, line, part: None }.wrong(problem.to_owned()));
         if !self.quoted && !byte.is_ascii_whitespace() {
             if self.closed {
                 return wrong("there is more after the end of the JSON array: give one array, or one object a line");
@@ -228,7 +240,7 @@ impl ArrayScan {
             let ends = self.depth == 1 && matches!(byte, b',' | b']');
             match self.first.take() {
                 Some(line) if ends => {
-                    take(Place { path, line, row_group: None }, Row::Json(self.element.trim_ascii_end()))?;
+                    take(Place { path, line, part: None }, Row::Json(self.element.trim_ascii_end()))?;
                     self.element.clear();
                 }
                 None if ends && (byte == b',' || self.after_comma) => {
@@ -261,7 +273,7 @@ impl ArrayScan {
 fn table(content: impl BufRead, path: &Path, take: &mut Take<'_>) -> Result<(), DataError> {
     let mut table = Table::new(path, content, &mut csv::ReaderBuilder::new(), usize::MAX);
     let Some((first, headings)) = table.next_record()? else { return Ok(()) };
-    let place = |line: usize| Place { path, line, row_group: None };
+    let place = |line: usize| Place { path, line, part: None };
     let names = || headings.iter();
     let twice = names().enumerate().find(|(at, name)| names().take(*at).any(|other| other == *name));
     if let Some((_, name)) = twice {
@@ -323,23 +335,6 @@ mod tests {
         }
         assert_eq!(rows("r.json", "[]"), []);
         assert_eq!(rows("r.json", "[ [1], \"]\", 2]").len(), 3);
-    }
-
-    #[test]
-    fn what_datasets_saved_to_disk_is_refused_with_the_way_out() {
-        let dir = Folder::new();
-        for (files, words) in [
-            (&["one/state.json", "one/dataset_info.json", "one/data-00000-of-00001.arrow"][..], "/one').to_parquet("),
-            (&["all/dataset_dict.json", "all/train/state.json", "all/train/data.arrow"], "/all').items()]"),
-        ] {
-            files.iter().for_each(|file| drop(dir.write(file, b"\xff\xff\xff\xff\x10\x01\0\0")));
-            let folder = dir.path().join(files[0].split('/').next().unwrap()).display().to_string();
-            let error = rows_of(&[folder]).unwrap_err().to_string();
-            assert!(error.contains("datasets.save_to_disk wrote") && error.contains(words), "{error}");
-            let file = dir.path().join(files.last().unwrap()).display().to_string();
-            let error = for_each_row(&rows_of(&[file]).unwrap(), &[], &mut |_, _| Ok(())).unwrap_err().to_string();
-            assert!(error.contains(".arrow is an Arrow stream") && error.contains("load_from_disk"), "{error}");
-        }
     }
 
     #[test]

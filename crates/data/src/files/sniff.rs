@@ -28,13 +28,9 @@ pub(crate) fn kind(bytes: &[u8]) -> Option<&'static str> {
             "a Parquet table (data.jsonl reads the texts of a column, data.labelled_text texts with classes, data.chat \
              conversations)"
         }
-        _ if starts(b"ARROW1") => {
-            "an Arrow table (python -c \"import pyarrow.feather as f, pyarrow.parquet as p; \
-             p.write_table(f.read_table('FILE'), 'rows.parquet')\" writes it as Parquet)"
-        }
-        _ if starts(b"\xFF\xFF\xFF\xFF") => {
-            "an Arrow stream, as datasets.save_to_disk writes it (python -c \"from datasets import load_from_disk; \
-             load_from_disk('FOLDER').to_parquet('rows.parquet')\" writes it as Parquet)"
+        _ if starts(b"ARROW1") || starts(b"\xFF\xFF\xFF\xFF") => {
+            "an Arrow table (data.jsonl reads the texts of a column, data.labelled_text texts with classes, data.chat \
+             conversations)"
         }
         _ => return None,
     })
