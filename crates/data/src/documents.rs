@@ -27,7 +27,7 @@ pub use rows::{
 pub use rust_docs::RustDocsConfig;
 pub use text::{Syntax, TextConfig};
 
-pub(crate) use rows::read_labelled_of;
+pub(crate) use rows::{for_each_row, name_of, read_labelled_of};
 pub(crate) use tokens::{Split, TokenFile, Tokenized, split};
 pub(crate) use windows::Windows;
 

@@ -7,6 +7,7 @@ mod audio;
 mod class_folders;
 mod classes;
 mod feature_pairs;
+mod feature_table;
 mod features;
 mod found;
 mod generated;
@@ -16,6 +17,7 @@ mod layer_features;
 
 pub use audio::{ChirpsConfig, WavFolderConfig};
 pub use feature_pairs::{FeaturePairsConfig, open_features, open_labels};
+pub use feature_table::FeatureTableConfig;
 pub use features::{FeatureArray, FeaturesConfig, NewFeatures, NewPairs};
 pub use images::{CifarConfig, CsvImagesConfig, IdxConfig, ImageFolderConfig, ShapesConfig};
 pub use labelled_text::LabelledTextConfig;
@@ -24,6 +26,11 @@ pub use layer_features::LayerFeaturesConfig;
 use found::Found;
 pub(crate) use found::divide;
 use generated::{Maker, generated};
+
+/// The field of a row that holds its class, unless a recipe says another.
+fn label() -> String {
+    "label".into()
+}
 
 #[cfg(test)]
 mod tests;

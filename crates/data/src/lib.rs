@@ -45,9 +45,9 @@ pub use documents::{
 };
 pub use error::DataError;
 pub use examples::{
-    ChirpsConfig, CifarConfig, CsvImagesConfig, FeatureArray, FeaturePairsConfig, FeaturesConfig, IdxConfig,
-    ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig, WavFolderConfig,
-    open_features, open_labels,
+    ChirpsConfig, CifarConfig, CsvImagesConfig, FeatureArray, FeaturePairsConfig, FeatureTableConfig, FeaturesConfig,
+    IdxConfig, ImageFolderConfig, LabelledTextConfig, LayerFeaturesConfig, NewFeatures, NewPairs, ShapesConfig,
+    WavFolderConfig, open_features, open_labels,
 };
 pub use image_file::{Image, read_image};
 pub use mixture::{LastDocument, MixedSource, MixtureConfig, Until, documents_within, quotas};
@@ -125,6 +125,8 @@ source::sources! {
     labelled_text => LabelledText(LabelledTextConfig): Files, Text, Examples;
     /// For classifiers: features of all layers of a frozen model, in files.
     features => Features(FeaturesConfig): Files, Features, Examples;
+    /// For classifiers: rows of numbers with their classes, of tables, Parquet, Arrow or JSON.
+    feature_table => FeatureTable(FeatureTableConfig): Files, Features, Examples;
     /// For classifiers: generated features of layers, with impulses and drift.
     layer_features => LayerFeatures(LayerFeaturesConfig): Generated, Features, Examples;
     /// For embedders: features of texts that belong together, in files.

@@ -157,7 +157,7 @@ pub(super) fn text_of<'a>(row: &'a Value, field: &str) -> Result<&'a str, String
 }
 
 /// The name in a field of a row: text, or a number as it is written.
-fn name_of(row: &Value, what: &str, field: &str) -> Result<String, String> {
+pub(crate) fn name_of(row: &Value, what: &str, field: &str) -> Result<String, String> {
     match row.get(field) {
         Some(Value::String(name)) => Ok(name.clone()),
         Some(Value::Number(name)) if name.is_i64() || name.is_u64() => Ok(name.to_string()),
@@ -179,7 +179,7 @@ fn found(row: &Value, field: &str) -> String {
 
 /// Hands these fields of every row of files to `take`, with its place; what `take` finds wrong is reported with that place. Gives
 /// what was not read, in words.
-pub(super) fn for_each_row(
+pub(crate) fn for_each_row(
     files: &Search,
     columns: &[&str],
     mut take: impl FnMut(String, &Value) -> Result<(), String>,

@@ -30,7 +30,7 @@ pub struct LabelledTextConfig {
     #[serde(default = "text")]
     pub text_field: String,
     /// The field that holds the class, as text or as a whole number. Default: "label".
-    #[serde(default = "label")]
+    #[serde(default = "super::label")]
     pub label_field: String,
     /// The field that holds the group by which a model is asked to be equally good (loss.worst_group), as text or as a whole
     /// number. Default: no groups.
@@ -40,10 +40,6 @@ pub struct LabelledTextConfig {
 
 fn text() -> String {
     "text".into()
-}
-
-fn label() -> String {
-    "label".into()
 }
 
 impl Source for LabelledTextConfig {
