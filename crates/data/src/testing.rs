@@ -4,6 +4,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use crate::texts::TextDocument;
+
 /// A folder that goes with the test.
 pub(crate) struct Folder(tempfile::TempDir);
 
@@ -32,4 +34,9 @@ pub(crate) fn gzip(bytes: impl AsRef<[u8]>) -> Vec<u8> {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     packed.write_all(bytes.as_ref()).unwrap();
     packed.finish().unwrap()
+}
+
+/// Texts without names.
+pub(crate) fn texts(texts: impl Iterator<Item = String>) -> Vec<TextDocument> {
+    texts.map(|text| TextDocument { name: String::new(), text }).collect()
 }

@@ -12,6 +12,8 @@ use super::rows::ChatRows;
 use super::template::Given;
 use super::*;
 use crate::batches::Samples;
+use crate::testing::texts;
+use crate::texts::Documents;
 
 fn golden(name: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/chat_templates");
@@ -534,8 +536,8 @@ fn packed_rows_hold_every_conversation_once_and_predict_across_no_border() {
 #[test]
 fn a_tokenizers_own_template_and_special_tokens_are_found_beside_it() {
     let dir = tempfile::tempdir().unwrap();
-    let texts = (0..20).map(|i| format!("number {i}"));
-    crate::train_bpe(texts, 270, &dir.path().join("tokenizer.json")).unwrap();
+    let numbers = Documents::described("numbers", texts((0..20).map(|i| format!("number {i}"))));
+    crate::train_bpe(&numbers, 270, &dir.path().join("tokenizer.json")).unwrap();
     let open = || {
         let path = dir.path().to_owned();
         Tokenizer::open(&crate::TokenizerConfig::Huggingface(crate::HuggingfaceTokenizer { path })).unwrap()

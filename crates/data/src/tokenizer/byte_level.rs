@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
@@ -11,20 +12,43 @@ use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 use super::{END_OF_TEXT, PAD};
 use crate::DataError;
 use crate::error::At;
+use crate::texts::{Contents, Documents};
 
-/// Learns a byte-level BPE and writes its tokenizer.json. The same texts give the same file. Returns its vocabulary size.
+/// Texts that are read before they are counted, so that neither waits for the other.
+const AHEAD: usize = 64;
+
+/// Learns a byte-level BPE and writes its tokenizer.json. The same texts give the same file. Gives its vocabulary size, and what the
+/// texts were, of which memory holds a few at a time.
 ///
 /// # Errors
-/// If vocab_size leaves no room for the 256 bytes and the special tokens, or the file cannot be written.
-pub fn train_bpe(
-    texts: impl Iterator<Item = String> + Send,
-    vocab_size: usize,
-    out: &Path,
-) -> Result<usize, DataError> {
+/// If vocab_size leaves no room for the 256 bytes and the special tokens, a text cannot be read, or the file cannot be written.
+pub fn train_bpe(documents: &Documents, vocab_size: usize, out: &Path) -> Result<(usize, Contents), DataError> {
     if vocab_size < 258 {
         return Err(unusable!("vocab_size ({vocab_size}) must be at least 258: 256 bytes and 2 special tokens"));
     }
-    let failed = |e: tokenizers::Error| DataError::Tokenizer { path: out.to_owned(), problem: e.to_string() };
+    let (sender, texts) = sync_channel(AHEAD);
+    let (learned, contents) = std::thread::scope(|scope| {
+        let learning = scope.spawn(|| learn(texts.into_iter(), vocab_size));
+        let contents = documents.for_each(&mut move |document| {
+            // Nobody takes it where learning has failed, which says why.
+            let _ = sender.send(document.text);
+            Ok(())
+        });
+        (learning.join(), contents)
+    });
+    let contents = contents?;
+    let failed = |problem: String| DataError::Tokenizer { path: out.to_owned(), problem };
+    let learned = learned.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    let (json, size) = learned.map_err(|cause| failed(cause.to_string()))?;
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).at(folder)?;
+    // Whole or not at all: a full disk must not leave half a tokenizer behind.
+    std::fs::write(out, json).inspect_err(|_| drop(std::fs::remove_file(out))).at(out)?;
+    Ok((size, contents))
+}
+
+/// The tokenizer in JSON, and the size of its vocabulary.
+fn learn(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<(String, usize), tokenizers::Error> {
     let mut tokenizer = HfTokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
     tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
@@ -37,13 +61,8 @@ pub fn train_bpe(
             .special_tokens(vec![special(END_OF_TEXT), special(PAD)])
             .build(),
     );
-    tokenizer.train(&mut trainer, texts).map_err(failed)?;
-    let json = tokenizer.to_string(true).map_err(failed)?;
-    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).at(folder)?;
-    // Whole or not at all: a full disk must not leave half a tokenizer behind.
-    std::fs::write(out, json).inspect_err(|_| drop(std::fs::remove_file(out))).at(out)?;
-    Ok(tokenizer.get_vocab_size(true))
+    tokenizer.train(&mut trainer, texts)?;
+    Ok((tokenizer.to_string(true)?, tokenizer.get_vocab_size(true)))
 }
 
 /// GPT-2's printable stand-ins for bytes, which byte-level tokenizers spell their tokens with.

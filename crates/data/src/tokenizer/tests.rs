@@ -4,6 +4,8 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::testing::texts;
+use crate::texts::Documents;
 
 const TEXT: &str = "Hello, wörld! 🦀 naïve\n\ttabs \u{7f} end";
 
@@ -228,13 +230,27 @@ fn bytes_round_trip_and_agree_with_their_json() {
     assert_eq!(hf.get_vocab_size(true), bytes.vocab_size());
 }
 
+/// No half a tokenizer of the texts in front of a broken one.
+#[test]
+fn a_text_that_cannot_be_read_leaves_no_tokenizer_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = Documents::counted("text", "text", |take| {
+        texts((0..500).map(|i| format!("number {i}"))).into_iter().try_for_each(take)?;
+        Err(crate::DataError::Unusable("the 500th is broken".into()))
+    });
+    let path = dir.path().join("tokenizer.json");
+    assert!(train_bpe(&broken, 270, &path).unwrap_err().to_string().contains("the 500th is broken"));
+    assert!(train_bpe(&broken, 200, &path).unwrap_err().to_string().contains("at least 258"));
+    assert!(!path.exists());
+}
+
 #[test]
 fn bpe_is_deterministic_and_counts_its_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let train = |name: &str| {
-        let texts = (0..50).map(|i| format!("{TEXT} number {i} and again number {i}"));
+        let numbers = texts((0..500).map(|i| format!("{TEXT} number {i} and again number {i}")));
         let path = dir.path().join(name);
-        assert_eq!(train_bpe(texts, 300, &path).unwrap(), 300);
+        assert_eq!(train_bpe(&Documents::described("numbers", numbers), 300, &path).unwrap().0, 300);
         std::fs::read_to_string(path).unwrap()
     };
     let json = train("a.json");

@@ -13,11 +13,11 @@ use crate::console::talk;
 /// Trains a tokenizer on the text of a recipe.
 pub fn train(loaded: &Loaded, vocab_size: usize, out: &Path) -> Result<(), Failure> {
     must_not_exist(out)?;
-    let (texts, found) = loaded.recipe.data.documents(&project_root())?.to_train().read_all()?;
-    talk!("learning {vocab_size} tokens from {}", found.description);
+    let documents = loaded.recipe.data.documents(&project_root())?.to_train();
+    talk!("learning {vocab_size} tokens");
+    let (learned, found) = train_bpe(&documents, vocab_size, out)?;
     found.notes.iter().for_each(|note| talk!("note: {note}"));
-    let learned = train_bpe(texts.into_iter().map(|document| document.text), vocab_size, out)?;
-    talk!("wrote {learned} tokens to {}", out.display());
+    talk!("wrote {learned} tokens, learned from {}, to {}", found.description, out.display());
     talk!("next: tokenizer.huggingface.path={}", out.display());
     Ok(())
 }
