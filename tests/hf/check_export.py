@@ -56,6 +56,12 @@ MODELS = {
         {"rope": False, "attention_gate": {"gates": [gate, mixture], "residual": True}},
         OWN,
     ),
+    "softmax_learned_positions": (
+        {"softmax": heads},
+        {"rope": False, "learned_positions": 64, "norm": "layer", "mlp": "identity", "tie_embeddings": False, "head_bias": True},
+        OWN,
+    ),
+    "gated_delta_net_learned_positions": ({"gated_delta_net": {"n_heads": 4}}, {"rope": False, "learned_positions": 64}, OWN),
     "softmax_gate_alone": ({"softmax": heads}, {"attention_gate": {"gates": [mixture]}}, OWN),
     "grouped_differential": ({"grouped_differential": gda}, {}, MOTIF),
     "grouped_differential_interleaved": (

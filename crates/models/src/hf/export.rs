@@ -48,8 +48,8 @@ pub enum ExportError {
     Surgery(#[from] SurgeryError),
     /// Neither a class of transformers nor the code that is written beside the weights computes this.
     #[error(
-        "models with learned_positions, mlp = \"identity\", head_bias, autoencoder or masked_diffusion have no form in Hugging Face's format: train one \
-         without them to export it"
+        "models with autoencoder or masked_diffusion do not predict the next token, which is what exports are for: train one without them to \
+         export it"
     )]
     NoForm,
     /// No class of transformers computes this.
@@ -92,8 +92,8 @@ impl Exported {
 /// # Errors
 /// If it cannot be said as asked for.
 pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, ExportError> {
-    let DecoderConfig { learned_positions, mlp, head_bias, autoencoder, masked_diffusion, .. } = model.config();
-    if learned_positions.is_some() || *mlp == MlpKind::Identity || *head_bias || *autoencoder || *masked_diffusion {
+    let DecoderConfig { autoencoder, masked_diffusion, .. } = model.config();
+    if *autoencoder || *masked_diffusion {
         return Err(ExportError::NoForm);
     }
     // A predictor of boundaries is no part of what others compute.
@@ -161,6 +161,9 @@ fn form(config: &DecoderConfig) -> Result<Form, String> {
     let whole = config.rope_fraction == 1.0;
     match (config.norm, config.mlp) {
         _ if !config.rope => Err("model.decoder.rope = false: published families rotate positions".into()),
+        _ if config.learned_positions.is_some() || config.head_bias => {
+            Err("model.decoder.learned_positions, head_bias: published families have neither".into())
+        }
         _ if config.attention_gate.is_some() => {
             Err("model.decoder.attention_gate: published families have no such gates".into())
         }

@@ -52,6 +52,7 @@ const LLAMA: Names = Names {
         [".attention_norm.", ".input_layernorm."],
         [".mlp_norm.", ".post_attention_layernorm."],
         [".attention.", ".self_attn."],
+        [".positions.", ".embed_positions."],
     ],
 };
 
@@ -81,6 +82,7 @@ pub(super) fn place(family: &Family, ours: &str) -> Place {
     let name = match ours {
         "embedding.weight" => names.embedding.into(),
         "head.weight" => names.head.into(),
+        "head.bias" => names.head.replace(".weight", ".bias"),
         inner => {
             let inner = match inner.strip_prefix("norm.") {
                 Some(rest) => format!("{}.{rest}", names.norm),

@@ -210,7 +210,11 @@ fn every_mechanism_comes_back_in_any_decoder() {
         let layers: Vec<_> = vec![example; Dims::example().n_layers];
         let published = AttentionConfig::published(&layers, &Dims::example(), polyhead_attention::Form::Llama);
         assert_eq!(class, published.map_or("PolyheadForCausalLM", |published| published.family.class()));
-        for more in [unusual(), json!({ "rope": false, "mlp": "gelu" })] {
+        let zoology = json!({
+            "rope": false, "learned_positions": 9, "norm": "layer", "mlp": "identity", "tie_embeddings": false, "head_bias": true,
+        });
+        let positions = json!({ "learned_positions": 9 });
+        for more in [unusual(), json!({ "rope": false, "mlp": "gelu" }), zoology, positions] {
             let class = comes_back(&model(PerLayer::Same(example.clone()), more));
             assert_eq!(class, "PolyheadForCausalLM", "{}", example.name());
         }

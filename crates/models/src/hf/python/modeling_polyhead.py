@@ -711,7 +711,7 @@ class PolyheadLayer(GradientCheckpointingLayer):
         name, settings = config.mechanism(layer)
         self.self_attn = MECHANISMS[name](config, layer, **settings)
         self.attention_gate = GaussianGates(config.hidden_size, **config.attention_gate) if config.attention_gate else None
-        self.mlp = Mlp(config)
+        self.mlp = nn.Identity() if config.mlp == "identity" else Mlp(config)
         self.input_layernorm, self.post_attention_layernorm = norm(config), norm(config)
         self.parallel_residual = config.parallel_residual
 
@@ -743,6 +743,8 @@ class PolyheadModel(PolyheadPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.learned_positions
+        self.embed_positions = None if learned is None else nn.Embedding(learned, config.hidden_size)
         self.layers = nn.ModuleList(PolyheadLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = norm(config)
         self.gradient_checkpointing = False
@@ -770,6 +772,12 @@ class PolyheadModel(PolyheadPreTrainedModel):
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+            if attention_mask is not None:  # counted from the first token behind the padding
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:].to(x.device)
+        if self.embed_positions is not None:
+            if position_ids.max() >= self.config.learned_positions:
+                raise ValueError(f"the model has learned {self.config.learned_positions} positions: give it no longer texts")
+            x = x + self.embed_positions(position_ids)
         call = Call(self.config, position_ids, attention_mask, cache)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = ()
@@ -789,7 +797,7 @@ class PolyheadForCausalLM(PolyheadPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = PolyheadModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     def forward(
