@@ -87,7 +87,8 @@ pub fn schema() -> serde_json::Value {
 /// # Errors
 /// If a file cannot be read or written.
 pub fn write(outcome: &Outcome, tell: fn(&str)) -> Result<PathBuf, Failure> {
-    let path = folder().join(format!("{}.json", outcome.name));
+    let folder = Path::new(FOLDER);
+    let path = folder.join(format!("{}.json", outcome.name));
     let before = if path.exists() { Some(read(&path)?) } else { None };
     let mut record = record(outcome)?;
     for claim in &mut record.claims {
@@ -101,15 +102,14 @@ pub fn write(outcome: &Outcome, tell: fn(&str)) -> Result<PathBuf, Failure> {
             tell(&format!("verdict  to be written into {}: {}", path.display(), claim.claim));
         }
     }
-    std::fs::create_dir_all(folder()).map_err(|error| Failure::file("create", &folder(), error))?;
+    std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, error))?;
     let text = serde_json::to_string_pretty(&record).map_err(|error| Failure::Run(error.to_string()))?;
     atomic_write(&path, format!("{text}\n").as_bytes())?;
     Ok(path)
 }
 
-fn folder() -> PathBuf {
-    project_root().join("recipes/results")
-}
+/// Where records are, from the project's root; written from the folder that the command is called in.
+const FOLDER: &str = "recipes/results";
 
 fn record(outcome: &Outcome) -> Result<Record, Failure> {
     let first =
@@ -166,7 +166,7 @@ fn read(path: &Path) -> Result<Record, Failure> {
 /// # Errors
 /// If a file cannot be read.
 pub fn read_all() -> Result<BTreeMap<PathBuf, Record>, Failure> {
-    let folder = folder();
+    let folder = project_root().join(FOLDER);
     let entries = std::fs::read_dir(&folder).map_err(|error| Failure::file("read", &folder, error))?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>, std::io::Error>>()?;
     paths.retain(|path| path.extension().is_some_and(|ending| ending == "json"));

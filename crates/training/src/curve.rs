@@ -55,7 +55,7 @@ fn image(training: &Points, validation: &Points) -> Result<String, String> {
             .axis_desc_style(("sans-serif", 15))
             .label_style(("sans-serif", 13))
             .x_desc("step")
-            .y_desc("loss, nats")
+            .y_desc("loss")
             .x_label_formatter(&|x| format!("{x:.0}"))
             .y_label_formatter(&|y| format!("{y:.2}"))
             .draw()

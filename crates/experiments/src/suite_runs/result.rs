@@ -247,9 +247,13 @@ impl SuiteResult {
     }
 }
 
-/// Where references are stored.
+/// Where references are stored: in a folder of this name where the command is called.
+pub const REFERENCES: &str = "recipes/results/suites";
+
+/// Where references are read: there, or else those of the project.
 pub fn references_folder() -> PathBuf {
-    project_root().join("recipes/results/suites")
+    let here = PathBuf::from(REFERENCES);
+    if here.is_dir() { here } else { project_root().join(REFERENCES) }
 }
 
 /// The stored references, by file; none where the folder is missing.

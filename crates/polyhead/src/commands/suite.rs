@@ -8,7 +8,7 @@ use clap::Args;
 use polyhead_experiments::runs;
 use polyhead_experiments::suite_runs::plan::{Asked, PlannedPoint, SuitePlan, plan};
 use polyhead_experiments::suite_runs::result::{
-    SuiteCell, SuiteResult, SuiteRow, data_hash, gather, references, references_folder,
+    REFERENCES, SuiteCell, SuiteResult, SuiteRow, data_hash, gather, references, references_folder,
 };
 use polyhead_experiments::suites::{SUITES, Suite};
 use polyhead_recipe::Problems;
@@ -120,8 +120,8 @@ pub fn suite(args: &SuiteArgs) -> Result<(), Failure> {
     talk!("\nresult   {}", out.join(RESULT).display());
     print_result(&reached)?;
     if args.record {
-        let path = references_folder().join(format!("{name}.json"));
-        std::fs::create_dir_all(references_folder())?;
+        let path = Path::new(REFERENCES).join(format!("{name}.json"));
+        std::fs::create_dir_all(REFERENCES)?;
         reached.write(&path)?;
         talk!("recorded {}", path.display());
     }
