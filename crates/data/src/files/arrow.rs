@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn two_streams_in_a_file_are_refused() {
         let texts = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rows/texts.arrow")).unwrap();
-        let error = read(&Folder::new().write("two.arrow", &texts.repeat(2)), &[]).unwrap_err();
+        let error = read(&Folder::new().write("two.arrow", texts.repeat(2)), &[]).unwrap_err();
         assert!(error.contains("two.arrow: this Arrow file cannot be read in record batch 2: "), "{error}");
     }
 
