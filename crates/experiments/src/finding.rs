@@ -8,6 +8,9 @@ use super::metric::{METRICS, SECONDS};
 use super::outcome::Outcome;
 use super::verdict::{Compared, Verdict, shown_seeds};
 
+/// Arms whose verdicts are told in one line; chosen by us.
+const ONE_LINE: usize = 6;
+
 impl Outcome {
     /// What was found, in words; a sentence for each setting.
     pub fn finding(&self) -> String {
@@ -79,7 +82,8 @@ impl Outcome {
                 parts.push(format!("{what}: {}", list.join(", ")));
             }
         }
-        words.push_str(&parts.join("; "));
+        // Of many arms, a line for each verdict.
+        words.push_str(&parts.join(if group.len() > ONE_LINE { ";\n" } else { "; " }));
         words.push('.');
         words
     }
