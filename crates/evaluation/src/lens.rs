@@ -1,6 +1,8 @@
 //! What each part of a decoder says of the next token: the logit lens (nostalgebraist 2020), and the direct effect of embedding, heads
 //! and feed-forward layers on a logit.
 
+use std::cmp::Ordering;
+
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use polyhead_attention::{Edit, Mask, QuerySite, Site, StreamSite};
 use polyhead_kernels::in_type;
@@ -49,10 +51,16 @@ pub struct Lens {
     pub logit: f64,
     /// Its probability.
     pub probability: f64,
-    /// How many tokens are likelier, plus 1.
+    /// How many tokens are likelier, plus 1; the last of all where the logit is no number.
     pub rank: usize,
     /// The likeliest token.
     pub first: u32,
+}
+
+/// How many are larger than the one at `at`, plus 1; what is no number is smaller than nothing.
+fn rank(values: &[f64], at: usize) -> usize {
+    let larger = |value: &f64| value.partial_cmp(&values[at]).is_none_or(Ordering::is_gt);
+    1 + values.iter().enumerate().filter(|(other, value)| *other != at && larger(value)).count()
 }
 
 /// The same of one row and one token, at the last position.
@@ -67,7 +75,7 @@ pub fn token_lens(model: &Decoder, row: &[u32], token: u32) -> Vec<Lens> {
             point,
             logit,
             probability: (logit - most).exp() / sum,
-            rank: 1 + logits.iter().filter(|&&other| other > logit).count(),
+            rank: rank(&logits, token as usize),
             first: logits.iter().position(|&other| other == most).unwrap_or_default() as u32,
         }
     };
@@ -201,6 +209,12 @@ mod tests {
     use polyhead_models::weights::{load, named};
 
     use super::*;
+
+    #[test]
+    fn a_logit_that_is_no_number_ranks_last() {
+        assert_eq!([0, 1, 2].map(|at| rank(&[0.5, 2.0, 0.5], at)), [2, 1, 2]);
+        assert_eq!([0, 1].map(|at| rank(&[f64::NAN, 2.0, 0.5], at)), [3, 2]);
+    }
 
     #[test]
     fn the_parts_of_a_logit_add_up_to_it_where_the_head_has_a_bias() {

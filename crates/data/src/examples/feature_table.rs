@@ -53,16 +53,13 @@ impl Source for FeatureTableConfig {
         notes.extend(self.read(&train, &mut table)?);
         let to_train = table.labels.len();
         let classes = distinct_names(table.labels.iter());
+        table.known = Some(classes.clone());
         if let Some(files) = &validation {
             notes.extend(self.read(files, &mut table)?);
         }
-        let Table { columns, values, labels: names, layers, dim } = table;
+        let Table { columns, values, labels: names, layers, dim, .. } = table;
         let places: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
-        let mut labels = Vec::with_capacity(names.len());
-        for name in &names {
-            let place = places.get(name.as_str()).copied();
-            labels.push(place.ok_or_else(|| unusable!("class \"{name}\" occurs in what is held out only"))?);
-        }
+        let labels: Vec<u32> = names.iter().map(|name| places[name.as_str()]).collect();
         let mut hash = blake3::Hasher::new();
         for part in columns.iter().chain(&names) {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
@@ -102,6 +99,8 @@ struct Table {
     /// `[rows, layers, dim]`
     values: Vec<f32>,
     labels: Vec<String>,
+    /// The classes of what is trained on, once all of it has been read.
+    known: Option<Vec<String>>,
     layers: usize,
     dim: usize,
 }
@@ -118,6 +117,9 @@ impl FeatureTableConfig {
 
     fn add(&self, row: &Value, table: &mut Table) -> Result<(), String> {
         let label = name_of(row, "label", &self.label_field)?;
+        if table.known.as_ref().is_some_and(|known| !known.contains(&label)) {
+            return Err(format!("class \"{label}\" occurs in what is held out only"));
+        }
         if table.labels.is_empty() {
             let fields = row.as_object().into_iter().flat_map(|row| row.keys());
             let others = || fields.filter(|name| **name != self.label_field).cloned().collect();
@@ -274,5 +276,8 @@ mod tests {
             let error = open(serde_json::json!({ "paths": [path] })).err().unwrap();
             assert!(error.contains(words), "{error}");
         }
+        let (train, held) = (dir.write("t.csv", "a,label\n1,x\n2,y\n"), dir.write("held.csv", "a,label\n1,x\n2,z\n"));
+        let error = open(serde_json::json!({ "paths": [train], "validation_paths": [held] })).err().unwrap();
+        assert!(error.contains("held.csv:3: class \"z\" occurs in what is held out only"), "{error}");
     }
 }
