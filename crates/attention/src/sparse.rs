@@ -190,7 +190,7 @@ impl Sparse {
             SparseConfig::Dhsa(config) => (Some(choose(&|q, k| config.mask(q, k, predictor))), config.rectified()),
             SparseConfig::Rectified(config) => (None, Some(*config)),
             SparseConfig::H2o(config) => (Some(h2o_mask(&q, &k, config, &texts, options)), None),
-            // Its steps are told by whoever generates.
+            // Its steps are told by whoever generates or evaluates.
             SparseConfig::Sparsed(_) => (None, None),
         };
         match (blocks, rectified) {
@@ -207,8 +207,10 @@ impl KeptBlocks {
         match self.mask.get() {
             Some(blocks) => under([q, k, v], mask, blocks.clone(), options),
             None => {
-                let keys = of_query_heads(&k, &options.keys);
-                self.mask.get_or_init(|| Arc::new(self.selection.mask(q.clone(), keys)));
+                let (keys, [batch, _, seq, _]) = (of_query_heads(&k, &options.keys), q.dims());
+                let texts = Texts::of(mask, batch, seq).unwrap_or_else(|| Texts::whole(batch, seq));
+                let choices = texts.parts([&q, &keys]).map(|[q, k]| self.selection.mask(q, k));
+                self.mask.get_or_init(|| Arc::new(texts.joined_masks(choices)));
                 attention(q, k, v, options)
             }
         }

@@ -8,7 +8,8 @@
 //! ```
 //! The t of a batch's rows are spread evenly from a random first one, which LLaDA draws one by one: the loss varies less.
 //! The mask is one id more than the data has, the last one. Tokens that are no targets are never masked: of conversations the answers
-//! alone are, as in LLaDA's fine-tuning. An evaluation masks the same tokens whenever it is repeated.
+//! alone are, as in LLaDA's fine-tuning. An evaluation masks the same tokens whenever it is repeated; under SparseD it reads each row as
+//! a generation would that has come as far.
 //!
 //! Left out: classifier-free guidance and random remasking.
 
@@ -96,12 +97,9 @@ impl MaskedBatch {
         Self { batch: Batch { tokens, targets, ..batch.clone() }, rates, maskable, targets: batch.target_tokens() }
     }
 
-    /// `rng` draws what is masked; of rates one for each row in even steps, beginning at `first` of one.
-    fn drawn(batch: &Batch, mask_id: u32, rng: &mut ChaCha8Rng, first: f64) -> Self {
+    /// `draws` say what is masked; of rates one for each row in even steps, beginning at `first` of one.
+    fn drawn(batch: &Batch, mask_id: u32, draws: &[f64], first: f64) -> Self {
         let rate = |row: usize| (1.0 - LEAST) * (first + row as f64 / batch.batch as f64).fract() + LEAST;
-        // The first token of a row is predicted from nothing.
-        let draw = |at: usize| if at.is_multiple_of(batch.seq) { 1.0 } else { rng.random() };
-        let draws: Vec<f64> = (0..batch.tokens.len()).map(draw).collect();
         Self::new(batch, mask_id, (0..batch.batch).map(rate).collect(), |at, rate| draws[at] < rate)
     }
 
@@ -109,6 +107,13 @@ impl MaskedBatch {
     fn share(&self) -> f64 {
         self.targets as f64 / self.maskable.max(1) as f64
     }
+}
+
+/// `[batch, seq]`: the rate from which on each token is masked; the first of a row, which is predicted from nothing, never.
+fn draws(batch: &Batch, seed: u64) -> Vec<f64> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let draw = |at: usize| if at.is_multiple_of(batch.seq) { 1.0 } else { rng.random() };
+    (0..batch.tokens.len()).map(draw).collect()
 }
 
 /// Who sees whom: everybody, within a document.
@@ -140,8 +145,7 @@ impl Decoder {
         };
         let (seed, first) = ((draw() * f64::from(1u32 << 24)) as u64, draw());
         let seed = seed << 24 | (draw() * f64::from(1u32 << 24)) as u64;
-        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        self.loss_of_masked(&MaskedBatch::drawn(batch, self.mask_id(), rng, first))
+        self.loss_of_masked(&MaskedBatch::drawn(batch, self.mask_id(), &draws(batch, seed), first))
     }
 
     /// The training loss of a batch with these masks: a sum as over the targets of the batch, so that its mean over them is the bound of
@@ -166,9 +170,16 @@ impl Decoder {
             .tokens
             .iter()
             .fold(0xcbf2_9ce4_8422_2325u64, |hash, &id| (hash ^ u64::from(id)).wrapping_mul(0x0100_0000_01b3));
-        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        let masked = MaskedBatch::drawn(batch, self.mask_id(), rng, 0.5 / batch.batch.max(1) as f64);
-        let out = self.predict(&masked.batch, self.pass(self.tokens(&masked.batch), Pass::new(&mask(batch))).hidden);
+        let draws = draws(batch, seed);
+        let masked = MaskedBatch::drawn(batch, self.mask_id(), &draws, 0.5 / batch.batch.max(1) as f64);
+        let hidden = match self.sparsed() {
+            None => self.hidden_of(&masked.batch, &[]),
+            Some(config) => {
+                let row = |row| self.hidden_of_row(batch, &masked, row, &draws, config);
+                Tensor::cat((0..batch.batch).map(row).collect(), 0)
+            }
+        };
+        let out = self.predict(&masked.batch, hidden);
         let losses = out.losses.into_data();
         let losses: Vec<f64> = losses.iter::<f64>().collect();
         let weighted =
@@ -180,6 +191,48 @@ impl Decoder {
             targets: masked.targets,
             bytes: batch.target_bytes,
         }
+    }
+
+    /// `[batch, seq, d_model]`
+    fn hidden_of(&self, batch: &Batch, sparse: &[Sparse]) -> Tensor<3> {
+        self.pass(self.tokens(batch), Pass { sparse, ..Pass::new(&mask(batch)) }).hidden
+    }
+
+    /// `[1, seq, d_model]`: a masked row as a generation would read it that has come as far: while its first steps last, in which more
+    /// than 1 - `skip` is masked, all of it; later the blocks that the last of those has chosen.
+    fn hidden_of_row(
+        &self,
+        batch: &Batch,
+        masked: &MaskedBatch,
+        row: usize,
+        draws: &[f64],
+        config: SparsedConfig,
+    ) -> Tensor<3> {
+        let (own, earlier) = (masked.batch.row(row), 1.0 - config.skip);
+        if masked.rates[row] > earlier {
+            return self.hidden_of(&own, &[]);
+        }
+        let (whole, draws) = (batch.row(row), &draws[row * batch.seq..]);
+        let prompt = whole.targets.iter().take_while(|&&target| target == IGNORE).count();
+        let layers = self.kept_blocks(config, whole.seq - prompt);
+        let chosen_on = MaskedBatch::new(&whole, self.mask_id(), vec![earlier], |at, rate| draws[at] < rate);
+        let _ = self.hidden_of(&chosen_on.batch, &layers);
+        self.hidden_of(&own, &layers)
+    }
+
+    /// The settings of SparseD, where this model reads by it.
+    fn sparsed(&self) -> Option<SparsedConfig> {
+        match self.intervention()?.sparse_config()? {
+            SparseConfig::Sparsed(config) => Some(*config),
+            _ => None,
+        }
+    }
+
+    /// What layers are told whose next pass is to choose blocks, for itself and all later ones; the answer is the end of the text.
+    fn kept_blocks(&self, SparsedConfig { block_size, ratio, .. }: SparsedConfig, answer: usize) -> Vec<Sparse> {
+        let selection = SparsedSelection { block_size, ratio, answer };
+        let layer = |_| Sparse::Kept(Arc::new(KeptBlocks { selection, mask: OnceLock::new() }));
+        self.layers.iter().map(layer).collect()
     }
 
     /// The tokens that a masked diffusion model puts behind a prompt (LLaDA's low-confidence remasking): as many as `sampling` allows at
@@ -272,13 +325,10 @@ struct SparsePhase {
 
 impl SparsePhase {
     fn new(model: &Decoder, steps: usize, answer: usize) -> Self {
-        let config = model.intervention().and_then(|intervention| intervention.sparse_config());
-        let Some(&SparseConfig::Sparsed(SparsedConfig { block_size, ratio, skip })) = config else {
-            return Self { layers: Vec::new(), dense: 0 };
-        };
-        let selection = SparsedSelection { block_size, ratio, answer };
-        let layer = |_| Sparse::Kept(Arc::new(KeptBlocks { selection, mask: OnceLock::new() }));
-        Self { layers: (0..model.layers.len()).map(layer).collect(), dense: mask_step(steps, skip) }
+        match model.sparsed() {
+            Some(config) => Self { layers: model.kept_blocks(config, answer), dense: mask_step(steps, config.skip) },
+            None => Self { layers: Vec::new(), dense: 0 },
+        }
     }
 
     fn next(&mut self) -> &[Sparse] {
@@ -323,7 +373,7 @@ mod tests {
         let mut tokens = batch();
         // What is no target is never masked.
         tokens.targets[..16].fill(IGNORE);
-        let masked = MaskedBatch::drawn(&tokens, 9, &mut ChaCha8Rng::seed_from_u64(1), 0.99);
+        let masked = MaskedBatch::drawn(&tokens, 9, &draws(&tokens, 1), 0.99);
         assert_eq!(masked.batch.tokens[..17], tokens.tokens[..17]);
         assert!(masked.batch.tokens[17..32].contains(&9) && masked.maskable == 15 + 31);
         let sums = model.evaluate(&batch());
@@ -365,6 +415,35 @@ mod tests {
         assert_eq!(refused, ["hilo", "gated_delta_net"]);
     }
 
+    fn reading_blocks(model: &Decoder, config: SparsedConfig) -> Decoder {
+        let config = crate::intervention::InterventionConfig {
+            sparse: Some(SparseConfig::Sparsed(config)),
+            ..Default::default()
+        };
+        let intervention = crate::intervention::Intervention::new(&config, &Default::default(), model, None).unwrap();
+        model.clone().intervened(Some(intervention))
+    }
+
+    /// Rows are masked at 0.25 and 0.75: of a generation whose dense steps end at 0.5 the first would read blocks, the second all.
+    #[test]
+    fn an_evaluation_reads_blocks_where_a_generation_would() {
+        let (model, batch) = (model(&Device::flex()), batch());
+        let loss = |ratio, skip, batch: &Batch| {
+            reading_blocks(&model, SparsedConfig { block_size: 4, ratio, skip }).evaluate(batch).loss
+        };
+        let dense = model.evaluate(&batch).loss;
+        assert!((loss(1.0, 0.0, &batch) - dense).abs() < 1e-5 * dense);
+        let [all, most, some, none] = [0.0, 0.2, 0.5, 1.0].map(|skip| loss(0.1, skip, &batch));
+        assert!((none - dense).abs() < 1e-6 * dense, "{none} {dense}");
+        assert!(
+            (all - dense).abs() > 1e-5 * dense && (some - dense).abs() > 1e-5 * dense && some != all && most != some
+        );
+        let halves = Batch { documents: Some([vec![0; 16], vec![1; 16]].concat().repeat(2)), ..batch };
+        let dense = model.evaluate(&halves).loss;
+        assert!((loss(1.0, 0.0, &halves) - dense).abs() < 1e-5 * dense);
+        assert!((loss(0.1, 0.0, &halves) - dense).abs() > 1e-5 * dense);
+    }
+
     #[test]
     fn blocks_are_filled_in_one_after_the_other_and_sparse_ones_at_full_ratio_alike() {
         let model = model(&Device::flex());
@@ -377,16 +456,8 @@ mod tests {
         let text = model.diffuse(&[1, 2, 3], &sampling, 0, &|| true).unwrap();
         assert!(text.len() == 7 && text.iter().all(|&id| id < 9), "{text:?}");
         assert_eq!(model.diffuse(&[1, 2, 3], &sampling, 0, &|| false), None);
-        let sparse = SparsedConfig { block_size: 2, ratio: 1.0, skip: 0.2 };
-        let config = crate::intervention::InterventionConfig {
-            sparse: Some(SparseConfig::Sparsed(sparse)),
-            ..Default::default()
-        };
-        let intervention = crate::intervention::Intervention::new(&config, &Default::default(), &model, None).unwrap();
-        assert_eq!(
-            model.clone().intervened(Some(intervention)).diffuse(&[1, 2, 3], &sampling, 0, &|| true),
-            Some(text)
-        );
+        let sparse = reading_blocks(&model, SparsedConfig { block_size: 2, ratio: 1.0, skip: 0.2 });
+        assert_eq!(sparse.diffuse(&[1, 2, 3], &sampling, 0, &|| true), Some(text));
         let mut phase = SparsePhase::new(&model, 5, 7);
         assert!(phase.next().is_empty());
     }

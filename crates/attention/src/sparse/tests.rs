@@ -14,15 +14,16 @@ fn inputs(device: &Device) -> [Tensor<4>; 3] {
     [4, 2, 2].map(|heads| draw([2, heads, 37, 8], [0.0, 1.5], device))
 }
 
-fn attend(config: SparseConfig, inputs: [Tensor<4>; 3]) -> Tensor<4> {
-    let mask = Mask::causal();
-    let options = AttentionOptions { mask: Some(&mask), ..AttentionOptions::default() };
-    Sparse::Config(config, None).attend(inputs, &options).hidden
+fn options(mask: &Mask) -> AttentionOptions<'_> {
+    AttentionOptions { mask: Some(mask), ..AttentionOptions::default() }
 }
 
-fn dense(inputs: [Tensor<4>; 3]) -> Tensor<4> {
-    let ([q, k, v], mask) = (inputs, Mask::causal());
-    attention(q, k, v, &AttentionOptions { mask: Some(&mask), ..AttentionOptions::default() }).hidden
+fn attend(config: SparseConfig, inputs: [Tensor<4>; 3]) -> Tensor<4> {
+    Sparse::Config(config, None).attend(inputs, &options(&Mask::causal())).hidden
+}
+
+fn dense([q, k, v]: [Tensor<4>; 3]) -> Tensor<4> {
+    attention(q, k, v, &options(&Mask::causal())).hidden
 }
 
 fn blocks(pattern: Pattern, density: f64, rectify: bool) -> SparseConfig {
@@ -117,6 +118,17 @@ fn packed_texts_are_read_as_if_each_were_a_row() {
         SparseConfig::Dhsa(DhsaConfig { block_size, chunk_size, rectify, ..few })
     };
     let rectified = RectifiedConfig { block_size: 4, prob_threshold: 0.0, top_k: 1, first_block: false };
+    let check = |what: &str, read: &dyn Fn([Tensor<4>; 3], &Mask) -> Tensor<4>| {
+        let together = read(inputs.clone(), &packed);
+        for (row, text) in rows.iter().enumerate().flat_map(|(row, texts)| texts.iter().map(move |text| (row, text))) {
+            let own = |x: &Tensor<4>| x.clone().slice([row..row + 1, 0..x.dims()[1], text.clone(), 0..8]);
+            let alone = read(inputs.each_ref().map(own), &Mask::causal());
+            let apart = largest_difference(own(&together), alone);
+            assert!(apart < 1e-6, "{what}, row {row}, {text:?}: {apart}");
+        }
+        let [q, k, v] = inputs.clone();
+        assert!(largest_difference(together, attention(q, k, v, &options(&packed)).hidden) > 1e-3, "{what} is dense");
+    };
     for config in [
         blocks(Pattern::AShape, 0.3, false),
         blocks(Pattern::AShape, 0.3, true),
@@ -126,17 +138,15 @@ fn packed_texts_are_read_as_if_each_were_a_row() {
         SparseConfig::Rectified(rectified),
         SparseConfig::H2o(H2oConfig { heavy: 2, recent: 2 }),
     ] {
-        let options = AttentionOptions { mask: Some(&packed), ..AttentionOptions::default() };
-        let together = Sparse::Config(config.clone(), None).attend(inputs.clone(), &options).hidden;
-        for (row, text) in rows.iter().enumerate().flat_map(|(row, texts)| texts.iter().map(move |text| (row, text))) {
-            let own = |x: &Tensor<4>| x.clone().slice([row..row + 1, 0..x.dims()[1], text.clone(), 0..8]);
-            let alone = attend(config.clone(), inputs.each_ref().map(own));
-            let apart = largest_difference(own(&together), alone);
-            assert!(apart < 1e-6, "{config:?}, row {row}, {text:?}: {apart}");
-        }
-        let [q, k, v] = inputs.clone();
-        assert!(largest_difference(together, attention(q, k, v, &options).hidden) > 1e-3, "{config:?} is dense");
+        let sparse = Sparse::Config(config.clone(), None);
+        check(&format!("{config:?}"), &|inputs, mask| sparse.attend(inputs, &options(mask)).hidden);
     }
+    check("blocks that an earlier call chose", &|inputs, mask| {
+        let selection = SparsedSelection { block_size: 4, ratio: 0.3, answer: 37 };
+        let sparse = Sparse::Kept(Arc::new(KeptBlocks { selection, mask: OnceLock::new() }));
+        sparse.attend(inputs.clone(), &options(mask));
+        sparse.attend(inputs, &options(mask)).hidden
+    });
 }
 
 /// Later queries attend to one topic: boundaries are where it begins and where it ends.
