@@ -1,7 +1,9 @@
 //! The figures of a report: SVG whose colours are the page's, so that they are legible on light and on dark ground.
 
+use std::ops::Range;
+
 use plotters::coord::Shift;
-use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -21,6 +23,39 @@ pub const WIDE: (u32, u32) = (860, 400);
 const LINE: i32 = 15;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Axis, Axis>>;
+
+/// An axis over numbers with ticks of ours.
+struct Axis {
+    ends: (f64, f64),
+    ticks: Vec<f64>,
+}
+
+impl Axis {
+    /// With round numbers, about so many.
+    fn numbers(ends: (f64, f64), most: usize) -> Self {
+        Self { ends, ticks: round_numbers(ends.0, ends.1, most) }
+    }
+}
+
+impl Ranged for Axis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (first, last): (i32, i32)) -> i32 {
+        let (low, high) = self.ends;
+        let share = (value - low) / (high - low);
+        first + (f64::from(last - first) * share).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.ends.0..self.ends.1
+    }
+}
 
 /// Stands for the colour of an arm.
 fn colour(arm: usize) -> RGBColor {
@@ -141,22 +176,28 @@ pub fn curves(figure: &Curves<'_>) -> Result<Option<String>, String> {
     let Some(range) = padded(counted.flat_map(|at| [at.low, at.high])) else { return Ok(None) };
     let drawn = draw(figure.title, figure.size, |area| {
         let format = decimals(range.1 - range.0);
+        let round = if figure.logarithms { round_logarithms } else { round_numbers };
+        let across = match figure.names {
+            [] => round(left, right, figure.size.0 as usize / 80),
+            names => (0..names.len()).map(|at| at as f64).collect(),
+        };
+        let up = round(range.0, range.1, 6);
+        let (across, up) = (Axis { ends: (left, right), ticks: across }, Axis { ends: range, ticks: up });
         let mut chart = ChartBuilder::on(area)
             .margin(8)
             // Half of the last name stands there.
             .margin_right(if figure.names.is_empty() { 18 } else { 64 })
             .x_label_area_size(42)
             .y_label_area_size(if figure.y.is_empty() { 48 } else { 64 })
-            .build_cartesian_2d(left..right, range.0..range.1)
+            .build_cartesian_2d(across, up)
             .map_err(said)?;
-        let name = |x: &f64| match figure.names.get(x.round() as usize) {
-            Some(name) if (x - x.round()).abs() < 1e-6 => (*name).to_owned(),
-            Some(_) => String::new(),
+        let name = |x: &f64| match figure.names.get(*x as usize) {
+            Some(name) => (*name).to_owned(),
             None if figure.logarithms => significant(10f64.powf(*x)),
             None => short(*x, right),
         };
         let value = |y: &f64| if figure.logarithms { significant(10f64.powf(*y)) } else { label(*y, format) };
-        mesh(&mut chart, (figure.x, figure.y), 6, &name, &value)?;
+        mesh(&mut chart, (figure.x, figure.y), &name, &value)?;
         let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y.clamp(range.0, range.1)));
         for curve in &figure.curves {
             let colour = colour(curve.arm);
@@ -201,9 +242,9 @@ pub fn dot_plot(title: &str, x: &str, rows: &[Row], zero: bool) -> Result<Option
             .margin_right(24)
             .x_label_area_size(42)
             .y_label_area_size(12)
-            .build_cartesian_2d(range.0..range.1, 0.0..rows.len() as f64)
+            .build_cartesian_2d(Axis::numbers(range, 5), Axis { ends: (0.0, rows.len() as f64), ticks: Vec::new() })
             .map_err(said)?;
-        mesh(&mut chart, (x, ""), 0, &|x| label(*x, format), &|_| String::new())?;
+        mesh(&mut chart, (x, ""), &|x| label(*x, format), &|_| String::new())?;
         if zero {
             let ends = [0.0, rows.len() as f64].map(|y| chart.backend_coord(&(0.0, y)));
             area.draw(&PathElement::new(ends.to_vec(), INK.stroke_width(2))).map_err(said)?;
@@ -246,9 +287,9 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
             .margin(8)
             .x_label_area_size(42)
             .y_label_area_size(64)
-            .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)
+            .build_cartesian_2d(Axis::numbers(xs, 5), Axis::numbers(ys, 6))
             .map_err(said)?;
-        mesh(&mut chart, (x, y), 6, &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
+        mesh(&mut chart, (x, y), &|x| short(*x, xs.1 - xs.0), &|y| label(*y, format))?;
         let mut labels = Vec::new();
         for dot in dots {
             let ends = [dot.at.low, dot.at.high].map(|y| chart.backend_coord(&(dot.at.x, y)));
@@ -257,26 +298,26 @@ pub fn scatter(title: &str, x: &str, y: &str, dots: &[Dot]) -> Result<Option<Str
             mark(area, place, dot.arm)?;
             labels.push((place, dot));
         }
-        // From top to bottom, each name at least a line below the marks and names that it would meet.
+        // From top to bottom, each name as near to its mark as other names and marks allow, to the right rather than to the left.
         labels.sort_by_key(|(place, _)| place.1);
-        let mut placed: Vec<(i32, i32, i32)> = labels.iter().map(|((x, y), _)| (x - 6, x + 6, *y)).collect();
+        let mut placed: Vec<[i32; 3]> = labels.iter().map(|((x, y), _)| [x - 6, x + 6, *y]).collect();
+        let (width, height) = (SIZE.0 as i32, SIZE.1 as i32 - 60);
         for ((x, y), dot) in labels {
-            // Names stand to the right of their points, or to the left where there is more room.
-            let length = (7.0 * dot.name.chars().count() as f64) as i32;
-            let to_the_right = x + 10 + length <= SIZE.0 as i32;
-            let (left, right) = if to_the_right { (x + 10, x + 10 + length) } else { (x - 10 - length, x - 10) };
-            let meets =
-                |y: i32| placed.iter().filter(move |(l, r, at)| left < *r && *l < right && (y - at).abs() < LINE);
-            let mut free = y;
-            while let Some((_, _, at)) = meets(free).next() {
-                free = at + LINE;
+            let length = dot.name.chars().map(|char| if char.is_uppercase() { 10 } else { 7 }).sum::<i32>();
+            let lines = (0..height / LINE).flat_map(|line| [y + line * LINE, y - line * LINE]);
+            let places = lines.flat_map(|at| [[x + 10, x + 10 + length, at], [x - 10 - length, x - 10, at]]);
+            let fits = |place: &[i32; 3]| place[0] >= 70 && place[1] <= width && (LINE..height).contains(&place[2]);
+            let meets = |[left, right, at]: [i32; 3]| {
+                placed.iter().any(|&[l, r, other]| left < r && l < right && (at - other).abs() < LINE)
+            };
+            let place = places.filter(fits).find(|&place| !meets(place)).unwrap_or([x + 10, x + 10 + length, y]);
+            placed.push(place);
+            let [left, right, at] = place;
+            let (end, side) = if left > x { (left, HPos::Left) } else { (right, HPos::Right) };
+            if at != y {
+                area.draw(&PathElement::new(vec![(x, y), (end, at)], FAINT)).map_err(said)?;
             }
-            placed.push((left, right, free));
-            if free != y {
-                let end = if to_the_right { left - 2 } else { right + 2 };
-                area.draw(&PathElement::new(vec![(x, y), (end, free)], FAINT)).map_err(said)?;
-            }
-            text(area, &dot.name, (left, free), HPos::Left)?;
+            text(area, &dot.name, (end, at), side)?;
         }
         Ok(())
     })?;
@@ -316,25 +357,17 @@ fn draw(title: &str, size: (u32, u32), fill: impl FnOnce(&Area<'_>) -> Result<()
     Ok(svg.replacen("<svg", &format!("<svg {label}"), 1))
 }
 
-/// Axes with a label for every 60 pixels from left to right, and so many from top to bottom: without any, no lines either.
-fn mesh<X, Y>(
-    chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, Y>>,
+/// Axes with lines and labels at their ticks.
+fn mesh(
+    chart: &mut Chart<'_, '_>,
     (x, y): (&str, &str),
-    y_labels: usize,
     x_label: &dyn Fn(&f64) -> String,
     y_label: &dyn Fn(&f64) -> String,
-) -> Result<(), String>
-where
-    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
-{
-    let x_labels = (chart.plotting_area().dim_in_pixel().0 / 60) as usize;
+) -> Result<(), String> {
     let mut mesh = chart.configure_mesh();
     mesh.light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)
         .axis_style(INK)
-        .x_labels(x_labels)
-        .y_labels(y_labels)
         .axis_desc_style(("sans-serif", 14, &INK))
         .label_style(("sans-serif", 13, &INK))
         .x_label_formatter(x_label)
@@ -342,9 +375,6 @@ where
         .x_desc(x);
     if !y.is_empty() {
         mesh.y_desc(y);
-    }
-    if y_labels == 0 {
-        mesh.disable_y_mesh();
     }
     mesh.draw().map_err(said)
 }
@@ -393,6 +423,33 @@ fn padded(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     (low <= high).then_some((low - margin, high + margin))
 }
 
+/// Round numbers of a range, 1, 2 or 5 times a power of ten apart: at most one more than `most`.
+fn round_numbers(low: f64, high: f64, most: usize) -> Vec<f64> {
+    let least = (high - low) / most as f64;
+    let power = 10f64.powf(least.log10().floor());
+    let step = [1.0, 2.0, 5.0].map(|digit| digit * power).into_iter().find(|&step| step >= least);
+    let step = step.unwrap_or(10.0 * power);
+    ((low / step).ceil() as i64..=(high / step).floor() as i64).map(|at| at as f64 * step).collect()
+}
+
+/// The decimal logarithms of round numbers, of a range of logarithms: 1, 2 and 5 times powers of ten, powers alone where there are many of
+/// them, and every number of one step where there are few.
+fn round_logarithms(low: f64, high: f64, most: usize) -> Vec<f64> {
+    let powers = || (low.floor() as i32..=high.floor() as i32).map(f64::from);
+    let inside = |at: &f64| (low..=high).contains(at);
+    for digits in [&[1.0, 2.0, 5.0][..], &[1.0]] {
+        let all = powers().flat_map(|power| digits.iter().map(move |digit: &f64| power + digit.log10()));
+        let all = Vec::from_iter(all.filter(inside));
+        if (3..=most).contains(&all.len()) {
+            return all;
+        }
+    }
+    match high - low < 2.0 {
+        true => round_numbers(10f64.powf(low), 10f64.powf(high), most).into_iter().map(f64::log10).collect(),
+        false => round_numbers(low, high, most),
+    }
+}
+
 /// Decimals that tell six labels of a range apart.
 fn decimals(range: f64) -> usize {
     (-(range / 6.0).log10().floor()).clamp(0.0, 6.0) as usize
@@ -410,7 +467,11 @@ fn significant(value: f64) -> String {
     let (digits, power) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let digits = digits.trim_end_matches('0').trim_end_matches('.');
     match power.parse::<i32>() {
-        Ok(power) if (-3..4).contains(&power) => format!("{value:.*}", (2 - power).max(0) as usize),
+        Ok(power @ (-3..2)) => {
+            let places = (2 - power) as usize;
+            format!("{value:.places$}").trim_end_matches('0').trim_end_matches('.').into()
+        }
+        Ok(2..4) => format!("{value:.0}"),
         _ => format!("{digits}e{power}"),
     }
 }
@@ -457,5 +518,20 @@ mod tests {
             ("2.0M".into(), "12k".into(), "0.25".into())
         );
         assert_eq!([2.5e13, 1e12, 3.214, 0.0124, 321.4].map(significant), ["2.5e13", "1e12", "3.21", "0.0124", "321"]);
+        assert_eq!([0.001, 2.0, 400.0, 1.9999].map(significant), ["0.001", "2", "400", "2"]);
+    }
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        assert_eq!(round_numbers(0.3, 9.9, 5), [2.0, 4.0, 6.0, 8.0]);
+        assert_eq!(round_numbers(-1.0, 1.0, 4), [-1.0, -0.5, 0.0, 0.5, 1.0]);
+        let powers = |low: f64, high: f64| {
+            Vec::from_iter(round_logarithms(low.log10(), high.log10(), 5).iter().map(|at| significant(10f64.powf(*at))))
+        };
+        assert_eq!(powers(1e-3, 1.1e-2), ["0.001", "0.002", "0.005", "0.01"]);
+        assert_eq!(powers(1.2e-3, 5.2e-3), ["0.002", "0.003", "0.004", "0.005"]);
+        assert_eq!(powers(0.9, 1e4), ["1", "10", "100", "1000", "1e4"]);
+        assert_eq!(powers(1e12, 1e30), ["1e15", "1e20", "1e25", "1e30"]);
+        assert_eq!(powers(1.97, 2.45), ["2", "2.1", "2.2", "2.3", "2.4"]);
     }
 }
