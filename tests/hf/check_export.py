@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -164,6 +164,19 @@ MODELS = {
             }
         },
         OWN,
+    ),
+}
+
+# Masked diffusion: name: (attention, other settings of the decoder).
+MASKED = {
+    "masked_softmax": ({"softmax": {**grouped, "qk_norm": True}}, {}),
+    "masked_window": ({"softmax": {**heads, "window": [4, 0, 4, 0]}}, {"tie_embeddings": False}),
+    "masked_grouped_differential": ({"grouped_differential": gda}, {"norm": "layer", "mlp": "gelu"}),
+    "masked_mixture_of_head": ({"mixture_of_head": moh}, {}),
+    "masked_mla": ({"mla": {**heads, "kv_lora_rank": 8}}, {}),
+    "masked_key_driven": (
+        {"key_driven": {"n_heads": 4, "n_kv_heads": 2, "allocation": {"fixed": {"query_heads": [3, 1]}}}},
+        {"rope": False, "learned_positions": 64},
     ),
 }
 
@@ -330,15 +343,15 @@ def check_training(checks, model):
     checks.true(f"training lowers the loss ({loss.item():.3f} to {last.item():.3f})", last < 0.9 * loss)
 
 
-def check_folders(checks, binary, folder, model, expected):
+def check_folders(checks, binary, folder, model, expected, tokens=TOKENS, load=load):
     """Saved by transformers it is read by transformers and by Polyhead."""
     saved = folder.parent / "saved"
     model.save_pretrained(saved)
     both = [(path / "modeling_polyhead.py").exists() for path in (saved, folder)]
     checks.true("the code is saved too, where there is one", both[0] == both[1])
-    tokens = torch.tensor([TOKENS])
-    checks.true("a saved folder is the same", torch.equal(load(saved)(tokens).logits, model(tokens).logits))
-    checks.close("a saved folder in Polyhead", ours(binary, saved, TOKENS), expected)
+    rows = torch.tensor([tokens])
+    checks.true("a saved folder is the same", torch.equal(load(saved)(rows).logits, model(rows).logits))
+    checks.close("a saved folder in Polyhead", ours(binary, saved, tokens), expected)
     half = folder.parent / "half"
     load(folder, dtype=torch.bfloat16).save_pretrained(half)
     checks.true("a saved folder keeps its type", load(half, dtype="auto").dtype == torch.bfloat16)
@@ -391,10 +404,70 @@ def check_model(binary, name):
             fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
             checks.true("fresh weights", fresh(torch.tensor([TOKENS])).logits.isfinite().all())
         check_training(checks, model)
+    return told(name, checks)
+
+
+def told(name, checks):
+    """Prints the outcome; whether all is well."""
     print(f"{name:34} {'FAILED' if checks.failed else 'ok':7} {checks.worst:.1e}", flush=True)
     for failure in checks.failed:
         print(f"    {failure}", flush=True)
     return not checks.failed
+
+
+TEXT = """
+data.text.paths = ["text.txt"]
+tokenizer.bytes = {}
+training = { steps = 2, seq_len = 32, batch_size = 4 }
+"""
+
+
+def check_masked(binary, name):
+    """A masked diffusion model: logits, generation and training, and the way back."""
+    attention, more = MASKED[name]
+    checks = Checks()
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        (temporary / "text.txt").write_text("abcdefghij" * 300)
+        folder = trained(binary, temporary, attention, {**more, "masked_diffusion": True}, TEXT)
+        config = json.loads((folder / "config.json").read_text())
+        checks.true(f"written as {config['architectures']}", config["architectures"] == ["PolyheadForMaskedLM"])
+
+        def read(folder, **options):
+            return AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+        spread(folder)
+        mask, model = config["mask_token_id"], read(folder)
+        text = model.diffuse(torch.tensor([list(b"abcdefgh")]), max_new_tokens=21, steps=8, block_length=6)[0].tolist()
+        command = [binary, "generate", folder, "--prompt", "abcdefgh", "--temperature", "0"]
+        command += ["--max-new-tokens", "21", "--diffusion-steps", "8", "--block-length", "6"]
+        said = subprocess.run(command, capture_output=True, check=True).stdout.decode().rstrip()
+        text = bytes(text).decode(errors="replace").rstrip()
+        checks.true(f"generates {said!r}, not {text!r}", len(set(text)) > 9 and said == text)
+        tokens = [mask if at % 3 == 1 else token for at, token in enumerate(TOKENS)]
+        expected = ours(binary, folder, tokens)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits
+            checks.close("logits", logits[0, :, :mask], expected)
+            checks.true("later tokens are read", (model(torch.tensor([tokens[:-1]])).logits[0, 0] - logits[0, 0]).abs().max() > 1e-4)
+            padded = torch.tensor([[0] * 5 + tokens, tokens + [0] * 5])
+            seen = torch.tensor([[0] * 5 + [1] * 19, [1] * 19 + [0] * 5])
+            padded = model(padded, attention_mask=seen).logits[..., :mask]
+            checks.close("logits with padding on the left", padded[0, 5:], expected)
+            checks.close("logits with padding on the right", padded[1, :19], expected)
+            check_folders(checks, binary, folder, model, expected, tokens, read)
+            half = read(folder).half()(torch.tensor([tokens])).logits
+            checks.true("half is finite", half.dtype == torch.float16 and half.isfinite().all())
+        model.train()
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+        labels = torch.tensor([[token if place == mask else -100 for token, place in zip(TOKENS, tokens)]])
+        for _ in range(15):
+            optimizer.zero_grad()
+            losses.append(model(torch.tensor([tokens]), labels=labels).loss)
+            losses[-1].backward()
+            optimizer.step()
+        checks.true("training lowers the loss", losses[-1] < 0.9 * losses[0])
+    return told(name, checks)
 
 
 if __name__ == "__main__":
@@ -402,5 +475,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     binary, *names = sys.argv[1:]
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
-    passed = [check_model(Path(binary).resolve(), name) for name in names or MODELS]
+    binary = Path(binary).resolve()
+    passed = [(check_masked if name in MASKED else check_model)(binary, name) for name in names or [*MODELS, *MASKED]]
     sys.exit(0 if all(passed) else 1)

@@ -130,6 +130,11 @@ impl Decoder {
         self.config().masked_diffusion
     }
 
+    /// Who sees whom in a text: everybody, or every token those before it.
+    pub fn mask_of_text(&self) -> Mask {
+        if self.is_masked_diffusion() { Mask::none() } else { Mask::causal() }
+    }
+
     /// The id of the mask: one behind those of the data.
     pub fn mask_id(&self) -> u32 {
         self.vocab_size() as u32

@@ -199,7 +199,6 @@ impl Trainable for Decoder {
     }
 
     fn observe_layers(&self, batch: &Batch, observe: Observe) -> Vec<Observation> {
-        let mask = if self.is_masked_diffusion() { Mask::none() } else { Mask::causal() };
-        self.forward(self.tokens(&batch.row(0)), &mask, None, observe).seen
+        self.forward(self.tokens(&batch.row(0)), &self.mask_of_text(), None, observe).seen
     }
 }

@@ -9,7 +9,7 @@ use polyhead_attention::{AttentionConfig, ConfigError, Dims, Family, Form, RopeL
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::names::POLYHEAD;
+use super::names::{MASKED, POLYHEAD};
 use super::own;
 use crate::surgery::per_layer;
 use crate::{DecoderConfig, LinearScaling, Llama3Scaling, MlpKind, NormKind, RopeScaling};
@@ -79,12 +79,13 @@ pub(super) struct Described {
 pub(super) fn read(text: &str) -> Result<Described, String> {
     let mut keys = entries::read(text)?;
     let family = family(&keys)?;
-    let own = *family == POLYHEAD;
+    let own = [&POLYHEAD, &MASKED].contains(&family);
     let notes = if own { Vec::new() } else { fill_in(&mut keys, family) };
     let vocab = keys.get("vocab_size").and_then(Value::as_u64);
     let ends = special_ids(&keys, vocab.unwrap_or(u64::MAX))?;
     check_sizes(&keys)?;
     let Sizes { vocab_size, max_position_embeddings } = entries::typed(&keys)?;
+    let mask = keys.get("mask_token_id").cloned().unwrap_or_default();
     let decoder = if own {
         own::read(keys)?
     } else {
@@ -92,7 +93,24 @@ pub(super) fn read(text: &str) -> Result<Described, String> {
         refuse_unsupported(&config, family)?;
         published(&config, family, &keys)?
     };
+    check_mask(family, &decoder, vocab_size, &mask)?;
+    let vocab_size = vocab_size - (decoder.rows(vocab_size) - vocab_size);
     Ok(Described { family, decoder, vocab_size, max_positions: max_position_embeddings, ends, notes })
+}
+
+/// Refuses a model of our own whose keys disagree on whether, and by which id, tokens are masked.
+fn check_mask(family: &Family, decoder: &DecoderConfig, vocab_size: usize, mask: &Value) -> Result<(), String> {
+    let masked = decoder.masked_diffusion;
+    if masked != (*family == MASKED) {
+        let class = family.class();
+        return Err(format!("architectures names {class:?}, and masked_diffusion is {masked}: make them agree"));
+    }
+    let last = vocab_size as u64 - 1;
+    match mask.as_u64() {
+        Some(id) if masked && id == last && last > 0 => Ok(()),
+        _ if !masked => Ok(()),
+        _ => Err(format!("mask_token_id ({mask}) must be the last id, {last}, and not the only one")),
+    }
 }
 
 /// Refuses sizes of nothing, and sizes beyond those of any model, whose products would leave the numbers.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::files;
 use super::import::transpose;
-use super::names::{Layout, POLYHEAD, place};
+use super::names::{Layout, MASKED, POLYHEAD, place};
 use super::own;
 use crate::surgery::{SurgeryError, standard_grouped};
 use crate::weights::{Held, Named, ToWrite, held, write_safetensors};
@@ -48,10 +48,14 @@ pub enum ExportError {
     Surgery(#[from] SurgeryError),
     /// Neither a class of transformers nor the code that is written beside the weights computes this.
     #[error(
-        "models with autoencoder or masked_diffusion do not predict the next token, which is what exports are for: train one without them to \
-         export it"
+        "models with autoencoder predict a row from one vector, which exports are not for: train one without it to export it"
     )]
-    NoForm,
+    Autoencoder,
+    /// The code that is written beside the weights knows groups of query heads that are the same for all texts.
+    #[error(
+        "key_driven groups the heads of a masked diffusion model by the text, which exports do not: allocation even or fixed can be exported"
+    )]
+    Grouping,
     /// No class of transformers computes this.
     #[error("--native: {0}; without --native, code for transformers is written beside the weights")]
     NotNative(String),
@@ -92,9 +96,12 @@ impl Exported {
 /// # Errors
 /// If it cannot be said as asked for.
 pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, ExportError> {
-    let DecoderConfig { autoencoder, masked_diffusion, .. } = model.config();
-    if *autoencoder || *masked_diffusion {
-        return Err(ExportError::NoForm);
+    if model.config().autoencoder {
+        return Err(ExportError::Autoencoder);
+    }
+    let masked = model.is_masked_diffusion();
+    if masked && (0..model.layers.len()).any(|layer| model.config().mechanism(layer).check_causal().is_err()) {
+        return Err(ExportError::Grouping);
     }
     // A predictor of boundaries is no part of what others compute.
     let model = &model.clone().without_boundaries();
@@ -109,7 +116,7 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, Expor
         true => (Some(diff_llama(model.config()).map_err(ExportError::NotNative)?), unstriped(model)),
         false => (published, held(model)),
     };
-    let family = published.as_ref().map_or(&POLYHEAD, |published| published.family);
+    let family = published.as_ref().map_or(own_family(model), |published| published.family);
     let text = |value: &Value| format!("{value:#}\n").into_bytes();
     let mut config = match published {
         Some(published) => published_keys(model, published, options),
@@ -118,17 +125,27 @@ pub fn export(model: &Decoder, options: ExportOptions) -> Result<Exported, Expor
     if family.remote_code {
         config["auto_map"] = json!({
             "AutoConfig": "configuration_polyhead.PolyheadConfig", "AutoModel": "modeling_polyhead.PolyheadModel",
-            "AutoModelForCausalLM": "modeling_polyhead.PolyheadForCausalLM",
         });
+        let auto = if masked { "AutoModelForMaskedLM" } else { "AutoModelForCausalLM" };
+        let class = if masked { &MASKED } else { &POLYHEAD }.class();
+        config["auto_map"][auto] = format!("modeling_polyhead.{class}").into();
     }
     let generation =
         json!({ "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "do_sample": true });
     let tensors = placed(tensors, model.config(), family);
-    let mut made = vec![(files::CONFIG.into(), text(&config)), (files::GENERATION_CONFIG.into(), text(&generation))];
+    let mut made = vec![(files::CONFIG.into(), text(&config))];
+    if !masked {
+        made.push((files::GENERATION_CONFIG.into(), text(&generation)));
+    }
     if family.remote_code {
         made.extend(REMOTE_CODE.map(|(name, code)| (name.into(), code.as_bytes().to_vec())));
     }
     Ok(Exported { files: made, tensors })
+}
+
+/// The family of ours that a decoder is of where no published one has it.
+fn own_family(model: &Decoder) -> &'static Family {
+    if model.is_masked_diffusion() { &MASKED } else { &POLYHEAD }
 }
 
 /// The published family that has such a decoder, and what its config.json says of attention.
@@ -160,6 +177,9 @@ fn diff_llama(config: &DecoderConfig) -> Result<Published, String> {
 fn form(config: &DecoderConfig) -> Result<Form, String> {
     let whole = config.rope_fraction == 1.0;
     match (config.norm, config.mlp) {
+        _ if config.masked_diffusion => {
+            Err("model.decoder.masked_diffusion = true: published families read from left to right".into())
+        }
         _ if !config.rope => Err("model.decoder.rope = false: published families rotate positions".into()),
         _ if config.learned_positions.is_some() || config.head_bias => {
             Err("model.decoder.learned_positions, head_bias: published families have neither".into())
@@ -211,7 +231,7 @@ pub fn notes(model: &Decoder, options: ExportOptions) -> Vec<String> {
     match standard.as_ref().map_or_else(|| of(model), |standard| of(standard).or_else(|_| of(model))) {
         Err(_) if options.native => vec![NATIVE.into()],
         Ok(published) if published.family.remote_code && options.native => vec![NATIVE.into()],
-        Err(problem) => vec![remote_note(&POLYHEAD, &format!(" ({problem})"))],
+        Err(problem) => vec![remote_note(own_family(model), &format!(" ({problem})"))],
         Ok(published) if published.family.remote_code => vec![remote_note(published.family, "")],
         // For every model of the type qwen2, `AutoTokenizer` of transformers 5 builds Qwen's own tokenizer (its way of splitting,
         // and NFC) around the vocabulary, whatever the files say: some texts then get other ids than in training.
@@ -230,21 +250,27 @@ const NATIVE: &str = "written as transformers' DiffLlamaForCausalLM, which compu
 
 /// How transformers loads a family that it does not have.
 fn remote_note(family: &Family, why: &str) -> String {
+    let auto = if *family == MASKED { "AutoModelForMaskedLM" } else { "AutoModelForCausalLM" };
     format!(
         "written as {}, which transformers does not have{why}: the folder has its code in PyTorch, which \
-         AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) runs",
+         {auto}.from_pretrained(DIR, trust_remote_code=True) runs",
         family.class()
     )
 }
 
 /// What every config.json says of a model as a whole.
 fn about(model: &Decoder, family: &Family, options: ExportOptions) -> Value {
-    json!({
+    let rows = model.config().rows(model.vocab_size());
+    let mut about = json!({
         "architectures": [family.class()], "model_type": family.model_type(),
-        "vocab_size": model.vocab_size(), "max_position_embeddings": options.max_positions,
+        "vocab_size": rows, "max_position_embeddings": options.max_positions,
         "bos_token_id": options.begins(), "eos_token_id": options.end_of_text, "pad_token_id": options.pad,
         "torch_dtype": "float32",
-    })
+    });
+    if model.is_masked_diffusion() {
+        about["mask_token_id"] = model.mask_id().into();
+    }
+    about
 }
 
 /// config.json of a published family.
@@ -343,7 +369,7 @@ impl ToWrite for Placed {
 /// class, whose config.json names the layout.
 fn placed(tensors: Vec<Held>, config: &DecoderConfig, family: &Family) -> Vec<Placed> {
     let head_dim = config.head_dim(0);
-    let pairs = config.rope_layout == RopeLayout::Interleaved && *family != POLYHEAD;
+    let pairs = config.rope_layout == RopeLayout::Interleaved && family.model_type() != POLYHEAD.model_type();
     let mut thirds: BTreeMap<String, Placed> = BTreeMap::new();
     let mut out = Vec::new();
     for tensor in tensors {

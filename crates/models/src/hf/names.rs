@@ -7,9 +7,12 @@ use crate::DecoderConfig;
 /// Models that no published family has: their own settings in config.json, LLaMA's names around the mechanisms' own.
 pub(super) static POLYHEAD: Family = Family::remote("PolyheadForCausalLM", "polyhead");
 
+/// The same, of models that predict masked tokens.
+pub(super) static MASKED: Family = Family::remote("PolyheadForMaskedLM", "polyhead");
+
 /// Every family that can be read.
 pub(super) fn families() -> impl Iterator<Item = &'static Family> {
-    AttentionConfig::families().chain([&POLYHEAD])
+    AttentionConfig::families().chain([&POLYHEAD, &MASKED])
 }
 
 /// The layout of a parameter's values in the files.

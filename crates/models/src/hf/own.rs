@@ -20,7 +20,7 @@ const NAMES: [[&str; 2]; 6] = [
 ];
 
 /// Keys that say nothing of the decoder, ours and those that transformers' tools add.
-const BESIDE: [&str; 14] = [
+const BESIDE: [&str; 15] = [
     "architectures",
     "auto_map",
     "model_type",
@@ -29,6 +29,7 @@ const BESIDE: [&str; 14] = [
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "mask_token_id",
     "torch_dtype",
     "dtype",
     "use_cache",

@@ -452,6 +452,37 @@ fn heads_in_equal_groups_are_written_as_published_whatever_shares_them() {
     }
 }
 
+/// Of every mechanism that reads both sides, masked diffusion models come back; but for groups that the text decides.
+#[test]
+fn masked_diffusion_models_come_back_and_their_keys_have_to_agree() {
+    let masked = json!({ "masked_diffusion": true, "tie_embeddings": false });
+    let both_sides = |one: &AttentionConfig| one.check_bidirectional().is_ok() && one.name() != "hilo";
+    for example in AttentionConfig::examples().into_iter().filter(both_sides) {
+        assert_eq!(comes_back(&model(PerLayer::Same(example), masked.clone())), "PolyheadForMaskedLM");
+    }
+    let by_text = json!({ "key_driven": { "n_heads": 4, "n_kv_heads": 2, "allocation": { "per_call": {} } } });
+    let by_text = model(PerLayer::Same(serde_json::from_value(by_text).unwrap()), masked.clone());
+    let error = export(&by_text, ExportOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("key_driven"), "{error}");
+    let plain = PerLayer::Same(serde_json::from_value(json!({ "softmax": { "n_heads": 4 } })).unwrap());
+    let (dir, config) = exported(&model(plain, masked));
+    let auto = config["auto_map"]["AutoModelForMaskedLM"].as_str();
+    assert!(config["vocab_size"] == 12 && config["mask_token_id"] == 11 && auto.is_some(), "{config:#}");
+    for (key, value, words) in [
+        ("mask_token_id", json!(3), "mask_token_id (3) must be the last id, 11"),
+        ("mask_token_id", Value::Null, "mask_token_id (null)"),
+        ("masked_diffusion", json!(false), "make them agree"),
+        ("architectures", json!(["PolyheadForCausalLM"]), "make them agree"),
+        ("vocab_size", json!(1), "must be the last id, 0"),
+    ] {
+        let mut config = config.clone();
+        config[key] = value;
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let error = Folder::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(words), "{key}: {error}");
+    }
+}
+
 #[test]
 fn keys_of_our_own_class_are_all_read_and_named_where_they_are_wrong() {
     let moh = json!({ "mixture_of_head": { "n_heads": 4, "shared_heads": 2, "top_k": 1 } });

@@ -15,7 +15,7 @@ use polyhead_models::weights::{Named, to_safetensors};
 use polyhead_runs::answer::stops;
 use polyhead_runs::peft::adapter_files;
 use polyhead_runs::pretrained::{Pretrained, tokenizer_files};
-use polyhead_runs::{Failure, Trained, open_trained};
+use polyhead_runs::{Failure, Trained, open_decoder};
 use polyhead_training::run_folder::{atomic_write, atomic_write_with, files::WEIGHTS};
 
 use super::must_not_exist;
@@ -41,7 +41,7 @@ pub fn export((checkpoint, device): (&Path, Option<&str>), to: &Path, how: Expor
     if !hf::files::is_folder(to) {
         must_not_exist(to)?;
     }
-    let mut trained = open_trained(checkpoint, device.or(Some("flex")), caller())?;
+    let mut trained = open_decoder(checkpoint, device.or(Some("flex")), caller())?;
     if let Some(gate) = trained.model.gate().filter(|_| !how.without_mask) {
         let problem = format!(
             "{} is evaluated with a mask behind layer {} (mask_at_eval), which Hugging Face's format has no place for: \
@@ -161,8 +161,9 @@ pub fn logits(
     text: Option<&str>,
     out: &Path,
 ) -> Result<(), Failure> {
-    let trained = open_trained(checkpoint, device, caller())?.intervened(intervention)?;
+    let trained = open_decoder(checkpoint, device, caller())?.intervened(intervention)?;
     let vocab = trained.model.vocab_size();
+    let known = trained.model.config().rows(vocab);
     let tokens = match text {
         None => tokens.to_vec(),
         Some(text) => trained.text_tokenizer()?.encode_prompt(text)?,
@@ -170,9 +171,9 @@ pub fn logits(
     if tokens.is_empty() {
         return Err(polyhead_recipe::Problems::plain("--text is no token long: give a longer one".into()).into());
     }
-    if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
+    if let Some(id) = tokens.iter().find(|&&id| id as usize >= known) {
         return Err(polyhead_recipe::Problems::plain(format!(
-            "--tokens: id {id} is not below the vocabulary ({vocab})"
+            "--tokens: id {id} is not below the vocabulary ({known})"
         ))
         .into());
     }
@@ -181,7 +182,7 @@ pub fn logits(
     let context = Context { rows: 1, tokens: &tokens, roles: &[], prompt: tokens.len(), ..Context::default() };
     trained.check_phases()?.iter().for_each(|note| talk!("note: {note}"));
     trained.check_spans(&context, tokens.len())?;
-    let mask = Mask::causal();
+    let mask = trained.model.mask_of_text();
     let hidden = trained.model.pass(input, Pass { context: Some(context), ..Pass::new(&mask) }).hidden;
     let logits = trained.model.logits(hidden);
     let shape = logits.dims().to_vec();

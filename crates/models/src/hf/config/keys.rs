@@ -25,7 +25,7 @@ pub(super) fn family(keys: &Map<String, Value>) -> Result<&'static Family, Strin
     let family = families().find(|family| family.class() == class);
     let family = family.ok_or_else(|| format!("architectures names {class:?}; {} can be read", readable()))?;
     match by_kind {
-        Some(other) if other != family => Err(format!(
+        Some(other) if other.model_type() != family.model_type() => Err(format!(
             "architectures names {class:?}, and model_type is {:?}, which is {}: make them agree",
             other.model_type(),
             other.class()

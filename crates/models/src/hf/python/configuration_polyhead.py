@@ -31,6 +31,8 @@ class PolyheadConfig(PretrainedConfig):
         parallel_residual=False,
         attention_gate=None,
         head_bias=False,
+        masked_diffusion=False,  # tokens that are masked are predicted, from both sides
+        mask_token_id=None,
         tie_word_embeddings=True,
         use_cache=True,
         initializer_range=0.02,
@@ -56,6 +58,8 @@ class PolyheadConfig(PretrainedConfig):
         self.parallel_residual = parallel_residual
         self.attention_gate = attention_gate
         self.head_bias = head_bias
+        self.masked_diffusion = masked_diffusion
+        self.mask_token_id = mask_token_id
         self.use_cache = use_cache
         self.initializer_range = initializer_range
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

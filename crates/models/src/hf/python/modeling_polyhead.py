@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 
 from .configuration_polyhead import PolyheadConfig
 
@@ -110,9 +110,9 @@ class Call:
         if (count, window) not in self.masks:
             query = torch.arange(count - seq, count, device=device)[:, None]
             key = torch.arange(count, device=device)
-            visible = key <= query
+            visible = torch.ones_like(key <= query) if self.config.masked_diffusion else key <= query
             if window is not None:
-                visible = visible & (key > query - window)
+                visible = visible & ((key - query).abs() < window)
             visible = visible[None, None]
             if self.real is not None:
                 # Padding sees itself, so that no softmax is over nothing.
@@ -761,7 +761,7 @@ class PolyheadModel(PolyheadPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
+        if self.config.masked_diffusion or self.gradient_checkpointing and self.training:
             use_cache = False
         if not use_cache:
             cache = None if cache is None or cache.get_seq_length() == 0 else cache
@@ -791,7 +791,7 @@ class PolyheadModel(PolyheadPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **{CACHE: cache})
 
 
-class PolyheadForCausalLM(PolyheadPreTrainedModel, GenerationMixin):
+class PolyheadWithHead(PolyheadPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
@@ -800,6 +800,53 @@ class PolyheadForCausalLM(PolyheadPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
+
+class PolyheadForMaskedLM(PolyheadWithHead):
+    """A masked diffusion language model in the form of LLaDA (arXiv 2502.09992): masked tokens are predicted from both sides."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+        output_hidden_states=None, output_attentions=None, return_dict=None, **kwargs,
+    ):  # fmt: skip
+        """Logits of every token; with labels (-100 where nothing is masked), their mean cross-entropy.
+
+        LLaDA's loss divides each row's sum by its share of masked tokens, which who masks them knows.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten().to(logits.device))
+        outputs = MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    @torch.no_grad()
+    def diffuse(self, input_ids, max_new_tokens, steps=None, block_length=None, temperature=0.0):
+        """Prompts of one length, [batch, seq], with new tokens behind them: a block of masks after another, of which each step
+        fills in those that the model is surest of. By default a step for each token, and one block."""
+        mask, block = self.config.mask_token_id, min(block_length or max_new_tokens, max_new_tokens)
+        blocks = -(-max_new_tokens // block)
+        steps = min(max(steps or max_new_tokens, blocks), max_new_tokens)
+        text = F.pad(input_ids, (0, max_new_tokens), value=mask)
+        for at in range(blocks):
+            part = text[:, input_ids.shape[1] + at * block :][:, :block]
+            own = steps // blocks + (at < steps % blocks)
+            for step in range(own):
+                masked = part == mask
+                left = int(masked[0].sum())
+                if left == 0:
+                    break
+                logits = self(text).logits[:, input_ids.shape[1] + at * block :][:, :block, :mask].double()
+                noise = (-torch.rand_like(logits).log()).log() * temperature if temperature > 0 else 0.0
+                tokens = (logits - noise).argmax(-1)
+                sure = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -1.0)
+                chosen = sure.topk(-(-left // (own - step))).indices
+                part.scatter_(1, chosen, tokens.gather(1, chosen))
+        return text
+
+
+class PolyheadForCausalLM(PolyheadWithHead, GenerationMixin):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
         inputs_embeds=None, labels=None, use_cache=None, output_hidden_states=None, output_attentions=None,
