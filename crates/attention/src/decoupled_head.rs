@@ -24,7 +24,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, HeadMap, in_type};
+use polyhead_kernels::{AttentionOptions, HeadMap, in_type, total};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
@@ -373,7 +373,7 @@ impl Fusion {
 
 /// `[1]`: the squared norm of a projection, its bias included.
 pub fn energy(projection: &Linear) -> Tensor<1> {
-    let square = |tensor: Tensor<1>| tensor.square().sum();
+    let square = |tensor: Tensor<1>| total(tensor.square());
     let [inputs, outputs] = projection.weight.dims();
     let weight = square(projection.weight.val().reshape([inputs * outputs]));
     projection.bias.iter().fold(weight, |sum, bias| sum + square(bias.val()))
@@ -390,7 +390,7 @@ impl DecoupledHead {
             let mixed = operator.matmul(heads_of(projection, group.len())); // [heads, head_dim * inputs]
             let centre = average(group, &mixed.device()).matmul(mixed.clone());
             // Heads of zeros are alike, not apart by 0/0.
-            (mixed - centre).square().sum() / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
+            total((mixed - centre).square()) / fusion.energy.val().narrow(0, at, 1).clamp_min(1e-12)
         };
         Some([of(&self.k_proj, keys, 0), of(&self.v_proj, values, 1)])
     }

@@ -49,6 +49,7 @@ mod squares;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+mod total;
 #[cfg(any(test, feature = "gpu"))]
 mod two_outputs;
 mod weight;
@@ -84,3 +85,4 @@ pub use short_convolution::{Before, short_convolution};
 pub use simd::instruction_set;
 pub use squares::SumsOfSquares;
 pub use swiglu::swiglu;
+pub use total::total;

@@ -7,6 +7,7 @@
 //! ```
 
 use burn::tensor::Tensor;
+use polyhead_kernels::total;
 
 /// The mean overlap over all pairs of heads and the rows of a batch, differentiable; 0 where there is one head.
 ///
@@ -19,9 +20,9 @@ pub fn head_overlap(weights: Tensor<4>) -> Tensor<1> {
         // Every head with the one so many further on.
         let pair = |x: &Tensor<4>| [0, distance].map(|first| x.clone().narrow(1, first, heads - distance));
         let ([a, b], [sum_a, sum_b]) = (pair(&weights), pair(&sums));
-        ((a - b).abs().sum_dim(3).sum_dim(2) / (sum_a + sum_b) * -0.5 + 0.5).sum()
+        total((a - b).abs().sum_dim(3).sum_dim(2) / (sum_a + sum_b) * -0.5 + 0.5)
     };
     let pairs = (batch * heads * heads.saturating_sub(1) / 2).max(1) as f64;
     let all = (1..heads).map(of_distance).reduce(|sum, more| sum + more);
-    all.map_or_else(|| sums.sum() * 0.0, |sum| sum / pairs)
+    all.map_or_else(|| total(sums) * 0.0, |sum| sum / pairs)
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
-use polyhead_kernels::{AdamwStep, adamw};
+use polyhead_kernels::{AdamwStep, adamw, total};
 use polyhead_models::mup::Scalings;
 use polyhead_models::weights::{Held, ParameterMapper, TensorFiles, WeightsError, layer_of, map_parameters};
 
@@ -183,7 +183,7 @@ fn orthogonalize(x: Tensor<2>) -> Tensor<2> {
     let [rows, columns] = x.dims();
     let tall = rows > columns;
     let mut x = if tall { x.transpose() } else { x };
-    let norm = x.clone().square().sum().sqrt().clamp_min(1e-7).unsqueeze::<2>();
+    let norm = total(x.clone().square()).sqrt().clamp_min(1e-7).unsqueeze::<2>();
     x = x / norm;
     for _ in 0..times {
         let gram = x.clone().matmul(x.clone().transpose());

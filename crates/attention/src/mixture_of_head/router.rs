@@ -26,7 +26,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData, activation};
-use polyhead_kernels::{SelectedRows, in_type};
+use polyhead_kernels::{SelectedRows, in_type, total};
 use serde::{Deserialize, Serialize};
 
 use super::HeadSplit;
@@ -318,7 +318,7 @@ impl Balance {
     /// `Σ P f`, times the number of routed heads in the code's normalisation.
     pub fn penalty(&self, split: HeadSplit, norm: GateNorm) -> Tensor<1> {
         let load = Tensor::<1>::from_floats(self.load.as_slice(), &self.probabilities.device());
-        let sum = (self.probabilities.clone() * load).sum();
+        let sum = total(self.probabilities.clone() * load);
         match norm {
             GateNorm::Code => sum * split.routed as f64,
             GateNorm::Paper => sum,

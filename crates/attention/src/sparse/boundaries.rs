@@ -16,7 +16,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::{relu, sigmoid, softmax, softplus};
 use burn::tensor::{Bool, Device, Tensor, TensorData};
-use polyhead_kernels::{AttentionOptions, attention, layer_norm};
+use polyhead_kernels::{AttentionOptions, attention, layer_norm, total};
 use serde::{Deserialize, Serialize};
 
 use super::{largest, numbers};
@@ -230,7 +230,7 @@ impl LabelConfig {
             + softplus(logits.clone(), 1.0) * others.clone();
         let probability = sigmoid(logits);
         let wrong = (probability.clone().neg() + 1.0) * labels + probability * others;
-        (wrong.powf_scalar(self.focal_gamma) * entropy).mask_fill(left_out, 0.0).sum()
+        total((wrong.powf_scalar(self.focal_gamma) * entropy).mask_fill(left_out, 0.0))
     }
 }
 

@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor, TensorData};
 use polyhead_attention::{ConfigError, require, require_range};
+use polyhead_kernels::total;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -134,7 +135,7 @@ impl Objective {
         match (self.worst_class > 0.0, self.worst_group > 0.0) {
             (true, _) => tilted(losses, labels, self.worst_class) * batch as f64,
             (_, true) => tilted(losses, groups, self.worst_group) * batch as f64,
-            (false, false) => losses.sum(),
+            (false, false) => total(losses),
         }
     }
 }
@@ -150,7 +151,7 @@ fn tilted(losses: Tensor<2>, groups: &[u32], tilt: f64) -> Tensor<1> {
     let shares = Tensor::<2>::from_data(TensorData::new(shares, [present.len(), groups.len()]), &losses.device());
     let scaled = shares.matmul(losses) * tilt; // [present, 1]
     let largest = scaled.clone().detach().max();
-    let sum = (scaled - largest.clone().unsqueeze::<2>()).exp().sum();
+    let sum = total((scaled - largest.clone().unsqueeze::<2>()).exp());
     (sum.log() + largest - (present.len() as f64).ln()) / tilt
 }
 

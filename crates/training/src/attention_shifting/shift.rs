@@ -2,6 +2,7 @@
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Tensor, TensorData};
+use polyhead_kernels::total;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +72,6 @@ pub fn mean(layers: &[Tensor<3>], counted: &[Vec<bool>]) -> Option<Tensor<1>> {
     let rows = counted.iter().flatten().filter(|flag| **flag).count();
     let heads: usize = layers.iter().map(|layer| layer.dims()[1]).sum();
     let flags = Tensor::<3>::from_data(TensorData::new(flags, [batch, 1, queries]), &first.device());
-    let sum = layers.iter().map(|layer| (layer.clone() * flags.clone()).sum()).reduce(|a, b| a + b)?;
+    let sum = layers.iter().map(|layer| total(layer.clone() * flags.clone())).reduce(|a, b| a + b)?;
     (rows > 0).then(|| sum / (rows * heads) as f64)
 }

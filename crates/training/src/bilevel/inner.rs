@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Gradients, Tensor, TensorData};
 use polyhead_attention::{Adapter, Mask};
+use polyhead_kernels::total;
 use polyhead_models::{Batch, Decoder, Pass};
 
 use super::BilevelConfig;
@@ -66,7 +67,7 @@ impl FastWeights {
 
     /// `[1]`: the sum of the squares of all numbers; `None` without fast weights.
     pub fn square(&self) -> Option<Tensor<1>> {
-        self.tensors().map(|x| x.clone().square().sum()).reduce(|a, b| a + b)
+        self.tensors().map(|x| total(x.clone().square())).reduce(|a, b| a + b)
     }
 
     /// What each tensor's gradient is multiplied by: `[1, 1]` per tensor.
@@ -78,7 +79,7 @@ impl FastWeights {
         match self.square() {
             _ if config.inner_clip == 0.0 => self.tensors().map(ones).collect(),
             Some(all) if config.sync => vec![factor(all, SYNC_EPS); self.tensors().count()],
-            _ => self.tensors().map(|x| factor(x.clone().square().sum(), CLIP_EPS)).collect(),
+            _ => self.tensors().map(|x| factor(total(x.clone().square()), CLIP_EPS)).collect(),
         }
     }
 }
