@@ -18,7 +18,6 @@ use crate::matrix::{Matrix, MatrixMut};
 use crate::product::product;
 use crate::scratch::ScratchBuffer;
 use crate::shapes::assert_shapes;
-use crate::total::total;
 use crate::weight::{Weight, as_weight};
 use crate::{cpu, simd};
 
@@ -124,7 +123,7 @@ fn plain(hidden: Tensor<2>, head: Tensor<2>, targets: &Targets) -> CrossEntropy 
     let shifted = logits - largest;
     let picked = shifted.clone().gather(1, ids.unsqueeze_dim::<2>(1));
     let losses = (shifted.exp().sum_dim(1).log() - picked).squeeze_dim::<1>(1) * counted;
-    CrossEntropy { sum: total(losses.clone()), losses: losses.detach(), correct }
+    CrossEntropy { sum: losses.clone().sum(), losses: losses.detach(), correct }
 }
 
 #[backend_extension(Flex, Autodiff)]

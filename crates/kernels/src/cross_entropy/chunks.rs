@@ -217,7 +217,9 @@ fn forward<B: LossOfRows>(inputs: Inputs<B>, rows: usize, [of_hidden, of_head]: 
     }
     let losses = B::float_cat(losses, 0);
     let grads = [of_hidden.then(|| B::float_cat(hidden_grads, 0)), head_grad.filter(|_| of_head)];
-    Made { sum: B::float_sum(losses.clone()), losses, correct: B::float_cat(correct, 0), grads }
+    // A sum over a dimension repeats bit for bit, a sum over everything does not on GPUs.
+    let sum = B::float_reshape(B::float_sum_dim(losses.clone(), 0), Shape::new([1]));
+    Made { sum, losses, correct: B::float_cat(correct, 0), grads }
 }
 
 #[cfg(test)]
