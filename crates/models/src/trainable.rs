@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use polyhead_attention::{Mask, Observation, Observe};
+use polyhead_attention::{Observation, Observe};
 use polyhead_kernels::BackwardHook;
 use serde::Serialize;
 use serde::de::DeserializeOwned;

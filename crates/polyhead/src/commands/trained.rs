@@ -5,7 +5,6 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use polyhead_attention::Mask;
 use polyhead_data::Tokenizer;
 use polyhead_models::Pass;
 use polyhead_models::hf::{self, ExportOptions};
