@@ -105,14 +105,12 @@ fn gradients_that_leave_in_the_backward_pass_have_the_bits_of_one_process() {
     assert_same("LoRA", &tied.clone().with_lora(&lora, 5).unwrap(), &adamw, &[(2, 3)]);
     let penalty = model(json!({ "attention": { "mixture_of_head": { "n_heads": 4, "shared_heads": 1, "top_k": 2 } } }));
     assert_same("penalty", &penalty, &adamw, &[(2, 4), (2, 3)]);
-    let frozen: [(&str, fn(&str) -> bool); 3] = [
-        ("frozen below", |name| ["layers.2", "layers.3", "norm"].iter().any(|part| name.starts_with(part))),
-        ("frozen between", |name| !name.starts_with("layers.1") && !name.starts_with("layers.3")),
-        ("frozen above", |name| name.starts_with("embedding")),
-    ];
-    for (what, learns) in frozen {
-        assert_same(what, &train_only(tied.clone(), learns), &adamw, &[(2, 4), (2, 3)]);
-    }
+    let train_what = |learns: fn(&str) -> bool| train_only(tied.clone(), learns);
+    let upper = |name: &str| ["layers.2", "layers.3", "norm"].iter().any(|part| name.starts_with(part));
+    assert_same("frozen below", &train_what(upper), &adamw, &[(2, 4), (2, 3)]);
+    let even = |name: &str| !name.starts_with("layers.1") && !name.starts_with("layers.3");
+    assert_same("frozen between", &train_what(even), &adamw, &[(2, 4), (2, 3)]);
+    assert_same("frozen above", &train_what(|name| name.starts_with("embedding")), &adamw, &[(2, 4), (2, 3)]);
 }
 
 /// Weights that are read as they are not, whose gradients come late, included.
@@ -209,19 +207,17 @@ fn the_last_layer_arrives_before_the_backward_pass_has_gone_through_the_first() 
     let all = on_ranks(2, config, |ranks| {
         let watched = Watched::new(ranks, usize::MAX);
         let ranks = Ranks::new(&watched, config);
-        let (before, exchanges, told) = (watched.ended(), watched.exchanges.clone(), Arc::new(Mutex::new(Vec::new())));
-        let tell = told.clone();
+        let (before, exchanges, (tell, told)) = (watched.ended(), watched.exchanges.clone(), channel());
         let waiting = BackwardHook::new(move |layer, _| {
             if layer == 0 {
                 let (count, ended) = &*exchanges;
                 let missing = |count: &mut usize| *count == before;
                 let waited = ended.wait_timeout_while(count.lock().unwrap(), LIMIT, missing).unwrap().1;
-                tell.lock().unwrap().push(!waited.timed_out());
+                tell.send(!waited.timed_out()).unwrap();
             }
         });
         train(&ranks, model(json!({})).with_hook(waiting), &OptimizerConfig::default(), [1, 2]);
-        let arrived = told.lock().unwrap().clone();
-        arrived
+        told.try_iter().collect::<Vec<_>>()
     });
     assert_eq!(all, [[true], [true]]);
 }
