@@ -72,7 +72,7 @@ pub struct Decoder {
     #[module(skip)]
     pub(crate) computing: Computing,
     #[module(skip)]
-    hook: Option<BackwardHook>,
+    hooks: Vec<BackwardHook>,
 }
 
 /// What a pass through the layers is told.
@@ -147,7 +147,7 @@ impl DecoderConfig {
             gate: None,
             intervention: None,
             computing: Computing::default(),
-            hook: None,
+            hooks: Vec::new(),
         }
     }
 }
@@ -233,9 +233,11 @@ impl Decoder {
         Self { computing: Computing { checkpointing, ..self.computing }, ..self }
     }
 
-    /// The model that calls `hook` with the number of each layer once the backward pass has gone through it.
-    pub fn with_hook(self, hook: BackwardHook) -> Self {
-        Self { hook: Some(hook), ..self }
+    /// The model that calls `hook` too with the number of each layer once the backward pass has gone through it, before the hooks that it
+    /// calls already.
+    pub fn with_hook(mut self, hook: BackwardHook) -> Self {
+        self.hooks.push(hook);
+        self
     }
 
     /// The model whose loss has the overlap of its heads in it, with this weight while it trains; see
@@ -423,7 +425,7 @@ impl Decoder {
                 adapters: Adapters(&all),
                 ..Call::new(mask)
             };
-            if let Some(hook) = &self.hook {
+            for hook in &self.hooks {
                 hidden = on_backward(hidden, index, hook);
             }
             let attended = pass.forward(&self.layers[index], hidden, call, &self.transformer, self.computing);

@@ -9,7 +9,7 @@ use polyhead_kernels::BackwardHook;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass, TokenTotals};
+use crate::{Batch, ContextMask, Decoder, Evaluated, Loss, Pass, Precision, TokenTotals};
 
 /// A model that can be trained.
 pub trait Trainable: Module + 'static {
@@ -46,6 +46,11 @@ pub trait Trainable: Module + 'static {
     fn with_hook(self, hook: BackwardHook) -> Self {
         let _ = hook;
         self
+    }
+
+    /// Layers that call a hook when the gradients of all their parameters are there. Most kinds of models have none.
+    fn hooked_layers(&self) -> usize {
+        0
     }
 
     /// The loss of a batch, differentiable. `context` is for models whose batches are conversations: what tokens of a
@@ -185,6 +190,14 @@ impl Trainable for Decoder {
 
     fn with_hook(self, hook: BackwardHook) -> Self {
         self.with_hook(hook)
+    }
+
+    /// None where products read rounded copies of the weights, whose gradients come last.
+    fn hooked_layers(&self) -> usize {
+        match self.computing.precision {
+            Precision::F32 => self.layers.len(),
+            Precision::Bf16 => 0,
+        }
     }
 
     fn loss_under(&self, batch: &Batch, context: ContextMask) -> Loss {

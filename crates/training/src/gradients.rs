@@ -19,12 +19,12 @@ impl<M: Module> Default for Sum<M> {
 impl<M: Module> Sum<M> {
     /// Adds one backward pass.
     pub fn add(&mut self, grads: Gradients, model: &M) {
-        self.sum.accumulate(model, GradientsParams::from_grads(grads, model));
+        self.add_params(GradientsParams::from_grads(grads, model), model);
     }
 
-    /// Adds another sum.
-    pub(crate) fn add_sum(&mut self, other: Self, model: &M) {
-        self.sum.accumulate(model, other.finish());
+    /// Adds gradients by parameter.
+    pub(crate) fn add_params(&mut self, grads: GradientsParams, model: &M) {
+        self.sum.accumulate(model, grads);
     }
 
     /// The sum.

@@ -19,8 +19,9 @@ pub mod mpi;
 #[cfg(test)]
 pub(crate) mod threads;
 
-/// How the ranks of a run reach each other. Every rank calls the same operations in the same order; what cannot be sent ends the job.
-pub trait Communicator {
+/// How the ranks of a run reach each other. Every rank calls the same operations in the same order, from any of its threads, but one after
+/// the other; what cannot be sent ends the job.
+pub trait Communicator: Sync {
     /// The number of this rank, from 0.
     fn rank(&self) -> usize;
 
@@ -263,12 +264,18 @@ impl<'a> Ranks<'a> {
         self.timed(|communicator| communicator.gather(bytes))
     }
 
-    /// Time spent in communication, waiting for other ranks included, since this was asked last.
+    /// How the ranks reach each other, for a thread that talks to them alone.
+    pub(crate) fn communicator(&self) -> &'a dyn Communicator {
+        self.communicator
+    }
+
+    /// Time spent waiting for communication, and so for other ranks, since this was asked last; not what goes on meanwhile.
     pub(crate) fn take_waited(&self) -> Duration {
         self.waited.take()
     }
 
-    fn timed<T>(&self, communicate: impl FnOnce(&dyn Communicator) -> T) -> T {
+    /// Waits for communication.
+    pub(crate) fn timed<T>(&self, communicate: impl FnOnce(&dyn Communicator) -> T) -> T {
         let _span = tracing::info_span!("communication").entered();
         let began = Instant::now();
         let result = communicate(self.communicator);

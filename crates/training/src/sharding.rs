@@ -4,6 +4,9 @@
 //!
 //! Sums are taken on the host in f32, element by element, as Burn's accumulator takes them on a device: `((g0 + g1) + g2) + ...` in the
 //! order of passes. A gradient that is missing is told apart from zeros, which would turn -0 into 0.
+//!
+//! Gradients are sent in buckets, in the same order on all ranks: those of each layer, from the last to the first, then the rest
+//! (embeddings, norm, head). The buckets of layers leave while the backward pass goes on below ([`overlap`]).
 
 use std::cmp::Reverse;
 
@@ -11,14 +14,18 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Gradients, Tensor, TensorData};
 use polyhead_models::weights::{
-    Named, ParameterVisitor, from_safetensors, held, load_with, visit_parameters, write_safetensors,
+    Named, ParameterVisitor, from_safetensors, held, layer_of, load_with, visit_parameters, write_safetensors,
 };
 use polyhead_models::{Parameter, parameters};
 
 use crate::TrainError;
 use crate::gradients::{Sum, squares};
+use crate::in_backward::Hooked;
 use crate::optimizer::Optimizer;
-use crate::ranks::Ranks;
+use crate::ranks::{Communicator, Ranks};
+use overlap::Leaving;
+
+pub(crate) mod overlap;
 
 /// Values of parameters on the host, in the order of the model's fields; `None` for those that are not here.
 type Values = Vec<Option<Vec<f32>>>;
@@ -30,6 +37,7 @@ struct Shares(Vec<Share>);
 struct Share {
     name: String,
     elements: usize,
+    layer: Option<usize>,
     /// None where it does not learn.
     owner: Option<usize>,
 }
@@ -46,7 +54,10 @@ impl Shares {
             owners[index] = Some(least);
             loads[least] += all[index].elements();
         }
-        let share = |(one, owner): (Parameter, _)| Share { elements: one.elements(), name: one.name, owner };
+        let share = |(one, owner): (Parameter, _)| {
+            let (elements, layer) = (one.elements(), layer_of(&one.name));
+            Share { name: one.name, elements, layer, owner }
+        };
         Self(all.into_iter().zip(owners).map(share).collect())
     }
 
@@ -55,10 +66,10 @@ impl Shares {
         self.0.iter().enumerate().filter_map(move |(index, one)| (one.owner == Some(rank)).then_some(index))
     }
 
-    /// What is to be sent of the parameters of `owner`: for each a byte that says whether it is here, and its values.
-    fn pack(&self, values: &Values, owner: usize) -> Vec<u8> {
+    /// What is to be sent of parameters: for each a byte that says whether it is here, and its values.
+    fn pack(values: &Values, indices: impl Iterator<Item = usize>) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for index in self.owned_by(owner) {
+        for index in indices {
             bytes.push(u8::from(values[index].is_some()));
             bytes.extend(values[index].iter().flatten().flat_map(|value| value.to_le_bytes()));
         }
@@ -66,8 +77,8 @@ impl Shares {
     }
 
     /// Hands over what [`pack`](Self::pack) has packed, parameter by parameter.
-    fn unpack(&self, mut bytes: &[u8], owner: usize, mut take: impl FnMut(usize, &[[u8; 4]])) {
-        for index in self.owned_by(owner) {
+    fn unpack(&self, mut bytes: &[u8], indices: impl Iterator<Item = usize>, mut take: impl FnMut(usize, &[[u8; 4]])) {
+        for index in indices {
             let is_here = bytes[0] == 1;
             let length = if is_here { self.0[index].elements * size_of::<f32>() } else { 0 };
             let (values, rest) = bytes[1..].split_at(length);
@@ -81,8 +92,9 @@ impl Shares {
     /// Everybody's values, where each rank has those of its own parameters.
     fn gathered(&self, ranks: &Ranks<'_>, own: &Values) -> Values {
         let mut all = vec![None; self.0.len()];
-        for (owner, bytes) in ranks.gather(self.pack(own, ranks.rank())).iter().enumerate() {
-            self.unpack(bytes, owner, |index, values| {
+        let gathered = ranks.gather(Self::pack(own, self.owned_by(ranks.rank())));
+        for (owner, bytes) in gathered.iter().enumerate() {
+            self.unpack(bytes, self.owned_by(owner), |index, values| {
                 all[index] = Some(values.iter().map(|&value| f32::from_le_bytes(value)).collect());
             });
         }
@@ -93,12 +105,15 @@ impl Shares {
 /// The gradients of a step on their way to one sum over all passes of all ranks.
 pub(crate) struct Reduction<'a, M> {
     ranks: &'a Ranks<'a>,
+    /// How many layers have a bucket of their own.
+    layers: usize,
     /// Those of the pass that is at work; of all passes where these are not kept apart.
     pass: Sum<M>,
     /// In one process, those of the passes before.
     before: Sum<M>,
     /// The sums of what this rank owns.
     owned: Values,
+    /// How many times gradients were sent.
     rounds: u64,
 }
 
@@ -110,7 +125,18 @@ pub(crate) struct Reduced {
 
 impl<'a, M: Module> Reduction<'a, M> {
     pub(crate) fn new(ranks: &'a Ranks<'a>) -> Self {
-        Self { ranks, pass: Sum::default(), before: Sum::default(), owned: Values::new(), rounds: 0 }
+        Self { ranks, layers: 0, pass: Sum::default(), before: Sum::default(), owned: Values::new(), rounds: 0 }
+    }
+
+    /// With a bucket for each of so many layers.
+    pub(crate) fn in_buckets(self, layers: usize) -> Self {
+        Self { layers, ..self }
+    }
+
+    /// Whether gradients leave in the backward pass of a forward pass that has no other; whether it is the last of this rank matters where
+    /// they are sent once a step.
+    pub(crate) fn overlaps(&self, is_last: bool) -> bool {
+        self.ranks.size() > 1 && self.layers > 0 && (self.ranks.is_ordered() || is_last)
     }
 
     /// Adds a backward pass, of which a forward pass may have several.
@@ -118,50 +144,125 @@ impl<'a, M: Module> Reduction<'a, M> {
         self.pass.add(grads, model);
     }
 
-    /// Ends a forward pass: what it adds up to is one term of the sum, on whichever rank it was.
-    pub(crate) fn end_pass(&mut self, model: &M) {
+    /// Runs the backward pass of a forward pass that has no other, while its gradients leave.
+    pub(crate) fn send_in_backward(
+        &mut self,
+        model: &M,
+        hooked: Hooked<Leaving<M>>,
+        backward: impl FnOnce() -> Gradients,
+    ) where
+        M: 'static,
+    {
+        self.send(model, |leaving| leaving.in_backward(hooked, backward));
+    }
+
+    /// Ends this rank's first so many forward passes: what each adds up to is one term of the sum, on whichever rank it was.
+    pub(crate) fn end_pass(&mut self, model: &M, passes: u64) {
         if self.ranks.size() == 1 {
-            self.before.add_sum(std::mem::take(&mut self.pass), model);
+            self.before.add_params(std::mem::take(&mut self.pass).finish(), model);
         } else if self.ranks.is_ordered() {
-            self.send(model);
+            self.send_rounds(model, passes);
         }
     }
 
     /// Ends the last pass of this rank in a step of so many on all ranks together: others may have had one more.
     pub(crate) fn end_passes(&mut self, model: &M, passes: u64) {
-        let size = self.ranks.size() as u64;
-        let rounds = if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 };
-        while size > 1 && self.rounds < rounds {
-            self.send(model);
+        match self.ranks.size() as u64 {
+            1 => {}
+            size => self.send_rounds(model, if self.ranks.is_ordered() { passes.div_ceil(size) } else { 1 }),
         }
     }
 
     /// Ends a step of so many passes on all ranks together.
     pub(crate) fn finish(mut self, model: &M, passes: u64) -> Reduced {
         if self.ranks.size() == 1 {
-            self.end_pass(model);
+            self.end_pass(model, passes);
             return Reduced { grads: self.before.finish(), owned: Values::new() };
         }
         self.end_passes(model, passes);
         Reduced { grads: to_device(&self.owned, model), owned: self.owned }
     }
 
-    /// Sends gradients to their owners, and adds up what comes, in the order of ranks.
-    fn send(&mut self, model: &M) {
+    /// Sends what was not sent by a backward pass.
+    fn send_rounds(&mut self, model: &M, rounds: u64) {
+        while self.rounds < rounds {
+            self.send(model, |leaving| leaving);
+        }
+    }
+
+    /// Sends the gradients of the pass to their owners, those that `meanwhile` adds too.
+    fn send(&mut self, model: &M, meanwhile: impl FnOnce(Leaving<M>) -> Leaving<M>) {
         let shares = Shares::of(model, self.ranks.size());
-        let values = to_host(&std::mem::take(&mut self.pass).finish(), model);
-        let to_each = (0..self.ranks.size()).map(|owner| shares.pack(&values, owner)).collect();
         self.owned.resize(shares.0.len(), None);
-        for bytes in self.ranks.exchange(to_each) {
-            shares.unpack(&bytes, self.ranks.rank(), |index, values| {
+        let owned = Owned {
+            communicator: self.ranks.communicator(),
+            shares,
+            layers: self.layers,
+            model: model.clone(),
+            has_left: vec![false; self.owned.len()],
+            sums: &mut self.owned,
+        };
+        let pass = std::mem::take(&mut self.pass).finish();
+        overlap::send(owned, self.ranks, |to_thread| meanwhile(Leaving::new(model, pass, self.layers, to_thread)));
+        self.rounds += 1;
+    }
+}
+
+/// Gradients that travel together.
+#[derive(Debug, Clone, Copy)]
+enum Bucket {
+    /// Of this layer.
+    Layer(usize),
+    /// Of whatever has not left before.
+    Rest,
+}
+
+impl Bucket {
+    /// The buckets of so many layers, in the order in which they are sent.
+    fn all(layers: usize) -> impl Iterator<Item = Self> {
+        (0..layers).rev().map(Self::Layer).chain([Self::Rest])
+    }
+
+    /// Whether it has a place for a parameter of this layer, or of none.
+    fn has(self, layer: Option<usize>) -> bool {
+        match self {
+            Self::Layer(own) => layer == Some(own),
+            Self::Rest => true,
+        }
+    }
+}
+
+/// What a rank adds up of the parameters that it owns, bucket by bucket.
+struct Owned<'a, M> {
+    communicator: &'a dyn Communicator,
+    shares: Shares,
+    layers: usize,
+    model: M,
+    sums: &'a mut Values,
+    /// By parameter: whether its gradient of this pass has left.
+    has_left: Vec<bool>,
+}
+
+impl<M: Module> Owned<'_, M> {
+    /// Sends a bucket to the owners, and adds up what comes, in the order of ranks.
+    fn exchange(&mut self, bucket: Bucket, grads: &GradientsParams) {
+        let Self { communicator, shares, model, sums, has_left, .. } = self;
+        let values = to_host(grads, model);
+        for ((values, one), has_left) in values.iter().zip(&shares.0).zip(has_left) {
+            assert!(values.is_none() || !*has_left, "{} had more gradient after its layer's had left", one.name);
+            *has_left |= values.is_some();
+        }
+        let of = |owner: usize| shares.owned_by(owner).filter(|&index| bucket.has(shares.0[index].layer));
+        let to_each = (0..communicator.size()).map(|owner| Shares::pack(&values, of(owner))).collect();
+        for bytes in communicator.exchange(to_each) {
+            shares.unpack(&bytes, of(communicator.rank()), |index, values| {
                 let values = values.iter().map(|&value| f32::from_le_bytes(value));
-                match &mut self.owned[index] {
+                match &mut sums[index] {
                     Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
                     none => *none = Some(values.collect()),
                 }
             });
         }
-        self.rounds += 1;
     }
 }
 
@@ -283,15 +384,15 @@ mod tests {
 
     #[test]
     fn what_is_not_there_and_a_negative_zero_arrive_as_they_are() {
-        let share = |(elements, owner)| Share { name: String::new(), elements, owner };
+        let share = |(elements, owner)| Share { name: String::new(), elements, layer: None, owner };
         let shares = Shares([(2, Some(1)), (1, None), (1, Some(1))].map(share).into());
         let values = vec![Some(vec![-0.0, f32::NAN]), None, None];
         let mut found = Vec::new();
-        shares.unpack(&shares.pack(&values, 1), 1, |index, values| {
+        shares.unpack(&Shares::pack(&values, shares.owned_by(1)), shares.owned_by(1), |index, values| {
             found.push((index, values.iter().map(|&value| f32::from_le_bytes(value).to_bits()).collect::<Vec<_>>()));
         });
         assert_eq!(found, [(0, vec![(-0.0f32).to_bits(), f32::NAN.to_bits()])]);
-        assert!(shares.pack(&values, 0).is_empty());
+        assert!(Shares::pack(&values, shares.owned_by(0)).is_empty());
     }
 
     /// What the guide says that a step costs, counted: gradients go to their owners after every pass or once, then sums or weights to
@@ -307,7 +408,7 @@ mod tests {
                 (model(), Reduction::new(ranks), Optimizer::new(Default::default()));
             for pass in ranks.own(PASSES) {
                 if pass >= RANKS {
-                    sum.end_pass(&model);
+                    sum.end_pass(&model, pass / RANKS);
                 }
                 let loss = model.loss_under(&Batch::text(vec![1, 2, 3, pass as u32]), Default::default());
                 sum.add(backward(loss.cross_entropy), &model);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::config::TrainingConfig;
 use crate::engagement::WatchesAttention;
-use crate::in_backward::Parts;
+use crate::in_backward::Hooked;
 use crate::optimizer::Optimizer;
 use crate::procedure::{HeldOut, Procedure, StepContext, StepReport};
 use crate::update::{Step, Updater};
@@ -43,11 +43,11 @@ impl Standard {
         batch: &M::Batch,
         context: &StepContext<'_>,
     ) -> (M, StepReport) {
-        let (mut step, parts) = (Step::new(context), Parts::new());
-        let mut loss = model.clone().with_hook(parts.hook()).loss_under(batch, self.context_mask);
+        let (mut step, hooked) = (Step::new(context), Hooked::new());
+        let mut loss = model.clone().with_hook(hooked.hook()).loss_under(batch, self.context_mask);
         model.follow(std::mem::take(&mut loss.found));
         let objective = step.objective(loss, batch, self.updater.penalty_weight);
-        self.updater.finish_in_backward(model, step, objective, parts)
+        self.updater.finish_in_backward(model, step, objective, hooked)
     }
 }
 
@@ -61,13 +61,18 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         if let ([batch], true) = (batches, self.updater.in_backward) {
             return Ok(self.step_in_backward(model, batch, context));
         }
-        let mut step = Step::new(context);
-        for batch in batches {
+        let mut step = Step::new(context).in_buckets(model.hooked_layers());
+        for (pass, batch) in batches.iter().enumerate() {
             step.begin_pass(&model);
-            let mut loss = model.loss_under(batch, self.context_mask);
+            let hooked = step.hook(pass + 1 == batches.len());
+            let calling = hooked.as_ref().map(|hooked| model.clone().with_hook(hooked.hook()));
+            let mut loss = calling.as_ref().unwrap_or(&model).loss_under(batch, self.context_mask);
             let found = std::mem::take(&mut loss.found);
             let objective = step.objective(loss, batch, self.updater.penalty_weight);
-            step.add_backward(objective, &model);
+            match hooked {
+                Some(hooked) => step.send_in_backward(objective, &model, hooked),
+                None => step.add_backward(objective, &model),
+            }
             model.follow(found);
         }
         self.updater.finish(model, step)

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::config::{OnNonfinite, OptimizerConfig, TrainingConfig};
 use crate::gradients::{backward, clip_factor};
-use crate::in_backward::{Parts, Updated};
+use crate::in_backward::Hooked;
+use crate::in_backward::updating::{Updated, Updating};
 use crate::optimizer::{Optimizer, Update};
 use crate::procedure::{StepContext, StepReport};
+use crate::sharding::overlap::Leaving;
 use crate::sharding::{Reduction, gather_weights};
 
 /// What the losses of a forward pass were.
@@ -46,6 +48,16 @@ impl<'a, M: Trainable> Step<'a, M> {
         Self { context, losses: Vec::new(), grads, square_beside: 0.0, measured: Vec::new() }
     }
 
+    /// A step each of whose passes has one backward pass, through so many layers that call a hook.
+    pub(crate) fn in_buckets(self, layers: usize) -> Self {
+        Self { grads: self.grads.in_buckets(layers), ..self }
+    }
+
+    /// The hook of a pass, the last of this rank or not, whose gradients leave in its backward pass; `None` where they leave after it.
+    pub(crate) fn hook(&self, is_last: bool) -> Option<Hooked<Leaving<M>>> {
+        self.grads.overlaps(is_last).then(Hooked::new)
+    }
+
     /// To be called before each forward pass: what it draws and adds to the gradients depends on where it is in the step, not on which
     /// rank it runs. The first pass goes on where the step has begun.
     pub(crate) fn begin_pass(&mut self, model: &M) {
@@ -54,7 +66,7 @@ impl<'a, M: Trainable> Step<'a, M> {
             return;
         }
         if !self.losses.is_empty() {
-            self.grads.end_pass(model);
+            self.grads.end_pass(model, self.losses.len() as u64);
         }
         let pass = self.losses.len() * ranks.size() + ranks.rank();
         if pass > 0 {
@@ -93,6 +105,11 @@ impl<'a, M: Trainable> Step<'a, M> {
     /// Adds the gradients of an objective.
     pub(crate) fn add_backward(&mut self, objective: Tensor<1>, model: &M) {
         self.add(backward(objective), model);
+    }
+
+    /// The same, where the pass has a hook.
+    pub(crate) fn send_in_backward(&mut self, objective: Tensor<1>, model: &M, hooked: Hooked<Leaving<M>>) {
+        self.grads.send_in_backward(model, hooked, || backward(objective));
     }
 
     /// Adds the gradients of a backward pass.
@@ -173,7 +190,7 @@ impl Updater {
         model: M,
         step: Step<'_, M>,
         objective: Tensor<1>,
-        parts: Parts<M>,
+        hooked: Hooked<Updating<M>>,
     ) -> (M, StepReport) {
         let Step { context, losses, measured, .. } = step;
         let report = report(context, losses, measured, f64::NAN);
@@ -183,7 +200,7 @@ impl Updater {
         let optimizer = std::mem::replace(&mut self.optimizer, Optimizer::new(OptimizerConfig::default()));
         let update = Update { lr: context.lr, scale: 1.0 };
         let Updated { model, optimizer, grad_norm, updated } =
-            parts.run(model, optimizer, update, || backward(objective));
+            Updating::new(model, optimizer, update).run(hooked, || backward(objective));
         self.optimizer = optimizer;
         let broken = !grad_norm.is_finite();
         (model, StepReport { grad_norm, skipped: broken, refused: broken, torn: broken && updated, ..report })

@@ -27,12 +27,16 @@ pub struct Mpi {
 impl Mpi {
     /// Joins the job; `None` where this process has done so before.
     pub fn join() -> Option<Self> {
-        // One thread talks to MPI, and any may end the job.
+        // One thread at a time talks to MPI, and any may end the job.
         let (universe, _) = initialize_with_threading(Threading::Serialized)?;
         let world = universe.world();
         Some(Self { barriers: world.duplicate(), world, _universe: universe })
     }
 }
+
+// SAFETY: what a communicator holds is a handle, which any thread may use under `Threading::Serialized`, one at a time: this is what
+// `Communicator` asks of its callers.
+unsafe impl Sync for Mpi {}
 
 /// Ends the processes of all ranks; from any thread.
 pub fn abort_job(code: i32) -> ! {

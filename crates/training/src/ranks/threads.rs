@@ -1,5 +1,6 @@
 //! Ranks as threads of one process, for tests.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use crate::config::ParallelConfig;
 struct Thread<'a> {
     rank: usize,
     to: Vec<Sender<Vec<u8>>>,
-    from: Vec<Receiver<Vec<u8>>>,
+    from: Vec<Mutex<Receiver<Vec<u8>>>>,
     /// Bytes from any rank to another.
     sent: &'a AtomicU64,
 }
@@ -34,7 +35,8 @@ impl Communicator for Thread<'_> {
         let to_others = to_each.iter().enumerate().filter(|(to, _)| *to != self.rank);
         self.sent.fetch_add(to_others.map(|(_, bytes)| bytes.len() as u64).sum(), Ordering::Relaxed);
         self.to.iter().zip(to_each).for_each(|(to, bytes)| to.send(bytes).expect("the other rank lives"));
-        self.from.iter().map(|from| from.recv().expect("the other rank lives")).collect()
+        let receive = |from: &Mutex<Receiver<_>>| from.try_lock().expect("one thread at a time").recv();
+        self.from.iter().map(|from| receive(from).expect("the other rank lives")).collect()
     }
 
     fn barrier(&self, _patience: Option<Duration>) -> bool {
@@ -65,7 +67,7 @@ pub(crate) fn counted<T: Send>(
         for to in 0..size {
             let (sender, receiver) = channel();
             threads[from].to.push(sender);
-            threads[to].from.push(receiver);
+            threads[to].from.push(Mutex::new(receiver));
         }
     }
     let given = std::thread::scope(|scope| {
