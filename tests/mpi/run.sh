@@ -51,6 +51,7 @@ penalty_weight = 0.1
 decay = "constant"
 [parallel]
 mode = "data"
+overlap = true
 [metrics]
 log_freq = 1
 [validation]
@@ -74,8 +75,8 @@ for optimizer in adamw muon; do
     for n in 1 2 4; do
         train "$n" "$optimizer-$n" "${settings[@]}"
         check "$optimizer: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-$n"
-        train "$n" "$optimizer-zero1-$n" "${settings[@]}" parallel.optimizer_sharding=zero1
-        check "$optimizer, zero1: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-zero1-$n"
+        train "$n" "$optimizer-zero1-$n" "${settings[@]}" parallel.optimizer_sharding=zero1 parallel.overlap=false
+        check "$optimizer, zero1, gradients after the pass: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-zero1-$n"
     done
 done
 

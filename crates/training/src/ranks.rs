@@ -8,6 +8,8 @@ use std::cell::Cell;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use burn::tensor::Device;
+use polyhead_kernels::is_flex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -146,6 +148,11 @@ impl<'a> Ranks<'a> {
     /// Whether the gradients of every pass go to their owners by themselves.
     pub(crate) fn is_ordered(&self) -> bool {
         self.config.gradient_reduction == GradientReduction::Ordered
+    }
+
+    /// Whether the gradients of a model on this device travel while the backward pass goes on.
+    pub(crate) fn overlaps(&self, device: &Device) -> bool {
+        self.config.overlap.unwrap_or(!is_flex(device))
     }
 
     /// Whether each rank keeps the optimizer's state of its own parameters alone.

@@ -425,7 +425,12 @@ mod tests {
             [(GradientReduction::Ordered, PASSES / RANKS + 1), (GradientReduction::Fast, 2)]
         {
             for optimizer_sharding in [OptimizerSharding::None, OptimizerSharding::Zero1] {
-                let config = ParallelConfig { mode: ParallelMode::Data, optimizer_sharding, gradient_reduction };
+                let config = ParallelConfig {
+                    mode: ParallelMode::Data,
+                    optimizer_sharding,
+                    gradient_reduction,
+                    overlap: Some(true),
+                };
                 let at_begin = counted(RANKS as usize, config, |_| ()).1;
                 let (ended, sent) = counted(RANKS as usize, config, step);
                 let formula = (RANKS - 1) * exchanges * (4 * elements + sizes.len() as u64);
