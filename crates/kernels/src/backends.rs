@@ -266,22 +266,14 @@ fn products() -> Vec<Operation> {
     ]
 }
 
-/// What goes through a library where there is one, and through Burn's products where there is none.
+/// What goes through a library where there is one, and through Burn's products where there is none: states that are not in the order of
+/// positions, and a weight that is stored by columns.
 fn products_of_a_library() -> Vec<Operation> {
-    let map = |name, shape: [usize; 3], turned: bool| {
-        let [batch, input, output] = shape;
-        operation(name, &[batch * 7 * input, input * output], 1, move |x| {
-            let weight = match turned {
-                false => matrix(&x[1], [input, output]),
-                true => matrix(&x[1], [output, input]).transpose(),
-            };
-            // Not in the order of positions: seq before batch.
-            let x = rows(&x[0], [7, batch, input]).swap_dims(0, 1);
-            crate::linear::map(x.clone(), in_type(weight, x.dtype())).reshape([-1])
-        })
-    };
-    let all = vec![map("linear map", [2, 5, 6], false), map("linear map, turned", [3, 8, 12], true)];
-    if cfg!(feature = "gpu") { all } else { Vec::new() }
+    let map = operation("linear map", &[3 * 7 * 8, 8 * 12], 1, |x| {
+        let (x, weight) = (rows(&x[0], [7, 3, 8]).swap_dims(0, 1), matrix(&x[1], [12, 8]).transpose());
+        crate::linear::map(x.clone(), in_type(weight, x.dtype())).reshape([-1])
+    });
+    if cfg!(feature = "gpu") { vec![map] } else { Vec::new() }
 }
 
 /// Norms, gates, positions, tables, the optimiser.

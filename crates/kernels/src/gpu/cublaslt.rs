@@ -23,10 +23,33 @@ pub(crate) fn multiplies<const D: usize>(x: &Tensor<D>) -> bool {
 #[cfg(feature = "cuda-nvrtc")]
 pub(crate) fn find(device: &burn::tensor::Device) -> Result<(), String> {
     use burn::backend::{CubeDevice, DispatchDevice};
+
     match device.clone().inner().as_dispatch() {
-        DispatchDevice::Cube(cube @ CubeDevice::Cuda(cuda)) => library::find(&cube.client(), cuda.index),
+        DispatchDevice::Cube(cube @ CubeDevice::Cuda(cuda)) => {
+            library::find(&cube.client(), cuda.index)?;
+            first_product(cube)
+        }
         _ => Err("it multiplies on NVIDIA's GPUs alone (device cuda)".into()),
     }
+}
+
+/// A product whose numbers are known: small whole ones, whose sums are exact in any order.
+#[cfg(feature = "cuda-nvrtc")]
+fn first_product(device: &burn::backend::CubeDevice) -> Result<(), String> {
+    use burn::tensor::TensorData;
+
+    let [rows, inner, columns] = [48, 32, 64];
+    let matrix = |sizes: [usize; 2]| {
+        let values: Vec<f32> = (0..sizes[0] * sizes[1]).map(|place| (place % 7) as f32 - 3.0).collect();
+        (Cube::float_from_data(TensorData::new(values.clone(), sizes), device), values)
+    };
+    let ((x, left), (weight, right)) = (matrix([rows, inner]), matrix([inner, columns]));
+    let product = through_library(&x, &weight).ok_or("it has no algorithm for a plain product")?;
+    let found = burn_cubecl::ops::into_data_sync(product);
+    let known = (0..rows * columns).map(|place| {
+        (0..inner).map(|k| left[place / columns * inner + k] * right[k * columns + place % columns]).sum()
+    });
+    if found.iter::<f32>().eq(known) { Ok(()) } else { Err("its first product is wrong".into()) }
 }
 
 #[cfg(feature = "cuda-nvrtc")]

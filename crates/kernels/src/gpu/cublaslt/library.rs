@@ -36,12 +36,12 @@ thread_local! {
     static LIBRARIES: RefCell<HashMap<usize, Result<Library, String>>> = RefCell::default();
 }
 
-/// Whether products on the device of this number can go through the library.
+/// Opens the library on the device of this number, if it is not open.
 ///
 /// # Errors
-/// If the library or the driver lacks something.
+/// If the library is not there, or the driver lacks something.
 pub(super) fn find(client: &Client, device: usize) -> Result<(), String> {
-    exclusive(client, || with(device, |_| Ok(())))
+    exclusive(client, || on(device, |library| library.as_ref().map(|_| ()).map_err(String::clone)))
 }
 
 /// Writes the product of the tensors to `product`, as `gemm` says; gives false if the library has no algorithm for it, or is not there.
@@ -54,12 +54,12 @@ pub(super) fn multiply(device: usize, gemm: Gemm, [left, right, product]: [&Cube
     // Of the first operand, the second and the product, as `gemm` has them.
     let handles = [right, left, product].map(|tensor| tensor.handle.clone());
     let multiplied = exclusive(client, move || {
-        with(device, |library| library.multiply(client, Call { gemm, dtype, alignments: [0; 3] }, handles))
+        on(device, |library| match library {
+            Ok(library) => library.multiply(client, Call { gemm, dtype, alignments: [0; 3] }, handles),
+            Err(_) => Ok(false),
+        })
     });
-    match multiplied {
-        Ok(multiplied) => multiplied,
-        Err(problem) => panic!("a product through cuBLASLt fails: {problem}"),
-    }
+    multiplied.unwrap_or_else(|problem| panic!("a product through cuBLASLt fails: {problem}"))
 }
 
 /// Runs `task` on the thread that hands the device's work over.
@@ -67,12 +67,9 @@ fn exclusive<T: Send + 'static>(client: &Client, task: impl FnOnce() -> Result<T
     client.exclusive(task).map_err(|problem| format!("{problem:?}"))?
 }
 
-/// Hands the library on the device of this number to `task`, opened if need be.
-fn with<T>(device: usize, task: impl FnOnce(&mut Library) -> Result<T, String>) -> Result<T, String> {
-    LIBRARIES.with_borrow_mut(|libraries| match libraries.entry(device).or_insert_with(|| Library::open(device)) {
-        Ok(library) => task(library),
-        Err(problem) => Err(problem.clone()),
-    })
+/// Hands `task` the library on the device of this number, or why it cannot be opened.
+fn on<T>(device: usize, task: impl FnOnce(&mut Result<Library, String>) -> T) -> T {
+    LIBRARIES.with_borrow_mut(|libraries| task(libraries.entry(device).or_insert_with(|| Library::open(device))))
 }
 
 /// A product that the library chooses an algorithm for.
@@ -288,16 +285,17 @@ mod tests {
         assert_eq!(addresses.map(alignment), [256, 128, 2, 16, 1]);
     }
 
-    /// On machines without the library or the driver, which are asked in this order.
+    /// Where the library or the driver is not there; the library is asked for first.
     #[test]
     fn what_is_missing_is_told_with_where_it_comes_from() {
         // SAFETY: as in `Library::open`.
         let (library, driver) = unsafe { (sys::is_culib_present(), cudarc::driver::sys::is_culib_present()) };
+        let problem = || on(0, |library| library.as_ref().err().cloned());
         if !library {
-            let problem = with(0, |_| Ok(())).expect_err("no library");
+            let problem = problem().expect("no library");
             assert!(problem.contains("libcublasLt is not found") && problem.contains("LD_LIBRARY_PATH"), "{problem}");
         } else if driver {
-            with(0, |_| Ok(())).expect("a device, its driver and the library");
+            assert_eq!(problem(), None);
         }
     }
 }
