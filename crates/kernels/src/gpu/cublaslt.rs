@@ -47,7 +47,8 @@ fn first_product(device: &burn::backend::CubeDevice) -> Result<(), String> {
     let product = through_library(&x, &weight).ok_or("it has no algorithm for a plain product")?;
     let found = burn_cubecl::ops::into_data_sync(product);
     let known = (0..rows * columns).map(|place| {
-        (0..inner).map(|k| left[place / columns * inner + k] * right[k * columns + place % columns]).sum()
+        let (row, column) = (place / columns, place % columns);
+        (0..inner).map(|k| left[row * inner + k] * right[k * columns + column]).sum::<f32>()
     });
     if found.iter::<f32>().eq(known) { Ok(()) } else { Err("its first product is wrong".into()) }
 }
