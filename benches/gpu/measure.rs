@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand};
 use polyhead_kernels::{AttentionOptions, HeadMap, Mask, attention, in_type, use_tensor_cores};
 use polyhead_runs::device;
 
+mod linear_maps;
 mod steps;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -41,6 +42,9 @@ enum What {
     Facts,
     /// TFLOP/s of products by shape, type and how their kernel is chosen.
     Products,
+    /// TFLOP/s of linear maps by shape and type, forward and backward, through Burn's products and through cuBLASLt, and how far apart their
+    /// numbers are.
+    LinearMaps,
     /// TFLOP/s of attention, forward and backward, by length, heads, type and kernel.
     Attention,
     /// Memory of attention, forward and backward, by length; every length in a process of its own.
@@ -76,6 +80,7 @@ fn main() -> Outcome<()> {
     match args.what {
         What::Facts => facts(&args.device, &device, args.small),
         What::Products => products(&device, args.small),
+        What::LinearMaps => linear_maps::compare(&device, args.small)?,
         What::Attention => attentions(&device, args.small),
         What::MemoryOf { seq } => memory_of(&device, seq),
         _ => {}

@@ -4,7 +4,7 @@
 # one fails or hangs.
 #
 #   on_device.sh 1    the device; every kernel against the CPU; attention by both its kernels; 12 steps of every mechanism against the CPU
-#   on_device.sh 2    products; products and attention in PyTorch; decoders of 350 million parameters beside PyTorch
+#   on_device.sh 2    linear maps through Burn and cuBLASLt; products; products and attention in PyTorch; decoders of 350 million parameters beside PyTorch
 #   on_device.sh 3    steps of every mechanism; a profile; memory by length; the 12 steps in bf16
 set -uo pipefail
 slice=${1:-}
@@ -25,13 +25,13 @@ fi
 cd "$work" || exit 1
 export POLYHEAD="$work/polyhead" POLYHEAD_BENCHES="$work/benches" PYTHONUNBUFFERED=1
 
-# NVRTC and CUDA's headers: of the toolkit, else of PyTorch's packages.
+# NVRTC, cuBLASLt and CUDA's headers: of the toolkit, else of PyTorch's packages.
 [ -n "${CUDA_PATH:-}" ] || for folder in /usr/local/cuda /opt/cuda; do [ -d "$folder/include" ] && export CUDA_PATH=$folder; done
 packages=$("$python" -c 'import nvidia, os; print(list(nvidia.__path__)[0])' 2> /dev/null || true)
 if [ -z "${CUDA_PATH:-}" ] && [ -n "$packages" ]; then
     for folder in "$packages"/cu13 "$packages"/cuda_runtime; do [ -d "$folder/include" ] && export CUDA_PATH=$folder; done
 fi
-libraries=$(find ${CUDA_PATH:+"$CUDA_PATH/"} ${packages:+"$packages/"} -name 'libnvrtc.so*' -printf '%h\n' 2> /dev/null | sort -u | tr '\n' ':')
+libraries=$(find ${CUDA_PATH:+"$CUDA_PATH/"} ${packages:+"$packages/"} \( -name 'libnvrtc.so*' -o -name 'libcublasLt.so*' \) -printf '%h\n' 2> /dev/null | sort -u | tr '\n' ':')
 export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:-}"
 
 failed=()
@@ -52,7 +52,7 @@ facts() {
     date -u '+%Y-%m-%d %H:%M UTC'
     cat BUILT
     nvidia-smi || echo "no nvidia-smi"
-    echo "CUDA_PATH ${CUDA_PATH:-none}; libnvrtc in ${libraries:-none}; $(nproc) cores"
+    echo "CUDA_PATH ${CUDA_PATH:-none}; libnvrtc and libcublasLt in ${libraries:-none}; $(nproc) cores"
     "$python" -c 'import torch; print("PyTorch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())'
     ./polyhead doctor
     ./measure facts --device "$device"
@@ -72,11 +72,12 @@ case "$slice" in
     step losses 240 env CUBECL_AUTOTUNE_LEVEL=minimal ./it "backends::${device%%:*}_and_flex_train_alike" --exact --nocapture --test-threads=1
     ;;
 2)
-    step products 110 ./measure products --device "$device"
+    step linear-maps 90 ./measure linear-maps --device "$device"
+    step products 80 ./measure products --device "$device"
     step pytorch 45 "$python" benches/attention.py
     # Three processes each; a row is written as soon as its process ends, torch.compile last.
-    step decoder 220 ./side_by_side --device cuda --python "$python" --only 350M --rounds 1 --steps 16 --peak-tflops 989
-    step decoder-gda 170 ./side_by_side --device cuda --python "$python" --only "350M, GDA 3:1" --rounds 1 --steps 16 --peak-tflops 989
+    step decoder 190 ./side_by_side --device cuda --python "$python" --only 350M --rounds 1 --steps 16 --peak-tflops 989
+    step decoder-gda 140 ./side_by_side --device cuda --python "$python" --only "350M, GDA 3:1" --rounds 1 --steps 16 --peak-tflops 989
     ;;
 3)
     step mechanisms 270 ./measure mechanisms --device "$device" --polyhead ./polyhead

@@ -30,6 +30,22 @@ pub fn fingerprint_at(world: &World, run: &str, step: u64) -> (Vec<u8>, Vec<u8>,
     )
 }
 
+/// What multiplies is no part of what a run is: on the CPU it is nothing at all.
+#[test]
+fn the_choice_of_kernels_may_change_when_a_run_goes_on() {
+    let world = World::new(SMALL);
+    let train = |run: &str, more: &[&str]| {
+        world.succeeds(&[&["train", RECIPE, "lr_scheduler.decay=constant", "--out", run], more].concat())
+    };
+    train("plain", &[]);
+    train("run", &["training.steps=7"]);
+    let err = world.fails(1, &["train", RECIPE, "--out", "run", "training.products=cublaslt"]);
+    assert!(err.contains("training.products = \"cublaslt\" on device flex") && err.contains("\"burn\""), "{err}");
+    train("run", &["training.tensor_cores=false"]);
+    let (plain, run) = (fingerprint(&world, "plain"), fingerprint(&world, "run"));
+    assert!((plain.0, plain.1) == (run.0, run.1), "weights or state differ");
+}
+
 #[test]
 fn a_run_in_two_parts_equals_a_run_in_one() {
     let world = World::new(SMALL);

@@ -47,6 +47,65 @@ fn cuda_multiplies_on_tensor_cores_unless_told_otherwise() {
     assert_ne!(on_tensor_cores, portable);
 }
 
+/// Linear maps and what is made of them, in shapes that fill whole tiles and in others, forward and backward.
+#[cfg(feature = "cuda-nvrtc")]
+#[test]
+fn cuda_multiplies_through_cublaslt_when_told_to() {
+    let device = first(burn::tensor::DeviceType::Cuda);
+    find_cublaslt(&device).expect("the library");
+    let map = |[count, input, output]: [usize; 3], turned: bool| {
+        let sizes = [count * input, input * output, output];
+        operation(format!("linear {count} x {input} x {output}, turned: {turned}"), &sizes, 1, move |x| {
+            let weight = match turned {
+                false => matrix(&x[1], [input, output]),
+                true => matrix(&x[1], [output, input]).transpose(),
+            };
+            linear(rows(&x[0], [1, count, input]), weight, Some(x[2].clone())).reshape([-1])
+        })
+    };
+    let shapes = [[1, 64, 64], [128, 64, 256], [70, 96, 40], [33, 17, 5], [300, 1024, 130]];
+    let maps = shapes.into_iter().flat_map(|shape| [map(shape, false), map(shape, true)]);
+    let mut problems = Vec::new();
+    use_cublaslt(true);
+    for operation in maps.chain(products()) {
+        for (dtype, tolerance) in [(DType::F32, F32), (DType::F16, F16), (DType::BF16, BF16)] {
+            let found = disagreements(&operation, &device, dtype, tolerance);
+            let verdict = if found.is_empty() { "agrees".to_owned() } else { found.join("; ") };
+            println!("{} {dtype:?} through cuBLASLt: {verdict}", operation.name);
+            problems.extend(found.into_iter().map(|problem| format!("{} {dtype:?}, {problem}", operation.name)));
+        }
+    }
+    use_cublaslt(false);
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// What the library has no algorithm for is left to Burn: here nothing may be.
+#[cfg(feature = "cuda-nvrtc")]
+#[test]
+fn cuda_has_cublaslt_for_all_layouts() {
+    use burn::backend::{BackendTensor, Cube, DispatchKindConversion, DispatchTensor};
+    let device = first(burn::tensor::DeviceType::Cuda);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let made = |shape: [usize; 2], turned: bool| {
+            let [rows, columns] = shape;
+            let matrix = match turned {
+                false => normal(shape, &device),
+                true => normal::<2>([columns, rows], &device).transpose(),
+            };
+            let tensor: BackendTensor<Cube> = DispatchTensor::try_into_backend(in_type(matrix, dtype).into_dispatch())
+                .expect("a tensor on the device");
+            tensor.float()
+        };
+        for turned in [[false, false], [false, true], [true, false], [true, true]] {
+            for [rows, inner, columns] in [[128, 64, 256], [72, 96, 40], [1, 64, 64], [304, 1024, 136]] {
+                let (left, right) = (made([rows, inner], turned[0]), made([inner, columns], turned[1]));
+                let product = crate::gpu::cublaslt::through_library(&left, &right);
+                assert!(product.is_some(), "{rows} x {inner} x {columns} {dtype:?} {turned:?}");
+            }
+        }
+    }
+}
+
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu_agrees() {
@@ -91,7 +150,12 @@ fn all_operations_agree(other: &Device) {
         types.push((DType::BF16, BF16));
     }
     let only = std::env::var("OPERATION").unwrap_or_default();
-    let all = products().into_iter().chain(others()).chain(attentions([8, 12])).chain(wide_attentions());
+    let all = products()
+        .into_iter()
+        .chain(products_of_a_library())
+        .chain(others())
+        .chain(attentions([8, 12]))
+        .chain(wide_attentions());
     // Every mask and option in widths that tensor cores take too.
     let all = all.chain(if cfg!(feature = "cuda-nvrtc") { attentions([64, 128]) } else { Vec::new() });
     let asked: Vec<Operation> = all.filter(|operation| operation.name.contains(&only)).collect();
@@ -200,6 +264,16 @@ fn products() -> Vec<Operation> {
             short_convolution(rows(&x[0], [2, 9, 6]), matrix(&x[1], [6, 4]), before).reshape([-1])
         }),
     ]
+}
+
+/// What goes through a library where there is one, and through Burn's products where there is none: states that are not in the order of
+/// positions, and a weight that is stored by columns.
+fn products_of_a_library() -> Vec<Operation> {
+    let map = operation("linear map", &[3 * 7 * 8, 8 * 12], 1, |x| {
+        let (x, weight) = (rows(&x[0], [7, 3, 8]).swap_dims(0, 1), matrix(&x[1], [12, 8]).transpose());
+        crate::linear::map(x.clone(), in_type(weight, x.dtype())).reshape([-1])
+    });
+    if cfg!(feature = "gpu") { vec![map] } else { Vec::new() }
 }
 
 /// Norms, gates, positions, tables, the optimiser.

@@ -86,18 +86,21 @@ macro_rules! fused {
         }
     };
     (
-        $Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr;
-        gpu: $gpu_run:expr, $gpu_backward:expr
+        $Trait:ident: $name:ident($($input:ident),+ $(; $more:ident: $More:ty)?), $run:expr, $backward:expr $(, $keep:expr)?;
+        gpu: $gpu_run:expr, $gpu_backward:expr $(, $gpu_keep:expr)?
     ) => {
         #[burn::backend::backend_extension(Flex, Cube: cfg(feature = "gpu"), Autodiff)]
         trait $Trait: burn::backend::Backend {
             fn $name($($input: FloatTensor<Self>,)+ $($more: $More)?) -> FloatTensor<Self>;
         }
 
-        $crate::differentiable::fused! { @on Flex, $Trait: $name($($input),+ $(; $more: $More)?), $run, $backward }
+        $crate::differentiable::fused! {
+            @on Flex, $Trait: $name($($input),+ $(; $more: $More)?), $run, $backward $(, $keep)?
+        }
         #[cfg(feature = "gpu")]
         $crate::differentiable::fused! {
             @on burn::backend::Cube, $Trait: $name($($input),+ $(; $more: $More)?), $gpu_run, $gpu_backward
+            $(, $gpu_keep)?
         }
     };
     // On one backend.

@@ -3,14 +3,14 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch, Flex};
-use burn::tensor::{Tensor, module};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
 use crate::linear::{self, add_back_to_input, back_to_input, back_to_weight};
 use crate::shapes::assert_shapes;
 use crate::weight::as_weight;
-use crate::{cpu, in_type, swiglu};
+use crate::{cpu, swiglu};
 
 /// `(silu(x · gate) * (x · up)) · down`
 ///
@@ -35,8 +35,7 @@ pub fn gated_mlp(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) 
 }
 
 fn plain(x: Tensor<3>, gate: Tensor<2>, up: Tensor<2>, down: Tensor<2>) -> Tensor<3> {
-    let dtype = x.dtype();
-    let linear = |x: Tensor<3>, weight| module::linear(x, in_type(weight, dtype), None);
+    let linear = |x, weight| linear::linear(x, weight, None);
     linear(swiglu::swiglu(linear(x.clone(), gate), linear(x, up)), down)
 }
 

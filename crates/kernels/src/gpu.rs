@@ -5,12 +5,16 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 #[cfg(feature = "gpu")]
 pub(crate) mod cross_entropy;
 #[cfg(feature = "gpu")]
+pub(crate) mod cublaslt;
+#[cfg(feature = "gpu")]
 pub(crate) mod elementwise;
+#[cfg(any(test, feature = "cuda-nvrtc"))]
+pub(crate) mod gemm;
 #[cfg(feature = "gpu")]
 pub(crate) mod launch;
 #[cfg(feature = "gpu")]
@@ -41,6 +45,18 @@ pub(crate) fn fuses<const D: usize>(_: &Tensor<D>) -> bool {
     false
 }
 
+/// Whether linear maps of tensors like this one are multiplied by a library in place of Burn: on NVIDIA's GPUs, where it was asked for.
+#[cfg(feature = "gpu")]
+pub(crate) fn multiplies<const D: usize>(x: &Tensor<D>) -> bool {
+    cublaslt::multiplies(x)
+}
+
+/// There is none without the feature `gpu`.
+#[cfg(not(feature = "gpu"))]
+pub(crate) fn multiplies<const D: usize>(_: &Tensor<D>) -> bool {
+    false
+}
+
 static TENSOR_CORES: AtomicBool = AtomicBool::new(true);
 
 /// Whether attention may run on tensor cores, where the device has them: true unless said otherwise. For comparing the kernels that use
@@ -49,7 +65,36 @@ pub fn use_tensor_cores(wanted: bool) {
     TENSOR_CORES.store(wanted, Ordering::Relaxed);
 }
 
-#[cfg(feature = "gpu")]
-pub(crate) fn tensor_cores_wanted() -> bool {
+/// What [`use_tensor_cores`] said last.
+pub fn tensor_cores_wanted() -> bool {
     TENSOR_CORES.load(Ordering::Relaxed)
+}
+
+static CUBLASLT: AtomicBool = AtomicBool::new(false);
+
+/// Whether products of linear maps on NVIDIA's GPUs go through cuBLASLt in place of Burn's kernels, where the library is found: false unless
+/// said otherwise. Counts for the whole process, from the next forward on.
+pub fn use_cublaslt(wanted: bool) {
+    CUBLASLT.store(wanted, Ordering::Relaxed);
+}
+
+/// What [`use_cublaslt`] said last.
+pub fn cublaslt_wanted() -> bool {
+    CUBLASLT.load(Ordering::Relaxed)
+}
+
+/// Whether products on this device can go through cuBLASLt.
+///
+/// # Errors
+/// If this build, the device, its driver or the machine's libraries lack something, with the way out.
+#[cfg(feature = "cuda-nvrtc")]
+pub fn find_cublaslt(device: &Device) -> Result<(), String> {
+    cublaslt::find(device)
+}
+
+/// There is none without the feature `cuda-nvrtc`.
+#[cfg(not(feature = "cuda-nvrtc"))]
+pub fn find_cublaslt(_: &Device) -> Result<(), String> {
+    Err("this binary was built without it; build with `cargo build --release --features cuda-nvrtc` (docs: GPUs)"
+        .into())
 }

@@ -69,7 +69,7 @@ pub use difference::{Combination, difference, subtract_noise};
 pub use divergence::{Divergence, divergence};
 pub use embedding::embedding;
 pub use gated_mlp::gated_mlp;
-pub use gpu::use_tensor_cores;
+pub use gpu::{cublaslt_wanted, find_cublaslt, tensor_cores_wanted, use_cublaslt, use_tensor_cores};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use mask::Mask;

@@ -5,7 +5,7 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch, Flex};
-use burn::tensor::{DType, Tensor, module};
+use burn::tensor::{Tensor, module};
 use burn_flex::FlexTensor;
 
 use crate::differentiable::{InputGrads, Wanted, fused};
@@ -13,7 +13,7 @@ use crate::matrix::{Matrix, MatrixMut};
 use crate::product::product;
 use crate::shapes::assert_shapes;
 use crate::weight::{Weight, as_weight};
-use crate::{cpu, in_type};
+use crate::{cpu, gpu, in_type};
 
 /// `x · weight + bias`, in the type of x; a weight of bf16 stands for the f32 of the same values
 ///
@@ -29,21 +29,33 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
         assert_shapes!("linear", x, weight, bias;
             "bias must have a value per column of weight": bias.dims()[0] == weight.dims()[1]);
     }
-    if !cpu::fuses(&x) {
-        let dtype = x.dtype();
-        return module::linear(x, in_type(weight, dtype), bias.map(|bias| in_type(bias, dtype)));
-    }
-    let y = Tensor::<D>::from_dispatch(Dispatch::linear_map(x.into_dispatch(), as_weight(weight).into_dispatch()));
+    let dtype = x.dtype();
+    let weight = match (cpu::fuses(&x), gpu::multiplies(&x)) {
+        (true, _) => as_weight(weight),
+        (_, true) => in_type(weight, dtype),
+        _ => return module::linear(x, in_type(weight, dtype), bias.map(|bias| in_type(bias, dtype))),
+    };
+    let y = map(x, weight);
     match bias {
-        Some(bias) => y + in_type(bias, DType::F32).unsqueeze::<D>(),
+        Some(bias) => y + in_type(bias, dtype).unsqueeze::<D>(),
         None => y,
     }
 }
 
-// Each is needed for the gradient of the other.
-fused!(LinearMap: linear_map(x, weight), run, backward, |[x, weight]: [FlexTensor; 2], [of_x, of_weight]: Wanted<2>| {
+/// `x · weight` as one operation.
+pub(crate) fn map<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+    Tensor::from_dispatch(Dispatch::linear_map(x.into_dispatch(), weight.into_dispatch()))
+}
+
+fused!(
+    LinearMap: linear_map(x, weight), run, backward, keep;
+    gpu: gpu::cublaslt::forward, gpu::cublaslt::backward, keep
+);
+
+/// Each is needed for the gradient of the other.
+fn keep<T>([x, weight]: [T; 2], [of_x, of_weight]: Wanted<2>) -> [Option<T>; 2] {
     [of_weight.then_some(x), of_x.then_some(weight)]
-});
+}
 
 fn run([x, weight]: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
     let inputs = [x.to_contiguous(), cpu::not_backwards(weight)];

@@ -5,9 +5,11 @@ use serde::Serialize;
 use crate::settings::Recipe;
 
 /// Keys that may change when a run is resumed; all others decide what the run is.
-pub const MAY_CHANGE: [&str; 10] = [
+pub const MAY_CHANGE: [&str; 12] = [
     "training.steps",
     "training.device",
+    "training.tensor_cores",
+    "training.products",
     "training.on_nonfinite",
     "training.max_skipped_steps",
     "parallel",

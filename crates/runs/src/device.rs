@@ -1,9 +1,11 @@
 //! The one place that opens a device.
 
 use burn::tensor::Device;
+use polyhead_kernels::{find_cublaslt, use_cublaslt, use_tensor_cores};
 use polyhead_models::Precision;
 use polyhead_recipe::{DEVICES, device_name, has_own_memory, parse_device};
 use polyhead_training::available_memory_bytes;
+use polyhead_training::config::{Products, TrainingConfig};
 
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod gpu;
@@ -44,10 +46,29 @@ pub fn open_for(name: &str, precision: Precision) -> Result<Device, String> {
     }
 }
 
+/// The device that `[training]` names, of the rank of this number on its machine where there are several. What the table says about
+/// kernels counts for the whole process from here on.
+///
+/// # Errors
+/// As [`open_for`], and if products are to go through a library that is not there.
+pub fn open_for_training(training: &TrainingConfig, rank: Option<usize>) -> Result<Device, String> {
+    let name = rank.map_or_else(|| training.device.clone(), |rank| of_rank(&training.device, rank));
+    let device = open_for(&name, training.precision)?;
+    let by_library = training.products == Products::Cublaslt;
+    if by_library {
+        find_cublaslt(&device).map_err(|problem| {
+            format!("training.products = \"cublaslt\" on device {name}: {problem}; \"burn\" works on every device")
+        })?;
+    }
+    use_cublaslt(by_library);
+    use_tensor_cores(training.tensor_cores);
+    Ok(device)
+}
+
 /// The device of the rank of this number on its machine: where the name is that of a kind of GPU, each rank has one of its own, as long
 /// as there are enough.
 #[allow(unused_variables)] // without a GPU backend there is nothing to divide
-pub fn of_rank(name: &str, rank: usize) -> String {
+fn of_rank(name: &str, rank: usize) -> String {
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     if let Ok((kind, polyhead_recipe::Which::First)) = parse_device(device_name(name))
         && gpu::is_compiled_in(kind)
@@ -115,4 +136,28 @@ pub fn all() -> Devices {
         (name, device)
     };
     Devices { found: built_in.into_iter().flat_map(of_kind).map(found).collect(), not_built_in }
+}
+
+#[cfg(test)]
+mod tests {
+    use polyhead_kernels::{cublaslt_wanted, tensor_cores_wanted};
+
+    use super::*;
+
+    fn training(more: &str) -> TrainingConfig {
+        toml::from_str(&format!("steps = 1\nbatch_size = 1\n{more}")).expect("settings")
+    }
+
+    /// One test, because the choices count for the whole process.
+    #[test]
+    fn what_a_recipe_says_about_kernels_reaches_them() {
+        for (more, wanted) in [("tensor_cores = false", false), ("", true), ("tensor_cores = true", true)] {
+            open_for_training(&training(more), None).expect("a device");
+            assert_eq!(tensor_cores_wanted(), wanted, "{more}");
+        }
+        let problem = open_for_training(&training("products = \"cublaslt\""), None).expect_err("no library");
+        assert!(problem.contains("training.products = \"cublaslt\" on device flex: "), "{problem}");
+        assert!(problem.contains("cuda") && problem.contains("\"burn\" works on every device"), "{problem}");
+        assert!(!cublaslt_wanted(), "a run that does not begin changes nothing");
+    }
 }

@@ -204,9 +204,7 @@ fn open_tokenizer(recipe: &Recipe, caller: Caller) -> Result<Tokenizer, Failure>
 /// # Errors
 /// If it is not compiled in or not there, or does not compute in the recipe's precision.
 pub fn training_device(recipe: &Recipe, rank: Option<usize>) -> Result<Device, Failure> {
-    let training = &recipe.training;
-    let name = rank.map_or_else(|| training.device.clone(), |rank| device::of_rank(&training.device, rank));
-    Ok(device::open_for(&name, training.precision).map_err(Failure::Run)?.autodiff())
+    Ok(device::open_for_training(&recipe.training, rank).map_err(Failure::Run)?.autodiff())
 }
 
 /// What a recipe multiplies the initial weights and the learning rates of its model by.

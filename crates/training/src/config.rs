@@ -33,6 +33,14 @@ pub struct TrainingConfig {
     /// for the GPU of that number; "wgpu:cpu", a software driver for tests; "ndarray", another CPU backend.
     #[serde(default = "device")]
     pub device: String,
+    /// Whether attention in bf16 may run on the tensor cores of NVIDIA's GPUs, which takes a build with `cuda-nvrtc`; false leaves it to
+    /// the kernels that run on every GPU. Default: true.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub tensor_cores: bool,
+    /// What multiplies in linear maps on NVIDIA's GPUs: "burn" (default), kernels of Burn's, or "cublaslt", NVIDIA's library, which takes a
+    /// build with `cuda-nvrtc`. The head is Burn's in both.
+    #[serde(default, skip_serializing_if = "is_burn")]
+    pub products: Products,
     /// What products run in: "f32" (default) or "bf16". Weights and optimiser stay f32.
     #[serde(default)]
     pub precision: Precision,
@@ -68,8 +76,20 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
+fn yes() -> bool {
+    true
+}
+
 fn one() -> usize {
     1
+}
+
+fn is_burn(products: &Products) -> bool {
+    *products == Products::Burn
 }
 
 fn is_zero(value: &usize) -> bool {
@@ -99,6 +119,17 @@ fn device() -> String {
 
 fn penalty_weight() -> f64 {
     0.01
+}
+
+/// What multiplies matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Products {
+    /// Kernels of Burn's.
+    #[default]
+    Burn,
+    /// cuBLASLt.
+    Cublaslt,
 }
 
 /// What to do about a loss or gradient that is not finite.
