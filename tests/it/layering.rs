@@ -139,11 +139,13 @@ fn file_of(files: &[String], module: &[&str]) -> Option<String> {
     })
 }
 
-/// Which file of a crate uses which others by `crate::` or `super::`, files named by their paths without `.rs` and `/mod`.
+/// Which file of a crate uses which others by `crate::` or `super::`, files named by their paths without `.rs` and `/mod`; tests are left
+/// out, in files of their own too.
 fn uses(krate: &str) -> Vec<(String, String)> {
     let root = project().join("crates").join(krate).join("src").display().to_string() + "/";
     let name = |path: &str| path.trim_start_matches(&root).trim_end_matches(".rs").trim_end_matches("/mod").to_owned();
-    let sources = sources(krate);
+    let mut sources = sources(krate);
+    sources.retain(|(path, _)| !path.ends_with("/tests.rs"));
     let files: Vec<String> = sources.iter().map(|(path, _)| name(path)).collect();
     let mut found = Vec::new();
     for (path, text) in &sources {
