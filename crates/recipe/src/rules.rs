@@ -191,7 +191,7 @@ pub fn validate(recipe: &Recipe) -> Vec<ConfigError> {
     rule(
         recipe.parallel.mode == ParallelMode::Data || recipe.parallel.is_default(),
         "parallel.mode",
-        "parallel.optimizer_sharding and parallel.gradient_reduction are for parallel.mode = \"data\": set it, or leave them out"
+        "parallel.optimizer_sharding, gradient_reduction and overlap are for parallel.mode = \"data\": set it, or leave them out"
             .into(),
     );
     let alone = match (&recipe.procedure, model) {
