@@ -48,8 +48,10 @@ END
 ways=(
     "one process, 2 threads|1|2|8|"
     "2 ranks, 1 thread each|2|1|4|"
+    "2 ranks, no overlap|2|1|4|parallel.overlap=false"
     "2 ranks, zero1|2|1|4|parallel.optimizer_sharding=zero1"
     "2 ranks, 2 passes each|2|1|2|"
+    "2 ranks, 2 passes each, no overlap|2|1|2|parallel.overlap=false"
     "2 ranks, 2 passes each, fast|2|1|2|parallel.gradient_reduction=fast"
 )
 # What a log says last of a number.

@@ -72,9 +72,9 @@ for optimizer in adamw muon; do
     "$binary" train recipe.toml --out "$optimizer-alone" "${settings[@]}" > told 2>&1
     check "$optimizer: one process without a launcher" test -e "$optimizer-alone/step-00000006"
     for n in 1 2 4; do
-        train "$n" "$optimizer-$n" "${settings[@]}" parallel.overlap=true
+        train "$n" "$optimizer-$n" "${settings[@]}"
         check "$optimizer, gradients in the backward pass: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-$n"
-        train "$n" "$optimizer-zero1-$n" "${settings[@]}" parallel.optimizer_sharding=zero1
+        train "$n" "$optimizer-zero1-$n" "${settings[@]}" parallel.optimizer_sharding=zero1 parallel.overlap=false
         check "$optimizer, zero1, gradients after it: $n ranks have the bits of one process" same "$optimizer-alone" "$optimizer-zero1-$n"
     done
 done
@@ -94,7 +94,7 @@ for procedure in bilevel neuron_dropout; do
     check "$procedure: 4 ranks have the bits of one process" same "$procedure-alone" "$procedure-4"
 done
 
-train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast parallel.overlap=true
+train 2 fast optimizer.adamw.lr=0.01 parallel.gradient_reduction=fast
 check "fast: 2 ranks come to the end" test -e fast/step-00000006
 check "the share of communication is logged" grep -q '"throughput/communication_share":0\.' fast/metrics.jsonl
 check "the memory of every rank is logged" grep -q '"memory/rank_0":[0-9].*"memory/rank_1":[0-9]' fast/metrics.jsonl

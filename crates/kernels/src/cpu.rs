@@ -19,7 +19,7 @@ pub fn threads() -> usize {
 }
 
 /// Whether this is Burn's CPU backend `flex`, with or without gradients.
-pub fn is_flex(device: &Device) -> bool {
+pub(crate) fn is_flex(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_))
 }
 

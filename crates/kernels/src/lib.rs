@@ -62,7 +62,7 @@ pub use attention::{
 };
 pub use block_mask::{BlockMask, QueryBlock};
 pub use checkpointed::{Leaf, PartGrads, Rerun, checkpointed};
-pub use cpu::{is_flex, multiplies_bf16, threads};
+pub use cpu::{multiplies_bf16, threads};
 pub use cross_entropy::{CrossEntropy, Targets, cross_entropy, tokens_of_a_chunk};
 pub use delta_rule::{DeltaRule, delta_rule};
 pub use difference::{Combination, difference, subtract_noise};

@@ -341,7 +341,7 @@ pub struct ParallelConfig {
     /// for every number of ranks; "fast": each rank adds up its own first, so that they are sent once a step.
     pub gradient_reduction: GradientReduction,
     /// Whether the gradients of a decoder travel while the backward pass goes on, by a thread of their own; the bits are the same.
-    /// Default: on GPUs, because on a CPU the thread takes the place of one that computes.
+    /// Default: true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlap: Option<bool>,
 }

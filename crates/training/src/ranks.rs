@@ -8,8 +8,6 @@ use std::cell::Cell;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use burn::tensor::Device;
-use polyhead_kernels::is_flex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -150,9 +148,9 @@ impl<'a> Ranks<'a> {
         self.config.gradient_reduction == GradientReduction::Ordered
     }
 
-    /// Whether the gradients of a model on this device travel while the backward pass goes on.
-    pub(crate) fn overlaps(&self, device: &Device) -> bool {
-        self.config.overlap.unwrap_or(!is_flex(device))
+    /// Whether gradients travel while the backward pass goes on.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.config.overlap.unwrap_or(true)
     }
 
     /// Whether each rank keeps the optimizer's state of its own parameters alone.

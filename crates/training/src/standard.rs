@@ -61,8 +61,8 @@ impl<M: WatchesAttention> Procedure<M> for Standard {
         if let ([batch], true) = (batches, self.updater.in_backward) {
             return Ok(self.step_in_backward(model, batch, context));
         }
-        let overlaps = model.devices().first().is_some_and(|device| context.ranks.overlaps(device));
-        let mut step = Step::new(context).in_buckets(if overlaps { model.hooked_layers() } else { 0 });
+        let layers = if context.ranks.overlaps() { model.hooked_layers() } else { 0 };
+        let mut step = Step::new(context).in_buckets(layers);
         for (pass, batch) in batches.iter().enumerate() {
             step.begin_pass(&model);
             let hooked = step.hook(pass + 1 == batches.len());

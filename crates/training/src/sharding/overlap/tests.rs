@@ -44,7 +44,7 @@ fn batch(pass: u64) -> Batch {
 }
 
 fn parallel(settings: Value) -> ParallelConfig {
-    let mut all = json!({ "mode": "data", "overlap": true });
+    let mut all = json!({ "mode": "data" });
     all.as_object_mut().unwrap().append(&mut settings.as_object().unwrap().clone());
     serde_json::from_value(all).unwrap()
 }
